@@ -1,0 +1,97 @@
+"""A recipe's settings, and the number each one gives for a tensor.
+
+A setting is mergekit's: a scalar; a list of scalars (a gradient over depth); ``{filter, value}``
+for the tensors whose name contains ``filter``; or a list of such clauses, the first match winning.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+Scalar = float | int | bool | str
+Raw = object  # as PyYAML gives it
+
+
+@dataclass(frozen=True)
+class Clause:
+    """Values for the tensors whose name contains ``filter`` (None: every tensor)."""
+
+    filter: str | None
+    values: tuple[Scalar, ...]  # one: a constant; several: a gradient over depth
+
+
+Setting = tuple[Clause, ...]
+
+
+def parse_setting(raw: Raw) -> Setting:
+    """Read a setting as YAML gives it.
+
+    Raises:
+        ValueError: ``raw`` is neither a scalar, a gradient, a clause nor a list of clauses.
+    """
+    if isinstance(raw, list) and any(isinstance(part, dict) for part in raw):
+        return tuple(_parse_clause(part) for part in raw)
+    return (_parse_clause(raw),)
+
+
+def _parse_clause(raw: Raw) -> Clause:
+    if not isinstance(raw, dict):
+        return Clause(None, _parse_values(raw))
+    if "value" not in raw or set(raw) - {"filter", "value"}:
+        raise ValueError(f"{raw!r}: a clause has the keys 'value' and, if wanted, 'filter'")
+    name = raw.get("filter")
+    return Clause(None if name in (None, "*") else str(name), _parse_values(raw["value"]))
+
+
+def _parse_values(raw: Raw) -> tuple[Scalar, ...]:
+    values = tuple(raw) if isinstance(raw, list) else (raw,)
+    if not values or not all(isinstance(value, Scalar) for value in values):
+        raise ValueError(f"{raw!r}: expected a number, a list of numbers or {{filter, value}}")
+    return values
+
+
+def dump_setting(setting: Setting) -> Raw:
+    """The YAML form of a setting, the inverse of ``parse_setting``."""
+    if len(setting) == 1 and setting[0].filter is None:
+        return _dump_values(setting[0].values)
+    return [
+        {"value": _dump_values(clause.values)}
+        | ({} if clause.filter is None else {"filter": clause.filter})
+        for clause in setting
+    ]
+
+
+def _dump_values(values: tuple[Scalar, ...]) -> Raw:
+    return values[0] if len(values) == 1 else list(values)
+
+
+def value_at(setting: Setting, name: str, depth: float) -> Scalar | None:
+    """What a setting gives for one tensor.
+
+    Args:
+        setting: The clauses, the first match winning.
+        name: The tensor's full name, tested for each clause's filter as a substring.
+        depth: Where the tensor's layer stands, from 0 (first layer, and every tensor outside the
+            layers) to 1 (last layer, and the only layer of a slice of one).
+
+    Returns:
+        The value; a gradient of numbers is interpolated linearly, one of words or booleans steps.
+        None when no clause matches, so that the next scope is asked.
+    """
+    for clause in setting:
+        if clause.filter is None or clause.filter in name:
+            return _interpolate(clause.values, depth)
+    return None
+
+
+def _interpolate(values: Sequence[Scalar], depth: float) -> Scalar:
+    if len(values) == 1:
+        return values[0]
+    position = depth * (len(values) - 1)
+    left = int(position)
+    low, high = values[left], values[min(left + 1, len(values) - 1)]
+    if isinstance(low, bool | str) or isinstance(high, bool | str):
+        return low
+    share = position - left
+    return (1 - share) * low + share * high

@@ -1,0 +1,92 @@
+import json
+import shutil
+
+import pytest
+import torch
+
+from merge_engine.donors import Checkpoint, Family, layer_of
+from merge_engine.recipe import RecipeError
+
+
+def copy_of(folder, tmp_path):
+    return shutil.copytree(folder, tmp_path / "copy")
+
+
+def test_shards_read_like_a_single_file(zoo, make_model, tmp_path):
+    sharded = make_model(tmp_path / "sharded", seed=1, base=zoo / "base", shard_size="20KB")
+    assert len(list(sharded.glob("*.safetensors"))) > 2
+    one, other = Checkpoint(str(zoo / "a")), Checkpoint(str(sharded))
+    assert one.tensors.keys() == other.tensors.keys()
+    assert all(torch.equal(one.read(name), other.read(name)) for name in one.tensors)
+
+
+def test_layers_and_depth_come_from_names(zoo):
+    family = Family([str(zoo / "base"), str(zoo / "a")])
+    assert family.layers == 3
+    assert [family.depth(f"model.layers.{i}.mlp.up_proj.weight") for i in range(3)] == [0, 0.5, 1]
+    assert family.depth("model.norm.weight") == 0.0
+    assert layer_of("transformer.h.11.attn.weight") == 11
+
+
+def test_gram_is_that_of_the_task_vectors(zoo):
+    models = tuple(str(zoo / name) for name in "ab")
+    family = Family([str(zoo / "base"), *models])
+    name = "model.layers.1.mlp.up_proj.weight"
+    base = family.read(str(zoo / "base"), name).double()
+    rows = torch.stack([family.read(model, name).double() - base for model in models])  # (n, r, c)
+    expected = torch.einsum("irc,jrc->rij", rows, rows)
+    by_row = family.gram(name, models, str(zoo / "base"), by_row=True)
+    torch.testing.assert_close(by_row, expected)
+    torch.testing.assert_close(family.gram(name, models, str(zoo / "base")), expected.sum(0))
+
+
+def test_copy_of_a_tied_head_is_not_a_tensor_of_the_model(zoo, tmp_path):
+    folder = copy_of(zoo / "base", tmp_path)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": True}))
+    assert "lm_head.weight" in Checkpoint(str(zoo / "base")).tensors
+    assert "lm_head.weight" not in Checkpoint(str(folder)).tensors
+
+
+def test_other_shapes_are_refused_by_name(zoo, make_model, tmp_path):
+    other = make_model(tmp_path / "wide", seed=0, intermediate_size=96)
+    with pytest.raises(RecipeError, match=r"differ in the shape of 'model.layers.0.mlp.down_proj"):
+        Family([str(zoo / "base"), str(other)])
+
+
+def test_other_architectures_are_refused_by_name(zoo, make_model, tmp_path):
+    other = make_model(tmp_path / "deep", seed=0, num_hidden_layers=4)
+    with pytest.raises(RecipeError, match=r"only '.*deep' has 'model.layers.3.input_layernorm"):
+        Family([str(zoo / "base"), str(other)])
+
+
+def test_file_cut_short_is_refused_by_name(zoo, tmp_path):
+    folder = copy_of(zoo / "a", tmp_path)
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(RecipeError, match=r"model.safetensors: damaged or cut short"):
+        Family([str(zoo / "base"), str(folder)])
+
+
+def test_missing_shard_is_refused_by_name(zoo, make_model, tmp_path):
+    folder = make_model(tmp_path / "sharded", seed=1, base=zoo / "base", shard_size="20KB")
+    shards = sorted(folder.glob("*.safetensors"))
+    shards[1].unlink()
+    with pytest.raises(RecipeError, match=f"names '{shards[1].name}', which is missing"):
+        Family([str(folder)])
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [("no/such/folder", "not a hub id"), ("nobody/nothing", "not to be had from the hub")],
+)
+def test_missing_model_is_refused_by_name(model, message):
+    with pytest.raises(RecipeError, match=f"model '{model}': no such folder, and {message}"):
+        Checkpoint(model)
+
+
+def test_pickled_weights_are_refused_with_the_way_out(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "pytorch_model.bin").write_bytes(b"")
+    with pytest.raises(RecipeError, match="convert it to safetensors"):
+        Family([str(tmp_path)])
