@@ -103,6 +103,17 @@ def _same_in_all(recipe: Recipe, name: str, read: Read) -> Tensor:
     return first
 
 
+def merged_tensors(
+    recipe: Recipe, family: Family, device: torch.device
+) -> Iterator[tuple[str, Tensor]]:
+    """Merge tensor by tensor, in the recipe's dtype, or else the one its models promote to."""
+    named = recipe.out_dtype or recipe.dtype
+    for name in family.names:
+        stored = family.stored_dtype(name)
+        dtype = getattr(torch, named) if named and stored.is_floating_point else stored
+        yield name, merge_tensor(recipe, name, family, device).to(dtype)
+
+
 class Builder:
     """Writes recipes into one live model, which keeps its parameters' storage throughout.
 

@@ -175,17 +175,19 @@ class Family:
         return tuple(self.reference.tensors)
 
     @cached_property
-    def layers(self) -> int:
-        """How many layers the tensors' names count."""
-        return 1 + max(
-            (layer for name in self.names if (layer := layer_of(name)) is not None), default=-1
-        )
+    def layer_filters(self) -> tuple[str, ...]:
+        """For each layer the piece of its tensors' names that no other layer's have."""
+        found = {
+            int(m[1]): m[0].strip(".") + "." for name in self.names if (m := _LAYER.search(name))
+        }
+        return tuple(found.get(layer, "") for layer in range(max(found, default=-1) + 1))
 
     def depth(self, name: str) -> float:
         """Where a tensor stands: 0 first layer or outside the layers, 1 last or only layer."""
         if (layer := layer_of(name)) is None:
             return 0.0
-        return layer / (self.layers - 1) if self.layers > 1 else 1.0
+        last = len(self.layer_filters) - 1
+        return layer / last if last > 0 else 1.0
 
     def read(self, model: str, name: str) -> Tensor:
         """A member's tensor as stored, on the CPU."""

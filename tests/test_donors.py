@@ -22,7 +22,7 @@ def test_shards_read_like_a_single_file(zoo, make_model, tmp_path):
 
 def test_layers_and_depth_come_from_names(zoo):
     family = Family([str(zoo / "base"), str(zoo / "a")])
-    assert family.layers == 3
+    assert family.layer_filters == ("layers.0.", "layers.1.", "layers.2.")
     assert [family.depth(f"model.layers.{i}.mlp.up_proj.weight") for i in range(3)] == [0, 0.5, 1]
     assert family.depth("model.norm.weight") == 0.0
     assert layer_of("transformer.h.11.attn.weight") == 11

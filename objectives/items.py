@@ -1,0 +1,170 @@
+"""Which items are searched on, selected on and tested on: disjoint, stratified, repeatable."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from objectives.base import Item, ObjectiveError
+
+Split = Literal["search", "select", "test"]
+
+SPLITS: tuple[str, ...] = get_args(Split)
+
+
+@dataclass(frozen=True)
+class Splits:
+    """Item numbers of each split, in scoring order."""
+
+    search: tuple[int, ...]
+    select: tuple[int, ...]
+    test: tuple[int, ...]
+
+
+def split_items(
+    items: Sequence[Item], tasks: Mapping[str, float], counts: Mapping[str, int], seed: int
+) -> Splits:
+    """Deal the items to three splits that share no content.
+
+    A question that occurs twice is used once, under the task that has it first. The total asked
+    for is divided over the tasks in proportion to their weights, none getting more than it has,
+    and each task's share over the splits in proportion to ``counts``. Within a task the order is
+    a shuffle by content, so the rows of a data file may be reordered freely. Tasks are then
+    interleaved: every prefix of a split is a stratified sample of the suite.
+
+    Args:
+        items: All items; the result holds indices into this sequence.
+        tasks: Positive weight of each task.
+        counts: Items wanted in each of ``search``, ``select`` and ``test``; exactly these are
+            given.
+        seed: Of the shuffle; the same seed, items and counts give the same splits.
+
+    Returns:
+        The three splits in scoring order.
+
+    Raises:
+        ObjectiveError: The totals do not fit, or a task would miss from a split.
+    """
+    _check_counts(counts)
+    shuffled = _shuffled_by_task(items, tasks, seed)
+    total = sum(counts[split] for split in SPLITS)
+    held = {task: len(numbers) for task, numbers in shuffled.items()}
+    if total > sum(held.values()):
+        raise ObjectiveError(
+            f"items: {dict(counts)} ask for {total} items but the tasks have {sum(held.values())} "
+            f"different ones ({_listed(held)}); ask for fewer or add a task"
+        )
+    shares = _water_fill(total, tasks, held)
+    dealt: dict[str, dict[str, list[int]]] = {split: {} for split in SPLITS}
+    for task, sizes in _divide(shares, counts).items():
+        remaining = iter(shuffled[task])
+        for split in SPLITS:
+            dealt[split][task] = [next(remaining) for _ in range(sizes[split])]
+    return Splits(**{split: _interleaved(dealt[split], tasks) for split in SPLITS})
+
+
+def blocks(order: Sequence[int], size: int) -> tuple[tuple[int, ...], ...]:
+    """Cut a scoring order into consecutive blocks of ``size`` items; the last may be shorter.
+
+    Raises:
+        ObjectiveError: ``size`` is below one item.
+    """
+    if size < 1:
+        raise ObjectiveError(f"block size {size} holds no item; make it 1 or more")
+    return tuple(tuple(order[start : start + size]) for start in range(0, len(order), size))
+
+
+def _check_counts(counts: Mapping[str, int]) -> None:
+    if set(counts) != set(SPLITS):
+        raise ObjectiveError(f"items: got {sorted(counts)}; give exactly {', '.join(SPLITS)}")
+    for split in SPLITS:
+        if counts[split] < 1:
+            raise ObjectiveError(f"items: {split} is {counts[split]}; make it 1 or more")
+
+
+def _shuffled_by_task(
+    items: Sequence[Item], tasks: Mapping[str, float], seed: int
+) -> dict[str, list[int]]:
+    """The numbers of each task's items without repeats, in an order the content decides."""
+    first: dict[str, int] = {}
+    for number, item in enumerate(items):
+        first.setdefault(item.key, number)
+    by_task: dict[str, list[int]] = {task: [] for task in tasks}
+    for number in first.values():
+        task = items[number].task
+        if task not in by_task:
+            raise ObjectiveError(f"item {number} is of task {task!r}, which has no weight")
+        by_task[task].append(number)
+    for numbers in by_task.values():
+        numbers.sort(key=lambda number: _shuffle_key(seed, items[number].key))
+    return by_task
+
+
+def _shuffle_key(seed: int, key: str) -> bytes:
+    return hashlib.sha256(f"{seed}/{key}".encode()).digest()
+
+
+def _water_fill(
+    total: int, weights: Mapping[str, float], held: Mapping[str, int]
+) -> dict[str, int]:
+    """Divide ``total`` in proportion to ``weights``; what a task cannot hold goes to the rest."""
+    full: dict[str, int] = {}
+    while True:
+        open_weights = {task: weight for task, weight in weights.items() if task not in full}
+        level = (total - sum(full.values())) / (sum(open_weights.values()) or 1.0)
+        over = [task for task, weight in open_weights.items() if level * weight >= held[task]]
+        if not over:
+            break
+        full |= {task: held[task] for task in over}
+    return full | _largest_remainder(total - sum(full.values()), open_weights)
+
+
+def _divide(shares: Mapping[str, int], counts: Mapping[str, int]) -> dict[str, dict[str, int]]:
+    """Divide each task's share over the splits so that the splits get exactly ``counts``.
+
+    Each task is divided in proportion to what the splits still lack, smallest share first: the
+    small ones need the ratio most, and the large ones absorb the rounding.
+
+    Returns:
+        Sizes by task, then by split.
+    """
+    lacking = {split: counts[split] for split in SPLITS}
+    sizes: dict[str, dict[str, int]] = {}
+    for task in sorted(shares, key=lambda task: (shares[task], task)):
+        sizes[task] = _largest_remainder(shares[task], lacking)
+        lacking = {split: lacking[split] - sizes[task][split] for split in lacking}
+        if missing := [split for split, size in sizes[task].items() if size < 1]:
+            raise ObjectiveError(
+                f"items: task {task!r} gets {shares[task]} of {sum(counts.values())} items "
+                f"({_listed(sizes[task])}; all tasks: {_listed(shares)}) and would miss from "
+                f"{', '.join(missing)}; ask for more items, raise its weight or leave it out"
+            )
+    return sizes
+
+
+def _largest_remainder(total: int, weights: Mapping[str, float]) -> dict[str, int]:
+    """Whole numbers summing to ``total``, in proportion to ``weights``; ties go to the first."""
+    mass = sum(weights.values()) or 1.0
+    ideal = {name: total * weight / mass for name, weight in weights.items()}
+    whole = {name: math.floor(share) for name, share in ideal.items()}
+    neediest = sorted(ideal, key=lambda name: whole[name] - ideal[name])
+    for name in neediest[: total - sum(whole.values())]:
+        whole[name] += 1
+    return whole
+
+
+def _interleaved(by_task: Mapping[str, Sequence[int]], tasks: Iterable[str]) -> tuple[int, ...]:
+    """Merge the tasks by relative position: the middle of one falls beside the middle of all."""
+    placed = [
+        ((place + 0.5) / len(by_task[task]), rank, number)
+        for rank, task in enumerate(tasks)
+        for place, number in enumerate(by_task[task])
+    ]
+    return tuple(number for _, _, number in sorted(placed))
+
+
+def _listed(numbers: Mapping[str, int]) -> str:
+    return ", ".join(f"{name} {number}" for name, number in numbers.items())

@@ -1,0 +1,288 @@
+"""The commands. What is heavy to import is imported by the command that needs it."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import importlib.util
+import json
+import os
+import shutil
+import sys
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from merge_engine.recipe import Recipe
+    from search.runner import Run
+    from search.spec import StudySpec
+
+DEMO = Path(__file__).parent.parent / "studies" / "demo"
+BAD_INPUT, INTERRUPTED = 2, 130
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command.
+
+    Returns:
+        0 done (also when the verdict is "not better"), 2 bad input, 130 interrupted.
+    """
+    options = _parser().parse_args(argv)
+    _quiet_libraries()
+    from merge_engine.recipe import RecipeError
+    from objectives.base import ObjectiveError
+    from search.spec import StudyError
+
+    try:
+        options.command(options)
+    except (RecipeError, ObjectiveError, StudyError) as error:
+        print(f"mergesearch: {error}", file=sys.stderr)
+        return BAD_INPUT
+    except KeyboardInterrupt:
+        print("\nmergesearch: stopped; the same command goes on from here", file=sys.stderr)
+        return INTERRUPTED
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="mergesearch",
+        description="Finds the model-merge recipe that is really better, and says how sure it is.",
+    )
+    version = importlib.metadata.version("mergesearch")
+    parser.add_argument("--version", action="version", version=f"mergesearch {version}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    def add(name: str, run: Callable[[Any], None], what: str, example: str) -> Any:
+        command = commands.add_parser(
+            name, help=what, description=what, epilog=f"example: mergesearch {example}"
+        )
+        command.set_defaults(command=run)
+        command.add_argument("--device", help="where the model lives (default: a GPU, else cpu)")
+        return command
+
+    demo = add("demo", _demo, "train a small family, search it, show the result", "demo --seed 1")
+    demo.add_argument("--out", type=Path, default=Path("runs/demo"), help="run folder")
+    run = add("run", _run, "run a study, or go on with it", "run study.yaml --out runs/mine")
+    run.add_argument("study", type=Path, help="the study's YAML file")
+    run.add_argument("--out", type=Path, required=True, help="run folder, made or resumed")
+    for command in (demo, run):
+        command.add_argument("--trials", type=int, help="instead of the study's number")
+        command.add_argument("--seed", type=int, help="instead of the study's seed")
+    build = add("build", _build, "merge a recipe into a checkpoint", "build recipe.yaml merged")
+    build.add_argument("recipe", type=Path, help="a mergekit recipe")
+    build.add_argument("out", type=Path, help="the folder to make")
+    score = add("score", _score, "score a model as a study does", "score merged study.yaml")
+    score.add_argument("model", help="a checkpoint folder, a hub id or a recipe's YAML file")
+    score.add_argument("study", type=Path, help="the study's YAML file")
+    score.add_argument("--split", choices=("search", "select", "test"), default="select")
+    score.add_argument("--json", action="store_true", help="print every item's answer as JSON")
+    check = add("check", _check, "validate a file and print its plan", "check study.yaml")
+    check.add_argument("file", type=Path, help="a study or a recipe")
+    export = add("export", _export, "save another trial of a run", "export runs/mine out --trial 7")
+    export.add_argument("run", type=Path, help="run folder")
+    export.add_argument("out", type=Path, help="the folder to make")
+    export.add_argument("--trial", type=int, help="its number (default: the winner)")
+    return parser
+
+
+def _quiet_libraries() -> None:
+    """Before torch and its kin are imported: no spinning threads, no bars but ours."""
+    quiet = {
+        "OMP_WAIT_POLICY": "PASSIVE",
+        "GOMP_SPINCOUNT": "0",
+        "TOKENIZERS_PARALLELISM": "false",
+        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+        "TRANSFORMERS_VERBOSITY": "error",
+    }
+    for name, value in quiet.items():
+        os.environ.setdefault(name, value)
+    warnings.simplefilter("ignore")
+
+
+def _console(*, stderr: bool = False) -> Console:
+    from rich.console import Console
+
+    return Console(stderr=stderr, soft_wrap=not sys.stdout.isatty())
+
+
+def _device(options: Any) -> str:
+    import torch
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    return options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _demo(options: Any) -> None:
+    source = importlib.util.spec_from_file_location("zoo", DEMO / "zoo.py")
+    if source is None or source.loader is None or not (DEMO / "zoo.py").is_file():
+        from search.spec import StudyError
+
+        raise StudyError(f"{DEMO} is missing: the demo runs from a clone of the repository")
+    zoo = importlib.util.module_from_spec(source)
+    sys.modules["zoo"] = zoo
+    source.loader.exec_module(zoo)
+    zoo.train_family(DEMO)
+    options.study = DEMO / "study.yaml"
+    _run(options)
+
+
+def _run(options: Any) -> None:
+    from search.spec import load_study
+
+    spec = load_study(options.study)
+    changes = {"trials": options.trials, "seed": options.seed}
+    wanted = {name: value for name, value in changes.items() if value is not None}
+    search = spec.search.model_copy(update=wanted)
+    _session(spec.model_copy(update={"search": search}), options.out, _device(options), _finish)
+
+
+def _session(
+    spec: StudySpec, folder: Path, device: str, work: Callable[[Run, Console], None]
+) -> None:
+    """Do ``work`` with a run, holding its folder."""
+    from search.bench import make_bench
+    from search.runner import Run, locked
+    from search.terminal import Progress
+
+    console = _console()
+    bench = make_bench(spec, device)  # checks everything; nothing is written before
+    with locked(folder):
+        progress = Progress(console)
+        run = Run(folder, bench, progress)
+        try:
+            run.adopt()
+            work(run, console)
+        finally:
+            progress.stop()
+
+
+def _finish(run: Run, console: Console) -> None:
+    """Search, choose, export, report: each step finds what an earlier session has done."""
+    from search.conclusion import conclude
+    from search.terminal import print_result
+
+    run.search()
+    result, recipe = conclude(run)
+    _replace_text(run.folder / "recipe.yaml", recipe.to_yaml())
+    checkpoint = run.folder / "checkpoint"
+    if not _holds(checkpoint, recipe):
+        shutil.rmtree(checkpoint, ignore_errors=True)
+        _save(run, recipe, checkpoint, console)
+    _replace_text(run.folder / "result.json", result.model_dump_json(indent=2) + "\n")
+    print_result(console, result, run.folder)
+
+
+def _holds(checkpoint: Path, recipe: Recipe) -> bool:
+    from merge_engine.recipe import load_recipe
+
+    file = checkpoint / "mergekit_config.yml"
+    return file.is_file() and load_recipe(file)[0].key == recipe.key
+
+
+def _save(run: Run, recipe: Recipe, out: Path, console: Console) -> None:
+    from search.runner import export
+
+    console.print(f"saving {out}")
+    compared = export(run, recipe, out)
+    console.print(f"rebuilt: all {compared} answers are those in the database", highlight=False)
+
+
+def _replace_text(file: Path, text: str) -> None:
+    """Write a file so that it is the old one or the new one, never half of it."""
+    partial = file.with_name(file.name + ".partial")
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(file)
+
+
+def _build(options: Any) -> None:
+    import torch
+
+    from merge_engine.builder import merged_tensors
+    from merge_engine.checkpoint import write_checkpoint
+    from merge_engine.donors import Family
+    from merge_engine.recipe import load_recipe
+    from search.terminal import print_notes
+
+    recipe, notes = load_recipe(options.recipe)
+    console = _console()
+    print_notes(console, notes)
+    family = Family(recipe.models_read)
+    tensors = merged_tensors(recipe, family, torch.device(_device(options)))
+    write_checkpoint(tensors, options.out, like=family.reference, recipe=recipe)
+    console.print(f"{options.out}: {len(family.names)} tensors of {recipe.merge_method}")
+
+
+def _score(options: Any) -> None:
+    from objectives.scores import bootstrap
+    from search.bench import load_live, make_objective, make_splits
+    from search.spec import load_study
+
+    spec = load_study(options.study)
+    model, base = load_live(spec, options.model, _device(options))
+    objective = make_objective(spec, model, base)
+    items = getattr(make_splits(spec, objective), options.split)
+    answers = objective.score(model, items)
+    tasks = [objective.items[number].task for number in items]
+    interval = bootstrap(answers, tasks, objective.tasks, seed=spec.search.seed)
+    from objectives.scores import task_means
+    from search.result import Score
+
+    ends = (interval.low, interval.high)
+    score = Score(mean=interval.mean, ci95=ends, tasks=task_means(answers, tasks))
+    if options.json:
+        keys = [objective.items[number].key for number in items]
+        rows = [
+            {"task": task, "item": key, "answer": answer}
+            for task, key, answer in zip(tasks, keys, answers, strict=True)
+        ]
+        print(json.dumps(score.model_dump() | {"split": options.split, "items": rows}))
+        return
+    from search.terminal import print_score
+
+    print_score(_console(), options.model, options.split, score, len(items))
+
+
+def _check(options: Any) -> None:
+    from merge_engine.recipe import load_yaml
+    from search.plan import check_recipe, check_study
+    from search.terminal import print_notes
+
+    _device(options)
+    check = check_recipe if "merge_method" in load_yaml(options.file) else check_study
+    plan, notes = check(options.file)
+    console = _console()
+    print_notes(console, notes)
+    for line in plan:
+        console.print(line, highlight=False, markup=False)
+
+
+def _export(options: Any) -> None:
+    from merge_engine.recipe import Recipe, RecipeError
+    from search.runner import stored_spec
+    from search.spec import StudyError
+
+    if options.out.exists():
+        raise RecipeError(f"{options.out} exists; choose another folder or remove it")
+
+    def save(run: Run, console: Console) -> None:
+        if options.trial is None:
+            result = run.folder / "result.json"
+            if not result.is_file():
+                raise StudyError(f"{run.folder} has no winner yet; name a --trial")
+            mapping = json.loads(result.read_text(encoding="utf-8"))["winner"]["recipe"]
+            recipe = Recipe.model_validate(mapping)
+        else:
+            recipe = run.recipe_of(options.trial)
+        _save(run, recipe, options.out, console)
+
+    _session(stored_spec(options.run), options.run, _device(options), save)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

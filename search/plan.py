@@ -1,0 +1,99 @@
+"""What ``check`` says: can a file be used, and what would using it take? Reads no weights."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from merge_engine.donors import Checkpoint, Family
+from merge_engine.recipe import load_recipe
+from search.bench import make_objective, make_splits, model_dtype, open_family, torch_dtype
+from search.space import Space
+from search.spec import load_study
+
+Plan = tuple[list[str], list[str]]  # lines, and notes
+
+
+def check_recipe(file: Path) -> Plan:
+    """Validate a recipe with the headers of its models.
+
+    Raises:
+        RecipeError: It cannot be built.
+    """
+    recipe, notes = load_recipe(file)
+    family = Family(recipe.models_read)
+    for name in family.names:
+        recipe.values(name, family.depth(name))
+    dtype = recipe.out_dtype or recipe.dtype or model_dtype(family.reference)
+    return [f"recipe: {recipe.merge_method}, writes {dtype}", *_family(family, dtype)], notes + (
+        _tokenizers(family)
+    )
+
+
+def check_study(file: Path) -> Plan:
+    """Validate a study with the headers of its models and the items of its tasks.
+
+    Raises:
+        StudyError, RecipeError, ObjectiveError: It cannot be run.
+    """
+    spec = load_study(file)
+    family = open_family(spec)
+    dtype = spec.dtype or model_dtype(family.reference)
+    config = AutoConfig.from_pretrained(family.reference.folder)
+    with torch.device("meta"):  # tasks are prepared for a model; this one has no weights
+        model = AutoModelForCausalLM.from_config(config, dtype=torch_dtype(dtype))
+    objective = make_objective(spec, model, family.reference)
+    splits = make_splits(spec, objective)
+    space = Space.of(spec, family.layer_filters, dtype)
+    searched = {name: d for name, d in space.distributions().items() if name != "method"}
+    lines = [
+        f"study: {spec.search.trials} trials of {', '.join(spec.search.methods)}",
+        f"searched: {', '.join(searched) or 'the method alone'}; "
+        f"{len(space.warm_starts())} warm starts first",
+        *_family(family, dtype),
+    ]
+    for split, wanted in spec.objective.items.model_dump().items():
+        tasks = [objective.items[number].task for number in getattr(splits, split)]
+        counted = ", ".join(f"{task} {tasks.count(task)}" for task in dict.fromkeys(tasks))
+        lines.append(f"{split}: {wanted} items ({counted})")
+    return lines, _tokenizers(family)
+
+
+def _family(family: Family, dtype: str) -> list[str]:
+    """Models, sizes and the memory a build takes."""
+    tensors = family.reference.tensors
+    sizes = [torch.Size(info.shape).numel() for info in tensors.values()]
+    members = len(family.checkpoints)
+    live = sum(sizes) * torch_dtype(dtype).itemsize
+    work = max(sizes) * 4 * (members + 2)
+    return [
+        *(
+            f"model: {checkpoint.model} ({checkpoint.folder})"
+            for checkpoint in family.checkpoints.values()
+        ),
+        f"shape: {len(tensors)} tensors, {sum(sizes) / 1e6:.1f} M parameters, "
+        f"{len(family.layer_filters)} layers",
+        f"memory: {live / 2**20:.0f} MiB for the live model in {dtype}, up to "
+        f"{work / 2**20:.0f} MiB more while its largest tensor is merged; donors stay on disk",
+    ]
+
+
+def _tokenizers(family: Family) -> list[str]:
+    """Notes on models whose tokens are not the reference's: their embeddings are merged as is."""
+    expected = _vocabulary(family.reference)
+    return [
+        f"model {checkpoint.model!r} has another vocabulary than {family.reference.model!r}; rows "
+        "of the embeddings are merged by number, and the result gets the latter's tokenizer"
+        for checkpoint in family.checkpoints.values()
+        if expected is not None and _vocabulary(checkpoint) not in (None, expected)
+    ]
+
+
+def _vocabulary(checkpoint: Checkpoint) -> object:
+    file = checkpoint.folder / "tokenizer.json"
+    if not file.is_file():
+        return None
+    return json.loads(file.read_text(encoding="utf-8"))["model"].get("vocab")

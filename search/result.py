@@ -1,0 +1,97 @@
+"""result.json, the machine-readable truth of a run. All means are in the tasks' own unit."""
+
+from __future__ import annotations
+
+import importlib.metadata
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict
+
+from objectives.scores import Interval
+
+PACKAGES = ("mergesearch", "torch", "transformers", "lm_eval", "optuna", "safetensors")
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Score(_Frozen):
+    """A model on the test items: weighted mean with its 95 % interval, and each task's mean."""
+
+    mean: float
+    ci95: tuple[float, float]
+    tasks: dict[str, float]
+
+
+class Difference(_Frozen):
+    """The winner less another model on the same test items."""
+
+    mean: float
+    ci95: tuple[float, float]
+
+    @classmethod
+    def of(cls, interval: Interval) -> Difference:
+        """From an interval."""
+        return cls(mean=interval.mean, ci95=(interval.low, interval.high))
+
+
+class Baseline(_Frozen):
+    """A model the winner is compared with."""
+
+    test: Score
+    difference: Difference
+
+
+class DonorDifference(Difference):
+    """As Difference, to the donor that was best on the search and select items."""
+
+    donor: str
+
+
+class Winner(_Frozen):
+    """The chosen recipe, the trial that first proposed it, and how it tests."""
+
+    recipe: dict[str, Any]
+    trial: int
+    test: Score
+
+
+class Seconds(_Frozen):
+    """Where the time went; ``total`` counts every session of the run."""
+
+    build: float
+    score: float
+    ask: float
+    total: float
+
+
+class Result(_Frozen):
+    """What a run found.
+
+    ``search_score`` is what the search believed of the winner, on items it was chosen for: it is
+    shown to be compared with ``winner.test``. ``times_tested`` is how many winners have been asked
+    the test items so far: more than one if a finished run was extended.
+    """
+
+    version: Literal[1] = 1
+    verdict: Literal["better", "not better"]
+    winner: Winner
+    donors: dict[str, Baseline]
+    base: Baseline
+    uniform: Baseline
+    difference_to_best_donor: DonorDifference
+    search_score: float
+    select_score: float
+    trials: int
+    failed_trials: int
+    item_evaluations: int
+    times_tested: int
+    seconds: Seconds
+    seed: int
+    versions: dict[str, str]
+
+
+def package_versions() -> dict[str, str]:
+    """Versions of what the numbers depend on."""
+    return {name: importlib.metadata.version(name) for name in PACKAGES}

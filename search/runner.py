@@ -1,0 +1,229 @@
+"""A run: ask, build, score, tell; then choose, test once and export.
+
+Everything a run knows is in its database, so running it again goes on where it stopped: finished
+trials are kept, a trial that was at work is taken up again with its finished blocks, and proposals
+depend on the finished trials alone.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from optuna.study import Study
+from optuna.trial import FrozenTrial, Trial, TrialState
+
+from merge_engine.checkpoint import write_checkpoint
+from merge_engine.recipe import Recipe, RecipeError
+from objectives.base import ObjectiveError
+from search.bench import Bench
+from search.samplers import make_sampler
+from search.scoring import Scorer
+from search.selection import Sheet, shortfall
+from search.spec import Split, StudyError, StudySpec
+from search.storage import Store
+from search.terminal import Progress
+
+RANDOM_STARTUP = 10  # random points after the warm starts, before a model of them is trusted
+DATABASE = "study.db"
+
+
+@contextmanager
+def locked(run: Path) -> Iterator[None]:
+    """Hold the run folder for this process alone.
+
+    Raises:
+        StudyError: It cannot be made, holds other files, or another process has it.
+    """
+    try:
+        run.mkdir(parents=True, exist_ok=True)
+        if any(run.iterdir()) and not ((run / DATABASE).exists() or (run / "lock").exists()):
+            raise StudyError(f"{run} holds other files; choose an empty folder or a run to resume")
+        with (run / "lock").open("w") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                raise StudyError(
+                    f"{run} is being worked on by another process; wait for it"
+                ) from None
+            yield
+    except OSError as error:
+        raise StudyError(f"{run}: {error.strerror}; choose another folder") from None
+
+
+def stored_spec(run: Path) -> StudySpec:
+    """The study a run folder belongs to.
+
+    Raises:
+        StudyError: There is no run in it.
+    """
+    if not (run / DATABASE).is_file():
+        raise StudyError(f"{run}: no run here (no {DATABASE}); give the folder of a run")
+    attributes = Store(run / DATABASE).study().user_attrs
+    if "spec" not in attributes:
+        raise StudyError(f"{run}: the run was stopped before it began; run it again")
+    return StudySpec.model_validate(attributes["spec"])
+
+
+@dataclass
+class Run:
+    """One session of a run: its folder, its bench and what it has asked."""
+
+    folder: Path
+    bench: Bench
+    progress: Progress
+
+    def __post_init__(self) -> None:
+        self.store = Store(self.folder / DATABASE)
+        self.study: Study = self.store.study()
+        self.scorer = Scorer(self.bench, self.store, on_block=self.progress.block)
+        self._started = time.perf_counter()
+        self._ask_seconds = 0.0
+        self._earlier: Mapping[str, float] = self.study.user_attrs.get("seconds", {})
+
+    @property
+    def spec(self) -> StudySpec:
+        """The study's."""
+        return self.bench.spec
+
+    def adopt(self) -> None:
+        """Write the study into the database, or compare it with what is there.
+
+        Raises:
+            StudyError: The folder is another study's, or the tasks' files have changed.
+        """
+        mine: dict[str, Any] = {
+            "spec": self.spec.model_dump(mode="json"),
+            "items": self.bench.items_key,
+        }
+        theirs = self.study.user_attrs
+        if "spec" in theirs:
+            if changed := _changes(theirs["spec"], mine["spec"]):
+                raise StudyError(
+                    f"{self.folder} is the run of another study: {'; '.join(changed)}. "
+                    "Choose another --out, or set it back"
+                )
+            if theirs["items"] != mine["items"]:
+                raise StudyError(
+                    f"{self.folder}: the tasks' items have changed since the run began; "
+                    "restore the task files or choose another --out"
+                )
+        for name, value in mine.items():
+            self.study.set_user_attr(name, value)
+
+    def search(self) -> None:
+        """Ask and tell until the study has its trials."""
+        self._enqueue_warm_starts()
+        self.progress.start(self.spec.search.trials, self.finished())
+        while len(self.finished()) < self.spec.search.trials:
+            trial = self._ask()
+            recipe = self.bench.space.recipe(trial.params)
+            trial.set_user_attr("recipe", recipe.key)
+            try:
+                sheet = self.sheet(recipe, "search")
+            except (RecipeError, ObjectiveError) as error:
+                trial.set_user_attr("error", str(error))
+                finished = self.study.tell(trial, state=TrialState.FAIL)
+            else:
+                if floors := self.spec.objective.constraints:
+                    trial.set_constraint("floors", shortfall(sheet, floors))
+                finished = self.study.tell(trial, sheet.mean)
+            self.study.set_user_attr("seconds", self.seconds())
+            self.progress.trial(finished)
+
+    def sheet(self, recipe: Recipe, split: Split) -> Sheet:
+        """A recipe's answers to a split."""
+        answers = self.scorer.answers(recipe, split)
+        return Sheet(tuple(answers), tuple(self.bench.tasks_of(split)), self.bench.weights)
+
+    def finished(self) -> list[FrozenTrial]:
+        """Trials that were told, with a value or an error."""
+        states = (TrialState.COMPLETE, TrialState.FAIL)
+        return self.study.get_trials(deepcopy=False, states=states)
+
+    def recipes(self) -> dict[str, tuple[int, Recipe]]:
+        """Every recipe that has a search score, by key, with the first trial to propose it."""
+        found: dict[str, tuple[int, Recipe]] = {}
+        for trial in self.study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,)):
+            recipe = self.bench.space.recipe(trial.params)
+            found.setdefault(recipe.key, (trial.number, recipe))
+        return found
+
+    def recipe_of(self, number: int) -> Recipe:
+        """The recipe of a finished trial.
+
+        Raises:
+            StudyError: There is no such trial.
+        """
+        for trial in self.finished():
+            if trial.number == number:
+                return self.bench.space.recipe(trial.params)
+        raise StudyError(f"{self.folder} has no finished trial {number}")
+
+    def seconds(self) -> Mapping[str, float]:
+        """Time of all sessions so far: ask, build and total."""
+        return {
+            name: self._earlier.get(name, 0.0) + now
+            for name, now in (
+                ("ask", self._ask_seconds),
+                ("build", self.scorer.build_seconds),
+                ("total", time.perf_counter() - self._started),
+            )
+        }
+
+    def _ask(self) -> Trial:
+        """The trial that was at work when the run was stopped, or a new one."""
+        start = time.perf_counter()
+        running = self.study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
+        number = running[0].number if running else self._next_number()
+        search = self.spec.search
+        startup = len(self.bench.space.warm_starts()) + RANDOM_STARTUP
+        self.study.sampler = make_sampler(search.sampler, search.seed, number, startup)
+        distributions = self.bench.space.distributions()
+        if running:
+            trial = Trial(self.study, running[0]._trial_id)
+            for name, distribution in distributions.items():
+                trial._suggest(name, distribution)
+        else:
+            trial = self.study.ask(distributions)
+        self._ask_seconds += time.perf_counter() - start
+        return trial
+
+    def _next_number(self) -> int:
+        waiting = self.study.get_trials(deepcopy=False, states=(TrialState.WAITING,))
+        return waiting[0].number if waiting else len(self.study.get_trials(deepcopy=False))
+
+    def _enqueue_warm_starts(self) -> None:
+        known = {trial.user_attrs.get("start") for trial in self.study.get_trials(deepcopy=False)}
+        for label, point in self.bench.space.warm_starts():
+            if label not in known:
+                self.study.enqueue_trial(point, user_attrs={"start": label})
+
+
+def _changes(old: Mapping[str, Any], new: Mapping[str, Any], where: str = "") -> list[str]:
+    """What differs between two studies, but for the number of trials."""
+    found = []
+    for name in sorted({*old, *new}):
+        mine, theirs = new.get(name), old.get(name)
+        if isinstance(mine, dict) and isinstance(theirs, dict):
+            found += _changes(theirs, mine, f"{where}{name}.")
+        elif mine != theirs and f"{where}{name}" != "search.trials":
+            found.append(f"{where}{name} was {theirs!r} and is {mine!r}")
+    return found
+
+
+def export(run: Run, recipe: Recipe, out: Path) -> int:
+    """Build a recipe once more, make sure that it answers as it did, and save it.
+
+    Returns:
+        How many answers were compared with the database.
+    """
+    compared = run.scorer.check(recipe)
+    reference = run.bench.builder.family.reference
+    write_checkpoint(run.bench.builder.tensors(), out, like=reference, recipe=recipe)
+    return compared

@@ -1,0 +1,64 @@
+"""Who wins, and is it true: pure functions of answers.
+
+All noise is item sampling, so everyone is compared on the same items. The best search scores are
+lucky ones; the few best are therefore asked fresh items, the winner is the best on both kinds
+together, and only a third kind, asked once, says how good it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from objectives.scores import Interval, paired_bootstrap, task_means, weighted_mean
+
+
+@dataclass(frozen=True)
+class Sheet:
+    """Answers of one recipe to some items, with the items' tasks and the tasks' weights."""
+
+    answers: tuple[float, ...]
+    tasks: tuple[str, ...]
+    weights: Mapping[str, float]
+
+    def __add__(self, other: Sheet) -> Sheet:
+        """Both sheets' items together."""
+        return Sheet(self.answers + other.answers, self.tasks + other.tasks, self.weights)
+
+    @property
+    def by_task(self) -> dict[str, float]:
+        """Each task's mean."""
+        return task_means(self.answers, self.tasks)
+
+    @property
+    def mean(self) -> float:
+        """The study's weighted mean over tasks."""
+        return weighted_mean(self.by_task, self.weights)
+
+    def minus(self, other: Sheet, seed: int) -> Interval:
+        """This sheet less another on the same items: paired, with a 95 % bootstrap interval."""
+        return paired_bootstrap(self.answers, other.answers, self.tasks, self.weights, seed=seed)
+
+
+def shortfall(sheet: Sheet, floors: Mapping[str, float]) -> float:
+    """By how much the tasks miss their floors, summed; 0 when all are met."""
+    means = sheet.by_task
+    return sum(max(0.0, floor - means[task]) for task, floor in floors.items())
+
+
+def ranked(sheets: Mapping[str, Sheet], floors: Mapping[str, float]) -> list[str]:
+    """Names from best to worst: those that meet the floors first, then by mean.
+
+    With equal numbers of items for all, the order of means is that of posterior means.
+    """
+    return sorted(sheets, key=lambda name: (shortfall(sheets[name], floors), -sheets[name].mean))
+
+
+def verdict(differences: Sequence[Interval]) -> Literal["better", "not better"]:
+    """Better, if the winner beats every model it was merged from, each interval above zero.
+
+    Requiring all of them needs no correction for looking at several: the claim fails as soon as
+    one comparison does.
+    """
+    return "better" if differences and all(d.low > 0 for d in differences) else "not better"

@@ -1,0 +1,282 @@
+"""What is searched: points of Optuna, and the recipes they stand for.
+
+Scale and mixture are separate axes, shared by all methods: ``scale`` is the donors' mean weight
+(so 1/k of one donor's weight in the uniform average of k, and 1 adds every task vector in full),
+and ``mix_1 .. mix_{k-1}`` cut the mixture stick by stick, so that a uniform point is a uniform
+mixture of the simplex and no two points are one recipe. With depth groups or tensor-name splits
+every unit of the model has a scale and a mixture of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution
+
+from merge_engine.methods import METHODS, Base, Param
+from merge_engine.recipe import Recipe
+from search.spec import StudySpec, searchable
+
+Point = Mapping[str, Any]
+UNIFORM = "uniform average"
+LADDER = (0.2, 0.4, 0.6, 0.8, 1.0)
+
+
+@dataclass(frozen=True)
+class Space:
+    """The recipes of a study.
+
+    Args:
+        base: The base model.
+        donors: k models.
+        methods: Names in METHODS.
+        scale: Range of the donors' mean weight.
+        ranges: Range of every other searched or fixed parameter, equal ends for a fixed one.
+        units: Parts of the model with weights of their own: for each the tensor-name filters that
+            make it up. The last unit has every other tensor, too.
+        dtype: Of the merged weights.
+        seed: Of random methods' masks.
+    """
+
+    base: str
+    donors: tuple[str, ...]
+    methods: tuple[str, ...]
+    scale: tuple[float, float]
+    ranges: Mapping[str, tuple[float, float]]
+    units: tuple[tuple[str, ...], ...] = ((),)
+    dtype: str = "float32"
+    seed: int = 0
+
+    @classmethod
+    def of(cls, spec: StudySpec, layers: Sequence[str], dtype: str) -> Space:
+        """The space of a study over models whose layers have these tensor-name filters."""
+        search = spec.search
+        found = {}
+        for name in sorted(searchable(search.methods)):
+            param = next(
+                METHODS[m].params[name] for m in search.methods if name in METHODS[m].params
+            )
+            if name in search.ranges:
+                found[name] = search.ranges[name]
+            elif param.search is not None:
+                found[name] = param.search
+        return cls(
+            base=spec.base_model,
+            donors=spec.models,
+            methods=search.methods,
+            scale=search.scale,
+            ranges=found,
+            units=_units(layers, search.layer_groups, search.split),
+            dtype=dtype,
+            seed=search.seed,
+        )
+
+    def distributions(self) -> dict[str, BaseDistribution]:
+        """Optuna's view: the same names for every method, fixed parameters left out."""
+        ranges = {
+            **{self._name("scale", unit): self.scale for unit in range(len(self.units))},
+            **{
+                self._name(f"mix_{stick}", unit): (0.0, 1.0)
+                for unit in range(len(self.units))
+                for stick in range(1, len(self.donors))
+            },
+            **self.ranges,
+        }
+        searched = {name: bounds for name, bounds in ranges.items() if bounds[0] < bounds[1]}
+        return {
+            "method": CategoricalDistribution(self.methods),
+            **{name: FloatDistribution(*bounds) for name, bounds in searched.items()},
+        }
+
+    def contains(self, point: Point) -> bool:
+        """Whether the study's ranges allow the point."""
+        distributions = self.distributions()
+        return point.keys() == distributions.keys() and all(
+            distribution._contains(distribution.to_internal_repr(point[name]))
+            for name, distribution in distributions.items()
+        )
+
+    def weights(self, point: Point) -> list[tuple[float, ...]]:
+        """Each unit's weights of the k donors; their mean is the unit's scale."""
+        k = len(self.donors)
+        return [
+            tuple(
+                round(k * self._get(point, "scale", unit) * share, 6)
+                for share in _mixture([point[self._name(f"mix_{i}", unit)] for i in range(1, k)])
+            )
+            for unit in range(len(self.units))
+        ]
+
+    def recipe(self, point: Point) -> Recipe:
+        """The recipe a point stands for; parameters its method has not are left out."""
+        weights = self.weights(point)
+        method = str(point["method"])
+        if METHODS[method].base is Base.ENDPOINT:
+            return self._arc(method, point)
+        params = METHODS[method].params
+        shared: dict[str, Any] = {
+            name: param.default
+            for name, param in params.items()
+            if param.default is not None and not param.per_donor
+        }
+        active = [name for name in self.ranges if name in params and params[name].effect]
+        shared |= {name: self._value(point, name, params[name]) for name in active}
+        if "weight" not in params:
+            weights = [(0.0,) * len(self.donors)]
+        elif "lambda" not in params or shared.get("normalize"):
+            # Only the ratio of the weights counts here; the scale is lambda's, if there is one.
+            scales = [self._get(point, "scale", unit) for unit in range(len(self.units))]
+            weights = [
+                tuple(round(w / scale, 6) if scale else 1.0 for w in unit)
+                for unit, scale in zip(weights, scales, strict=True)
+            ]
+            if "lambda" in params:
+                shared["lambda"] = self._setting([round(scale, 6) for scale in scales])
+        return self._make(method, weights if "weight" in params else None, shared)
+
+    def baselines(self) -> dict[str, Recipe]:
+        """What any winner has to beat: base and donors by name, and the ``UNIFORM`` average."""
+        k = len(self.donors)
+        weights = {self.base: (0.0,) * k}
+        weights |= {d: tuple(float(d == other) for other in self.donors) for d in self.donors}
+        weights[UNIFORM] = (round(1 / k, 6),) * k
+        whole = replace(self, units=((),), methods=("task_arithmetic",), ranges={})
+        return {
+            name: whole.recipe(whole.point("task_arithmetic", of_donors))
+            for name, of_donors in weights.items()
+        }
+
+    def point(self, method: str, weights: Sequence[float], **values: float) -> dict[str, Any]:
+        """The point whose recipe has these weights of the k donors in every unit.
+
+        Parameters not in ``values`` get the middle of their range.
+        """
+        scale = sum(weights) / len(weights)
+        sticks = _sticks(
+            [w / (scale * len(weights)) if scale else 1 / len(weights) for w in weights]
+        )
+        point: dict[str, Any] = {"method": method}
+        for unit in range(len(self.units)):
+            point[self._name("scale", unit)] = scale
+            point |= {self._name(f"mix_{i}", unit): u for i, u in enumerate(sticks, start=1)}
+        middles = {name: (low + high) / 2 for name, (low, high) in self.ranges.items()}
+        known = self.distributions()
+        point |= middles | values
+        return {name: point[name] for name in known} if known.keys() <= point.keys() else point
+
+    def warm_starts(self) -> list[tuple[str, dict[str, Any]]]:
+        """What is tried first: base, each donor, their average, a ladder of scales, each method.
+
+        Labels and points; those outside the study's ranges are left out.
+        """
+        k = len(self.donors)
+        ones = (1.0,) * k
+        starts: list[tuple[str, dict[str, Any]]] = []
+        if "task_arithmetic" in self.methods:
+            named = [("base", (0.0,) * k)]
+            named += [(d, tuple(float(d == other) for other in self.donors)) for d in self.donors]
+            named.append((UNIFORM, (round(1 / k, 6),) * k))
+            named += [(f"scale {scale:g}", (scale,) * k) for scale in LADDER]
+            starts += [(label, self.point("task_arithmetic", w)) for label, w in named]
+        others = [method for method in self.methods if method != "task_arithmetic"]
+        starts += [(f"{method} as it is", self.point(method, ones)) for method in others]
+        return [(label, point) for label, point in starts if self.contains(point)]
+
+    def _arc(self, method: str, point: Point) -> Recipe:
+        """Slerp between the two donors that weigh most, from the heavier's side."""
+        weights = self.weights(point)
+        totals = [sum(unit[i] for unit in weights) for i in range(len(self.donors))]
+        ranked = sorted(range(len(self.donors)), key=lambda i: -totals[i])
+        first, second = sorted(ranked[:2])
+        shares = [
+            round(unit[second] / both, 6) if (both := unit[first] + unit[second]) else 0.5
+            for unit in weights
+        ]
+        ends = [{"model": self.donors[i]} for i in (first, second)]
+        return self._validated(method, self.donors[first], ends, {"t": self._setting(shares)})
+
+    def _make(
+        self, method: str, weights: Sequence[Sequence[float]] | None, shared: dict[str, Any]
+    ) -> Recipe:
+        models: list[dict[str, Any]] = [
+            {"model": donor}
+            | (
+                {"parameters": {"weight": self._setting([u[i] for u in weights])}}
+                if weights
+                else {}
+            )
+            for i, donor in enumerate(self.donors)
+        ]
+        if METHODS[method].base is Base.INPUT:  # named, so that config and tokenizer are the base's
+            models = [{"model": self.base, "parameters": {"weight": 0.0}}, *models]
+        return self._validated(method, self.base, models, shared)
+
+    def _validated(
+        self, method: str, base: str, models: list[dict[str, Any]], parameters: dict[str, Any]
+    ) -> Recipe:
+        return Recipe.model_validate(
+            {
+                "merge_method": method,
+                "base_model": base,
+                "models": models,
+                "parameters": parameters,
+                "dtype": "float32",  # in 16 bits mergekit's own rounding can exceed the deltas
+                "out_dtype": self.dtype,
+                "seed": self.seed,
+            }
+        )
+
+    def _setting(self, by_unit: Sequence[float]) -> Any:
+        """A setting with one value per unit of the model."""
+        if len(by_unit) == 1:
+            return by_unit[0]
+        clauses = [
+            {"filter": name, "value": value}
+            for filters, value in zip(self.units, by_unit, strict=True)
+            for name in filters
+        ]
+        return [*clauses, {"value": by_unit[-1]}]
+
+    def _name(self, name: str, unit: int) -> str:
+        return name if len(self.units) == 1 else f"{name}@{unit}"
+
+    def _get(self, point: Point, name: str, unit: int) -> float:
+        return float(point.get(self._name(name, unit), self.scale[0]))
+
+    def _value(self, point: Point, name: str, param: Param) -> float | bool | int:
+        value = float(point.get(name, self.ranges[name][0]))
+        return param.kind(round(value, 6)) if param.kind is not bool else value >= 0.5
+
+
+def _units(layers: Sequence[str], groups: int, split: Sequence[str]) -> tuple[tuple[str, ...], ...]:
+    """Filters of each unit: depth groups times name splits, then what the splits leave over."""
+    if groups == 1:
+        return (*((part,) for part in split), ())
+    depths = [
+        tuple(layer for i, layer in enumerate(layers) if i * groups // len(layers) == group)
+        for group in range(groups)
+    ]
+    named = [tuple(layer + part for layer in depth) for depth in depths for part in split]
+    return (*named, *depths)
+
+
+def _mixture(sticks: Sequence[float]) -> list[float]:
+    """Break the unit stick k-1 times: k shares, uniform on the simplex for uniform sticks."""
+    shares, left = [], 1.0
+    for place, stick in enumerate(sticks):
+        share = left * (1 - (1 - stick) ** (1 / (len(sticks) - place)))
+        shares.append(share)
+        left -= share
+    return [*shares, max(left, 0.0)]
+
+
+def _sticks(shares: Sequence[float]) -> list[float]:
+    """The inverse of ``_mixture``."""
+    sticks, left = [], 1.0
+    for place, share in enumerate(shares[:-1]):
+        part = min(1.0, share / left) if left > 1e-12 else 0.0
+        sticks.append(1 - (1 - part) ** (len(shares) - 1 - place))
+        left -= share
+    return sticks

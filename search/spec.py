@@ -1,0 +1,230 @@
+"""study.yaml: what the user wants, checked once, with every path absolute."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    ValidationError,
+)
+
+from merge_engine.methods import METHODS
+from merge_engine.recipe import DtypeName, RecipeError, check_keys, first_error, load_yaml
+from search.samplers import SAMPLERS
+
+
+class StudyError(ValueError):
+    """A study, option or run folder that cannot be used; the message says what to do."""
+
+
+def _as_range(raw: object) -> object:
+    return raw if isinstance(raw, list | tuple) else (raw, raw)
+
+
+# A number fixes a parameter; [low, high] searches it.
+Range = Annotated[tuple[float, float], BeforeValidator(_as_range)]
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Task(_Frozen):
+    """A benchmark task: an lm-eval name, the metric to use and its weight in the mean."""
+
+    task: str
+    metric: str | None = None
+    weight: PositiveFloat = 1.0
+    num_fewshot: NonNegativeInt | None = None
+
+
+class ItemCounts(_Frozen):
+    """How many items, over all tasks, to search on, to choose the winner on and to test on."""
+
+    search: PositiveInt = 200
+    select: PositiveInt = 200
+    test: PositiveInt = 400
+
+
+class Objective(_Frozen):
+    """What is scored: ``constraints`` are floors on tasks' means, ``block`` items per step."""
+
+    tasks: tuple[Task, ...] = Field(min_length=1)
+    include_path: tuple[Path, ...] = ()
+    items: ItemCounts = ItemCounts()
+    constraints: dict[str, float] = Field(default_factory=dict)
+    apply_chat_template: bool = False
+    batch_size: PositiveInt = 64
+    block: PositiveInt = 60
+
+
+class Search(_Frozen):
+    """What is searched: ``scale`` is the donors' mean weight, ``ranges`` by parameter name."""
+
+    methods: tuple[str, ...] = Field(min_length=1)
+    scale: Range = (0.0, 1.5)
+    ranges: dict[str, Range] = Field(default_factory=dict)
+    layer_groups: PositiveInt = 1
+    split: tuple[str, ...] = ()
+    trials: PositiveInt = 100
+    finalists: PositiveInt = 8
+    sampler: str = "auto"
+    seed: NonNegativeInt = 0
+
+
+class StudySpec(_Frozen):
+    """A whole study. ``base_model`` and ``models`` are absolute folders or hub ids."""
+
+    base_model: str
+    models: tuple[str, ...] = Field(min_length=1)
+    dtype: DtypeName | None = None
+    search: Search
+    objective: Objective
+
+
+def load_study(path: Path) -> StudySpec:
+    """Read a study file; its relative paths count from the file's own folder.
+
+    Raises:
+        StudyError: What is wrong, where, and what to do.
+    """
+    try:
+        return parse_study(load_yaml(path), path.parent, where=str(path))
+    except RecipeError as error:
+        raise StudyError(str(error)) from None
+
+
+def parse_study(mapping: Mapping[str, Any], folder: Path, where: str) -> StudySpec:
+    """Check a study's mapping; ``load_study`` without the file."""
+    parts = {name: _mapping(mapping, name, where) for name in ("search", "objective")}
+    check_keys(where, mapping, StudySpec.model_fields)
+    check_keys(f"{where}: objective", parts["objective"], Objective.model_fields)
+    models = mapping.get("models")
+    parts["search"] = _search(
+        parts["search"], len(models) if isinstance(models, list) else 0, where
+    )
+    parts["objective"] = _objective(parts["objective"], folder, where)
+    try:
+        spec = StudySpec.model_validate(
+            dict(mapping)
+            | parts
+            | {
+                "base_model": _model(mapping.get("base_model"), folder),
+                "models": [_model(model, folder) for model in models]
+                if isinstance(models, list)
+                else models,
+            }
+        )
+    except ValidationError as error:
+        raise StudyError(f"{where}: {first_error(error)}") from None
+    _check(spec, where)
+    return spec
+
+
+def _mapping(mapping: Mapping[str, Any], name: str, where: str) -> dict[str, Any]:
+    part = mapping.get(name) or {}
+    if not isinstance(part, dict):
+        raise StudyError(f"{where}: {name!r} has to be a mapping, got {part!r}")
+    return dict(part)
+
+
+def _model(model: object, folder: Path) -> object:
+    if isinstance(model, str) and (folder / model).expanduser().is_dir():
+        return str((folder / model).expanduser().resolve())
+    return model
+
+
+def _search(raw: dict[str, Any], donors: int, where: str) -> dict[str, Any]:
+    """The search block with parameters gathered under ``ranges`` and methods filled in."""
+    raw.setdefault("methods", allowed_methods(donors))
+    methods = raw["methods"]
+    if not isinstance(methods, list | tuple):
+        raise StudyError(f"{where}: search.methods has to be a list, got {methods!r}")
+    check_keys(f"{where}: search.methods", methods, METHODS)
+    own = set(Search.model_fields) - {"ranges"}
+    check_keys(f"{where}: search", raw, {*own, *searchable(methods)})
+    ranges = {name: value for name, value in raw.items() if name not in own}
+    return {name: value for name, value in raw.items() if name in own} | {"ranges": ranges}
+
+
+def allowed_methods(donors: int) -> tuple[str, ...]:
+    """Every method that a study with so many donors can use."""
+    return tuple(
+        name
+        for name, method in METHODS.items()
+        if method.donors[0] <= donors and (method.donors[1] != 2 or donors >= 2)
+    )
+
+
+def searchable(methods: tuple[str, ...] | list[str]) -> set[str]:
+    """Parameters of these methods that a study can fix or search by name.
+
+    ``weight``, ``lambda`` and ``t`` are not among them: they follow from scale and mixture.
+    """
+    return {
+        name
+        for method in methods
+        for name, param in METHODS[method].params.items()
+        if param.effect and name not in ("weight", "lambda", "t")
+    }
+
+
+def _objective(raw: dict[str, Any], folder: Path, where: str) -> dict[str, Any]:
+    for index, task in enumerate(raw.get("tasks") or ()):
+        if isinstance(task, dict):
+            check_keys(f"{where}: objective.tasks[{index}]", task, Task.model_fields)
+    if isinstance(items := raw.get("items"), dict):
+        check_keys(f"{where}: objective.items", items, ItemCounts.model_fields)
+    paths = raw.get("include_path") or []
+    raw["include_path"] = [
+        (folder / path).resolve() for path in ([paths] if isinstance(paths, str) else paths)
+    ]
+    raw["tasks"] = [{"task": t} if isinstance(t, str) else t for t in raw.get("tasks") or ()]
+    return raw
+
+
+def _check(spec: StudySpec, where: str) -> None:
+    names = [spec.base_model, *spec.models]
+    if repeated := sorted({name for name in names if names.count(name) > 1}):
+        raise StudyError(f"{where}: {repeated[0]!r} is named twice; name each model once")
+    check_keys(f"{where}: search.sampler", [spec.search.sampler], SAMPLERS)
+    for method in spec.search.methods:
+        if method not in allowed_methods(len(spec.models)):
+            raise StudyError(
+                f"{where}: search.methods: {method} needs {METHODS[method].donors[0]} models or "
+                f"more, got {len(spec.models)}; leave it out or add models"
+            )
+    _check_range(where, "scale", spec.search.scale, (0.0, 100.0))
+    for name, bounds in spec.search.ranges.items():
+        valid = next(
+            METHODS[m].params[name] for m in spec.search.methods if name in METHODS[m].params
+        )
+        _check_range(where, name, bounds, valid.valid if valid.kind is not bool else (0, 1))
+    tasks = {task.task for task in spec.objective.tasks}
+    check_keys(f"{where}: objective.constraints", spec.objective.constraints, tasks)
+    for path in spec.objective.include_path:
+        if not path.is_dir():
+            raise StudyError(f"{where}: objective.include_path: no folder {path}")
+
+
+def _check_range(
+    where: str, name: str, bounds: tuple[float, float], valid: tuple[float, float]
+) -> None:
+    low, high = bounds
+    if not valid[0] <= low <= high <= valid[1]:
+        raise StudyError(
+            f"{where}: search.{name}: [{low:g}, {high:g}] is not a range within "
+            f"[{valid[0]:g}, {valid[1]:g}]"
+        )
+
+
+Split = Literal["search", "select", "test"]
