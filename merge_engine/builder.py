@@ -103,6 +103,16 @@ def _same_in_all(recipe: Recipe, name: str, read: Read) -> Tensor:
     return first
 
 
+def check_values(recipe: Recipe, family: Family) -> None:
+    """Resolve every parameter of every tensor, reading none of them.
+
+    Raises:
+        RecipeError: A value is missing, of the wrong type or out of range.
+    """
+    for name in family.names:
+        recipe.values(name, family.depth(name))
+
+
 def merged_tensors(
     recipe: Recipe, family: Family, device: torch.device
 ) -> Iterator[tuple[str, Tensor]]:
@@ -145,6 +155,11 @@ class Builder:
         self.version += 1
         for name, target in self._targets.items():
             target.copy_(merge_tensor(recipe, name, self.family, target.device))
+            if not target.isfinite().all():
+                raise RecipeError(
+                    f"{recipe.merge_method} of {name!r} has NaN or Inf in {target.dtype}; "
+                    "make the weights smaller, or look for a damaged donor"
+                )
         self.loaded = recipe
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:

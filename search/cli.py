@@ -203,7 +203,7 @@ def _replace_text(file: Path, text: str) -> None:
 def _build(options: Any) -> None:
     import torch
 
-    from merge_engine.builder import merged_tensors
+    from merge_engine.builder import check_values, merged_tensors
     from merge_engine.checkpoint import write_checkpoint
     from merge_engine.donors import Family
     from merge_engine.recipe import load_recipe
@@ -213,6 +213,7 @@ def _build(options: Any) -> None:
     console = _console()
     print_notes(console, notes)
     family = Family(recipe.models_read)
+    check_values(recipe, family)
     tensors = merged_tensors(recipe, family, torch.device(_device(options)))
     write_checkpoint(tensors, options.out, like=family.reference, recipe=recipe)
     console.print(f"{options.out}: {len(family.names)} tensors of {recipe.merge_method}")

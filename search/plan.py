@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from merge_engine.builder import check_values
 from merge_engine.donors import Checkpoint, Family
 from merge_engine.recipe import load_recipe
 from search.bench import make_objective, make_splits, model_dtype, open_family, torch_dtype
@@ -25,8 +26,7 @@ def check_recipe(file: Path) -> Plan:
     """
     recipe, notes = load_recipe(file)
     family = Family(recipe.models_read)
-    for name in family.names:
-        recipe.values(name, family.depth(name))
+    check_values(recipe, family)
     dtype = recipe.out_dtype or recipe.dtype or model_dtype(family.reference)
     return [f"recipe: {recipe.merge_method}, writes {dtype}", *_family(family, dtype)], notes + (
         _tokenizers(family)

@@ -53,21 +53,16 @@ class Space:
     def of(cls, spec: StudySpec, layers: Sequence[str], dtype: str) -> Space:
         """The space of a study over models whose layers have these tensor-name filters."""
         search = spec.search
-        found = {}
-        for name in sorted(searchable(search.methods)):
-            param = next(
-                METHODS[m].params[name] for m in search.methods if name in METHODS[m].params
-            )
-            if name in search.ranges:
-                found[name] = search.ranges[name]
-            elif param.search is not None:
-                found[name] = param.search
+        found = {
+            name: search.ranges.get(name, param.search)
+            for name, param in sorted(searchable(search.methods).items())
+        }
         return cls(
             base=spec.base_model,
             donors=spec.models,
             methods=search.methods,
             scale=search.scale,
-            ranges=found,
+            ranges={name: bounds for name, bounds in found.items() if bounds is not None},
             units=_units(layers, search.layer_groups, search.split),
             dtype=dtype,
             seed=search.seed,

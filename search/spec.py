@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -17,7 +17,7 @@ from pydantic import (
     ValidationError,
 )
 
-from merge_engine.methods import METHODS
+from merge_engine.methods import METHODS, Param
 from merge_engine.recipe import DtypeName, RecipeError, check_keys, first_error, load_yaml
 from search.samplers import SAMPLERS
 
@@ -165,13 +165,13 @@ def allowed_methods(donors: int) -> tuple[str, ...]:
     )
 
 
-def searchable(methods: tuple[str, ...] | list[str]) -> set[str]:
+def searchable(methods: Iterable[str]) -> dict[str, Param]:
     """Parameters of these methods that a study can fix or search by name.
 
     ``weight``, ``lambda`` and ``t`` are not among them: they follow from scale and mixture.
     """
     return {
-        name
+        name: param
         for method in methods
         for name, param in METHODS[method].params.items()
         if param.effect and name not in ("weight", "lambda", "t")
@@ -204,11 +204,9 @@ def _check(spec: StudySpec, where: str) -> None:
                 f"more, got {len(spec.models)}; leave it out or add models"
             )
     _check_range(where, "scale", spec.search.scale, (0.0, 100.0))
+    known = searchable(spec.search.methods)
     for name, bounds in spec.search.ranges.items():
-        valid = next(
-            METHODS[m].params[name] for m in spec.search.methods if name in METHODS[m].params
-        )
-        _check_range(where, name, bounds, valid.valid if valid.kind is not bool else (0, 1))
+        _check_range(where, name, bounds, (0, 1) if known[name].kind is bool else known[name].valid)
     tasks = {task.task for task in spec.objective.tasks}
     check_keys(f"{where}: objective.constraints", spec.objective.constraints, tasks)
     for path in spec.objective.include_path:
