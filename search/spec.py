@@ -17,7 +17,7 @@ from pydantic import (
     ValidationError,
 )
 
-from merge_engine.methods import METHODS
+from merge_engine.methods import METHODS, Base
 from merge_engine.recipe import DtypeName, RecipeError, check_keys, first_error, load_yaml
 from search.samplers import SAMPLERS
 
@@ -168,14 +168,29 @@ def allowed_methods(donors: int) -> tuple[str, ...]:
 def searchable(methods: tuple[str, ...] | list[str]) -> set[str]:
     """Parameters of these methods that a study can fix or search by name.
 
-    ``weight``, ``lambda`` and ``t`` are not among them: they follow from scale and mixture.
+    ``weight``, ``lambda`` and slerp's ``t`` are not among them: they follow from scale and mixture.
+    ``scale`` is the study's own word, not passthrough's.
     """
+    derived = ("weight", "lambda", "scale")
     return {
         name
         for method in methods
         for name, param in METHODS[method].params.items()
-        if param.effect and name not in ("weight", "lambda", "t")
+        if param.effect
+        and name not in derived
+        and (name != "t" or METHODS[method].base is not Base.ENDPOINT)
     }
+
+
+def followers(name: str, methods: tuple[str, ...] | list[str]) -> tuple[str, ...]:
+    """The methods whose parameter follows the study's ``name``.
+
+    Some methods mean different things by one name (``epsilon`` of della and of ram). It is then
+    theirs for whom the table has a range to search; the others keep their default.
+    """
+    having = tuple(method for method in methods if name in searchable((method,)))
+    searched = tuple(m for m in having if METHODS[m].params[name].search is not None)
+    return searched or having
 
 
 def _objective(raw: dict[str, Any], folder: Path, where: str) -> dict[str, Any]:
@@ -205,9 +220,7 @@ def _check(spec: StudySpec, where: str) -> None:
             )
     _check_range(where, "scale", spec.search.scale, (0.0, 100.0))
     for name, bounds in spec.search.ranges.items():
-        valid = next(
-            METHODS[m].params[name] for m in spec.search.methods if name in METHODS[m].params
-        )
+        valid = METHODS[followers(name, spec.search.methods)[0]].params[name]
         _check_range(where, name, bounds, valid.valid if valid.kind is not bool else (0, 1))
     tasks = {task.task for task in spec.objective.tasks}
     check_keys(f"{where}: objective.constraints", spec.objective.constraints, tasks)
