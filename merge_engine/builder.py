@@ -5,7 +5,7 @@ Kernels compute in float32; the one rounding happens where a tensor is written.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -49,26 +49,32 @@ def _coefficients(
 ) -> Factors:
     """The factor of each model, those that are zero left out: nobody has to read them."""
     models = tuple(source.model for source in recipe.donors)
-    origin = recipe.base
-    if method.base is Base.ENDPOINT and origin is not None:
-        models, origin = (origin, *models), None
+    if method.base is Base.ENDPOINT and recipe.base is not None:
+        models = (recipe.base, *models)
     options = dict(values)
-    by_row = bool(options.pop(method.by_row)) if method.by_row else False
-    start = origin if method.gram == "task vectors" else None
-    gram = family.gram(name, models, start, by_row) if method.gram else None
+    shape = family.reference.tensors[name].shape
+    dim = method.dim(**{option: options.pop(option) for option in method.layout})
+    dim = dim if shape else None
+    gram = family.gram(name, models, recipe.origin, dim) if method.gram else None
     factors = method.coefficients(gram, **options)  # (n,) or (rows, n)
-    if by_row:
-        rows = (*family.reference.tensors[name].shape[:-1], 1)
-        columns = factors.float().unbind(-1)
-        return {model: c.reshape(rows) for model, c in zip(models, columns, strict=True)}
-    return {model: c for model, c in zip(models, factors.tolist(), strict=True) if c != 0}
+    if dim is None:
+        return {model: c for model, c in zip(models, factors.tolist(), strict=True) if c != 0}
+    columns = factors.float().unbind(-1)
+    return {model: _along(c, shape, dim) for model, c in zip(models, columns, strict=True)}
+
+
+def _along(factors: Tensor, shape: Sequence[int], dim: int) -> Tensor:
+    """One factor for each row along ``dim``, in the order of ``Family.gram``, to multiply by."""
+    sizes = list(shape)
+    sizes[dim], sizes[-1] = sizes[-1], 1
+    return factors.reshape(sizes).transpose(dim, -1)
 
 
 def _weighted_sum(recipe: Recipe, factors: Factors, read: Read) -> Tensor:
-    """The linear family's one pass: ``sum c x``, or ``base + sum c (x - base)`` from an ORIGIN."""
+    """The linear family's one pass: ``sum c x``, or ``origin + sum c (x - origin)``."""
     # One undiminished task vector is summed up as the donor itself, which it is bit for bit.
     whole = [factor for factor in factors.values() if isinstance(factor, float)] == [1.0]
-    origin = None if whole or recipe.method.base is not Base.ORIGIN else recipe.base
+    origin = None if whole else recipe.origin
     start = read(origin or recipe.models_read[0]).float()
     total = torch.zeros_like(start)
     for model, factor in factors.items():

@@ -100,6 +100,11 @@ class Recipe(_Frozen):
         return self.base_model if self.method.base is not Base.INPUT else None
 
     @property
+    def origin(self) -> str | None:
+        """The model that task vectors start from; None: the tensors themselves are merged."""
+        return self.base_model if self.method.base in (Base.ORIGIN, Base.OPTIONAL) else None
+
+    @property
     def donors(self) -> tuple[Source, ...]:
         """The merged models that are not the base, in order, one settings' owner each."""
         if self.method.base is Base.INPUT and self.base_model not in (
@@ -299,7 +304,7 @@ def _check_inputs(recipe: Recipe, where: str) -> None:
     if repeated := sorted({name for name in names if names.count(name) > 1}):
         raise RecipeError(f"{where}: {repeated} listed more than once; give each model one entry")
     method, base = recipe.method, recipe.base_model
-    if method.base is not Base.INPUT and base is None:
+    if method.base in (Base.ORIGIN, Base.ENDPOINT) and base is None:
         raise RecipeError(f"{where}: {recipe.merge_method} needs a base_model; name one")
     if method.base is Base.ENDPOINT and base not in names:
         raise RecipeError(
@@ -310,7 +315,7 @@ def _check_inputs(recipe: Recipe, where: str) -> None:
     count = len(recipe.donors) + (method.base is Base.ENDPOINT)
     if count < fewest or (most is not None and count > most):
         wanted = f"exactly {fewest}" if fewest == most else f"at least {fewest}"
-        besides = " besides the base" if method.base is Base.ORIGIN else ""
+        besides = " besides the base" if recipe.origin else ""
         raise RecipeError(
             f"{where}: {recipe.merge_method} takes {wanted} models{besides}, got {count}"
         )

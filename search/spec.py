@@ -17,7 +17,7 @@ from pydantic import (
     ValidationError,
 )
 
-from merge_engine.methods import METHODS, Param
+from merge_engine.methods import METHODS, Base, Param
 from merge_engine.recipe import DtypeName, RecipeError, check_keys, first_error, load_yaml
 from search.samplers import SAMPLERS
 
@@ -168,14 +168,29 @@ def allowed_methods(donors: int) -> tuple[str, ...]:
 def searchable(methods: Iterable[str]) -> dict[str, Param]:
     """Parameters of these methods that a study can fix or search by name.
 
-    ``weight``, ``lambda`` and ``t`` are not among them: they follow from scale and mixture.
+    ``weight``, ``lambda`` and slerp's ``t`` are not among them: they follow from scale and mixture.
+    ``scale`` is the study's own word, not passthrough's.
     """
-    return {
-        name: param
-        for method in methods
-        for name, param in METHODS[method].params.items()
-        if param.effect and name not in ("weight", "lambda", "t")
-    }
+    found: dict[str, Param] = {}
+    for method in methods:
+        row = METHODS[method]
+        derived = {"weight", "lambda", "scale"} | ({"t"} if row.base is Base.ENDPOINT else set())
+        for name, param in row.params.items():
+            new = name not in found or found[name].search is None
+            if param.effect and name not in derived and new:
+                found[name] = param
+    return found
+
+
+def followers(name: str, methods: Iterable[str]) -> tuple[str, ...]:
+    """The methods whose parameter follows the study's ``name``.
+
+    Some methods mean different things by one name (``epsilon`` of della and of ram). It is then
+    theirs for whom the table has a range to search; the others keep their default.
+    """
+    having = tuple(method for method in methods if name in searchable((method,)))
+    searched = tuple(m for m in having if METHODS[m].params[name].search is not None)
+    return searched or having
 
 
 def _objective(raw: dict[str, Any], folder: Path, where: str) -> dict[str, Any]:
