@@ -6,6 +6,9 @@ Kernels compute in float32; the one rounding happens where a tensor is written.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,35 +16,59 @@ from torch import Tensor, nn
 from merge_engine.donors import Family
 from merge_engine.methods import METHODS, Base, Linear
 from merge_engine.methods.contract import Elementwise, Values
+from merge_engine.methods.linear import sum_of_task_vectors, weighted_sum
 from merge_engine.noise import key_of, uniform
 from merge_engine.recipe import Recipe, RecipeError
+from merge_engine.statistics import Magnitudes
 
 Read = Callable[[str], Tensor]  # a model's tensor, on the device
 
 
-def merge_tensor(recipe: Recipe, name: str, family: Family, device: torch.device) -> Tensor:
-    """Merge one tensor: float32 on ``device``, or as stored if it is not of a float dtype.
+def merge_tensor(
+    recipe: Recipe,
+    name: str,
+    family: Family,
+    device: torch.device,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """Merge one tensor: of ``dtype``, or as stored if it is not of a float dtype.
 
     Raises:
         RecipeError: The recipe's numbers do not work for this tensor; the message names it.
     """
+    info = family.reference.tensors[name]
+    stored = dtype if info.dtype.is_floating_point else info.dtype
+    out = torch.empty(info.shape, dtype=stored, device=device)
+    merge_into(out, recipe, name, family)
+    return out
+
+
+def merge_into(out: Tensor, recipe: Recipe, name: str, family: Family) -> None:
+    """Merge one tensor and write it, rounded once, where it is to be: contiguous, any dtype.
+
+    Raises:
+        RecipeError: As ``merge_tensor``.
+    """
 
     def read(model: str) -> Tensor:
-        return family.read(model, name).to(device)
+        return family.read(model, name).to(out.device, non_blocking=True)
 
-    if not family.reference.tensors[name].dtype.is_floating_point:
-        return _same_in_all(recipe, name, read)
+    if not out.dtype.is_floating_point:
+        out.copy_(_same_in_all(recipe, name, read))
+        return
     method, values = METHODS[recipe.merge_method], recipe.values(name, family.depth(name))
     try:
         if isinstance(method, Linear):
-            return _weighted_sum(recipe, _coefficients(recipe, method, name, values, family), read)
-        assert isinstance(method, Elementwise)
-        return _elementwise(recipe, method, name, values, read)
+            factors = _coefficients(recipe, method, name, values, family)
+            _write_sum(out, recipe, factors, read, family)
+        else:
+            assert isinstance(method, Elementwise)
+            _write_elementwise(out, recipe, method, name, values, family)
     except ValueError as error:
         raise RecipeError(f"{recipe.merge_method} of {name!r}: {error}") from error
 
 
-Factors = dict[str, float | Tensor]  # a model's coefficient, or one per row: (*rows, 1)
+Factors = dict[str, float | Tensor]  # a model's coefficient, or one per row, to multiply by
 
 
 def _coefficients(
@@ -70,36 +97,77 @@ def _along(factors: Tensor, shape: Sequence[int], dim: int) -> Tensor:
     return factors.reshape(sizes).transpose(dim, -1)
 
 
-def _weighted_sum(recipe: Recipe, factors: Factors, read: Read) -> Tensor:
-    """The linear family's one pass: ``sum c x``, or ``origin + sum c (x - origin)``."""
+def _write_sum(out: Tensor, recipe: Recipe, factors: Factors, read: Read, family: Family) -> None:
+    """The linear family's one pass."""
+    plain = [factor for factor in factors.values() if isinstance(factor, float)]
     # One undiminished task vector is summed up as the donor itself, which it is bit for bit.
-    whole = [factor for factor in factors.values() if isinstance(factor, float)] == [1.0]
-    origin = None if whole else recipe.origin
-    start = read(origin or recipe.models_read[0]).float()
-    total = torch.zeros_like(start)
-    for model, factor in factors.items():
-        tensor = read(model).float()
-        total += (tensor - start if origin else tensor) * _on(factor, total.device)
-    return start + total if origin else total
+    origin = None if plain == [1.0] else recipe.origin
+    if not factors:
+        out.copy_(read(origin)) if origin else out.zero_()
+        return
+    kernel = sum_of_task_vectors if origin else weighted_sum
+    base = read(origin) if origin else None
+    tensors = [read(model) for model in factors]
+    if len(plain) == len(factors):
+        family.stream.write(out, kernel, (base, tensors), {"factor": plain})
+    else:
+        by_row = [factor.to(out.device) for factor in factors.values() if torch.is_tensor(factor)]
+        out.copy_(kernel(base, tensors, factor=by_row))  # type: ignore[arg-type]  # None or not
 
 
-def _on(factor: float | Tensor, device: torch.device) -> float | Tensor:
-    return factor.to(device) if isinstance(factor, Tensor) else factor
+@dataclass(frozen=True)
+class _TaskVector:
+    """What a donor changes in one tensor, for preparations to ask of."""
+
+    family: Family
+    name: str
+    base: str
+    donor: str
+    key: int
+    device: torch.device
+
+    @cached_property
+    def magnitudes(self) -> Magnitudes:
+        return self.family.magnitudes(self.name, self.donor, self.base)
+
+    def stretch(self, chance: float) -> float:
+        start, end = (
+            self.family.read(model, self.name).to(self.device) for model in (self.base, self.donor)
+        )
+        before, after = self.family.stream.kept_mass(start, end, self.key, chance)
+        return before / after if min(before, after) >= 1e-7 else 1.0
 
 
-def _elementwise(
-    recipe: Recipe, method: Elementwise, name: str, values: Values, read: Read
-) -> Tensor:
+def _write_elementwise(
+    out: Tensor, recipe: Recipe, method: Elementwise, name: str, values: Values, family: Family
+) -> None:
     assert recipe.base is not None
-    base = read(recipe.base)
-    donors = [read(source.model) for source in recipe.donors]
-    if not donors:
-        return base.float()
-    if not method.random:
-        return method.kernel(base, donors, **values)
-    keys = [key_of(recipe.seed, name, place) for place in range(len(donors))]
-    noise = [uniform(key, base.shape, base.device) for key in keys]
-    return method.kernel(base, donors, noise=noise, **values)
+    places = [i for i, w in enumerate(values.get("weight", [1] * len(recipe.donors))) if w != 0]  # type: ignore[arg-type]
+    base = family.read(recipe.base, name).to(out.device)
+    if not places:
+        out.copy_(base)
+        return
+    keys = [key_of(recipe.seed, name, place) for place in places]
+    models = [recipe.donors[place].model for place in places]
+    wanted: dict[str, Any] = {
+        key: tuple(value[place] for place in places) if isinstance(value, tuple) else value
+        for key, value in values.items()
+    }
+    if method.prepare is not None:
+        deltas = [
+            _TaskVector(family, name, recipe.base, model, key, out.device)
+            for model, key in zip(models, keys, strict=True)
+        ]
+        wanted = method.prepare(wanted, deltas)
+    draws = wanted.pop("draws", method.random)
+    donors = [family.read(model, name).to(out.device) for model in models]
+    if method.whole:
+        noise = [uniform(key, base.shape, base.device) for key in keys] if draws else None
+        drawn = {"noise": noise} if draws else {}
+        out.copy_(method.kernel(base, donors, **wanted, **drawn))
+    else:
+        inputs, even = (base, donors), not method.random
+        family.stream.write(out, method.kernel, inputs, wanted, keys if draws else None, even)
 
 
 def _same_in_all(recipe: Recipe, name: str, read: Read) -> Tensor:
@@ -126,8 +194,10 @@ def merged_tensors(
     named = recipe.out_dtype or recipe.dtype
     for name in family.names:
         stored = family.stored_dtype(name)
-        dtype = getattr(torch, named) if named and stored.is_floating_point else stored
-        yield name, merge_tensor(recipe, name, family, device).to(dtype)
+        yield (
+            name,
+            merge_tensor(recipe, name, family, device, getattr(torch, named) if named else stored),
+        )
 
 
 class Builder:
@@ -160,7 +230,7 @@ class Builder:
         self.loaded = None  # a failed build leaves parts of two recipes: never score it
         self.version += 1
         for name, target in self._targets.items():
-            target.copy_(merge_tensor(recipe, name, self.family, target.device))
+            merge_into(target, recipe, name, self.family)
             if not target.isfinite().all():
                 raise RecipeError(
                     f"{recipe.merge_method} of {name!r} has NaN or Inf in {target.dtype}; "

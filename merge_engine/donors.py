@@ -7,6 +7,7 @@ huggingface_hub's cache and downloaded if the cache lacks it.
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -19,6 +20,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from merge_engine.recipe import RecipeError
+from merge_engine.statistics import Magnitudes
+from merge_engine.stream import Stream, compiling_pays
 
 HUB_FILES = ("*.safetensors", "*.json", "*.jinja", "*.txt", "*.model")
 _LAYER = re.compile(r"(?:^|\.)(?:layers?|h|blocks?)\.(\d+)\.")
@@ -157,8 +160,12 @@ class Family:
     The first model is the reference: it says which tensors there are.
     """
 
-    def __init__(self, models: Iterable[str]) -> None:
+    def __init__(self, models: Iterable[str], compiled: bool | None = None) -> None:
         """Open the models and compare their tensors' names and shapes with the first one's.
+
+        Args:
+            models: Folders or hub ids, the reference first.
+            compiled: Whether to compile kernels; None: if that pays for models of this size.
 
         Raises:
             RecipeError: A model is missing or damaged, or is not of the reference's shape.
@@ -167,7 +174,9 @@ class Family:
         self.reference = next(iter(self.checkpoints.values()))
         for checkpoint in self.checkpoints.values():
             _check_same_shape(self.reference, checkpoint)
+        self.stream = Stream(compiling_pays(self.parameters) if compiled is None else compiled)
         self._grams: dict[tuple[object, ...], Tensor] = {}
+        self._magnitudes: dict[tuple[str, str, str], Magnitudes] = {}
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -188,6 +197,11 @@ class Family:
             return 0.0
         last = len(self.layer_filters) - 1
         return layer / last if last > 0 else 1.0
+
+    @property
+    def parameters(self) -> int:
+        """How many numbers a member has."""
+        return sum(math.prod(info.shape) for info in self.reference.tensors.values())
 
     def read(self, model: str, name: str) -> Tensor:
         """A member's tensor as stored, on the CPU."""
@@ -218,6 +232,13 @@ class Family:
             gram = _gram([_rows(tensor, dim) for tensor in tensors], _rows(start, dim))
             self._grams[key] = gram if dim is not None else gram.sum(0)
         return self._grams[key]
+
+    def magnitudes(self, name: str, donor: str, base: str) -> Magnitudes:
+        """Order statistics of a donor's task vector; sorted once, on first use."""
+        if (key := (name, donor, base)) not in self._magnitudes:
+            delta = self.read(donor, name).float() - self.read(base, name).float()
+            self._magnitudes[key] = Magnitudes.of(delta)
+        return self._magnitudes[key]
 
 
 def layer_of(name: str) -> int | None:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 _FACTORS = (0x7FEB352D, 0x846CA68B - (1 << 32))  # of lowbias32, as signed numbers
+_GOLDEN = 0x9E3779B9 - (1 << 32)  # of 2**32
 _BLOCK = 1 << 31  # positions that an int32 can count; every further block has a key of its own
 _PIECE = 1 << 20  # numbers drawn at a time, so that what is between two steps stays in the cache
 
@@ -76,6 +77,18 @@ def hashed(positions: Tensor, low: int | Tensor, high: int | Tensor) -> Tensor:
     """
     bits = _mixed(_mixed(positions ^ low) ^ high)
     return _shifted(bits, 8).float() * 2.0**-24
+
+
+def spread(positions: Tensor) -> Tensor:
+    """Numbers in [0, 1) as even as can be, for choosing a share of equal elements.
+
+    The multiples of the golden ratio modulo 1 (Weyl 1916) fall into any interval as often as its
+    length says, to a few elements, at a quarter of the cost of ``hashed``.
+
+    Args:
+        positions: Of the elements, int32.
+    """
+    return _shifted(positions * _GOLDEN, 8).float() * 2.0**-24
 
 
 def _mixed(bits: Tensor) -> Tensor:

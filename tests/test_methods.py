@@ -17,30 +17,31 @@ from merge_engine.donors import Family, TensorInfo
 from merge_engine.methods import METHODS, Base, Elementwise
 from merge_engine.noise import key_of, uniform
 from merge_engine.recipe import Recipe, RecipeError, parse_recipe
+from merge_engine.stream import Stream
 
 # rms(e)/rms(w) and max|e|/max|w| against mergekit in float32: twice its own distance from float64.
 TOLERANCES = {
     "linear": (2e-7, 1e-6),
     "slerp": (3e-6, 1e-5),
-    "task_arithmetic": (1e-7, 1e-6),
+    "task_arithmetic": (2e-7, 1e-6),
     "model_stock": (5e-7, 2e-6),
-    "nuslerp": (2e-7, 1e-6),
+    "nuslerp": (5e-7, 1e-6),
     "nuslerp without base": (5e-6, 2e-5),
     "multislerp": (5e-7, 2e-6),
     "multislerp without base": (2e-5, 2e-5),
     "karcher": (5e-6, 2e-5),
     "passthrough": (0.0, 0.0),
-    "ties": (1e-7, 1e-6),
-    "dare_linear": (1e-7, 1e-6),
-    "dare_ties": (1e-7, 1e-6),
+    "ties": (3e-7, 1e-6),  # a ratio of norms, which mergekit sums in float32
+    "dare_linear": (3e-7, 1e-6),
+    "dare_ties": (3e-7, 1e-6),
     "della_linear": (1e-7, 1e-6),
     "della": (1e-7, 1e-6),
-    "breadcrumbs": (1e-7, 1e-6),
-    "breadcrumbs_ties": (1e-7, 1e-6),
+    "breadcrumbs": (3e-7, 1e-6),
+    "breadcrumbs_ties": (3e-7, 1e-6),
     "sce": (1e-6, 1e-6),
     "ram": (1e-6, 1e-6),
     "ramplus_tl": (1e-6, 1e-6),
-    "nearswap": (1e-7, 1e-6),
+    "nearswap": (2e-7, 1e-6),
     "arcee_fusion": (1e-7, 1e-6),
 }
 SHAPES = [(64, 48), (1, 33), (33, 1), (97,), (1,), (3, 8, 5)]
@@ -56,7 +57,8 @@ class InMemory(Family):
     def __init__(self, tensors: Sequence[Tensor]) -> None:
         self.stored = {f"m{i}": tensor for i, tensor in enumerate(tensors)}
         self.reference = self
-        self._grams = {}
+        self._grams, self._magnitudes = {}, {}
+        self.stream = Stream(compiled=False)
         self.tensors = {"x": TensorInfo(None, tuple(tensors[0].shape), tensors[0].dtype)}
 
     def read(self, model: str, name: str) -> Tensor:
@@ -112,11 +114,22 @@ class Case:
             **options,
         )
 
+    @property
+    def gain(self) -> float:
+        weight = self.per_donor.get("weight", [1.0])
+        relative = self.method == "nuslerp" or any(
+            self.shared.get(name) for name in ("normalize", "normalize_weights")
+        )
+        total = abs(sum(weight)) if relative else 1.0
+        gain = sum(map(abs, weight)) * self.shared.get("lambda", 1.0) / (total or 1.0)
+        return max(1.0, gain)
+
     def assert_close(self, mine: Tensor, theirs: Tensor) -> None:
         assert mine.dtype == torch.float32
         assert mine.shape == theirs.shape
         error = mine.double() - theirs.double()
-        size = torch.stack([t.double() for t in (theirs, *self.tensors)])  # what was rounded
+        # What was rounded, and how much the weights then make of it.
+        size = torch.stack([t.double() for t in (theirs, *self.tensors)]) * self.gain
         named = self.method if self.base else f"{self.method} without base"
         rms, largest = TOLERANCES.get(named, TOLERANCES[self.method])
         assert error.pow(2).mean().sqrt() <= rms * size.pow(2).mean().sqrt() + 1e-12
@@ -156,6 +169,8 @@ def degenerate(tensors: list[Tensor], kind: str) -> list[Tensor]:
     first, *others = tensors
     if kind == "untouched donor":
         return [*tensors[:-1], first.clone()]
+    if kind == "zero donor":
+        return [*tensors[:-1], torch.zeros_like(first)]
     if kind == "same donors":
         return [first, *(others[0].clone() for _ in others)]
     return [first.clone() for _ in tensors] if kind == "all the same" else tensors
@@ -169,6 +184,7 @@ CHOICES = {
     "t": st.sampled_from([0.0, 0.25, 0.5, 1.0, 1.2]),
     "nearswap t": st.sampled_from([0.0, 3e-7, 1e-4, 1e-3, 0.05]),
     "epsilon": st.sampled_from([0.0, 1e-5, 1e-3]),
+    "ramplus_tl epsilon": st.sampled_from([1e-5, 1e-3]),  # 0 is a named test
     "della epsilon": st.sampled_from([0.0, 0.02, 0.04]),
     "della_linear epsilon": st.sampled_from([0.0, 0.02, 0.04]),
     "select_topk": st.sampled_from([0.0, 0.01, 0.31, 0.5, 1.0]),
@@ -194,7 +210,9 @@ def cases(draw, method: str) -> Case:
     dtype = draw(st.sampled_from(dtypes))
     shape, seed = draw(st.sampled_from(SHAPES)), draw(st.integers(0, 999))
     kind = draw(
-        st.sampled_from(["ordinary"] * 2 + ["untouched donor", "same donors", "all the same"])
+        st.sampled_from(
+            ["ordinary"] * 3 + ["untouched donor", "zero donor", "same donors", "all the same"]
+        )
     )
     tensors = make_tensors(owners + starts, shape, seed, dtype, draw(st.sampled_from([2e-3, 2e-4])))
     drawn = {
@@ -222,11 +240,12 @@ def test_method_equals_mergekit(method, data):
     case = data.draw(cases(method))
     if method == "multislerp":
         assume(not is_undefined_in_mergekit(case))
+        assume(not nearly_cancels(case))
     theirs = case.oracle()
     if method in ("model_stock", "multislerp", "nuslerp"):  # near their poles
         start = case.tensors[0].float() if case.base else torch.zeros(())
         reach = max(float((tensor.float() - start).abs().max()) for tensor in case.tensors)
-        assume(float((theirs - start).abs().max()) <= 3 * reach)  # rounding is amplified
+        assume(float((theirs - start).abs().max()) <= 1.5 * reach)  # rounding is amplified
     assume(not any(is_ambiguous(*cut) for cut in cuts(case)))
     case.assert_close(case.merged(), theirs)
 
@@ -238,6 +257,16 @@ def is_undefined_in_mergekit(case: Case) -> bool:
     except ValueError:
         return True
     return False
+
+
+def nearly_cancels(case: Case) -> bool:
+    """Whether the weighted directions all but cancel out, so that rounding decides theirs."""
+    start = case.tensors[0].double() if case.base else torch.zeros((), dtype=torch.float64)
+    vectors = [donor.double() - start for donor in case.donors]
+    weight = case.per_donor["weight"]
+    mean = sum(w * v / v.norm().clamp_min(1e-30) for w, v in zip(weight, vectors, strict=True))
+    known = any(vector.any() for vector in vectors)
+    return known and float(mean.norm()) < 0.1 * sum(map(abs, weight))
 
 
 def cuts(case: Case) -> Iterator[tuple[Tensor, int]]:
@@ -382,6 +411,16 @@ def test_breadcrumbs_keeps_the_share_it_is_asked_for_whatever_gamma_is(size, den
     assert int(result.count_nonzero()) == int(density * size)
 
 
+@pytest.mark.parametrize(
+    ("gamma", "kept"), [(0.0, [6, 7, 8, 9, 10]), (0.2, [4, 5, 6, 7, 8]), (0.9, [1, 2, 3, 4, 5])]
+)
+def test_breadcrumbs_drops_outliers_as_far_as_the_density_leaves_room(gamma, kept):
+    donor = torch.tensor([7.0, -1, 3, -10, 5, -6, 2, -8, 9, -4])
+    given = {"weight": [1.0], "density": [0.5], "gamma": [gamma]}
+    result = case_of("breadcrumbs", [donor], torch.zeros(10), **given).merged()
+    assert sorted(result[result != 0].abs().tolist()) == kept
+
+
 @pytest.mark.parametrize("method", RANDOM)
 def test_random_method_keeps_the_share_it_is_asked_for_and_the_norm(method):
     base, donor = make_tensors(2, (400, 500), 4)
@@ -504,7 +543,7 @@ def test_norms_are_summed_in_float32_where_mergekits_float16_overflows():
     parameters = given | {"normalize": True}
     theirs = merge_tensors([base, donor], "ties", parameters=parameters, base_index=0)
     assert theirs.isnan().any()
-    assert case.merged().sum() == 2000 * 50
+    assert case.merged().sum() == pytest.approx(2000 * 50, rel=0.002)  # half of equal elements
 
 
 @pytest.mark.oracle

@@ -2,7 +2,8 @@
 
 The YAML checks, the search space and the contract tests all read this table. ``linear`` holds the
 kernels whose result is a weighted sum, ``task_vectors`` those that make task vectors sparse one by
-one, ``selection`` those that choose elements by comparing models.
+one, ``selection`` those that choose elements by comparing models; ``preparation`` works out what
+kernels need to know of whole task vectors.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Final
 
-from merge_engine.methods import linear, selection, task_vectors
+from merge_engine.methods import linear, preparation, selection, task_vectors
 from merge_engine.methods.contract import Base, Elementwise, Linear, Method, Param
 
 __all__ = ["METHODS", "Base", "Elementwise", "Linear", "Method", "Param"]
@@ -121,6 +122,7 @@ METHODS: Final[Mapping[str, Method]] = MappingProxyType(
         ),
         "ties": Elementwise(
             kernel=task_vectors.ties,
+            prepare=preparation.ties,
             base=Base.ORIGIN,
             donors=(0, None),
             params=_task_vector_params(normalize=True, rescale=False),
@@ -128,6 +130,7 @@ METHODS: Final[Mapping[str, Method]] = MappingProxyType(
         ),
         "dare_linear": Elementwise(
             kernel=task_vectors.dare_linear,
+            prepare=preparation.dare_linear,
             base=Base.ORIGIN,
             donors=(0, None),
             params=_task_vector_params(normalize=False, rescale=True),
@@ -136,6 +139,7 @@ METHODS: Final[Mapping[str, Method]] = MappingProxyType(
         ),
         "dare_ties": Elementwise(
             kernel=task_vectors.dare_ties,
+            prepare=preparation.dare_ties,
             base=Base.ORIGIN,
             donors=(0, None),
             params=_task_vector_params(normalize=False, rescale=True),
@@ -144,6 +148,8 @@ METHODS: Final[Mapping[str, Method]] = MappingProxyType(
         ),
         "della_linear": Elementwise(
             kernel=task_vectors.della_linear,
+            prepare=preparation.della_linear,
+            whole=True,
             base=Base.ORIGIN,
             donors=(0, None),
             params={**_task_vector_params(normalize=False, rescale=True), "epsilon": _EPSILON},
@@ -152,6 +158,7 @@ METHODS: Final[Mapping[str, Method]] = MappingProxyType(
         ),
         "della": Elementwise(
             kernel=task_vectors.della,
+            whole=True,
             base=Base.ORIGIN,
             donors=(0, None),
             params={**_task_vector_params(normalize=True, rescale=True), "epsilon": _EPSILON},
@@ -160,13 +167,15 @@ METHODS: Final[Mapping[str, Method]] = MappingProxyType(
         ),
         "breadcrumbs": Elementwise(
             kernel=task_vectors.breadcrumbs,
+            prepare=preparation.breadcrumbs,
             base=Base.ORIGIN,
             donors=(0, None),
             params={**_task_vector_params(normalize=False, rescale=False), "gamma": _GAMMA},
             paper="https://arxiv.org/abs/2312.06795",
         ),
         "breadcrumbs_ties": Elementwise(
-            kernel=task_vectors.breadcrumbs_ties,
+            kernel=task_vectors.ties,
+            prepare=preparation.breadcrumbs_ties,
             base=Base.ORIGIN,
             donors=(0, None),
             params={**_task_vector_params(normalize=False, rescale=False), "gamma": _GAMMA},
@@ -174,6 +183,7 @@ METHODS: Final[Mapping[str, Method]] = MappingProxyType(
         ),
         "sce": Elementwise(
             kernel=selection.sce,
+            whole=True,
             base=Base.ORIGIN,
             donors=(0, None),
             params={
@@ -191,6 +201,7 @@ METHODS: Final[Mapping[str, Method]] = MappingProxyType(
         ),
         "ramplus_tl": Elementwise(
             kernel=selection.ramplus_tl,
+            whole=True,
             base=Base.ORIGIN,
             donors=(0, None),
             params={
@@ -209,6 +220,7 @@ METHODS: Final[Mapping[str, Method]] = MappingProxyType(
         ),
         "arcee_fusion": Elementwise(
             kernel=selection.arcee_fusion,
+            whole=True,
             base=Base.ORIGIN,
             donors=(1, 1),
             params={},

@@ -9,6 +9,8 @@ from enum import Enum
 
 from torch import Tensor
 
+from merge_engine.methods.preparation import Prepare
+
 Value = float | int | bool
 Values = Mapping[str, Value | tuple[Value, ...]]  # one per tensor, or one per donor
 
@@ -115,8 +117,13 @@ class Elementwise(Method):
 
     Args:
         kernel: ``kernel(base, donors, **values)`` gives the merged tensor in float32.
+        prepare: Makes the kernel's values of the parameters', if they differ.
         random: The kernel also takes ``noise``: for each donor uniform numbers of its shape.
+        whole: The kernel needs tensors whole and in their shape; any other can be given any
+            stretch of the flattened tensors.
     """
 
     kernel: Callable[..., Tensor]
+    prepare: Prepare | None = None
     random: bool = False
+    whole: bool = False

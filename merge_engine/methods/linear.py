@@ -241,3 +241,22 @@ def model_stock_dim(*, filter_wise: bool) -> int | None:
 
 def _norms(gram: Tensor) -> Tensor:
     return gram.diagonal(dim1=-2, dim2=-1).clamp_min(0).sqrt()  # (*r, n)
+
+
+def weighted_sum(_base: None, tensors: Sequence[Tensor], *, factor: Sequence[Tensor]) -> Tensor:
+    """``sum_i c_i x_i``: n tensors (*s) and n factors that broadcast to them; (*s), float32."""
+    total = tensors[0].float() * factor[0]
+    for tensor, c in zip(tensors[1:], factor[1:], strict=True):
+        total = total + tensor.float() * c
+    return total
+
+
+def sum_of_task_vectors(
+    base: Tensor, donors: Sequence[Tensor], *, factor: Sequence[Tensor]
+) -> Tensor:
+    """``base + sum_i c_i (donor_i - base)``; the base is added last, to round it once."""
+    start = base.float()
+    total = torch.zeros_like(start)
+    for donor, c in zip(donors, factor, strict=True):
+        total = total + (donor.float() - start) * c
+    return start + total

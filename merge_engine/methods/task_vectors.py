@@ -1,7 +1,9 @@
 """The elementwise family: task vectors are made sparse one by one, then put together.
 
 Every kernel computes in float32, returns float32 and leaves its inputs as they are. Shapes: a
-tensor of any shape ``s``, n donors; a per-donor parameter is a sequence of n numbers.
+tensor of any shape ``s``, n donors; a per-donor parameter is a sequence of n numbers. Which
+magnitudes are kept, and what restores a norm, is worked out before (``preparation``): all but della
+can then be run over any stretch of a tensor on its own.
 """
 
 from __future__ import annotations
@@ -11,90 +13,126 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+Number = (
+    float | Tensor
+)  # a tensor () is no constant to a compiler, so other values need no new code
+Numbers = Sequence[float] | Tensor  # n of them
+_NEXT = 1 + 2.0**-23  # times a float32: a larger one, by a step or two
+
 
 def ties(
     base: Tensor,
     donors: Sequence[Tensor],
     *,
-    weight: Sequence[float],
-    density: Sequence[float],
+    weight: Numbers,
+    low: Numbers,
+    low_share: Numbers,
+    high: Numbers | None = None,
+    high_share: Numbers | None = None,
+    stretch: Numbers,
     normalize: bool,
-    rescale: bool,
-    lambda_: float,
+    lambda_: Number,
+    noise: Sequence[Tensor] | None = None,
 ) -> Tensor:
-    """Trim each task vector to its largest elements, elect a sign, merge what agrees with it.
+    """Trim each task vector to a band of magnitudes, elect a sign, merge what agrees with it.
 
     Args:
         base: The base model's tensor, (*s).
         donors: n tensors, (*s).
         weight: n factors of the task vectors; they weigh the election too.
-        density: n shares of elements to keep, by magnitude, at least one element.
+        low: n magnitudes; what is below is dropped.
+        low_share: n chances to keep an element exactly at ``low``.
+        high: n magnitudes; what is not below is dropped. None: nothing is too large.
+        high_share: n chances to keep an element exactly at ``high``.
+        stretch: n factors of what is kept.
         normalize: Divide by the weights that agree, element by element (the paper's mean).
-        rescale: Give each trimmed task vector its L1 norm back.
         lambda_: Factor of the merged task vector.
+        noise: n tensors of uniform numbers in [0, 1), (*s), which choose among equals; None: all
+            those at ``low`` are kept and none of those at ``high``.
 
     Source: Yadav et al. 2023, https://arxiv.org/abs/2306.01708
     """
-    deltas = task_vectors(base, donors)
-    trimmed = [_masked(d, _largest(d, p), rescale) for d, p in zip(deltas, density, strict=True)]
-    return base.float() + lambda_ * _consensus(trimmed, weight, normalize)
+    trimmed = _above(task_vectors(base, donors), low, low_share, noise)
+    if high is not None and high_share is not None:
+        trimmed = _below(trimmed, high, high_share, noise)
+    return base.float() + lambda_ * _consensus(trimmed, weight, stretch, normalize)
+
+
+def breadcrumbs(
+    base: Tensor,
+    donors: Sequence[Tensor],
+    *,
+    weight: Numbers,
+    low: Numbers,
+    low_share: Numbers,
+    high: Numbers | None = None,
+    high_share: Numbers | None = None,
+    stretch: Numbers,
+    lambda_: Number,
+    noise: Sequence[Tensor] | None = None,
+) -> Tensor:
+    """Trim each task vector to a band of magnitudes and add them up; the arguments of ``ties``.
+
+    Source: Davari and Belilovsky 2023, https://arxiv.org/abs/2312.06795
+    """
+    trimmed = _above(task_vectors(base, donors), low, low_share, noise)
+    if high is not None and high_share is not None:
+        trimmed = _below(trimmed, high, high_share, noise)
+    return base.float() + lambda_ * _weighted(trimmed, weight, stretch)
 
 
 def dare_linear(
     base: Tensor,
     donors: Sequence[Tensor],
     *,
-    weight: Sequence[float],
-    density: Sequence[float],
-    normalize: bool,
-    rescale: bool,
-    lambda_: float,
+    weight: Numbers,
+    chance: Numbers,
+    stretch: Numbers,
+    lambda_: Number,
     noise: Sequence[Tensor],
 ) -> Tensor:
-    """Drop elements of each task vector at random, rescale the rest, add them up.
+    """Drop elements of each task vector at random, stretch the rest, add them up.
 
     Args:
         base: The base model's tensor, (*s).
         donors: n tensors, (*s).
         weight: n factors of the task vectors.
-        density: n chances for an element to be kept.
-        normalize: Divide by the sum of the weights.
-        rescale: Give each thinned task vector its L1 norm back.
+        chance: n chances for an element to be kept.
+        stretch: n factors of what is kept.
         lambda_: Factor of the merged task vector.
-        noise: n tensors of uniform numbers in [0, 1), (*s); an element is kept if below density.
+        noise: n tensors of uniform numbers in [0, 1), (*s); an element is kept if below its chance.
 
     Source: Yu et al. 2023, https://arxiv.org/abs/2311.03099
     """
-    thinned = _thinned(base, donors, density, rescale, noise)
-    return base.float() + lambda_ * _weighted(thinned, weight, normalize)
+    thinned = _thinned(base, donors, chance, noise)
+    return base.float() + lambda_ * _weighted(thinned, weight, stretch)
 
 
 def dare_ties(
     base: Tensor,
     donors: Sequence[Tensor],
     *,
-    weight: Sequence[float],
-    density: Sequence[float],
+    weight: Numbers,
+    chance: Numbers,
+    stretch: Numbers,
     normalize: bool,
-    rescale: bool,
-    lambda_: float,
+    lambda_: Number,
     noise: Sequence[Tensor],
 ) -> Tensor:
     """``dare_linear`` with the sign election of ``ties``; the same arguments."""
-    thinned = _thinned(base, donors, density, rescale, noise)
-    return base.float() + lambda_ * _consensus(thinned, weight, normalize)
+    thinned = _thinned(base, donors, chance, noise)
+    return base.float() + lambda_ * _consensus(thinned, weight, stretch, normalize)
 
 
 def della_linear(
     base: Tensor,
     donors: Sequence[Tensor],
     *,
-    weight: Sequence[float],
+    weight: Numbers,
     density: Sequence[float],
     epsilon: Sequence[float],
-    normalize: bool,
     rescale: bool,
-    lambda_: float,
+    lambda_: Number,
     noise: Sequence[Tensor],
 ) -> Tensor:
     """``dare_linear`` with better chances for the larger elements of every row.
@@ -110,7 +148,6 @@ def della_linear(
         weight: n factors of the task vectors.
         density: n mean chances for an element to be kept; all are kept from 1 on, none at 0.
         epsilon: n half widths of the range of chances.
-        normalize: Divide by the sum of the weights.
         rescale: Give each thinned task vector its L1 norm back.
         lambda_: Factor of the merged task vector.
         noise: n tensors of uniform numbers in [0, 1), (*s); an element is kept if below its chance.
@@ -121,7 +158,7 @@ def della_linear(
     Source: Deep et al. 2024, https://arxiv.org/abs/2406.11617
     """
     pruned = _pruned(base, donors, density, epsilon, rescale, noise)
-    return base.float() + lambda_ * _weighted(pruned, weight, normalize)
+    return base.float() + lambda_ * _weighted(pruned, weight, [1.0] * len(donors))
 
 
 def della(
@@ -138,52 +175,7 @@ def della(
 ) -> Tensor:
     """``della_linear`` with the sign election of ``ties``; the same arguments."""
     pruned = _pruned(base, donors, density, epsilon, rescale, noise)
-    return base.float() + lambda_ * _consensus(pruned, weight, normalize)
-
-
-def breadcrumbs(
-    base: Tensor,
-    donors: Sequence[Tensor],
-    *,
-    weight: Sequence[float],
-    density: Sequence[float],
-    gamma: Sequence[float],
-    normalize: bool,
-    rescale: bool,
-    lambda_: float,
-) -> Tensor:
-    """Drop the largest elements of each task vector and the smallest, add the others up.
-
-    Args:
-        base: The base model's tensor, (*s).
-        donors: n tensors, (*s).
-        weight: n factors of the task vectors.
-        density: n shares of elements to keep; all are kept from 1 on, whatever gamma is.
-        gamma: n shares of elements to drop as too large, as far as ``density`` leaves room.
-        normalize: Divide by the sum of the weights.
-        rescale: Give each thinned task vector its L1 norm back.
-        lambda_: Factor of the merged task vector.
-
-    Source: Davari and Belilovsky 2023, https://arxiv.org/abs/2312.06795
-    """
-    middles = _middles(base, donors, density, gamma, rescale)
-    return base.float() + lambda_ * _weighted(middles, weight, normalize)
-
-
-def breadcrumbs_ties(
-    base: Tensor,
-    donors: Sequence[Tensor],
-    *,
-    weight: Sequence[float],
-    density: Sequence[float],
-    gamma: Sequence[float],
-    normalize: bool,
-    rescale: bool,
-    lambda_: float,
-) -> Tensor:
-    """``breadcrumbs`` with the sign election of ``ties``; the same arguments."""
-    middles = _middles(base, donors, density, gamma, rescale)
-    return base.float() + lambda_ * _consensus(middles, weight, normalize)
+    return base.float() + lambda_ * _consensus(pruned, weight, [1.0] * len(donors), normalize)
 
 
 def task_vectors(base: Tensor, donors: Sequence[Tensor]) -> list[Tensor]:
@@ -191,18 +183,36 @@ def task_vectors(base: Tensor, donors: Sequence[Tensor]) -> list[Tensor]:
     return [donor.float() - base.float() for donor in donors]
 
 
+def _above(
+    deltas: Sequence[Tensor], low: Numbers, share: Numbers, noise: Sequence[Tensor] | None
+) -> list[Tensor]:
+    """Zero what is smaller than each bound; what is at the bound stays with a chance."""
+    kept = []
+    for place, (delta, bound, chance) in enumerate(zip(deltas, low, share, strict=True)):
+        least = bound if noise is None else torch.where(noise[place] < chance, bound, bound * _NEXT)
+        kept.append(torch.where(delta.abs() >= least, delta, 0.0))
+    return kept
+
+
+def _below(
+    deltas: Sequence[Tensor], high: Numbers, share: Numbers, noise: Sequence[Tensor] | None
+) -> list[Tensor]:
+    """Zero what is not smaller than each bound; what is at the bound stays with a chance."""
+    kept = []
+    for place, (delta, bound, chance) in enumerate(zip(deltas, high, share, strict=True)):
+        end = bound if noise is None else torch.where(noise[place] < chance, bound * _NEXT, bound)
+        kept.append(torch.where(delta.abs() < end, delta, 0.0))
+    return kept
+
+
 def _thinned(
     base: Tensor,
     donors: Sequence[Tensor],
-    density: Sequence[float],
-    rescale: bool,
+    chance: Numbers,
     noise: Sequence[Tensor],
 ) -> list[Tensor]:
-    deltas = task_vectors(base, donors)
-    return [
-        _masked(delta, None if chance >= 1 else drawn < chance, rescale)
-        for delta, chance, drawn in zip(deltas, density, noise, strict=True)
-    ]
+    settings = zip(task_vectors(base, donors), chance, noise, strict=True)
+    return [torch.where(drawn < p, delta, 0.0) for delta, p, drawn in settings]
 
 
 def _pruned(
@@ -237,39 +247,6 @@ def _drawn_by_rank(delta: Tensor, density: float, epsilon: float, drawn: Tensor)
     return drawn < chances.reshape(delta.shape)
 
 
-def _middles(
-    base: Tensor,
-    donors: Sequence[Tensor],
-    density: Sequence[float],
-    gamma: Sequence[float],
-    rescale: bool,
-) -> list[Tensor]:
-    settings = zip(task_vectors(base, donors), density, gamma, strict=True)
-    return [_masked(d, _middle(d, share, outliers), rescale) for d, share, outliers in settings]
-
-
-def _middle(delta: Tensor, density: float, gamma: float) -> Tensor | None:
-    """Mask of ``int(density * numel)`` elements, those below the gamma largest; None: all."""
-    if density >= 1:
-        return None
-    size = delta.numel()
-    kept = int(density * size)
-    first = max(0, size - kept - int(gamma * size))
-    mask = torch.zeros(size, dtype=torch.bool, device=delta.device)
-    mask[delta.abs().flatten().argsort(stable=True)[first : first + kept]] = True
-    return mask.reshape(delta.shape)
-
-
-def _largest(delta: Tensor, density: float) -> Tensor | None:
-    """Mask of the ``max(1, int(density * numel))`` elements of largest magnitude; None: all."""
-    if density >= 1 or delta.numel() == 0:
-        return None
-    kept = max(1, int(density * delta.numel())) if density > 0 else 0
-    mask = torch.zeros(delta.numel(), dtype=torch.bool, device=delta.device)
-    mask[torch.topk(delta.abs().flatten(), kept, sorted=False).indices] = True
-    return mask.reshape(delta.shape)
-
-
 def _masked(delta: Tensor, mask: Tensor | None, rescale: bool) -> Tensor:
     """Zero what the mask leaves out; ``rescale`` restores the L1 norm, unless it is below 1e-7."""
     if mask is None:
@@ -282,29 +259,36 @@ def _masked(delta: Tensor, mask: Tensor | None, rescale: bool) -> Tensor:
     return masked * torch.where(defined, before / after.clamp_min(1e-7), 1.0)
 
 
-def _weighted(deltas: Sequence[Tensor], weight: Sequence[float], normalize: bool) -> Tensor:
+def _weighted(deltas: Sequence[Tensor], weight: Numbers, stretch: Numbers) -> Tensor:
     mixed = torch.zeros_like(deltas[0])
-    for delta, w in zip(deltas, weight, strict=True):
-        mixed += (
-            delta * w
-        )  # not fused: task vectors that cancel have to give zero, not its rounding
-    total = sum(weight)
-    return mixed / total if normalize and abs(total) >= 1e-8 else mixed
+    for delta, w, factor in zip(deltas, weight, stretch, strict=True):
+        mixed = mixed + delta * (w * factor)
+    return mixed
 
 
-def _consensus(deltas: Sequence[Tensor], weight: Sequence[float], normalize: bool) -> Tensor:
+def _consensus(
+    deltas: Sequence[Tensor], weight: Numbers, stretch: Numbers, normalize: bool
+) -> Tensor:
     """Sum the weighted task vectors that have the elected sign, element by element.
 
     The sign with the larger weighted mass is elected, plus on a tie. ``normalize`` divides by the
     weights that agree; where they cancel out, or nobody agrees, the sum stays as it is.
     """
-    elected = elected_sign(_weighted(deltas, weight, normalize=False))  # (*s)
-    mixed, divisor = torch.zeros_like(elected), torch.zeros_like(elected)
-    for delta, w in zip(deltas, weight, strict=True):
-        scaled = delta * w
-        agrees = scaled.sign() == elected
-        mixed += scaled * agrees
-        divisor += w * agrees
+    zero = torch.zeros_like(deltas[0])
+    up, down, up_weight, down_weight = (
+        zero,
+        zero,
+        zero,
+        zero,
+    )  # the mass of each sign, and its owners
+    for delta, w, factor in zip(deltas, weight, stretch, strict=True):
+        scaled = delta * (w * factor)
+        up, down = up + scaled.clamp_min(0), down + scaled.clamp_max(0)
+        if normalize:
+            up_weight = up_weight + torch.where(scaled > 0, w, 0.0)
+            down_weight = down_weight + torch.where(scaled < 0, w, 0.0)
+    plus = up + down >= 0
+    mixed, divisor = torch.where(plus, up, down), torch.where(plus, up_weight, down_weight)
     return mixed / torch.where(divisor == 0, 1.0, divisor) if normalize else mixed
 
 

@@ -1,0 +1,111 @@
+"""From a recipe's parameters to a kernel's: what has to be known of whole task vectors first.
+
+A density becomes bounds on magnitudes, ``rescale`` a factor, and ``normalize`` of a plain sum is
+taken into ``lambda``. A preparation maps parameters, by their argument names, to the kernel's.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol
+
+from merge_engine.statistics import EVERYTHING, NOTHING, Band, Magnitudes
+
+
+class TaskVector(Protocol):
+    """One donor's change to one tensor, as far as a preparation may ask of it."""
+
+    @property
+    def magnitudes(self) -> Magnitudes:
+        """The order statistics of its elements."""
+
+    def stretch(self, chance: float) -> float:
+        """What gives its L1 norm back to the elements drawn with a chance; 1 without a norm."""
+
+
+Values = Mapping[str, Any]
+Prepare = Callable[[Values, Sequence[TaskVector]], dict[str, Any]]
+
+
+def summed(values: Values) -> dict[str, Any]:
+    """``normalize`` of a weighted sum, taken into ``lambda_``; a sum near zero divides nothing."""
+    rest = {name: value for name, value in values.items() if name != "normalize"}
+    total = sum(values["weight"])
+    if values["normalize"] and abs(total) >= 1e-8:
+        rest["lambda_"] = values["lambda_"] / total
+    return rest
+
+
+def ties(values: Values, deltas: Sequence[TaskVector]) -> dict[str, Any]:
+    """The ``max(1, int(density * numel))`` elements of largest magnitude; all from density 1 on."""
+    settings = zip(deltas, values["density"], strict=True)
+    return _banded(values, [_largest(delta, density) for delta, density in settings])
+
+
+def _largest(delta: TaskVector, density: float) -> Band:
+    if (band := _all_or_none(density)) is not None:
+        return band
+    size = delta.magnitudes.size
+    kept = max(1, int(density * size))
+    return delta.magnitudes.band(size - kept, kept)
+
+
+def breadcrumbs_ties(values: Values, deltas: Sequence[TaskVector]) -> dict[str, Any]:
+    """``int(density * numel)`` elements below the ``gamma`` largest, as far as those leave room."""
+    settings = zip(deltas, values["density"], values["gamma"], strict=True)
+    bands = [_middle(delta, density, gamma) for delta, density, gamma in settings]
+    return _banded({name: value for name, value in values.items() if name != "gamma"}, bands)
+
+
+def _middle(delta: TaskVector, density: float, gamma: float) -> Band:
+    if (band := _all_or_none(density)) is not None:
+        return band
+    size = delta.magnitudes.size
+    kept = int(density * size)
+    return delta.magnitudes.band(max(0, size - kept - int(gamma * size)), kept)
+
+
+def breadcrumbs(values: Values, deltas: Sequence[TaskVector]) -> dict[str, Any]:
+    """``breadcrumbs_ties`` for a plain sum."""
+    return summed(breadcrumbs_ties(values, deltas))
+
+
+def dare_ties(values: Values, deltas: Sequence[TaskVector]) -> dict[str, Any]:
+    """Chances, and the factors that restore the L1 norm under this recipe's masks."""
+    rest = {name: value for name, value in values.items() if name not in ("density", "rescale")}
+    stretch = [
+        delta.stretch(density) if values["rescale"] and 0 < density < 1 else 1.0
+        for delta, density in zip(deltas, values["density"], strict=True)
+    ]
+    return rest | {"chance": values["density"], "stretch": tuple(stretch)}
+
+
+def dare_linear(values: Values, deltas: Sequence[TaskVector]) -> dict[str, Any]:
+    """``dare_ties`` for a plain sum."""
+    return summed(dare_ties(values, deltas))
+
+
+def della_linear(values: Values, _deltas: Sequence[TaskVector]) -> dict[str, Any]:
+    """For a plain sum; its ranks are its kernel's own."""
+    return summed(values)
+
+
+def _all_or_none(density: float) -> Band | None:
+    if density >= 1:
+        return EVERYTHING
+    return NOTHING if density <= 0 else None
+
+
+def _banded(values: Values, bands: Sequence[Band]) -> dict[str, Any]:
+    rest = {name: value for name, value in values.items() if name not in ("density", "rescale")}
+    found: dict[str, Any] = rest | {
+        "low": tuple(band.low for band in bands),
+        "low_share": tuple(band.low_share for band in bands),
+        "stretch": tuple(band.stretch if values["rescale"] else 1.0 for band in bands),
+        "draws": any(band.tied for band in bands),
+    }
+    if any(band.high < math.inf for band in bands):
+        found["high"] = tuple(band.high for band in bands)
+        found["high_share"] = tuple(band.high_share for band in bands)
+    return found
