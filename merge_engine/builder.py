@@ -5,15 +5,17 @@ Kernels compute in float32; the one rounding happens where a tensor is written.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
 
 from merge_engine.donors import Family
+from merge_engine.layout import is_head_weight, layer_counts
 from merge_engine.methods import METHODS, Base, Linear
 from merge_engine.methods.contract import Elementwise, Values
 from merge_engine.noise import key_of, uniform
+from merge_engine.plan import Part, Plan, stack
 from merge_engine.recipe import Recipe, RecipeError
 
 Read = Callable[[str], Tensor]  # a model's tensor, on the device
@@ -29,9 +31,16 @@ def merge_tensor(recipe: Recipe, name: str, family: Family, device: torch.device
     def read(model: str) -> Tensor:
         return family.read(model, name).to(device)
 
-    if not family.reference.tensors[name].dtype.is_floating_point:
+    inputs = family.inputs.get(name, {})
+    lacking = bool(inputs) and any(model not in inputs for model in recipe.models_read)
+    if lacking:
+        recipe = _of_holders(recipe, name, inputs)
+    if not family.tensors[name].dtype.is_floating_point:
         return _same_in_all(recipe, name, read)
-    method, values = METHODS[recipe.merge_method], recipe.values(name, family.depth(name))
+    if lacking and _too_few(recipe):
+        return read(recipe.models_read[0]).float()
+    method = METHODS[recipe.merge_method]
+    values = recipe.values(name, family.depth(name), inputs)
     try:
         if isinstance(method, Linear):
             return _weighted_sum(recipe, _coefficients(recipe, method, name, values, family), read)
@@ -39,6 +48,32 @@ def merge_tensor(recipe: Recipe, name: str, family: Family, device: torch.device
         return _elementwise(recipe, method, name, values, read)
     except ValueError as error:
         raise RecipeError(f"{recipe.merge_method} of {name!r}: {error}") from error
+
+
+def _of_holders(recipe: Recipe, name: str, inputs: Mapping[str, str]) -> Recipe:
+    """The recipe without the models that lack a tensor.
+
+    Raises:
+        RecipeError: What is left has no meaning.
+    """
+    if recipe.method.base is Base.ORIGIN and recipe.base and recipe.base not in inputs:
+        raise RecipeError(
+            f"{name!r} is missing in the base model {recipe.base!r}, so that {recipe.merge_method} "
+            f"has nothing to start from; {next(iter(inputs))!r} has it: use linear, or another base"
+        )
+    models = tuple(source for source in recipe.models if source.model in inputs)
+    base = recipe.base_model if recipe.base_model in inputs else None
+    if not models and base is None:
+        raise RecipeError(
+            f"{name!r} is in none of the recipe's models; {next(iter(inputs))!r} has it"
+        )
+    return recipe.model_copy(update={"models": models, "base_model": base})
+
+
+def _too_few(recipe: Recipe) -> bool:
+    """Whether only one model, or with an ORIGIN the base alone, is left to a method of several."""
+    count = len(recipe.donors) + (recipe.method.base is Base.ENDPOINT and recipe.base is not None)
+    return count < recipe.method.donors[0]
 
 
 Factors = dict[str, float | Tensor]  # a model's coefficient, or one per row: (*rows, 1)
@@ -58,7 +93,7 @@ def _coefficients(
     gram = family.gram(name, models, start, by_row) if method.gram else None
     factors = method.coefficients(gram, **options)  # (n,) or (rows, n)
     if by_row:
-        rows = (*family.reference.tensors[name].shape[:-1], 1)
+        rows = (*family.tensors[name].shape[:-1], 1)
         columns = factors.float().unbind(-1)
         return {model: c.reshape(rows) for model, c in zip(models, columns, strict=True)}
     return {model: c for model, c in zip(models, factors.tolist(), strict=True) if c != 0}
@@ -103,15 +138,34 @@ def _same_in_all(recipe: Recipe, name: str, read: Read) -> Tensor:
     return first
 
 
-def merged_tensors(
-    recipe: Recipe, family: Family, device: torch.device
-) -> Iterator[tuple[str, Tensor]]:
-    """Merge tensor by tensor, in the recipe's dtype, or else the one its models promote to."""
-    named = recipe.out_dtype or recipe.dtype
-    for name in family.names:
-        stored = family.stored_dtype(name)
-        dtype = getattr(torch, named) if named and stored.is_floating_point else stored
-        yield name, merge_tensor(recipe, name, family, device).to(dtype)
+def merged_tensors(plan: Plan, device: torch.device) -> Iterator[tuple[str, Tensor]]:
+    """Merge tensor by tensor, in the dtypes of ``plan.shapes()``.
+
+    Raises:
+        RecipeError: A tensor cannot be merged, or comes out with NaN or infinite numbers.
+    """
+    for part in plan.parts:
+        for name in part.family.names:
+            tensor = merge_tensor(part.recipe, name, part.family, device)
+            rounded = tensor.to(plan.dtype(part, name))
+            _check_finite(rounded, part, name)
+            yield name, rounded
+
+
+def _check_finite(merged: Tensor, part: Part, name: str) -> None:
+    """Refuse NaN and infinite numbers, and say where they are from."""
+    if bool(merged.isfinite().all()):
+        return
+    for model, own in part.family.inputs[name].items():
+        if not bool(part.family.read(model, name).isfinite().all()):
+            file = part.family.checkpoints[model].tensors[own].file
+            raise RecipeError(
+                f"{file}: {own!r} has NaN or infinite numbers; fetch or train {model!r} again"
+            )
+    raise RecipeError(
+        f"{part.recipe.merge_method} of {name!r} gives numbers beyond "
+        f"{str(merged.dtype).removeprefix('torch.')}; write float32 or bfloat16, or lower weights"
+    )
 
 
 class Builder:
@@ -122,7 +176,7 @@ class Builder:
         family: The donors.
 
     Raises:
-        RecipeError: The model has a tensor that the family lacks.
+        RecipeError: The model is not of the family's shape.
     """
 
     def __init__(self, model: nn.Module, family: Family) -> None:
@@ -131,8 +185,7 @@ class Builder:
         self.loaded: Recipe | None = None
         self.version = 0  # grows with every build: what else depends on the weights is keyed by it
         self._targets = dict(_stored_tensors(model))
-        if missing := sorted(set(self._targets) - set(family.names)):
-            raise RecipeError(f"the live model has {missing[0]!r}, which the donors lack")
+        _check_covered(self._targets, family.names)
 
     @torch.no_grad()
     def build(self, recipe: Recipe) -> None:
@@ -143,14 +196,47 @@ class Builder:
         """
         self.loaded = None  # a failed build leaves parts of two recipes: never score it
         self.version += 1
+        owners = {name: part for part in self._parts(recipe) for name in part.family.names}
+        _check_covered(self._targets, owners)
         for name, target in self._targets.items():
-            target.copy_(merge_tensor(recipe, name, self.family, target.device))
+            part = owners[name]
+            target.copy_(merge_tensor(part.recipe, name, part.family, target.device))
+            _check_finite(target, part, name)
         self.loaded = recipe
+
+    def _parts(self, recipe: Recipe) -> tuple[Part, ...]:
+        first, *_ = recipe.parts
+        if first.layers is None:
+            return (Part(first.recipe, self.family),)
+        return stack(recipe, self.family.checkpoints)
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """What the model holds now, by name."""
         for name, target in self._targets.items():
             yield name, target.detach()
+
+
+def _check_covered(live: Iterable[str], merged: Iterable[str]) -> None:
+    """Compare the live model's tensors with what is written into it.
+
+    Raises:
+        RecipeError: It has more or fewer layers, a tensor that is not written, or no head of its
+            own for one that is.
+    """
+    have, get = layer_counts(live), layer_counts(merged)
+    for stack_name in have.keys() & get.keys():
+        if have[stack_name] != get[stack_name]:
+            raise RecipeError(
+                f"the merge has {get[stack_name]} layers and the live model {have[stack_name]}; "
+                "a merge of another shape can only be built as a checkpoint (mergesearch build)"
+            )
+    if missing := sorted(set(live) - set(merged)):
+        raise RecipeError(f"the live model has {missing[0]!r}, which the donors lack")
+    if heads := [name for name in set(merged) - set(live) if is_head_weight(name)]:
+        raise RecipeError(
+            f"the merge has {heads[0]!r}, which the live model ties to its embedding; take an "
+            "untied model for the base, or build a checkpoint (mergesearch build)"
+        )
 
 
 def _stored_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -35,6 +36,7 @@ def write_checkpoint(
     *,
     like: Checkpoint,
     recipe: Recipe,
+    config: Mapping[str, Any] | None = None,
     shard_bytes: int = SHARD_BYTES,
 ) -> None:
     """Write a model folder, a shard at a time.
@@ -44,6 +46,7 @@ def write_checkpoint(
         out: The folder to make.
         like: The model whose config, tokenizer and generation config it gets.
         recipe: Stored beside it as ``mergekit_config.yml``.
+        config: Another config than ``like``'s.
         shard_bytes: No file gets larger than this, unless by a single tensor.
 
     Raises:
@@ -55,9 +58,9 @@ def write_checkpoint(
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     dtype = _write_weights(tensors, partial, shard_bytes)
-    config = dict(like.config) | {"dtype": str(dtype).removeprefix("torch.")}
-    config.pop("torch_dtype", None)  # the older name of the same key
-    (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    contents = dict(config or like.config) | {"dtype": str(dtype).removeprefix("torch.")}
+    contents.pop("torch_dtype", None)  # the older name of the same key
+    (partial / "config.json").write_text(json.dumps(contents, indent=2) + "\n", encoding="utf-8")
     for pattern in COPIED:
         for file in like.folder.glob(pattern):
             shutil.copyfile(file, partial / file.name)

@@ -9,19 +9,27 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, replace
+from functools import cached_property, reduce
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from merge_engine.layout import (
+    depth_in,
+    input_embedding,
+    is_head_weight,
+    is_vocabulary,
+    layer_counts,
+    place_of,
+)
 from merge_engine.recipe import RecipeError
 
 HUB_FILES = ("*.safetensors", "*.json", "*.jinja", "*.txt", "*.model")
-_LAYER = re.compile(r"(?:^|\.)(?:layers?|h|blocks?)\.(\d+)\.")
 _RECOMPUTED = ".rotary_emb.inv_freq"  # buffers that old checkpoints store; no model reads them
 _DTYPES = {
     "F64": torch.float64,
@@ -107,6 +115,33 @@ class Checkpoint:
             if not name.endswith(_RECOMPUTED) and not (tied and name == "lm_head.weight")
         }
 
+    def own_name(self, name: str) -> str | None:
+        """The model's tensor that does what ``name`` does elsewhere; None if it has none.
+
+        Where there is no head of its own, the embedding is the head.
+        """
+        if name in self.tensors:
+            return name
+        return input_embedding(self.tensors) if is_head_weight(name) else None
+
+    @cached_property
+    def layer_count(self) -> int:
+        """The layers of the largest stack."""
+        return max(layer_counts(self.tensors).values(), default=0)
+
+    def lacks_a_piece(self, name: str) -> bool:
+        """Whether a missing tensor is a gap: other layers have theirs, so the model is not whole.
+
+        A kind of tensor that no layer has, such as a bias, is no gap.
+        """
+        place = place_of(name)
+        return place is not None and (place.stack, place.rest) in self._kinds
+
+    @cached_property
+    def _kinds(self) -> set[tuple[str, str]]:
+        places = (place_of(name) for name in self.tensors)
+        return {(place.stack, place.rest) for place in places if place}
+
     def read(self, name: str) -> Tensor:
         """The tensor as stored, on the CPU.
 
@@ -151,55 +186,75 @@ class Checkpoint:
         return {}
 
 
-class Family:
-    """Checkpoints of one shape, and what depends on them alone.
+Inputs = Mapping[str, Mapping[str, str]]  # a tensor's name in the result: model: its own name
 
-    The first model is the reference: it says which tensors there are.
+
+class Family:
+    """Checkpoints that fit one another, and what depends on them alone.
+
+    The first model is the reference: the result gets its config and tokenizer.
     """
 
-    def __init__(self, models: Iterable[str]) -> None:
-        """Open the models and compare their tensors' names and shapes with the first one's.
+    inputs: Inputs = MappingProxyType(
+        {}
+    )  # of a tensor not named here: the same name in every model
+
+    def __init__(self, models: Iterable[str] | Mapping[str, Checkpoint]) -> None:
+        """Compare the models' tensors by name and shape.
+
+        Args:
+            models: Names of models to open, or models opened before.
 
         Raises:
-            RecipeError: A model is missing or damaged, or is not of the reference's shape.
+            RecipeError: A model is missing or damaged, or is not of the others' shape.
         """
-        self.checkpoints = {model: Checkpoint(model) for model in models}
+        checkpoints = models if isinstance(models, Mapping) else open_models(models)
+        names = sorted({name for checkpoint in checkpoints.values() for name in checkpoint.tensors})
+        counts = layer_counts(names)
+        places = {name: place_of(name) for name in names}
+        self._hold(
+            checkpoints,
+            {name: dict.fromkeys(checkpoints, name) for name in names},
+            {n: depth_in(p.layer, counts[p.stack]) if p else 0.0 for n, p in places.items()},
+        )
+
+    def _hold(
+        self, checkpoints: Mapping[str, Checkpoint], wanted: Inputs, depths: Mapping[str, float]
+    ) -> None:
+        """Take what there is of ``wanted`` from the checkpoints, in the order of its names."""
+        self.checkpoints = dict(checkpoints)
         self.reference = next(iter(self.checkpoints.values()))
-        for checkpoint in self.checkpoints.values():
-            _check_same_shape(self.reference, checkpoint)
+        self.inputs = {name: _own_names(of, checkpoints) for name, of in wanted.items()}
+        for name, of in self.inputs.items():
+            _check_shapes(name, [(checkpoints[model], own) for model, own in of.items()])
+        self.tensors = {name: self._info(name) for name in self.inputs}
+        self._depths = depths
         self._grams: dict[tuple[object, ...], Tensor] = {}
+
+    def _info(self, name: str) -> TensorInfo:
+        """One of the holders' tensors, of the dtype that all of theirs promote to."""
+        infos = [self.checkpoints[m].tensors[own] for m, own in self.inputs[name].items()]
+        return replace(infos[0], dtype=reduce(torch.promote_types, (i.dtype for i in infos)))
 
     @property
     def names(self) -> tuple[str, ...]:
-        """The tensors of every member."""
-        return tuple(self.reference.tensors)
+        """The tensors of the result."""
+        return tuple(self.tensors)
 
     @cached_property
     def layer_filters(self) -> tuple[str, ...]:
         """For each layer the piece of its tensors' names that no other layer's have."""
-        found = {
-            int(m[1]): m[0].strip(".") + "." for name in self.names if (m := _LAYER.search(name))
-        }
-        return tuple(found.get(layer, "") for layer in range(max(found, default=-1) + 1))
+        found = {p.layer: p for name in self.names if (p := place_of(name))}
+        pieces = {i: f"{p.stack.rstrip('.').split('.')[-1]}.{i}." for i, p in found.items()}
+        return tuple(pieces.get(layer, "") for layer in range(max(found, default=-1) + 1))
 
     def depth(self, name: str) -> float:
         """Where a tensor stands: 0 first layer or outside the layers, 1 last or only layer."""
-        if (layer := layer_of(name)) is None:
-            return 0.0
-        last = len(self.layer_filters) - 1
-        return layer / last if last > 0 else 1.0
+        return self._depths[name]
 
     def read(self, model: str, name: str) -> Tensor:
-        """A member's tensor as stored, on the CPU."""
-        return self.checkpoints[model].read(name)
-
-    def stored_dtype(self, name: str) -> torch.dtype:
-        """What the members' dtypes of one tensor promote to."""
-        dtypes = [checkpoint.tensors[name].dtype for checkpoint in self.checkpoints.values()]
-        result = dtypes[0]
-        for dtype in dtypes[1:]:
-            result = torch.promote_types(result, dtype)
-        return result
+        """A model's tensor as stored, on the CPU."""
+        return self.checkpoints[model].read(self.inputs[name][model])
 
     def gram(
         self, name: str, models: tuple[str, ...], origin: str | None, by_row: bool = False
@@ -220,12 +275,6 @@ class Family:
         return self._grams[key]
 
 
-def layer_of(name: str) -> int | None:
-    """The layer a tensor's name says it belongs to; None outside the layers."""
-    match = _LAYER.search(name)
-    return int(match[1]) if match else None
-
-
 def _gram(tensors: list[Tensor], start: Tensor, chunk: int = 1 << 20) -> Tensor:
     """Inner products row by row, (rows, n, n), in float64 and in pieces that fit the cache."""
     rows, width = start.shape
@@ -241,18 +290,56 @@ def _gram(tensors: list[Tensor], start: Tensor, chunk: int = 1 << 20) -> Tensor:
     return total
 
 
-def _check_same_shape(reference: Checkpoint, other: Checkpoint) -> None:
-    pair = f"models {reference.model!r} and {other.model!r}"
-    mine, theirs = reference.tensors, other.tensors
-    if missing := sorted(set(mine) ^ set(theirs)):
-        owner = reference if missing[0] in mine else other
-        raise RecipeError(
-            f"{pair} are of different architectures: only {owner.model!r} has {missing[0]!r}"
-            + (f" and {len(missing) - 1} more tensors differ" if missing[1:] else "")
-        )
-    for name in mine:
-        if mine[name].shape != theirs[name].shape:
+def open_models(models: Iterable[str]) -> dict[str, Checkpoint]:
+    """Open models by name, in order, the headers of their files read.
+
+    Raises:
+        RecipeError: One is missing or damaged, or they are of different architectures.
+    """
+    checkpoints = {model: Checkpoint(model) for model in models}
+    first, *others = checkpoints.values()
+    for other in others:
+        for key in ("architectures", "model_type"):
+            mine, theirs = first.config.get(key), other.config.get(key)
+            if mine and theirs and mine != theirs:
+                raise RecipeError(
+                    f"models {first.model!r} and {other.model!r} are of different architectures: "
+                    f"{mine} against {theirs}; only models of one can be merged"
+                )
+    return checkpoints
+
+
+def _own_names(wanted: Mapping[str, str], checkpoints: Mapping[str, Checkpoint]) -> dict[str, str]:
+    """The models that have a tensor, and its name in each.
+
+    Raises:
+        RecipeError: A model lacks it that ought to have it.
+    """
+    found = {model: checkpoints[model].own_name(own) for model, own in wanted.items()}
+    for model, own in wanted.items():
+        if found[model] is None and checkpoints[model].lacks_a_piece(own):
+            owner = next(m for m in found if found[m])
             raise RecipeError(
-                f"{pair} differ in the shape of {name!r}: {list(mine[name].shape)} against "
-                f"{list(theirs[name].shape)}; merge models fine-tuned from one base"
+                f"models {owner!r} and {model!r} are of different architectures: only {owner!r} "
+                f"has {wanted[owner]!r}; merge models of one shape, or stack layers with 'slices'"
+            )
+    return {model: own for model, own in found.items() if own}
+
+
+def _check_shapes(name: str, holders: list[tuple[Checkpoint, str]]) -> None:
+    (first, own), *others = holders
+    mine = first.tensors[own].shape
+    for other, its in others:
+        theirs = other.tensors[its].shape
+        if mine != theirs:
+            resized = is_vocabulary(name) and mine[1:] == theirs[1:]
+            raise RecipeError(
+                f"models {first.model!r} and {other.model!r} differ in the shape of {name!r}: "
+                f"{list(mine)} against {list(theirs)}; "
+                + (
+                    "their vocabularies differ: say with 'tokenizer_source: union' (or base, or "
+                    "a model) which one the result is to have"
+                    if resized
+                    else "merge models fine-tuned from one base"
+                )
             )
