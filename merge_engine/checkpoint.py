@@ -57,7 +57,11 @@ def write_checkpoint(
     partial = out.with_name(out.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    dtype = _write_weights(tensors, partial, shard_bytes)
+    try:
+        dtype = _write_weights(tensors, partial, shard_bytes)
+    except BaseException:
+        shutil.rmtree(partial)
+        raise
     contents = dict(config or like.config) | {"dtype": str(dtype).removeprefix("torch.")}
     contents.pop("torch_dtype", None)  # the older name of the same key
     (partial / "config.json").write_text(json.dumps(contents, indent=2) + "\n", encoding="utf-8")

@@ -129,13 +129,15 @@ class Checkpoint:
         """The layers of the largest stack."""
         return max(layer_counts(self.tensors).values(), default=0)
 
-    def lacks_a_piece(self, name: str) -> bool:
-        """Whether a missing tensor is a gap: other layers have theirs, so the model is not whole.
+    def ought_to_have(self, name: str) -> bool:
+        """Whether a tensor, if missing, leaves a gap: then the model is not whole.
 
-        A kind of tensor that no layer has, such as a bias, is no gap.
+        A kind of tensor that none of its layers has, a bias or a head leaves none.
         """
         place = place_of(name)
-        return place is not None and (place.stack, place.rest) in self._kinds
+        if place is None:
+            return name.endswith("weight") and not is_head_weight(name)
+        return (place.stack, place.rest) in self._kinds
 
     @cached_property
     def _kinds(self) -> set[tuple[str, str]]:
@@ -317,7 +319,7 @@ def _own_names(wanted: Mapping[str, str], checkpoints: Mapping[str, Checkpoint])
     """
     found = {model: checkpoints[model].own_name(own) for model, own in wanted.items()}
     for model, own in wanted.items():
-        if found[model] is None and checkpoints[model].lacks_a_piece(own):
+        if found[model] is None and checkpoints[model].ought_to_have(own):
             owner = next(m for m in found if found[m])
             raise RecipeError(
                 f"models {owner!r} and {model!r} are of different architectures: only {owner!r} "

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 import yaml
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from merge_engine.builder import Builder
@@ -226,3 +226,155 @@ def test_stacked_recipe_survives_yaml(names, make):
     assert again == recipe
     assert again.key == recipe.key
     assert not notes
+
+
+def two_models(names, method="task_arithmetic", **models):
+    entries = [{"model": names[m], "parameters": {"weight": w}} for m, w in models.items()]
+    base = {} if method == "linear" else {"base_model": names["base"]}
+    return {"merge_method": method, "models": entries, "dtype": "float32"} | base
+
+
+@pytest.fixture
+def tied(make_model, tmp_path):
+    """A tied base and a tied donor, and a donor with a head of its own."""
+    base = make_model(tmp_path / "base", seed=0, tie_word_embeddings=True)
+    make_model(tmp_path / "tied", seed=1, base=base)
+    model = make_model(tmp_path / "untied", seed=2, base=base)
+    tensors = load_file(model / "model.safetensors")
+    head = tensors["model.embed_tokens.weight"] + 0.01
+    save_file(tensors | {"lm_head.weight": head}, model / "model.safetensors", {"format": "pt"})
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": False}))
+    return {name: str(tmp_path / name) for name in ("base", "tied", "untied")}
+
+
+@pytest.mark.oracle
+@pytest.mark.parametrize("method", ["linear", "task_arithmetic"])
+@pytest.mark.parametrize("others", [("tied",), ("tied", "untied")])
+def test_tied_and_untied_heads_are_merged_like_mergekit_does(
+    tied, tmp_path, build, mergekits, method, others
+):
+    mapping = two_models(tied, method, **dict.fromkeys(others, 0.7))
+    mine = build(mapping, tmp_path / "mine")
+    assert_equal(mine, mergekits(mapping, tmp_path / "theirs"))
+    assert ("lm_head.weight" in mine) == ("untied" in others)
+
+
+def test_config_says_untied_if_there_is_a_head(tied, tmp_path, build):
+    """mergekit copies the base's flag, and what trusts it loads the embedding as the head."""
+    mine = build(two_models(tied, tied=0.5, untied=0.5), tmp_path / "mine")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "mine")
+    assert not model.config.tie_word_embeddings
+    assert torch.equal(model.lm_head.weight, mine["lm_head.weight"])
+    assert not torch.equal(model.lm_head.weight, model.model.embed_tokens.weight)
+
+
+def test_live_model_with_a_tied_head_takes_no_other_head(tied):
+    live = AutoModelForCausalLM.from_pretrained(tied["base"])
+    with pytest.raises(RecipeError, match=r"has 'lm_head.weight', which the live model ties"):
+        Builder(live, Family(tied.values()))
+
+
+@pytest.fixture
+def biased(make_model, tmp_path):
+    """Two donors of which one has biases in its attention, and a base with and one without."""
+    plain = make_model(tmp_path / "plain", seed=0)
+    base = make_model(tmp_path / "base", seed=0, attention_bias=True)
+    make_model(tmp_path / "a", seed=1, base=base)
+    make_model(tmp_path / "b", seed=2, base=base)
+    make_model(tmp_path / "c", seed=3, base=plain)
+    return {name: str(tmp_path / name) for name in ("base", "plain", "a", "b", "c")}
+
+
+BIAS = "model.layers.1.self_attn.q_proj.bias"
+
+
+def test_tensor_that_a_donor_lacks_is_merged_from_those_that_have_it(biased, tmp_path, build):
+    a, base = (load_file(f"{biased[n]}/model.safetensors")[BIAS] for n in ("a", "base"))
+    linear = build(two_models(biased, "linear", a=0.3, c=0.9), tmp_path / "linear")
+    torch.testing.assert_close(linear[BIAS], a)  # renormalised over the models present
+    vectors = build(two_models(biased, a=0.3, c=0.9), tmp_path / "vectors")
+    torch.testing.assert_close(vectors[BIAS], base + 0.3 * (a - base))
+    mapping = {"merge_method": "slerp", "base_model": biased["a"], "parameters": {"t": 0.9}}
+    mapping["models"] = [{"model": biased["c"]}, {"model": biased["a"]}]
+    assert torch.equal(build(mapping, tmp_path / "slerp")[BIAS], a)
+    stock = two_models(biased, "model_stock", a=0, b=0, c=0)
+    stock["models"] = [{"model": entry["model"]} for entry in stock["models"]]
+    assert not torch.equal(build(stock, tmp_path / "stock")[BIAS], base)
+    stock["models"] = [*stock["models"][1:], {"model": biased["plain"]}]
+    assert torch.equal(build(stock, tmp_path / "too few")[BIAS], base)
+
+
+def test_tensor_that_the_base_lacks_has_no_task_vector(biased, tmp_path, build):
+    mapping = two_models(biased, a=0.3, c=0.9) | {"base_model": biased["plain"]}
+    with pytest.raises(RecipeError, match=r"k_proj.bias' is missing in the base model '.*plain'"):
+        build(mapping, tmp_path / "out")
+    assert not list(tmp_path.glob("out*"))
+
+
+@pytest.mark.parametrize("gap", ["model.layers.1.mlp.up_proj.weight", "model.norm.weight"])
+def test_model_with_a_gap_is_not_merged(names, tmp_path, make_model, gap):
+    model = make_model(tmp_path / "gap", seed=0)
+    tensors = load_file(model / "model.safetensors")
+    tensors.pop(gap)
+    save_file(tensors, model / "model.safetensors", {"format": "pt"})
+    with pytest.raises(RecipeError, match=f"only '.*base' has '{gap}'"):
+        plan_merge(parse_recipe(two_models(names | {"b": str(model)}, a=1, b=1), "r")[0])
+
+
+def test_other_vocabulary_without_a_tokenizer_option_names_it(names, tmp_path, make_model):
+    other = {"b": str(make_model(tmp_path / "b", seed=0, vocab_size=50))}
+    with pytest.raises(RecipeError, match=r"\[48, 32\] against \[50, 32\]; .*tokenizer_source"):
+        plan_merge(parse_recipe(two_models(names | other, a=1, b=1), "r")[0])
+
+
+def test_mixed_architectures_are_refused_by_name(names, tmp_path):
+    GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=8, n_head=1)).save_pretrained(tmp_path / "gpt2")
+    mapping = two_models(names | {"b": str(tmp_path / "gpt2")}, a=1, b=1)
+    with pytest.raises(RecipeError, match=r"'LlamaForCausalLM'.* against .*'GPT2LMHeadModel'"):
+        plan_merge(parse_recipe(mapping, "r")[0])
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("inf")])
+def test_number_that_is_none_is_refused_by_file_and_tensor(
+    names, tmp_path, make_model, build, number
+):
+    model = make_model(tmp_path / "broken", seed=0)
+    tensors = load_file(model / "model.safetensors")
+    tensors["model.norm.weight"][3] = number
+    save_file(tensors, model / "model.safetensors", {"format": "pt"})
+    mapping = two_models(names | {"b": str(model)}, a=1, b=1)
+    with pytest.raises(RecipeError, match=r"broken/model.safetensors: 'model.norm.weight' has NaN"):
+        build(mapping, tmp_path / "out")
+    assert not list(tmp_path.glob("out*"))
+    live = Builder(AutoModelForCausalLM.from_pretrained(names["a"]), Family([*names.values()]))
+    live.family = Family([names["base"], names["a"], str(model)])
+    with pytest.raises(RecipeError, match=r"broken/model.safetensors: 'model.norm.weight' has NaN"):
+        live.build(parse_recipe(mapping, "r")[0])
+    assert live.loaded is None
+
+
+def test_merge_beyond_float16_is_refused(names, tmp_path, build):
+    mapping = two_models(names, a=1e7, b=1) | {"out_dtype": "float16"}
+    with pytest.raises(RecipeError, match="gives numbers beyond float16; write float32"):
+        build(mapping, tmp_path / "out")
+
+
+def test_weights_that_sum_to_zero_leave_nothing_behind(names, tmp_path, build):
+    with pytest.raises(RecipeError, match=r"linear of '.*': weights \[1.0, -1.0\] sum to"):
+        build(two_models(names, "linear", a=1, b=-1), tmp_path / "out")
+    assert not list(tmp_path.glob("out*"))
+
+
+@pytest.mark.oracle
+@pytest.mark.parametrize(
+    "dtypes",
+    [{}, {"dtype": "float32", "out_dtype": "float16"}, {"out_dtype": "bfloat16"}],
+)
+def test_dtypes_of_the_result_are_mergekits(names, tmp_path, make_model, build, mergekits, dtypes):
+    half = make_model(tmp_path / "half", seed=5, base=names["base"], dtype=torch.bfloat16)
+    mapping = two_models(names | {"b": str(half)}, "linear", a=0.3, b=0.5)
+    mapping.pop("dtype")
+    mine = build(mapping | dtypes, tmp_path / "mine")
+    theirs = mergekits(mapping | dtypes, tmp_path / "theirs")
+    assert_equal(mine, theirs, 4e-3 if dtypes else 1e-6)
