@@ -1,7 +1,8 @@
 """Where tensors live: a model's checkpoint in safetensors, read tensor by tensor.
 
 A model is a folder or a hub id (``org/name`` or ``org/name@revision``), found through
-huggingface_hub's cache and downloaded if the cache lacks it.
+huggingface_hub's cache and downloaded if the cache lacks it. ``base+adapter`` is a model and what
+a LoRA adapter changes in it.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from merge_engine.adapters import Adapter
 from merge_engine.layout import (
     depth_in,
     input_embedding,
@@ -169,11 +171,12 @@ class Checkpoint:
             return [self.folder / name for name in names]
         if (single := self.folder / "model.safetensors").is_file():
             return [single]
-        has_pickles = any(self.folder.glob("*.bin"))
-        raise RecipeError(
-            f"model {self.model!r}: no model.safetensors in {self.folder}"
-            + ("; it has only .bin files: convert it to safetensors" if has_pickles else "")
-        )
+        hint = ""
+        if (self.folder / "adapter_config.json").is_file():
+            hint = f"; it is an adapter: name it with its base, as 'BASE+{self.model}'"
+        elif any(self.folder.glob("*.bin")):
+            hint = "; it has only .bin files: convert it to safetensors"
+        raise RecipeError(f"model {self.model!r}: no model.safetensors in {self.folder}{hint}")
 
     def _open(self, file: Path) -> Any:
         if file not in self._handles:
@@ -186,6 +189,38 @@ class Checkpoint:
     @cached_property
     def _handles(self) -> dict[Path, Any]:
         return {}
+
+
+class Adapted(Checkpoint):
+    """A model with a LoRA adapter, written ``base+adapter``; no merged copy is stored."""
+
+    def __init__(self, model: str, base: str, adapter: str) -> None:
+        """Open both.
+
+        Raises:
+            RecipeError: One cannot be used, or they do not belong together.
+        """
+        self.model = model
+        self.folder = locate(base)
+        self._adapter = Adapter(locate(adapter))
+        self._adapter.check({name: info.shape for name, info in self.tensors.items()}, base)
+
+    def read(self, name: str) -> Tensor:
+        """The tensor with its change, in float32 if it has one."""
+        return self._adapter.apply(name, super().read(name))
+
+
+def open_model(model: str) -> Checkpoint:
+    """A model by its name: a folder, a hub id, or ``base+adapter``.
+
+    Raises:
+        RecipeError: It is missing or damaged.
+    """
+    if "+" not in model or Path(model).expanduser().is_dir():
+        return Checkpoint(model)
+    cuts = [match.start() for match in re.finditer(r"\+", model)]
+    cut = next((i for i in cuts if Path(model[:i]).expanduser().is_dir()), cuts[0])
+    return Adapted(model, model[:cut], model[cut + 1 :])
 
 
 Inputs = Mapping[str, Mapping[str, str]]  # a tensor's name in the result: model: its own name
@@ -298,7 +333,7 @@ def open_models(models: Iterable[str]) -> dict[str, Checkpoint]:
     Raises:
         RecipeError: One is missing or damaged, or they are of different architectures.
     """
-    checkpoints = {model: Checkpoint(model) for model in models}
+    checkpoints = {model: open_model(model) for model in models}
     first, *others = checkpoints.values()
     for other in others:
         for key in ("architectures", "model_type"):
