@@ -94,6 +94,10 @@ class Adapter:
         product = up @ down
         return weight.float().add(product.T if update.transposed else product, alpha=update.scale)
 
+    def release(self) -> None:
+        """Close the file."""
+        self.__dict__.pop("_file", None)
+
     def _read_config(self) -> dict[str, Any]:
         file = self.folder / "adapter_config.json"
         try:

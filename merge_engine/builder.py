@@ -146,10 +146,14 @@ def merged_tensors(plan: Plan, device: torch.device) -> Iterator[tuple[str, Tens
     """
     for part in plan.parts:
         for name in part.family.names:
-            tensor = merge_tensor(part.recipe, name, part.family, device)
-            rounded = tensor.to(plan.dtype(part, name))
-            _check_finite(rounded, part, name)
-            yield name, rounded
+            yield name, _finished(plan, part, name, device)
+            part.family.release()
+
+
+def _finished(plan: Plan, part: Part, name: str, device: torch.device) -> Tensor:
+    tensor = merge_tensor(part.recipe, name, part.family, device).to(plan.dtype(part, name))
+    _check_finite(tensor, part, name)
+    return tensor
 
 
 def _check_finite(merged: Tensor, part: Part, name: str) -> None:
@@ -205,6 +209,11 @@ class Builder:
         self.loaded = recipe
 
     def _parts(self, recipe: Recipe) -> tuple[Part, ...]:
+        if recipe.vocabulary is not None:
+            raise RecipeError(
+                "a recipe with a tokenizer changes the vocabulary, which a live model cannot; "
+                "build it as a checkpoint (mergesearch build)"
+            )
         first, *_ = recipe.parts
         if first.layers is None:
             return (Part(first.recipe, self.family),)

@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, reduce
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -90,10 +90,19 @@ class Checkpoint:
     @cached_property
     def config(self) -> Mapping[str, Any]:
         """The model's ``config.json``."""
+        return self._json("config.json")
+
+    @cached_property
+    def generation_config(self) -> Mapping[str, Any]:
+        """The model's ``generation_config.json``; empty if it has none."""
+        name = "generation_config.json"
+        return self._json(name) if (self.folder / name).is_file() else {}
+
+    def _json(self, name: str) -> Mapping[str, Any]:
         try:
-            return dict(json.loads((self.folder / "config.json").read_text(encoding="utf-8")))
+            return dict(json.loads((self.folder / name).read_text(encoding="utf-8")))
         except (OSError, ValueError) as error:
-            raise RecipeError(f"model {self.model!r}: config.json: {error}") from None
+            raise RecipeError(f"model {self.model!r}: {name}: {error}") from None
 
     @cached_property
     def tensors(self) -> Mapping[str, TensorInfo]:
@@ -158,6 +167,10 @@ class Checkpoint:
             raise RecipeError(f"model {self.model!r}: cannot read {name!r}: {error}") from None
         return tensor
 
+    def release(self) -> None:
+        """Close the files: until then the pages read so far count as this process's memory."""
+        self._handles.clear()
+
     def _files(self) -> list[Path]:
         index = self.folder / "model.safetensors.index.json"
         if index.is_file():
@@ -209,6 +222,11 @@ class Adapted(Checkpoint):
         """The tensor with its change, in float32 if it has one."""
         return self._adapter.apply(name, super().read(name))
 
+    def release(self) -> None:
+        """Close the files of both."""
+        super().release()
+        self._adapter.release()
+
 
 def open_model(model: str) -> Checkpoint:
     """A model by its name: a folder, a hub id, or ``base+adapter``.
@@ -226,6 +244,19 @@ def open_model(model: str) -> Checkpoint:
 Inputs = Mapping[str, Mapping[str, str]]  # a tensor's name in the result: model: its own name
 
 
+class Rows(Protocol):
+    """Brings a tensor with one row per token to the rows of the result (``Vocabulary``)."""
+
+    @property
+    def size(self) -> int:
+        """Rows of the result."""
+
+    def align(
+        self, model: str, models: Sequence[str], base: str | None, read: Callable[[str], Tensor]
+    ) -> Tensor:
+        """One model's tensor with the result's rows."""
+
+
 class Family:
     """Checkpoints that fit one another, and what depends on them alone.
 
@@ -236,15 +267,23 @@ class Family:
         {}
     )  # of a tensor not named here: the same name in every model
 
-    def __init__(self, models: Iterable[str] | Mapping[str, Checkpoint]) -> None:
+    def __init__(
+        self,
+        models: Iterable[str] | Mapping[str, Checkpoint],
+        rows: Rows | None = None,
+        base: str | None = None,
+    ) -> None:
         """Compare the models' tensors by name and shape.
 
         Args:
             models: Names of models to open, or models opened before.
+            rows: The result's vocabulary, if it is not that of all models.
+            base: The model whose rows stand in for those that another lacks.
 
         Raises:
             RecipeError: A model is missing or damaged, or is not of the others' shape.
         """
+        self.rows, self.base = rows, base
         checkpoints = models if isinstance(models, Mapping) else open_models(models)
         names = sorted({name for checkpoint in checkpoints.values() for name in checkpoint.tensors})
         counts = layer_counts(names)
@@ -263,7 +302,8 @@ class Family:
         self.reference = next(iter(self.checkpoints.values()))
         self.inputs = {name: _own_names(of, checkpoints) for name, of in wanted.items()}
         for name, of in self.inputs.items():
-            _check_shapes(name, [(checkpoints[model], own) for model, own in of.items()])
+            holders = [(checkpoints[model], own) for model, own in of.items()]
+            _check_shapes(name, holders, resized=self._is_resized(name))
         self.tensors = {name: self._info(name) for name in self.inputs}
         self._depths = depths
         self._grams: dict[tuple[object, ...], Tensor] = {}
@@ -271,7 +311,14 @@ class Family:
     def _info(self, name: str) -> TensorInfo:
         """One of the holders' tensors, of the dtype that all of theirs promote to."""
         infos = [self.checkpoints[m].tensors[own] for m, own in self.inputs[name].items()]
-        return replace(infos[0], dtype=reduce(torch.promote_types, (i.dtype for i in infos)))
+        dtype = reduce(torch.promote_types, (info.dtype for info in infos))
+        shape = infos[0].shape
+        if self._is_resized(name) and self.rows is not None:
+            shape = (self.rows.size, *shape[1:])
+        return replace(infos[0], dtype=dtype, shape=shape)
+
+    def _is_resized(self, name: str) -> bool:
+        return self.rows is not None and is_vocabulary(name)
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -290,8 +337,21 @@ class Family:
         return self._depths[name]
 
     def read(self, model: str, name: str) -> Tensor:
-        """A model's tensor as stored, on the CPU."""
-        return self.checkpoints[model].read(self.inputs[name][model])
+        """A model's tensor on the CPU: as stored, or in float32 with the result's rows."""
+        own = self.inputs[name]
+
+        def stored(model: str) -> Tensor:
+            return self.checkpoints[model].read(own[model])
+
+        if self._is_resized(name) and self.rows is not None:
+            return self.rows.align(model, tuple(own), self.base, stored)
+        return stored(model)
+
+    def release(self) -> None:
+        """Let go of open files and of what was computed: no tensor read so far is needed again."""
+        self._grams.clear()
+        for checkpoint in self.checkpoints.values():
+            checkpoint.release()
 
     def gram(
         self, name: str, models: tuple[str, ...], origin: str | None, by_row: bool = False
@@ -363,20 +423,20 @@ def _own_names(wanted: Mapping[str, str], checkpoints: Mapping[str, Checkpoint])
     return {model: own for model, own in found.items() if own}
 
 
-def _check_shapes(name: str, holders: list[tuple[Checkpoint, str]]) -> None:
+def _check_shapes(name: str, holders: list[tuple[Checkpoint, str]], *, resized: bool) -> None:
     (first, own), *others = holders
     mine = first.tensors[own].shape
     for other, its in others:
         theirs = other.tensors[its].shape
-        if mine != theirs:
-            resized = is_vocabulary(name) and mine[1:] == theirs[1:]
+        if mine != theirs and not (resized and mine[1:] == theirs[1:]):
+            only_rows = is_vocabulary(name) and mine[1:] == theirs[1:]
             raise RecipeError(
                 f"models {first.model!r} and {other.model!r} differ in the shape of {name!r}: "
                 f"{list(mine)} against {list(theirs)}; "
                 + (
                     "their vocabularies differ: say with 'tokenizer_source: union' (or base, or "
                     "a model) which one the result is to have"
-                    if resized
+                    if only_rows
                     else "merge models fine-tuned from one base"
                 )
             )

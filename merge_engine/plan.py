@@ -16,6 +16,12 @@ import torch
 from merge_engine.donors import Checkpoint, Family, open_models
 from merge_engine.layout import depth_in, is_before_layers, is_head_weight, layer_counts, place_of
 from merge_engine.recipe import FlatPart, Recipe, RecipeError
+from merge_engine.vocabulary import (
+    Vocabulary,
+    load_tokenizer,
+    make_vocabulary,
+    with_chat_template,
+)
 
 _LAYER_COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 
@@ -42,12 +48,16 @@ class Plan:
         parts: In the order of the layers.
         reference: The model whose tokenizer and other files the result gets.
         config: The result's ``config.json``, but for the dtype.
+        generation_config: The result's, if it is not the reference's.
+        tokenizer: The result's, if it is not the reference's.
     """
 
     recipe: Recipe
     parts: tuple[Part, ...]
     reference: Checkpoint
     config: Mapping[str, Any]
+    generation_config: Mapping[str, Any] | None = None
+    tokenizer: Any = None
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -78,14 +88,27 @@ def plan_merge(recipe: Recipe) -> Plan:
     """
     checkpoints = open_models(recipe.models_read)
     reference = checkpoints[recipe.models_read[0]]
-    parts = stack(recipe, checkpoints)
+    vocabulary = tokenizer = None
+    if recipe.vocabulary is not None:
+        vocabulary = make_vocabulary(recipe.vocabulary, checkpoints, reference.model)
+        tokenizer = vocabulary.tokenizer
+    if recipe.chat_template:
+        tokenizer = tokenizer or load_tokenizer(reference)
+        tokenizer = with_chat_template(tokenizer, recipe, checkpoints)
+    parts = stack(recipe, checkpoints, vocabulary)
     for part in parts:
         for name in part.family.names:
             part.recipe.values(name, part.family.depth(name), part.family.inputs[name])
-    return Plan(recipe, parts, reference, _config(recipe, reference, parts))
+    config, generation = _config(recipe, reference, parts), None
+    if vocabulary:
+        config = vocabulary.resize(config)
+        generation = vocabulary.renumber(reference.generation_config)
+    return Plan(recipe, parts, reference, config, generation, tokenizer)
 
 
-def stack(recipe: Recipe, checkpoints: Mapping[str, Checkpoint]) -> tuple[Part, ...]:
+def stack(
+    recipe: Recipe, checkpoints: Mapping[str, Checkpoint], rows: Vocabulary | None = None
+) -> tuple[Part, ...]:
     """Say for every part of a recipe which tensors of which models it is of.
 
     Raises:
@@ -96,11 +119,13 @@ def stack(recipe: Recipe, checkpoints: Mapping[str, Checkpoint]) -> tuple[Part, 
     for number, part in enumerate(flat):
         own = {model: checkpoints[model] for model in part.recipe.models_read}
         if part.layers is None:
-            parts.append(Part(part.recipe, Family(own)))
+            parts.append(Part(part.recipe, Family(own, rows, part.recipe.base_model)))
             continue
         _check_ranges(part, own)
         ends = (number == 0, number == len(flat) - 1)
-        parts.append(Part(part.recipe, _Run(own, part.layers, start, ends)))
+        wanted, depths = _numbered(own, part.layers, start, ends)
+        run = _Run(own, wanted, depths, rows, part.recipe.base_model)
+        parts.append(Part(part.recipe, run))
         start += _length(part.layers)
     return tuple(parts)
 
@@ -111,26 +136,44 @@ class _Run(Family):
     def __init__(
         self,
         checkpoints: Mapping[str, Checkpoint],
-        layers: Mapping[str, tuple[int, int]],
-        start: int,
-        ends: tuple[bool, bool],
+        wanted: Mapping[str, Mapping[str, str]],
+        depths: Mapping[str, float],
+        rows: Vocabulary | None,
+        base: str | None,
     ) -> None:
-        """Rename the layers from ``start`` on; ``ends``: is it the first part, is it the last?"""
-        wanted: dict[str, dict[str, str]] = {}
-        depths: dict[str, float] = {}
-        for model, (first, last) in layers.items():
-            for own in checkpoints[model].tensors:
-                place = place_of(own)
-                if place and first <= place.layer < last:
-                    step = place.layer - first
-                    name = f"{place.stack}{start + step}.{place.rest}"
-                    depths[name] = depth_in(step, last - first)
-                elif place is None and ends[0 if is_before_layers(own) else 1]:
-                    depths[name := own] = 0.0
-                else:
-                    continue
-                wanted[name] = {m: _shifted(own, layers[m][0] - first) for m in layers}
-        self._hold(checkpoints, {name: wanted[name] for name in sorted(wanted)}, depths)
+        self.rows, self.base = rows, base
+        self._hold(checkpoints, wanted, depths)
+
+
+def _numbered(
+    checkpoints: Mapping[str, Checkpoint],
+    layers: Mapping[str, tuple[int, int]],
+    start: int,
+    ends: tuple[bool, bool],
+) -> tuple[dict[str, dict[str, str]], dict[str, float]]:
+    """The result's tensors of a run: each model's name of them, and their depth in the run.
+
+    Args:
+        checkpoints: The models.
+        layers: Which layers of each.
+        start: The number of the first one in the result.
+        ends: Is it the first run, is it the last?
+    """
+    wanted: dict[str, dict[str, str]] = {}
+    depths: dict[str, float] = {}
+    for model, (first, last) in layers.items():
+        for own in checkpoints[model].tensors:
+            place = place_of(own)
+            if place and first <= place.layer < last:
+                step = place.layer - first
+                name = f"{place.stack}{start + step}.{place.rest}"
+                depths[name] = depth_in(step, last - first)
+            elif place is None and ends[0 if is_before_layers(own) else 1]:
+                depths[name := own] = 0.0
+            else:
+                continue
+            wanted[name] = {m: _shifted(own, layers[m][0] - first) for m in layers}
+    return {name: wanted[name] for name in sorted(wanted)}, depths
 
 
 def _shifted(name: str, by: int) -> str:

@@ -17,7 +17,15 @@ from types import MappingProxyType
 from typing import Annotated, Any, Literal, NamedTuple
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, ValidationError
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PlainSerializer,
+    ValidationError,
+    model_validator,
+)
 
 from merge_engine.methods import METHODS, Base, Elementwise, Method
 from merge_engine.methods.contract import Values
@@ -103,6 +111,42 @@ class Module(_Frozen):
     parameters: Settings = {}
 
 
+class TokenOfModel(_Frozen):
+    """The row that a model has for a token of its own, by text or by number."""
+
+    kind: Literal["model_token"]
+    model: ModelName
+    token: str | None = None
+    token_id: int | None = None
+
+    @model_validator(mode="after")
+    def _names_one(self) -> TokenOfModel:
+        if (self.token is None) == (self.token_id is None):
+            raise ValueError("give either token or token_id")
+        return self
+
+
+class ZeroRow(_Frozen):
+    """A row of zeros."""
+
+    kind: Literal["zero"]
+
+
+class Token(_Frozen):
+    """Where the row of one token comes from in models that lack it; ``force``: in all."""
+
+    source: TokenOfModel | ZeroRow | ModelName | None = None
+    force: bool = False
+
+
+class Tokenizer(_Frozen):
+    """The result's vocabulary: ``union``, ``base`` or a model's."""
+
+    source: ModelName = "union"
+    tokens: dict[str, Token] = {}
+    pad_to_multiple_of: Annotated[int, Field(ge=1)] | None = None
+
+
 class FlatPart(NamedTuple):
     """A run of the result's layers as a recipe in the ``models`` form."""
 
@@ -126,6 +170,9 @@ class Recipe(_Frozen):
         parameters: Settings for all models and tensors, weaker than a model's own.
         dtype: mergekit computes in it; this engine always computes in float32.
         out_dtype: Of the written tensors; default ``dtype``, then the donors' own.
+        tokenizer_source: Short for ``tokenizer`` with this source alone.
+        tokenizer: The result's vocabulary; default: the base's, and the models have to share it.
+        chat_template: ``auto`` (the models' most frequent), ``chatml``, or a template's text.
         seed: Of random methods' masks. mergekit ignores the key and draws from its own.
     """
 
@@ -137,7 +184,16 @@ class Recipe(_Frozen):
     parameters: Settings = {}
     dtype: DtypeName | None = None
     out_dtype: DtypeName | None = None
+    tokenizer_source: ModelName | None = None
+    tokenizer: Tokenizer | None = None
+    chat_template: str | None = None
     seed: int = 0
+
+    @property
+    def vocabulary(self) -> Tokenizer | None:
+        """What is said of the result's vocabulary, in either way."""
+        source = self.tokenizer_source
+        return Tokenizer(source=source) if source is not None else self.tokenizer
 
     @property
     def method(self) -> Method:
@@ -320,8 +376,27 @@ def _anchored(recipe: Recipe, folder: Path) -> Recipe:
             return str((folder / model).resolve())
         return "+".join(place(part) for part in model.split("+")) if "+" in model else model
 
+    def place_tokenizer(model: str) -> str:
+        return model if model in ("base", "union") else place(model)
+
     anchored: Recipe = _renamed(recipe, place)
-    return anchored
+    changes: dict[str, Any] = {}
+    if recipe.tokenizer_source:
+        changes["tokenizer_source"] = place_tokenizer(recipe.tokenizer_source)
+    if recipe.tokenizer:
+        tokens = {
+            name: way.model_copy(update={"source": _placed(way.source, place)})
+            for name, way in recipe.tokenizer.tokens.items()
+        }
+        own = {"source": place_tokenizer(recipe.tokenizer.source), "tokens": tokens}
+        changes["tokenizer"] = recipe.tokenizer.model_copy(update=own)
+    return anchored.model_copy(update=changes)
+
+
+def _placed(source: Any, place: Callable[[str], str]) -> Any:
+    if isinstance(source, TokenOfModel):
+        return source.model_copy(update={"model": place(source.model)})
+    return place(source) if isinstance(source, str) else source
 
 
 def _renamed(part: Any, rename: Callable[[str], str]) -> Any:
@@ -344,8 +419,6 @@ def _renamed(part: Any, rename: Callable[[str], str]) -> Any:
 def parse_recipe(mapping: Mapping[str, Any], where: str) -> tuple[Recipe, list[str]]:
     """Check a recipe's mapping; ``load_recipe`` without the file."""
     known_parameters = {name for method in METHODS.values() for name in method.params}
-    for name in _LATER & set(mapping):
-        raise RecipeError(f"{where}: {name!r} is not supported yet; use 'models'")
     check_keys(where, mapping, {*Recipe.model_fields, *known_parameters})
     if (method := mapping.get("merge_method")) not in METHODS:
         raise RecipeError(
@@ -357,7 +430,8 @@ def parse_recipe(mapping: Mapping[str, Any], where: str) -> tuple[Recipe, list[s
         raise RecipeError(f"{where}: a recipe has one of models, slices and modules; {found}")
     mapping, notes = _with_flat_parameters(mapping, known_parameters)
     mapping, idle = _without_residual_weights(mapping)
-    for place, entry, kind in _entries(mapping, where):
+    entries = (*_entries(mapping, where), *_vocabulary_entries(mapping, where))
+    for place, entry, kind in entries:
         check_keys(place, entry, kind.model_fields)
     try:
         recipe = Recipe.model_validate(mapping)
@@ -370,7 +444,6 @@ def parse_recipe(mapping: Mapping[str, Any], where: str) -> tuple[Recipe, list[s
     return recipe, notes + idle
 
 
-_LATER = {"tokenizer", "tokenizer_source", "chat_template"}
 _LISTS: Mapping[str, type[BaseModel]] = {"models": Source, "slices": Slice, "sources": SliceSource}
 _EXAMPLES = {
     "models": "'- model: NAME' entries",
@@ -397,6 +470,21 @@ def _entries(mapping: Mapping[str, Any], place: str) -> Iterator[tuple[str, Any,
             raise RecipeError(f"{place}: modules.{name} has to be a mapping with 'slices'")
         yield f"{place}: modules.{name}", module, Module
         yield from _entries(module, f"{place}: modules.{name}")
+
+
+def _vocabulary_entries(
+    mapping: Mapping[str, Any], place: str
+) -> Iterator[tuple[str, Any, type[BaseModel]]]:
+    if (raw := mapping.get("tokenizer")) is None:
+        return
+    if mapping.get("tokenizer_source") is not None:
+        raise RecipeError(f"{place}: it has both tokenizer and tokenizer_source; keep one")
+    if not isinstance(raw, dict):
+        raise RecipeError(f"{place}: tokenizer has to be a mapping; a word is for tokenizer_source")
+    yield f"{place}: tokenizer", raw, Tokenizer
+    for token, way in (raw.get("tokens") or {}).items():
+        if isinstance(way, dict):
+            yield f"{place}: tokenizer.tokens.{token}", way, Token
 
 
 def _without_residual_weights(mapping: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:

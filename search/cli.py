@@ -204,7 +204,7 @@ def _build(options: Any) -> None:
     import torch
 
     from merge_engine.builder import merged_tensors
-    from merge_engine.checkpoint import write_checkpoint
+    from merge_engine.checkpoint import Model, write_checkpoint
     from merge_engine.plan import plan_merge
     from merge_engine.recipe import load_recipe
     from search.terminal import print_notes
@@ -214,7 +214,7 @@ def _build(options: Any) -> None:
     print_notes(console, notes)
     plan = plan_merge(recipe)
     tensors = merged_tensors(plan, torch.device(_device(options)))
-    write_checkpoint(tensors, options.out, like=plan.reference, recipe=recipe, config=plan.config)
+    write_checkpoint(tensors, options.out, shapes=plan.shapes(), model=Model.of(plan))
     console.print(f"{options.out}: {len(plan.names)} tensors of {recipe.merge_method}")
 
 

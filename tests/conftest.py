@@ -19,7 +19,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from merge_engine.builder import merged_tensors
-from merge_engine.checkpoint import write_checkpoint
+from merge_engine.checkpoint import Model, write_checkpoint
 from merge_engine.plan import plan_merge
 from merge_engine.recipe import parse_recipe
 
@@ -85,7 +85,7 @@ def build_recipe(mapping: dict, out: Path) -> dict[str, torch.Tensor]:
     recipe, _ = parse_recipe(mapping, "r.yaml")
     plan = plan_merge(recipe)
     tensors = merged_tensors(plan, torch.device("cpu"))
-    write_checkpoint(tensors, out, like=plan.reference, recipe=recipe, config=plan.config)
+    write_checkpoint(tensors, out, shapes=plan.shapes(), model=Model.of(plan))
     return load_file(out / "model.safetensors")
 
 
