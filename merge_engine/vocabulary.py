@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -217,7 +218,7 @@ def _tokenizer(
         if (named := _load(folder)) is None:
             raise RecipeError(f"tokenizer source {settings.source!r}: no tokenizer in {folder}")
         return named
-    out = _without_unused(tokenizers[base], heights[base], base)
+    out = _without_unused(deepcopy(tokenizers[base]), heights[base], base)
     if settings.source == "union":
         plain: dict[str, None] = {}
         special: dict[str, Any] = {}
