@@ -36,9 +36,9 @@ def check_recipe(file: Path) -> Plan:
         for part in plan.parts
         for model, checkpoint in part.family.checkpoints.items()
     }
-    return lines + _size(plan.shapes(), checkpoints, dtype), notes + _tokenizers(
-        plan.reference, checkpoints.values()
-    )
+    if recipe.vocabulary is None:
+        notes += _tokenizers(plan.reference, checkpoints.values())
+    return lines + _size(plan.shapes(), checkpoints, dtype), notes
 
 
 def check_study(file: Path) -> Plan:
