@@ -5,7 +5,7 @@ Kernels compute in float32; the one rounding happens where a tensor is written.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +15,7 @@ from merge_engine.layout import is_head_weight, layer_counts
 from merge_engine.methods import METHODS, Base, Linear
 from merge_engine.methods.contract import Elementwise, Values
 from merge_engine.noise import key_of, uniform
-from merge_engine.plan import Part, Plan, stack
+from merge_engine.plan import Part, Plan, stack, written_dtype
 from merge_engine.recipe import Recipe, RecipeError
 
 Read = Callable[[str], Tensor]  # a model's tensor, on the device
@@ -56,10 +56,10 @@ def _of_holders(recipe: Recipe, name: str, inputs: Mapping[str, str]) -> Recipe:
     Raises:
         RecipeError: What is left has no meaning.
     """
-    if recipe.method.base is Base.ORIGIN and recipe.base and recipe.base not in inputs:
+    if recipe.origin and recipe.origin not in inputs:
         raise RecipeError(
-            f"{name!r} is missing in the base model {recipe.base!r}, so that {recipe.merge_method} "
-            f"has nothing to start from; {next(iter(inputs))!r} has it: use linear, or another base"
+            f"{name!r} is missing in the base model {recipe.origin!r}, so {recipe.merge_method} "
+            f"cannot start; {next(iter(inputs))!r} has it: use linear, or another base"
         )
     models = tuple(source for source in recipe.models if source.model in inputs)
     base = recipe.base_model if recipe.base_model in inputs else None
@@ -84,26 +84,32 @@ def _coefficients(
 ) -> Factors:
     """The factor of each model, those that are zero left out: nobody has to read them."""
     models = tuple(source.model for source in recipe.donors)
-    origin = recipe.base
-    if method.base is Base.ENDPOINT and origin is not None:
-        models, origin = (origin, *models), None
+    if method.base is Base.ENDPOINT and recipe.base is not None:
+        models = (recipe.base, *models)
     options = dict(values)
-    by_row = bool(options.pop(method.by_row)) if method.by_row else False
-    start = origin if method.gram == "task vectors" else None
-    gram = family.gram(name, models, start, by_row) if method.gram else None
+    shape = family.tensors[name].shape
+    dim = method.dim(**{option: options.pop(option) for option in method.layout})
+    dim = dim if shape else None
+    gram = family.gram(name, models, recipe.origin, dim) if method.gram else None
     factors = method.coefficients(gram, **options)  # (n,) or (rows, n)
-    if by_row:
-        rows = (*family.tensors[name].shape[:-1], 1)
-        columns = factors.float().unbind(-1)
-        return {model: c.reshape(rows) for model, c in zip(models, columns, strict=True)}
-    return {model: c for model, c in zip(models, factors.tolist(), strict=True) if c != 0}
+    if dim is None:
+        return {model: c for model, c in zip(models, factors.tolist(), strict=True) if c != 0}
+    columns = factors.float().unbind(-1)
+    return {model: _along(c, shape, dim) for model, c in zip(models, columns, strict=True)}
+
+
+def _along(factors: Tensor, shape: Sequence[int], dim: int) -> Tensor:
+    """One factor for each row along ``dim``, in the order of ``Family.gram``, to multiply by."""
+    sizes = list(shape)
+    sizes[dim], sizes[-1] = sizes[-1], 1
+    return factors.reshape(sizes).transpose(dim, -1)
 
 
 def _weighted_sum(recipe: Recipe, factors: Factors, read: Read) -> Tensor:
-    """The linear family's one pass: ``sum c x``, or ``base + sum c (x - base)`` from an ORIGIN."""
+    """The linear family's one pass: ``sum c x``, or ``origin + sum c (x - origin)``."""
     # One undiminished task vector is summed up as the donor itself, which it is bit for bit.
     whole = [factor for factor in factors.values() if isinstance(factor, float)] == [1.0]
-    origin = None if whole or recipe.method.base is not Base.ORIGIN else recipe.base
+    origin = None if whole else recipe.origin
     start = read(origin or recipe.models_read[0]).float()
     total = torch.zeros_like(start)
     for model, factor in factors.items():
@@ -138,37 +144,46 @@ def _same_in_all(recipe: Recipe, name: str, read: Read) -> Tensor:
     return first
 
 
-def merged_tensors(plan: Plan, device: torch.device) -> Iterator[tuple[str, Tensor]]:
-    """Merge tensor by tensor, in the dtypes of ``plan.shapes()``.
+def built_tensors(plan: Plan, device: torch.device) -> Iterator[tuple[str, Tensor]]:
+    """Merge all that is planned, tensor by tensor, in the dtypes of ``plan.shapes()``.
 
     Raises:
-        RecipeError: A tensor cannot be merged, or comes out with NaN or infinite numbers.
+        RecipeError: A tensor cannot be merged, or comes out with NaN or Inf.
     """
     for part in plan.parts:
-        for name in part.family.names:
-            yield name, _finished(plan, part, name, device)
+        for named in merged_tensors(part.recipe, part.family, device):
+            yield named
+            del named  # before the next is merged
             part.family.release()
 
 
-def _finished(plan: Plan, part: Part, name: str, device: torch.device) -> Tensor:
-    tensor = merge_tensor(part.recipe, name, part.family, device).to(plan.dtype(part, name))
-    _check_finite(tensor, part, name)
+def merged_tensors(
+    recipe: Recipe, family: Family, device: torch.device
+) -> Iterator[tuple[str, Tensor]]:
+    """Merge a family tensor by tensor, as ``built_tensors`` does part by part."""
+    for name in family.names:
+        yield name, _finished(recipe, name, family, device)
+
+
+def _finished(recipe: Recipe, name: str, family: Family, device: torch.device) -> Tensor:
+    tensor = merge_tensor(recipe, name, family, device).to(written_dtype(recipe, family, name))
+    _check_finite(tensor, recipe, name, family)
     return tensor
 
 
-def _check_finite(merged: Tensor, part: Part, name: str) -> None:
-    """Refuse NaN and infinite numbers, and say where they are from."""
+def _check_finite(merged: Tensor, recipe: Recipe, name: str, family: Family) -> None:
+    """Refuse NaN and Inf, and say where they are from."""
     if bool(merged.isfinite().all()):
         return
-    for model, own in part.family.inputs[name].items():
-        if not bool(part.family.read(model, name).isfinite().all()):
-            file = part.family.checkpoints[model].tensors[own].file
+    for model, own in family.inputs.get(name, {}).items():
+        if not bool(family.read(model, name).isfinite().all()):
+            file = family.checkpoints[model].tensors[own].file
             raise RecipeError(
-                f"{file}: {own!r} has NaN or infinite numbers; fetch or train {model!r} again"
+                f"{file}: {own!r} has NaN or Inf in it; fetch or train {model!r} again"
             )
     raise RecipeError(
-        f"{part.recipe.merge_method} of {name!r} gives numbers beyond "
-        f"{str(merged.dtype).removeprefix('torch.')}; write float32 or bfloat16, or lower weights"
+        f"{recipe.merge_method} of {name!r} has NaN or Inf in {merged.dtype}; "
+        "make the weights smaller, or write float32"
     )
 
 
@@ -205,7 +220,7 @@ class Builder:
         for name, target in self._targets.items():
             part = owners[name]
             target.copy_(merge_tensor(part.recipe, name, part.family, target.device))
-            _check_finite(target, part, name)
+            _check_finite(target, part.recipe, name, part.family)
         self.loaded = recipe
 
     def _parts(self, recipe: Recipe) -> tuple[Part, ...]:

@@ -354,22 +354,29 @@ class Family:
             checkpoint.release()
 
     def gram(
-        self, name: str, models: tuple[str, ...], origin: str | None, by_row: bool = False
+        self, name: str, models: tuple[str, ...], origin: str | None, dim: int | None = None
     ) -> Tensor:
         """Inner products of the models' tensors, less ``origin``'s if given.
 
         They depend on the members alone, so each is computed once.
 
         Returns:
-            (n, n) over all elements; ``by_row`` (rows, n, n) over the last dimension. float64.
+            (n, n) over all elements; with ``dim`` (rows, n, n), each over that dimension alone,
+            the rows in the tensor's order with ``dim`` and the last dimension swapped. float64.
         """
-        if (key := (name, models, origin, by_row)) not in self._grams:
+        if (key := (name, models, origin, dim)) not in self._grams:
             tensors = [self.read(model, name) for model in models]
             start = self.read(origin, name) if origin else torch.zeros_like(tensors[0])
-            width = start.shape[-1] if by_row and start.dim() else start.numel()
-            gram = _gram([t.reshape(-1, width) for t in tensors], start.reshape(-1, width))
-            self._grams[key] = gram if by_row else gram.sum(0)
+            gram = _gram([_rows(tensor, dim) for tensor in tensors], _rows(start, dim))
+            self._grams[key] = gram if dim is not None else gram.sum(0)
         return self._grams[key]
+
+
+def _rows(tensor: Tensor, dim: int | None) -> Tensor:
+    """The tensor as rows along ``dim``, or as one row: (rows, width)."""
+    if dim is None or not tensor.dim():
+        return tensor.reshape(1, -1)
+    return tensor.transpose(dim, -1).reshape(-1, tensor.shape[dim])
 
 
 def _gram(tensors: list[Tensor], start: Tensor, chunk: int = 1 << 20) -> Tensor:

@@ -64,19 +64,22 @@ class Plan:
         """The tensors of the result."""
         return tuple(name for part in self.parts for name in part.family.names)
 
-    def dtype(self, part: Part, name: str) -> torch.dtype:
-        """What a tensor is written as: the recipe's dtype, or what its models' promote to."""
-        stored = part.family.tensors[name].dtype
-        named = self.recipe.out_dtype or self.recipe.dtype
-        return getattr(torch, named) if named and stored.is_floating_point else stored
-
     def shapes(self) -> dict[str, torch.Tensor]:
         """The result's tensors on the meta device: shapes and dtypes without numbers."""
         return {
-            name: torch.empty(info.shape, dtype=self.dtype(part, name), device="meta")
+            name: torch.empty(
+                info.shape, dtype=written_dtype(part.recipe, part.family, name), device="meta"
+            )
             for part in self.parts
             for name, info in part.family.tensors.items()
         }
+
+
+def written_dtype(recipe: Recipe, family: Family, name: str) -> torch.dtype:
+    """What a tensor is written as: the recipe's dtype, or what its models' promote to."""
+    stored = family.tensors[name].dtype
+    named = recipe.out_dtype or recipe.dtype
+    return getattr(torch, named) if named and stored.is_floating_point else stored
 
 
 def plan_merge(recipe: Recipe) -> Plan:

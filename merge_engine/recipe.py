@@ -210,6 +210,11 @@ class Recipe(_Frozen):
         return self.base_model if self.method.base is not Base.INPUT else None
 
     @property
+    def origin(self) -> str | None:
+        """The model that task vectors start from; None: the tensors themselves are merged."""
+        return self.base_model if self.method.base in (Base.ORIGIN, Base.OPTIONAL) else None
+
+    @property
     def donors(self) -> tuple[Source, ...]:
         """The merged models that are not the base, in order, one settings' owner each."""
         if self.method.base is Base.INPUT and self.base_model not in (
@@ -586,7 +591,7 @@ def _check_inputs(recipe: Recipe, where: str) -> None:
     if repeated := sorted({name for name in names if names.count(name) > 1}):
         raise RecipeError(f"{where}: {repeated} listed more than once; give each model one entry")
     method, base = recipe.method, recipe.base_model
-    if method.base is not Base.INPUT and base is None:
+    if method.base in (Base.ORIGIN, Base.ENDPOINT) and base is None:
         among = " and list it among the slice's sources" if "slices[" in where else ""
         raise RecipeError(f"{where}: {recipe.merge_method} needs a base_model; name one{among}")
     if method.base is Base.ENDPOINT and base not in names:
@@ -598,7 +603,7 @@ def _check_inputs(recipe: Recipe, where: str) -> None:
     count = len(recipe.donors) + (method.base is Base.ENDPOINT)
     if count < fewest or (most is not None and count > most):
         wanted = f"exactly {fewest}" if fewest == most else f"at least {fewest}"
-        besides = " besides the base" if method.base is Base.ORIGIN else ""
+        besides = " besides the base" if recipe.origin else ""
         raise RecipeError(
             f"{where}: {recipe.merge_method} takes {wanted} models{besides}, got {count}"
         )

@@ -203,7 +203,7 @@ def _replace_text(file: Path, text: str) -> None:
 def _build(options: Any) -> None:
     import torch
 
-    from merge_engine.builder import merged_tensors
+    from merge_engine.builder import built_tensors
     from merge_engine.checkpoint import Model, write_checkpoint
     from merge_engine.plan import plan_merge
     from merge_engine.recipe import load_recipe
@@ -213,7 +213,7 @@ def _build(options: Any) -> None:
     console = _console()
     print_notes(console, notes)
     plan = plan_merge(recipe)
-    tensors = merged_tensors(plan, torch.device(_device(options)))
+    tensors = built_tensors(plan, torch.device(_device(options)))
     write_checkpoint(tensors, options.out, shapes=plan.shapes(), model=Model.of(plan))
     console.print(f"{options.out}: {len(plan.names)} tensors of {recipe.merge_method}")
 

@@ -117,8 +117,17 @@ class Run:
             self.study.set_user_attr(name, value)
 
     def search(self) -> None:
-        """Ask and tell until the study has its trials."""
+        """Ask and tell until the study has its trials.
+
+        Raises:
+            StudyError: One of the study's own models does not work.
+        """
         self._enqueue_warm_starts()
+        for name, recipe in self.bench.space.baselines().items():
+            try:
+                self.sheet(recipe, "search")
+            except (RecipeError, ObjectiveError) as error:
+                raise StudyError(f"{name} alone: {error}") from error
         self.progress.start(self.spec.search.trials, self.finished())
         while len(self.finished()) < self.spec.search.trials:
             trial = self._ask()

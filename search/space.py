@@ -9,6 +9,7 @@ every unit of the model has a scale and a mixture of its own.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -17,7 +18,7 @@ from optuna.distributions import BaseDistribution, CategoricalDistribution, Floa
 
 from merge_engine.methods import METHODS, Base, Param
 from merge_engine.recipe import Recipe
-from search.spec import StudySpec, searchable
+from search.spec import StudySpec, followers, searchable
 
 Point = Mapping[str, Any]
 UNIFORM = "uniform average"
@@ -53,21 +54,16 @@ class Space:
     def of(cls, spec: StudySpec, layers: Sequence[str], dtype: str) -> Space:
         """The space of a study over models whose layers have these tensor-name filters."""
         search = spec.search
-        found = {}
-        for name in sorted(searchable(search.methods)):
-            param = next(
-                METHODS[m].params[name] for m in search.methods if name in METHODS[m].params
-            )
-            if name in search.ranges:
-                found[name] = search.ranges[name]
-            elif param.search is not None:
-                found[name] = param.search
+        found = {
+            name: search.ranges.get(name, param.search)
+            for name, param in sorted(searchable(search.methods).items())
+        }
         return cls(
             base=spec.base_model,
             donors=spec.models,
             methods=search.methods,
             scale=search.scale,
-            ranges=found,
+            ranges={name: bounds for name, bounds in found.items() if bounds is not None},
             units=_units(layers, search.layer_groups, search.split),
             dtype=dtype,
             seed=search.seed,
@@ -113,19 +109,21 @@ class Space:
         """The recipe a point stands for; parameters its method has not are left out."""
         weights = self.weights(point)
         method = str(point["method"])
+        chosen = self._heaviest(weights, METHODS[method].donors[1])
         if METHODS[method].base is Base.ENDPOINT:
-            return self._arc(method, point)
+            return self._arc(method, weights, chosen)
         params = METHODS[method].params
         shared: dict[str, Any] = {
             name: param.default
             for name, param in params.items()
             if param.default is not None and not param.per_donor
         }
-        active = [name for name in self.ranges if name in params and params[name].effect]
+        active = [name for name in self.ranges if method in followers(name, self.methods)]
         shared |= {name: self._value(point, name, params[name]) for name in active}
-        if "weight" not in params:
-            weights = [(0.0,) * len(self.donors)]
-        elif "lambda" not in params or shared.get("normalize"):
+        if {"density", "epsilon"} <= params.keys():
+            known = {name: param.default for name, param in params.items()} | shared
+            shared["epsilon"] = _within(known["epsilon"], known["density"])
+        if "weight" in params and ("lambda" not in params or shared.get("normalize")):
             # Only the ratio of the weights counts here; the scale is lambda's, if there is one.
             scales = [self._get(point, "scale", unit) for unit in range(len(self.units))]
             weights = [
@@ -134,7 +132,7 @@ class Space:
             ]
             if "lambda" in params:
                 shared["lambda"] = self._setting([round(scale, 6) for scale in scales])
-        return self._make(method, weights if "weight" in params else None, shared)
+        return self._make(method, chosen, weights, shared)
 
     def baselines(self) -> dict[str, Recipe]:
         """What any winner has to beat: base and donors by name, and the ``UNIFORM`` average."""
@@ -184,12 +182,17 @@ class Space:
         starts += [(f"{method} as it is", self.point(method, ones)) for method in others]
         return [(label, point) for label, point in starts if self.contains(point)]
 
-    def _arc(self, method: str, point: Point) -> Recipe:
-        """Slerp between the two donors that weigh most, from the heavier's side."""
-        weights = self.weights(point)
+    def _heaviest(self, weights: Sequence[Sequence[float]], most: int | None) -> list[int]:
+        """The places of the ``most`` donors that weigh most (None: of all), in order."""
         totals = [sum(unit[i] for unit in weights) for i in range(len(self.donors))]
         ranked = sorted(range(len(self.donors)), key=lambda i: -totals[i])
-        first, second = sorted(ranked[:2])
+        return sorted(ranked[:most])
+
+    def _arc(
+        self, method: str, weights: Sequence[Sequence[float]], chosen: Sequence[int]
+    ) -> Recipe:
+        """Slerp from the first chosen donor to the second."""
+        first, second = chosen
         shares = [
             round(unit[second] / both, 6) if (both := unit[first] + unit[second]) else 0.5
             for unit in weights
@@ -198,23 +201,36 @@ class Space:
         return self._validated(method, self.donors[first], ends, {"t": self._setting(shares)})
 
     def _make(
-        self, method: str, weights: Sequence[Sequence[float]] | None, shared: dict[str, Any]
+        self,
+        method: str,
+        chosen: Sequence[int],
+        weights: Sequence[Sequence[float]],
+        shared: dict[str, Any],
     ) -> Recipe:
+        weighted = "weight" in METHODS[method].params
         models: list[dict[str, Any]] = [
-            {"model": donor}
+            {"model": self.donors[i]}
             | (
                 {"parameters": {"weight": self._setting([u[i] for u in weights])}}
-                if weights
+                if weighted
                 else {}
             )
-            for i, donor in enumerate(self.donors)
+            for i in chosen
         ]
-        if METHODS[method].base is Base.INPUT:  # named, so that config and tokenizer are the base's
-            models = [{"model": self.base, "parameters": {"weight": 0.0}}, *models]
-        return self._validated(method, self.base, models, shared)
+        base: str | None = self.base
+        if METHODS[method].base is Base.INPUT:
+            if weighted:  # named, so that config and tokenizer are the base's
+                models = [{"model": self.base, "parameters": {"weight": 0.0}}, *models]
+            else:  # it would be one more model that counts
+                base = None
+        return self._validated(method, base, models, shared)
 
     def _validated(
-        self, method: str, base: str, models: list[dict[str, Any]], parameters: dict[str, Any]
+        self,
+        method: str,
+        base: str | None,
+        models: list[dict[str, Any]],
+        parameters: dict[str, Any],
     ) -> Recipe:
         return Recipe.model_validate(
             {
@@ -247,7 +263,7 @@ class Space:
 
     def _value(self, point: Point, name: str, param: Param) -> float | bool | int:
         value = float(point.get(name, self.ranges[name][0]))
-        return param.kind(round(value, 6)) if param.kind is not bool else value >= 0.5
+        return param.kind(float(f"{value:.6g}")) if param.kind is not bool else value >= 0.5
 
 
 def _units(layers: Sequence[str], groups: int, split: Sequence[str]) -> tuple[tuple[str, ...], ...]:
@@ -260,6 +276,14 @@ def _units(layers: Sequence[str], groups: int, split: Sequence[str]) -> tuple[tu
     ]
     named = [tuple(layer + part for layer in depth) for depth in depths for part in split]
     return (*named, *depths)
+
+
+def _within(epsilon: float, density: float) -> float:
+    """The nearest half width that keeps ``density`` plus and minus it inside of (0, 1)."""
+    if not 0 < density < 1:
+        return epsilon
+    room = math.floor(min(density, 1 - density) * 1e6 - 1) / 1e6
+    return min(epsilon, max(room, 0.0))
 
 
 def _mixture(sticks: Sequence[float]) -> list[float]:

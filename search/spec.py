@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -17,7 +17,7 @@ from pydantic import (
     ValidationError,
 )
 
-from merge_engine.methods import METHODS
+from merge_engine.methods import METHODS, Base, Param
 from merge_engine.recipe import DtypeName, RecipeError, check_keys, first_error, load_yaml
 from search.samplers import SAMPLERS
 
@@ -165,17 +165,32 @@ def allowed_methods(donors: int) -> tuple[str, ...]:
     )
 
 
-def searchable(methods: tuple[str, ...] | list[str]) -> set[str]:
+def searchable(methods: Iterable[str]) -> dict[str, Param]:
     """Parameters of these methods that a study can fix or search by name.
 
-    ``weight``, ``lambda`` and ``t`` are not among them: they follow from scale and mixture.
+    ``weight``, ``lambda`` and slerp's ``t`` are not among them: they follow from scale and mixture.
+    ``scale`` is the study's own word, not passthrough's.
     """
-    return {
-        name
-        for method in methods
-        for name, param in METHODS[method].params.items()
-        if param.effect and name not in ("weight", "lambda", "t")
-    }
+    found: dict[str, Param] = {}
+    for method in methods:
+        row = METHODS[method]
+        derived = {"weight", "lambda", "scale"} | ({"t"} if row.base is Base.ENDPOINT else set())
+        for name, param in row.params.items():
+            new = name not in found or found[name].search is None
+            if param.effect and name not in derived and new:
+                found[name] = param
+    return found
+
+
+def followers(name: str, methods: Iterable[str]) -> tuple[str, ...]:
+    """The methods whose parameter follows the study's ``name``.
+
+    Some methods mean different things by one name (``epsilon`` of della and of ram). It is then
+    theirs for whom the table has a range to search; the others keep their default.
+    """
+    having = tuple(method for method in methods if name in searchable((method,)))
+    searched = tuple(m for m in having if METHODS[m].params[name].search is not None)
+    return searched or having
 
 
 def _objective(raw: dict[str, Any], folder: Path, where: str) -> dict[str, Any]:
@@ -204,11 +219,9 @@ def _check(spec: StudySpec, where: str) -> None:
                 f"more, got {len(spec.models)}; leave it out or add models"
             )
     _check_range(where, "scale", spec.search.scale, (0.0, 100.0))
+    known = searchable(spec.search.methods)
     for name, bounds in spec.search.ranges.items():
-        valid = next(
-            METHODS[m].params[name] for m in spec.search.methods if name in METHODS[m].params
-        )
-        _check_range(where, name, bounds, valid.valid if valid.kind is not bool else (0, 1))
+        _check_range(where, name, bounds, (0, 1) if known[name].kind is bool else known[name].valid)
     tasks = {task.task for task in spec.objective.tasks}
     check_keys(f"{where}: objective.constraints", spec.objective.constraints, tasks)
     for path in spec.objective.include_path:

@@ -6,9 +6,13 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("GOMP_SPINCOUNT", "0")
 
+import json
+import string
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from random import Random
+from typing import Any
 
 import pytest
 import torch
@@ -18,7 +22,7 @@ from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from merge_engine.builder import merged_tensors
+from merge_engine.builder import built_tensors
 from merge_engine.checkpoint import Model, write_checkpoint
 from merge_engine.plan import plan_merge
 from merge_engine.recipe import parse_recipe
@@ -84,7 +88,7 @@ def build_recipe(mapping: dict, out: Path) -> dict[str, torch.Tensor]:
     """Build a recipe into ``out`` as the command does; returns its tensors."""
     recipe, _ = parse_recipe(mapping, "r.yaml")
     plan = plan_merge(recipe)
-    tensors = merged_tensors(plan, torch.device("cpu"))
+    tensors = built_tensors(plan, torch.device("cpu"))
     write_checkpoint(tensors, out, shapes=plan.shapes(), model=Model.of(plan))
     return load_file(out / "model.safetensors")
 
@@ -113,3 +117,72 @@ def build() -> Callable[..., dict[str, torch.Tensor]]:
 def mergekits() -> Callable[..., dict[str, torch.Tensor]]:
     """``build_with_mergekit``; it never forgets a path, so models need fresh folders."""
     return build_with_mergekit
+
+
+@pytest.fixture(scope="session")
+def make_study(zoo: Path) -> Callable[..., Path]:
+    """Write a study of the zoo with two small real lm-eval tasks; returns its YAML file."""
+
+    def write(folder: Path, **changes: Any) -> Path:
+        tasks = folder / "tasks"
+        tasks.mkdir(parents=True)
+        random = Random(0)
+        for name in ("pick", "tell"):
+            rows = [
+                _row("".join(random.sample(string.ascii_lowercase, 5)), name) for _ in range(60)
+            ]
+            (tasks / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+            (tasks / f"{name}.yaml").write_text(yaml.safe_dump(_task(name), sort_keys=False))
+        study = {
+            "base_model": str(zoo / "base"),
+            "models": [str(zoo / name) for name in "abc"],
+            "search": {
+                "methods": ["task_arithmetic", "ties", "dare_linear", "model_stock"],
+                "trials": 16,
+            },
+            "objective": {
+                "include_path": "tasks",
+                "tasks": [{"task": "pick"}, {"task": "tell", "weight": 2.0}],
+                "items": {"search": 24, "select": 16, "test": 24},
+                "block": 8,
+            },
+        }
+        for path, value in changes.items():
+            part: Any = study
+            *parents, last = path.split("__")
+            for parent in parents:
+                part = part[parent]
+            part[last] = value
+        file = folder / "study.yaml"
+        file.write_text(yaml.safe_dump(study, sort_keys=False))
+        return file
+
+    return write
+
+
+def _row(text: str, task: str) -> dict[str, Any]:
+    if task == "pick":
+        return {"question": f"{text}=", "choices": [*text[:4]], "label": ord(text[4]) % 4}
+    return {"question": f"{text}:", "answer": text[0]}
+
+
+def _task(name: str) -> dict[str, Any]:
+    shared = {
+        "task": name,
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"test": f"{name}.jsonl"}},
+        "test_split": "test",
+        "doc_to_text": "question",
+        "target_delimiter": "",
+    }
+    if name == "pick":
+        options = {"doc_to_choice": "choices", "doc_to_target": "label"}
+        return (
+            shared
+            | options
+            | {"output_type": "multiple_choice", "metric_list": [{"metric": "acc"}]}
+        )
+    generation = {"until": ["\n"], "max_gen_toks": 1, "do_sample": False}
+    options = {"doc_to_target": "answer", "generation_kwargs": generation}
+    metric = {"metric": "exact_match", "aggregation": "mean", "higher_is_better": True}
+    return shared | options | {"output_type": "generate_until", "metric_list": [metric]}

@@ -36,7 +36,7 @@ def test_gram_is_that_of_the_task_vectors(zoo):
     base = family.read(str(zoo / "base"), name).double()
     rows = torch.stack([family.read(model, name).double() - base for model in models])  # (n, r, c)
     expected = torch.einsum("irc,jrc->rij", rows, rows)
-    by_row = family.gram(name, models, str(zoo / "base"), by_row=True)
+    by_row = family.gram(name, models, str(zoo / "base"), dim=-1)
     torch.testing.assert_close(by_row, expected)
     torch.testing.assert_close(family.gram(name, models, str(zoo / "base")), expected.sum(0))
 

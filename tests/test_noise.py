@@ -1,6 +1,29 @@
-import torch
+import hashlib
 
-from merge_engine.noise import key_of, uniform
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from merge_engine.noise import key_of, uniform, uniform_at
+
+MASK32, MASK64 = (1 << 32) - 1, (1 << 64) - 1
+
+
+def by_hand(key: int, place: int) -> float:
+    """The definition with Python's own integers."""
+    block, low_place = place >> 31, place & ((1 << 31) - 1)
+    state = (key + (block + 1) * 0x9E3779B97F4A7C15) & MASK64
+    state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & MASK64
+    state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & MASK64
+    state ^= state >> 31
+    x = low_place
+    for half in (state & MASK32, state >> 32):
+        x ^= half
+        x = ((x ^ (x >> 16)) * 0x7FEB352D) & MASK32
+        x = ((x ^ (x >> 15)) * 0x846CA68B) & MASK32
+        x ^= x >> 16
+    return (x >> 8) / 2**24
 
 
 def test_numbers_depend_on_key_and_place_alone():
@@ -9,16 +32,31 @@ def test_numbers_depend_on_key_and_place_alone():
     assert torch.equal(uniform(key, (50,)), uniform(key, (77,))[:50])
 
 
+@given(start=st.integers(0, 90), count=st.integers(0, 90))
+def test_chunks_are_parts_of_the_whole(start, count):
+    assert torch.equal(uniform_at(5, start, count), uniform(5, (200,))[start : start + count])
+
+
+def test_long_tensors_are_drawn_in_pieces_that_join():
+    whole = uniform(9, (2_500_000,))
+    assert torch.equal(uniform_at(9, 1_048_570, 20), whole[1_048_570:1_048_590])
+
+
+def test_positions_beyond_an_int32_have_numbers_of_their_own():
+    start = 2**31 - 500
+    drawn = uniform_at(7, start, 1000)
+    assert drawn.tolist() == [by_hand(7, start + i) for i in range(1000)]
+    assert not torch.equal(drawn[500:], uniform(7, (500,)))
+    assert torch.equal(uniform_at(7, 2**31, 500), drawn[500:])
+
+
 def test_these_numbers_never_change():
-    # By hand from the definition, with Python's own integers: an exported seed stays meaningful.
-    key, mask = key_of(3, "x", 0), (1 << 64) - 1
-    expected = []
-    for place in (1, 2, 3):
-        state = (key + place * 0x9E3779B97F4A7C15) & mask
-        state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & mask
-        state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & mask
-        expected.append(((state ^ (state >> 31)) >> 40) / 2**24)
-    assert uniform(key, (3,)).tolist() == expected
+    # An exported seed stays meaningful: the first numbers as literals, more from the definition.
+    key = key_of(3, "x", 0)
+    digest = hashlib.blake2b(b"3/0/x", digest_size=8).digest()
+    assert key == int.from_bytes(digest, "little", signed=True)
+    assert uniform(key, (1000,)).tolist() == [by_hand(key, place) for place in range(1000)]
+    assert (uniform(0, (3,)) * 2**24).tolist() == [8334764, 14585227, 15920824]
 
 
 def test_keys_differ_by_seed_tensor_and_donor():
@@ -26,13 +64,42 @@ def test_keys_differ_by_seed_tensor_and_donor():
     assert len(keys) == 75
 
 
-def test_numbers_are_uniform_and_keys_independent():
-    one, other = (uniform(key_of(0, "x", donor), (1_000_000,)).double() for donor in (0, 1))
-    assert one.min() >= 0
-    assert one.max() < 1
-    assert abs(one.mean() - 0.5) < 4 * (1 / 12 / 1e6) ** 0.5
-    counts = torch.histc(one, bins=100, min=0, max=1)
+@pytest.mark.parametrize("key", [0, 1, -1, key_of(0, "x", 0)])
+def test_numbers_are_uniform(key):
+    drawn = uniform(key, (1_000_000,)).double()
+    assert drawn.min() >= 0
+    assert drawn.max() < 1
+    assert abs(drawn.mean() - 0.5) < 4 * (1 / 12 / 1e6) ** 0.5
+    counts = torch.histc(drawn, bins=100, min=0, max=1)
     assert ((counts - 1e4) ** 2 / 1e4).sum() < 99 + 5 * (2 * 99) ** 0.5  # chi-square, 5 sigma
-    pairs = torch.stack([one, other, one.roll(1)])
-    off_diagonal = torch.corrcoef(pairs) - torch.eye(3)
-    assert off_diagonal.abs().max() < 5e-3
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [(0, 1), (4, 5), (0, 1 << 32), (-1, 0), (key_of(0, "x", 0), key_of(0, "x", 1))],
+)
+def test_keys_are_independent_at_every_near_distance(one, other):
+    # Correlations at lags -8..8 and the joint distribution on a 10 x 10 grid.
+    first, second = uniform(one, (400_000,)).double(), uniform(other, (400_000,)).double()
+    for lag in range(-8, 9):
+        pair = torch.stack([first, second.roll(lag)])
+        assert torch.corrcoef(pair)[0, 1].abs() < 5 / 400_000**0.5
+    cells = torch.bincount((first * 10).long() * 10 + (second * 10).long(), minlength=100)
+    assert ((cells - 4e3) ** 2 / 4e3).sum() < 99 + 5 * (2 * 99) ** 0.5
+
+
+@pytest.mark.parametrize("lag", [1, 2, 3, 4, 8, 16, 256, 4096])
+def test_neighbouring_places_are_independent(lag):
+    drawn = uniform(3, (400_000 + lag,)).double()
+    first, second = drawn[:-lag], drawn[lag:]
+    cells = torch.bincount((first * 10).long() * 10 + (second * 10).long(), minlength=100)
+    assert ((cells - 4e3) ** 2 / 4e3).sum() < 99 + 5 * (2 * 99) ** 0.5
+
+
+@pytest.mark.parametrize("bit", range(0, 64, 3))
+def test_one_bit_of_the_key_flips_half_of_the_bits(bit):
+    key = key_of(1, "y", 2)
+    one, other = ((uniform(k, (20_000,)) * 2**24).int() for k in (key, key ^ (1 << bit)))
+    for place in range(24):
+        flipped = (((one ^ other) >> place) & 1).double().mean()
+        assert abs(flipped - 0.5) < 5 * 0.5 / 20_000**0.5

@@ -1,22 +1,27 @@
 """The one table of merge methods. A new method is one pure function and one row.
 
 The YAML checks, the search space and the contract tests all read this table. ``linear`` holds the
-kernels whose result is a weighted sum, ``task_vectors`` those that work element by element.
+kernels whose result is a weighted sum, ``task_vectors`` those that make task vectors sparse one by
+one, ``selection`` those that choose elements by comparing models.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Final
 
-from merge_engine.methods import linear, task_vectors
+from merge_engine.methods import linear, selection, task_vectors
 from merge_engine.methods.contract import Base, Elementwise, Linear, Method, Param
 
 __all__ = ["METHODS", "Base", "Elementwise", "Linear", "Method", "Param"]
 
 _WEIGHT = Param(float, per_donor=True)
 _DENSITY = Param(float, 1.0, per_donor=True, valid=(0.0, 1.0), search=(0.05, 1.0))
+_EPSILON = Param(float, 0.15, per_donor=True, valid=(0.0, 1.0), search=(0.01, 0.4))
+_GAMMA = Param(float, 0.01, per_donor=True, valid=(0.0, 1.0), search=(0.0, 0.1))
+_UNCHANGED = Param(float, 1e-5, valid=(0.0, math.inf))
 _NO_EFFECT = Param(bool, False, effect=False)
 
 
@@ -47,7 +52,7 @@ METHODS: Final[Mapping[str, Method]] = MappingProxyType(
             donors=(2, 2),
             params={"t": Param(float, search=(0.0, 1.0))},
             paper="https://doi.org/10.1145/325165.325242",
-            gram="tensors",
+            gram=True,
         ),
         "task_arithmetic": Linear(
             coefficients=linear.task_arithmetic,
@@ -66,8 +71,53 @@ METHODS: Final[Mapping[str, Method]] = MappingProxyType(
             donors=(2, None),
             params={"filter_wise": Param(bool, False)},
             paper="https://arxiv.org/abs/2403.19522",
-            gram="task vectors",
-            by_row="filter_wise",
+            gram=True,
+            layout=("filter_wise",),
+            dim=linear.model_stock_dim,
+        ),
+        "nuslerp": Linear(
+            coefficients=linear.nuslerp,
+            base=Base.OPTIONAL,
+            donors=(2, 2),
+            params={
+                "weight": _WEIGHT,
+                "nuslerp_flatten": Param(bool, True),
+                "nuslerp_row_wise": Param(bool, False),
+            },
+            paper="https://arxiv.org/abs/2403.13257",
+            gram=True,
+            layout=("nuslerp_flatten", "nuslerp_row_wise"),
+            dim=linear.nuslerp_dim,
+        ),
+        "multislerp": Linear(
+            coefficients=linear.multislerp,
+            base=Base.OPTIONAL,
+            donors=(1, None),
+            params={
+                "weight": _WEIGHT,
+                "normalize_weights": Param(bool, True),
+                "eps": Param(float, 1e-8, valid=(0.0, math.inf)),
+            },
+            paper="https://goddard.blog/posts/multislerp-wow-what-a-cool-idea",
+            gram=True,
+        ),
+        "karcher": Linear(
+            coefficients=linear.karcher,
+            base=Base.INPUT,
+            donors=(1, None),
+            params={
+                "max_iter": Param(int, 10, valid=(0, 10_000)),
+                "tol": Param(float, 1e-5, valid=(0.0, 1.0)),
+            },
+            paper="https://arxiv.org/abs/2603.04972",
+            gram=True,
+        ),
+        "passthrough": Linear(
+            coefficients=linear.passthrough,
+            base=Base.INPUT,
+            donors=(1, 1),
+            params={"scale": Param(float, 1.0, per_donor=True)},
+            paper="https://arxiv.org/abs/2403.13257",
         ),
         "ties": Elementwise(
             kernel=task_vectors.ties,
@@ -91,6 +141,78 @@ METHODS: Final[Mapping[str, Method]] = MappingProxyType(
             params=_task_vector_params(normalize=False, rescale=True),
             paper="https://arxiv.org/abs/2311.03099",
             random=True,
+        ),
+        "della_linear": Elementwise(
+            kernel=task_vectors.della_linear,
+            base=Base.ORIGIN,
+            donors=(0, None),
+            params={**_task_vector_params(normalize=False, rescale=True), "epsilon": _EPSILON},
+            paper="https://arxiv.org/abs/2406.11617",
+            random=True,
+        ),
+        "della": Elementwise(
+            kernel=task_vectors.della,
+            base=Base.ORIGIN,
+            donors=(0, None),
+            params={**_task_vector_params(normalize=True, rescale=True), "epsilon": _EPSILON},
+            paper="https://arxiv.org/abs/2406.11617",
+            random=True,
+        ),
+        "breadcrumbs": Elementwise(
+            kernel=task_vectors.breadcrumbs,
+            base=Base.ORIGIN,
+            donors=(0, None),
+            params={**_task_vector_params(normalize=False, rescale=False), "gamma": _GAMMA},
+            paper="https://arxiv.org/abs/2312.06795",
+        ),
+        "breadcrumbs_ties": Elementwise(
+            kernel=task_vectors.breadcrumbs_ties,
+            base=Base.ORIGIN,
+            donors=(0, None),
+            params={**_task_vector_params(normalize=False, rescale=False), "gamma": _GAMMA},
+            paper="https://arxiv.org/abs/2312.06795",
+        ),
+        "sce": Elementwise(
+            kernel=selection.sce,
+            base=Base.ORIGIN,
+            donors=(0, None),
+            params={
+                "select_topk": Param(float, 1.0, valid=(0.0, 1.0), search=(0.05, 1.0)),
+                "int8_mask": _NO_EFFECT,
+            },
+            paper="https://arxiv.org/abs/2408.07990",
+        ),
+        "ram": Elementwise(
+            kernel=selection.ram,
+            base=Base.ORIGIN,
+            donors=(0, None),
+            params={"epsilon": _UNCHANGED},
+            paper="https://arxiv.org/abs/2601.13572",
+        ),
+        "ramplus_tl": Elementwise(
+            kernel=selection.ramplus_tl,
+            base=Base.ORIGIN,
+            donors=(0, None),
+            params={
+                "r": Param(float, 0.1, valid=(0.0, math.inf), search=(0.0, 1.0)),
+                "alpha": Param(float, 0.2, valid=(0.0, math.inf), search=(0.0, 1.0)),
+                "epsilon": _UNCHANGED,
+            },
+            paper="https://arxiv.org/abs/2601.13572",
+        ),
+        "nearswap": Elementwise(
+            kernel=selection.nearswap,
+            base=Base.ORIGIN,
+            donors=(1, 1),
+            params={"t": Param(float, valid=(0.0, math.inf), search=(0.0, 0.002))},
+            paper="https://huggingface.co/alchemonaut/QuartetAnemoi-70B-t0.0001",
+        ),
+        "arcee_fusion": Elementwise(
+            kernel=selection.arcee_fusion,
+            base=Base.ORIGIN,
+            donors=(1, 1),
+            params={},
+            paper="https://www.arcee.ai",
         ),
     }
 )

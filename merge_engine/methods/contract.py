@@ -6,7 +6,6 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from enum import Enum
-from typing import Literal
 
 from torch import Tensor
 
@@ -18,6 +17,7 @@ class Base(Enum):
     """What the base model is to a method."""
 
     ORIGIN = "origin"  # task vectors start from it
+    OPTIONAL = "optional"  # the same if it is named; else the tensors themselves are merged
     ENDPOINT = "endpoint"  # one of the models that are merged, and it comes first
     INPUT = "input"  # nothing special: named, it is one more model with settings of its own
 
@@ -78,7 +78,7 @@ class Method:
 
     Args:
         base: What the base model is to it.
-        donors: Fewest and most models besides an ORIGIN base (None: no limit).
+        donors: Fewest and most models besides the base task vectors start from (None: no limit).
         params: Its parameters by mergekit's names.
         paper: Where it is from.
     """
@@ -95,14 +95,18 @@ class Linear(Method):
 
     Args:
         coefficients: ``coefficients(gram, **values)`` gives the factor of each task vector if the
-            base is the ORIGIN, else of each tensor: (n,), or (rows, n) from row-wise products.
-        gram: Whose inner products they need: the tensors', the task vectors', nobody's.
-        by_row: Name of the boolean parameter that asks for row-wise products.
+            task vectors start from a base, else of each tensor: (n,), or (rows, n).
+        gram: Whether they need the inner products of what they are the factors of.
+        layout: Names of the parameters that say along what the inner products run; the
+            coefficients are not told.
+        dim: ``dim(**layout)`` is the dimension along which every row has inner products, and so
+            coefficients, of its own; None: there is one product over the whole tensor.
     """
 
     coefficients: Callable[..., Tensor]
-    gram: Literal["tensors", "task vectors"] | None = None
-    by_row: str | None = None
+    gram: bool = False
+    layout: tuple[str, ...] = ()
+    dim: Callable[..., int | None] = lambda: None
 
 
 @dataclass(frozen=True, kw_only=True)

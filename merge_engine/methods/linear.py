@@ -1,9 +1,9 @@
 """The linear family: the merged tensor is a weighted sum, so a method is only its coefficients.
 
-With an ORIGIN base the coefficients belong to the donors' task vectors,
-``out = base + sum_i c_i (donor_i - base)``; otherwise to the tensors themselves,
-``out = sum_i c_i x_i``. A kernel sees the tensors' Gram matrix at the most, never the tensors, and
-works in float64. Leading dimensions ``r`` of the Gram matrix (one per row of the tensor, in the
+Where task vectors start from a base the coefficients are theirs,
+``out = base + sum_i c_i (donor_i - base)``; otherwise the tensors' own, ``out = sum_i c_i x_i``. A
+kernel sees the Gram matrix of the one or the other at the most, never the tensors, and works in
+float64. Leading dimensions ``r`` of the Gram matrix (one per row or column of the tensor, in the
 filter-wise forms) are those of the coefficients.
 """
 
@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 
 LERP_COSINE = 0.9995  # slerp's own switch: above it the arc is a straight line
+COLINEAR = 2.0**-24  # nuslerp's, of sin^2: below it a float32 cosine is rounded to one
+ROUNDING = 1e-7  # a sum of unit vectors that is shorter has no direction but that of rounding
 
 
 def linear(_gram: None, *, weight: Sequence[float], normalize: bool) -> Tensor:
@@ -45,7 +47,7 @@ def slerp(gram: Tensor, *, t: float) -> Tensor:
     Source: Shoemake 1985, https://doi.org/10.1145/325165.325242
     """
     share = torch.tensor([1 - t, t], dtype=torch.float64)
-    norms = gram.diagonal().clamp_min(0).sqrt()
+    norms = _norms(gram)
     norms = torch.where(norms > 1e-8, norms, 1.0)
     cosine = (gram[0, 1] / norms.prod()).clamp(-1, 1)
     if cosine.abs() > LERP_COSINE:
@@ -66,6 +68,146 @@ def task_arithmetic(
     return torch.tensor(weight, dtype=torch.float64) * (lambda_ / divisor)
 
 
+def passthrough(_gram: None, *, scale: Sequence[float]) -> Tensor:
+    """One model as it is, or times a number: ``c = scale``.
+
+    Source: Goddard et al. 2024, https://arxiv.org/abs/2403.13257
+    """
+    return torch.tensor(scale, dtype=torch.float64)
+
+
+def nuslerp(gram: Tensor, *, weight: Sequence[float]) -> Tensor:
+    """``slerp`` by weights, to ``t = w_1 / (w_0 + w_1)``, between task vectors if there is a base.
+
+    Weights that cancel out give ``t = 1/2``. The straight line ``(1-t, t)`` only where a float32
+    cosine would be one.
+
+    Args:
+        gram: Inner products of the two, (*r, 2, 2).
+        weight: Two weights; only their ratio matters.
+
+    Returns:
+        Coefficients, (*r, 2).
+
+    Source: Goddard et al. 2024, https://arxiv.org/abs/2403.13257
+    """
+    total = math.fsum(weight)
+    t = weight[1] / total if abs(total) >= 1e-6 else 0.5
+    share = torch.tensor([1 - t, t], dtype=torch.float64)
+    norms = _norms(gram).clamp_min(1e-7)  # (*r, 2)
+    cosine = (gram[..., 0, 1] / norms.prod(-1)).clamp(-1, 1).unsqueeze(-1)  # (*r, 1)
+    straight = 1 - cosine.square() <= COLINEAR
+    angle = torch.where(straight, 0.0, cosine).acos()
+    return torch.where(straight, share, (share * angle).sin() / angle.sin())
+
+
+def nuslerp_dim(*, nuslerp_flatten: bool, nuslerp_row_wise: bool) -> int | None:
+    """Along what ``nuslerp`` walks its arcs: each stored column if ``nuslerp_row_wise``.
+
+    The names are mergekit's; they speak of a weight matrix as its transpose.
+    """
+    if nuslerp_flatten:
+        return None
+    return 0 if nuslerp_row_wise else -1
+
+
+def multislerp(
+    gram: Tensor, *, weight: Sequence[float], normalize_weights: bool, eps: float
+) -> Tensor:
+    """Walk on the sphere to the weighted mean of directions, ``m = sum_i w_i x_i / |x_i|``.
+
+    The result has m's direction and the length ``sum_i w_i |x_i|``: with ``a_i = w_i / (|x_i| +
+    eps)`` it is ``c_i = a_i sum_j w_j |x_j| / sqrt(a' G a)``. mergekit's further step in the
+    tangent space is zero by construction: m's direction is the point that the plane touches.
+
+    Args:
+        gram: Inner products, (n, n).
+        weight: n weights.
+        normalize_weights: Make them sum to one.
+        eps: Added to the lengths; where m is shorter, two tensors are mixed along a straight line.
+
+    Returns:
+        Coefficients, (n,); one tensor is returned as it is, tensors of zeros only stay zero.
+
+    Raises:
+        ValueError: The weights sum to zero, or the directions of more than two tensors cancel out.
+
+    Source: Goddard 2024, https://goddard.blog/posts/multislerp-wow-what-a-cool-idea
+    """
+    n = gram.shape[-1]
+    if n == 1:
+        return torch.ones(1, dtype=torch.float64)
+    shares = linear(None, weight=weight, normalize=normalize_weights)
+    norms = _norms(gram)
+    if not norms.any():
+        return torch.zeros(n, dtype=torch.float64)
+    scaled = torch.where(norms > 0, shares / (norms + eps), 0.0)
+    length = (scaled @ gram @ scaled).clamp_min(0).sqrt()
+    if length < max(eps, ROUNDING * float(shares.abs().sum())):
+        if n > 2:
+            raise ValueError(
+                f"the directions under weights {list(weight)} cancel out; change a weight"
+            )
+        return shares
+    return scaled * ((shares @ norms) / length)
+
+
+def karcher(gram: Tensor, *, max_iter: int, tol: float) -> Tensor:
+    """The mean on the sphere: the direction with the least squared angles to all the tensors.
+
+    From the mean of unit vectors u_i on, step to the mean of their logarithms: with
+    ``cos A_i = u_i . m``, ``T = mean_i A_i / sin A_i (u_i - cos A_i m)`` and
+    ``m <- cos|T| m + sin|T| T / |T|``. The length is the mean of the tensors' lengths. All vectors
+    are combinations of the u_i and are kept as their coefficients.
+
+    Args:
+        gram: Inner products, (n, n).
+        max_iter: Most steps.
+        tol: Angles and steps below it (radians) are none; tensors shorter than it have no say in
+            the direction, nor have those opposite to m, which point nowhere from there.
+
+    Returns:
+        Coefficients, (n,).
+
+    Source: Karcher 1977, https://doi.org/10.1002/cpa.3160300502; merging models by it:
+        https://arxiv.org/abs/2603.04972
+    """
+    if gram.shape[-1] == 1:
+        return torch.ones(1, dtype=torch.float64)
+    norms = _norms(gram)
+    known = norms > tol
+    factors = torch.zeros_like(norms)
+    if known.any():
+        units = norms[known]
+        cosines = gram[known][:, known] / (units.unsqueeze(-1) * units)
+        factors[known] = norms.mean() * _karcher_direction(cosines, max_iter, tol) / units
+    return factors
+
+
+def _karcher_direction(cosines: Tensor, max_iter: int, tol: float) -> Tensor:
+    """Coefficients (n,) of the unit vectors' mean, from their cosines (n, n)."""
+
+    def length(vector: Tensor) -> float:
+        return float((vector @ cosines @ vector).clamp_min(0).sqrt())
+
+    n = len(cosines)
+    mean = torch.full((n,), 1 / n, dtype=torch.float64)
+    if (size := length(mean)) < tol:
+        mean, size = torch.eye(n, dtype=torch.float64)[0], 1.0
+    mean = mean / size
+    for _ in range(max_iter):
+        dots = (cosines @ mean).clamp(-1, 1)
+        angles = dots.acos()
+        pulls = (angles >= tol) & (angles <= math.pi - tol)
+        pull = torch.where(pulls, angles / torch.where(pulls, angles.sin(), 1.0), 0.0) / n
+        step = pull - (pull @ dots) * mean
+        if (size := length(step)) < tol:
+            break
+        mean = math.cos(size) * mean + (math.sin(size) / size) * step
+        mean = mean / max(length(mean), tol)
+    return mean
+
+
 def model_stock(gram: Tensor) -> Tensor:
     """Move from the base towards the donors' mean as far as their task vectors agree.
 
@@ -82,7 +224,7 @@ def model_stock(gram: Tensor) -> Tensor:
     Source: Jang et al. 2024, https://arxiv.org/abs/2403.19522
     """
     n = gram.shape[-1]
-    norms = gram.diagonal(dim1=-2, dim2=-1).clamp_min(0).sqrt()  # (*r, n)
+    norms = _norms(gram)  # (*r, n)
     products = (norms.unsqueeze(-1) * norms.unsqueeze(-2)).clamp_min(1e-6)  # (*r, n, n)
     first, second = torch.triu_indices(n, n, offset=1)
     cosine = (gram / products).clamp(-1, 1)[..., first, second].mean(-1)  # (*r)
@@ -90,3 +232,12 @@ def model_stock(gram: Tensor) -> Tensor:
     defined = divisor.abs() >= 1e-6
     t = torch.where(defined, n * cosine / torch.where(defined, divisor, 1.0), 0.0)
     return (t / n).unsqueeze(-1).expand(*t.shape, n)
+
+
+def model_stock_dim(*, filter_wise: bool) -> int | None:
+    """Along what ``model_stock`` takes its angles: over each row if ``filter_wise``."""
+    return -1 if filter_wise else None
+
+
+def _norms(gram: Tensor) -> Tensor:
+    return gram.diagonal(dim1=-2, dim2=-1).clamp_min(0).sqrt()  # (*r, n)

@@ -19,6 +19,7 @@ Run ``python zoo.py`` to train it; a model that is already there is never traine
 import argparse
 import json
 import math
+import os
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -28,6 +29,10 @@ from pathlib import Path
 from random import Random
 from string import ascii_lowercase, digits
 from typing import Any, Final, NamedTuple
+
+# Read when torch is loaded: threads that wait spinning make a busy machine many times slower.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+os.environ.setdefault("GOMP_SPINCOUNT", "0")
 
 import torch
 from rich.console import Console

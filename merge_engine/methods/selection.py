@@ -1,0 +1,152 @@
+"""The elementwise methods that choose by comparing: donors with each other, or one with the base.
+
+Every kernel computes in float32, returns float32 and leaves its inputs as they are. Shapes: a
+tensor of any shape ``s``, n donors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from merge_engine.methods.task_vectors import elected_sign, task_vectors
+
+
+def sce(base: Tensor, donors: Sequence[Tensor], *, select_topk: float) -> Tensor:
+    """Select where the donors differ most, weigh them by their change, erase minority signs.
+
+    With d_i the task vectors where the variance over the donors is largest, zero elsewhere:
+    ``w_i = mean(d_i^2) / sum_j mean(d_j^2)``, uniform if that sum is below 1e-6, and
+    ``base + sum_i w_i d_i a_i / max(sum_i w_i a_i, 1e-6)`` with a_i = 1 where d_i has the sign of
+    ``sum_j d_j``, plus on a tie.
+
+    Args:
+        base: The base model's tensor, (*s).
+        donors: n tensors, (*s).
+        select_topk: Share of the elements with any variance to keep; all elements from 1 on.
+
+    Source: Wan et al. 2024, https://arxiv.org/abs/2408.07990
+    """
+    deltas = torch.stack(task_vectors(base, donors))  # (n, *s)
+    if select_topk < 1:
+        deltas = deltas * _most_varied(deltas, select_topk)
+    change = deltas.square().flatten(1).mean(1)  # (n,)
+    total = change.sum()
+    # mergekit's own switch. It is on for most fine-tunes' tensors: their changes are small.
+    adaptive = total >= 1e-6
+    weight = torch.where(adaptive, change / torch.where(adaptive, total, 1.0), 1 / len(deltas))
+    agrees = deltas.sign() == elected_sign(deltas.sum(0))  # (n, *s)
+    erased = weight.reshape(-1, *[1] * base.dim()) * agrees  # (n, *s)
+    return base.float() + (deltas * erased).sum(0) / erased.sum(0).clamp_min(1e-6)
+
+
+def _most_varied(deltas: Tensor, share: float) -> Tensor:
+    """Mask (*s) of ``int(share * m)`` elements, m of which have any variance over dim 0."""
+    variance = deltas.var(0, unbiased=False)
+    mask = torch.zeros(variance.numel(), dtype=torch.bool, device=deltas.device)
+    kept = int(share * int(variance.count_nonzero())) if share > 0 else 0
+    mask[variance.flatten().topk(kept, sorted=False).indices] = True
+    return mask.reshape(variance.shape)
+
+
+def ram(base: Tensor, donors: Sequence[Tensor], *, epsilon: float) -> Tensor:
+    """Average each element over the donors that changed it, by more than ``epsilon``.
+
+    Args:
+        base: The base model's tensor, (*s).
+        donors: n tensors, (*s).
+        epsilon: Largest change that counts as none.
+
+    Source: Yuan et al. 2026, https://arxiv.org/abs/2601.13572
+    """
+    deltas = [_active(delta, epsilon) for delta in task_vectors(base, donors)]
+    return base.float() + sum(deltas, torch.zeros_like(deltas[0])) / _changed(deltas).clamp_min(1)
+
+
+def ramplus_tl(
+    base: Tensor, donors: Sequence[Tensor], *, r: float, alpha: float, epsilon: float
+) -> Tensor:
+    """``ram`` with stronger elements that one donor alone changed.
+
+    Donor i's are multiplied by ``1 + r clip(shared_i / unique_i, 0, alpha)``, counting its changed
+    elements in this tensor that others changed, too, and those that none did.
+
+    Args:
+        base: The base model's tensor, (*s).
+        donors: n tensors, (*s).
+        r: Strength.
+        alpha: Largest ratio that counts.
+        epsilon: Largest change that counts as none.
+
+    Source: Yuan et al. 2026, https://arxiv.org/abs/2601.13572; per tensor as in mergekit
+    """
+    deltas = [_active(delta, epsilon) for delta in task_vectors(base, donors)]
+    changed = _changed(deltas)  # (*s)
+    merged = torch.zeros_like(deltas[0])
+    for delta in deltas:
+        shared = ((delta != 0) & (changed > 1)).sum()
+        unique = ((delta != 0) & (changed == 1)).sum()
+        # With no element of its own the factor multiplies nothing: any divisor will do.
+        ratio = shared / unique.clamp_min(1).clamp_min(epsilon)
+        factor = 1 + r * ratio.clamp(0, alpha)
+        merged += delta * torch.where(changed == 1, factor, 1 / changed.clamp_min(1))
+    return base.float() + merged
+
+
+def _active(delta: Tensor, epsilon: float) -> Tensor:
+    return delta * (delta.abs() > epsilon)
+
+
+def _changed(deltas: Sequence[Tensor]) -> Tensor:
+    """How many donors changed each element, (*s), float32."""
+    return sum(((delta != 0).float() for delta in deltas), torch.zeros_like(deltas[0]))
+
+
+def nearswap(base: Tensor, donors: Sequence[Tensor], *, t: float) -> Tensor:
+    """Go from the base towards the donor, by t at the most: the donor itself where it is near.
+
+    ``base + w (donor - base)`` with ``w = clip(t / max(|donor - base|, 1e-6), 0, 1)``.
+
+    Args:
+        base: The base model's tensor, (*s).
+        donors: One tensor, (*s).
+        t: Longest way of an element, in the units of the weights.
+
+    Source: alchemonaut 2024, https://huggingface.co/alchemonaut/QuartetAnemoi-70B-t0.0001
+    """
+    (donor,) = donors
+    start, end = base.float(), donor.float()
+    share = (t / (end - start).abs().clamp_min(1e-6)).clamp(0, 1)
+    return torch.lerp(start, end, share)
+
+
+def arcee_fusion(base: Tensor, donors: Sequence[Tensor]) -> Tensor:
+    """Take the donor's elements that matter most, leave the others at the base.
+
+    An element matters as ``|donor - base|`` times the Kullback-Leibler divergence of its row's
+    softmax from the base's; what reaches ``median + 1.5 (Q3 - Q1)`` of the tensor is taken. The
+    quartiles are those of all elements: mergekit estimates them from a random million in larger
+    tensors, which makes its result depend on a seed and agrees with this one up to sampling error.
+
+    Args:
+        base: The base model's tensor, (*s); a row runs along the last dimension.
+        donors: One tensor, (*s).
+
+    Source: Arcee AI's mergekit, https://www.arcee.ai
+    """
+    (donor,) = donors
+    start, end = base.float(), donor.float()
+    if not start.numel():
+        return start
+    p, q = (tensor.softmax(-1) + 1e-8 for tensor in (end, start))
+    divergence = (p * (p / q).log()).sum(-1, keepdim=True)
+    importance = (end - start).abs() * divergence
+    first, median, third = (_quantile(importance, quarter) for quarter in (1, 2, 3))
+    return start + (end - start) * (importance >= median + 1.5 * (third - first))
+
+
+def _quantile(values: Tensor, quarter: int) -> Tensor:
+    """The element of rank ``floor(quarter / 4 (numel - 1))`` from below."""
+    return values.flatten().kthvalue(quarter * (values.numel() - 1) // 4 + 1).values

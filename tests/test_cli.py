@@ -1,0 +1,194 @@
+"""The commands as a user meets them: what they print, what they return, what they leave behind."""
+
+import json
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+import yaml
+from transformers import AutoModelForCausalLM
+
+from search.cli import main
+
+
+@pytest.fixture
+def recipe(zoo, tmp_path):
+    """A recipe file that works."""
+    mapping = {
+        "merge_method": "ties",
+        "base_model": str(zoo / "base"),
+        "models": [
+            {"model": str(zoo / name), "parameters": {"weight": 0.5, "density": 0.4}}
+            for name in "ab"
+        ],
+        "dtype": "float32",
+    }
+    file = tmp_path / "recipe.yaml"
+    file.write_text(yaml.safe_dump(mapping))
+    return file
+
+
+def test_build_makes_a_checkpoint_that_loads(recipe, tmp_path, capsys):
+    assert main(["build", str(recipe), str(tmp_path / "out"), "--device", "cpu"]) == 0
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert model(torch.tensor([[1, 2, 3]])).logits.isfinite().all()
+    assert "tensors of ties" in capsys.readouterr().out
+
+
+def test_check_of_a_recipe_prints_the_plan_and_reads_no_weights(recipe, capsys):
+    assert main(["check", str(recipe)]) == 0
+    out = capsys.readouterr().out
+    assert "recipe: ties, writes float32" in out
+    assert "3 layers" in out
+    assert "memory:" in out
+
+
+def test_check_of_a_study_prints_models_items_and_search(make_study, tmp_path, capsys):
+    assert main(["check", str(make_study(tmp_path))]) == 0
+    out = capsys.readouterr().out
+    assert "study: 16 trials of task_arithmetic, ties" in out
+    assert "searched: scale, mix_1, mix_2, density" in out
+    assert "search: 24 items (tell 16, pick 8)" in out
+    assert not (tmp_path / "run").exists()
+
+
+def test_score_of_a_recipe_is_that_of_the_checkpoint_built_from_it(
+    recipe, make_study, tmp_path, capsys
+):
+    study = make_study(tmp_path)
+    assert main(["build", str(recipe), str(tmp_path / "out"), "--device", "cpu"]) == 0
+    capsys.readouterr()
+    found = []
+    for model in (recipe, tmp_path / "out"):
+        options = ["--split", "test", "--json", "--device", "cpu"]
+        assert main(["score", str(model), str(study), *options]) == 0
+        found.append(json.loads(capsys.readouterr().out))
+    assert found[0] == found[1]
+    assert len(found[0]["items"]) == 24
+    assert found[0]["split"] == "test"
+
+
+def test_score_prints_a_table(make_study, zoo, tmp_path, capsys):
+    assert main(["score", str(zoo / "a"), str(make_study(tmp_path)), "--device", "cpu"]) == 0
+    assert "16 select items" in capsys.readouterr().out
+
+
+def test_export_saves_any_trial_of_a_run(make_study, zoo, tmp_path, capsys):
+    study, run, out = make_study(tmp_path), tmp_path / "run", tmp_path / "out"
+    options = ["--trials", "4", "--device", "cpu"]
+    assert main(["run", str(study), "--out", str(run), *options]) == 0
+    assert main(["export", str(run), str(out), "--trial", "1", "--device", "cpu"]) == 0
+    model = AutoModelForCausalLM.from_pretrained(out)  # trial 1 is donor a, alone
+    donor = AutoModelForCausalLM.from_pretrained(zoo / "a").state_dict()
+    assert all(torch.equal(tensor, donor[name]) for name, tensor in model.state_dict().items())
+    capsys.readouterr()
+    assert main(["export", str(run), str(out)]) == 2
+    assert "exists" in capsys.readouterr().err
+    assert main(["export", str(run), str(tmp_path / "x"), "--trial", "99", "--device", "cpu"]) == 2
+    assert "no finished trial 99" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("command", "changes", "message"),
+    [
+        ("run", {"base_model": "nowhere"}, "model 'nowhere': no such folder, and not a hub id"),
+        ("run", {"search__methods": ["tise"]}, "unknown key 'tise'; did you mean 'ties'"),
+        ("run", {"serach": {}}, "unknown key 'serach'; did you mean 'search'"),
+        ("run", {"objective__tasks": ["pikc"]}, "'pikc'"),
+        ("run", {"objective__tasks": [{"task": "pick", "metric": "bleu"}]}, "no metric 'bleu'"),
+        ("run", {"objective__items": {"search": 9000}}, "ask for 9600 items"),
+        ("check", {"objective__items": {"search": 9000}}, "ask for 9600 items"),
+    ],
+)
+def test_wrong_study_is_exit_2_one_line_and_nothing_written(
+    make_study, tmp_path, capsys, command, changes, message
+):
+    study, run = make_study(tmp_path, **changes), tmp_path / "run"
+    options = ["--out", str(run), "--device", "cpu"] if command == "run" else []
+    assert main([command, str(study), *options]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("mergesearch: ")
+    assert message in error
+    assert error.count("\n") == 1
+    assert not run.exists()
+
+
+def test_donors_of_other_shapes_are_exit_2_and_nothing_written(
+    make_study, make_model, zoo, tmp_path, capsys
+):
+    wide = make_model(tmp_path / "wide", seed=0, intermediate_size=96)
+    study = make_study(tmp_path, models=[str(zoo / "a"), str(wide)])
+    for command in (["check", str(study)], ["run", str(study), "--out", str(tmp_path / "run")]):
+        assert main(command) == 2
+        assert "differ in the shape of 'model.layers.0.mlp" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"base_model": None}, "ties needs a base_model"),
+        ({"merge_method": "dare-ties"}, "did you mean 'dare_ties'"),
+        ({"models": [{"model": "nowhere"}]}, "model 'nowhere': no such folder"),
+        ({"parameters": {"density": 2, "weight": 1}}, "'density' for"),
+    ],
+)
+def test_wrong_recipe_is_exit_2_and_nothing_written(recipe, tmp_path, capsys, changes, message):
+    mapping = yaml.safe_load(recipe.read_text()) | changes
+    for source in mapping["models"]:
+        source.pop("parameters", {}) if "parameters" in changes else None
+    recipe.write_text(yaml.safe_dump(mapping))
+    for command in (["check", str(recipe)], ["build", str(recipe), str(tmp_path / "out")]):
+        assert main(command) == 2
+        assert message in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["recipe.yaml"]
+
+
+def test_folder_with_other_files_is_not_taken_for_a_run(make_study, tmp_path, capsys):
+    study = make_study(tmp_path)
+    assert main(["run", str(study), "--out", str(tmp_path), "--device", "cpu"]) == 2
+    assert "holds other files" in capsys.readouterr().err
+    assert main(["export", str(tmp_path), str(tmp_path / "out")]) == 2
+    assert "no run here" in capsys.readouterr().err
+
+
+def test_second_process_on_a_run_is_refused(make_study, tmp_path, capsys):
+    study, run = make_study(tmp_path), tmp_path / "run"
+    run.mkdir()
+    hold = (
+        "import fcntl, sys; lock = open(sys.argv[1], 'w'); fcntl.flock(lock, fcntl.LOCK_EX); "
+        "print('held', flush=True); sys.stdin.read()"
+    )
+    command = [sys.executable, "-c", hold, str(run / "lock")]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen(command, **pipes) as other:
+        assert other.stdout.readline() == b"held\n"
+        assert main(["run", str(study), "--out", str(run), "--device", "cpu"]) == 2
+        assert "another process" in capsys.readouterr().err
+        other.stdin.close()
+
+
+def test_help_and_version_are_quick_and_fit_a_screen():
+    code = "import sys; from search.cli import main; main(sys.argv[1:])"
+    for command in ([], ["run"], ["demo"], ["build"], ["score"], ["check"], ["export"]):
+        text = subprocess.run(
+            [sys.executable, "-c", code, *command, "--help"],
+            capture_output=True,
+            check=True,
+            text=True,
+        ).stdout
+        assert len(text.splitlines()) < 30
+        assert "torch" not in text
+        assert not command or "example: mergesearch" in text
+    heavy = (
+        "import sys, search.cli; sys.exit(bool({'torch', 'lm_eval', 'optuna'} & set(sys.modules)))"
+    )
+    subprocess.run([sys.executable, "-c", heavy], check=True)
+
+
+@pytest.mark.skipif(shutil.which("mergesearch") is None, reason="not installed as a command")
+def test_installed_command_is_this_one():
+    out = subprocess.run(["mergesearch", "--version"], capture_output=True, check=True, text=True)
+    assert out.stdout.startswith("mergesearch ")

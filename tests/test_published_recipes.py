@@ -1,0 +1,130 @@
+"""Two recipes our users start from, as written, on tiny models laid out as a hub cache."""
+
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from huggingface_hub import constants
+from mergekit.config import MergeConfiguration
+from mergekit.merge import MergeOptions, run_merge
+from safetensors.torch import load_file
+
+from search.cli import main
+
+STOCK = """
+models:
+- model: refuelai/Llama-3-Refueled
+- model: cognitivecomputations/dolphin-2.9-llama3-8b
+- model: cgato/L3-TheSpice-8b-v0.8.3
+- model: NeverSleep/Llama-3-Lumimaid-8B-v0.1-OAS
+- model: NousResearch/Hermes-2-Theta-Llama-3-8B
+merge_method: model_stock
+base_model: Sao10K/L3-8B-Stheno-v3.2
+normalize: false
+int8_mask: true
+dtype: bfloat16
+"""
+ARITHMETIC = """
+merge_method: task_arithmetic
+base_model: garage-bAInd/Platypus2-13B
+models:
+- model: psmathur/orca_mini_v3_13b
+  parameters:
+    weight: 1.0
+- model: WizardLM/WizardLM-13B-V1.2
+  parameters:
+    weight: 0.3
+"""
+REVISION = "0" * 40
+
+
+@pytest.fixture(scope="module")
+def cache(make_model, tmp_path_factory):
+    """A hub cache that holds every model of both recipes, in bfloat16."""
+    folder = tmp_path_factory.mktemp("hub")
+    for text in (STOCK, ARITHMETIC):
+        recipe = yaml.safe_load(text)
+        base = make_in_cache(folder, recipe["base_model"], make_model, seed=0)
+        for seed, entry in enumerate(recipe["models"], start=1):
+            make_in_cache(folder, entry["model"], make_model, seed=seed, base=base)
+    return folder
+
+
+@pytest.fixture
+def hub(cache, monkeypatch):
+    """The cache as the hub client's own; it is offline, so all else is missing."""
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache))
+    return cache
+
+
+def make_in_cache(cache: Path, name: str, make_model, **options) -> Path:
+    folder = cache / f"models--{name.replace('/', '--')}"
+    (folder / "refs").mkdir(parents=True)
+    (folder / "refs" / "main").write_text(REVISION)
+    return make_model(folder / "snapshots" / REVISION, dtype=torch.bfloat16, **options)
+
+
+def built(text: str, folder: Path) -> dict[str, torch.Tensor]:
+    """What our command makes of a recipe."""
+    (folder / "recipe.yaml").write_text(text)
+    assert (
+        main(["build", str(folder / "recipe.yaml"), str(folder / "mine"), "--device", "cpu"]) == 0
+    )
+    return load_file(folder / "mine" / "model.safetensors")
+
+
+def mergekits(hub: Path, mapping: dict, folder: Path) -> dict[str, torch.Tensor]:
+    """What mergekit makes of it; offline it ignores the cache, so it is given folders."""
+
+    def place(name: str) -> str:
+        return str(hub / f"models--{name.replace('/', '--')}" / "snapshots" / REVISION)
+
+    models = [entry | {"model": place(entry["model"])} for entry in mapping["models"]]
+    found = mapping | {"models": models, "base_model": place(mapping["base_model"])}
+    config = MergeConfiguration.model_validate(found)
+    run_merge(config, str(folder / "theirs"), MergeOptions(quiet=True, write_model_card=False))
+    return load_file(folder / "theirs" / "model.safetensors")
+
+
+@pytest.mark.oracle
+@pytest.mark.parametrize("text", [STOCK, ARITHMETIC], ids=["model_stock", "task_arithmetic"])
+def test_recipe_as_written_agrees_with_mergekit_in_float32_to_a_rounding(hub, tmp_path, text):
+    mine = built(text, tmp_path)
+    exact = yaml.safe_load(text) | {"dtype": "float32", "out_dtype": "bfloat16"}
+    theirs = mergekits(hub, exact, tmp_path)
+    assert mine.keys() == theirs.keys()
+    differing = elements = 0
+    for name, tensor in mine.items():
+        assert tensor.dtype == torch.bfloat16
+        steps = tensor.view(torch.int16).int() - theirs[name].view(torch.int16).int()
+        assert steps.abs().max() <= 1  # in the last place: a rounding that went the other way
+        differing += int(steps.count_nonzero())
+        elements += steps.numel()
+    assert differing <= 0.005 * elements
+
+
+@pytest.mark.oracle
+@pytest.mark.parametrize("text", [STOCK, ARITHMETIC], ids=["model_stock", "task_arithmetic"])
+def test_recipe_as_written_agrees_with_mergekit_as_written_to_its_16_bit_error(hub, tmp_path, text):
+    mine = built(text, tmp_path)
+    theirs = mergekits(hub, yaml.safe_load(text), tmp_path)
+    for name, tensor in mine.items():
+        error = tensor.float() - theirs[name].float()  # up to 3 half steps of bfloat16, rms
+        assert error.pow(2).mean().sqrt() <= 0.012 * tensor.float().pow(2).mean().sqrt()
+
+
+@pytest.mark.usefixtures("hub")
+def test_flat_keys_are_said(tmp_path, capsys):
+    built(STOCK, tmp_path)
+    said = " ".join(capsys.readouterr().out.split())
+    assert "normalize: False stands at the top level, where mergekit ignores it" in said
+    assert "model_stock has no parameter 'normalize'; no effect" in said
+    assert "int8_mask: True stands at the top level" in said
+
+
+@pytest.mark.usefixtures("hub")
+def test_built_folder_has_config_and_tokenizer_of_the_base(tmp_path):
+    built(ARITHMETIC, tmp_path)
+    names = {path.name for path in (tmp_path / "mine").iterdir()}
+    assert {"config.json", "generation_config.json", "tokenizer.json"} <= names

@@ -1,0 +1,141 @@
+import math
+
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+
+from merge_engine.recipe import parse_recipe
+from search.space import UNIFORM, Space, _mixture, _sticks
+
+DONORS = ("a", "b", "c")
+METHODS = ("task_arithmetic", "ties", "dare_linear", "dare_ties", "linear", "slerp", "model_stock")
+
+
+def space(**changes):
+    fields = {
+        "base": "base",
+        "donors": DONORS,
+        "methods": METHODS,
+        "scale": (0.0, 1.5),
+        "ranges": {"density": (0.1, 1.0)},
+    }
+    return Space(**(fields | changes))
+
+
+SHARES = st.lists(st.floats(0, 1), min_size=2, max_size=6).filter(lambda shares: sum(shares) > 0.01)
+
+
+@given(SHARES)
+def test_mixture_and_sticks_are_inverse(raw):
+    shares = [share / math.fsum(raw) for share in raw]
+    assert _mixture(_sticks(shares)) == pytest.approx(shares, abs=1e-6)
+
+
+@given(st.lists(st.floats(0, 1), min_size=1, max_size=5))
+def test_any_sticks_are_a_mixture(sticks):
+    shares = _mixture(sticks)
+    assert len(shares) == len(sticks) + 1
+    assert sum(shares) == pytest.approx(1.0)
+    assert min(shares) >= 0
+
+
+@given(st.lists(st.floats(0.0, 1.5), min_size=3, max_size=3))
+def test_point_of_weights_has_the_recipe_of_those_weights(weights):
+    point = space().point("task_arithmetic", weights)
+    assert space().weights(point)[0] == pytest.approx(weights, abs=2e-5)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@given(data=st.data())
+def test_every_point_is_a_legal_recipe_that_mergekit_would_read(method, data):
+    points = space(methods=(method,))
+    point = {
+        name: data.draw(st.floats(d.low, d.high)) if name != "method" else method
+        for name, d in points.distributions().items()
+    }
+    recipe = points.recipe(point)
+    again, notes = parse_recipe(yaml.safe_load(recipe.to_yaml()), "again")
+    assert again == recipe
+    assert recipe.dtype == "float32"
+    assert recipe.base_model
+    assert not [note for note in notes if "no parameter" in note]
+    recipe.values("model.layers.0.mlp.up_proj.weight", 0.0)
+
+
+def test_baselines_are_base_each_donor_and_their_average():
+    weights = {
+        name: recipe.values("x", 0.0)["weight"] for name, recipe in space().baselines().items()
+    }
+    assert weights["base"] == (0, 0, 0)
+    assert weights["b"] == (0, 1, 0)
+    assert weights[UNIFORM] == pytest.approx((1 / 3,) * 3, abs=1e-6)
+
+
+def test_warm_starts_are_the_baselines_again_so_they_cost_nothing_twice():
+    points = space()
+    starts = {points.recipe(point).key for _, point in points.warm_starts()}
+    assert {recipe.key for recipe in points.baselines().values()} <= starts
+
+
+def test_warm_starts_outside_the_users_ranges_are_left_out():
+    labels = [label for label, _ in space(scale=(0.5, 1.0)).warm_starts()]
+    assert "base" not in labels
+    assert "scale 0.8" in labels
+
+
+def test_parameters_of_other_methods_do_not_make_another_recipe():
+    points = space()
+    one = points.point("task_arithmetic", (0.5, 0.5, 0.5), density=0.2)
+    other = points.point("task_arithmetic", (0.5, 0.5, 0.5), density=0.9)
+    assert points.recipe(one).key == points.recipe(other).key
+    assert (
+        points.recipe(one | {"method": "ties"}).key != points.recipe(other | {"method": "ties"}).key
+    )
+
+
+def test_fixed_parameter_is_not_searched_but_used():
+    fixed = space(ranges={"density": (0.3, 0.3)}, scale=(1.0, 1.0))
+    assert set(fixed.distributions()) == {"method", "mix_1", "mix_2"}
+    point = fixed.point("ties", (1.0, 1.0, 1.0))
+    assert fixed.recipe(point).values("x", 0.0)["density"] == (0.3, 0.3, 0.3)
+
+
+def test_scale_of_ties_is_its_lambda_and_weights_keep_the_mixture():
+    recipe = space().recipe(space().point("ties", (0.4, 0.8, 1.2)))
+    values = recipe.values("x", 0.0)
+    assert values["lambda_"] == pytest.approx(0.8)
+    assert values["weight"] == pytest.approx((0.5, 1.0, 1.5), abs=1e-5)
+
+
+def test_slerp_walks_between_the_two_donors_that_weigh_most():
+    recipe = space().recipe(space().point("slerp", (0.2, 0.9, 0.3)))
+    assert [source.model for source in recipe.models] == ["b", "c"]
+    assert recipe.base_model == "b"
+    assert recipe.values("x", 0.0)["t"] == pytest.approx(0.25, abs=1e-5)
+
+
+def test_depth_groups_and_splits_have_weights_of_their_own():
+    layers = ("layers.0.", "layers.1.", "layers.2.", "layers.3.")
+    from search.space import _units
+
+    grouped = space(units=_units(layers, 2, ("mlp",)))
+    point = grouped.point("task_arithmetic", (1.0, 1.0, 1.0))
+    for unit, scale in enumerate((0.1, 0.2, 0.3, 0.4)):
+        point[f"scale@{unit}"] = scale
+    recipe = grouped.recipe(point)
+
+    def weight(name):
+        return recipe.values(name, 0.0)["weight"][0]
+
+    assert weight("model.layers.1.mlp.up_proj.weight") == pytest.approx(0.1)
+    assert weight("model.layers.2.mlp.up_proj.weight") == pytest.approx(0.2)
+    assert weight("model.layers.0.self_attn.q_proj.weight") == pytest.approx(0.3)
+    assert weight("model.layers.3.self_attn.q_proj.weight") == pytest.approx(0.4)
+    assert weight("lm_head.weight") == pytest.approx(0.4)
+
+
+def test_single_donor_has_a_scale_and_no_mixture():
+    alone = space(donors=("a",), methods=("task_arithmetic",), ranges={})
+    assert set(alone.distributions()) == {"method", "scale"}
+    assert alone.weights({"method": "task_arithmetic", "scale": 0.7}) == [(0.7,)]

@@ -1,0 +1,79 @@
+import pytest
+import yaml
+
+from search.spec import StudyError, load_study
+
+
+def test_study_of_the_design_is_read_with_absolute_paths(make_study, tmp_path, zoo):
+    spec = load_study(make_study(tmp_path))
+    assert spec.base_model == str(zoo / "base")
+    assert spec.objective.include_path == (tmp_path / "tasks",)
+    assert spec.objective.tasks[1].weight == 2.0
+    assert spec.search.sampler == "auto"
+
+
+def test_folders_count_from_the_study_file(make_study, tmp_path, zoo):
+    (tmp_path / "models").symlink_to(zoo)
+    models = {"base_model": "models/base", "models": ["models/a"], "search": {}}
+    spec = load_study(make_study(tmp_path, **models))
+    assert spec.models == (str(zoo / "a"),)
+
+
+def test_methods_default_to_all_the_donors_allow(make_study, tmp_path, zoo):
+    file = make_study(tmp_path, search={}, models=[str(zoo / "a")])
+    assert "model_stock" not in load_study(file).search.methods
+    assert "ties" in load_study(file).search.methods
+
+
+def test_number_fixes_and_range_searches(make_study, tmp_path):
+    search = {"methods": ["ties"], "scale": 1.0, "density": [0.2, 0.9], "normalize": True}
+    spec = load_study(make_study(tmp_path, search=search))
+    assert spec.search.scale == (1.0, 1.0)
+    assert spec.search.ranges == {"density": (0.2, 0.9), "normalize": (1.0, 1.0)}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"serach": {}}, "unknown key 'serach'; did you mean 'search'"),
+        ({"search__trails": 5}, "search: unknown key 'trails'; did you mean 'trials'"),
+        ({"search__densty": 0.5}, "search: unknown key 'densty'; did you mean 'density'"),
+        ({"search__methods": ["tise"]}, "search.methods: unknown key 'tise'; did you mean 'ties'"),
+        ({"search__methods": "ties"}, "search.methods has to be a list"),
+        ({"search__sampler": "tep"}, "search.sampler: unknown key 'tep'; did you mean 'tpe'"),
+        ({"search__density": [0.9, 0.2]}, r"search.density: \[0.9, 0.2\] is not a range within"),
+        ({"search__density": 3}, r"search.density: \[3, 3\] is not a range within \[0, 1\]"),
+        ({"search__trials": 0}, "search.trials: Input should be greater than 0"),
+        ({"objective__task": []}, "objective: unknown key 'task'; did you mean 'tasks'"),
+        ({"objective__tasks": []}, "objective.tasks: Tuple should have at least 1 item"),
+        ({"objective__tasks": [{"taks": "x"}]}, r"objective.tasks\[0\]: unknown key 'taks'"),
+        ({"objective__items__tests": 5}, "objective.items: unknown key 'tests'"),
+        ({"objective__include_path": "nowhere"}, "objective.include_path: no folder .*nowhere"),
+        ({"objective__constraints": {"pikc": 0.5}}, "objective.constraints: unknown key 'pikc'"),
+        ({"models": []}, "models: Tuple should have at least 1 item"),
+        ({"models": "a"}, "models: "),
+        ({"dtype": "int8"}, "dtype: Input should be"),
+        ({"objective": [1]}, "'objective' has to be a mapping"),
+    ],
+)
+def test_wrong_study_is_refused_with_place_and_fix(make_study, tmp_path, changes, message):
+    with pytest.raises(StudyError, match=message):
+        load_study(make_study(tmp_path, **changes))
+
+
+def test_model_named_twice_is_refused(make_study, tmp_path, zoo):
+    with pytest.raises(StudyError, match="is named twice"):
+        load_study(make_study(tmp_path, models=[str(zoo / "a"), str(zoo / "a")]))
+
+
+def test_method_that_needs_more_donors_is_refused(make_study, tmp_path, zoo):
+    changes = {"models": [str(zoo / "a")], "search__methods": ["model_stock"]}
+    with pytest.raises(StudyError, match="model_stock needs 2 models or more, got 1"):
+        load_study(make_study(tmp_path, **changes))
+
+
+def test_missing_parts_are_named(tmp_path):
+    file = tmp_path / "study.yaml"
+    file.write_text(yaml.safe_dump({"base_model": "a/b", "models": ["a/c"], "search": {}}))
+    with pytest.raises(StudyError, match=r"objective.tasks: Tuple should have"):
+        load_study(file)
