@@ -5,7 +5,7 @@ Kernels compute in float32; the one rounding happens where a tensor is written.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -14,10 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from merge_engine.donors import Family
+from merge_engine.layout import is_head_weight, layer_counts
 from merge_engine.methods import METHODS, Base, Linear
 from merge_engine.methods.contract import Elementwise, Values
 from merge_engine.methods.linear import sum_of_task_vectors, weighted_sum
 from merge_engine.noise import key_of, uniform
+from merge_engine.plan import Part, Plan, stack, written_dtype
 from merge_engine.recipe import Recipe, RecipeError
 from merge_engine.statistics import Magnitudes
 
@@ -36,7 +38,7 @@ def merge_tensor(
     Raises:
         RecipeError: The recipe's numbers do not work for this tensor; the message names it.
     """
-    info = family.reference.tensors[name]
+    info = family.tensors[name]
     stored = dtype if info.dtype.is_floating_point else info.dtype
     out = torch.empty(info.shape, dtype=stored, device=device)
     merge_into(out, recipe, name, family)
@@ -53,10 +55,18 @@ def merge_into(out: Tensor, recipe: Recipe, name: str, family: Family) -> None:
     def read(model: str) -> Tensor:
         return family.read(model, name).to(out.device, non_blocking=True)
 
+    inputs = family.inputs.get(name, {})
+    lacking = bool(inputs) and any(model not in inputs for model in recipe.models_read)
+    if lacking:
+        recipe = _of_holders(recipe, name, inputs)
     if not out.dtype.is_floating_point:
         out.copy_(_same_in_all(recipe, name, read))
         return
-    method, values = METHODS[recipe.merge_method], recipe.values(name, family.depth(name))
+    if lacking and _too_few(recipe):
+        out.copy_(read(recipe.models_read[0]))
+        return
+    method = METHODS[recipe.merge_method]
+    values = recipe.values(name, family.depth(name), inputs)
     try:
         if isinstance(method, Linear):
             factors = _coefficients(recipe, method, name, values, family)
@@ -66,6 +76,32 @@ def merge_into(out: Tensor, recipe: Recipe, name: str, family: Family) -> None:
             _write_elementwise(out, recipe, method, name, values, family)
     except ValueError as error:
         raise RecipeError(f"{recipe.merge_method} of {name!r}: {error}") from error
+
+
+def _of_holders(recipe: Recipe, name: str, inputs: Mapping[str, str]) -> Recipe:
+    """The recipe without the models that lack a tensor.
+
+    Raises:
+        RecipeError: What is left has no meaning.
+    """
+    if recipe.origin and recipe.origin not in inputs:
+        raise RecipeError(
+            f"{name!r} is missing in the base model {recipe.origin!r}, so {recipe.merge_method} "
+            f"cannot start; {next(iter(inputs))!r} has it: use linear, or another base"
+        )
+    models = tuple(source for source in recipe.models if source.model in inputs)
+    base = recipe.base_model if recipe.base_model in inputs else None
+    if not models and base is None:
+        raise RecipeError(
+            f"{name!r} is in none of the recipe's models; {next(iter(inputs))!r} has it"
+        )
+    return recipe.model_copy(update={"models": models, "base_model": base})
+
+
+def _too_few(recipe: Recipe) -> bool:
+    """Whether only one model, or with an ORIGIN the base alone, is left to a method of several."""
+    count = len(recipe.donors) + (recipe.method.base is Base.ENDPOINT and recipe.base is not None)
+    return count < recipe.method.donors[0]
 
 
 Factors = dict[str, float | Tensor]  # a model's coefficient, or one per row, to multiply by
@@ -79,7 +115,7 @@ def _coefficients(
     if method.base is Base.ENDPOINT and recipe.base is not None:
         models = (recipe.base, *models)
     options = dict(values)
-    shape = family.reference.tensors[name].shape
+    shape = family.tensors[name].shape
     dim = method.dim(**{option: options.pop(option) for option in method.layout})
     dim = dim if shape else None
     gram = family.gram(name, models, recipe.origin, dim) if method.gram else None
@@ -177,27 +213,44 @@ def _same_in_all(recipe: Recipe, name: str, read: Read) -> Tensor:
     return first
 
 
-def check_values(recipe: Recipe, family: Family) -> None:
-    """Resolve every parameter of every tensor, reading none of them.
+def built_tensors(plan: Plan, device: torch.device) -> Iterator[tuple[str, Tensor]]:
+    """Merge all that is planned, tensor by tensor, in the dtypes of ``plan.shapes()``.
 
     Raises:
-        RecipeError: A value is missing, of the wrong type or out of range.
+        RecipeError: A tensor cannot be merged, or comes out with NaN or Inf.
     """
-    for name in family.names:
-        recipe.values(name, family.depth(name))
+    for part in plan.parts:
+        for named in merged_tensors(part.recipe, part.family, device):
+            yield named
+            del named  # before the next is merged
+            part.family.release()
 
 
 def merged_tensors(
     recipe: Recipe, family: Family, device: torch.device
 ) -> Iterator[tuple[str, Tensor]]:
-    """Merge tensor by tensor, in the recipe's dtype, or else the one its models promote to."""
-    named = recipe.out_dtype or recipe.dtype
+    """Merge a family tensor by tensor, as ``built_tensors`` does part by part."""
     for name in family.names:
-        stored = family.stored_dtype(name)
-        yield (
-            name,
-            merge_tensor(recipe, name, family, device, getattr(torch, named) if named else stored),
-        )
+        tensor = merge_tensor(recipe, name, family, device, written_dtype(recipe, family, name))
+        _check_finite(tensor, recipe, name, family)
+        yield name, tensor
+        del tensor  # before the next is merged
+
+
+def _check_finite(merged: Tensor, recipe: Recipe, name: str, family: Family) -> None:
+    """Refuse NaN and Inf, and say where they are from."""
+    if bool(merged.isfinite().all()):
+        return
+    for model, own in family.inputs.get(name, {}).items():
+        if not bool(family.read(model, name).isfinite().all()):
+            file = family.checkpoints[model].tensors[own].file
+            raise RecipeError(
+                f"{file}: {own!r} has NaN or Inf in it; fetch or train {model!r} again"
+            )
+    raise RecipeError(
+        f"{recipe.merge_method} of {name!r} has NaN or Inf in {merged.dtype}; "
+        "make the weights smaller, or write float32"
+    )
 
 
 class Builder:
@@ -208,7 +261,7 @@ class Builder:
         family: The donors.
 
     Raises:
-        RecipeError: The model has a tensor that the family lacks.
+        RecipeError: The model is not of the family's shape.
     """
 
     def __init__(self, model: nn.Module, family: Family) -> None:
@@ -217,8 +270,7 @@ class Builder:
         self.loaded: Recipe | None = None
         self.version = 0  # grows with every build: what else depends on the weights is keyed by it
         self._targets = dict(_stored_tensors(model))
-        if missing := sorted(set(self._targets) - set(family.names)):
-            raise RecipeError(f"the live model has {missing[0]!r}, which the donors lack")
+        _check_covered(self._targets, family.names)
 
     @torch.no_grad()
     def build(self, recipe: Recipe) -> None:
@@ -229,19 +281,52 @@ class Builder:
         """
         self.loaded = None  # a failed build leaves parts of two recipes: never score it
         self.version += 1
+        owners = {name: part for part in self._parts(recipe) for name in part.family.names}
+        _check_covered(self._targets, owners)
         for name, target in self._targets.items():
-            merge_into(target, recipe, name, self.family)
-            if not target.isfinite().all():
-                raise RecipeError(
-                    f"{recipe.merge_method} of {name!r} has NaN or Inf in {target.dtype}; "
-                    "make the weights smaller, or look for a damaged donor"
-                )
+            part = owners[name]
+            merge_into(target, part.recipe, name, part.family)
+            _check_finite(target, part.recipe, name, part.family)
         self.loaded = recipe
+
+    def _parts(self, recipe: Recipe) -> tuple[Part, ...]:
+        if recipe.vocabulary is not None:
+            raise RecipeError(
+                "a recipe with a tokenizer changes the vocabulary, which a live model cannot; "
+                "build it as a checkpoint (mergesearch build)"
+            )
+        first, *_ = recipe.parts
+        if first.layers is None:
+            return (Part(first.recipe, self.family),)
+        return stack(recipe, self.family.checkpoints)
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """What the model holds now, by name."""
         for name, target in self._targets.items():
             yield name, target.detach()
+
+
+def _check_covered(live: Iterable[str], merged: Iterable[str]) -> None:
+    """Compare the live model's tensors with what is written into it.
+
+    Raises:
+        RecipeError: It has more or fewer layers, a tensor that is not written, or no head of its
+            own for one that is.
+    """
+    have, get = layer_counts(live), layer_counts(merged)
+    for stack_name in have.keys() & get.keys():
+        if have[stack_name] != get[stack_name]:
+            raise RecipeError(
+                f"the merge has {get[stack_name]} layers and the live model {have[stack_name]}; "
+                "a merge of another shape can only be built as a checkpoint (mergesearch build)"
+            )
+    if missing := sorted(set(live) - set(merged)):
+        raise RecipeError(f"the live model has {missing[0]!r}, which the donors lack")
+    if heads := [name for name in set(merged) - set(live) if is_head_weight(name)]:
+        raise RecipeError(
+            f"the merge has {heads[0]!r}, which the live model ties to its embedding; take an "
+            "untied model for the base, or build a checkpoint (mergesearch build)"
+        )
 
 
 def _stored_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:

@@ -1,7 +1,8 @@
 """Where tensors live: a model's checkpoint in safetensors, read tensor by tensor.
 
 A model is a folder or a hub id (``org/name`` or ``org/name@revision``), found through
-huggingface_hub's cache and downloaded if the cache lacks it.
+huggingface_hub's cache and downloaded if the cache lacks it. ``base+adapter`` is a model and what
+a LoRA adapter changes in it.
 """
 
 from __future__ import annotations
@@ -9,22 +10,31 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
-from functools import cached_property
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property, reduce
 from pathlib import Path
-from typing import Any
+from types import MappingProxyType
+from typing import Any, Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from merge_engine.adapters import Adapter
+from merge_engine.layout import (
+    depth_in,
+    input_embedding,
+    is_head_weight,
+    is_vocabulary,
+    layer_counts,
+    place_of,
+)
 from merge_engine.recipe import RecipeError
 from merge_engine.statistics import Magnitudes
 from merge_engine.stream import Stream, compiling_pays
 
 HUB_FILES = ("*.safetensors", "*.json", "*.jinja", "*.txt", "*.model")
-_LAYER = re.compile(r"(?:^|\.)(?:layers?|h|blocks?)\.(\d+)\.")
 _RECOMPUTED = ".rotary_emb.inv_freq"  # buffers that old checkpoints store; no model reads them
 _DTYPES = {
     "F64": torch.float64,
@@ -83,10 +93,19 @@ class Checkpoint:
     @cached_property
     def config(self) -> Mapping[str, Any]:
         """The model's ``config.json``."""
+        return self._json("config.json")
+
+    @cached_property
+    def generation_config(self) -> Mapping[str, Any]:
+        """The model's ``generation_config.json``; empty if it has none."""
+        name = "generation_config.json"
+        return self._json(name) if (self.folder / name).is_file() else {}
+
+    def _json(self, name: str) -> Mapping[str, Any]:
         try:
-            return dict(json.loads((self.folder / "config.json").read_text(encoding="utf-8")))
+            return dict(json.loads((self.folder / name).read_text(encoding="utf-8")))
         except (OSError, ValueError) as error:
-            raise RecipeError(f"model {self.model!r}: config.json: {error}") from None
+            raise RecipeError(f"model {self.model!r}: {name}: {error}") from None
 
     @cached_property
     def tensors(self) -> Mapping[str, TensorInfo]:
@@ -110,6 +129,35 @@ class Checkpoint:
             if not name.endswith(_RECOMPUTED) and not (tied and name == "lm_head.weight")
         }
 
+    def own_name(self, name: str) -> str | None:
+        """The model's tensor that does what ``name`` does elsewhere; None if it has none.
+
+        Where there is no head of its own, the embedding is the head.
+        """
+        if name in self.tensors:
+            return name
+        return input_embedding(self.tensors) if is_head_weight(name) else None
+
+    @cached_property
+    def layer_count(self) -> int:
+        """The layers of the largest stack."""
+        return max(layer_counts(self.tensors).values(), default=0)
+
+    def ought_to_have(self, name: str) -> bool:
+        """Whether a tensor, if missing, leaves a gap: then the model is not whole.
+
+        A kind of tensor that none of its layers has, a bias or a head leaves none.
+        """
+        place = place_of(name)
+        if place is None:
+            return name.endswith("weight") and not is_head_weight(name)
+        return (place.stack, place.rest) in self._kinds
+
+    @cached_property
+    def _kinds(self) -> set[tuple[str, str]]:
+        places = (place_of(name) for name in self.tensors)
+        return {(place.stack, place.rest) for place in places if place}
+
     def read(self, name: str) -> Tensor:
         """The tensor as stored, on the CPU.
 
@@ -121,6 +169,10 @@ class Checkpoint:
         except (KeyError, SafetensorError) as error:
             raise RecipeError(f"model {self.model!r}: cannot read {name!r}: {error}") from None
         return tensor
+
+    def release(self) -> None:
+        """Close the files: until then the pages read so far count as this process's memory."""
+        self._handles.clear()
 
     def _files(self) -> list[Path]:
         index = self.folder / "model.safetensors.index.json"
@@ -135,11 +187,12 @@ class Checkpoint:
             return [self.folder / name for name in names]
         if (single := self.folder / "model.safetensors").is_file():
             return [single]
-        has_pickles = any(self.folder.glob("*.bin"))
-        raise RecipeError(
-            f"model {self.model!r}: no model.safetensors in {self.folder}"
-            + ("; it has only .bin files: convert it to safetensors" if has_pickles else "")
-        )
+        hint = ""
+        if (self.folder / "adapter_config.json").is_file():
+            hint = f"; it is an adapter: name it with its base, as 'BASE+{self.model}'"
+        elif any(self.folder.glob("*.bin")):
+            hint = "; it has only .bin files: convert it to safetensors"
+        raise RecipeError(f"model {self.model!r}: no model.safetensors in {self.folder}{hint}")
 
     def _open(self, file: Path) -> Any:
         if file not in self._handles:
@@ -154,66 +207,165 @@ class Checkpoint:
         return {}
 
 
-class Family:
-    """Checkpoints of one shape, and what depends on them alone.
+class Adapted(Checkpoint):
+    """A model with a LoRA adapter, written ``base+adapter``; no merged copy is stored."""
 
-    The first model is the reference: it says which tensors there are.
-    """
-
-    def __init__(self, models: Iterable[str], compiled: bool | None = None) -> None:
-        """Open the models and compare their tensors' names and shapes with the first one's.
-
-        Args:
-            models: Folders or hub ids, the reference first.
-            compiled: Whether to compile kernels; None: if that pays for models of this size.
+    def __init__(self, model: str, base: str, adapter: str) -> None:
+        """Open both.
 
         Raises:
-            RecipeError: A model is missing or damaged, or is not of the reference's shape.
+            RecipeError: One cannot be used, or they do not belong together.
         """
-        self.checkpoints = {model: Checkpoint(model) for model in models}
+        self.model = model
+        self.folder = locate(base)
+        self._adapter = Adapter(locate(adapter))
+        self._adapter.check({name: info.shape for name, info in self.tensors.items()}, base)
+
+    def read(self, name: str) -> Tensor:
+        """The tensor with its change, in float32 if it has one."""
+        return self._adapter.apply(name, super().read(name))
+
+    def release(self) -> None:
+        """Close the files of both."""
+        super().release()
+        self._adapter.release()
+
+
+def open_model(model: str) -> Checkpoint:
+    """A model by its name: a folder, a hub id, or ``base+adapter``.
+
+    Raises:
+        RecipeError: It is missing or damaged.
+    """
+    if "+" not in model or Path(model).expanduser().is_dir():
+        return Checkpoint(model)
+    cuts = [match.start() for match in re.finditer(r"\+", model)]
+    cut = next((i for i in cuts if Path(model[:i]).expanduser().is_dir()), cuts[0])
+    return Adapted(model, model[:cut], model[cut + 1 :])
+
+
+Inputs = Mapping[str, Mapping[str, str]]  # a tensor's name in the result: model: its own name
+
+
+class Rows(Protocol):
+    """Brings a tensor with one row per token to the rows of the result (``Vocabulary``)."""
+
+    @property
+    def size(self) -> int:
+        """Rows of the result."""
+
+    def align(
+        self, model: str, models: Sequence[str], base: str | None, read: Callable[[str], Tensor]
+    ) -> Tensor:
+        """One model's tensor with the result's rows."""
+
+
+class Family:
+    """Checkpoints that fit one another, and what depends on them alone.
+
+    The first model is the reference: the result gets its config and tokenizer.
+    """
+
+    inputs: Inputs = MappingProxyType(
+        {}
+    )  # of a tensor not named here: the same name in every model
+
+    def __init__(
+        self,
+        models: Iterable[str] | Mapping[str, Checkpoint],
+        rows: Rows | None = None,
+        base: str | None = None,
+        candidates: int = 1,
+    ) -> None:
+        """Compare the models' tensors by name and shape.
+
+        Args:
+            models: Names of models to open, or models opened before.
+            rows: The result's vocabulary, if it is not that of all models.
+            base: The model whose rows stand in for those that another lacks.
+            candidates: How many recipes are to be built: compiling kernels pays for many.
+
+        Raises:
+            RecipeError: A model is missing or damaged, or is not of the others' shape.
+        """
+        self.rows, self.base = rows, base
+        checkpoints = models if isinstance(models, Mapping) else open_models(models)
+        names = sorted({name for checkpoint in checkpoints.values() for name in checkpoint.tensors})
+        counts = layer_counts(names)
+        places = {name: place_of(name) for name in names}
+        self._hold(
+            checkpoints,
+            {name: dict.fromkeys(checkpoints, name) for name in names},
+            {n: depth_in(p.layer, counts[p.stack]) if p else 0.0 for n, p in places.items()},
+        )
+        self.stream = Stream(compiling_pays(self.parameters, candidates))
+
+    def _hold(
+        self, checkpoints: Mapping[str, Checkpoint], wanted: Inputs, depths: Mapping[str, float]
+    ) -> None:
+        """Take what there is of ``wanted`` from the checkpoints, in the order of its names."""
+        self.checkpoints = dict(checkpoints)
         self.reference = next(iter(self.checkpoints.values()))
-        for checkpoint in self.checkpoints.values():
-            _check_same_shape(self.reference, checkpoint)
-        self.stream = Stream(compiling_pays(self.parameters) if compiled is None else compiled)
+        self.inputs = {name: _own_names(of, checkpoints) for name, of in wanted.items()}
+        for name, of in self.inputs.items():
+            holders = [(checkpoints[model], own) for model, own in of.items()]
+            _check_shapes(name, holders, resized=self._is_resized(name))
+        self.tensors = {name: self._info(name) for name in self.inputs}
+        self._depths = depths
+        self.stream = Stream(compiling_pays(self.parameters, candidates=1))
         self._grams: dict[tuple[object, ...], Tensor] = {}
         self._magnitudes: dict[tuple[str, str, str], Magnitudes] = {}
 
+    def _info(self, name: str) -> TensorInfo:
+        """One of the holders' tensors, of the dtype that all of theirs promote to."""
+        infos = [self.checkpoints[m].tensors[own] for m, own in self.inputs[name].items()]
+        dtype = reduce(torch.promote_types, (info.dtype for info in infos))
+        shape = infos[0].shape
+        if self._is_resized(name) and self.rows is not None:
+            shape = (self.rows.size, *shape[1:])
+        return replace(infos[0], dtype=dtype, shape=shape)
+
+    def _is_resized(self, name: str) -> bool:
+        return self.rows is not None and is_vocabulary(name)
+
     @property
     def names(self) -> tuple[str, ...]:
-        """The tensors of every member."""
-        return tuple(self.reference.tensors)
+        """The tensors of the result."""
+        return tuple(self.tensors)
 
     @cached_property
     def layer_filters(self) -> tuple[str, ...]:
         """For each layer the piece of its tensors' names that no other layer's have."""
-        found = {
-            int(m[1]): m[0].strip(".") + "." for name in self.names if (m := _LAYER.search(name))
-        }
-        return tuple(found.get(layer, "") for layer in range(max(found, default=-1) + 1))
+        found = {p.layer: p for name in self.names if (p := place_of(name))}
+        pieces = {i: f"{p.stack.rstrip('.').split('.')[-1]}.{i}." for i, p in found.items()}
+        return tuple(pieces.get(layer, "") for layer in range(max(found, default=-1) + 1))
 
     def depth(self, name: str) -> float:
         """Where a tensor stands: 0 first layer or outside the layers, 1 last or only layer."""
-        if (layer := layer_of(name)) is None:
-            return 0.0
-        last = len(self.layer_filters) - 1
-        return layer / last if last > 0 else 1.0
+        return self._depths[name]
 
     @property
     def parameters(self) -> int:
         """How many numbers a member has."""
-        return sum(math.prod(info.shape) for info in self.reference.tensors.values())
+        return sum(math.prod(info.shape) for info in self.tensors.values())
 
     def read(self, model: str, name: str) -> Tensor:
-        """A member's tensor as stored, on the CPU."""
-        return self.checkpoints[model].read(name)
+        """A model's tensor on the CPU: as stored, or in float32 with the result's rows."""
+        own = self.inputs[name]
 
-    def stored_dtype(self, name: str) -> torch.dtype:
-        """What the members' dtypes of one tensor promote to."""
-        dtypes = [checkpoint.tensors[name].dtype for checkpoint in self.checkpoints.values()]
-        result = dtypes[0]
-        for dtype in dtypes[1:]:
-            result = torch.promote_types(result, dtype)
-        return result
+        def stored(model: str) -> Tensor:
+            return self.checkpoints[model].read(own[model])
+
+        if self._is_resized(name) and self.rows is not None:
+            return self.rows.align(model, tuple(own), self.base, stored)
+        return stored(model)
+
+    def release(self) -> None:
+        """Let go of open files and of what was computed: no tensor read so far is needed again."""
+        self._grams.clear()
+        self._magnitudes.clear()
+        for checkpoint in self.checkpoints.values():
+            checkpoint.release()
 
     def gram(
         self, name: str, models: tuple[str, ...], origin: str | None, dim: int | None = None
@@ -241,12 +393,6 @@ class Family:
         return self._magnitudes[key]
 
 
-def layer_of(name: str) -> int | None:
-    """The layer a tensor's name says it belongs to; None outside the layers."""
-    match = _LAYER.search(name)
-    return int(match[1]) if match else None
-
-
 def _rows(tensor: Tensor, dim: int | None) -> Tensor:
     """The tensor as rows along ``dim``, or as one row: (rows, width)."""
     if dim is None or not tensor.dim():
@@ -269,18 +415,56 @@ def _gram(tensors: list[Tensor], start: Tensor, chunk: int = 1 << 20) -> Tensor:
     return total
 
 
-def _check_same_shape(reference: Checkpoint, other: Checkpoint) -> None:
-    pair = f"models {reference.model!r} and {other.model!r}"
-    mine, theirs = reference.tensors, other.tensors
-    if missing := sorted(set(mine) ^ set(theirs)):
-        owner = reference if missing[0] in mine else other
-        raise RecipeError(
-            f"{pair} are of different architectures: only {owner.model!r} has {missing[0]!r}"
-            + (f" and {len(missing) - 1} more tensors differ" if missing[1:] else "")
-        )
-    for name in mine:
-        if mine[name].shape != theirs[name].shape:
+def open_models(models: Iterable[str]) -> dict[str, Checkpoint]:
+    """Open models by name, in order, the headers of their files read.
+
+    Raises:
+        RecipeError: One is missing or damaged, or they are of different architectures.
+    """
+    checkpoints = {model: open_model(model) for model in models}
+    first, *others = checkpoints.values()
+    for other in others:
+        for key in ("architectures", "model_type"):
+            mine, theirs = first.config.get(key), other.config.get(key)
+            if mine and theirs and mine != theirs:
+                raise RecipeError(
+                    f"models {first.model!r} and {other.model!r} are of different architectures: "
+                    f"{mine} against {theirs}; only models of one can be merged"
+                )
+    return checkpoints
+
+
+def _own_names(wanted: Mapping[str, str], checkpoints: Mapping[str, Checkpoint]) -> dict[str, str]:
+    """The models that have a tensor, and its name in each.
+
+    Raises:
+        RecipeError: A model lacks it that ought to have it.
+    """
+    found = {model: checkpoints[model].own_name(own) for model, own in wanted.items()}
+    for model, own in wanted.items():
+        if found[model] is None and checkpoints[model].ought_to_have(own):
+            owner = next(m for m in found if found[m])
             raise RecipeError(
-                f"{pair} differ in the shape of {name!r}: {list(mine[name].shape)} against "
-                f"{list(theirs[name].shape)}; merge models fine-tuned from one base"
+                f"models {owner!r} and {model!r} are of different architectures: only {owner!r} "
+                f"has {wanted[owner]!r}; merge models of one shape, or stack layers with 'slices'"
+            )
+    return {model: own for model, own in found.items() if own}
+
+
+def _check_shapes(name: str, holders: list[tuple[Checkpoint, str]], *, resized: bool) -> None:
+    (first, own), *others = holders
+    mine = first.tensors[own].shape
+    for other, its in others:
+        theirs = other.tensors[its].shape
+        if mine != theirs and not (resized and mine[1:] == theirs[1:]):
+            only_rows = is_vocabulary(name) and mine[1:] == theirs[1:]
+            raise RecipeError(
+                f"models {first.model!r} and {other.model!r} differ in the shape of {name!r}: "
+                f"{list(mine)} against {list(theirs)}; "
+                + (
+                    "their vocabularies differ: say with 'tokenizer_source: union' (or base, or "
+                    "a model) which one the result is to have"
+                    if only_rows
+                    else "merge models fine-tuned from one base"
+                )
             )

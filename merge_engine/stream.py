@@ -20,12 +20,13 @@ from merge_engine.noise import halves, hashed, spread
 Kernel = Callable[..., Tensor]
 CHUNK = 1 << 16
 BLOCK = 1 << 31  # positions within one key of the noise
-PAYS = 20_000_000  # parameters from which on compiling (some seconds, once) is worth it
+PAYS = 2_000_000_000  # merged numbers from which on compiling (some seconds, once) is worth it
 
 
-def compiling_pays(parameters: int) -> bool:
-    """Whether a family of this size should be merged by compiled kernels."""
-    return parameters >= PAYS and (torch.cuda.is_available() or shutil.which("g++") is not None)
+def compiling_pays(parameters: int, candidates: int) -> bool:
+    """Whether so many candidates of so many parameters should be merged by compiled kernels."""
+    can = torch.cuda.is_available() or shutil.which("g++") is not None
+    return can and parameters * candidates >= PAYS
 
 
 class Stream:

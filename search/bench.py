@@ -119,7 +119,7 @@ def make_splits(spec: StudySpec, objective: Harness) -> Splits:
 
 def open_family(spec: StudySpec) -> Family:
     """The study's models, base first."""
-    return Family([spec.base_model, *spec.models])
+    return Family([spec.base_model, *spec.models], candidates=spec.search.trials)
 
 
 def make_bench(spec: StudySpec, device: str) -> Bench:

@@ -203,20 +203,19 @@ def _replace_text(file: Path, text: str) -> None:
 def _build(options: Any) -> None:
     import torch
 
-    from merge_engine.builder import check_values, merged_tensors
-    from merge_engine.checkpoint import write_checkpoint
-    from merge_engine.donors import Family
+    from merge_engine.builder import built_tensors
+    from merge_engine.checkpoint import Model, write_checkpoint
+    from merge_engine.plan import plan_merge
     from merge_engine.recipe import load_recipe
     from search.terminal import print_notes
 
     recipe, notes = load_recipe(options.recipe)
     console = _console()
     print_notes(console, notes)
-    family = Family(recipe.models_read)
-    check_values(recipe, family)
-    tensors = merged_tensors(recipe, family, torch.device(_device(options)))
-    write_checkpoint(tensors, options.out, like=family.reference, recipe=recipe)
-    console.print(f"{options.out}: {len(family.names)} tensors of {recipe.merge_method}")
+    plan = plan_merge(recipe)
+    tensors = built_tensors(plan, torch.device(_device(options)))
+    write_checkpoint(tensors, options.out, shapes=plan.shapes(), model=Model.of(plan))
+    console.print(f"{options.out}: {len(plan.names)} tensors of {recipe.merge_method}")
 
 
 def _score(options: Any) -> None:

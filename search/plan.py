@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from merge_engine.builder import check_values
-from merge_engine.donors import Checkpoint, Family
+from merge_engine.donors import Checkpoint
+from merge_engine.layout import layer_counts
+from merge_engine.plan import plan_merge
 from merge_engine.recipe import load_recipe
 from search.bench import make_objective, make_splits, model_dtype, open_family, torch_dtype
 from search.space import Space
@@ -25,12 +28,17 @@ def check_recipe(file: Path) -> Plan:
         RecipeError: It cannot be built.
     """
     recipe, notes = load_recipe(file)
-    family = Family(recipe.models_read)
-    check_values(recipe, family)
-    dtype = recipe.out_dtype or recipe.dtype or model_dtype(family.reference)
-    return [f"recipe: {recipe.merge_method}, writes {dtype}", *_family(family, dtype)], notes + (
-        _tokenizers(family)
-    )
+    plan = plan_merge(recipe)
+    dtype = recipe.out_dtype or recipe.dtype or model_dtype(plan.reference)
+    lines = [f"recipe: {recipe.merge_method}, writes {dtype}"]
+    checkpoints = {
+        model: checkpoint
+        for part in plan.parts
+        for model, checkpoint in part.family.checkpoints.items()
+    }
+    if recipe.vocabulary is None:
+        notes += _tokenizers(plan.reference, checkpoints.values())
+    return lines + _size(plan.shapes(), checkpoints, dtype), notes
 
 
 def check_study(file: Path) -> Plan:
@@ -53,41 +61,38 @@ def check_study(file: Path) -> Plan:
         f"study: {spec.search.trials} trials of {', '.join(spec.search.methods)}",
         f"searched: {', '.join(searched) or 'the method alone'}; "
         f"{len(space.warm_starts())} warm starts first",
-        *_family(family, dtype),
+        *_size(family.tensors, family.checkpoints, dtype),
     ]
     for split, wanted in spec.objective.items.model_dump().items():
         tasks = [objective.items[number].task for number in getattr(splits, split)]
         counted = ", ".join(f"{task} {tasks.count(task)}" for task in dict.fromkeys(tasks))
         lines.append(f"{split}: {wanted} items ({counted})")
-    return lines, _tokenizers(family)
+    return lines, _tokenizers(family.reference, family.checkpoints.values())
 
 
-def _family(family: Family, dtype: str) -> list[str]:
+def _size(
+    tensors: Mapping[str, Any], checkpoints: Mapping[str, Checkpoint], dtype: str
+) -> list[str]:
     """Models, sizes and the memory a build takes."""
-    tensors = family.reference.tensors
     sizes = [torch.Size(info.shape).numel() for info in tensors.values()]
-    members = len(family.checkpoints)
     live = sum(sizes) * torch_dtype(dtype).itemsize
-    work = max(sizes) * 4 * (members + 2)
+    work = max(sizes) * 4 * (len(checkpoints) + 2)
+    layers = max(layer_counts(tensors).values(), default=0)
     return [
-        *(
-            f"model: {checkpoint.model} ({checkpoint.folder})"
-            for checkpoint in family.checkpoints.values()
-        ),
-        f"shape: {len(tensors)} tensors, {sum(sizes) / 1e6:.1f} M parameters, "
-        f"{len(family.layer_filters)} layers",
+        *(f"model: {model} ({each.folder})" for model, each in checkpoints.items()),
+        f"shape: {len(tensors)} tensors, {sum(sizes) / 1e6:.1f} M parameters, {layers} layers",
         f"memory: {live / 2**20:.0f} MiB for the live model in {dtype}, up to "
         f"{work / 2**20:.0f} MiB more while its largest tensor is merged; donors stay on disk",
     ]
 
 
-def _tokenizers(family: Family) -> list[str]:
+def _tokenizers(reference: Checkpoint, checkpoints: Iterable[Checkpoint]) -> list[str]:
     """Notes on models whose tokens are not the reference's: their embeddings are merged as is."""
-    expected = _vocabulary(family.reference)
+    expected = _vocabulary(reference)
     return [
-        f"model {checkpoint.model!r} has another vocabulary than {family.reference.model!r}; rows "
+        f"model {checkpoint.model!r} has another vocabulary than {reference.model!r}; rows "
         "of the embeddings are merged by number, and the result gets the latter's tokenizer"
-        for checkpoint in family.checkpoints.values()
+        for checkpoint in checkpoints
         if expected is not None and _vocabulary(checkpoint) not in (None, expected)
     ]
 

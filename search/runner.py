@@ -18,7 +18,7 @@ from typing import Any
 from optuna.study import Study
 from optuna.trial import FrozenTrial, Trial, TrialState
 
-from merge_engine.checkpoint import write_checkpoint
+from merge_engine.checkpoint import Model, write_checkpoint
 from merge_engine.recipe import Recipe, RecipeError
 from objectives.base import ObjectiveError
 from search.bench import Bench
@@ -233,6 +233,7 @@ def export(run: Run, recipe: Recipe, out: Path) -> int:
         How many answers were compared with the database.
     """
     compared = run.scorer.check(recipe)
-    reference = run.bench.builder.family.reference
-    write_checkpoint(run.bench.builder.tensors(), out, like=reference, recipe=recipe)
+    builder = run.bench.builder
+    model = Model(like=builder.family.reference, recipe=recipe)
+    write_checkpoint(builder.tensors(), out, shapes=dict(builder.tensors()), model=model)
     return compared

@@ -140,6 +140,8 @@ def _mapping(mapping: Mapping[str, Any], name: str, where: str) -> dict[str, Any
 def _model(model: object, folder: Path) -> object:
     if isinstance(model, str) and (folder / model).expanduser().is_dir():
         return str((folder / model).expanduser().resolve())
+    if isinstance(model, str) and "+" in model:  # a base and its adapter
+        return "+".join(str(_model(part, folder)) for part in model.split("+"))
     return model
 
 

@@ -121,7 +121,7 @@ def measure(method: str, models: Sequence[str], family: Family, oracle: bool) ->
     """One method's line."""
     recipe = recipe_for(method, models)
     names = family.names
-    outs = {n: torch.empty(family.reference.tensors[n].shape, dtype=torch.bfloat16) for n in names}
+    outs = {n: torch.empty(family.tensors[n].shape, dtype=torch.bfloat16) for n in names}
     start = time.perf_counter()
 
     def build() -> None:
@@ -172,7 +172,7 @@ def main() -> None:
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder, torch.no_grad():
         models = make_models(Path(folder), options.millions, options.donors)
-        family = Family(models, compiled=False if options.no_compile else None)
+        family = Family(models, candidates=1 if options.no_compile else 100)
         for method in options.methods.split(","):
             print(json.dumps(measure(method, models, family, not options.no_oracle)), flush=True)
 

@@ -8,6 +8,7 @@ os.environ.setdefault("GOMP_SPINCOUNT", "0")
 
 import json
 import string
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from random import Random
@@ -17,8 +18,14 @@ import pytest
 import torch
 import yaml
 from hypothesis import settings
+from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from merge_engine.builder import built_tensors
+from merge_engine.checkpoint import Model, write_checkpoint
+from merge_engine.plan import plan_merge
+from merge_engine.recipe import parse_recipe
 
 settings.register_profile("mergesearch", deadline=None, derandomize=True, max_examples=50)
 settings.load_profile("mergesearch")
@@ -75,6 +82,41 @@ def zoo(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def make_model() -> Callable[..., Path]:
     """``make_llama``, for tests that need models of their own."""
     return make_llama
+
+
+def build_recipe(mapping: dict, out: Path) -> dict[str, torch.Tensor]:
+    """Build a recipe into ``out`` as the command does; returns its tensors."""
+    recipe, _ = parse_recipe(mapping, "r.yaml")
+    plan = plan_merge(recipe)
+    tensors = built_tensors(plan, torch.device("cpu"))
+    write_checkpoint(tensors, out, shapes=plan.shapes(), model=Model.of(plan))
+    return load_file(out / "model.safetensors")
+
+
+def build_with_mergekit(mapping: dict, out: Path, **options: object) -> dict[str, torch.Tensor]:
+    """What mergekit-yaml does, in this process."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # its own business
+        from mergekit.config import MergeConfiguration
+        from mergekit.merge import run_merge
+        from mergekit.options import MergeOptions
+
+        config = MergeConfiguration.model_validate(yaml.safe_load(yaml.safe_dump(mapping)))
+        options = {"random_seed": 0, "quiet": True, "write_model_card": False} | options
+        run_merge(config, str(out), options=MergeOptions(**options))
+    return load_file(out / "model.safetensors")
+
+
+@pytest.fixture(scope="session")
+def build() -> Callable[..., dict[str, torch.Tensor]]:
+    """``build_recipe``."""
+    return build_recipe
+
+
+@pytest.fixture(scope="session")
+def mergekits() -> Callable[..., dict[str, torch.Tensor]]:
+    """``build_with_mergekit``; it never forgets a path, so models need fresh folders."""
+    return build_with_mergekit
 
 
 @pytest.fixture(scope="session")

@@ -1,10 +1,14 @@
 import json
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from merge_engine.checkpoint import write_checkpoint
+from merge_engine.checkpoint import Model, write_checkpoint
 from merge_engine.donors import Checkpoint
 from merge_engine.recipe import Recipe, RecipeError, load_recipe
 
@@ -24,7 +28,8 @@ def recipe(zoo):
 def test_what_is_written_loads_in_transformers_as_it_was(source, recipe, tmp_path, shard_bytes):
     tensors = [(name, source.read(name).bfloat16()) for name in source.tensors]
     out = tmp_path / "out"
-    write_checkpoint(tensors, out, like=source, recipe=recipe, shard_bytes=shard_bytes)
+    model = Model(like=source, recipe=recipe)
+    write_checkpoint(tensors, out, shapes=dict(tensors), model=model, shard_bytes=shard_bytes)
     assert len(list(out.glob("*.safetensors"))) == 1 if shard_bytes > 10**8 else 3
     model = AutoModelForCausalLM.from_pretrained(out)
     assert model.dtype == torch.bfloat16
@@ -41,11 +46,62 @@ def test_interrupted_write_leaves_no_folder_that_looks_whole(source, recipe, tmp
         yield "model.norm.weight", source.read("model.norm.weight")
         raise OSError("no space left on device")
 
+    shapes = {name: source.read(name) for name in source.tensors}
+    model = Model(like=source, recipe=recipe)
     with pytest.raises(OSError, match="no space"):
-        write_checkpoint(failing(), tmp_path / "out", like=source, recipe=recipe)
-    assert not (tmp_path / "out").exists()
+        write_checkpoint(failing(), tmp_path / "out", shapes=shapes, model=model)
+    assert not list(tmp_path.iterdir())
 
 
 def test_existing_folder_is_not_overwritten(source, recipe, tmp_path):
     with pytest.raises(RecipeError, match="exists; choose another folder"):
-        write_checkpoint([], tmp_path, like=source, recipe=recipe)
+        write_checkpoint([], tmp_path, shapes={}, model=Model(like=source, recipe=recipe))
+
+
+def test_tensors_of_every_width_and_shape_come_back(source, recipe, tmp_path):
+    dtypes = (torch.bool, torch.int8, torch.bfloat16, torch.float64, torch.int64, torch.float16)
+    tensors = {f"t{i}": torch.arange(3).to(dtype) for i, dtype in enumerate(dtypes)}
+    tensors |= {"scalar": torch.tensor(2.0), "empty": torch.empty(0, 4), "é": torch.ones(2, 1).T}
+    model = Model(like=source, recipe=recipe)
+    write_checkpoint(reversed(tensors.items()), tmp_path / "out", shapes=tensors, model=model)
+    read = load_file(tmp_path / "out" / "model.safetensors")
+    assert read.keys() == tensors.keys()
+    assert all(torch.equal(read[name], tensor) for name, tensor in tensors.items())
+
+
+PEAK = """
+import sys
+from pathlib import Path
+from search.cli import main
+main(["build", sys.argv[1] + "/r.yaml", sys.argv[1] + "/out", "--device", "cpu"])
+status = Path("/proc/self/status").read_text().split()
+print(status[status.index("VmHWM:") + 1])
+"""
+
+
+def peak_kib(folder, layers):
+    """Peak resident memory of building a merge of two models with 4 MiB per layer."""
+    for number, name in enumerate("ab"):
+        (folder / name).mkdir(parents=True)
+        config = {"architectures": ["LlamaForCausalLM"], "num_hidden_layers": layers}
+        (folder / name / "config.json").write_text(json.dumps(config))
+        weights = {
+            f"model.layers.{i}.mlp.up_proj.weight": torch.full((1024, 1024), i + 0.5 + number)
+            for i in range(layers)
+        }
+        save_file(weights, folder / name / "model.safetensors")
+    (folder / "r.yaml").write_text(
+        "merge_method: ties\nbase_model: a\nparameters: {weight: 0.5}\nmodels: [{model: b}]\n"
+    )
+    command = [sys.executable, "-c", PEAK, str(folder)]
+    # What malloc keeps for later is not counted: every tensor is given back when it is freed.
+    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "1000000"}
+    result = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
+    return int(result.stdout.split()[-1])
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_peak_memory_of_a_build_does_not_grow_with_the_layers(tmp_path):
+    few, many = peak_kib(tmp_path / "12", 12), peak_kib(tmp_path / "48", 48)
+    assert many == pytest.approx(few, rel=0.1)

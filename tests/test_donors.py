@@ -4,7 +4,8 @@ import shutil
 import pytest
 import torch
 
-from merge_engine.donors import Checkpoint, Family, layer_of
+from merge_engine.donors import Checkpoint, Family
+from merge_engine.layout import place_of
 from merge_engine.recipe import RecipeError
 
 
@@ -25,7 +26,7 @@ def test_layers_and_depth_come_from_names(zoo):
     assert family.layer_filters == ("layers.0.", "layers.1.", "layers.2.")
     assert [family.depth(f"model.layers.{i}.mlp.up_proj.weight") for i in range(3)] == [0, 0.5, 1]
     assert family.depth("model.norm.weight") == 0.0
-    assert layer_of("transformer.h.11.attn.weight") == 11
+    assert place_of("transformer.h.11.attn.weight") == ("transformer.h.", 11, "attn.weight")
 
 
 def test_gram_is_that_of_the_task_vectors(zoo):

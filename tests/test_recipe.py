@@ -90,7 +90,8 @@ def test_numbers_written_as_words_are_numbers():
         ({"merge_method": "slerp"}, "slerp starts from base_model 'base', which has to be one of"),
         ({"merge_method": "model_stock", "models": [{"model": "a"}]}, "at least 2 models besides"),
         ({"dtype": "int4"}, "dtype: Input should be"),
-        ({"slices": []}, "'slices' is not supported yet"),
+        ({"slices": []}, "one of models, slices and modules; it has models and slices"),
+        ({"models": None}, "one of models, slices and modules; it has none"),
         ({"parameters": {"lambda": {"valeu": 1}}}, "a clause has the keys"),
     ],
 )
