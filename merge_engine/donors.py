@@ -266,6 +266,7 @@ class Family:
     The first model is the reference: the result gets its config and tokenizer.
     """
 
+    _device, _tier = torch.device("cpu"), "disk"
     inputs: Inputs = MappingProxyType(
         {}
     )  # of a tensor not named here: the same name in every model
@@ -315,6 +316,7 @@ class Family:
         self.stream = Stream(compiling_pays(self.parameters, candidates=1))
         self._grams: dict[tuple[object, ...], Tensor] = {}
         self._magnitudes: dict[tuple[str, str, str], Magnitudes] = {}
+        self._kept: dict[tuple[str, str], Tensor] = {}
 
     def _info(self, name: str) -> TensorInfo:
         """One of the holders' tensors, of the dtype that all of theirs promote to."""
@@ -349,8 +351,26 @@ class Family:
         """How many numbers a member has."""
         return sum(math.prod(info.shape) for info in self.tensors.values())
 
+    def place(self, device: torch.device, tier: str) -> None:
+        """Say where tensors stay once they were read.
+
+        Args:
+            device: Where candidates are built.
+            tier: "device" there, "pinned" in page-locked host memory, "disk" nowhere.
+        """
+        self._device, self._tier = device, tier
+
     def read(self, model: str, name: str) -> Tensor:
-        """A model's tensor on the CPU: as stored, or in float32 with the result's rows."""
+        """A model's tensor, as stored or in float32 with the result's rows, from where it lives."""
+        if self._tier == "disk":
+            return self._stored(model, name)
+        if (model, name) not in self._kept:
+            tensor = self._stored(model, name)
+            there = tensor.to(self._device) if self._tier == "device" else tensor.pin_memory()
+            self._kept[model, name] = there
+        return self._kept[model, name]
+
+    def _stored(self, model: str, name: str) -> Tensor:
         own = self.inputs[name]
 
         def stored(model: str) -> Tensor:
@@ -364,6 +384,7 @@ class Family:
         """Let go of open files and of what was computed: no tensor read so far is needed again."""
         self._grams.clear()
         self._magnitudes.clear()
+        self._kept.clear()
         for checkpoint in self.checkpoints.values():
             checkpoint.release()
 
@@ -403,7 +424,8 @@ def _rows(tensor: Tensor, dim: int | None) -> Tensor:
 def _gram(tensors: list[Tensor], start: Tensor, chunk: int = 1 << 20) -> Tensor:
     """Inner products row by row, (rows, n, n), in float64 and in pieces that fit the cache."""
     rows, width = start.shape
-    total = torch.zeros(rows, len(tensors), len(tensors), dtype=torch.float64)
+    shape = (rows, len(tensors), len(tensors))
+    total = torch.zeros(shape, dtype=torch.float64, device=start.device)
     for column in range(0, width, chunk):
         step = max(1, chunk // width)
         for row in range(0, rows, step):
@@ -412,7 +434,7 @@ def _gram(tensors: list[Tensor], start: Tensor, chunk: int = 1 << 20) -> Tensor:
                 torch.stack([t[part].double() for t in tensors], 1) - start[part].double()[:, None]
             )
             total[part[0]] += block @ block.mT
-    return total
+    return total.cpu()
 
 
 def open_models(models: Iterable[str]) -> dict[str, Checkpoint]:

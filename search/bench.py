@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from merge_engine.builder import Builder
 from merge_engine.donors import Checkpoint, Family
+from merge_engine.memory import plan_memory
 from merge_engine.recipe import load_recipe
 from objectives.base import ObjectiveError
 from objectives.harness import Harness, TaskSpec
@@ -122,14 +124,41 @@ def open_family(spec: StudySpec) -> Family:
     return Family([spec.base_model, *spec.models], candidates=spec.search.trials)
 
 
-def make_bench(spec: StudySpec, device: str) -> Bench:
-    """Check everything and load the one live model.
+def place_donors(
+    family: Family, dtype: str, device: str, memory: int | None = None
+) -> tuple[str, str]:
+    """Decide where the donors live, and say that and how kernels are run.
 
     Raises:
-        RecipeError, ObjectiveError: A model or a task cannot be used.
+        RecipeError: There is no room.
+    """
+    plan = plan_memory(family.tensors, len(family.checkpoints), torch_dtype(dtype), device, memory)
+    family.place(torch.device(device), plan.tier)
+    how = "compiled once, one pass a candidate" if family.stream.compiled else "run in chunks"
+    return str(plan), f"kernels: {how} ({family.parameters / 1e6:.1f} M parameters)"
+
+
+def make_bench(
+    spec: StudySpec,
+    device: str,
+    memory: int | None = None,
+    say: Callable[[str], None] = lambda _: None,
+) -> Bench:
+    """Check everything and load the one live model.
+
+    Args:
+        spec: The study.
+        device: Where the live model is to be.
+        memory: Bytes to use at the most; None: what is free.
+        say: Is told the plan before anything is loaded.
+
+    Raises:
+        RecipeError, ObjectiveError: A model or a task cannot be used, or there is no room.
     """
     family = open_family(spec)
     dtype = spec.dtype or model_dtype(family.reference)
+    for line in place_donors(family, dtype, device, memory):
+        say(line)
     model = load_model(family.reference, dtype, device)
     objective = make_objective(spec, model, family.reference)
     return Bench(

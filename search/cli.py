@@ -71,8 +71,9 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("study", type=Path, help="the study's YAML file")
     run.add_argument("--out", type=Path, required=True, help="run folder, made or resumed")
     for command in (demo, run):
-        command.add_argument("--trials", type=int, help="instead of the study's number")
-        command.add_argument("--seed", type=int, help="instead of the study's seed")
+        command.add_argument("--trials", type=_count, help="instead of the study's number")
+        command.add_argument("--seed", type=_seed, help="instead of the study's seed")
+        command.add_argument("--memory", type=_size, help="use no more than this, like 24GB")
     build = add("build", _build, "merge a recipe into a checkpoint", "build recipe.yaml merged")
     build.add_argument("recipe", type=Path, help="a mergekit recipe")
     build.add_argument("out", type=Path, help="the folder to make")
@@ -90,6 +91,27 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _count(text: str) -> int:
+    if not text.isdecimal() or not int(text):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
+    return int(text)
+
+
+def _seed(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number")
+    return int(text)
+
+
+def _size(text: str) -> int:
+    from merge_engine.memory import parse_size
+
+    try:
+        return parse_size(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
 def _quiet_libraries() -> None:
     """Before torch and its kin are imported: no spinning threads, no bars but ours."""
     quiet = {
@@ -104,10 +126,10 @@ def _quiet_libraries() -> None:
     warnings.simplefilter("ignore")
 
 
-def _console(*, stderr: bool = False) -> Console:
+def _console() -> Console:
     from rich.console import Console
 
-    return Console(stderr=stderr, soft_wrap=not sys.stdout.isatty())
+    return Console(soft_wrap=not sys.stdout.isatty())
 
 
 def _device(options: Any) -> str:
@@ -139,11 +161,16 @@ def _run(options: Any) -> None:
     changes = {"trials": options.trials, "seed": options.seed}
     wanted = {name: value for name, value in changes.items() if value is not None}
     search = spec.search.model_copy(update=wanted)
-    _session(spec.model_copy(update={"search": search}), options.out, _device(options), _finish)
+    spec = spec.model_copy(update={"search": search})
+    _session(spec, options.out, _device(options), _finish, options.memory)
 
 
 def _session(
-    spec: StudySpec, folder: Path, device: str, work: Callable[[Run, Console], None]
+    spec: StudySpec,
+    folder: Path,
+    device: str,
+    work: Callable[[Run, Console], None],
+    memory: int | None = None,
 ) -> None:
     """Do ``work`` with a run, holding its folder."""
     from search.bench import make_bench
@@ -151,7 +178,8 @@ def _session(
     from search.terminal import Progress
 
     console = _console()
-    bench = make_bench(spec, device)  # checks everything; nothing is written before
+    # It checks everything, and nothing is written before.
+    bench = make_bench(spec, device, memory, lambda line: console.print(line, highlight=False))
     with locked(folder):
         progress = Progress(console)
         run = Run(folder, bench, progress)
@@ -253,9 +281,8 @@ def _check(options: Any) -> None:
     from search.plan import check_recipe, check_study
     from search.terminal import print_notes
 
-    _device(options)
     check = check_recipe if "merge_method" in load_yaml(options.file) else check_study
-    plan, notes = check(options.file)
+    plan, notes = check(options.file, _device(options))
     console = _console()
     print_notes(console, notes)
     for line in plan:

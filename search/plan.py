@@ -4,24 +4,31 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping
+from math import prod
 from pathlib import Path
-from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from merge_engine.donors import Checkpoint
+from merge_engine.donors import Checkpoint, TensorInfo
 from merge_engine.layout import layer_counts
 from merge_engine.plan import plan_merge
 from merge_engine.recipe import load_recipe
-from search.bench import make_objective, make_splits, model_dtype, open_family, torch_dtype
+from search.bench import (
+    make_objective,
+    make_splits,
+    model_dtype,
+    open_family,
+    place_donors,
+    torch_dtype,
+)
 from search.space import Space
 from search.spec import load_study
 
 Plan = tuple[list[str], list[str]]  # lines, and notes
 
 
-def check_recipe(file: Path) -> Plan:
+def check_recipe(file: Path, _device: str) -> Plan:
     """Validate a recipe with the headers of its models.
 
     Raises:
@@ -38,10 +45,10 @@ def check_recipe(file: Path) -> Plan:
     }
     if recipe.vocabulary is None:
         notes += _tokenizers(plan.reference, checkpoints.values())
-    return lines + _size(plan.shapes(), checkpoints, dtype), notes
+    return lines + _models(plan.shapes(), checkpoints), notes
 
 
-def check_study(file: Path) -> Plan:
+def check_study(file: Path, device: str) -> Plan:
     """Validate a study with the headers of its models and the items of its tasks.
 
     Raises:
@@ -61,7 +68,8 @@ def check_study(file: Path) -> Plan:
         f"study: {spec.search.trials} trials of {', '.join(spec.search.methods)}",
         f"searched: {', '.join(searched) or 'the method alone'}; "
         f"{len(space.warm_starts())} warm starts first",
-        *_size(family.tensors, family.checkpoints, dtype),
+        *_models(family.tensors, family.checkpoints),
+        *place_donors(family, dtype, device),
     ]
     for split, wanted in spec.objective.items.model_dump().items():
         tasks = [objective.items[number].task for number in getattr(splits, split)]
@@ -70,19 +78,16 @@ def check_study(file: Path) -> Plan:
     return lines, _tokenizers(family.reference, family.checkpoints.values())
 
 
-def _size(
-    tensors: Mapping[str, Any], checkpoints: Mapping[str, Checkpoint], dtype: str
+def _models(
+    tensors: Mapping[str, TensorInfo] | Mapping[str, torch.Tensor],
+    checkpoints: Mapping[str, Checkpoint],
 ) -> list[str]:
-    """Models, sizes and the memory a build takes."""
-    sizes = [torch.Size(info.shape).numel() for info in tensors.values()]
-    live = sum(sizes) * torch_dtype(dtype).itemsize
-    work = max(sizes) * 4 * (len(checkpoints) + 2)
+    """The models and their shape."""
+    size = sum(prod(info.shape) for info in tensors.values())
     layers = max(layer_counts(tensors).values(), default=0)
     return [
         *(f"model: {model} ({each.folder})" for model, each in checkpoints.items()),
-        f"shape: {len(tensors)} tensors, {sum(sizes) / 1e6:.1f} M parameters, {layers} layers",
-        f"memory: {live / 2**20:.0f} MiB for the live model in {dtype}, up to "
-        f"{work / 2**20:.0f} MiB more while its largest tensor is merged; donors stay on disk",
+        f"shape: {len(tensors)} tensors, {size / 1e6:.1f} M parameters, {layers} layers",
     ]
 
 

@@ -147,7 +147,8 @@ def _model(model: object, folder: Path) -> object:
 
 def _search(raw: dict[str, Any], donors: int, where: str) -> dict[str, Any]:
     """The search block with parameters gathered under ``ranges`` and methods filled in."""
-    raw.setdefault("methods", allowed_methods(donors))
+    # A donor as it is needs no method: it is scored anyway, to compare with.
+    raw.setdefault("methods", [name for name in allowed_methods(donors) if name != "passthrough"])
     methods = raw["methods"]
     if not isinstance(methods, list | tuple):
         raise StudyError(f"{where}: search.methods has to be a list, got {methods!r}")

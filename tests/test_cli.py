@@ -1,9 +1,9 @@
 """The commands as a user meets them: what they print, what they return, what they leave behind."""
 
 import json
-import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -42,7 +42,6 @@ def test_check_of_a_recipe_prints_the_plan_and_reads_no_weights(recipe, capsys):
     out = capsys.readouterr().out
     assert "recipe: ties, writes float32" in out
     assert "3 layers" in out
-    assert "memory:" in out
 
 
 def test_check_of_a_study_prints_models_items_and_search(make_study, tmp_path, capsys):
@@ -51,6 +50,8 @@ def test_check_of_a_study_prints_models_items_and_search(make_study, tmp_path, c
     assert "study: 16 trials of task_arithmetic, ties" in out
     assert "searched: scale, mix_1, mix_2, density" in out
     assert "search: 24 items (tell 16, pick 8)" in out
+    assert "memory:" in out
+    assert "kernels: run in chunks" in out
     assert not (tmp_path / "run").exists()
 
 
@@ -188,7 +189,19 @@ def test_help_and_version_are_quick_and_fit_a_screen():
     subprocess.run([sys.executable, "-c", heavy], check=True)
 
 
-@pytest.mark.skipif(shutil.which("mergesearch") is None, reason="not installed as a command")
+@pytest.mark.parametrize(
+    "option", [["--trials", "0"], ["--trials", "-3"], ["--seed", "x"], ["--memory", "lots"]]
+)
+def test_wrong_option_is_exit_2(make_study, tmp_path, capsys, option):
+    study = make_study(tmp_path)
+    with pytest.raises(SystemExit) as stopped:
+        main(["run", str(study), "--out", str(tmp_path / "run"), *option])
+    assert stopped.value.code == 2
+    assert option[1] in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
 def test_installed_command_is_this_one():
-    out = subprocess.run(["mergesearch", "--version"], capture_output=True, check=True, text=True)
+    command = [Path(sys.executable).with_name("mergesearch"), "--version"]
+    out = subprocess.run(command, capture_output=True, check=True, text=True)
     assert out.stdout.startswith("mergesearch ")
