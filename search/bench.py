@@ -13,12 +13,27 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from merge_engine.builder import Builder
 from merge_engine.donors import Checkpoint, Family
 from merge_engine.memory import plan_memory
-from merge_engine.recipe import load_recipe
+from merge_engine.recipe import check_keys, load_recipe
 from objectives.base import ObjectiveError
 from objectives.harness import Harness, TaskSpec
 from objectives.items import Splits, split_items
 from search.space import Space
 from search.spec import StudySpec
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What a run may use.
+
+    Args:
+        device: Where the live model is.
+        memory: Bytes at the most; None: what is free.
+        compiled: Kernels may be compiled, where that pays.
+    """
+
+    device: str
+    memory: int | None = None
+    compiled: bool = True
 
 
 @dataclass(frozen=True)
@@ -119,48 +134,45 @@ def make_splits(spec: StudySpec, objective: Harness) -> Splits:
     return split_items(objective.items, objective.tasks, counts, spec.search.seed)
 
 
-def open_family(spec: StudySpec) -> Family:
+def open_family(spec: StudySpec, *, compiled: bool = True) -> Family:
     """The study's models, base first."""
-    return Family([spec.base_model, *spec.models], candidates=spec.search.trials)
+    candidates = spec.search.trials if compiled else 0
+    return Family([spec.base_model, *spec.models], candidates=candidates)
 
 
-def place_donors(
-    family: Family, dtype: str, device: str, memory: int | None = None
-) -> tuple[str, str]:
+def place_donors(family: Family, dtype: str, machine: Machine) -> tuple[str, str]:
     """Decide where the donors live, and say that and how kernels are run.
 
     Raises:
         RecipeError: There is no room.
     """
-    plan = plan_memory(family.tensors, len(family.checkpoints), torch_dtype(dtype), device, memory)
-    family.place(torch.device(device), plan.tier)
+    members = len(family.checkpoints)
+    plan = plan_memory(family.tensors, members, torch_dtype(dtype), machine.device, machine.memory)
+    family.place(torch.device(machine.device), plan.tier)
     how = "compiled once, one pass a candidate" if family.stream.compiled else "run in chunks"
     return str(plan), f"kernels: {how} ({family.parameters / 1e6:.1f} M parameters)"
 
 
 def make_bench(
-    spec: StudySpec,
-    device: str,
-    memory: int | None = None,
-    say: Callable[[str], None] = lambda _: None,
+    spec: StudySpec, machine: Machine, say: Callable[[str], None] = lambda _: None
 ) -> Bench:
     """Check everything and load the one live model.
 
     Args:
         spec: The study.
-        device: Where the live model is to be.
-        memory: Bytes to use at the most; None: what is free.
+        machine: What may be used.
         say: Is told the plan before anything is loaded.
 
     Raises:
         RecipeError, ObjectiveError: A model or a task cannot be used, or there is no room.
     """
-    family = open_family(spec)
+    family = open_family(spec, compiled=machine.compiled)
     dtype = spec.dtype or model_dtype(family.reference)
-    for line in place_donors(family, dtype, device, memory):
+    for line in place_donors(family, dtype, machine):
         say(line)
-    model = load_model(family.reference, dtype, device)
+    model = load_model(family.reference, dtype, machine.device)
     objective = make_objective(spec, model, family.reference)
+    check_keys("objective.constraints", spec.objective.constraints, objective.tasks)
     return Bench(
         spec=spec,
         builder=Builder(model, family),

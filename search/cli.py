@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from merge_engine.recipe import Recipe
+    from search.bench import Machine
     from search.runner import Run
     from search.spec import StudySpec
 
@@ -74,6 +75,7 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("--trials", type=_count, help="instead of the study's number")
         command.add_argument("--seed", type=_seed, help="instead of the study's seed")
         command.add_argument("--memory", type=_size, help="use no more than this, like 24GB")
+        command.add_argument("--no-compile", action="store_true", help="merge in chunks instead")
     build = add("build", _build, "merge a recipe into a checkpoint", "build recipe.yaml merged")
     build.add_argument("recipe", type=Path, help="a mergekit recipe")
     build.add_argument("out", type=Path, help="the folder to make")
@@ -155,6 +157,7 @@ def _demo(options: Any) -> None:
 
 
 def _run(options: Any) -> None:
+    from search.bench import Machine
     from search.spec import load_study
 
     spec = load_study(options.study)
@@ -162,15 +165,15 @@ def _run(options: Any) -> None:
     wanted = {name: value for name, value in changes.items() if value is not None}
     search = spec.search.model_copy(update=wanted)
     spec = spec.model_copy(update={"search": search})
-    _session(spec, options.out, _device(options), _finish, options.memory)
+    machine = Machine(_device(options), options.memory, not options.no_compile)
+    _session(spec, options.out, machine, _finish)
 
 
 def _session(
     spec: StudySpec,
     folder: Path,
-    device: str,
+    machine: Machine,
     work: Callable[[Run, Console], None],
-    memory: int | None = None,
 ) -> None:
     """Do ``work`` with a run, holding its folder."""
     from search.bench import make_bench
@@ -179,7 +182,7 @@ def _session(
 
     console = _console()
     # It checks everything, and nothing is written before.
-    bench = make_bench(spec, device, memory, lambda line: console.print(line, highlight=False))
+    bench = make_bench(spec, machine, lambda line: console.print(line, highlight=False))
     with locked(folder):
         progress = Progress(console)
         run = Run(folder, bench, progress)
@@ -291,6 +294,7 @@ def _check(options: Any) -> None:
 
 def _export(options: Any) -> None:
     from merge_engine.recipe import Recipe, RecipeError
+    from search.bench import Machine
     from search.runner import stored_spec
     from search.spec import StudyError
 
@@ -308,7 +312,7 @@ def _export(options: Any) -> None:
             recipe = run.recipe_of(options.trial)
         _save(run, recipe, options.out, console)
 
-    _session(stored_spec(options.run), options.run, _device(options), save)
+    _session(stored_spec(options.run), options.run, Machine(_device(options)), save)
 
 
 if __name__ == "__main__":

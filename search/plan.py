@@ -15,6 +15,7 @@ from merge_engine.layout import layer_counts
 from merge_engine.plan import plan_merge
 from merge_engine.recipe import load_recipe
 from search.bench import (
+    Machine,
     make_objective,
     make_splits,
     model_dtype,
@@ -69,7 +70,7 @@ def check_study(file: Path, device: str) -> Plan:
         f"searched: {', '.join(searched) or 'the method alone'}; "
         f"{len(space.warm_starts())} warm starts first",
         *_models(family.tensors, family.checkpoints),
-        *place_donors(family, dtype, device),
+        *place_donors(family, dtype, Machine(device)),
     ]
     for split, wanted in spec.objective.items.model_dump().items():
         tasks = [objective.items[number].task for number in getattr(splits, split)]

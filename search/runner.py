@@ -44,16 +44,15 @@ def locked(run: Path) -> Iterator[None]:
         run.mkdir(parents=True, exist_ok=True)
         if any(run.iterdir()) and not ((run / DATABASE).exists() or (run / "lock").exists()):
             raise StudyError(f"{run} holds other files; choose an empty folder or a run to resume")
-        with (run / "lock").open("w") as lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
-                raise StudyError(
-                    f"{run} is being worked on by another process; wait for it"
-                ) from None
-            yield
+        lock = (run / "lock").open("w")
     except OSError as error:
         raise StudyError(f"{run}: {error.strerror}; choose another folder") from None
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise StudyError(f"{run} is being worked on by another process; wait for it") from None
+        yield
 
 
 def stored_spec(run: Path) -> StudySpec:

@@ -225,8 +225,6 @@ def _check(spec: StudySpec, where: str) -> None:
     known = searchable(spec.search.methods)
     for name, bounds in spec.search.ranges.items():
         _check_range(where, name, bounds, (0, 1) if known[name].kind is bool else known[name].valid)
-    tasks = {task.task for task in spec.objective.tasks}
-    check_keys(f"{where}: objective.constraints", spec.objective.constraints, tasks)
     for path in spec.objective.include_path:
         if not path.is_dir():
             raise StudyError(f"{where}: objective.include_path: no folder {path}")

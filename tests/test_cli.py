@@ -99,6 +99,11 @@ def test_export_saves_any_trial_of_a_run(make_study, zoo, tmp_path, capsys):
         ("run", {"serach": {}}, "unknown key 'serach'; did you mean 'search'"),
         ("run", {"objective__tasks": ["pikc"]}, "'pikc'"),
         ("run", {"objective__tasks": [{"task": "pick", "metric": "bleu"}]}, "no metric 'bleu'"),
+        (
+            "run",
+            {"objective__constraints": {"pikc": 0.5}},
+            "unknown key 'pikc'; did you mean 'pick'",
+        ),
         ("run", {"objective__items": {"search": 9000}}, "ask for 9600 items"),
         ("check", {"objective__items": {"search": 9000}}, "ask for 9600 items"),
     ],

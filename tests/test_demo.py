@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from merge_engine.recipe import load_recipe
-from search.bench import make_bench
+from search.bench import Machine, make_bench
 from search.cli import DEMO, main
 from search.result import Result
 from search.runner import DATABASE
@@ -70,7 +70,7 @@ def test_exported_checkpoint_gives_lm_eval_the_answers_in_the_database(run):
 
 def stored_answers(run: Path) -> dict[tuple[str, int], float]:
     """The winner's answers to every item it was asked."""
-    bench = make_bench(load_study(DEMO / "study.yaml"), "cpu")
+    bench = make_bench(load_study(DEMO / "study.yaml"), Machine("cpu"))
     key = load_recipe(run / "recipe.yaml")[0].key
     answers = {}
     with sqlite3.connect(run / DATABASE) as database:

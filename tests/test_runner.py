@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from merge_engine.recipe import load_recipe
-from search.bench import make_bench
+from search.bench import Machine, make_bench
 from search.cli import main
 from search.result import Result
 from search.runner import DATABASE
@@ -73,7 +73,7 @@ def test_run_leaves_result_recipe_and_checkpoint(finished, zoo):
 
 def test_checkpoint_holds_the_recipe_built_again(finished):
     study, run = finished
-    bench = make_bench(load_study(study), "cpu")
+    bench = make_bench(load_study(study), Machine("cpu"))
     bench.builder.build(load_recipe(run / "recipe.yaml")[0])
     saved = AutoModelForCausalLM.from_pretrained(run / "checkpoint").state_dict()
     assert all(torch.equal(tensor, saved[name]) for name, tensor in bench.builder.tensors())
@@ -81,7 +81,7 @@ def test_checkpoint_holds_the_recipe_built_again(finished):
 
 def test_every_candidate_answers_the_same_items_and_splits_are_disjoint(finished):
     study, run = finished
-    bench = make_bench(load_study(study), "cpu")
+    bench = make_bench(load_study(study), Machine("cpu"))
     keys = {
         split: {bench.objective.items[number].key for number in getattr(bench.splits, split)}
         for split in ("search", "select", "test")
@@ -100,7 +100,9 @@ def test_warm_starts_come_first_and_base_scores_as_the_base(finished, zoo):
     starts = [trial.user_attrs.get("start") for trial in trials_of(run)]
     assert starts[0] == "base"
     assert str(zoo / "b") in starts
-    bench = make_bench(load_study(study), "cpu")  # holds the base as loaded by transformers
+    bench = make_bench(
+        load_study(study), Machine("cpu")
+    )  # holds the base as loaded by transformers
     alone = bench.objective.score(bench.builder.model, bench.splits.search)
     stored = [row for row in answers_of(run) if row[1] == "search"]
     key = bench.space.baselines()[str(zoo / "base")].key
@@ -203,3 +205,14 @@ def test_broken_donor_is_named_before_the_search(make_study, zoo, tmp_path, caps
     error = capsys.readouterr().err
     assert f"{broken} alone: {broken}/model.safetensors: 'model.norm.weight' has NaN" in error
     assert not any(trial.state.is_finished() for trial in trials_of(tmp_path / "run"))
+
+
+def test_floor_on_a_task_decides_who_wins(make_study, tmp_path):
+    study = make_study(tmp_path, objective__constraints={"tell": 0.06})
+    run = tmp_path / "run"
+    assert main(["run", str(study), "--out", str(run), "--device", "cpu"]) == 0
+    missed = {trial.number: trial.constraints["floors"] for trial in trials_of(run)}
+    assert any(missed.values())  # the floor is not for nothing
+    assert not all(missed.values())
+    result = json.loads((run / "result.json").read_text())
+    assert missed[result["winner"]["trial"]] == 0

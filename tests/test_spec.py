@@ -49,7 +49,6 @@ def test_number_fixes_and_range_searches(make_study, tmp_path):
         ({"objective__tasks": [{"taks": "x"}]}, r"objective.tasks\[0\]: unknown key 'taks'"),
         ({"objective__items__tests": 5}, "objective.items: unknown key 'tests'"),
         ({"objective__include_path": "nowhere"}, "objective.include_path: no folder .*nowhere"),
-        ({"objective__constraints": {"pikc": 0.5}}, "objective.constraints: unknown key 'pikc'"),
         ({"models": []}, "models: Tuple should have at least 1 item"),
         ({"models": "a"}, "models: "),
         ({"dtype": "int8"}, "dtype: Input should be"),
