@@ -72,10 +72,7 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("study", type=Path, help="the study's YAML file")
     run.add_argument("--out", type=Path, required=True, help="run folder, made or resumed")
     for command in (demo, run):
-        command.add_argument("--trials", type=_count, help="instead of the study's number")
-        command.add_argument("--seed", type=_seed, help="instead of the study's seed")
-        command.add_argument("--memory", type=_size, help="use no more than this, like 24GB")
-        command.add_argument("--no-compile", action="store_true", help="merge in chunks instead")
+        _add_run_options(command)
     build = add("build", _build, "merge a recipe into a checkpoint", "build recipe.yaml merged")
     build.add_argument("recipe", type=Path, help="a mergekit recipe")
     build.add_argument("out", type=Path, help="the folder to make")
@@ -91,6 +88,13 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("out", type=Path, help="the folder to make")
     export.add_argument("--trial", type=int, help="its number (default: the winner)")
     return parser
+
+
+def _add_run_options(command: Any) -> None:
+    command.add_argument("--trials", type=_count, help="instead of the study's number")
+    command.add_argument("--seed", type=_seed, help="instead of the study's seed")
+    command.add_argument("--memory", type=_size, help="use no more than this, like 24GB")
+    command.add_argument("--no-compile", action="store_true", help="merge in chunks instead")
 
 
 def _count(text: str) -> int:
