@@ -196,7 +196,7 @@ def drawn_below(size: int, chance: float, keys: list[int]) -> Tensor:
     return torch.stack([mask * 2.0**i for i, mask in enumerate(masks)]).sum(0)
 
 
-@pytest.mark.parametrize("chunk", [1, 7, 333, 4_096, 1 << 16, 1 << 20])
+@pytest.mark.parametrize("chunk", [1, 7, 333, 4_096, 1 << 20])
 def test_masks_do_not_depend_on_the_chunks(chunk, chunked, monkeypatch):
     monkeypatch.setattr(stream_module, "CHUNK", chunk)
     keys = [key_of(3, "x", 0), key_of(3, "x", 1)]
@@ -214,7 +214,7 @@ def test_masks_are_the_same_compiled(size, chunked, compiled):
     assert torch.equal(kept, drawn_below(size, 0.3, keys))
 
 
-@pytest.mark.parametrize("chunk", [1, 97, 4_096, 1 << 20])
+@pytest.mark.parametrize("chunk", [97, 4_096])
 @pytest.mark.parametrize("method", STREAMED)
 def test_results_do_not_depend_on_the_chunks(method, chunk, chunked, monkeypatch):
     tensors = make_tensors(3, (23, 41), dtype=torch.bfloat16)
