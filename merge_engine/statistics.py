@@ -57,23 +57,25 @@ class Magnitudes:
 
     A rank counts from 0 at the smallest. With all ranks kept, up to TABLE + 1 elements, every
     answer is exact. Otherwise a rank is rounded to the nearest one kept, which is off by at most
-    1 / (2 * TABLE) = 7.6e-6 of the elements.
+    1 / (2 * TABLE) = 7.6e-6 of the elements, and half an element.
 
     Args:
         ranks: Ascending ranks, the first 0 and the last that of the largest element, (m,) int64.
         values: The magnitudes at these ranks, (m,) float32.
+        lower: Of all elements of that magnitude, the share of lower rank, (m,) float32.
         masses: Sum of all magnitudes of lower rank, (m,) float64.
         total: Sum of all magnitudes.
     """
 
     ranks: Tensor
     values: Tensor
+    lower: Tensor
     masses: Tensor
     total: float
 
     @classmethod
     def of(cls, delta: Tensor) -> Magnitudes:
-        """Sort a tensor's magnitudes; at least one element, on any device."""
+        """Sort a tensor's magnitudes, on any device."""
         flat = delta.detach().abs().flatten().float()
         size = flat.numel()
         if flat.device.type == "cpu":
@@ -83,29 +85,34 @@ class Magnitudes:
         ranks = (
             torch.linspace(0, size - 1, min(size, TABLE + 1), dtype=torch.float64).round().long()
         )
-        values = ordered[ranks.to(ordered.device)].cpu()
-        steps = np.add.reduceat(ordered.cpu().numpy(), ranks.numpy(), dtype=np.float64)
-        sums = torch.from_numpy(steps).cumsum(0)
-        return cls(ranks, values, sums - torch.from_numpy(steps), float(sums[-1]))
+        values = ordered[ranks.to(ordered.device)]
+        first = torch.searchsorted(ordered, values).cpu()
+        equals = torch.searchsorted(ordered, values, right=True).cpu() - first
+        lower = ((ranks - first).double() / equals).float()
+        sums = np.add.reduceat(ordered.cpu().numpy(), ranks.numpy(), dtype=np.float64)
+        masses = torch.from_numpy(sums).cumsum(0) - torch.from_numpy(sums)
+        return cls(ranks, values.cpu(), lower, masses, float(sums.sum()))
 
     @property
     def size(self) -> int:
         """Number of elements."""
-        return int(self.ranks[-1]) + 1
+        return int(self.ranks[-1]) + 1 if len(self.ranks) else 0
 
     def band(self, first: int, count: int) -> Band:
         """Keep the elements of ranks ``[first, first + count)``."""
-        if count <= 0:
+        if count <= 0 or not self.size:
             return NOTHING
         start, stop = self._place(first), self._place(first + count)
-        low, low_share, low_first = self._edge(start)
+        assert start is not None
+        low, low_share = float(self.values[start]), float(self.lower[start])
         if stop is None:
-            mass = self.total - self._mass(start)
+            mass = self.total - float(self.masses[start])
             return Band(low, math.inf, 1 - low_share, 0.0, mass, self.total)
-        high, high_share, high_first = self._edge(stop)
-        mass = self._mass(stop) - self._mass(start)
-        if low == high and low_first == high_first:  # all that is kept is of one magnitude
-            return Band(low, low, 0.0, high_share - low_share, mass, self.total)
+        high, high_share = float(self.values[stop]), float(self.lower[stop])
+        mass = float(self.masses[stop] - self.masses[start])
+        if low == high:  # all that is kept is of one magnitude, and both shares are of it
+            share = high_share - low_share
+            return Band(low, low, share, share, mass, self.total)
         return Band(low, high, 1 - low_share, high_share, mass, self.total)
 
     def _place(self, rank: int) -> int | None:
@@ -115,17 +122,3 @@ class Magnitudes:
         after = int(torch.searchsorted(self.ranks, rank))
         before = max(after - 1, 0)
         return after if self.ranks[after] - rank <= rank - self.ranks[before] else before
-
-    def _mass(self, place: int | None) -> float:
-        return self.total if place is None else float(self.masses[place])
-
-    def _edge(self, place: int | None) -> tuple[float, float, int]:
-        """A rank's magnitude, the share of its equals that rank lower, and the first of them."""
-        assert place is not None
-        value = self.values[place]
-        first = int(torch.searchsorted(self.values, value))
-        last = int(torch.searchsorted(self.values, value, right=True))
-        end = self.size if last == len(self.ranks) else int(self.ranks[last])
-        equals = end - int(self.ranks[first])
-        share = (int(self.ranks[place]) - int(self.ranks[first])) / equals
-        return float(value), share, first

@@ -1,0 +1,339 @@
+"""Kernels in chunks and compiled: the same numbers, written in place, whatever the sizes are."""
+
+import shutil
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+from torch._dynamo.utils import counters
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from merge_engine import stream as stream_module
+from merge_engine.builder import merge_into
+from merge_engine.donors import Family, TensorInfo
+from merge_engine.methods import METHODS, Base, Elementwise
+from merge_engine.methods.linear import weighted_sum
+from merge_engine.methods.task_vectors import breadcrumbs, dare_linear
+from merge_engine.noise import key_of, spread, uniform
+from merge_engine.recipe import Recipe, parse_recipe
+from merge_engine.stream import CHUNK, PAYS, Stream, compiling_pays
+
+STREAMED = [
+    method for method, row in METHODS.items() if not (isinstance(row, Elementwise) and row.whole)
+]
+SHAPES = [(1,), (2,), (1_000,), (401, 50), (200_001,)]
+COMPILED_IN_BFLOAT16 = ("task_arithmetic", "breadcrumbs", "breadcrumbs_ties", "ram", "nearswap")
+MASS_PIECE = 1 << 20  # elements of a task vector that are summed up at a time
+
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:.torch.jit:DeprecationWarning"
+)  # inductor's imports
+needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="there is no C++ compiler")
+
+
+class OneTensor(Family):
+    """A family whose one tensor lives in memory: model i is tensor i."""
+
+    def __init__(self, tensors: list[Tensor], stream: Stream) -> None:
+        self.stored = {f"m{i}": tensor for i, tensor in enumerate(tensors)}
+        self.reference = self
+        self._grams, self._magnitudes = {}, {}
+        self.stream = stream
+        self.tensors = {"x": TensorInfo(None, tuple(tensors[0].shape), tensors[0].dtype)}
+
+    def read(self, model: str, name: str) -> Tensor:
+        return self.stored[model]
+
+    def depth(self, name: str) -> float:
+        return 0.0
+
+
+class Allocations(TorchDispatchMode):
+    """Records the most elements of any tensor made meanwhile."""
+
+    def __init__(self, *known: Tensor) -> None:
+        super().__init__()
+        self.known = {tensor.untyped_storage().data_ptr() for tensor in known}
+        self.most = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(result):
+            if torch.is_tensor(leaf) and leaf.untyped_storage().data_ptr() not in self.known:
+                self.most = max(self.most, leaf.numel())
+        return result
+
+
+@pytest.fixture(scope="module")
+def chunked() -> Stream:
+    return Stream(compiled=False)
+
+
+@pytest.fixture(scope="module")
+def compiled() -> Iterator[Stream]:
+    """One for all tests, so that nothing is compiled twice."""
+    with torch._dynamo.config.patch(recompile_limit=256):
+        yield Stream(compiled=True)
+
+
+def make_tensors(
+    count: int, shape: tuple[int, ...], seed: int = 0, dtype: torch.dtype = torch.float32
+) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    base = torch.randn(shape, generator=generator) * 0.02
+    deltas = [torch.randn(shape, generator=generator) * 2e-3 for _ in range(count - 1)]
+    return [tensor.to(dtype) for tensor in (base, *(base + delta for delta in deltas))]
+
+
+def recipe_of(method: str, weights: tuple[float, ...] = (0.4, 1.1)) -> Recipe:
+    """A recipe of m0 as base, if the method has one, and as many donors as it takes."""
+    row = METHODS[method]
+    base = row.base is not Base.INPUT
+    names = ["m0", "m1"] if row.base is Base.ENDPOINT else ["m1", "m2"]
+    names = names[: row.donors[1] or 2]
+    per_donor: dict[str, Any] = {"weight": weights, "density": (0.31, 0.5), "gamma": (0.1, 0.05)}
+    shared = {"t": 1e-3 if method == "nearswap" else 0.3}
+    mapping = {
+        "merge_method": method,
+        "models": [
+            {
+                "model": name,
+                "parameters": {key: v[i] for key, v in per_donor.items() if key in row.params},
+            }
+            for i, name in enumerate(names)
+        ],
+        "parameters": {key: value for key, value in shared.items() if key in row.params},
+    } | ({"base_model": "m0"} if base else {})
+    recipe, _notes = parse_recipe(mapping, where="test")
+    return recipe
+
+
+def merged(method: str, tensors: list[Tensor], stream: Stream, dtype: torch.dtype) -> Tensor:
+    out = torch.full(tensors[0].shape, torch.nan, dtype=dtype)
+    merge_into(out, recipe_of(method), "x", OneTensor(tensors, stream))
+    return out
+
+
+def assert_same(one: Tensor, other: Tensor, terms: list[Tensor]) -> None:
+    """Equal to one float32 step of the largest term, and to one of 16-bit outputs' own steps.
+
+    Such a step is only taken where the float32 results straddle the middle between two bfloat16.
+    """
+    assert one.dtype == other.dtype
+    assert bool(one.isfinite().all())
+    error = (one.double() - other.double()).abs()
+    rounding = 2.0**-23 * max(float(term.abs().max()) for term in terms)
+    if one.dtype == torch.bfloat16:
+        assert (error > rounding).double().mean() <= 1e-3
+        assert bool((error <= rounding + 2.0**-7 * other.double().abs()).all())
+    else:
+        assert float(error.max()) <= rounding
+
+
+@needs_compiler
+@pytest.mark.slow
+@pytest.mark.parametrize("method", STREAMED)
+def test_compiled_kernels_give_what_chunked_ones_give(method, chunked, compiled):
+    # Compiling takes seconds a dtype, so each kernel has one; linear methods share two kernels.
+    dtype = torch.bfloat16 if method in COMPILED_IN_BFLOAT16 else torch.float32
+    for shape in SHAPES:
+        tensors = make_tensors(3, shape, dtype=dtype)
+        one, other = (merged(method, tensors, stream, dtype) for stream in (compiled, chunked))
+        assert_same(one, other, tensors)
+
+
+def test_the_sum_is_rounded_once_to_the_outputs_dtype(chunked):
+    tensors = make_tensors(3, (1_000,), dtype=torch.bfloat16)
+    exact, rounded = (
+        merged("task_arithmetic", tensors, chunked, dtype)
+        for dtype in (torch.float32, torch.bfloat16)
+    )
+    assert not torch.equal(exact, rounded.float())
+    assert torch.equal(exact.bfloat16(), rounded)
+
+
+@needs_compiler
+@pytest.mark.slow
+def test_a_kernel_is_compiled_once_whatever_sizes_values_and_keys_are(compiled):
+    def write(size: int, density: float, key: int) -> Tensor:
+        base, *donors = make_tensors(3, (size,))
+        values = {"weight": [density, 0.3], "chance": [density, 0.5], "stretch": [1.5, density]}
+        out = torch.empty(size)
+        keys = [key, key + 1]
+        compiled.write(out, dare_linear, (base, donors), values | {"lambda_": density}, keys)
+        compiled.kept_mass(base, donors[0], key, density)
+        return out
+
+    write(1_000, 0.4, 3)
+    before = counters["stats"]["unique_graphs"]
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for size, density, key in [(2, 0.9, 1), (777, 0.0, -5), (70_001, 1.0, 2**62), (4, 0.4, 3)]:
+            assert bool(write(size, density, key).isfinite().all())
+    assert counters["stats"]["unique_graphs"] == before
+
+
+def kept_by(stream: Stream, size: int, chance: float, keys: list[int]) -> Tensor:
+    """Which elements of each donor are kept: bit i for donor i."""
+    base, ones = torch.zeros(size), torch.ones(size)
+    out = torch.empty(size)
+    values = {
+        "weight": [2.0**i for i in range(len(keys))],
+        "chance": [chance] * len(keys),
+        "stretch": [1.0] * len(keys),
+        "lambda_": 1.0,
+    }
+    stream.write(out, dare_linear, (base, [ones] * len(keys)), values, keys)
+    return out
+
+
+def drawn_below(size: int, chance: float, keys: list[int]) -> Tensor:
+    masks = [uniform(key, (size,)) < torch.tensor(chance) for key in keys]
+    return torch.stack([mask * 2.0**i for i, mask in enumerate(masks)]).sum(0)
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 333, 4_096, 1 << 20])
+def test_masks_do_not_depend_on_the_chunks(chunk, chunked, monkeypatch):
+    monkeypatch.setattr(stream_module, "CHUNK", chunk)
+    keys = [key_of(3, "x", 0), key_of(3, "x", 1)]
+    size = min(150_001, 500 * chunk + 1)
+    assert torch.equal(kept_by(chunked, size, 0.3, keys), drawn_below(size, 0.3, keys))
+
+
+@needs_compiler
+@pytest.mark.slow
+@pytest.mark.parametrize("size", [1, 2, 1_000, 200_001])
+def test_masks_are_the_same_compiled(size, chunked, compiled):
+    keys = [key_of(3, "x", 0), key_of(3, "x", 1)]
+    kept = kept_by(compiled, size, 0.3, keys)
+    assert torch.equal(kept, kept_by(chunked, size, 0.3, keys))
+    assert torch.equal(kept, drawn_below(size, 0.3, keys))
+
+
+@pytest.mark.parametrize("chunk", [97, 4_096])
+@pytest.mark.parametrize("method", STREAMED)
+def test_results_do_not_depend_on_the_chunks(method, chunk, chunked, monkeypatch):
+    tensors = make_tensors(3, (23, 41), dtype=torch.bfloat16)
+    whole = merged(method, tensors, chunked, torch.float32)
+    monkeypatch.setattr(stream_module, "CHUNK", chunk)
+    assert torch.equal(merged(method, tensors, chunked, torch.float32), whole)
+
+
+@given(chunk=st.integers(1, 300), size=st.integers(1, 300), key=st.integers(-(2**63), 2**63 - 1))
+def test_equals_are_chosen_by_their_place_and_key_alone(chunk, size, key):
+    ones, values = torch.ones(size), {"weight": [1.0], "low": [1.0], "low_share": [0.4]}
+    values |= {"stretch": [1.0], "lambda_": 1.0}
+    results = []
+    for step in (chunk, size):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(stream_module, "CHUNK", step)
+            out = torch.empty(size)
+            inputs = (torch.zeros(size), [ones])
+            Stream(compiled=False).write(out, breadcrumbs, inputs, values, [key], even=True)
+        results.append(out)
+    assert torch.equal(*results)
+    # An even choice of 0.4 of them is right to a few elements, however many there are.
+    assert abs(int(results[0].count_nonzero()) - 0.4 * size) <= 4
+
+
+@pytest.mark.parametrize("share", [0.01, 0.31, 0.5, 0.9])
+def test_even_numbers_keep_any_share_to_a_few_elements(share):
+    for start in (0, 12_345, 2**31 - 50_000):
+        drawn = spread(torch.arange(start, start + 50_000, dtype=torch.int64).to(torch.int32))
+        assert abs(int((drawn < share).sum()) - share * 50_000) <= 8
+
+
+@pytest.mark.parametrize("size", [1, 1_000, MASS_PIECE + 1, 2_500_000])
+@pytest.mark.parametrize(
+    "path", ["chunked", pytest.param("compiled", marks=[needs_compiler, pytest.mark.slow])]
+)
+def test_kept_mass_is_a_sum_in_float64_under_the_same_mask(path, size, request):
+    stream = request.getfixturevalue(path)
+    base, donor = make_tensors(2, (size,))
+    for key, chance in [(key_of(0, "x", 0), 0.31), (5, 0.9)]:
+        change = (donor - base).double().abs()
+        mask = uniform(key, (size,)) < torch.tensor(chance)
+        before, after = stream.kept_mass(base, donor, key, chance)
+        assert before == pytest.approx(float(change.sum()), rel=1e-6)
+        assert after == pytest.approx(float(change[mask].sum()), rel=1e-6)
+
+
+@pytest.mark.parametrize("method", STREAMED)
+def test_results_are_written_where_they_are_to_be(method, chunked):
+    tensors = make_tensors(3, (30, 20))
+    before = [tensor.clone() for tensor in tensors]
+    buffer = torch.full((3, 30, 20), torch.nan)
+    place = buffer.data_ptr()
+    merge_into(buffer[1], recipe_of(method), "x", OneTensor(tensors, chunked))
+    assert buffer.data_ptr() == place
+    assert torch.equal(buffer[1], merged(method, tensors, chunked, torch.float32))
+    assert bool(buffer[[0, 2]].isnan().all())
+    assert all(torch.equal(one, other) for one, other in zip(tensors, before, strict=True))
+
+
+@pytest.mark.parametrize("method", STREAMED)
+def test_inputs_need_not_be_contiguous(method, chunked):
+    tensors = [tensor.T for tensor in make_tensors(3, (30, 20))]
+    assert not tensors[0].is_contiguous()
+    copies = [tensor.contiguous() for tensor in tensors]
+    one, other = (merged(method, ts, chunked, torch.float32) for ts in (tensors, copies))
+    assert torch.equal(one, other)
+
+
+def test_an_output_that_is_not_contiguous_is_refused(chunked):
+    tensors = make_tensors(2, (4, 6))
+    out = torch.zeros(6, 4).T
+    with pytest.raises(RuntimeError, match="view"):
+        chunked.write(out, weighted_sum, (None, tensors), {"factor": [0.5, 0.5]})
+    assert not out.any()
+
+
+@pytest.mark.parametrize("method", STREAMED)
+def test_a_tensor_without_elements_stays_without(method, chunked):
+    tensors = [torch.empty(0, 4) for _ in range(3)]
+    assert merged(method, tensors, chunked, torch.float32).shape == (0, 4)
+
+
+@pytest.mark.parametrize("method", STREAMED)
+def test_a_candidate_makes_no_tensor_of_the_size_of_its_result(method, chunked):
+    tensors = make_tensors(3, (1_500, 1_000), dtype=torch.bfloat16)
+    out = torch.empty(1_500, 1_000, dtype=torch.bfloat16)
+    family = OneTensor(tensors, chunked)
+    merge_into(out, recipe_of(method), "x", family)  # what is worked out once for a study
+    with Allocations(out, *tensors) as made:
+        merge_into(out, recipe_of(method, weights=(0.7, 0.2)), "x", family)
+    row = METHODS[method]
+    assert made.most > 0
+    assert made.most <= (MASS_PIECE if isinstance(row, Elementwise) and row.random else CHUNK)
+
+
+def test_every_position_is_written_once(chunked, monkeypatch):
+    monkeypatch.setattr(stream_module, "CHUNK", 10)
+    sizes = []
+
+    def counted(base, donors, **values):
+        sizes.append(donors[0].numel())
+        return donors[0]
+
+    (donor,) = make_tensors(1, (47,))
+    out = torch.full((47,), torch.nan)
+    chunked.write(out, counted, (None, [donor]), {})
+    assert sizes == [10, 10, 10, 10, 7]
+    assert torch.equal(out, donor)
+
+
+def test_compiling_pays_only_with_a_compiler_and_for_much_work(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(shutil, "which", lambda program: f"/bin/{program}")
+    assert compiling_pays(PAYS, 1)
+    assert compiling_pays(PAYS // 100, 100)
+    assert not compiling_pays(PAYS - 1, 1)
+    assert not compiling_pays(PAYS, 0)
+    monkeypatch.setattr(shutil, "which", lambda program: None)
+    assert not compiling_pays(PAYS, 1_000)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert compiling_pays(PAYS, 1)
