@@ -75,13 +75,19 @@ class Magnitudes:
 
     @classmethod
     def of(cls, delta: Tensor) -> Magnitudes:
-        """Sort a tensor's magnitudes, on any device."""
+        """Sort a tensor's magnitudes, on any device.
+
+        Raises:
+            ValueError: There is NaN or Inf among them.
+        """
         flat = delta.detach().abs().flatten().float()
         size = flat.numel()
         if flat.device.type == "cpu":
             ordered = torch.from_numpy(np.sort(flat.numpy()))  # vectorised: 10 times torch's
         else:
             ordered = flat.sort().values
+        if size and not ordered[-1].isfinite():  # a sort puts both last
+            raise ValueError("a task vector has NaN or Inf in it; fetch or train its donor again")
         ranks = (
             torch.linspace(0, size - 1, min(size, TABLE + 1), dtype=torch.float64).round().long()
         )
