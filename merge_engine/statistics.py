@@ -6,7 +6,9 @@ it is sorted once for a whole study and no candidate sorts anything.
 
 from __future__ import annotations
 
+import functools
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -80,13 +82,23 @@ class Magnitudes:
             ordered = torch.from_numpy(np.sort(flat.numpy()))  # vectorised: 10 times torch's
         else:
             ordered = flat.sort().values
-        ranks = (
-            torch.linspace(0, size - 1, min(size, TABLE + 1), dtype=torch.float64).round().long()
-        )
+        ranks = _kept_ranks(size)
         values = ordered[ranks.to(ordered.device)].cpu()
         steps = np.add.reduceat(ordered.cpu().numpy(), ranks.numpy(), dtype=np.float64)
         sums = torch.from_numpy(steps).cumsum(0)
         return cls(ranks, values, sums - torch.from_numpy(steps), float(sums[-1]))
+
+    @classmethod
+    def from_tensors(cls, tensors: Mapping[str, Tensor]) -> Magnitudes:
+        """The inverse of ``tensors``."""
+        ranks = _kept_ranks(int(tensors["size"]))
+        return cls(ranks, tensors["values"], tensors["masses"], float(tensors["total"]))
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All of it as named tensors; the ranks follow from the size."""
+        total = torch.tensor(self.total, dtype=torch.float64)
+        size = torch.tensor(self.size)
+        return {"values": self.values, "masses": self.masses, "total": total, "size": size}
 
     @property
     def size(self) -> int:
@@ -129,3 +141,9 @@ class Magnitudes:
         equals = end - int(self.ranks[first])
         share = (int(self.ranks[place]) - int(self.ranks[first])) / equals
         return float(value), share, first
+
+
+@functools.lru_cache(maxsize=64)  # a family's tensors are of a few sizes, and share them
+def _kept_ranks(size: int) -> Tensor:
+    """All ranks, or TABLE + 1 at equal distances, (m,) int64."""
+    return torch.linspace(0, size - 1, min(size, TABLE + 1), dtype=torch.float64).round().long()
