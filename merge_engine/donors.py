@@ -32,7 +32,7 @@ from merge_engine.layout import (
     place_of,
 )
 from merge_engine.recipe import RecipeError
-from merge_engine.statistics import Magnitudes
+from merge_engine.statistics import Magnitudes, row_ranks
 from merge_engine.stream import Stream, compiling_pays
 
 WORTH_KEEPING = 65_536  # elements from which on reading a statistic is quicker than measuring it
@@ -281,6 +281,7 @@ class Family:
 
     # Of a tensor not named here: the same name in every model.
     inputs: Inputs = MappingProxyType({})
+    repeated = False  # whether several recipes are to be built
 
     def __init__(
         self,
@@ -311,6 +312,7 @@ class Family:
             {n: depth_in(p.layer, counts[p.stack]) if p else 0.0 for n, p in places.items()},
         )
         self.stream = Stream(compiling_pays(self.parameters, candidates))
+        self.repeated = candidates > 1
 
     def _hold(
         self, checkpoints: Mapping[str, Checkpoint], wanted: Inputs, depths: Mapping[str, float]
@@ -407,6 +409,17 @@ class Family:
 
         return self._once("magnitudes", name, (donor, base), measure, Magnitudes.from_tensors)
 
+    def ranks(self, name: str, donor: str, base: str) -> Tensor:
+        """Each magnitude's rank in its row of a donor's task vector, as ``row_ranks`` has it."""
+
+        def measure() -> dict[str, Tensor]:
+            delta = self.read(donor, name).float() - self.read(base, name).float()
+            return {"ranks": row_ranks(delta)}
+
+        return self._once(
+            "ranks", name, (donor, base), measure, lambda found: found["ranks"], large=True
+        )
+
     def _once(
         self,
         kind: str,
@@ -414,6 +427,7 @@ class Family:
         models: tuple[str, ...],
         measure: Callable[[], dict[str, Tensor]],
         form: Callable[[dict[str, Tensor]], Known],
+        large: bool = False,
     ) -> Known:
         """What follows from some models' tensor alone: from memory, from the disk, or measured.
 
@@ -423,9 +437,10 @@ class Family:
             models: In an order that matters.
             measure: Makes what is stored.
             form: Makes of it what is asked for.
+            large: It takes as much room as the weights, which one build alone is not worth.
         """
         if (key := (kind, name, models)) not in self._known:
-            place = self._place_of(kind, name, models)
+            place = None if large and not self.repeated else self._place_of(kind, name, models)
             self._known[key] = form(cache.kept(place, measure) if place else measure())
         found: Known = self._known[key]
         return found

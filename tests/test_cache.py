@@ -85,6 +85,21 @@ def test_each_statistic_has_its_own_file(models, folder):
     assert len(files(folder)) == 5
 
 
+def test_ranks_are_kept_for_studies_alone(models, folder, monkeypatch):
+    base, donor, _ = models
+    delta = Family(models).read(donor, NAME) - Family(models).read(base, NAME)
+    order = delta.abs().argsort(dim=1, stable=True).argsort(dim=1)
+    first = Family(models).ranks(NAME, donor, base)
+    assert not files(folder)
+    study = Family(models, candidates=2)
+    assert torch.equal(study.ranks(NAME, donor, base), first)
+    assert len(files(folder)) == 1
+    monkeypatch.setattr("merge_engine.donors.row_ranks", forbidden)
+    again = Family(models, candidates=2).ranks(NAME, donor, base)
+    assert again.dtype == torch.int16
+    assert torch.equal(again.long() + 32_768, order)
+
+
 def test_small_tensors_are_measured_each_time(zoo, folder):
     family = Family([str(zoo / "base"), str(zoo / "a")])
     family.magnitudes(NAME, str(zoo / "a"), str(zoo / "base"))
