@@ -83,6 +83,11 @@ class Adapter:
                     f"{base!r} has {list(shapes[name])}; {hint}"
                 )
 
+    @property
+    def files(self) -> tuple[Path, Path]:
+        """All that the change depends on."""
+        return self.folder / "adapter_config.json", self.folder / "adapter_model.safetensors"
+
     def apply(self, name: str, weight: Tensor) -> Tensor:
         """The base's tensor as the adapter changes it: float32 if it does."""
         if name in self.replaced:

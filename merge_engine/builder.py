@@ -21,7 +21,7 @@ from merge_engine.methods.linear import sum_of_task_vectors, weighted_sum
 from merge_engine.noise import key_of, uniform
 from merge_engine.plan import Part, Plan, stack, written_dtype
 from merge_engine.recipe import Recipe, RecipeError
-from merge_engine.statistics import Magnitudes
+from merge_engine.statistics import Magnitudes, row_width
 
 Read = Callable[[str], Tensor]  # a model's tensor, on the device
 
@@ -166,11 +166,17 @@ class _TaskVector:
     def magnitudes(self) -> Magnitudes:
         return self.family.magnitudes(self.name, self.donor, self.base)
 
-    def stretch(self, chance: float) -> float:
+    @cached_property
+    def ranks(self) -> Tensor:
+        return self.family.ranks(self.name, self.donor, self.base).to(self.device)
+
+    def stretch(self, chance: float, spread: float = 0.0) -> float:
         start, end = (
             self.family.read(model, self.name).to(self.device) for model in (self.base, self.donor)
         )
-        before, after = self.family.stream.kept_mass(start, end, self.key, chance)
+        last = row_width(end.shape) - 1
+        by_rank = {"ranks": [self.ranks], "spread": spread, "last": last} if spread else {}
+        before, after = self.family.stream.kept_mass(start, end, self.key, chance, by_rank)
         return before / after if min(before, after) >= 1e-7 else 1.0
 
 

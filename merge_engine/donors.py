@@ -15,12 +15,13 @@ from dataclasses import dataclass, replace
 from functools import cached_property, reduce
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from merge_engine import cache
 from merge_engine.adapters import Adapter
 from merge_engine.layout import (
     depth_in,
@@ -31,9 +32,10 @@ from merge_engine.layout import (
     place_of,
 )
 from merge_engine.recipe import RecipeError
-from merge_engine.statistics import Magnitudes
+from merge_engine.statistics import Magnitudes, row_ranks
 from merge_engine.stream import Stream, compiling_pays
 
+WORTH_KEEPING = 65_536  # elements from which on reading a statistic is quicker than measuring it
 HUB_FILES = ("*.safetensors", "*.json", "*.jinja", "*.txt", "*.model")
 _RECOMPUTED = ".rotary_emb.inv_freq"  # buffers that old checkpoints store; no model reads them
 _DTYPES = {
@@ -139,6 +141,11 @@ class Checkpoint:
         return input_embedding(self.tensors) if is_head_weight(name) else None
 
     @cached_property
+    def fingerprint(self) -> str:
+        """What tells the model's weights from any others, wherever they lie."""
+        return cache.fingerprint(self._files())
+
+    @cached_property
     def layer_count(self) -> int:
         """The layers of the largest stack."""
         return max(layer_counts(self.tensors).values(), default=0)
@@ -221,6 +228,11 @@ class Adapted(Checkpoint):
         self._adapter = Adapter(locate(adapter))
         self._adapter.check({name: info.shape for name, info in self.tensors.items()}, base)
 
+    @cached_property
+    def fingerprint(self) -> str:
+        """That of the model and the adapter."""
+        return f"{super().fingerprint}+{cache.fingerprint(self._adapter.files)}"
+
     def read(self, name: str) -> Tensor:
         """The tensor with its change, in float32 if it has one."""
         return self._adapter.apply(name, super().read(name))
@@ -244,6 +256,7 @@ def open_model(model: str) -> Checkpoint:
     return Adapted(model, model[:cut], model[cut + 1 :])
 
 
+Known = TypeVar("Known")
 Inputs = Mapping[str, Mapping[str, str]]  # a tensor's name in the result: model: its own name
 
 
@@ -266,10 +279,10 @@ class Family:
     The first model is the reference: the result gets its config and tokenizer.
     """
 
+    # Of a tensor not named here: the same name in every model.
+    inputs: Inputs = MappingProxyType({})
+    repeated = False  # whether several recipes are to be built
     _device, _tier = torch.device("cpu"), "disk"
-    inputs: Inputs = MappingProxyType(
-        {}
-    )  # of a tensor not named here: the same name in every model
 
     def __init__(
         self,
@@ -300,6 +313,7 @@ class Family:
             {n: depth_in(p.layer, counts[p.stack]) if p else 0.0 for n, p in places.items()},
         )
         self.stream = Stream(compiling_pays(self.parameters, candidates))
+        self.repeated = candidates > 1
 
     def _hold(
         self, checkpoints: Mapping[str, Checkpoint], wanted: Inputs, depths: Mapping[str, float]
@@ -314,9 +328,6 @@ class Family:
         self.tensors = {name: self._info(name) for name in self.inputs}
         self._depths = depths
         self.stream = Stream(compiling_pays(self.parameters, candidates=1))
-        self._grams: dict[tuple[object, ...], Tensor] = {}
-        self._magnitudes: dict[tuple[str, str, str], Magnitudes] = {}
-        self._kept: dict[tuple[str, str], Tensor] = {}
 
     def _info(self, name: str) -> TensorInfo:
         """One of the holders' tensors, of the dtype that all of theirs promote to."""
@@ -370,6 +381,10 @@ class Family:
             self._kept[model, name] = there
         return self._kept[model, name]
 
+    @cached_property
+    def _kept(self) -> dict[tuple[str, str], Tensor]:
+        return {}
+
     def _stored(self, model: str, name: str) -> Tensor:
         own = self.inputs[name]
 
@@ -382,8 +397,7 @@ class Family:
 
     def release(self) -> None:
         """Let go of open files and of what was computed: no tensor read so far is needed again."""
-        self._grams.clear()
-        self._magnitudes.clear()
+        self._known.clear()
         self._kept.clear()
         for checkpoint in self.checkpoints.values():
             checkpoint.release()
@@ -399,19 +413,76 @@ class Family:
             (n, n) over all elements; with ``dim`` (rows, n, n), each over that dimension alone,
             the rows in the tensor's order with ``dim`` and the last dimension swapped. float64.
         """
-        if (key := (name, models, origin, dim)) not in self._grams:
+        members = (*models, origin) if origin else models
+
+        def measure() -> dict[str, Tensor]:
             tensors = [self.read(model, name) for model in models]
             start = self.read(origin, name) if origin else torch.zeros_like(tensors[0])
             gram = _gram([_rows(tensor, dim) for tensor in tensors], _rows(start, dim))
-            self._grams[key] = gram if dim is not None else gram.sum(0)
-        return self._grams[key]
+            return {"gram": gram if dim is not None else gram.sum(0)}
+
+        kind = f"gram, dim {dim}, {'from the last' if origin else 'from zero'}"
+        return self._once(kind, name, members, measure, lambda found: found["gram"])
 
     def magnitudes(self, name: str, donor: str, base: str) -> Magnitudes:
         """Order statistics of a donor's task vector; sorted once, on first use."""
-        if (key := (name, donor, base)) not in self._magnitudes:
+
+        def measure() -> dict[str, Tensor]:
             delta = self.read(donor, name).float() - self.read(base, name).float()
-            self._magnitudes[key] = Magnitudes.of(delta)
-        return self._magnitudes[key]
+            return Magnitudes.of(delta).tensors()
+
+        return self._once("magnitudes", name, (donor, base), measure, Magnitudes.from_tensors)
+
+    def ranks(self, name: str, donor: str, base: str) -> Tensor:
+        """Each magnitude's rank in its row of a donor's task vector, as ``row_ranks`` has it."""
+
+        def measure() -> dict[str, Tensor]:
+            delta = self.read(donor, name).float() - self.read(base, name).float()
+            return {"ranks": row_ranks(delta)}
+
+        return self._once(
+            "ranks", name, (donor, base), measure, lambda found: found["ranks"], large=True
+        )
+
+    def _once(
+        self,
+        kind: str,
+        name: str,
+        models: tuple[str, ...],
+        measure: Callable[[], dict[str, Tensor]],
+        form: Callable[[dict[str, Tensor]], Known],
+        large: bool = False,
+    ) -> Known:
+        """What follows from some models' tensor alone: from memory, from the disk, or measured.
+
+        Args:
+            kind: Which statistic, with all that it depends on besides the weights.
+            name: The tensor.
+            models: In an order that matters.
+            measure: Makes what is stored.
+            form: Makes of it what is asked for.
+            large: It takes as much room as the weights, which one build alone is not worth.
+        """
+        if (key := (kind, name, models)) not in self._known:
+            place = None if large and not self.repeated else self._place_of(kind, name, models)
+            self._known[key] = form(cache.kept(place, measure) if place else measure())
+        found: Known = self._known[key]
+        return found
+
+    @cached_property
+    def _known(self) -> dict[tuple[object, ...], Any]:
+        return {}
+
+    def _place_of(self, kind: str, name: str, models: tuple[str, ...]) -> Path | None:
+        """Where on disk a statistic belongs; None if it is measured as soon as it is read.
+
+        The rows of another vocabulary are not the models' own, so they are known to no fingerprint.
+        """
+        own = self.inputs.get(name)
+        small = math.prod(self.tensors[name].shape) < WORTH_KEEPING
+        if own is None or small or self._is_resized(name):
+            return None
+        return cache.place_for(kind, [(self.checkpoints[m].fingerprint, own[m]) for m in models])
 
 
 def _rows(tensor: Tensor, dim: int | None) -> Tensor:

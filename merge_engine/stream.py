@@ -10,15 +10,18 @@ from __future__ import annotations
 import functools
 import shutil
 from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from merge_engine.noise import halves, hashed, spread
+from merge_engine.statistics import rank_share
 
 Kernel = Callable[..., Tensor]
 CHUNK = 1 << 16
+SUMMED = 1 << 20  # elements that are summed in float32; the sums of those are in float64
 BLOCK = 1 << 31  # positions within one key of the noise
 PAYS = 2_000_000_000  # merged numbers from which on compiling (some seconds, once) is worth it
 
@@ -56,81 +59,151 @@ class Stream:
             out: Contiguous, any shape; what it is rounded to.
             kernel: Works on any stretch of the flattened tensors.
             inputs: The base, if the kernel has one, and the donors, of ``out``'s shape.
-            values: The kernel's other arguments: numbers, one or n of them, and flags.
+            values: The kernel's other arguments: numbers, one or n of them, flags, and lists of
+                tensors of ``out``'s shape, of which the kernel gets the same stretch.
             keys: Of each donor's noise, if the kernel takes noise.
             even: The noise has only to be even, not random.
         """
-        base, donors = inputs
-        flat_base = None if base is None else base.reshape(-1)
-        flat = [donor.reshape(-1) for donor in donors]
-        target, arguments = out.view(-1), _tensors(values, out.device)
+        target = out.view(-1)
+        flat = _flat(inputs, values, out.device)
         for start, stop in self._pieces(target.numel()):
-            part = slice(start, stop)
-            drawn = _keys(keys, start, out.device)
             compiled = self.compiled and stop - start > 1
-            write = self._compiled(kernel, even) if compiled else _write(kernel, even)
-            write(
-                target[part],
-                None if flat_base is None else flat_base[part],
-                [donor[part] for donor in flat],
-                drawn,
-                arguments,
-            )
+            write = self._compiled(_write, kernel, even) if compiled else _write(kernel, even)
+            write(target[start:stop], *flat(start, stop, keys))
+
+    def total(
+        self,
+        kernel: Kernel,
+        inputs: tuple[Tensor | None, Sequence[Tensor]],
+        values: Mapping[str, Any],
+        keys: Sequence[int] | None = None,
+    ) -> Tensor:
+        """Sum of ``kernel(base, donors, **values)`` over all stretches.
+
+        Args:
+            kernel: Gives k sums over a stretch of the flattened tensors, (k,).
+            inputs: As of ``write``.
+            values: As of ``write``.
+            keys: As of ``write``.
+
+        Returns:
+            (k,) float64, on the CPU; one zero for a tensor without elements.
+        """
+        donor = inputs[1][0]
+        flat, size = _flat(inputs, values, donor.device), donor.numel()
+        total = torch.zeros(1, dtype=torch.float64, device=donor.device)
+        measure = self._compiled(_measure, kernel, False) if self.compiled else _measure(kernel)
+        for start in range(0, size, SUMMED):
+            total = total + measure(*flat(start, min(start + SUMMED, size), keys))
+        return total.cpu()
 
     def kept_mass(
-        self, base: Tensor, donor: Tensor, key: int, chance: float
+        self,
+        base: Tensor,
+        donor: Tensor,
+        key: int,
+        chance: float,
+        by_rank: Mapping[str, Any] = MappingProxyType({}),
     ) -> tuple[float, float]:
-        """L1 norm of ``donor - base``, and of its elements whose noise is below ``chance``."""
-        totals = torch.zeros(2, dtype=torch.float64, device=base.device)
-        flat_base, flat = base.reshape(-1), donor.reshape(-1)
-        below = torch.tensor(chance, dtype=torch.float32, device=base.device)
-        measure = self._compiled_mass() if self.compiled else _mass
-        for start in range(0, flat.numel(), 1 << 20):
-            part = slice(start, min(start + (1 << 20), flat.numel()))
-            drawn = _keys([key], start, base.device)
-            assert drawn is not None
-            totals += measure(flat_base[part], flat[part], drawn, below)
-        before, after = totals.tolist()
-        return before, after
+        """L1 norm of ``donor - base``, and of its elements whose noise is below ``chance``.
+
+        Args:
+            base: Any shape (*s).
+            donor: (*s).
+            key: Of the noise.
+            chance: Of every element, or of the smallest of a row.
+            by_rank: Of better chances for larger elements ``ranks``, ``spread`` and ``last`` as
+                della's kernel has them; empty if there are none.
+        """
+        if not donor.numel():
+            return 0.0, 0.0
+        before, after = self.total(_mass, (base, [donor]), {"chance": chance, **by_rank}, [key])
+        return float(before), float(after)
 
     def _pieces(self, size: int) -> list[tuple[int, int]]:
         step = BLOCK if self.compiled else CHUNK
         return [(start, min(start + step, size)) for start in range(0, size, step)]
 
     @functools.cache  # noqa: B019  one Stream lives as long as its family
-    def _compiled(self, kernel: Kernel, even: bool) -> Callable[..., None]:
-        return torch.compile(_write(kernel, even), dynamic=True)
+    def _compiled(self, run: Callable[..., Any], kernel: Kernel, even: bool) -> Callable[..., Any]:
+        return torch.compile(run(kernel, even), dynamic=True)
 
-    @functools.cache  # noqa: B019
-    def _compiled_mass(self) -> Callable[..., Tensor]:
-        return torch.compile(_mass, dynamic=True)
+
+def _flat(
+    inputs: tuple[Tensor | None, Sequence[Tensor]], values: Mapping[str, Any], device: torch.device
+) -> Callable[[int, int, Sequence[int] | None], tuple[Any, ...]]:
+    """Flattened tensors; a function that cuts a stretch from all of them."""
+    base, donors = inputs
+    flat_base = None if base is None else base.reshape(-1)
+    flat = [donor.reshape(-1) for donor in donors]
+    beside = {name: value for name, value in values.items() if _by_element(value)}
+    numbers = _tensors({k: v for k, v in values.items() if k not in beside}, device)
+    flat_beside = {k: [tensor.reshape(-1) for tensor in v] for k, v in beside.items()}
+
+    def cut(start: int, stop: int, keys: Sequence[int] | None) -> tuple[Any, ...]:
+        part = slice(start, stop)
+        return (
+            None if flat_base is None else flat_base[part],
+            [donor[part] for donor in flat],
+            _keys(keys, start, device),
+            numbers | {k: [tensor[part] for tensor in v] for k, v in flat_beside.items()},
+        )
+
+    return cut
+
+
+def _by_element(value: Any) -> bool:
+    return isinstance(value, list) and len(value) > 0 and torch.is_tensor(value[0])
 
 
 def _write(kernel: Kernel, even: bool) -> Callable[..., None]:
-    def write(
-        out: Tensor,
-        base: Tensor | None,
-        donors: list[Tensor],
-        keys: Tensor | None,
-        values: dict[str, Any],
-    ) -> None:
-        drawn = {}
-        if keys is not None:
-            places = torch.arange(out.shape[0], dtype=torch.int32, device=out.device)
-            if even:  # one sequence for all donors: it has to be fair, not independent
-                drawn["noise"] = [spread(places + keys[0, 0])] * len(donors)
-            else:
-                drawn["noise"] = [hashed(places + key[0], key[1], key[2]) for key in keys]
-        out.copy_(kernel(base, donors, **values, **drawn))
+    run = _with_noise(kernel, even)
+
+    def write(out: Tensor, *arguments: Any) -> None:
+        out.copy_(run(*arguments))
 
     return write
 
 
-def _mass(base: Tensor, donor: Tensor, keys: Tensor, chance: Tensor) -> Tensor:
-    size = (donor.float() - base.float()).abs()
-    places = torch.arange(size.shape[0], dtype=torch.int32, device=size.device)
-    drawn = hashed(places + keys[0, 0], keys[0, 1], keys[0, 2])
-    return torch.stack([size.sum(), torch.where(drawn < chance, size, 0.0).sum()]).double()
+def _measure(kernel: Kernel, even: bool = False) -> Callable[..., Tensor]:
+    run = _with_noise(kernel, even)
+
+    def measure(*arguments: Any) -> Tensor:
+        return run(*arguments).double()
+
+    return measure
+
+
+def _with_noise(kernel: Kernel, even: bool) -> Callable[..., Tensor]:
+    def run(
+        base: Tensor | None, donors: list[Tensor], keys: Tensor | None, values: dict[str, Any]
+    ) -> Tensor:
+        drawn = {}
+        if keys is not None:
+            places = torch.arange(donors[0].shape[0], dtype=torch.int32, device=donors[0].device)
+            if even:  # one sequence for all donors: it has to be fair, not independent
+                drawn["noise"] = [spread(places + keys[0, 0])] * len(donors)
+            else:
+                drawn["noise"] = [hashed(places + key[0], key[1], key[2]) for key in keys]
+        return kernel(base, donors, **values, **drawn)
+
+    return run
+
+
+def _mass(
+    base: Tensor,
+    donors: list[Tensor],
+    *,
+    chance: Tensor,
+    noise: list[Tensor],
+    **by_rank: Any,
+) -> Tensor:
+    """L1 norms of one task vector and of what is kept of it, (2,), as della's kernel keeps it."""
+    size = (donors[0].float() - base.float()).abs()
+    if by_rank:
+        share = rank_share(by_rank["ranks"][0], by_rank["last"])
+        chance = chance + share * by_rank["spread"]
+    return torch.stack([size.sum(), torch.where(noise[0] < chance, size, 0.0).sum()])
 
 
 def _keys(keys: Sequence[int] | None, start: int, device: torch.device) -> Tensor | None:

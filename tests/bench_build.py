@@ -171,6 +171,7 @@ def main() -> None:
     parser.add_argument("--no-compile", action="store_true")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder, torch.no_grad():
+        os.environ["MERGESEARCH_CACHE"] = folder  # what is measured once is in first_seconds
         models = make_models(Path(folder), options.millions, options.donors)
         family = Family(models, candidates=1 if options.no_compile else 100)
         for method in options.methods.split(","):

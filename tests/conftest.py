@@ -9,7 +9,7 @@ os.environ.setdefault("GOMP_SPINCOUNT", "0")
 import json
 import string
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -66,6 +66,15 @@ def make_llama(
     model.to(dtype).save_pretrained(folder, max_shard_size=shard_size)
     tiny_tokenizer().save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session", autouse=True)
+def statistics_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """What is computed once per donor is kept for this session alone."""
+    with pytest.MonkeyPatch.context() as patch:
+        folder = tmp_path_factory.mktemp("cache")
+        patch.setenv("MERGESEARCH_CACHE", str(folder))
+        yield folder
 
 
 @pytest.fixture(scope="session")

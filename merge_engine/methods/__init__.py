@@ -149,7 +149,6 @@ METHODS: Final[Mapping[str, Method]] = MappingProxyType(
         "della_linear": Elementwise(
             kernel=task_vectors.della_linear,
             prepare=preparation.della_linear,
-            whole=True,
             base=Base.ORIGIN,
             donors=(0, None),
             params={**_task_vector_params(normalize=False, rescale=True), "epsilon": _EPSILON},
@@ -158,7 +157,7 @@ METHODS: Final[Mapping[str, Method]] = MappingProxyType(
         ),
         "della": Elementwise(
             kernel=task_vectors.della,
-            whole=True,
+            prepare=preparation.della,
             base=Base.ORIGIN,
             donors=(0, None),
             params={**_task_vector_params(normalize=True, rescale=True), "epsilon": _EPSILON},

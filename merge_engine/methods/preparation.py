@@ -10,7 +10,9 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
-from merge_engine.statistics import EVERYTHING, NOTHING, Band, Magnitudes
+from torch import Tensor
+
+from merge_engine.statistics import EVERYTHING, NOTHING, Band, Magnitudes, row_width
 
 
 class TaskVector(Protocol):
@@ -20,8 +22,17 @@ class TaskVector(Protocol):
     def magnitudes(self) -> Magnitudes:
         """The order statistics of its elements."""
 
-    def stretch(self, chance: float) -> float:
-        """What gives its L1 norm back to the elements drawn with a chance; 1 without a norm."""
+    @property
+    def ranks(self) -> Tensor:
+        """Each magnitude's rank in its row, as ``row_ranks`` has it."""
+
+    def stretch(self, chance: float, spread: float = 0.0) -> float:
+        """What gives its L1 norm back to the elements drawn with a chance; 1 without a norm.
+
+        Args:
+            chance: Of all elements, or of the smallest in each row.
+            spread: How much better the chance of the largest one is.
+        """
 
 
 Values = Mapping[str, Any]
@@ -86,9 +97,46 @@ def dare_linear(values: Values, deltas: Sequence[TaskVector]) -> dict[str, Any]:
     return summed(dare_ties(values, deltas))
 
 
-def della_linear(values: Values, _deltas: Sequence[TaskVector]) -> dict[str, Any]:
-    """For a plain sum; its ranks are its kernel's own."""
-    return summed(values)
+def della(values: Values, deltas: Sequence[TaskVector]) -> dict[str, Any]:
+    """The chance of each row's smallest element and how much better the largest one's is.
+
+    Raises:
+        ValueError: A chance would leave (0, 1).
+    """
+    ranks = [delta.ranks for delta in deltas]
+    width = row_width(ranks[0].shape)
+    chances = [
+        _chances(density, epsilon if width > 1 else 0.0)
+        for density, epsilon in zip(values["density"], values["epsilon"], strict=True)
+    ]
+    stretch = [
+        delta.stretch(*chance) if values["rescale"] and 0 < density < 1 else 1.0
+        for delta, density, chance in zip(deltas, values["density"], chances, strict=True)
+    ]
+    settings = ("density", "epsilon", "rescale")
+    return {name: value for name, value in values.items() if name not in settings} | {
+        "ranks": ranks,
+        "chance": tuple(chance for chance, _ in chances),
+        "spread": tuple(spread for _, spread in chances),
+        "last": max(1, width - 1),
+        "stretch": tuple(stretch),
+    }
+
+
+def della_linear(values: Values, deltas: Sequence[TaskVector]) -> dict[str, Any]:
+    """``della`` for a plain sum."""
+    return summed(della(values, deltas))
+
+
+def _chances(density: float, epsilon: float) -> tuple[float, float]:
+    """Lowest chance, and the highest less the lowest; no rank matters from 1 on and at 0."""
+    if density >= 1 or density <= 0:
+        return density, 0.0
+    if density - epsilon <= 0 or density + epsilon >= 1:
+        raise ValueError(
+            f"density {density:g} +- epsilon {epsilon:g} leaves (0, 1); make epsilon smaller"
+        )
+    return density - epsilon, 2 * epsilon
 
 
 def _all_or_none(density: float) -> Band | None:

@@ -2,7 +2,7 @@
 
 Every kernel computes in float32, returns float32 and leaves its inputs as they are. Shapes: a
 tensor of any shape ``s``, n donors; a per-donor parameter is a sequence of n numbers. Which
-magnitudes are kept, and what restores a norm, is worked out before (``preparation``): all but della
+magnitudes are kept, and what restores a norm, is worked out before (``preparation``): every kernel
 can then be run over any stretch of a tensor on its own.
 """
 
@@ -12,6 +12,8 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+
+from merge_engine.statistics import rank_share
 
 Number = (
     float | Tensor
@@ -129,53 +131,56 @@ def della_linear(
     donors: Sequence[Tensor],
     *,
     weight: Numbers,
-    density: Sequence[float],
-    epsilon: Sequence[float],
-    rescale: bool,
+    ranks: Sequence[Tensor],
+    chance: Numbers,
+    spread: Numbers,
+    last: Number,
+    stretch: Numbers,
     lambda_: Number,
     noise: Sequence[Tensor],
 ) -> Tensor:
     """``dare_linear`` with better chances for the larger elements of every row.
 
-    An element of rank r among the n of its row (1 is the smallest) is kept with the chance
-    ``density - epsilon + 2 epsilon (r - 1) / (n - 1)``; an element alone in its row with
-    ``density``.
+    An element of rank r among the n of its row (0 is the smallest) is kept with the chance
+    ``density - epsilon + 2 epsilon r / (n - 1)``; an element alone in its row with ``density``. It
+    is exact: the ranks are all there, sorted once per donor.
 
     Args:
         base: The base model's tensor, (*s); of one dimension it is one row, of more a row runs
             along the second.
         donors: n tensors, (*s).
         weight: n factors of the task vectors.
-        density: n mean chances for an element to be kept; all are kept from 1 on, none at 0.
-        epsilon: n half widths of the range of chances.
-        rescale: Give each thinned task vector its L1 norm back.
+        ranks: n tensors, (*s), as ``row_ranks`` has them.
+        chance: n chances for the smallest element of a row, ``density - epsilon``.
+        spread: n numbers, how much better the chance of the largest is, ``2 epsilon``.
+        last: The largest element's rank, at least 1.
+        stretch: n factors of what is kept.
         lambda_: Factor of the merged task vector.
         noise: n tensors of uniform numbers in [0, 1), (*s); an element is kept if below its chance.
 
-    Raises:
-        ValueError: A chance would leave (0, 1).
-
     Source: Deep et al. 2024, https://arxiv.org/abs/2406.11617
     """
-    pruned = _pruned(base, donors, density, epsilon, rescale, noise)
-    return base.float() + lambda_ * _weighted(pruned, weight, [1.0] * len(donors))
+    thinned = _thinned(base, donors, _by_rank(ranks, chance, spread, last), noise)
+    return base.float() + lambda_ * _weighted(thinned, weight, stretch)
 
 
 def della(
     base: Tensor,
     donors: Sequence[Tensor],
     *,
-    weight: Sequence[float],
-    density: Sequence[float],
-    epsilon: Sequence[float],
+    weight: Numbers,
+    ranks: Sequence[Tensor],
+    chance: Numbers,
+    spread: Numbers,
+    last: Number,
+    stretch: Numbers,
     normalize: bool,
-    rescale: bool,
-    lambda_: float,
+    lambda_: Number,
     noise: Sequence[Tensor],
 ) -> Tensor:
     """``della_linear`` with the sign election of ``ties``; the same arguments."""
-    pruned = _pruned(base, donors, density, epsilon, rescale, noise)
-    return base.float() + lambda_ * _consensus(pruned, weight, [1.0] * len(donors), normalize)
+    thinned = _thinned(base, donors, _by_rank(ranks, chance, spread, last), noise)
+    return base.float() + lambda_ * _consensus(thinned, weight, stretch, normalize)
 
 
 def task_vectors(base: Tensor, donors: Sequence[Tensor]) -> list[Tensor]:
@@ -208,55 +213,18 @@ def _below(
 def _thinned(
     base: Tensor,
     donors: Sequence[Tensor],
-    chance: Numbers,
+    chance: Numbers | Sequence[Tensor],
     noise: Sequence[Tensor],
 ) -> list[Tensor]:
     settings = zip(task_vectors(base, donors), chance, noise, strict=True)
     return [torch.where(drawn < p, delta, 0.0) for delta, p, drawn in settings]
 
 
-def _pruned(
-    base: Tensor,
-    donors: Sequence[Tensor],
-    density: Sequence[float],
-    epsilon: Sequence[float],
-    rescale: bool,
-    noise: Sequence[Tensor],
+def _by_rank(
+    ranks: Sequence[Tensor], chance: Numbers, spread: Numbers, last: Number
 ) -> list[Tensor]:
-    settings = zip(task_vectors(base, donors), density, epsilon, noise, strict=True)
-    masks = [(d, _drawn_by_rank(d, share, half, drawn)) for d, share, half, drawn in settings]
-    return [_masked(delta, mask, rescale) for delta, mask in masks]
-
-
-def _drawn_by_rank(delta: Tensor, density: float, epsilon: float, drawn: Tensor) -> Tensor | None:
-    """Mask of the elements that ``della_linear`` keeps; None: all."""
-    if density >= 1:
-        return None
-    if density <= 0:
-        return torch.zeros_like(delta, dtype=torch.bool)
-    if density - epsilon <= 0 or density + epsilon >= 1:
-        raise ValueError(
-            f"density {density:g} +- epsilon {epsilon:g} leaves (0, 1); make epsilon smaller"
-        )
-    rows = delta.abs() if delta.dim() > 1 else delta.abs().reshape(1, -1)
-    n = rows.shape[1]
-    if n == 1:
-        return drawn < density
-    ranks = rows.argsort(dim=1, stable=True).argsort(dim=1)  # 0 is the smallest
-    chances = (density - epsilon) + (ranks.float() / (n - 1)) * 2 * epsilon
-    return drawn < chances.reshape(delta.shape)
-
-
-def _masked(delta: Tensor, mask: Tensor | None, rescale: bool) -> Tensor:
-    """Zero what the mask leaves out; ``rescale`` restores the L1 norm, unless it is below 1e-7."""
-    if mask is None:
-        return delta
-    masked = delta * mask
-    if not rescale:
-        return masked
-    before, after = delta.abs().sum(), masked.abs().sum()
-    defined = (before >= 1e-7) & (after >= 1e-7)
-    return masked * torch.where(defined, before / after.clamp_min(1e-7), 1.0)
+    settings = zip(ranks, chance, spread, strict=True)
+    return [least + rank_share(ranked, last) * more for ranked, least, more in settings]
 
 
 def _weighted(deltas: Sequence[Tensor], weight: Numbers, stretch: Numbers) -> Tensor:

@@ -1,0 +1,97 @@
+"""Tensors that follow from the donors alone, kept on disk from one run to the next.
+
+A file stands for one statistic of one tensor of some models. Its name is a digest of the models'
+fingerprints, so files are never changed and never out of date: whoever wants room removes the
+folder. It is a convenience and never an error: what is missing or damaged is computed again, and
+what cannot be stored is not.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import tempfile
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+FORMAT = 1  # to be raised when a statistic is computed or stored in another way
+PIECE = 1 << 16  # bytes
+PIECES = 64  # of each file
+
+
+def folder() -> Path:
+    """``$MERGESEARCH_CACHE``, or ``mergesearch`` in the user's cache folder."""
+    if own := os.environ.get("MERGESEARCH_CACHE"):
+        return Path(own).expanduser()
+    shared = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return Path(shared).expanduser() / "mergesearch"
+
+
+def fingerprint(files: Iterable[Path]) -> str:
+    """What tells weights from others, without reading them all.
+
+    Of each file its size, the safetensors header, and 64 pieces of 64 KiB at equal distances. A
+    fine-tune may have changed nothing there, so the time of the last change counts as well: a
+    copied model is measured again, which costs seconds, where a mistaken one would cost the study.
+    """
+    digest = hashlib.blake2b(digest_size=16)
+    for file in files:
+        status = file.stat()
+        digest.update(f"{status.st_size} {status.st_mtime_ns} ".encode())
+        with file.open("rb") as opened:
+            length = int.from_bytes(opened.read(8), "little")
+            if file.suffix == ".safetensors":
+                digest.update(opened.read(length))
+            last = max(0, status.st_size - PIECE)
+            for start in sorted({last * number // (PIECES - 1) for number in range(PIECES)}):
+                opened.seek(start)
+                digest.update(opened.read(PIECE))
+    return digest.hexdigest()
+
+
+def place_for(kind: str, tensors: Sequence[tuple[str, str]]) -> Path:
+    """The file of one statistic.
+
+    Args:
+        kind: Which one, with all that it depends on besides the weights.
+        tensors: A fingerprint and the name of the model's own tensor, for each model in order.
+    """
+    parts = [str(FORMAT), kind, *(part for tensor in tensors for part in tensor)]
+    digest = hashlib.blake2b("\n".join(parts).encode(), digest_size=20).hexdigest()
+    return folder() / digest[:2] / f"{digest}.safetensors"
+
+
+def kept(place: Path, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
+    """Named tensors on the CPU: mapped into memory from a file, or made and stored there."""
+    found = _load(place)
+    if found is None:
+        made = make()
+        _store(place, made)
+        found = _load(place) or made  # mapped, so that it takes no memory of the process's own
+    return found
+
+
+def _load(place: Path) -> dict[str, Tensor] | None:
+    try:
+        with safe_open(place, framework="pt", device="cpu") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (OSError, SafetensorError):
+        return None
+
+
+def _store(place: Path, tensors: dict[str, Tensor]) -> None:
+    """Write under another name and rename: a file that exists is whole."""
+    with contextlib.suppress(OSError, SafetensorError):
+        place.parent.mkdir(parents=True, exist_ok=True)
+        handle, partial = tempfile.mkstemp(dir=place.parent, suffix=".partial")
+        os.close(handle)
+        try:
+            save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial)
+            Path(partial).replace(place)
+        finally:
+            Path(partial).unlink(missing_ok=True)

@@ -1,0 +1,88 @@
+"""Ranks within rows, as della's chances need them."""
+
+import pytest
+import torch
+
+from merge_engine.builder import merge_tensor
+from merge_engine.donors import Family, TensorInfo
+from merge_engine.recipe import parse_recipe
+from merge_engine.statistics import rank_share, row_ranks, row_width
+from merge_engine.stream import Stream
+
+SHAPES = [(), (1,), (97,), (5, 1), (1, 7), (64, 48), (3, 8, 5), (2, 6, 3, 4), (0,), (0, 4), (4, 0)]
+
+
+def expected_ranks(delta):
+    rows = delta.abs().float() if delta.dim() > 1 else delta.abs().float().reshape(1, -1)
+    return rows.argsort(dim=1, stable=True).argsort(dim=1, stable=True).reshape(delta.shape)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_ranks_are_those_of_a_double_argsort(shape, dtype):
+    delta = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype)
+    ranks = row_ranks(delta)
+    assert (ranks.shape, ranks.dtype) == (delta.shape, torch.int16)
+    assert torch.equal(ranks.long() + 32_768, expected_ranks(delta))
+
+
+@pytest.mark.parametrize(("width", "dtype"), [(65_536, torch.int16), (65_537, torch.int32)])
+def test_every_rank_of_a_wide_row_has_room(width, dtype):
+    delta = torch.randn(2, width, generator=torch.Generator().manual_seed(1))
+    ranks = row_ranks(delta)
+    assert ranks.dtype == dtype
+    shares = rank_share(ranks, width - 1)
+    wanted = expected_ranks(delta).double() / (width - 1)
+    assert (shares.double() - wanted).abs().max() < 1e-7
+    assert (float(shares.min()), float(shares.max())) == (0.0, 1.0)
+
+
+def test_equals_are_ranked_in_their_order():
+    assert (row_ranks(torch.tensor([[2.0, -1.0, 2.0, 1.0, -0.0, 0.0]])) + 32_768).tolist() == [
+        [4, 2, 5, 3, 0, 1]
+    ]
+
+
+def test_rows_run_along_the_second_dimension():
+    assert [row_width(shape) for shape in ((), (7,), (3, 5), (3, 5, 2))] == [1, 7, 5, 5]
+
+
+class InMemory(Family):
+    """A family whose one tensor lives in memory."""
+
+    def __init__(self, tensors, compiled=False):
+        self.stored = {f"m{i}": tensor for i, tensor in enumerate(tensors)}
+        self.stream = Stream(compiled)
+        self.tensors = {"x": TensorInfo(None, tuple(tensors[0].shape), tensors[0].dtype)}
+
+    def read(self, model, name):
+        return self.stored[model]
+
+    def depth(self, name):
+        return 0.0
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own, when it compiles first
+@pytest.mark.parametrize("method", ["della", "della_linear", "sce", "ramplus_tl"])
+def test_compiled_candidate_is_the_one_of_chunks(method):
+    generator = torch.Generator().manual_seed(2)
+    tensors = [torch.randn(300, 700, generator=generator) for _ in range(3)]
+    given = {
+        "della": ({"weight": 0.5, "density": 0.4, "epsilon": 0.2}, {}),
+        "sce": ({}, {"select_topk": 0.3}),
+    }
+    own, shared = given.get(method.split("_")[0], ({}, {}))
+    mapping = {
+        "merge_method": method,
+        "base_model": "m0",
+        "models": [{"model": m, "parameters": own} for m in ("m1", "m2")],
+        "parameters": shared,
+    }
+    recipe, _ = parse_recipe(mapping, where="test")
+    one, other = (
+        merge_tensor(recipe, "x", InMemory(tensors, compiled), torch.device("cpu"))
+        for compiled in (False, True)
+    )
+    torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-6)
+    assert not torch.equal(one, tensors[0])
