@@ -21,7 +21,7 @@ from merge_engine.methods.linear import sum_of_task_vectors, weighted_sum
 from merge_engine.noise import key_of, uniform
 from merge_engine.plan import Part, Plan, stack, written_dtype
 from merge_engine.recipe import Recipe, RecipeError
-from merge_engine.statistics import Magnitudes, Variances, row_width
+from merge_engine.statistics import Magnitudes, Variances, row_width, widened
 
 Read = Callable[[str], Tensor]  # a model's tensor, on the device
 
@@ -168,7 +168,10 @@ class _TaskVector:
 
     @cached_property
     def ranks(self) -> Tensor:
-        return self.family.ranks(self.name, self.donor, self.base).to(self.device)
+        ranks = self.family.ranks(self.name, self.donor, self.base).to(self.device)
+        # The compiler has vectors of 32-bit integers alone: on a CPU a pass more costs far less.
+        vectors = self.family.stream.compiled and self.device.type == "cpu"
+        return widened(ranks) if vectors else ranks
 
     def stretch(self, chance: float, spread: float = 0.0) -> float:
         start, end = (

@@ -270,6 +270,11 @@ def _stable_order(rows: Tensor) -> Tensor:
     return torch.from_numpy(keys & 0xFFFFFFFF)
 
 
+def widened(ranks: Tensor) -> Tensor:
+    """The same ranks in 32 bits, (*s) int32."""
+    return ranks.int().add_(_OFFSET) if ranks.dtype == torch.int16 else ranks
+
+
 def rank_share(ranks: Tensor, last: float | Tensor) -> Tensor:
     """Where elements stand in their rows: 0 the smallest, 1 the largest; float32.
 
