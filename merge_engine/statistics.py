@@ -174,7 +174,7 @@ class Variances:
         """Sort the elements of n task vectors, (*s) with at least one element, by variance."""
         found = variance(deltas).flatten()
         order = Magnitudes.of(found)
-        places = torch.argsort(found, stable=True).cpu()
+        places = _stable_order(found.reshape(1, -1))[0].cpu()
         sums = [
             np.add.reduceat(
                 delta.float().flatten().cpu()[places].square().numpy(),
