@@ -21,7 +21,7 @@ from merge_engine.methods.linear import sum_of_task_vectors, weighted_sum
 from merge_engine.noise import key_of, uniform
 from merge_engine.plan import Part, Plan, stack, written_dtype
 from merge_engine.recipe import Recipe, RecipeError
-from merge_engine.statistics import Magnitudes, row_width
+from merge_engine.statistics import Magnitudes, Variances, row_width, widened
 
 Read = Callable[[str], Tensor]  # a model's tensor, on the device
 
@@ -168,7 +168,10 @@ class _TaskVector:
 
     @cached_property
     def ranks(self) -> Tensor:
-        return self.family.ranks(self.name, self.donor, self.base).to(self.device)
+        ranks = self.family.ranks(self.name, self.donor, self.base).to(self.device)
+        # The compiler has vectors of 32-bit integers alone: on a CPU a pass more costs far less.
+        vectors = self.family.stream.compiled and self.device.type == "cpu"
+        return widened(ranks) if vectors else ranks
 
     def stretch(self, chance: float, spread: float = 0.0) -> float:
         start, end = (
@@ -180,13 +183,32 @@ class _TaskVector:
         return before / after if min(before, after) >= 1e-7 else 1.0
 
 
+@dataclass(frozen=True)
+class _TaskVectors:
+    """What the donors change in one tensor, for preparations to ask of."""
+
+    members: tuple[_TaskVector, ...]
+
+    def __len__(self) -> int:
+        return len(self.members)
+
+    def __iter__(self) -> Iterator[_TaskVector]:
+        return iter(self.members)
+
+    @property
+    def variances(self) -> Variances:
+        first, *_ = self.members
+        donors = tuple(member.donor for member in self.members)
+        return first.family.variances(first.name, donors, first.base)
+
+
 def _write_elementwise(
     out: Tensor, recipe: Recipe, method: Elementwise, name: str, values: Values, family: Family
 ) -> None:
     assert recipe.base is not None
     places = [i for i, w in enumerate(values.get("weight", [1] * len(recipe.donors))) if w != 0]  # type: ignore[arg-type]
     base = family.read(recipe.base, name).to(out.device)
-    if not places:
+    if not places or not out.numel():
         out.copy_(base)
         return
     keys = [key_of(recipe.seed, name, place) for place in places]
@@ -196,11 +218,11 @@ def _write_elementwise(
         for key, value in values.items()
     }
     if method.prepare is not None:
-        deltas = [
+        deltas = tuple(
             _TaskVector(family, name, recipe.base, model, key, out.device)
             for model, key in zip(models, keys, strict=True)
-        ]
-        wanted = method.prepare(wanted, deltas)
+        )
+        wanted = method.prepare(wanted, _TaskVectors(deltas))
     draws = wanted.pop("draws", method.random)
     donors = [family.read(model, name).to(out.device) for model in models]
     if method.whole:

@@ -32,7 +32,7 @@ from merge_engine.layout import (
     place_of,
 )
 from merge_engine.recipe import RecipeError
-from merge_engine.statistics import Magnitudes, row_ranks
+from merge_engine.statistics import Magnitudes, Variances, row_ranks
 from merge_engine.stream import Stream, compiling_pays
 
 WORTH_KEEPING = 65_536  # elements from which on reading a statistic is quicker than measuring it
@@ -432,6 +432,16 @@ class Family:
             return Magnitudes.of(delta).tensors()
 
         return self._once("magnitudes", name, (donor, base), measure, Magnitudes.from_tensors)
+
+    def variances(self, name: str, donors: tuple[str, ...], base: str) -> Variances:
+        """Where donors' task vectors differ; sorted once, on first use."""
+
+        def measure() -> dict[str, Tensor]:
+            start = self.read(base, name).float()
+            deltas = [self.read(donor, name).float() - start for donor in donors]
+            return Variances.of(deltas).tensors()
+
+        return self._once("variances", name, (*donors, base), measure, Variances.from_tensors)
 
     def ranks(self, name: str, donor: str, base: str) -> Tensor:
         """Each magnitude's rank in its row of a donor's task vector, as ``row_ranks`` has it."""

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from merge_engine import cache
 from merge_engine.donors import Checkpoint, Family, open_model
-from merge_engine.statistics import Magnitudes
+from merge_engine.statistics import Magnitudes, Variances
 
 NAME = "model.layers.0.mlp.up_proj.weight"
 
@@ -54,6 +54,7 @@ def measured(models):
     base, *donors = models
     return {
         "magnitudes": family.magnitudes(NAME, donors[0], base).tensors(),
+        "variances": family.variances(NAME, tuple(donors), base).tensors(),
         "gram": {"": family.gram(NAME, tuple(donors), base)},
         "gram of rows": {"": family.gram(NAME, tuple(donors), None, dim=-1)},
     }
@@ -67,9 +68,10 @@ def assert_same(one, other):
 
 def test_second_family_measures_nothing(models, folder, monkeypatch):
     first = measured(models)
-    assert len(files(folder)) == 3
+    assert len(files(folder)) == 4
     assert all(file.suffix == ".safetensors" for file in files(folder))
     monkeypatch.setattr(Magnitudes, "of", forbidden)
+    monkeypatch.setattr(Variances, "of", forbidden)
     monkeypatch.setattr("merge_engine.donors._gram", forbidden)
     assert_same(first, measured(models))
 

@@ -1,4 +1,4 @@
-"""Ranks within rows, as della's chances need them."""
+"""Ranks within rows, as della's chances need them, and the order of variances that sce needs."""
 
 import pytest
 import torch
@@ -6,7 +6,7 @@ import torch
 from merge_engine.builder import merge_tensor
 from merge_engine.donors import Family, TensorInfo
 from merge_engine.recipe import parse_recipe
-from merge_engine.statistics import rank_share, row_ranks, row_width
+from merge_engine.statistics import Variances, rank_share, row_ranks, row_width, variance
 from merge_engine.stream import Stream
 
 SHAPES = [(), (1,), (97,), (5, 1), (1, 7), (64, 48), (3, 8, 5), (2, 6, 3, 4), (0,), (0, 4), (4, 0)]
@@ -45,6 +45,27 @@ def test_equals_are_ranked_in_their_order():
 
 def test_rows_run_along_the_second_dimension():
     assert [row_width(shape) for shape in ((), (7,), (3, 5), (3, 5, 2))] == [1, 7, 5, 5]
+
+
+@pytest.mark.parametrize("share", [0.0, 1e-5, 0.2, 0.73, 1.0])
+@pytest.mark.parametrize("size", [1, 50, 65_537, 300_000])
+def test_most_varied_elements_are_those_of_a_sort(size, share):
+    generator = torch.Generator().manual_seed(3)
+    deltas = list(torch.randn(3, size, generator=generator))
+    varied = torch.stack(deltas).var(0, unbiased=False)
+    kept = size if share == 1 else int(share * size)
+    chosen = varied.argsort(descending=True)[:kept]
+    band, change = Variances.of(deltas).largest(share)
+    slack = 0 if size <= 65_537 else 7.6e-6 * size + 1
+    assert abs(int((variance(deltas) >= band.low).sum()) - kept) <= slack
+    wanted = torch.stack([delta.double()[chosen].square().sum() / size for delta in deltas])
+    torch.testing.assert_close(change, wanted, rtol=1e-6, atol=2 * slack * 30 / size)
+
+
+def test_equal_tensors_have_no_variance_at_all():
+    delta = torch.randn(1000, generator=torch.Generator().manual_seed(4))
+    assert not variance([delta] * 3).any()
+    assert Variances.of([delta] * 3).positive == 0
 
 
 class InMemory(Family):

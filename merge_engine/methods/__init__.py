@@ -182,7 +182,7 @@ METHODS: Final[Mapping[str, Method]] = MappingProxyType(
         ),
         "sce": Elementwise(
             kernel=selection.sce,
-            whole=True,
+            prepare=preparation.sce,
             base=Base.ORIGIN,
             donors=(0, None),
             params={

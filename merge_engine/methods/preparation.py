@@ -7,12 +7,12 @@ taken into ``lambda``. A preparation maps parameters, by their argument names, t
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 from torch import Tensor
 
-from merge_engine.statistics import EVERYTHING, NOTHING, Band, Magnitudes, row_width
+from merge_engine.statistics import EVERYTHING, NOTHING, Band, Magnitudes, Variances, row_width
 
 
 class TaskVector(Protocol):
@@ -35,8 +35,22 @@ class TaskVector(Protocol):
         """
 
 
+class TaskVectors(Protocol):
+    """What the donors change in one tensor, one by one and together."""
+
+    def __len__(self) -> int:
+        """How many there are."""
+
+    def __iter__(self) -> Iterator[TaskVector]:
+        """Each of them."""
+
+    @property
+    def variances(self) -> Variances:
+        """Where they differ, and how much they change there."""
+
+
 Values = Mapping[str, Any]
-Prepare = Callable[[Values, Sequence[TaskVector]], dict[str, Any]]
+Prepare = Callable[[Values, TaskVectors], dict[str, Any]]
 
 
 def summed(values: Values) -> dict[str, Any]:
@@ -48,7 +62,7 @@ def summed(values: Values) -> dict[str, Any]:
     return rest
 
 
-def ties(values: Values, deltas: Sequence[TaskVector]) -> dict[str, Any]:
+def ties(values: Values, deltas: TaskVectors) -> dict[str, Any]:
     """The ``max(1, int(density * numel))`` elements of largest magnitude; all from density 1 on."""
     settings = zip(deltas, values["density"], strict=True)
     return _banded(values, [_largest(delta, density) for delta, density in settings])
@@ -62,7 +76,7 @@ def _largest(delta: TaskVector, density: float) -> Band:
     return delta.magnitudes.band(size - kept, kept)
 
 
-def breadcrumbs_ties(values: Values, deltas: Sequence[TaskVector]) -> dict[str, Any]:
+def breadcrumbs_ties(values: Values, deltas: TaskVectors) -> dict[str, Any]:
     """``int(density * numel)`` elements below the ``gamma`` largest, as far as those leave room."""
     settings = zip(deltas, values["density"], values["gamma"], strict=True)
     bands = [_middle(delta, density, gamma) for delta, density, gamma in settings]
@@ -77,12 +91,12 @@ def _middle(delta: TaskVector, density: float, gamma: float) -> Band:
     return delta.magnitudes.band(max(0, size - kept - int(gamma * size)), kept)
 
 
-def breadcrumbs(values: Values, deltas: Sequence[TaskVector]) -> dict[str, Any]:
+def breadcrumbs(values: Values, deltas: TaskVectors) -> dict[str, Any]:
     """``breadcrumbs_ties`` for a plain sum."""
     return summed(breadcrumbs_ties(values, deltas))
 
 
-def dare_ties(values: Values, deltas: Sequence[TaskVector]) -> dict[str, Any]:
+def dare_ties(values: Values, deltas: TaskVectors) -> dict[str, Any]:
     """Chances, and the factors that restore the L1 norm under this recipe's masks."""
     rest = {name: value for name, value in values.items() if name not in ("density", "rescale")}
     stretch = [
@@ -92,12 +106,12 @@ def dare_ties(values: Values, deltas: Sequence[TaskVector]) -> dict[str, Any]:
     return rest | {"chance": values["density"], "stretch": tuple(stretch)}
 
 
-def dare_linear(values: Values, deltas: Sequence[TaskVector]) -> dict[str, Any]:
+def dare_linear(values: Values, deltas: TaskVectors) -> dict[str, Any]:
     """``dare_ties`` for a plain sum."""
     return summed(dare_ties(values, deltas))
 
 
-def della(values: Values, deltas: Sequence[TaskVector]) -> dict[str, Any]:
+def della(values: Values, deltas: TaskVectors) -> dict[str, Any]:
     """The chance of each row's smallest element and how much better the largest one's is.
 
     Raises:
@@ -123,7 +137,7 @@ def della(values: Values, deltas: Sequence[TaskVector]) -> dict[str, Any]:
     }
 
 
-def della_linear(values: Values, deltas: Sequence[TaskVector]) -> dict[str, Any]:
+def della_linear(values: Values, deltas: TaskVectors) -> dict[str, Any]:
     """``della`` for a plain sum."""
     return summed(della(values, deltas))
 
@@ -137,6 +151,16 @@ def _chances(density: float, epsilon: float) -> tuple[float, float]:
             f"density {density:g} +- epsilon {epsilon:g} leaves (0, 1); make epsilon smaller"
         )
     return density - epsilon, 2 * epsilon
+
+
+def sce(values: Values, deltas: TaskVectors) -> dict[str, Any]:
+    """The smallest variance that is selected, and the donors' factors."""
+    band, change = deltas.variances.largest(values["select_topk"])
+    total = float(change.sum())
+    # mergekit's own switch. It is on for most fine-tunes' tensors: their changes are small.
+    weight = (change / total).tolist() if total >= 1e-6 else [1 / len(deltas)] * len(deltas)
+    found = {"weight": tuple(weight), "low": band.low, "low_share": band.low_share}
+    return found | {"draws": band.tied}
 
 
 def _all_or_none(density: float) -> Band | None:

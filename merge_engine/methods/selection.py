@@ -11,10 +11,19 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from merge_engine.methods.task_vectors import elected_sign, task_vectors
+from merge_engine.methods.task_vectors import Number, Numbers, elected_sign, task_vectors
+from merge_engine.statistics import variance
 
 
-def sce(base: Tensor, donors: Sequence[Tensor], *, select_topk: float) -> Tensor:
+def sce(
+    base: Tensor,
+    donors: Sequence[Tensor],
+    *,
+    weight: Numbers,
+    low: Number,
+    low_share: Number,
+    noise: Sequence[Tensor] | None = None,
+) -> Tensor:
     """Select where the donors differ most, weigh them by their change, erase minority signs.
 
     With d_i the task vectors where the variance over the donors is largest, zero elsewhere:
@@ -25,30 +34,27 @@ def sce(base: Tensor, donors: Sequence[Tensor], *, select_topk: float) -> Tensor
     Args:
         base: The base model's tensor, (*s).
         donors: n tensors, (*s).
-        select_topk: Share of the elements with any variance to keep; all elements from 1 on.
+        weight: The n factors w_i.
+        low: The smallest variance that is selected.
+        low_share: Chance to select an element exactly at ``low``.
+        noise: n times the same uniform numbers in [0, 1), (*s), which choose among those; None:
+            all are selected.
 
     Source: Wan et al. 2024, https://arxiv.org/abs/2408.07990
     """
-    deltas = torch.stack(task_vectors(base, donors))  # (n, *s)
-    if select_topk < 1:
-        deltas = deltas * _most_varied(deltas, select_topk)
-    change = deltas.square().flatten(1).mean(1)  # (n,)
-    total = change.sum()
-    # mergekit's own switch. It is on for most fine-tunes' tensors: their changes are small.
-    adaptive = total >= 1e-6
-    weight = torch.where(adaptive, change / torch.where(adaptive, total, 1.0), 1 / len(deltas))
-    agrees = deltas.sign() == elected_sign(deltas.sum(0))  # (n, *s)
-    erased = weight.reshape(-1, *[1] * base.dim()) * agrees  # (n, *s)
-    return base.float() + (deltas * erased).sum(0) / erased.sum(0).clamp_min(1e-6)
-
-
-def _most_varied(deltas: Tensor, share: float) -> Tensor:
-    """Mask (*s) of ``int(share * m)`` elements, m of which have any variance over dim 0."""
-    variance = deltas.var(0, unbiased=False)
-    mask = torch.zeros(variance.numel(), dtype=torch.bool, device=deltas.device)
-    kept = int(share * int(variance.count_nonzero())) if share > 0 else 0
-    mask[variance.flatten().topk(kept, sorted=False).indices] = True
-    return mask.reshape(variance.shape)
+    deltas = task_vectors(base, donors)
+    varied = variance(deltas)
+    selected = varied >= low
+    if noise is not None:
+        selected = (varied > low) | ((varied == low) & (noise[0] < low_share))
+    deltas = [torch.where(selected, delta, 0.0) for delta in deltas]
+    zero = torch.zeros_like(deltas[0])
+    elected = elected_sign(sum(deltas, zero))
+    mixed, divisor = zero, zero
+    for delta, factor in zip(deltas, weight, strict=True):
+        erased = torch.where(delta.sign() == elected, factor, 0.0)
+        mixed, divisor = mixed + delta * erased, divisor + erased
+    return base.float() + mixed / divisor.clamp_min(1e-6)
 
 
 def ram(base: Tensor, donors: Sequence[Tensor], *, epsilon: float) -> Tensor:
