@@ -1,8 +1,8 @@
 """Where the donors live while candidates are built, planned from what is free and said beforehand.
 
-On a GPU they stay on the device if they fit beside the live model, else in pinned host memory,
-else memory-mapped on disk. On a CPU they are memory-mapped: the system's page cache then is the
-host memory, and what does not fit is read again.
+They stay on the device that builds (on a CPU: in memory) if they fit beside the live model, else,
+for a GPU, in pinned host memory, else they are mapped from disk, and what the system's page cache
+cannot hold is read again for every candidate.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from merge_engine.donors import TensorInfo
 from merge_engine.recipe import RecipeError
 
 Tier = Literal["device", "pinned", "disk"]
-SPARE = 0.9  # of what is free: allocators, activations and caches need some
-PLACES = {"device": "on the device", "pinned": "in pinned host memory", "disk": "mapped from disk"}
+SPARE = 0.7  # of what is free: activations, allocators and caches need the rest
+PLACES = {"device": "kept there", "pinned": "in pinned host memory", "disk": "mapped from disk"}
 
 
 @dataclass(frozen=True)
@@ -81,11 +81,10 @@ def plan_memory(
             f"{_gib(work)}, but {_gib(free)} are free on {device}; choose another --device or "
             "--memory, a smaller dtype, or fewer models"
         )
-    tier: Tier = "disk"
-    if torch.device(device).type != "cpu":
+    tier: Tier = "device" if live + work + donors <= SPARE * free else "disk"
+    if tier == "disk" and torch.device(device).type != "cpu":
         on_host = min(_free("cpu"), limit if limit is not None else 1 << 62)
-        fits = live + work + donors <= SPARE * free
-        tier = "device" if fits else "pinned" if donors <= SPARE * on_host else "disk"
+        tier = "pinned" if donors <= SPARE * on_host else "disk"
     return MemoryPlan(device, live, work, donors, free, tier)
 
 

@@ -169,11 +169,13 @@ def main() -> None:
     parser.add_argument("--methods", default=",".join(METHODS))
     parser.add_argument("--no-oracle", action="store_true")
     parser.add_argument("--no-compile", action="store_true")
+    parser.add_argument("--mapped", action="store_true", help="donors are read from mapped files")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder, torch.no_grad():
         os.environ["MERGESEARCH_CACHE"] = folder  # what is measured once is in first_seconds
         models = make_models(Path(folder), options.millions, options.donors)
         family = Family(models, candidates=1 if options.no_compile else 100)
+        family.place(torch.device("cpu"), "disk" if options.mapped else "device")
         for method in options.methods.split(","):
             print(json.dumps(measure(method, models, family, not options.no_oracle)), flush=True)
 
