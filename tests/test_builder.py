@@ -102,3 +102,27 @@ def test_donor_with_no_weight_is_not_read(zoo, builder, monkeypatch):
     monkeypatch.delitem(builder.family.checkpoints, str(zoo / "b"))
     builder.build(recipe)
     assert builder.loaded == recipe
+
+
+@pytest.mark.oracle
+@pytest.mark.parametrize("method", ["dare_linear", "della_linear"])
+def test_random_method_is_mergekits_up_to_the_masks(zoo, builder, method):
+    # Other masks of the same chances: as many elements kept, the same L1 norm, the same mean change.
+    builder.build(recipe_for(zoo, method, {"density": 0.4}, a=0.8))
+    models = {name: load(zoo / name) for name in ("base", "a")}
+    torch.manual_seed(0)
+    with torch.no_grad():
+        parameters = {"weight": [0.8], "density": 0.4}
+        theirs = merge_state_dicts(models, method, parameters=parameters, base="base")
+    base = models["base"].state_dict()
+    changes = [
+        torch.cat([(found[name] - base[name]).flatten() for name in base])
+        for found in (builder.model.state_dict(), theirs)
+    ]
+    size = changes[0].numel()
+    kept = [int(change.count_nonzero()) for change in changes]
+    assert abs(kept[0] - kept[1]) < 5 * (2 * size * 0.4 * 0.6) ** 0.5
+    masses = [float(change.abs().sum()) for change in changes]
+    assert masses[0] == pytest.approx(masses[1], rel=1e-4)
+    means = [float(change.mean()) for change in changes]
+    assert means[0] == pytest.approx(means[1], abs=5 * float(changes[0].std()) * (2 / size) ** 0.5)
