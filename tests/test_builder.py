@@ -107,7 +107,7 @@ def test_donor_with_no_weight_is_not_read(zoo, builder, monkeypatch):
 @pytest.mark.oracle
 @pytest.mark.parametrize("method", ["dare_linear", "della_linear"])
 def test_random_method_is_mergekits_up_to_the_masks(zoo, builder, method):
-    # Other masks of the same chances: as many elements kept, the same L1 norm, the same mean change.
+    # Other masks of the same chances: as many kept, the same L1 norm, the same mean change.
     builder.build(recipe_for(zoo, method, {"density": 0.4}, a=0.8))
     models = {name: load(zoo / name) for name in ("base", "a")}
     torch.manual_seed(0)
