@@ -8,6 +8,7 @@ functions run in chunks small enough that what is between two steps stays in the
 from __future__ import annotations
 
 import functools
+import logging
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
@@ -19,6 +20,7 @@ from torch import Tensor
 from merge_engine.noise import halves, hashed, spread
 from merge_engine.statistics import rank_share
 
+_LOG = logging.getLogger(__name__)
 Kernel = Callable[..., Tensor]
 CHUNK = 1 << 16
 SUMMED = 1 << 20  # elements that are summed in float32; the sums of those are in float64
@@ -66,9 +68,18 @@ class Stream:
         """
         target = out.view(-1)
         flat = _flat(inputs, values, out.device)
-        for start, stop in self._pieces(target.numel()):
-            compiled = self.compiled and stop - start > 1
-            write = self._compiled(_write, kernel, even) if compiled else _write(kernel, even)
+        if self.compiled and target.numel() > 1:
+            write = self._compiled(_write, kernel, even)
+            try:
+                for start, stop in _pieces(target.numel(), BLOCK):
+                    write(target[start:stop], *flat(start, stop, keys))
+                return
+            except torch._dynamo.exc.BackendCompilerFailed as error:
+                reason = str(error).splitlines()[0]
+                _LOG.warning("kernels are not compiled but run in chunks: %s", reason)
+                self.compiled = False
+        write = _write(kernel, even)
+        for start, stop in _pieces(target.numel(), CHUNK):
             write(target[start:stop], *flat(start, stop, keys))
 
     def total(
@@ -120,10 +131,6 @@ class Stream:
         before, after = self.total(_mass, (base, [donor]), {"chance": chance, **by_rank}, [key])
         return float(before), float(after)
 
-    def _pieces(self, size: int) -> list[tuple[int, int]]:
-        step = BLOCK if self.compiled else CHUNK
-        return [(start, min(start + step, size)) for start in range(0, size, step)]
-
     @functools.cache  # noqa: B019  one Stream lives as long as its family
     def _compiled(self, run: Callable[..., Any], kernel: Kernel, even: bool) -> Callable[..., Any]:
         return torch.compile(run(kernel, even), dynamic=True)
@@ -154,6 +161,10 @@ def _flat(
 
 def _by_element(value: Any) -> bool:
     return isinstance(value, list) and len(value) > 0 and torch.is_tensor(value[0])
+
+
+def _pieces(size: int, step: int) -> list[tuple[int, int]]:
+    return [(start, min(start + step, size)) for start in range(0, size, step)]
 
 
 def _write(kernel: Kernel, even: bool) -> Callable[..., None]:

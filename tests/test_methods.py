@@ -57,7 +57,6 @@ class InMemory(Family):
     def __init__(self, tensors: Sequence[Tensor]) -> None:
         self.stored = {f"m{i}": tensor for i, tensor in enumerate(tensors)}
         self.reference = self
-        self._grams, self._magnitudes = {}, {}
         self.stream = Stream(compiled=False)
         self.tensors = {"x": TensorInfo(None, tuple(tensors[0].shape), tensors[0].dtype)}
 

@@ -24,7 +24,6 @@ class OneTensor(Family):
     def __init__(self, *tensors: Tensor) -> None:
         self.stored = {f"m{i}": tensor for i, tensor in enumerate(tensors)}
         self.reference = self
-        self._grams, self._magnitudes = {}, {}
         self.stream = Stream(compiled=False)
         self.tensors = {"x": TensorInfo(None, tuple(tensors[0].shape), tensors[0].dtype)}
 

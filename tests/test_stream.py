@@ -41,10 +41,11 @@ needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="there i
 class OneTensor(Family):
     """A family whose one tensor lives in memory: model i is tensor i."""
 
+    repeated = True  # as in a study: what is large and worked out once is kept
+
     def __init__(self, tensors: list[Tensor], stream: Stream) -> None:
         self.stored = {f"m{i}": tensor for i, tensor in enumerate(tensors)}
         self.reference = self
-        self._grams, self._magnitudes = {}, {}
         self.stream = stream
         self.tensors = {"x": TensorInfo(None, tuple(tensors[0].shape), tensors[0].dtype)}
 
@@ -306,7 +307,8 @@ def test_a_candidate_makes_no_tensor_of_the_size_of_its_result(method, chunked):
     out = torch.empty(1_500, 1_000, dtype=torch.bfloat16)
     family = OneTensor(tensors, chunked)
     merge_into(out, recipe_of(method), "x", family)  # what is worked out once for a study
-    with Allocations(out, *tensors) as made:
+    known = [found for found in family._known.values() if torch.is_tensor(found)]
+    with Allocations(out, *tensors, *known) as made:
         merge_into(out, recipe_of(method, weights=(0.7, 0.2)), "x", family)
     row = METHODS[method]
     assert made.most > 0
@@ -339,3 +341,18 @@ def test_compiling_pays_only_with_a_compiler_and_for_much_work(monkeypatch):
     assert not compiling_pays(PAYS, 1_000)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert compiling_pays(PAYS, 1)
+
+
+def test_compiler_that_does_not_work_is_said_and_done_without(monkeypatch, caplog):
+    import torch._inductor.config as inductor
+
+    def kernel(_base, donors):
+        return donors[0].float() * 1.23456789  # one that no cache knows
+
+    monkeypatch.setattr(inductor.cpp, "cxx", ("/no/such/compiler",))
+    (donor,) = make_tensors(1, (1_000,))
+    stream, out = Stream(compiled=True), torch.empty(1_000)
+    stream.write(out, kernel, (None, [donor]), {})
+    assert torch.equal(out, donor * 1.23456789)
+    assert "kernels are not compiled but run in chunks" in caplog.text
+    assert not stream.compiled
