@@ -254,33 +254,28 @@ def _build(options: Any) -> None:
 
 
 def _score(options: Any) -> None:
-    from objectives.scores import bootstrap
     from search.bench import load_live, make_objective, make_splits
+    from search.conclusion import score_of
+    from search.selection import Sheet
     from search.spec import load_study
+    from search.terminal import print_score
 
     spec = load_study(options.study)
     model, base = load_live(spec, options.model, _device(options))
     objective = make_objective(spec, model, base)
-    items = getattr(make_splits(spec, objective), options.split)
-    answers = objective.score(model, items)
-    tasks = [objective.items[number].task for number in items]
-    interval = bootstrap(answers, tasks, objective.tasks, seed=spec.search.seed)
-    from objectives.scores import task_means
-    from search.result import Score
-
-    ends = (interval.low, interval.high)
-    score = Score(mean=interval.mean, ci95=ends, tasks=task_means(answers, tasks))
+    numbers = getattr(make_splits(spec, objective), options.split)
+    items = [objective.items[number] for number in numbers]
+    answers = objective.score(model, numbers)
+    tasks = tuple(item.task for item in items)
+    score = score_of(Sheet(tuple(answers), tasks, objective.tasks), spec.search.seed)
     if options.json:
-        keys = [objective.items[number].key for number in items]
         rows = [
-            {"task": task, "item": key, "answer": answer}
-            for task, key, answer in zip(tasks, keys, answers, strict=True)
+            {"task": item.task, "item": item.key, "answer": answer}
+            for item, answer in zip(items, answers, strict=True)
         ]
         print(json.dumps(score.model_dump() | {"split": options.split, "items": rows}))
-        return
-    from search.terminal import print_score
-
-    print_score(_console(), options.model, options.split, score, len(items))
+    else:
+        print_score(_console(), options.model, options.split, score, len(items))
 
 
 def _check(options: Any) -> None:

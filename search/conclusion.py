@@ -61,7 +61,7 @@ def conclude(run: Run) -> tuple[Result, Recipe]:
     seed = run.spec.search.seed
     intervals = {name: winner.minus(sheet, seed) for name, sheet in compared.items()}
     found = {
-        name: Baseline(test=_score(sheet, seed), difference=Difference.of(intervals[name]))
+        name: Baseline(test=score_of(sheet, seed), difference=Difference.of(intervals[name]))
         for name, sheet in compared.items()
     }
     tested = run.store.recipes("test") - {baseline.key for baseline in baselines.values()}
@@ -70,7 +70,7 @@ def conclude(run: Run) -> tuple[Result, Recipe]:
     result = Result(
         verdict=verdict([intervals[name] for name in baselines if name != UNIFORM]),
         winner=Winner(
-            recipe=recipe.model_dump(mode="json"), trial=number, test=_score(winner, seed)
+            recipe=recipe.model_dump(mode="json"), trial=number, test=score_of(winner, seed)
         ),
         donors={model: found[model] for model in run.spec.models},
         base=found[run.spec.base_model],
@@ -91,6 +91,7 @@ def conclude(run: Run) -> tuple[Result, Recipe]:
     return result, recipe
 
 
-def _score(sheet: Sheet, seed: int) -> Score:
+def score_of(sheet: Sheet, seed: int) -> Score:
+    """A sheet's means, and the 95 % bootstrap interval of their weighted mean."""
     interval = bootstrap(sheet.answers, sheet.tasks, sheet.weights, seed=seed)
     return Score(mean=interval.mean, ci95=(interval.low, interval.high), tasks=sheet.by_task)
