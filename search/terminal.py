@@ -158,7 +158,7 @@ def print_result(console: Console, result: Result, run: Path) -> None:
     row("base", result.base.test, result.base.difference)
     for model, donor in result.donors.items():
         row(names[model], donor.test, donor.difference)
-    row("uniform average", result.uniform.test, result.uniform.difference)
+    row("uniform", result.uniform.test, result.uniform.difference)
     row("winner", result.winner.test, None, style="bold")
     console.print(table)
     best = result.difference_to_best_donor
