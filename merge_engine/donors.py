@@ -145,11 +145,6 @@ class Checkpoint:
         """What tells the model's weights from any others, wherever they lie."""
         return cache.fingerprint(self._files())
 
-    @cached_property
-    def layer_count(self) -> int:
-        """The layers of the largest stack."""
-        return max(layer_counts(self.tensors).values(), default=0)
-
     def ought_to_have(self, name: str) -> bool:
         """Whether a tensor, if missing, leaves a gap: then the model is not whole.
 

@@ -12,7 +12,7 @@ import logging
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -20,6 +20,7 @@ from torch import Tensor
 from merge_engine.noise import halves, hashed, spread
 from merge_engine.statistics import rank_share
 
+T = TypeVar("T")
 _LOG = logging.getLogger(__name__)
 Kernel = Callable[..., Tensor]
 CHUNK = 1 << 16
@@ -68,19 +69,18 @@ class Stream:
         """
         target = out.view(-1)
         flat = _flat(inputs, values, out.device)
-        if self.compiled and target.numel() > 1:
-            write = self._compiled(_write, kernel, even)
-            try:
-                for start, stop in _pieces(target.numel(), BLOCK):
-                    write(target[start:stop], *flat(start, stop, keys))
-                return
-            except torch._dynamo.exc.BackendCompilerFailed as error:
-                reason = str(error).splitlines()[0]
-                _LOG.warning("kernels are not compiled but run in chunks: %s", reason)
-                self.compiled = False
-        write = _write(kernel, even)
-        for start, stop in _pieces(target.numel(), CHUNK):
-            write(target[start:stop], *flat(start, stop, keys))
+
+        def run(write: Callable[..., None], step: int) -> None:
+            for start, stop in _pieces(target.numel(), step):
+                write(target[start:stop], *flat(start, stop, keys))
+
+        if target.numel() < 2:  # a compiler would make one element a case of its own
+            run(_write(kernel, even), CHUNK)
+            return
+        self._prefer_compiled(
+            lambda: run(self._compiled(_write, kernel, even), BLOCK),
+            lambda: run(_write(kernel, even), CHUNK),
+        )
 
     def total(
         self,
@@ -101,12 +101,17 @@ class Stream:
             (k,) float64, on the CPU; one zero for a tensor without elements.
         """
         donor = inputs[1][0]
-        flat, size = _flat(inputs, values, donor.device), donor.numel()
-        total = torch.zeros(1, dtype=torch.float64, device=donor.device)
-        measure = self._compiled(_measure, kernel, False) if self.compiled else _measure(kernel)
-        for start in range(0, size, SUMMED):
-            total = total + measure(*flat(start, min(start + SUMMED, size), keys))
-        return total.cpu()
+        flat = _flat(inputs, values, donor.device)
+
+        def run(measure: Callable[..., Tensor]) -> Tensor:
+            total = torch.zeros(1, dtype=torch.float64, device=donor.device)
+            for start, stop in _pieces(donor.numel(), SUMMED):
+                total = total + measure(*flat(start, stop, keys))
+            return total.cpu()
+
+        return self._prefer_compiled(
+            lambda: run(self._compiled(_measure, kernel, False)), lambda: run(_measure(kernel))
+        )
 
     def kept_mass(
         self,
@@ -130,6 +135,17 @@ class Stream:
             return 0.0, 0.0
         before, after = self.total(_mass, (base, [donor]), {"chance": chance, **by_rank}, [key])
         return float(before), float(after)
+
+    def _prefer_compiled(self, compiled: Callable[[], T], chunked: Callable[[], T]) -> T:
+        """Do the work compiled; in chunks, and ever after, if the compiler does not work."""
+        if self.compiled:
+            try:
+                return compiled()
+            except torch._dynamo.exc.BackendCompilerFailed as error:
+                reason = str(error).splitlines()[0]
+                _LOG.warning("kernels are not compiled but run in chunks: %s", reason)
+                self.compiled = False
+        return chunked()
 
     @functools.cache  # noqa: B019  one Stream lives as long as its family
     def _compiled(self, run: Callable[..., Any], kernel: Kernel, even: bool) -> Callable[..., Any]:

@@ -12,12 +12,11 @@ from hypothesis import strategies as st
 from mergekit.merge_methods import merge_tensors, registered_methods
 from torch import Tensor
 
+from in_memory import InMemory
 from merge_engine.builder import merge_tensor, merged_tensors
-from merge_engine.donors import Family, TensorInfo
 from merge_engine.methods import METHODS, Base, Elementwise
 from merge_engine.noise import key_of, uniform
 from merge_engine.recipe import Recipe, RecipeError, parse_recipe
-from merge_engine.stream import Stream
 
 # rms(e)/rms(w) and max|e|/max|w| against mergekit in float32: twice its own distance from float64.
 TOLERANCES = {
@@ -49,25 +48,6 @@ RANDOM = [m for m, row in METHODS.items() if isinstance(row, Elementwise) and ro
 FIXED = [m for m in METHODS if m not in RANDOM]
 STARTING = [m for m, row in METHODS.items() if row.base in (Base.ORIGIN, Base.OPTIONAL)]
 DEVICE = torch.device("cpu")
-
-
-class InMemory(Family):
-    """A family whose one tensor lives in memory: model i is tensor i."""
-
-    def __init__(self, tensors: Sequence[Tensor]) -> None:
-        self.stored = {f"m{i}": tensor for i, tensor in enumerate(tensors)}
-        self.reference = self
-        self.stream = Stream(compiled=False)
-        self.tensors = {"x": TensorInfo(None, tuple(tensors[0].shape), tensors[0].dtype)}
-
-    def read(self, model: str, name: str) -> Tensor:
-        return self.stored[model]
-
-    def depth(self, name: str) -> float:
-        return 0.0
-
-    def stored_dtype(self, name: str) -> torch.dtype:
-        return self.tensors[name].dtype
 
 
 @dataclass

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
+from in_memory import InMemory
 from merge_engine.builder import merge_tensor
-from merge_engine.donors import Family, TensorInfo
 from merge_engine.recipe import parse_recipe
 from merge_engine.statistics import Variances, rank_share, row_ranks, row_width, variance
 from merge_engine.stream import Stream
@@ -68,21 +68,6 @@ def test_equal_tensors_have_no_variance_at_all():
     assert Variances.of([delta] * 3).positive == 0
 
 
-class InMemory(Family):
-    """A family whose one tensor lives in memory."""
-
-    def __init__(self, tensors, compiled=False):
-        self.stored = {f"m{i}": tensor for i, tensor in enumerate(tensors)}
-        self.stream = Stream(compiled)
-        self.tensors = {"x": TensorInfo(None, tuple(tensors[0].shape), tensors[0].dtype)}
-
-    def read(self, model, name):
-        return self.stored[model]
-
-    def depth(self, name):
-        return 0.0
-
-
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own, when it compiles first
 @pytest.mark.parametrize("method", ["della", "della_linear", "sce", "ramplus_tl"])
@@ -102,7 +87,7 @@ def test_compiled_candidate_is_the_one_of_chunks(method):
     }
     recipe, _ = parse_recipe(mapping, where="test")
     one, other = (
-        merge_tensor(recipe, "x", InMemory(tensors, compiled), torch.device("cpu"))
+        merge_tensor(recipe, "x", InMemory(tensors, Stream(compiled)), torch.device("cpu"))
         for compiled in (False, True)
     )
     torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-6)

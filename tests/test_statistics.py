@@ -8,30 +8,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from in_memory import InMemory
 from merge_engine.builder import merge_tensor
-from merge_engine.donors import Family, TensorInfo
 from merge_engine.recipe import parse_recipe
 from merge_engine.statistics import NOTHING, TABLE, Band, Magnitudes
-from merge_engine.stream import Stream
 
 DEVICE = torch.device("cpu")
 DENSITIES = [0.003, 0.1, 0.31, 0.5, 0.77, 0.95, 0.999]
-
-
-class OneTensor(Family):
-    """A family whose one tensor lives in memory: model i is tensor i."""
-
-    def __init__(self, *tensors: Tensor) -> None:
-        self.stored = {f"m{i}": tensor for i, tensor in enumerate(tensors)}
-        self.reference = self
-        self.stream = Stream(compiled=False)
-        self.tensors = {"x": TensorInfo(None, tuple(tensors[0].shape), tensors[0].dtype)}
-
-    def read(self, model: str, name: str) -> Tensor:
-        return self.stored[model]
-
-    def depth(self, name: str) -> float:
-        return 0.0
 
 
 def trimmed(method: str, base: Tensor, donor: Tensor, **parameters: float | bool) -> Tensor:
@@ -43,7 +26,7 @@ def trimmed(method: str, base: Tensor, donor: Tensor, **parameters: float | bool
         "parameters": parameters,
     }
     recipe, _notes = parse_recipe(mapping, where="test")
-    return merge_tensor(recipe, "x", OneTensor(base, donor), DEVICE)
+    return merge_tensor(recipe, "x", InMemory([base, donor]), DEVICE)
 
 
 def distinct(size: int, seed: int) -> Tensor:

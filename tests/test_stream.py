@@ -13,9 +13,9 @@ from torch._dynamo.utils import counters
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from in_memory import InMemory
 from merge_engine import stream as stream_module
 from merge_engine.builder import merge_into
-from merge_engine.donors import Family, TensorInfo
 from merge_engine.methods import METHODS, Base, Elementwise
 from merge_engine.methods.linear import weighted_sum
 from merge_engine.methods.task_vectors import breadcrumbs, dare_linear
@@ -36,24 +36,6 @@ pytestmark = pytest.mark.filterwarnings(
     "ignore:.torch.jit:DeprecationWarning"
 )  # inductor's imports
 needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="there is no C++ compiler")
-
-
-class OneTensor(Family):
-    """A family whose one tensor lives in memory: model i is tensor i."""
-
-    repeated = True  # as in a study: what is large and worked out once is kept
-
-    def __init__(self, tensors: list[Tensor], stream: Stream) -> None:
-        self.stored = {f"m{i}": tensor for i, tensor in enumerate(tensors)}
-        self.reference = self
-        self.stream = stream
-        self.tensors = {"x": TensorInfo(None, tuple(tensors[0].shape), tensors[0].dtype)}
-
-    def read(self, model: str, name: str) -> Tensor:
-        return self.stored[model]
-
-    def depth(self, name: str) -> float:
-        return 0.0
 
 
 class Allocations(TorchDispatchMode):
@@ -118,7 +100,7 @@ def recipe_of(method: str, weights: tuple[float, ...] = (0.4, 1.1)) -> Recipe:
 
 def merged(method: str, tensors: list[Tensor], stream: Stream, dtype: torch.dtype) -> Tensor:
     out = torch.full(tensors[0].shape, torch.nan, dtype=dtype)
-    merge_into(out, recipe_of(method), "x", OneTensor(tensors, stream))
+    merge_into(out, recipe_of(method), "x", InMemory(tensors, stream))
     return out
 
 
@@ -271,7 +253,7 @@ def test_results_are_written_where_they_are_to_be(method, chunked):
     before = [tensor.clone() for tensor in tensors]
     buffer = torch.full((3, 30, 20), torch.nan)
     place = buffer.data_ptr()
-    merge_into(buffer[1], recipe_of(method), "x", OneTensor(tensors, chunked))
+    merge_into(buffer[1], recipe_of(method), "x", InMemory(tensors, chunked))
     assert buffer.data_ptr() == place
     assert torch.equal(buffer[1], merged(method, tensors, chunked, torch.float32))
     assert bool(buffer[[0, 2]].isnan().all())
@@ -305,7 +287,7 @@ def test_a_tensor_without_elements_stays_without(method, chunked):
 def test_a_candidate_makes_no_tensor_of_the_size_of_its_result(method, chunked):
     tensors = make_tensors(3, (1_500, 1_000), dtype=torch.bfloat16)
     out = torch.empty(1_500, 1_000, dtype=torch.bfloat16)
-    family = OneTensor(tensors, chunked)
+    family = InMemory(tensors, chunked)
     merge_into(out, recipe_of(method), "x", family)  # what is worked out once for a study
     known = [found for found in family._known.values() if torch.is_tensor(found)]
     with Allocations(out, *tensors, *known) as made:
@@ -343,16 +325,23 @@ def test_compiling_pays_only_with_a_compiler_and_for_much_work(monkeypatch):
     assert compiling_pays(PAYS, 1)
 
 
-def test_compiler_that_does_not_work_is_said_and_done_without(monkeypatch, caplog):
+@pytest.mark.parametrize("work", ["write", "total"])
+def test_compiler_that_does_not_work_is_said_and_done_without(work, caplog):
     import torch._inductor.config as inductor
 
     def kernel(_base, donors):
         return donors[0].float() * 1.23456789  # one that no cache knows
 
-    monkeypatch.setattr(inductor.cpp, "cxx", ("/no/such/compiler",))
+    def summed(_base, donors):
+        return (donors[0].float() * 1.23456789).sum().reshape(1)
+
     (donor,) = make_tensors(1, (1_000,))
     stream, out = Stream(compiled=True), torch.empty(1_000)
-    stream.write(out, kernel, (None, [donor]), {})
-    assert torch.equal(out, donor * 1.23456789)
+    with inductor.patch({"cpp.cxx": ("/no/such/compiler",)}):
+        if work == "write":
+            stream.write(out, kernel, (None, [donor]), {})
+            assert torch.equal(out, donor * 1.23456789)
+        else:
+            assert stream.total(summed, (None, [donor]), {}) == (donor * 1.23456789).sum()
     assert "kernels are not compiled but run in chunks" in caplog.text
     assert not stream.compiled
