@@ -94,8 +94,8 @@ def runs(place: tuple[str, str], seed: int, budgets: Sequence[int]) -> list[Row]
 
 
 def found_method(landscape: Landscape, method: str) -> bool | None:
-    """Whether it is the landscape's best method; None where that is not known."""
-    if not isinstance(landscape, Planted):
+    """Whether it is the landscape's best method; None where that is not known or all are."""
+    if not isinstance(landscape, Planted) or len(set(landscape.heights.values())) == 1:
         return None
     return landscape.heights[method] == landscape.best
 
