@@ -201,6 +201,11 @@ class _TaskVectors:
         donors = tuple(member.donor for member in self.members)
         return first.family.variances(first.name, donors, first.base)
 
+    def overlaps(self, epsilon: float) -> Tensor:
+        first, *_ = self.members
+        donors = tuple(member.donor for member in self.members)
+        return first.family.overlaps(first.name, donors, first.base, epsilon)
+
 
 def _write_elementwise(
     out: Tensor, recipe: Recipe, method: Elementwise, name: str, values: Values, family: Family

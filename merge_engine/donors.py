@@ -32,7 +32,7 @@ from merge_engine.layout import (
     place_of,
 )
 from merge_engine.recipe import RecipeError
-from merge_engine.statistics import Magnitudes, Variances, row_ranks
+from merge_engine.statistics import Magnitudes, Variances, overlaps, row_ranks
 from merge_engine.stream import Stream, compiling_pays
 
 WORTH_KEEPING = 65_536  # elements from which on reading a statistic is quicker than measuring it
@@ -439,6 +439,18 @@ class Family:
             return Variances.of(deltas).tensors()
 
         return self._once("variances", name, (*donors, base), measure, Variances.from_tensors)
+
+    def overlaps(self, name: str, donors: tuple[str, ...], base: str, epsilon: float) -> Tensor:
+        """How many elements each donor changed alone, and how many others did, too: (2, n)."""
+
+        def measure() -> dict[str, Tensor]:
+            inputs = self.read(base, name), [self.read(donor, name) for donor in donors]
+            return {"overlaps": self.stream.total(overlaps, inputs, {"epsilon": epsilon})}
+
+        kind, members = f"overlaps beyond {epsilon!r}", (*donors, base)
+        return self._once(
+            kind, name, members, measure, lambda found: found["overlaps"].view(2, len(donors))
+        )
 
     def ranks(self, name: str, donor: str, base: str) -> Tensor:
         """Each magnitude's rank in its row of a donor's task vector, as ``row_ranks`` has it."""

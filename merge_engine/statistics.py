@@ -230,6 +230,24 @@ def variance(deltas: Sequence[Tensor]) -> Tensor:
     return spread / len(deltas)
 
 
+def overlaps(base: Tensor, donors: Sequence[Tensor], *, epsilon: float | Tensor) -> Tensor:
+    """How many elements each donor changed alone, and how many others changed, too.
+
+    Args:
+        base: Any shape (*s), of fewer than 2**24 elements: float32 counts no further.
+        donors: n tensors, (*s).
+        epsilon: Largest change that counts as none.
+
+    Returns:
+        The n counts of the first kind, then those of the second, (2 n,) float32.
+    """
+    changed = [(donor.float() - base.float()).abs() > epsilon for donor in donors]
+    owners = sum((mask.float() for mask in changed), torch.zeros_like(base, dtype=torch.float32))
+    alone = [(mask & (owners == 1)).float().sum() for mask in changed]
+    shared = [(mask & (owners > 1)).float().sum() for mask in changed]
+    return torch.stack(alone + shared)
+
+
 def row_width(shape: Sequence[int]) -> int:
     """Elements of a row: the second dimension, or all of a tensor of one or none."""
     return shape[1] if len(shape) > 1 else math.prod(shape)

@@ -68,6 +68,26 @@ def test_equal_tensors_have_no_variance_at_all():
     assert Variances.of([delta] * 3).positive == 0
 
 
+def test_elements_are_counted_by_who_changed_them():
+    base = torch.tensor([0.0, 0.0, 0.0, 0.0, 1.0, 2.0])
+    first = torch.tensor([3.0, 0.1, -2.0, 0.0, 1.0, 2.0])
+    second = torch.tensor([3.0, 0.0, 0.1, -0.2, 5.0, 2.0])
+    family = InMemory([base, first, second])
+    assert family.overlaps("x", ("m1", "m2"), "m0", 0.05).tolist() == [[1, 2], [2, 2]]
+    assert family.overlaps("x", ("m2", "m1"), "m0", 0.1).tolist() == [[2, 1], [1, 1]]
+    assert family.overlaps("x", ("m1",), "m0", 0.0).tolist() == [[3], [0]]
+
+
+def test_elements_are_counted_exactly_over_many_stretches():
+    generator = torch.Generator().manual_seed(5)
+    changed = torch.rand(2, 2_300_001, generator=generator) < 0.6
+    found = InMemory([torch.zeros(2_300_001), *changed.float()]).overlaps(
+        "x", ("m1", "m2"), "m0", 0.5
+    )
+    alone = [int((changed[i] & ~changed[1 - i]).sum()) for i in range(2)]
+    assert found.tolist() == [alone, [int(changed.all(0).sum())] * 2]
+
+
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own, when it compiles first
 @pytest.mark.parametrize("method", ["della", "della_linear", "sce", "ramplus_tl"])

@@ -200,7 +200,7 @@ METHODS: Final[Mapping[str, Method]] = MappingProxyType(
         ),
         "ramplus_tl": Elementwise(
             kernel=selection.ramplus_tl,
-            whole=True,
+            prepare=preparation.ramplus_tl,
             base=Base.ORIGIN,
             donors=(0, None),
             params={

@@ -48,6 +48,12 @@ class TaskVectors(Protocol):
     def variances(self) -> Variances:
         """Where they differ, and how much they change there."""
 
+    def overlaps(self, epsilon: float) -> Tensor:
+        """How many elements each changes by more than ``epsilon``: alone, and with others, (2, n).
+
+        float64.
+        """
+
 
 Values = Mapping[str, Any]
 Prepare = Callable[[Values, TaskVectors], dict[str, Any]]
@@ -161,6 +167,15 @@ def sce(values: Values, deltas: TaskVectors) -> dict[str, Any]:
     weight = (change / total).tolist() if total >= 1e-6 else [1 / len(deltas)] * len(deltas)
     found = {"weight": tuple(weight), "low": band.low, "low_share": band.low_share}
     return found | {"draws": band.tied}
+
+
+def ramplus_tl(values: Values, deltas: TaskVectors) -> dict[str, Any]:
+    """The factors of what one donor alone changed."""
+    alone, shared = deltas.overlaps(values["epsilon"])
+    # With no element of its own a donor's factor multiplies nothing: any divisor will do.
+    ratio = shared / alone.clamp_min(max(1.0, values["epsilon"]))
+    factor = 1 + values["r"] * ratio.clamp(0, values["alpha"])
+    return {"epsilon": values["epsilon"], "factor": tuple(factor.tolist())}
 
 
 def _all_or_none(density: float) -> Band | None:

@@ -57,7 +57,7 @@ def sce(
     return base.float() + mixed / divisor.clamp_min(1e-6)
 
 
-def ram(base: Tensor, donors: Sequence[Tensor], *, epsilon: float) -> Tensor:
+def ram(base: Tensor, donors: Sequence[Tensor], *, epsilon: Number) -> Tensor:
     """Average each element over the donors that changed it, by more than ``epsilon``.
 
     Args:
@@ -72,7 +72,7 @@ def ram(base: Tensor, donors: Sequence[Tensor], *, epsilon: float) -> Tensor:
 
 
 def ramplus_tl(
-    base: Tensor, donors: Sequence[Tensor], *, r: float, alpha: float, epsilon: float
+    base: Tensor, donors: Sequence[Tensor], *, factor: Numbers, epsilon: Number
 ) -> Tensor:
     """``ram`` with stronger elements that one donor alone changed.
 
@@ -82,26 +82,21 @@ def ramplus_tl(
     Args:
         base: The base model's tensor, (*s).
         donors: n tensors, (*s).
-        r: Strength.
-        alpha: Largest ratio that counts.
+        factor: Of each donor's own elements.
         epsilon: Largest change that counts as none.
 
     Source: Yuan et al. 2026, https://arxiv.org/abs/2601.13572; per tensor as in mergekit
     """
     deltas = [_active(delta, epsilon) for delta in task_vectors(base, donors)]
     changed = _changed(deltas)  # (*s)
+    share = 1 / changed.clamp_min(1)
     merged = torch.zeros_like(deltas[0])
-    for delta in deltas:
-        shared = ((delta != 0) & (changed > 1)).sum()
-        unique = ((delta != 0) & (changed == 1)).sum()
-        # With no element of its own the factor multiplies nothing: any divisor will do.
-        ratio = shared / unique.clamp_min(1).clamp_min(epsilon)
-        factor = 1 + r * ratio.clamp(0, alpha)
-        merged += delta * torch.where(changed == 1, factor, 1 / changed.clamp_min(1))
+    for delta, own in zip(deltas, factor, strict=True):
+        merged = merged + delta * torch.where(changed == 1, own, share)
     return base.float() + merged
 
 
-def _active(delta: Tensor, epsilon: float) -> Tensor:
+def _active(delta: Tensor, epsilon: Number) -> Tensor:
     return delta * (delta.abs() > epsilon)
 
 
