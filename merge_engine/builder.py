@@ -18,7 +18,7 @@ from merge_engine.layout import is_head_weight, layer_counts
 from merge_engine.methods import METHODS, Base, Linear
 from merge_engine.methods.contract import Elementwise, Values
 from merge_engine.methods.linear import sum_of_task_vectors, weighted_sum
-from merge_engine.noise import key_of, uniform
+from merge_engine.noise import key_of
 from merge_engine.plan import Part, Plan, stack, written_dtype
 from merge_engine.recipe import Recipe, RecipeError
 from merge_engine.statistics import Magnitudes, Variances, row_width, widened
@@ -173,6 +173,10 @@ class _TaskVector:
         vectors = self.family.stream.compiled and self.device.type == "cpu"
         return widened(ranks) if vectors else ranks
 
+    @cached_property
+    def salient(self) -> Tensor:
+        return self.family.salient(self.name, self.donor, self.base).to(self.device)
+
     def stretch(self, chance: float, spread: float = 0.0) -> float:
         start, end = (
             self.family.read(model, self.name).to(self.device) for model in (self.base, self.donor)
@@ -230,13 +234,8 @@ def _write_elementwise(
         wanted = method.prepare(wanted, _TaskVectors(deltas))
     draws = wanted.pop("draws", method.random)
     donors = [family.read(model, name).to(out.device) for model in models]
-    if method.whole:
-        noise = [uniform(key, base.shape, base.device) for key in keys] if draws else None
-        drawn = {"noise": noise} if draws else {}
-        out.copy_(method.kernel(base, donors, **wanted, **drawn))
-    else:
-        inputs, even = (base, donors), not method.random
-        family.stream.write(out, method.kernel, inputs, wanted, keys if draws else None, even)
+    inputs, even = (base, donors), not method.random
+    family.stream.write(out, method.kernel, inputs, wanted, keys if draws else None, even)
 
 
 def _same_in_all(recipe: Recipe, name: str, read: Read) -> Tensor:

@@ -32,7 +32,7 @@ from merge_engine.layout import (
     place_of,
 )
 from merge_engine.recipe import RecipeError
-from merge_engine.statistics import Magnitudes, Variances, overlaps, row_ranks
+from merge_engine.statistics import Magnitudes, Variances, overlaps, row_ranks, salient
 from merge_engine.stream import Stream, compiling_pays
 
 WORTH_KEEPING = 65_536  # elements from which on reading a statistic is quicker than measuring it
@@ -461,6 +461,16 @@ class Family:
 
         return self._once(
             "ranks", name, (donor, base), measure, lambda found: found["ranks"], large=True
+        )
+
+    def salient(self, name: str, donor: str, base: str) -> Tensor:
+        """Which of a donor's elements matter most, (*s) bool, as ``statistics.salient`` has it."""
+
+        def measure() -> dict[str, Tensor]:
+            return {"salient": salient(self.read(base, name), self.read(donor, name))}
+
+        return self._once(
+            "salient", name, (donor, base), measure, lambda found: found["salient"], large=True
         )
 
     def _once(

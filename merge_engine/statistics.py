@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,6 +20,7 @@ from torch import Tensor
 TABLE = 65_536  # steps between the ranks that are kept of a large tensor
 _OFFSET = 32_768  # of a rank in 16 bits, which torch has with a sign
 _BLOCK = 1 << 22  # elements whose rows are ranked at a time
+_PIECE = 1 << 15  # elements that stay in a cache; torch gives more than these several threads
 
 
 @dataclass(frozen=True)
@@ -87,10 +89,7 @@ class Magnitudes:
         """
         flat = delta.detach().abs().flatten().float()
         size = flat.numel()
-        if flat.device.type == "cpu":
-            ordered = torch.from_numpy(np.sort(flat.numpy()))  # vectorised: 10 times torch's
-        else:
-            ordered = flat.sort().values
+        ordered = _ascending(flat)
         if size and not ordered[-1].isfinite():  # a sort puts both last
             raise ValueError("a task vector has NaN or Inf in it; fetch or train its donor again")
         ranks = _kept_ranks(size)
@@ -146,6 +145,12 @@ class Magnitudes:
         after = int(torch.searchsorted(self.ranks, rank))
         before = max(after - 1, 0)
         return after if self.ranks[after] - rank <= rank - self.ranks[before] else before
+
+
+def _ascending(flat: Tensor) -> Tensor:
+    if flat.device.type == "cpu":
+        return torch.from_numpy(np.sort(flat.numpy()))  # vectorised: 10 times as fast as torch's
+    return flat.sort().values
 
 
 @functools.lru_cache(maxsize=64)  # a family's tensors are of a few sizes, and share them
@@ -246,6 +251,41 @@ def overlaps(base: Tensor, donors: Sequence[Tensor], *, epsilon: float | Tensor)
     alone = [(mask & (owners == 1)).float().sum() for mask in changed]
     shared = [(mask & (owners > 1)).float().sum() for mask in changed]
     return torch.stack(alone + shared)
+
+
+def salient(base: Tensor, donor: Tensor) -> Tensor:
+    """Which elements of a donor matter most, as ``arcee_fusion`` sees it.
+
+    An element matters as ``|donor - base|`` times the Kullback-Leibler divergence of its row's
+    softmax from the base's. What reaches ``median + 1.5 (Q3 - Q1)`` of the tensor is salient, the
+    quartiles being the elements of rank ``floor(q (numel - 1))``.
+
+    Args:
+        base: Any shape (*s); a row runs along the last dimension.
+        donor: (*s).
+
+    Returns:
+        (*s), bool, on the CPU.
+    """
+    width = base.shape[-1] if base.dim() else 1
+    start, end = (tensor.detach().cpu().reshape(-1, max(width, 1)) for tensor in (base, donor))
+    importance = torch.empty(start.shape)
+
+    def measure(first: int) -> None:
+        part = slice(first, first + step)
+        p, q = (tensor[part].float().softmax(-1) + 1e-8 for tensor in (end, start))
+        divergence = (p * (p / q).log()).sum(-1, keepdim=True)
+        change = (end[part].float() - start[part].float()).abs()
+        torch.mul(change, divergence, out=importance[part])
+
+    step = max(1, _PIECE // width) if width else 1
+    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+        list(pool.map(measure, range(0, len(start), step)))
+    if not importance.numel():
+        return torch.empty(base.shape, dtype=torch.bool)
+    ordered = _ascending(importance.flatten())
+    first, median, third = (ordered[quarter * (len(ordered) - 1) // 4] for quarter in (1, 2, 3))
+    return (importance >= median + 1.5 * (third - first)).reshape(base.shape)
 
 
 def row_width(shape: Sequence[int]) -> int:

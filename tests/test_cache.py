@@ -87,11 +87,12 @@ def test_each_statistic_has_its_own_file(models, folder):
     assert len(files(folder)) == 5
 
 
-def test_ranks_are_kept_for_studies_alone(models, folder, monkeypatch):
+def test_what_is_as_large_as_the_weights_is_kept_for_studies_alone(models, folder, monkeypatch):
     base, donor, _ = models
     delta = Family(models).read(donor, NAME) - Family(models).read(base, NAME)
     order = delta.abs().argsort(dim=1, stable=True).argsort(dim=1)
     first = Family(models).ranks(NAME, donor, base)
+    taken = Family(models).salient(NAME, donor, base)
     assert not files(folder)
     study = Family(models, candidates=2)
     assert torch.equal(study.ranks(NAME, donor, base), first)
@@ -99,6 +100,8 @@ def test_ranks_are_kept_for_studies_alone(models, folder, monkeypatch):
     monkeypatch.setattr("merge_engine.donors.row_ranks", forbidden)
     again = Family(models, candidates=2).ranks(NAME, donor, base)
     assert again.dtype == torch.int16
+    assert torch.equal(study.salient(NAME, donor, base), taken)
+    assert len(files(folder)) == 2
     assert torch.equal(again.long() + 32_768, order)
 
 

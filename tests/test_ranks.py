@@ -5,8 +5,16 @@ import torch
 
 from in_memory import InMemory
 from merge_engine.builder import merge_tensor
+from merge_engine.methods import METHODS
 from merge_engine.recipe import parse_recipe
-from merge_engine.statistics import Variances, rank_share, row_ranks, row_width, variance
+from merge_engine.statistics import (
+    Variances,
+    rank_share,
+    row_ranks,
+    row_width,
+    salient,
+    variance,
+)
 from merge_engine.stream import Stream
 
 SHAPES = [(), (1,), (97,), (5, 1), (1, 7), (64, 48), (3, 8, 5), (2, 6, 3, 4), (0,), (0, 4), (4, 0)]
@@ -88,9 +96,25 @@ def test_elements_are_counted_exactly_over_many_stretches():
     assert found.tolist() == [alone, [int(changed.all(0).sum())] * 2]
 
 
+@pytest.mark.parametrize("shape", [(), (70_001,), (3, 40_000), (90, 1_000), (6, 50, 300), (0, 4)])
+def test_salient_elements_are_those_of_the_formula_taken_at_once(shape):
+    generator = torch.Generator().manual_seed(6)
+    base, donor = torch.randn(2, *shape, generator=generator, dtype=torch.float64)
+    p, q = donor.softmax(-1) + 1e-8, base.softmax(-1) + 1e-8
+    importance = (donor - base).abs() * (p * (p / q).log()).sum(-1, keepdim=True)
+    wanted = torch.ones(shape, dtype=torch.bool)
+    if importance.numel():
+        quarters = torch.linspace(0, 1, 5, dtype=torch.float64)[1:4]
+        low, median, high = importance.quantile(quarters, interpolation="lower")
+        wanted = importance >= median + 1.5 * (high - low)
+    found = salient(base.float(), donor.float())
+    assert (found.shape, found.dtype) == (torch.Size(shape), torch.bool)
+    assert int((found != wanted).sum()) <= 1e-5 * found.numel()  # of those at the threshold
+
+
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own, when it compiles first
-@pytest.mark.parametrize("method", ["della", "della_linear", "sce", "ramplus_tl"])
+@pytest.mark.parametrize("method", ["della", "della_linear", "sce", "ramplus_tl", "arcee_fusion"])
 def test_compiled_candidate_is_the_one_of_chunks(method):
     generator = torch.Generator().manual_seed(2)
     tensors = [torch.randn(300, 700, generator=generator) for _ in range(3)]
@@ -102,7 +126,9 @@ def test_compiled_candidate_is_the_one_of_chunks(method):
     mapping = {
         "merge_method": method,
         "base_model": "m0",
-        "models": [{"model": m, "parameters": own} for m in ("m1", "m2")],
+        "models": [{"model": m, "parameters": own} for m in ("m1", "m2")][
+            : METHODS[method].donors[1]
+        ],
         "parameters": shared,
     }
     recipe, _ = parse_recipe(mapping, where="test")

@@ -23,12 +23,9 @@ from merge_engine.noise import key_of, spread, uniform
 from merge_engine.recipe import Recipe, parse_recipe
 from merge_engine.stream import CHUNK, PAYS, Stream, compiling_pays
 
-STREAMED = [
-    method for method, row in METHODS.items() if not (isinstance(row, Elementwise) and row.whole)
-]
 SHAPES = [(1,), (2,), (1_000,), (401, 50), (200_001,)]
 # dare_ties and breadcrumbs are made of parts that two others of these have, too.
-COMPILED = [method for method in STREAMED if method not in ("dare_ties", "breadcrumbs")]
+COMPILED = [method for method in METHODS if method not in ("dare_ties", "breadcrumbs")]
 COMPILED_IN_BFLOAT16 = ("task_arithmetic", "breadcrumbs_ties", "ram", "nearswap")
 MASS_PIECE = 1 << 20  # elements of a task vector that are summed up at a time
 
@@ -200,7 +197,7 @@ def test_masks_are_the_same_compiled(size, chunked, compiled):
 
 
 @pytest.mark.parametrize("chunk", [97, 4_096])
-@pytest.mark.parametrize("method", STREAMED)
+@pytest.mark.parametrize("method", METHODS)
 def test_results_do_not_depend_on_the_chunks(method, chunk, chunked, monkeypatch):
     tensors = make_tensors(3, (23, 41), dtype=torch.bfloat16)
     whole = merged(method, tensors, chunked, torch.float32)
@@ -247,7 +244,7 @@ def test_kept_mass_is_a_sum_in_float64_under_the_same_mask(path, size, request):
         assert after == pytest.approx(float(change[mask].sum()), rel=1e-6)
 
 
-@pytest.mark.parametrize("method", STREAMED)
+@pytest.mark.parametrize("method", METHODS)
 def test_results_are_written_where_they_are_to_be(method, chunked):
     tensors = make_tensors(3, (30, 20))
     before = [tensor.clone() for tensor in tensors]
@@ -260,7 +257,7 @@ def test_results_are_written_where_they_are_to_be(method, chunked):
     assert all(torch.equal(one, other) for one, other in zip(tensors, before, strict=True))
 
 
-@pytest.mark.parametrize("method", STREAMED)
+@pytest.mark.parametrize("method", METHODS)
 def test_inputs_need_not_be_contiguous(method, chunked):
     tensors = [tensor.T for tensor in make_tensors(3, (30, 20))]
     assert not tensors[0].is_contiguous()
@@ -277,13 +274,13 @@ def test_an_output_that_is_not_contiguous_is_refused(chunked):
     assert not out.any()
 
 
-@pytest.mark.parametrize("method", STREAMED)
+@pytest.mark.parametrize("method", METHODS)
 def test_a_tensor_without_elements_stays_without(method, chunked):
     tensors = [torch.empty(0, 4) for _ in range(3)]
     assert merged(method, tensors, chunked, torch.float32).shape == (0, 4)
 
 
-@pytest.mark.parametrize("method", STREAMED)
+@pytest.mark.parametrize("method", METHODS)
 def test_a_candidate_makes_no_tensor_of_the_size_of_its_result(method, chunked):
     tensors = make_tensors(3, (1_500, 1_000), dtype=torch.bfloat16)
     out = torch.empty(1_500, 1_000, dtype=torch.bfloat16)

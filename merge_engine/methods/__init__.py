@@ -219,7 +219,7 @@ METHODS: Final[Mapping[str, Method]] = MappingProxyType(
         ),
         "arcee_fusion": Elementwise(
             kernel=selection.arcee_fusion,
-            whole=True,
+            prepare=preparation.arcee_fusion,
             base=Base.ORIGIN,
             donors=(1, 1),
             params={},

@@ -116,14 +116,12 @@ class Elementwise(Method):
     """A method that works element by element.
 
     Args:
-        kernel: ``kernel(base, donors, **values)`` gives the merged tensor in float32.
+        kernel: ``kernel(base, donors, **values)`` gives the merged tensor in float32; it can be
+            given any stretch of the flattened tensors.
         prepare: Makes the kernel's values of the parameters', if they differ.
         random: The kernel also takes ``noise``: for each donor uniform numbers of its shape.
-        whole: The kernel needs tensors whole and in their shape; any other can be given any
-            stretch of the flattened tensors.
     """
 
     kernel: Callable[..., Tensor]
     prepare: Prepare | None = None
     random: bool = False
-    whole: bool = False

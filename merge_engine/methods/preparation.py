@@ -26,6 +26,10 @@ class TaskVector(Protocol):
     def ranks(self) -> Tensor:
         """Each magnitude's rank in its row, as ``row_ranks`` has it."""
 
+    @property
+    def salient(self) -> Tensor:
+        """Which elements matter most, as ``statistics.salient`` has it."""
+
     def stretch(self, chance: float, spread: float = 0.0) -> float:
         """What gives its L1 norm back to the elements drawn with a chance; 1 without a norm.
 
@@ -176,6 +180,11 @@ def ramplus_tl(values: Values, deltas: TaskVectors) -> dict[str, Any]:
     ratio = shared / alone.clamp_min(max(1.0, values["epsilon"]))
     factor = 1 + values["r"] * ratio.clamp(0, values["alpha"])
     return {"epsilon": values["epsilon"], "factor": tuple(factor.tolist())}
+
+
+def arcee_fusion(_values: Values, deltas: TaskVectors) -> dict[str, Any]:
+    """The elements that are taken."""
+    return {"taken": [delta.salient for delta in deltas]}
 
 
 def _all_or_none(density: float) -> Band | None:

@@ -123,31 +123,19 @@ def nearswap(base: Tensor, donors: Sequence[Tensor], *, t: float) -> Tensor:
     return torch.lerp(start, end, share)
 
 
-def arcee_fusion(base: Tensor, donors: Sequence[Tensor]) -> Tensor:
+def arcee_fusion(base: Tensor, donors: Sequence[Tensor], *, taken: Sequence[Tensor]) -> Tensor:
     """Take the donor's elements that matter most, leave the others at the base.
 
-    An element matters as ``|donor - base|`` times the Kullback-Leibler divergence of its row's
-    softmax from the base's; what reaches ``median + 1.5 (Q3 - Q1)`` of the tensor is taken. The
-    quartiles are those of all elements: mergekit estimates them from a random million in larger
-    tensors, which makes its result depend on a seed and agrees with this one up to sampling error.
+    Which those are, ``statistics.salient`` says. Its quartiles are those of all elements: mergekit
+    estimates them from a random million in larger tensors, which makes its result depend on a seed
+    and agrees with this one up to sampling error.
 
     Args:
-        base: The base model's tensor, (*s); a row runs along the last dimension.
+        base: The base model's tensor, (*s).
         donors: One tensor, (*s).
+        taken: One mask, (*s) bool.
 
     Source: Arcee AI's mergekit, https://www.arcee.ai
     """
-    (donor,) = donors
-    start, end = base.float(), donor.float()
-    if not start.numel():
-        return start
-    p, q = (tensor.softmax(-1) + 1e-8 for tensor in (end, start))
-    divergence = (p * (p / q).log()).sum(-1, keepdim=True)
-    importance = (end - start).abs() * divergence
-    first, median, third = (_quantile(importance, quarter) for quarter in (1, 2, 3))
-    return start + (end - start) * (importance >= median + 1.5 * (third - first))
-
-
-def _quantile(values: Tensor, quarter: int) -> Tensor:
-    """The element of rank ``floor(quarter / 4 (numel - 1))`` from below."""
-    return values.flatten().kthvalue(quarter * (values.numel() - 1) // 4 + 1).values
+    (donor,), (mask,) = donors, taken
+    return torch.where(mask, donor.float(), base.float())
