@@ -434,9 +434,8 @@ class Family:
         """Where donors' task vectors differ; sorted once, on first use."""
 
         def measure() -> dict[str, Tensor]:
-            start = self.read(base, name).float()
-            deltas = [self.read(donor, name).float() - start for donor in donors]
-            return Variances.of(deltas).tensors()
+            ends = [self.read(donor, name) for donor in donors]
+            return Variances.of(self.read(base, name), ends).tensors()
 
         return self._once("variances", name, (*donors, base), measure, Variances.from_tensors)
 

@@ -63,17 +63,33 @@ def test_most_varied_elements_are_those_of_a_sort(size, share):
     varied = torch.stack(deltas).var(0, unbiased=False)
     kept = size if share == 1 else int(share * size)
     chosen = varied.argsort(descending=True)[:kept]
-    band, change = Variances.of(deltas).largest(share)
+    band, change = Variances.of(torch.zeros(size), deltas).largest(share)
     slack = 0 if size <= 65_537 else 7.6e-6 * size + 1
     assert abs(int((variance(deltas) >= band.low).sum()) - kept) <= slack
     wanted = torch.stack([delta.double()[chosen].square().sum() / size for delta in deltas])
     torch.testing.assert_close(change, wanted, rtol=1e-6, atol=2 * slack * 30 / size)
 
 
+@pytest.mark.parametrize("share", [0.01, 0.3, 0.9])
+@pytest.mark.parametrize("levels", [3, 40, 100_000])  # many donors' elements of one variance, few
+def test_sums_of_changes_are_off_by_no_more_than_those_of_nearly_the_lowest_variance(levels, share):
+    size, generator = 1_200_000, torch.Generator().manual_seed(7)
+    wide = torch.randint(1, levels + 1, (size,), generator=generator) / levels
+    shift = torch.randn(size, generator=generator)  # no variance, and most of the changes
+    deltas = [shift + wide, shift - wide, shift]
+    varied = variance(deltas)
+    band, change = Variances.of(torch.zeros(size), deltas).largest(share)
+    squares = torch.stack(deltas).double().square()
+    above, near = varied > band.low, (varied / band.low - 1).abs() <= 2.0**-8
+    least = squares[:, above & ~near].sum(1) / size
+    most = squares[:, above | near].sum(1) / size
+    assert bool((least * (1 - 1e-9) <= change).all() & (change <= most * (1 + 1e-9)).all())
+
+
 def test_equal_tensors_have_no_variance_at_all():
     delta = torch.randn(1000, generator=torch.Generator().manual_seed(4))
     assert not variance([delta] * 3).any()
-    assert Variances.of([delta] * 3).positive == 0
+    assert Variances.of(torch.zeros(1000), [delta] * 3).positive == 0
 
 
 def test_elements_are_counted_by_who_changed_them():
