@@ -88,10 +88,14 @@ class Adapter:
         """All that the change depends on."""
         return self.folder / "adapter_config.json", self.folder / "adapter_model.safetensors"
 
+    def changes(self, name: str) -> bool:
+        """Whether the base's tensor is another one with the adapter."""
+        return name in self.updates or name in self.replaced
+
     def apply(self, name: str, weight: Tensor) -> Tensor:
         """The base's tensor as the adapter changes it: float32 if it does."""
         if name in self.replaced:
-            weight = self._file.get_tensor(self.replaced[name])
+            weight = self._file.get_tensor(self.replaced[name]).float()
         if name not in self.updates:
             return weight
         update = self.updates[name]

@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-FORMAT = 1  # to be raised when a statistic is computed or stored in another way
+FORMAT = 2  # to be raised when a statistic is computed or stored in another way
 PIECE = 1 << 16  # bytes
 PIECES = 64  # of each file
 

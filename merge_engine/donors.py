@@ -7,9 +7,11 @@ a LoRA adapter changes in it.
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import re
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, reduce
@@ -31,8 +33,19 @@ from merge_engine.layout import (
     layer_counts,
     place_of,
 )
+from merge_engine.noise import masses_below
+from merge_engine.pages import Page
 from merge_engine.recipe import RecipeError
-from merge_engine.statistics import Magnitudes, Variances, overlaps, row_ranks, salient
+from merge_engine.statistics import (
+    Magnitudes,
+    Variances,
+    all_finite,
+    overlaps,
+    rank_share,
+    row_ranks,
+    row_width,
+    salient,
+)
 from merge_engine.stream import Stream, compiling_pays
 
 WORTH_KEEPING = 65_536  # elements from which on reading a statistic is quicker than measuring it
@@ -172,6 +185,10 @@ class Checkpoint:
             raise RecipeError(f"model {self.model!r}: cannot read {name!r}: {error}") from None
         return tensor
 
+    def read_dtype(self, name: str) -> torch.dtype:
+        """The dtype of what ``read`` gives."""
+        return self.tensors[name].dtype
+
     def release(self) -> None:
         """Close the files: until then the pages read so far count as this process's memory."""
         self._handles.clear()
@@ -231,6 +248,10 @@ class Adapted(Checkpoint):
     def read(self, name: str) -> Tensor:
         """The tensor with its change, in float32 if it has one."""
         return self._adapter.apply(name, super().read(name))
+
+    def read_dtype(self, name: str) -> torch.dtype:
+        """As ``Checkpoint.read_dtype``."""
+        return torch.float32 if self._adapter.changes(name) else super().read_dtype(name)
 
     def release(self) -> None:
         """Close the files of both."""
@@ -365,32 +386,87 @@ class Family:
             tier: "device" there, "pinned" in page-locked host memory, "disk" nowhere.
         """
         self._device, self._tier = device, tier
+        for laid in ("pages", "_page_of", "_kept"):  # where they were until now
+            self.__dict__.pop(laid, None)
 
     def read(self, model: str, name: str) -> Tensor:
         """A model's tensor, as stored or in float32 with the result's rows, from where it lives."""
-        if self._tier == "disk":
-            return self._stored(model, name)
-        if (model, name) not in self._kept:
-            tensor = self._stored(model, name)
-            # Copied even on the CPU: memory of our own is read half as fast again as a mapped file.
-            on_device = self._tier == "device"
-            there = tensor.to(self._device, copy=True) if on_device else tensor.pin_memory()
-            self._kept[model, name] = there
-        return self._kept[model, name]
+        page = self._page_of.get(name)
+        return page.view(self.matrix(model, page), name) if page else self._stored(model, name)
+
+    def matrix(self, model: str, page: Page) -> Tensor:
+        """A model's tensors of a page, (rows, WIDTH); of a page not laid its one tensor itself."""
+        if page not in self.pages:
+            (name,) = page.names
+            return self.read(model, name)
+        if (wanted := (model, page.names)) not in self._kept:
+            dtype = self._stored_dtype(model, page.names[0])
+            host = self._tier == "pinned"
+            matrix = page.empty(dtype, torch.device("cpu") if host else self._device, host)
+            stored = (self._stored(model, name) for name in page.names)
+            self._kept[wanted] = page.fill(matrix, stored)
+            self.checkpoints[model].release()
+        return self._kept[wanted]
 
     @cached_property
-    def _kept(self) -> dict[tuple[str, str], Tensor]:
+    def pages(self) -> tuple[Page, ...]:
+        """The tensors that stay in memory, of all models at the same places: those all have.
+
+        Memory of our own is read half as fast again as a mapped file, and one pass merges a page.
+        """
+        if self._tier == "disk":
+            return ()
+        kinds: dict[tuple[torch.dtype, ...], dict[str, tuple[int, ...]]] = defaultdict(dict)
+        for name, info in self.tensors.items():
+            if len(self.inputs[name]) == len(self.checkpoints) and info.dtype.is_floating_point:
+                dtypes = tuple(self._stored_dtype(model, name) for model in self.checkpoints)
+                kinds[dtypes][name] = info.shape
+        return tuple(page for shapes in kinds.values() for page in Page.cut(shapes))
+
+    @cached_property
+    def _page_of(self) -> dict[str, Page]:
+        return {name: page for page in self.pages for name in page.names}
+
+    @cached_property
+    def _kept(self) -> dict[tuple[str, tuple[str, ...]], Tensor]:
         return {}
+
+    def _stored_dtype(self, model: str, name: str) -> torch.dtype:
+        """The dtype of what ``_stored`` gives."""
+        if self._is_resized(name):
+            return torch.float32
+        return self.checkpoints[model].read_dtype(self.inputs[name][model])
 
     def _stored(self, model: str, name: str) -> Tensor:
         own = self.inputs[name]
 
         def stored(model: str) -> Tensor:
-            return self.checkpoints[model].read(own[model])
+            return self._checked(model, own[model])
 
         if self._is_resized(name) and self.rows is not None:
             return self.rows.align(model, tuple(own), self.base, stored)
         return stored(model)
+
+    def _checked(self, model: str, own: str) -> Tensor:
+        """A model's own tensor, looked through when it is read first.
+
+        Raises:
+            RecipeError: There is NaN or Inf in it, which some methods would hide.
+        """
+        checkpoint = self.checkpoints[model]
+        tensor = checkpoint.read(own)
+        if (model, own) not in self._finite:
+            if not all_finite(tensor):
+                raise RecipeError(
+                    f"{checkpoint.tensors[own].file}: {own!r} has NaN or Inf in it; "
+                    f"fetch or train {model!r} again"
+                )
+            self._finite.add((model, own))
+        return tensor
+
+    @cached_property
+    def _finite(self) -> set[tuple[str, str]]:
+        return set()
 
     def release(self) -> None:
         """Let go of open files and of what was computed: no tensor read so far is needed again."""
@@ -444,25 +520,50 @@ class Family:
 
         def measure() -> dict[str, Tensor]:
             inputs = self.read(base, name), [self.read(donor, name) for donor in donors]
-            return {"overlaps": self.stream.total(overlaps, inputs, {"epsilon": epsilon})}
+            sums = self.stream.sums(overlaps, inputs, {"epsilon": epsilon})
+            return {"overlaps": sums.sum(1).cpu()}
 
         kind, members = f"overlaps beyond {epsilon!r}", (*donors, base)
         return self._once(
             kind, name, members, measure, lambda found: found["overlaps"].view(2, len(donors))
         )
 
-    def ranks(self, name: str, donor: str, base: str) -> Tensor:
-        """Each magnitude's rank in its row of a donor's task vector, as ``row_ranks`` has it."""
+    def beside(self, kind: str, page: Page, donor: str, base: str) -> Tensor:
+        """What a method takes for every element of a donor, laid as ``matrix`` lays the donor.
 
+        Args:
+            kind: "shares": where each magnitude stands in its row of the task vector, from 0, the
+                smallest, to 1, float16; "taken": which elements are ``salient``, bool.
+            page: Of which tensors.
+            donor: Whose.
+            base: What it is compared with.
+        """
+        if page not in self.pages:
+            (name,) = page.names
+            return self._by_element[kind](name, donor, base)
+        if (wanted := (kind, page.names, donor, base)) not in self._known:
+            found = (self._by_element[kind](name, donor, base) for name in page.names)
+            first = next(found)
+            matrix = page.empty(first.dtype, first.device)
+            self._known[wanted] = page.fill(matrix, itertools.chain([first], found))
+        laid: Tensor = self._known[wanted]
+        return laid
+
+    @cached_property
+    def _by_element(self) -> dict[str, Callable[[str, str, str], Tensor]]:
+        return {"shares": self._shares, "taken": self._salient}
+
+    def _shares(self, name: str, donor: str, base: str) -> Tensor:
         def measure() -> dict[str, Tensor]:
             delta = self.read(donor, name).float() - self.read(base, name).float()
-            return {"ranks": row_ranks(delta)}
+            last = max(1, row_width(delta.shape) - 1)
+            return {"shares": rank_share(row_ranks(delta), last).half()}
 
         return self._once(
-            "ranks", name, (donor, base), measure, lambda found: found["ranks"], large=True
+            "shares", name, (donor, base), measure, lambda found: found["shares"], large=True
         )
 
-    def salient(self, name: str, donor: str, base: str) -> Tensor:
+    def _salient(self, name: str, donor: str, base: str) -> Tensor:
         """Which of a donor's elements matter most, (*s) bool, as ``statistics.salient`` has it."""
 
         def measure() -> dict[str, Tensor]:
@@ -471,6 +572,21 @@ class Family:
         return self._once(
             "salient", name, (donor, base), measure, lambda found: found["salient"], large=True
         )
+
+    def masses(self, name: str, donor: str, base: str, key: int) -> Tensor:
+        """What each random mask keeps of a donor's task vector, as ``masses_below`` has it."""
+        if (wanted := ("masses", name, donor, base, key)) not in self._known:
+            delta = self.read(donor, name).float() - self.read(base, name).float()
+            self._known[wanted] = masses_below(delta.abs(), key).float()
+        masses: Tensor = self._known[wanted]
+        return masses
+
+    def grams(self, names: tuple[str, ...], models: tuple[str, ...], origin: str | None) -> Tensor:
+        """``gram`` of several tensors over all their elements, (k, n, n)."""
+        if (wanted := ("grams", names, models, origin)) not in self._known:
+            self._known[wanted] = torch.stack([self.gram(n, models, origin) for n in names])
+        grams: Tensor = self._known[wanted]
+        return grams
 
     def _once(
         self,

@@ -117,7 +117,7 @@ class Magnitudes:
         }
         return numbers | {"values": self.values, "lower": self.lower, "masses": self.masses}
 
-    @property
+    @functools.cached_property
     def size(self) -> int:
         """Number of elements."""
         return int(self.ranks[-1]) + 1 if len(self.ranks) else 0
@@ -143,9 +143,7 @@ class Magnitudes:
         """Index of the kept rank nearest to one; None past the largest element."""
         if rank >= self.size:
             return None
-        after = int(torch.searchsorted(self.ranks, rank))
-        before = max(after - 1, 0)
-        return after if self.ranks[after] - rank <= rank - self.ranks[before] else before
+        return round(rank * (len(self.ranks) - 1) / max(1, self.size - 1))
 
 
 def _ascending(flat: Tensor) -> Tensor:
@@ -288,17 +286,17 @@ def overlaps(base: Tensor, donors: Sequence[Tensor], *, epsilon: float | Tensor)
     """How many elements each donor changed alone, and how many others changed, too.
 
     Args:
-        base: Any shape (*s), of fewer than 2**24 elements: float32 counts no further.
-        donors: n tensors, (*s).
+        base: Rows of fewer than 2**24 elements, (rows, width): float32 counts no further.
+        donors: n of that shape.
         epsilon: Largest change that counts as none.
 
     Returns:
-        The n counts of the first kind, then those of the second, (2 n,) float32.
+        For each row the n counts of the first kind, then those of the second, (2 n, rows) float32.
     """
     changed = [(donor.float() - base.float()).abs() > epsilon for donor in donors]
     owners = sum((mask.float() for mask in changed), torch.zeros_like(base, dtype=torch.float32))
-    alone = [(mask & (owners == 1)).float().sum() for mask in changed]
-    shared = [(mask & (owners > 1)).float().sum() for mask in changed]
+    alone = [(mask & (owners == 1)).float().sum(-1) for mask in changed]
+    shared = [(mask & (owners > 1)).float().sum(-1) for mask in changed]
     return torch.stack(alone + shared)
 
 
@@ -335,6 +333,14 @@ def salient(base: Tensor, donor: Tensor) -> Tensor:
     ordered = _ascending(importance.flatten())
     first, median, third = (ordered[quarter * (len(ordered) - 1) // 4] for quarter in (1, 2, 3))
     return (importance >= median + 1.5 * (third - first)).reshape(base.shape)
+
+
+def all_finite(tensor: Tensor) -> bool:
+    """Whether there is neither NaN nor Inf: one pass, and no temporary of the tensor's size."""
+    if not tensor.numel() or not tensor.dtype.is_floating_point:
+        return True
+    low, high = tensor.detach().aminmax()  # a NaN is both
+    return bool(low.isfinite() & high.isfinite())
 
 
 def row_width(shape: Sequence[int]) -> int:

@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from merge_engine import cache
 from merge_engine.donors import Checkpoint, Family, open_model
+from merge_engine.pages import Page
 from merge_engine.statistics import Magnitudes, Variances
 
 NAME = "model.layers.0.mlp.up_proj.weight"
@@ -91,18 +92,17 @@ def test_what_is_as_large_as_the_weights_is_kept_for_studies_alone(models, folde
     base, donor, _ = models
     delta = Family(models).read(donor, NAME) - Family(models).read(base, NAME)
     order = delta.abs().argsort(dim=1, stable=True).argsort(dim=1)
-    first = Family(models).ranks(NAME, donor, base)
-    taken = Family(models).salient(NAME, donor, base)
+    page = Page({NAME: tuple(delta.shape)})
+    kinds = ("shares", "taken")
+    first = [Family(models).beside(kind, page, donor, base) for kind in kinds]
     assert not files(folder)
     study = Family(models, candidates=2)
-    assert torch.equal(study.ranks(NAME, donor, base), first)
-    assert len(files(folder)) == 1
-    monkeypatch.setattr("merge_engine.donors.row_ranks", forbidden)
-    again = Family(models, candidates=2).ranks(NAME, donor, base)
-    assert again.dtype == torch.int16
-    assert torch.equal(study.salient(NAME, donor, base), taken)
+    for kind, once in zip(kinds, first, strict=True):
+        assert torch.equal(study.beside(kind, page, donor, base), once)
     assert len(files(folder)) == 2
-    assert torch.equal(again.long() + 32_768, order)
+    monkeypatch.setattr("merge_engine.donors.row_ranks", forbidden)
+    again = Family(models, candidates=2).beside("shares", page, donor, base)
+    assert torch.equal(again, (order / (delta.shape[1] - 1)).half())
 
 
 def test_small_tensors_are_measured_each_time(zoo, folder):

@@ -354,6 +354,24 @@ def test_number_that_is_none_is_refused_by_file_and_tensor(
     assert live.loaded is None
 
 
+@pytest.mark.parametrize("density", [1.0, 0.3])
+@pytest.mark.parametrize(
+    "method", ["ties", "dare_ties", "breadcrumbs", "della", "sce", "ram", "ramplus_tl"]
+)
+def test_method_that_would_drop_a_nan_refuses_it_by_file_and_tensor(
+    names, tmp_path, make_model, build, method, density
+):
+    model = make_model(tmp_path / "broken", seed=0)
+    tensors = load_file(model / "model.safetensors")
+    tensors["model.norm.weight"][3] = float("nan")
+    save_file(tensors, model / "model.safetensors", {"format": "pt"})
+    mapping = two_models(names | {"b": str(model)}, method, a=1, b=1)
+    mapping["parameters"] = {"density": density}
+    with pytest.raises(RecipeError, match=r"^\S*broken/model.safetensors: 'model.norm.weight' has"):
+        build(mapping, tmp_path / "out")
+    assert not list(tmp_path.glob("out*"))
+
+
 def test_merge_beyond_float16_is_refused(names, tmp_path, build):
     mapping = two_models(names, a=1e7, b=1) | {"out_dtype": "float16"}
     with pytest.raises(RecipeError, match=r"has NaN or Inf in torch.float16; .* write float32"):
