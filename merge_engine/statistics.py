@@ -12,6 +12,7 @@ import math
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -128,16 +129,22 @@ class Magnitudes:
             return NOTHING
         start, stop = self.place(first), self.place(first + count)
         assert start is not None
-        low, low_share = float(self.values[start]), float(self.lower[start])
+        values, lower, masses = self._arrays
+        low, low_share = float(values[start]), float(lower[start])
         if stop is None:
-            mass = self.total - float(self.masses[start])
+            mass = self.total - float(masses[start])
             return Band(low, math.inf, 1 - low_share, 0.0, mass, self.total)
-        high, high_share = float(self.values[stop]), float(self.lower[stop])
-        mass = float(self.masses[stop] - self.masses[start])
+        high, high_share = float(values[stop]), float(lower[stop])
+        mass = float(masses[stop] - masses[start])
         if low == high:  # all that is kept is of one magnitude, and both shares are of it
             share = high_share - low_share
             return Band(low, low, share, share, mass, self.total)
         return Band(low, high, 1 - low_share, high_share, mass, self.total)
+
+    @functools.cached_property
+    def _arrays(self) -> tuple[Any, Any, Any]:
+        """What numpy reads an element of in a fraction of torch's time."""
+        return self.values.numpy(), self.lower.numpy(), self.masses.numpy()
 
     def place(self, rank: int) -> int | None:
         """Index of the kept rank nearest to one; None past the largest element."""
