@@ -15,8 +15,9 @@ from merge_engine.donors import Checkpoint, Family
 from merge_engine.memory import plan_memory
 from merge_engine.recipe import check_keys, load_recipe
 from objectives.base import ObjectiveError
-from objectives.harness import Harness, TaskSpec
+from objectives.harness import Harness
 from objectives.items import Splits, split_items
+from objectives.tasks import TaskSpec
 from search.space import Space
 from search.spec import StudySpec
 

@@ -20,8 +20,9 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from objectives.base import ObjectiveError
-from objectives.harness import Harness, TaskSpec
+from objectives.harness import Harness
 from objectives.items import split_items
+from objectives.tasks import TaskSpec
 
 CHARACTERS = [chr(code) for code in range(32, 127)] + ["\n"]
 ROWS = 24
