@@ -11,6 +11,10 @@ for item. Three things make that hold:
   generates, because they would change greedy answers; its end-of-text tokens are kept.
 
 No cache of lm-eval's is used: they are keyed by prompt, and here the weights change under them.
+
+What can go wrong with an answer ends with the item or the model, never with the study: generation
+has its limit of tokens from the start, NaN in the model's output is an error of this model, and
+what cannot be judged is worth 0 and says why (``judging``).
 """
 
 from __future__ import annotations
@@ -26,21 +30,25 @@ from pathlib import Path
 from typing import Any, cast
 
 import datasets  # type: ignore[import-untyped]  # published without types
+import torch
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 from torch import nn
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from objectives.base import Item, ObjectiveError
-from objectives.judging import value_of
+from objectives.base import Answer, Item, ObjectiveError, Shown
+from objectives.judging import JUDGE_SECONDS, judge
 from objectives.tasks import (
+    PLAIN,
+    Prompting,
     Question,
     TaskSpec,
+    TextSpec,
     build_questions,
     check_requests,
     check_specs,
     item_of,
-    name_of,
+    shown,
     task_manager,
 )
 
@@ -57,18 +65,20 @@ class Harness:
         self.items: Sequence[Item] = tuple(map(item_of, questions))
         self._questions = questions
         self._language_model = language_model
+        self.judge_seconds = JUDGE_SECONDS
 
     @classmethod
     def prepare(  # noqa: PLR0913  # the study file's own settings, each by name
         cls,
-        specs: Sequence[TaskSpec],
+        specs: Sequence[TaskSpec | TextSpec],
         *,
         include_path: Sequence[Path] = (),
         model: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,
         batch_size: int = 32,
-        apply_chat_template: bool = False,
+        prompting: Prompting = PLAIN,
         max_length: int | None = None,
+        unsafe_code: bool = False,
     ) -> Harness:
         """Load the tasks, build every prompt and wrap the model, once for the whole study.
 
@@ -82,15 +92,16 @@ class Harness:
             model: The live model every later ``score`` is given.
             tokenizer: Its tokenizer; copied, so that lm-eval's padding token stays ours.
             batch_size: Sequences per forward pass.
-            apply_chat_template: Ask through the tokenizer's chat template.
+            prompting: Chat template and system prompt, the same for every task.
             max_length: Tokens of prompt and answer together, longer ones lose their beginning;
                 None takes the model's.
+            unsafe_code: Tasks that run code the model wrote are let through; they run it here.
 
         Raises:
             ObjectiveError: A task, metric, folder or data file is unknown or not usable.
         """
         check_specs(specs, include_path)
-        _check_model(model, tokenizer, batch_size, apply_chat_template)
+        _check_model(model, tokenizer, batch_size, prompting)
         with _quiet(logging.ERROR):  # it warns that a model object is not a path
             language_model = HFLM(
                 pretrained=model,
@@ -102,9 +113,10 @@ class Harness:
         weights: dict[str, float] = {}
         questions: list[Question] = []
         with _quiet(logging.WARNING):
-            manager = task_manager([spec.task for spec in specs], include_path)
+            names = [spec.task for spec in specs if isinstance(spec, TaskSpec)]
+            manager = task_manager(names, include_path, unsafe_code=unsafe_code)
             for spec in specs:
-                by_task = build_questions(spec, manager, language_model, apply_chat_template)
+                by_task = build_questions(spec, manager, language_model, prompting)
                 for name, of_task in by_task.items():
                     if name in weights:
                         raise ObjectiveError(
@@ -115,12 +127,16 @@ class Harness:
                     check_requests(name, of_task, language_model)
         return cls(weights, tuple(questions), language_model)
 
-    def score(self, model: nn.Module, items: Sequence[int]) -> list[float]:
+    def shown(self, items: Sequence[int]) -> list[Shown]:
+        """What a model is shown for the numbered items; see ``Objective.shown``."""
+        return shown([self._questions[number] for number in items], self._language_model)
+
+    def score(self, model: nn.Module, items: Sequence[int]) -> list[Answer]:
         """Ask the model the numbered items; see ``Objective.score``.
 
         Raises:
             ObjectiveError: The model is another one or in training mode, a number is not an
-                item's, or an answer is not a number.
+                item's, or the model's output or a value is not a number.
         """
         if model is not self._language_model.model:
             raise ObjectiveError(
@@ -134,17 +150,20 @@ class Harness:
                     f"score: item {number} does not exist; there are {len(self._questions)}"
                 )
         wanted = {number: self._questions[number] for number in items}
+        written = [question for question in wanted.values() if question.is_written]
+        predicted = [question for question in wanted.values() if not question.is_written]
         with _quiet(logging.ERROR), _plain_decoding(model):  # cut prompts were reported once
-            self._answer(wanted.values())
-        values = {number: value_of(question) for number, question in wanted.items()}
-        return [values[number] for number in items]
+            self._answer(predicted)
+            with _numbers_alone(model):
+                self._answer(written)
+        judged = judge(list(wanted.values()), self.judge_seconds)
+        answers = dict(zip(wanted, judged, strict=True))
+        return [answers[number] for number in items]
 
     def _answer(self, questions: Iterable[Question]) -> None:
-        """Put the model's output into the requests, then each task's filter over its own."""
+        """Put the model's output into the requests."""
         by_type: dict[str, list[Instance]] = defaultdict(list)
-        by_task: dict[str, list[Question]] = defaultdict(list)
         for question in questions:
-            by_task[name_of(question.task)].append(question)
             for request in question.requests:
                 request.resps, request.filtered_resps = [], {}
                 by_type[request.request_type] += [request] * (request.repeats or 1)
@@ -152,15 +171,13 @@ class Harness:
             responses = getattr(self._language_model, request_type)(requests, disable_tqdm=True)
             for request, response in zip(requests, responses, strict=True):
                 request.resps.append(response)
-        for of_task in by_task.values():
-            of_task[0].metric.filter.apply([r for question in of_task for r in question.requests])
 
 
 def _check_model(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     batch_size: int,
-    apply_chat_template: bool,
+    prompting: Prompting,
 ) -> None:
     if not isinstance(model, PreTrainedModel):
         raise ObjectiveError(f"got a {type(model).__name__}; lm-eval asks transformers models only")
@@ -168,7 +185,7 @@ def _check_model(
         raise ObjectiveError(f"batch_size is {batch_size}; make it 1 or more")
     if tokenizer.eos_token_id is None:
         raise ObjectiveError("the tokenizer has no end-of-text token; set its eos_token")
-    if apply_chat_template and tokenizer.chat_template is None:
+    if prompting.apply_chat_template and tokenizer.chat_template is None:
         raise ObjectiveError(
             "apply_chat_template is set but the tokenizer has no chat template; unset it"
         )
@@ -186,6 +203,27 @@ def _plain_decoding(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         model.generation_config = own
+
+
+@contextlib.contextmanager
+def _numbers_alone(model: PreTrainedModel) -> Iterator[None]:
+    """Refuse a model that writes with NaN: greedy decoding takes it for a token.
+
+    The flag stays on the model's device until the end, so that no step waits for it.
+    """
+    broken: list[torch.Tensor] = []
+
+    def watch(_module: nn.Module, _inputs: object, logits: torch.Tensor) -> None:
+        last = logits[..., -1, :].isnan().any()
+        broken[:] = [broken[0] | last] if broken else [last]
+
+    hook = model.get_output_embeddings().register_forward_hook(watch)
+    try:
+        yield
+    finally:
+        hook.remove()
+    if broken and broken[0].item():
+        raise ObjectiveError("the model's output is not a number (NaN) while it writes")
 
 
 @contextlib.contextmanager

@@ -22,7 +22,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from objectives.base import ObjectiveError
 from objectives.harness import Harness
 from objectives.items import split_items
-from objectives.tasks import TaskSpec
+from objectives.tasks import Prompting, TaskSpec
 
 CHARACTERS = [chr(code) for code in range(32, 127)] + ["\n"]
 ROWS = 24
@@ -144,6 +144,11 @@ def prepare(folder, model, *specs, **settings):
     return Harness.prepare(specs, include_path=[folder], model=model, **settings)
 
 
+def values_of(harness, model, items=None):
+    answers = harness.score(model, everything(harness) if items is None else items)
+    return [answer.value for answer in answers]
+
+
 def everything(harness):
     return list(range(len(harness.items)))
 
@@ -189,7 +194,7 @@ def test_every_item_has_the_value_lm_eval_gives_it(
     folder, model, reference, task, metric, judged_by
 ):
     harness = prepare(folder, model, TaskSpec(task, metric))
-    values = harness.score(model, everything(harness))
+    values = values_of(harness, model)
     assert values == reference[task, *judged_by]
     if "letter" not in judged_by:
         assert len(set(values)) > 1, "the test would pass on a constant"
@@ -208,38 +213,38 @@ def test_fewshot_examples_given_by_the_study_are_those_lm_eval_would_draw(folder
 
 def test_any_subset_in_any_order_has_the_values_of_the_whole(folder, model):
     harness = prepare(folder, model, *TASKS)
-    whole = harness.score(model, everything(harness))
+    whole = values_of(harness, model)
     draw = random.Random(1)
     shuffled = draw.sample(everything(harness), len(harness.items))
     for start in range(0, len(shuffled), 17):
         block = shuffled[start : start + 17]
-        assert harness.score(model, block) == [whole[number] for number in block]
-    assert harness.score(model, [3, 3, 0]) == [whole[3], whole[3], whole[0]]
+        assert values_of(harness, model, block) == [whole[number] for number in block]
+    assert values_of(harness, model, [3, 3, 0]) == [whole[3], whole[3], whole[0]]
     assert harness.score(model, []) == []
 
 
 def test_scores_follow_the_weights_and_come_back_with_them(folder, model):
     harness = prepare(folder, model, *TASKS)
-    before = harness.score(model, everything(harness))
-    assert harness.score(model, everything(harness)) == before
+    before = values_of(harness, model)
+    assert values_of(harness, model) == before
     own = {name: weight.clone() for name, weight in model.state_dict().items()}
     with torch.no_grad():
         for weight in model.parameters():
             weight.mul_(-1.0)
-    changed = harness.score(model, everything(harness))
+    changed = values_of(harness, model)
     assert changed != before
     fresh = prepare(folder, model, *TASKS)
-    assert fresh.score(model, everything(harness)) == changed
+    assert values_of(fresh, model) == changed
     model.load_state_dict(own)
-    assert harness.score(model, everything(harness)) == before
+    assert values_of(harness, model) == before
 
 
 def test_decoding_settings_the_model_ships_with_change_nothing(folder, model):
     harness = prepare(folder, model, "answer")
-    before = harness.score(model, everything(harness))
+    before = values_of(harness, model)
     model.generation_config.repetition_penalty = 9.0
     model.generation_config.max_new_tokens = 1
-    assert harness.score(model, everything(harness)) == before
+    assert values_of(harness, model) == before
     assert model.generation_config.repetition_penalty == 9.0
 
 
@@ -293,6 +298,7 @@ def test_a_group_shares_its_weight_over_its_tasks(folder, model):
 
 def test_prompts_that_do_not_fit_are_reported_once(folder, model, caplog):
     harness = prepare(folder, model, "answer", "choice", max_length=18)
+    harness.shown(everything(harness))
     assert caplog.messages[0].startswith("task 'answer': ")
     assert caplog.messages[0].endswith("do not fit in 18 tokens and lose their beginning")
     reported = len(caplog.messages)
@@ -303,9 +309,9 @@ def test_prompts_that_do_not_fit_are_reported_once(folder, model, caplog):
 def test_a_chat_template_reaches_the_prompts(folder, model):
     tokenizer = make_tokenizer()
     tokenizer.chat_template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}!"
-    harness = prepare(folder, model, "answer", tokenizer=tokenizer, apply_chat_template=True)
+    harness = prepare(folder, model, "answer", tokenizer=tokenizer, prompting=Prompting(True))
     assert harness._questions[0].requests[0].args[0].startswith("<user>")
-    assert harness.score(model, [0]) in ([0.0], [1.0])
+    assert values_of(harness, model, [0]) in ([0.0], [1.0])
 
 
 @pytest.mark.parametrize(
@@ -318,18 +324,6 @@ def test_a_chat_template_reaches_the_prompts(folder, model):
             CHOICE | {"metric_list": [*mean_of("acc"), {"metric": "f1", "aggregation": "f1"}]},
             {"metric": "f1"},
             "'f1' is not a mean of one number per item; usable: acc",
-        ),
-        (
-            "rolling",
-            {
-                "output_type": "loglikelihood_rolling",
-                "dataset_kwargs": {"data_files": {"test": "choice.jsonl"}},
-                "doc_to_text": "",
-                "doc_to_target": "{{question}}",
-                "metric_list": [{"metric": "word_perplexity"}],
-            },
-            {},
-            "has no usable metric .*'word_perplexity' is not a mean",
         ),
         (
             "lower",
@@ -376,7 +370,7 @@ def test_settings_that_cannot_be_used_are_refused(folder, model):
         ([], {}, "the list is empty"),
         (["choice", "choice"], {}, "'choice' is listed twice"),
         (["choice"], {"batch_size": 0}, "batch_size is 0"),
-        (["choice"], {"apply_chat_template": True}, "has no chat template"),
+        (["choice"], {"prompting": Prompting(True)}, "has no chat template"),
     ]:
         with pytest.raises(ObjectiveError, match=message):
             prepare(folder, model, *specs, **settings)

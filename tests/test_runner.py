@@ -106,7 +106,8 @@ def test_warm_starts_come_first_and_base_scores_as_the_base(finished, zoo):
     alone = bench.objective.score(bench.builder.model, bench.splits.search)
     stored = [row for row in answers_of(run) if row[1] == "search"]
     key = bench.space.baselines()[str(zoo / "base")].key
-    assert [a for row in stored if row[0] == key for a in json.loads(row[3])] == alone
+    answers = [a for row in stored if row[0] == key for a in json.loads(row[3])]
+    assert answers == [answer.value for answer in alone]
 
 
 def test_running_again_changes_nothing_and_asks_nothing(finished):
