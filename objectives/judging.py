@@ -18,6 +18,7 @@ import sys
 import warnings
 from collections.abc import Sequence
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -227,11 +228,12 @@ def _shut_in(pipe: int, seconds: float) -> None:
 
     The run's lock is among the files: it has to be free as soon as the run itself is gone.
     """
-    nowhere = os.open(os.devnull, os.O_RDWR)
-    for standard in (0, 1, 2):
-        os.dup2(nowhere, standard)
-    os.closerange(3, pipe)
+    os.closerange(0, pipe)
     os.closerange(pipe + 1, 1 << 16)
+    nowhere = Path(os.devnull).open("r+", encoding="utf-8")  # noqa: SIM115  # until it ends
+    for standard in (0, 1, 2):
+        os.dup2(nowhere.fileno(), standard)
+    sys.stdin = sys.stdout = sys.stderr = nowhere
     _limit(resource.RLIMIT_CPU, math.ceil(seconds) + 1)
     _limit(resource.RLIMIT_AS, psutil.Process().memory_info().vms + _JUDGE_MEMORY)
     torch.set_num_threads(1)  # its other threads did not come along
