@@ -156,7 +156,7 @@ class Harness:
             self._answer(predicted)
             with _numbers_alone(model):
                 self._answer(written)
-        judged = judge(list(wanted.values()), self.judge_seconds)
+            judged = judge(list(wanted.values()), self.judge_seconds)
         answers = dict(zip(wanted, judged, strict=True))
         return [answers[number] for number in items]
 

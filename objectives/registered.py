@@ -18,6 +18,8 @@ from lm_eval.tasks._yaml_loader import load_yaml
 
 LM_EVAL_TASKS = Path(importlib.import_module("lm_eval.tasks").__path__[0])
 
+_NAMED = re.compile(r"^(?:task|group|tag):[ \t]*[\"']?([\w.:-]+)", re.MULTILINE)
+_WORD = re.compile(r"[\w./:+-]+")
 _INCLUDED = re.compile(r"^include:[ \t]*([^\n]*)((?:\n[ \t]*- [^\n]*)*)", re.MULTILINE)
 
 
@@ -32,19 +34,24 @@ def find_registered(names: Iterable[str], root: Path = LM_EVAL_TASKS) -> dict[st
         Name to entry, as in ``TaskManager().task_index``, for those that exist.
     """
     texts = _texts(root)
-    including = _including(texts)
+    mentions, including = _mentions(texts), _including(texts)
     files: dict[Path, dict[str, Any] | None] = {}
     index: dict[str, Entry] = {}
     known: set[str] = set()
     wanted = set(names)
     while new := wanted - known:
         known |= new
-        for file in _defining(new, texts, including) - files.keys():
+        for file in _defining(new, mentions, including) - files.keys():
             files[file] = _config(file)
         index = _index(files)
         for name in new & index.keys():
             wanted |= set(named_by(index[name]))
     return {name: index[name] for name in sorted(known & index.keys())}
+
+
+def registered_names(root: Path = LM_EVAL_TASKS) -> list[str]:
+    """All names that lm-eval's task files give, to suggest what was meant."""
+    return sorted({name for text in _texts(root).values() for name in _NAMED.findall(text)})
 
 
 def named_by(entry: Entry) -> Iterator[str]:
@@ -80,6 +87,15 @@ def _texts(root: Path) -> dict[Path, str]:
     return dict(sorted(found.items(), key=lambda pair: pair[0].as_posix()))
 
 
+def _mentions(texts: dict[Path, str]) -> dict[str, list[Path]]:
+    """Word to the files it stands in."""
+    found: dict[str, list[Path]] = {}
+    for file, text in texts.items():
+        for word in {word.strip(".:-/") for word in _WORD.findall(text)}:
+            found.setdefault(word, []).append(file)
+    return found
+
+
 def _including(texts: dict[Path, str]) -> dict[Path, list[Path]]:
     """Which files include a file."""
     found: dict[Path, list[Path]] = {}
@@ -94,12 +110,11 @@ def _including(texts: dict[Path, str]) -> dict[Path, list[Path]]:
 
 
 def _defining(
-    names: set[str], texts: dict[Path, str], including: dict[Path, list[Path]]
+    names: set[str], mentions: dict[str, list[Path]], including: dict[Path, list[Path]]
 ) -> set[Path]:
     """The files that mention one of the names, by themselves or in what they include."""
-    word = re.compile(rf"(?<![\w-])(?:{'|'.join(map(re.escape, sorted(names)))})(?![\w-])")
     found: set[Path] = set()
-    waiting = [file for file, text in texts.items() if word.search(text)]
+    waiting = [file for name in names for file in mentions.get(name, [])]
     while waiting:
         file = waiting.pop()
         if file not in found:

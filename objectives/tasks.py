@@ -31,7 +31,7 @@ from lm_eval.tasks._index import Entry, Kind
 from lm_eval.tasks._yaml_loader import load_yaml
 
 from objectives.base import Item, ObjectiveError, Shown
-from objectives.registered import LM_EVAL_TASKS, find_registered, named_by
+from objectives.registered import LM_EVAL_TASKS, find_registered, named_by, registered_names
 
 _LOG = logging.getLogger(__name__)
 
@@ -197,7 +197,7 @@ def task_manager(
         for name, entry in find_registered(missing).items():
             manager.task_index.setdefault(name, entry)
     for name in _missing(names, manager):
-        raise _unknown_task(name, folders)
+        raise _unknown_task(name, [*manager.all_tasks, *registered_names()], folders)
     manager._factory = _BesideItsYaml(unsafe_code=unsafe_code)
     return manager
 
@@ -213,8 +213,7 @@ def _missing(names: Iterable[object], manager: TaskManager) -> Iterator[str]:
             yield from _missing(entry.cfg["task"], manager)
 
 
-def _unknown_task(name: str, folders: Sequence[Path]) -> ObjectiveError:
-    known = TaskManager(include_path=list(folders)).all_tasks  # seconds, to suggest what was meant
+def _unknown_task(name: str, known: Sequence[str], folders: Sequence[Path]) -> ObjectiveError:
     close = difflib.get_close_matches(name, known)
     meant = f"did you mean {' or '.join(map(repr, close))}?" if close else "check its spelling"
     searched = ", ".join([*map(str, folders), "lm-eval's own tasks"])

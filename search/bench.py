@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from objectives.items import Splits, split_items
 from objectives.plugin import Plugin, PluginSpec, Suite
 from objectives.tasks import Prompting, TaskSpec, TextSpec
 from search.space import Space
-from search.spec import OwnObjective, StudySpec, Task, Text
+from search.spec import OwnObjective, StudyError, StudySpec, Task, Text
 
 
 @dataclass(frozen=True)
@@ -83,14 +84,29 @@ def load_model(
     checkpoint: Checkpoint, dtype: str, device: str, *, trust_remote_code: bool = False
 ) -> PreTrainedModel:
     """A checkpoint as a live model in evaluation mode."""
-    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-        checkpoint.folder,
-        dtype=torch_dtype(dtype),
-        device_map=device,
-        trust_remote_code=trust_remote_code,
-    )
+    with own_code_refused(checkpoint):
+        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+            checkpoint.folder,
+            dtype=torch_dtype(dtype),
+            device_map=device,
+            trust_remote_code=trust_remote_code,
+        )
     model.eval()
     return model
+
+
+@contextmanager
+def own_code_refused(checkpoint: Checkpoint) -> Iterator[None]:
+    """Say what to do about a model that brings code of its own."""
+    try:
+        yield
+    except ValueError as error:
+        if "trust_remote_code" not in str(error):
+            raise
+        raise StudyError(
+            f"model {checkpoint.model!r} brings Python code of its own; read it, and if you trust "
+            "it, set trust_remote_code: true in the study"
+        ) from error
 
 
 def load_live(spec: StudySpec, model: str, device: str) -> tuple[PreTrainedModel, Checkpoint]:
@@ -114,9 +130,10 @@ def load_live(spec: StudySpec, model: str, device: str) -> tuple[PreTrainedModel
 def make_objective(spec: StudySpec, model: PreTrainedModel, checkpoint: Checkpoint) -> Objective:
     """The study's tasks, prepared for a live model, with the checkpoint's tokenizer."""
     wanted = spec.objective
-    tokenizer = AutoTokenizer.from_pretrained(
-        checkpoint.folder, trust_remote_code=spec.trust_remote_code
-    )
+    with own_code_refused(checkpoint):
+        tokenizer = AutoTokenizer.from_pretrained(
+            checkpoint.folder, trust_remote_code=spec.trust_remote_code
+        )
     parts: list[Objective] = []
     if tasks := [_task_spec(e) for e in wanted.tasks if not isinstance(e, OwnObjective)]:
         parts.append(

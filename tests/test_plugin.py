@@ -45,8 +45,8 @@ class Raising(Fixed):
         raise KeyError("missing")
 
 
-def plugin(name, **options):
-    return Plugin(PluginSpec(f"{__name__}:{name}", options, 2.0), None, None)
+def plugin(made, **options):
+    return Plugin(PluginSpec(f"{__name__}:{made}", options, 2.0), None, None)
 
 
 def test_objectives_in_a_suite_keep_their_own_items_in_any_order():

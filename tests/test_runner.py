@@ -167,10 +167,10 @@ def test_another_study_is_refused_with_the_difference(finished, tmp_path, capsys
 @pytest.mark.parametrize(
     ("file", "old", "new", "message"),
     [
-        ("pick.jsonl", "=", ":", "task 'pick', item 0: its prompt was "),
-        ("tell.jsonl", '"answer": "', '"answer": "z', "task 'tell', item 0: its right answer or"),
+        ("pick.jsonl", "=", ":", "its prompt was "),
+        ("tell.jsonl", '"answer": "', '"answer": "z', "its right answer or row of data was "),
         ("pick.yaml", "doc_to_text: question", "doc_to_text: 'Q {{question}}'", "prompt was "),
-        ("tell.yaml", "max_gen_toks: 1", "max_gen_toks: 2", "task 'tell', item "),
+        ("tell.yaml", "max_gen_toks: 1", "max_gen_toks: 2", "its prompt was "),
         (
             "tell.yaml",
             "- metric: exact_match",
@@ -249,7 +249,9 @@ def test_answers_that_cannot_be_judged_are_recorded_and_the_run_goes_on(
     out = capsys.readouterr().out
     assert "answers could not be judged and count 0, the first: ValueError: no" in out
     assert "\x1b[31m" not in out
-    noted = [trial.user_attrs["faults"] for trial in trials_of(tmp_path / "run")]
+    told = [trial for trial in trials_of(tmp_path / "run") if trial.state == TrialState.COMPLETE]
+    noted = [trial.user_attrs["faults"] for trial in told]
+    assert len(noted) == 6
     assert all("answers not judged, e.g. tell: ValueError: no" in note for note in noted)
 
 
