@@ -50,7 +50,7 @@ def find_registered(names: Iterable[str], root: Path = LM_EVAL_TASKS) -> dict[st
 
 
 def registered_names(root: Path = LM_EVAL_TASKS) -> list[str]:
-    """All names that lm-eval's task files give, to suggest what was meant."""
+    """The names that task files give in one line, to suggest what was meant."""
     return sorted({name for text in _texts(root).values() for name in _NAMED.findall(text)})
 
 

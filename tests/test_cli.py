@@ -123,12 +123,15 @@ def test_wrong_study_is_exit_2_one_line_and_nothing_written(
 
 
 def test_code_that_comes_with_a_model_does_not_run_unasked(make_study, zoo, tmp_path, capsys):
-    base = shutil.copytree(zoo / "base", tmp_path / "base")
-    config = json.loads((base / "config.json").read_text())
     names = {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.OwnModel"}
-    (base / "config.json").write_text(json.dumps(config | {"model_type": "own", "auto_map": names}))
-    (base / "own.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
-    study = make_study(tmp_path, base_model=str(base))
+    for name in ("base", "a"):
+        copy = shutil.copytree(zoo / name, tmp_path / name)
+        config = json.loads((copy / "config.json").read_text())
+        own = config | {"model_type": "own", "auto_map": names}
+        (copy / "config.json").write_text(json.dumps(own))
+        (copy / "own.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    models = {"base_model": str(tmp_path / "base"), "models": [str(tmp_path / "a")]}
+    study = make_study(tmp_path, search__methods=["ties"], **models)
     for command in (["check", str(study)], ["run", str(study), "--out", str(tmp_path / "run")]):
         assert main(command) == 2
         assert "set trust_remote_code: true in the study" in capsys.readouterr().err

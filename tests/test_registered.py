@@ -14,7 +14,7 @@ NAMES = ["leaderboard", "ai2_arc", "mmlu", "kbl", "arc_easy", "gsm8k", "wikitext
 
 
 def test_names_to_suggest_are_there_without_parsing():
-    assert {*NAMES, "leaderboard_bbh_snarks"} <= {*registered_names()}
+    assert {"leaderboard", "leaderboard_bbh_snarks", "mmlu", "gsm8k"} <= {*registered_names()}
 
 
 def test_unknown_names_are_left_out():
