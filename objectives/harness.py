@@ -49,6 +49,7 @@ from torch import nn
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from objectives.base import Item, ObjectiveError
+from objectives.fast import FastHFLM
 
 _LOG = logging.getLogger(__name__)
 
@@ -144,12 +145,11 @@ class Harness:
         _check_specs(specs, include_path)
         _check_model(model, tokenizer, batch_size, apply_chat_template)
         with _quiet(logging.ERROR):  # it warns that a model object is not a path
-            language_model = HFLM(
+            language_model = FastHFLM(
                 pretrained=model,
                 tokenizer=copy.deepcopy(tokenizer),
                 batch_size=batch_size,
                 max_length=max_length,
-                softmax_dtype="float32",  # in bfloat16 a log-softmax loses answers to ties
             )
         weights: dict[str, float] = {}
         questions: list[_Question] = []
