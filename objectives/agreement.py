@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 _LOG = logging.getLogger(__name__)
 
-_DECODED = 6  # tokens
+_DECODED = 4  # tokens
 _LEAST_LENGTH = 12  # tokens a model must hold for the questions to have their shapes
 
 
@@ -160,7 +160,7 @@ def _largest_difference(
 
 
 def _questions(language_model: FastHFLM) -> list[Request]:
-    """Five questions that begin alike, their answers long, short and the model's own choice."""
+    """Four questions that begin alike, their answers long, short and the model's own choice."""
     draw = Random(0)
     vocabulary = language_model.model.get_input_embeddings().num_embeddings
     size = min(24, language_model.max_length // 3)
@@ -170,10 +170,10 @@ def _questions(language_model: FastHFLM) -> list[Request]:
 
     beginning = words(size)
     requests: list[Request] = []
-    for origin in range(5):
-        context = beginning + words(1 + origin * size // 8)
+    for origin in range(4):
+        context = beginning + words(1 + origin * size // 6)
         chosen = (_greedy_token(language_model, context),)
-        for answer in (words(size // 4), words(1), chosen, chosen + words(size // 6)):
+        for answer in (words(1), chosen, chosen + words(size // 4)):
             whole = context + answer
             requests.append(Request(len(requests), origin, whole[:-1], answer))
     return requests
