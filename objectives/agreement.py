@@ -1,9 +1,10 @@
 """Which of the fast ways of asking a model give lm-eval's answers: tried, not guessed.
 
 A way is tried on a few made-up questions of the shapes it is for, in random tokens of the model's
-own vocabulary. It is taken if its log-likelihoods are as near to ``HFLM``'s as those are to
-themselves between batches of one and of many (some multiple of that, and of float32 rounding),
-and if what is decoded is what the model's own logits choose, near ties apart.
+own vocabulary. It is taken if its log-likelihoods are as near to ``HFLM``'s as rounding allows, in
+16 bits judged by how ``HFLM`` itself differs between batches of one and of many, and if what is
+decoded is what the model's own logits choose, near ties apart. The trial is as sharp as the model
+is: where context hardly moves a model's answers, a wrong way can pass, and hardly matters.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from random import Random
 from typing import TYPE_CHECKING, Final
 
 import torch
+from transformers import DynamicCache, PreTrainedModel
 
 from objectives.rows import Request, Tokens, common_length
 
@@ -79,6 +81,9 @@ def settle_modes(language_model: FastHFLM) -> None:
         return
     stock = _Stock.ask(language_model)
     for name, way in _WAYS.items():
+        if name in ("tree", "prefix") and _keeps_a_state(language_model.model):
+            _LOG.warning("this model is asked without %s: it keeps a state", way)
+            continue
         agreed = language_model.modes
         language_model.modes = replace(agreed, **{name: True})
         agree = stock.texts_agree if name == "generation" else stock.scores_agree
@@ -92,6 +97,12 @@ def settle_modes(language_model: FastHFLM) -> None:
         _LOG.warning("this model is asked without %s: %s", way, problem)
         if name == "scoring":
             return
+
+
+def _keeps_a_state(model: PreTrainedModel) -> bool:
+    """Whether layers pass on what they read in order, whatever a mask says."""
+    cache = DynamicCache(config=model.config)
+    return any(getattr(cache, "is_linear", []))
 
 
 @dataclass(frozen=True)
@@ -117,12 +128,11 @@ class _Stock:
         ]
         alone = [language_model.stock_scores([request])[0] for request in asked]
         noise = _largest_difference(language_model.stock_scores(asked), alone)
-        rounding = sum(
-            share * torch.finfo(dtype).eps
-            for dtype, share in [(torch.float32, 32), (language_model.model.dtype, 0.25)]
-        )
         largest = max((abs(value) for value, _ in alone if not math.isnan(value)), default=0.0)
-        return cls(requests, alone, 4 * noise + rounding * largest)
+        softmax = 32 * torch.finfo(torch.float32).eps * largest
+        model = torch.finfo(language_model.model.dtype).eps * largest
+        # a model that differs from itself by more than rounding sees the padding of its batch
+        return cls(requests, alone, softmax + model / 4 + min(4 * noise, model))
 
     def scores_agree(self, language_model: FastHFLM) -> str | None:
         """What is wrong with the log-likelihoods of the present modes, if anything is."""
