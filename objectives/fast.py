@@ -15,14 +15,13 @@ shape of a batch does to rounding, as it does in lm-eval itself.
 
 Not every model can be asked this way: some attend by other rules than a mask, some keep a state.
 Each way is therefore tried against ``HFLM`` on the model at hand when it is wrapped, and left off
-where it differs by more than ``HFLM``'s own answers do between two batch sizes.
+where it differs by more than rounding (``objectives.agreement``).
 """
 
 from __future__ import annotations
 
 import copy
 import functools
-import logging
 import math
 from collections import defaultdict
 from collections.abc import Hashable, Iterable, Iterator, Sequence
@@ -49,8 +48,6 @@ from objectives.rows import (
     make_rows,
     share_prefixes,
 )
-
-_LOG = logging.getLogger(__name__)
 
 # a batch reads as many tokens as ``batch_size`` sequences of this length; on a CPU, where larger
 # ones are past its caches, 2,048 tokens took 30 % less time than 8,192
@@ -352,7 +349,7 @@ class FastHFLM(HFLM):  # type: ignore[misc]  # lm-eval is published without type
         own = self.model.generation_config
         return (
             wanted in ({"do_sample": False}, {"do_sample": False, "temperature": 0.0})
-            and room > 0
+            and 0 < room < self.max_length
             and own is not None
             and own.to_diff_dict().keys() <= _HARMLESS
         )
@@ -422,7 +419,10 @@ class FastHFLM(HFLM):  # type: ignore[misc]  # lm-eval is published without type
         """The tokens after each prompt of a batch; a row leaves it when its text has ended."""
         numbers = list(batch.numbers)
         written: dict[int, list[int]] = {number: [] for number in numbers}
-        held = _repeated(prefix, len(numbers)) if prefix else DynamicCache(config=self.config)
+        if prefix is None:
+            held = DynamicCache(config=self.config)
+        else:
+            held = _repeated(prefix, len(numbers))
         before = batch.mask.new_ones(len(numbers), len(batch.prefix))
         mask = torch.cat([before, batch.mask], dim=1)
         positions = (mask.cumsum(1) - 1).clamp(min=0)[:, len(batch.prefix) :]
