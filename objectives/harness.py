@@ -37,6 +37,7 @@ from torch import nn
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from objectives.base import Answer, Item, ObjectiveError, Shown
+from objectives.fast import FastHFLM
 from objectives.judging import JUDGE_SECONDS, judge
 from objectives.tasks import (
     PLAIN,
@@ -103,12 +104,11 @@ class Harness:
         check_specs(specs, include_path)
         _check_model(model, tokenizer, batch_size, prompting)
         with _quiet(logging.ERROR):  # it warns that a model object is not a path
-            language_model = HFLM(
+            language_model = FastHFLM(
                 pretrained=model,
                 tokenizer=copy.deepcopy(tokenizer),
                 batch_size=batch_size,
                 max_length=max_length,
-                softmax_dtype="float32",  # in bfloat16 a log-softmax loses answers to ties
             )
         weights: dict[str, float] = {}
         questions: list[Question] = []
