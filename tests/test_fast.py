@@ -19,7 +19,9 @@ from lm_eval.tasks import TaskManager
 
 from objectives.agreement import Modes
 from objectives.fast import FastHFLM, plain_length
+from objectives.harness import Harness
 from objectives.rows import Request, common_length, in_batches, make_row, make_rows, share_prefixes
+from objectives.tasks import TaskSpec
 from tiny_tasks import (
     ANSWER,
     CHOICE,
@@ -195,6 +197,20 @@ def test_the_model_reads_a_question_once_for_all_its_answers():
     read.clear()
     scores(ours, long)
     assert sum(read) < before / 3
+
+
+def test_a_text_is_encoded_once_for_what_is_shown_and_for_every_score(folder):
+    model = make_model()
+    tokenizer = make_tokenizer()
+    harness = Harness.prepare(
+        [TaskSpec("choice_shots")], include_path=[folder], model=model, tokenizer=tokenizer
+    )
+    items = range(len(harness.items))
+    harness.shown(items)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(HFLM, "tok_encode", lambda *_, **__: pytest.fail("encoded again"))
+        assert harness.score(model, items) == harness.score(model, items)
+        harness.shown(items)
 
 
 def test_answers_follow_weights_written_in_place():
