@@ -35,13 +35,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(argv)
     _quiet_libraries()
     from merge_engine.recipe import RecipeError
-    from objectives.base import ObjectiveError
+    from objectives.base import ObjectiveError, printable
     from search.spec import StudyError
 
     try:
         options.command(options)
     except (RecipeError, ObjectiveError, StudyError) as error:
-        print(f"mergesearch: {error}", file=sys.stderr)
+        # it may quote a file's or a model's own words
+        print(f"mergesearch: {printable(str(error))}", file=sys.stderr)
         return BAD_INPUT
     except KeyboardInterrupt:
         print("\nmergesearch: stopped; the same command goes on from here", file=sys.stderr)
@@ -265,13 +266,22 @@ def _score(options: Any) -> None:
     objective = make_objective(spec, model, base)
     numbers = getattr(make_splits(spec, objective), options.split)
     items = [objective.items[number] for number in numbers]
+    shown = objective.shown(numbers)
     answers = objective.score(model, numbers)
+    values = tuple(answer.value for answer in answers)
     tasks = tuple(item.task for item in items)
-    score = score_of(Sheet(tuple(answers), tasks, objective.tasks), spec.search.seed)
+    score = score_of(Sheet(values, tasks, objective.tasks), spec.search.seed)
     if options.json:
         rows = [
-            {"task": item.task, "item": item.key, "answer": answer}
-            for item, answer in zip(items, answers, strict=True)
+            {
+                "task": item.task,
+                "item": item.key,
+                "answer": answer.value,
+                "margin": answer.margin,
+                "fault": answer.fault,
+                "encoding": each.encoding,
+            }
+            for item, each, answer in zip(items, shown, answers, strict=True)
         ]
         print(json.dumps(score.model_dump() | {"split": options.split, "items": rows}))
     else:

@@ -20,6 +20,7 @@ from search.bench import (
     make_splits,
     model_dtype,
     open_family,
+    own_code_refused,
     place_donors,
     torch_dtype,
 )
@@ -58,9 +59,14 @@ def check_study(file: Path, device: str) -> Plan:
     spec = load_study(file)
     family = open_family(spec)
     dtype = spec.dtype or model_dtype(family.reference)
-    config = AutoConfig.from_pretrained(family.reference.folder)
+    with own_code_refused(family.reference):
+        config = AutoConfig.from_pretrained(
+            family.reference.folder, trust_remote_code=spec.trust_remote_code
+        )
     with torch.device("meta"):  # tasks are prepared for a model; this one has no weights
-        model = AutoModelForCausalLM.from_config(config, dtype=torch_dtype(dtype))
+        model = AutoModelForCausalLM.from_config(
+            config, dtype=torch_dtype(dtype), trust_remote_code=spec.trust_remote_code
+        )
     objective = make_objective(spec, model, family.reference)
     splits = make_splits(spec, objective)
     space = Space.of(spec, family.layer_filters, dtype)
