@@ -8,12 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from merge_engine.builder import Builder
 from merge_engine.donors import Checkpoint, Family
 from merge_engine.memory import plan_memory
 from merge_engine.recipe import check_keys, load_recipe
+from merge_engine.vocabulary import load_tokenizer
 from objectives.base import ObjectiveError
 from objectives.harness import Harness, TaskSpec
 from objectives.items import Splits, split_items
@@ -120,7 +121,7 @@ def make_objective(spec: StudySpec, model: PreTrainedModel, checkpoint: Checkpoi
         [TaskSpec(t.task, t.metric, t.weight, t.num_fewshot) for t in spec.objective.tasks],
         include_path=spec.objective.include_path,
         model=model,
-        tokenizer=AutoTokenizer.from_pretrained(checkpoint.folder),
+        tokenizer=load_tokenizer(checkpoint),
         batch_size=spec.objective.batch_size,
         apply_chat_template=spec.objective.apply_chat_template,
     )

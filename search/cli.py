@@ -187,6 +187,8 @@ def _session(
     console = _console()
     # It checks everything, and nothing is written before.
     bench = make_bench(spec, machine, lambda line: console.print(line, highlight=False))
+    if not folder.exists():  # no folder is made for donors that no recipe could be built of
+        bench.builder.family.look_through()
     with locked(folder):
         progress = Progress(console)
         run = Run(folder, bench, progress)
