@@ -34,11 +34,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     options = _parser().parse_args(argv)
     _quiet_libraries()
+    from merge_engine import cache
     from merge_engine.recipe import RecipeError
     from objectives.base import ObjectiveError
     from search.spec import StudyError
 
     try:
+        cache.own_limit()  # a wrong one is said now, and not by the first of many candidates
         options.command(options)
     except (RecipeError, ObjectiveError, StudyError) as error:
         print(f"mergesearch: {error}", file=sys.stderr)
