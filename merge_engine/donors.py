@@ -50,6 +50,7 @@ from merge_engine.stream import Stream, compiling_pays
 
 WORTH_KEEPING = 65_536  # elements from which on reading a statistic is quicker than measuring it
 HUB_FILES = ("*.safetensors", "*.json", "*.jinja", "*.txt", "*.model")
+INDEX = "model.safetensors.index.json"
 _RECOMPUTED = ".rotary_emb.inv_freq"  # buffers that old checkpoints store; no model reads them
 _DTYPES = {
     "F64": torch.float64,
@@ -117,10 +118,25 @@ class Checkpoint:
         return self._json(name) if (self.folder / name).is_file() else {}
 
     def _json(self, name: str) -> Mapping[str, Any]:
+        file = self.folder / name
+        if not file.is_file():
+            raise RecipeError(f"model {self.model!r}: no {name} in {self.folder}; {self._way_out}")
         try:
-            return dict(json.loads((self.folder / name).read_text(encoding="utf-8")))
+            found = json.loads(file.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
-            raise RecipeError(f"model {self.model!r}: {name}: {error}") from None
+            raise RecipeError(f"{file}: damaged or cut short: {error}; fetch it again") from None
+        if not isinstance(found, dict):
+            raise RecipeError(f"{file}: damaged: it is no mapping of keys; fetch it again")
+        return found
+
+    @cached_property
+    def _way_out(self) -> str:
+        """What to do about a folder that lacks a file of a model."""
+        if (self.folder / "adapter_config.json").is_file():
+            return f"it is an adapter: name it with its base, as 'BASE+{self.model}'"
+        if any(self.folder.glob("*.bin")):
+            return "it has only .bin files: convert it to safetensors"
+        return "fetch it again"
 
     @cached_property
     def tensors(self) -> Mapping[str, TensorInfo]:
@@ -137,12 +153,17 @@ class Checkpoint:
                         "quantised; merge the full-precision model"
                     )
                 found[name] = TensorInfo(file, tuple(part.get_shape()), dtype)
+        if lost := sorted(name for name in self._index if self._counts(name) and name not in found):
+            raise RecipeError(
+                f"{self.folder / INDEX}: lists {lost[0]!r}, which {self._index[lost[0]]!r} lacks; "
+                "fetch both again"
+            )
+        return {name: info for name, info in sorted(found.items()) if self._counts(name)}
+
+    def _counts(self, name: str) -> bool:
+        """Whether a stored tensor is one of the model's own."""
         tied = self.config.get("tie_word_embeddings", False)
-        return {
-            name: info
-            for name, info in sorted(found.items())
-            if not name.endswith(_RECOMPUTED) and not (tied and name == "lm_head.weight")
-        }
+        return not name.endswith(_RECOMPUTED) and not (tied and name == "lm_head.weight")
 
     def own_name(self, name: str) -> str | None:
         """The model's tensor that does what ``name`` does elsewhere; None if it has none.
@@ -185,6 +206,10 @@ class Checkpoint:
             raise RecipeError(f"model {self.model!r}: cannot read {name!r}: {error}") from None
         return tensor
 
+    def file_of(self, name: str) -> Path:
+        """The file that a tensor's numbers are from."""
+        return self.tensors[name].file
+
     def read_dtype(self, name: str) -> torch.dtype:
         """The dtype of what ``read`` gives."""
         return self.tensors[name].dtype
@@ -194,31 +219,38 @@ class Checkpoint:
         self._handles.clear()
 
     def _files(self) -> list[Path]:
-        index = self.folder / "model.safetensors.index.json"
-        if index.is_file():
-            names = sorted(
-                set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-            )
+        if names := sorted(set(self._index.values())):
             if missing := [name for name in names if not (self.folder / name).is_file()]:
                 raise RecipeError(
-                    f"{index}: names {missing[0]!r}, which is missing; fetch it again"
+                    f"{self.folder / INDEX}: names {missing[0]!r}, which is missing; fetch it again"
                 )
             return [self.folder / name for name in names]
         if (single := self.folder / "model.safetensors").is_file():
             return [single]
-        hint = ""
-        if (self.folder / "adapter_config.json").is_file():
-            hint = f"; it is an adapter: name it with its base, as 'BASE+{self.model}'"
-        elif any(self.folder.glob("*.bin")):
-            hint = "; it has only .bin files: convert it to safetensors"
-        raise RecipeError(f"model {self.model!r}: no model.safetensors in {self.folder}{hint}")
+        raise RecipeError(
+            f"model {self.model!r}: no model.safetensors in {self.folder}; {self._way_out}"
+        )
+
+    @cached_property
+    def _index(self) -> Mapping[str, str]:
+        """The file of each tensor of a model in shards; empty if it is in one file."""
+        if not (self.folder / INDEX).is_file():
+            return {}
+        files = self._json(INDEX).get("weight_map")
+        if not (files and isinstance(files, dict) and all(type(f) is str for f in files.values())):
+            raise RecipeError(
+                f"{self.folder / INDEX}: its 'weight_map' names no files; fetch it again"
+            )
+        return files
 
     def _open(self, file: Path) -> Any:
         if file not in self._handles:
             try:
                 self._handles[file] = safe_open(file, framework="pt", device="cpu")
             except (SafetensorError, OSError) as error:
-                raise RecipeError(f"{file}: damaged or cut short: {error}") from None
+                raise RecipeError(
+                    f"{file}: damaged or cut short: {error}; fetch it again"
+                ) from None
         return self._handles[file]
 
     @cached_property
@@ -248,6 +280,11 @@ class Adapted(Checkpoint):
     def read(self, name: str) -> Tensor:
         """The tensor with its change, in float32 if it has one."""
         return self._adapter.apply(name, super().read(name))
+
+    def file_of(self, name: str) -> Path:
+        """The adapter's if it changes the tensor, unless the model's own is not finite already."""
+        changed = self._adapter.changes(name) and all_finite(super().read(name))
+        return self._adapter.weights if changed else super().file_of(name)
 
     def read_dtype(self, name: str) -> torch.dtype:
         """As ``Checkpoint.read_dtype``."""
@@ -458,11 +495,23 @@ class Family:
         if (model, own) not in self._finite:
             if not all_finite(tensor):
                 raise RecipeError(
-                    f"{checkpoint.tensors[own].file}: {own!r} has NaN or Inf in it; "
+                    f"{checkpoint.file_of(own)}: {own!r} has NaN or Inf in it; "
                     f"fetch or train {model!r} again"
                 )
             self._finite.add((model, own))
         return tensor
+
+    def look_through(self) -> None:
+        """Read all tensors now, to where they stay, and not when a recipe first needs them.
+
+        Raises:
+            RecipeError: There is NaN or Inf in one.
+        """
+        for model, checkpoint in self.checkpoints.items():
+            for name, holders in self.inputs.items():
+                if model in holders:
+                    self.read(model, name)
+            checkpoint.release()
 
     @cached_property
     def _finite(self) -> set[tuple[str, str]]:

@@ -180,10 +180,12 @@ def load_tokenizer(checkpoint: Checkpoint) -> Any:
     """A model's tokenizer.
 
     Raises:
-        RecipeError: It has none.
+        RecipeError: It has none, or a damaged one.
     """
     if (tokenizer := _load(checkpoint.folder)) is None:
-        raise RecipeError(f"model {checkpoint.model!r}: no tokenizer in {checkpoint.folder}")
+        raise RecipeError(
+            f"model {checkpoint.model!r}: no tokenizer in {checkpoint.folder}; fetch it again"
+        )
     return tokenizer
 
 
@@ -196,7 +198,10 @@ def _load(folder: Path) -> Any:
     try:
         return AutoTokenizer.from_pretrained(folder)
     except Exception as error:  # whatever its class raises, the folder cannot be used
-        raise RecipeError(f"{folder}: cannot read its tokenizer: {error}") from None
+        reason = " ".join(str(error).split()) or repr(error)
+        raise RecipeError(
+            f"{folder}: cannot read its tokenizer: {reason}; fetch its files again"
+        ) from None
 
 
 def _height(checkpoint: Checkpoint) -> int:

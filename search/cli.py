@@ -34,11 +34,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     options = _parser().parse_args(argv)
     _quiet_libraries()
+    from merge_engine import cache
     from merge_engine.recipe import RecipeError
     from objectives.base import ObjectiveError, printable
     from search.spec import StudyError
 
     try:
+        cache.own_limit()  # a wrong one is said now, and not by the first of many candidates
         options.command(options)
     except (RecipeError, ObjectiveError, StudyError) as error:
         # it may quote a file's or a model's own words
@@ -188,6 +190,8 @@ def _session(
     console = _console()
     # It checks everything, and nothing is written before.
     bench = make_bench(spec, machine, lambda line: console.print(line, highlight=False))
+    if not folder.exists():  # no folder is made for donors that no recipe could be built of
+        bench.builder.family.look_through()
     with locked(folder):
         progress = Progress(console)
         run = Run(folder, bench, progress)

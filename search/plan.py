@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from merge_engine.donors import Checkpoint, TensorInfo
 from merge_engine.layout import layer_counts
 from merge_engine.plan import plan_merge
-from merge_engine.recipe import load_recipe
+from merge_engine.recipe import RecipeError, load_recipe
 from search.bench import (
     Machine,
     make_objective,
@@ -113,4 +113,7 @@ def _vocabulary(checkpoint: Checkpoint) -> object:
     file = checkpoint.folder / "tokenizer.json"
     if not file.is_file():
         return None
-    return json.loads(file.read_text(encoding="utf-8"))["model"].get("vocab")
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))["model"].get("vocab")
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        raise RecipeError(f"{file}: damaged or cut short: {error}; fetch it again") from None

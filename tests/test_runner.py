@@ -329,15 +329,6 @@ def test_failed_trial_is_told_and_the_search_goes_on(make_study, zoo, tmp_path):
     assert result["trials"] == 20 - len(failed)
 
 
-def test_broken_donor_is_named_before_the_search(make_study, zoo, tmp_path, capsys):
-    broken = donor_with(zoo, tmp_path / "broken", float("nan"))
-    study = make_study(tmp_path, models=[str(zoo / "a"), broken])
-    assert main(["run", str(study), "--out", str(tmp_path / "run"), "--device", "cpu"]) == 2
-    error = capsys.readouterr().err
-    assert f"{broken} alone: {broken}/model.safetensors: 'model.norm.weight' has NaN" in error
-    assert not any(trial.state.is_finished() for trial in trials_of(tmp_path / "run"))
-
-
 def test_floor_on_a_task_decides_who_wins(make_study, tmp_path):
     study = make_study(tmp_path, objective__constraints={"tell": 0.06})
     run = tmp_path / "run"
