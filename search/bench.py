@@ -14,14 +14,9 @@ from merge_engine.builder import Builder
 from merge_engine.donors import Checkpoint, Family
 from merge_engine.memory import plan_memory
 from merge_engine.recipe import check_keys, load_recipe
-<<<<<<< HEAD
+from merge_engine.vocabulary import load_tokenizer
 from objectives.base import Objective, ObjectiveError
 from objectives.harness import Harness
-=======
-from merge_engine.vocabulary import load_tokenizer
-from objectives.base import ObjectiveError
-from objectives.harness import Harness, TaskSpec
->>>>>>> wt-bad
 from objectives.items import Splits, split_items
 from objectives.plugin import Plugin, PluginSpec, Suite
 from objectives.tasks import Prompting, TaskSpec, TextSpec
@@ -135,12 +130,9 @@ def load_live(spec: StudySpec, model: str, device: str) -> tuple[PreTrainedModel
 
 def make_objective(spec: StudySpec, model: PreTrainedModel, checkpoint: Checkpoint) -> Objective:
     """The study's tasks, prepared for a live model, with the checkpoint's tokenizer."""
-<<<<<<< HEAD
     wanted = spec.objective
     with own_code_refused(checkpoint):
-        tokenizer = AutoTokenizer.from_pretrained(
-            checkpoint.folder, trust_remote_code=spec.trust_remote_code
-        )
+        tokenizer = load_tokenizer(checkpoint, trust_remote_code=spec.trust_remote_code)
     parts: list[Objective] = []
     if tasks := [_task_spec(e) for e in wanted.tasks if not isinstance(e, OwnObjective)]:
         parts.append(
@@ -160,16 +152,6 @@ def make_objective(spec: StudySpec, model: PreTrainedModel, checkpoint: Checkpoi
         if isinstance(entry, OwnObjective)
     ]
     return parts[0] if len(parts) == 1 else Suite(parts)
-=======
-    return Harness.prepare(
-        [TaskSpec(t.task, t.metric, t.weight, t.num_fewshot) for t in spec.objective.tasks],
-        include_path=spec.objective.include_path,
-        model=model,
-        tokenizer=load_tokenizer(checkpoint),
-        batch_size=spec.objective.batch_size,
-        apply_chat_template=spec.objective.apply_chat_template,
-    )
->>>>>>> wt-bad
 
 
 def _task_spec(entry: Task | Text) -> TaskSpec | TextSpec:
