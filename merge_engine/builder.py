@@ -14,7 +14,7 @@ from merge_engine.donors import Family
 from merge_engine.layout import is_head_weight, layer_counts
 from merge_engine.methods import Base
 from merge_engine.pages import Page
-from merge_engine.passes import merge_page
+from merge_engine.passes import brought, merge_page
 from merge_engine.plan import Part, Plan, stack, written_dtype
 from merge_engine.recipe import Recipe, RecipeError
 from merge_engine.statistics import all_finite
@@ -49,7 +49,7 @@ def merge_into(out: Tensor, recipe: Recipe, name: str, family: Family) -> None:
     """
 
     def read(model: str) -> Tensor:
-        return family.read(model, name).to(out.device, non_blocking=True)
+        return brought(family.read(model, name), out.device)
 
     inputs = family.inputs.get(name, {})
     lacking = bool(inputs) and any(model not in inputs for model in recipe.models_read)
@@ -177,8 +177,13 @@ class Builder:
         owners = {name: part for part in parts for name in part.family.names}
         _check_covered(self._targets, owners)
         whole = parts[0].family is self.family  # else layers are stacked as no donor has them
+        done: list[torch.cuda.Event] = []
         for page, matrix in self._pages if whole else ():
             merge_page(matrix, parts[0].recipe, page, self.family)
+            if matrix.is_cuda:  # the copies of one page may be ahead of it, not those of all
+                done.append(torch.cuda.current_stream(matrix.device).record_event())
+                if len(done) > 1:
+                    done.pop(0).synchronize()
             if matrix.dtype == torch.float16:  # the others hold all that finite donors come to
                 for name in page.names:
                     _check_finite(page.view(matrix, name), parts[0].recipe, name)

@@ -6,6 +6,7 @@ number a row. A single tensor is a page of its own.
 
 from __future__ import annotations
 
+import functools
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -61,6 +62,27 @@ def _values(recipe: Recipe, page: Page, family: Family) -> list[Values]:
     ]
 
 
+def brought(tensor: Tensor, device: torch.device) -> Tensor:
+    """A tensor on a device.
+
+    What lies in pinned memory is copied to a GPU beside what the GPU does meanwhile: the next
+    tensors are on their way while a kernel still writes the last ones.
+    """
+    if device.type != "cuda" or not tensor.is_pinned():
+        return tensor.to(device)
+    work, copies = torch.cuda.current_stream(device), _copies(device)
+    with torch.cuda.stream(copies):
+        there = tensor.to(device, non_blocking=True)
+    work.wait_stream(copies)
+    there.record_stream(work)  # its memory is not to be given away before that has read it
+    return there
+
+
+@functools.cache
+def _copies(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+
+
 def _agree(method: Method, values: Sequence[Values]) -> bool:
     """Whether tensors can be merged in one pass: of one kernel, so with the same flags."""
     if isinstance(method, Linear):
@@ -100,7 +122,7 @@ def _write_sum(
     origin = None if itself else recipe.origin
 
     def read(model: str) -> Tensor:
-        return family.matrix(model, page).to(out.device, non_blocking=True)
+        return brought(family.matrix(model, page), out.device)
 
     if not used:
         out.copy_(read(origin).view(out.shape)) if origin else out.zero_()
@@ -143,8 +165,8 @@ def _write_rows(  # of one tensor, so by name
     options = {option: value for option, value in values.items() if option not in method.layout}
     gram = family.gram(name, models, recipe.origin, dim) if method.gram else None
     factors = method.coefficients(gram, **options)  # (rows, n)
-    tensors = [family.read(model, name).to(out.device) for model in models]
-    base = family.read(recipe.origin, name).to(out.device) if recipe.origin else None
+    tensors = [brought(family.read(model, name), out.device) for model in models]
+    base = brought(family.read(recipe.origin, name), out.device) if recipe.origin else None
     by_row = [_along(c, out.shape, dim).to(out.device) for c in factors.float().unbind(-1)]
     kernel = sum_of_task_vectors if recipe.origin else weighted_sum
     out.copy_(kernel(base, tensors, factor=by_row))  # type: ignore[arg-type]  # None or not
@@ -217,7 +239,7 @@ def _write_elementwise(
     assert isinstance(method, Elementwise)
     assert recipe.base is not None
     used = _weighted(recipe, values)
-    base = family.matrix(recipe.base, page).to(device, non_blocking=True)
+    base = brought(family.matrix(recipe.base, page), device)
     if not used or not out.numel():
         out.copy_(base.view(out.shape))
         return
@@ -226,10 +248,10 @@ def _write_elementwise(
     noise = None
     if wanted.pop("draws", method.random):
         noise = page.noise(recipe.seed, used, device, even=not method.random)
-    donors = [family.matrix(model, page).to(device, non_blocking=True) for model in models]
+    donors = [brought(family.matrix(model, page), device) for model in models]
     if method.beside:
         beside = [family.beside(method.beside, page, model, recipe.base) for model in models]
-        wanted[method.beside] = [each.to(device, non_blocking=True) for each in beside]
+        wanted[method.beside] = [brought(each, device) for each in beside]
     if wanted.pop("restored", False):
         stretches = _stretches(page, (base, donors), wanted, noise, family)
         wanted["factor"] = [f * s for f, s in zip(wanted["factor"], stretches, strict=True)]
