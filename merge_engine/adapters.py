@@ -86,12 +86,21 @@ class Adapter:
     @property
     def files(self) -> tuple[Path, Path]:
         """All that the change depends on."""
-        return self.folder / "adapter_config.json", self.folder / "adapter_model.safetensors"
+        return self.folder / "adapter_config.json", self.weights
+
+    @property
+    def weights(self) -> Path:
+        """The file with A and B."""
+        return self.folder / "adapter_model.safetensors"
+
+    def changes(self, name: str) -> bool:
+        """Whether the base's tensor is another one with the adapter."""
+        return name in self.updates or name in self.replaced
 
     def apply(self, name: str, weight: Tensor) -> Tensor:
         """The base's tensor as the adapter changes it: float32 if it does."""
         if name in self.replaced:
-            weight = self._file.get_tensor(self.replaced[name])
+            weight = self._file.get_tensor(self.replaced[name]).float()
         if name not in self.updates:
             return weight
         update = self.updates[name]
@@ -121,11 +130,12 @@ class Adapter:
 
     @cached_property
     def _file(self) -> Any:
-        file = self.folder / "adapter_model.safetensors"
         try:
-            return safe_open(file, framework="pt", device="cpu")
+            return safe_open(self.weights, framework="pt", device="cpu")
         except (SafetensorError, OSError) as error:
-            raise RecipeError(f"{file}: missing, damaged or cut short: {error}") from None
+            raise RecipeError(
+                f"{self.weights}: missing, damaged or cut short: {error}; fetch it again"
+            ) from None
 
     @cached_property
     def _keys(self) -> list[str]:
@@ -141,7 +151,13 @@ class Adapter:
             )
             if up not in self.shapes or len(self.shapes[key]) != 2:
                 raise RecipeError(
-                    f"adapter {self.folder}: {key!r} is not one of a pair of matrices"
+                    f"{self.weights}: {key!r} is not one of a pair of matrices; fetch it again"
+                )
+            ranks = self.shapes[key][0], self.shapes[up][-1]
+            if ranks[0] != ranks[1] or len(self.shapes[up]) != 2:
+                raise RecipeError(
+                    f"{self.weights}: {key!r} and its B have ranks {ranks[0]} and {ranks[1]}; "
+                    "fetch it again"
                 )
             scale = self._scale(module, self.shapes[key][0])
             self.updates[f"{module}.weight"] = Update(key, up, scale, embedding)

@@ -5,23 +5,19 @@ Kernels compute in float32; the one rounding happens where a tensor is written.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from functools import cached_property
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
 
 from merge_engine.donors import Family
 from merge_engine.layout import is_head_weight, layer_counts
-from merge_engine.methods import METHODS, Base, Linear
-from merge_engine.methods.contract import Elementwise, Values
-from merge_engine.methods.linear import sum_of_task_vectors, weighted_sum
-from merge_engine.noise import key_of, uniform
+from merge_engine.methods import Base
+from merge_engine.pages import Page
+from merge_engine.passes import brought, merge_page
 from merge_engine.plan import Part, Plan, stack, written_dtype
 from merge_engine.recipe import Recipe, RecipeError
-from merge_engine.statistics import Magnitudes, Variances, row_width, widened
+from merge_engine.statistics import all_finite
 
 Read = Callable[[str], Tensor]  # a model's tensor, on the device
 
@@ -53,7 +49,7 @@ def merge_into(out: Tensor, recipe: Recipe, name: str, family: Family) -> None:
     """
 
     def read(model: str) -> Tensor:
-        return family.read(model, name).to(out.device, non_blocking=True)
+        return brought(family.read(model, name), out.device)
 
     inputs = family.inputs.get(name, {})
     lacking = bool(inputs) and any(model not in inputs for model in recipe.models_read)
@@ -65,17 +61,7 @@ def merge_into(out: Tensor, recipe: Recipe, name: str, family: Family) -> None:
     if lacking and _too_few(recipe):
         out.copy_(read(recipe.models_read[0]))
         return
-    method = METHODS[recipe.merge_method]
-    values = recipe.values(name, family.depth(name), inputs)
-    try:
-        if isinstance(method, Linear):
-            factors = _coefficients(recipe, method, name, values, family)
-            _write_sum(out, recipe, factors, read, family)
-        else:
-            assert isinstance(method, Elementwise)
-            _write_elementwise(out, recipe, method, name, values, family)
-    except ValueError as error:
-        raise RecipeError(f"{recipe.merge_method} of {name!r}: {error}") from error
+    merge_page(out, recipe, Page({name: tuple(out.shape)}), family)
 
 
 def _of_holders(recipe: Recipe, name: str, inputs: Mapping[str, str]) -> Recipe:
@@ -104,136 +90,6 @@ def _too_few(recipe: Recipe) -> bool:
     return count < recipe.method.donors[0]
 
 
-Factors = dict[str, float | Tensor]  # a model's coefficient, or one per row, to multiply by
-
-
-def _coefficients(
-    recipe: Recipe, method: Linear, name: str, values: Values, family: Family
-) -> Factors:
-    """The factor of each model, those that are zero left out: nobody has to read them."""
-    models = tuple(source.model for source in recipe.donors)
-    if method.base is Base.ENDPOINT and recipe.base is not None:
-        models = (recipe.base, *models)
-    options = dict(values)
-    shape = family.tensors[name].shape
-    dim = method.dim(**{option: options.pop(option) for option in method.layout})
-    dim = dim if shape else None
-    gram = family.gram(name, models, recipe.origin, dim) if method.gram else None
-    factors = method.coefficients(gram, **options)  # (n,) or (rows, n)
-    if dim is None:
-        return {model: c for model, c in zip(models, factors.tolist(), strict=True) if c != 0}
-    columns = factors.float().unbind(-1)
-    return {model: _along(c, shape, dim) for model, c in zip(models, columns, strict=True)}
-
-
-def _along(factors: Tensor, shape: Sequence[int], dim: int) -> Tensor:
-    """One factor for each row along ``dim``, in the order of ``Family.gram``, to multiply by."""
-    sizes = list(shape)
-    sizes[dim], sizes[-1] = sizes[-1], 1
-    return factors.reshape(sizes).transpose(dim, -1)
-
-
-def _write_sum(out: Tensor, recipe: Recipe, factors: Factors, read: Read, family: Family) -> None:
-    """The linear family's one pass."""
-    plain = [factor for factor in factors.values() if isinstance(factor, float)]
-    # One undiminished task vector is summed up as the donor itself, which it is bit for bit.
-    origin = None if plain == [1.0] else recipe.origin
-    if not factors:
-        out.copy_(read(origin)) if origin else out.zero_()
-        return
-    kernel = sum_of_task_vectors if origin else weighted_sum
-    base = read(origin) if origin else None
-    tensors = [read(model) for model in factors]
-    if len(plain) == len(factors):
-        family.stream.write(out, kernel, (base, tensors), {"factor": plain})
-    else:
-        by_row = [factor.to(out.device) for factor in factors.values() if torch.is_tensor(factor)]
-        out.copy_(kernel(base, tensors, factor=by_row))  # type: ignore[arg-type]  # None or not
-
-
-@dataclass(frozen=True)
-class _TaskVector:
-    """What a donor changes in one tensor, for preparations to ask of."""
-
-    family: Family
-    name: str
-    base: str
-    donor: str
-    key: int
-    device: torch.device
-
-    @cached_property
-    def magnitudes(self) -> Magnitudes:
-        return self.family.magnitudes(self.name, self.donor, self.base)
-
-    @cached_property
-    def ranks(self) -> Tensor:
-        ranks = self.family.ranks(self.name, self.donor, self.base).to(self.device)
-        # The compiler has vectors of 32-bit integers alone: on a CPU a pass more costs far less.
-        vectors = self.family.stream.compiled and self.device.type == "cpu"
-        return widened(ranks) if vectors else ranks
-
-    def stretch(self, chance: float, spread: float = 0.0) -> float:
-        start, end = (
-            self.family.read(model, self.name).to(self.device) for model in (self.base, self.donor)
-        )
-        last = row_width(end.shape) - 1
-        by_rank = {"ranks": [self.ranks], "spread": spread, "last": last} if spread else {}
-        before, after = self.family.stream.kept_mass(start, end, self.key, chance, by_rank)
-        return before / after if min(before, after) >= 1e-7 else 1.0
-
-
-@dataclass(frozen=True)
-class _TaskVectors:
-    """What the donors change in one tensor, for preparations to ask of."""
-
-    members: tuple[_TaskVector, ...]
-
-    def __len__(self) -> int:
-        return len(self.members)
-
-    def __iter__(self) -> Iterator[_TaskVector]:
-        return iter(self.members)
-
-    @property
-    def variances(self) -> Variances:
-        first, *_ = self.members
-        donors = tuple(member.donor for member in self.members)
-        return first.family.variances(first.name, donors, first.base)
-
-
-def _write_elementwise(
-    out: Tensor, recipe: Recipe, method: Elementwise, name: str, values: Values, family: Family
-) -> None:
-    assert recipe.base is not None
-    places = [i for i, w in enumerate(values.get("weight", [1] * len(recipe.donors))) if w != 0]  # type: ignore[arg-type]
-    base = family.read(recipe.base, name).to(out.device)
-    if not places or not out.numel():
-        out.copy_(base)
-        return
-    keys = [key_of(recipe.seed, name, place) for place in places]
-    models = [recipe.donors[place].model for place in places]
-    wanted: dict[str, Any] = {
-        key: tuple(value[place] for place in places) if isinstance(value, tuple) else value
-        for key, value in values.items()
-    }
-    if method.prepare is not None:
-        deltas = tuple(
-            _TaskVector(family, name, recipe.base, model, key, out.device)
-            for model, key in zip(models, keys, strict=True)
-        )
-        wanted = method.prepare(wanted, _TaskVectors(deltas))
-    draws = wanted.pop("draws", method.random)
-    donors = [family.read(model, name).to(out.device) for model in models]
-    if method.whole:
-        noise = [uniform(key, base.shape, base.device) for key in keys] if draws else None
-        drawn = {"noise": noise} if draws else {}
-        out.copy_(method.kernel(base, donors, **wanted, **drawn))
-    else:
-        inputs, even = (base, donors), not method.random
-        family.stream.write(out, method.kernel, inputs, wanted, keys if draws else None, even)
-
-
 def _same_in_all(recipe: Recipe, name: str, read: Read) -> Tensor:
     first, *others = (read(model) for model in recipe.models_read)
     if not all(torch.equal(first, other) for other in others):
@@ -260,25 +116,18 @@ def merged_tensors(
     """Merge a family tensor by tensor, as ``built_tensors`` does part by part."""
     for name in family.names:
         tensor = merge_tensor(recipe, name, family, device, written_dtype(recipe, family, name))
-        _check_finite(tensor, recipe, name, family)
+        _check_finite(tensor, recipe, name)
         yield name, tensor
         del tensor  # before the next is merged
 
 
-def _check_finite(merged: Tensor, recipe: Recipe, name: str, family: Family) -> None:
-    """Refuse NaN and Inf, and say where they are from."""
-    if bool(merged.isfinite().all()):
-        return
-    for model, own in family.inputs.get(name, {}).items():
-        if not bool(family.read(model, name).isfinite().all()):
-            file = family.checkpoints[model].tensors[own].file
-            raise RecipeError(
-                f"{file}: {own!r} has NaN or Inf in it; fetch or train {model!r} again"
-            )
-    raise RecipeError(
-        f"{recipe.merge_method} of {name!r} has NaN or Inf in {merged.dtype}; "
-        "make the weights smaller, or write float32"
-    )
+def _check_finite(merged: Tensor, recipe: Recipe, name: str) -> None:
+    """Refuse what has outgrown its dtype: the models' own numbers were looked through."""
+    if not all_finite(merged):
+        raise RecipeError(
+            f"{recipe.merge_method} of {name!r} has NaN or Inf in {merged.dtype}; "
+            "make the weights smaller, or write float32"
+        )
 
 
 class Builder:
@@ -299,6 +148,21 @@ class Builder:
         self.version = 0  # grows with every build: what else depends on the weights is keyed by it
         self._targets = dict(_stored_tensors(model))
         _check_covered(self._targets, family.names)
+        self._pages = list(self._laid_out())
+        laid = {name for page, _ in self._pages for name in page.names}
+        self._alone = [name for name in self._targets if name not in laid]
+
+    def _laid_out(self) -> Iterator[tuple[Page, Tensor]]:
+        """Move the live model's tensors to where they lie in the donors' pages."""
+        for page in self.family.pages:
+            live = [self._targets.get(name) for name in page.names]
+            kinds = {(each.dtype, each.device) if each is not None else None for each in live}
+            if len(kinds) == 1 and (kind := kinds.pop()) and kind[0].is_floating_point:
+                matrix = page.empty(*kind)
+                for name in page.names:
+                    page.view(matrix, name).copy_(self._targets[name].detach())
+                    self._targets[name].data = page.view(matrix, name)
+                yield page, matrix
 
     @torch.no_grad()
     def build(self, recipe: Recipe) -> None:
@@ -309,12 +173,23 @@ class Builder:
         """
         self.loaded = None  # a failed build leaves parts of two recipes: never score it
         self.version += 1
-        owners = {name: part for part in self._parts(recipe) for name in part.family.names}
+        parts = self._parts(recipe)
+        owners = {name: part for part in parts for name in part.family.names}
         _check_covered(self._targets, owners)
-        for name, target in self._targets.items():
-            part = owners[name]
-            merge_into(target, part.recipe, name, part.family)
-            _check_finite(target, part.recipe, name, part.family)
+        whole = parts[0].family is self.family  # else layers are stacked as no donor has them
+        done: list[torch.cuda.Event] = []
+        for page, matrix in self._pages if whole else ():
+            merge_page(matrix, parts[0].recipe, page, self.family)
+            if matrix.is_cuda:  # the copies of one page may be ahead of it, not those of all
+                done.append(torch.cuda.current_stream(matrix.device).record_event())
+                if len(done) > 1:
+                    done.pop(0).synchronize()
+            if matrix.dtype == torch.float16:  # the others hold all that finite donors come to
+                for name in page.names:
+                    _check_finite(page.view(matrix, name), parts[0].recipe, name)
+        for name in self._alone if whole else self._targets:
+            merge_into(self._targets[name], owners[name].recipe, name, owners[name].family)
+            _check_finite(self._targets[name], owners[name].recipe, name)
         self.loaded = recipe
 
     def _parts(self, recipe: Recipe) -> tuple[Part, ...]:

@@ -4,6 +4,11 @@ A file stands for one statistic of one tensor of some models. Its name is a dige
 fingerprints, so files are never changed and never out of date: whoever wants room removes the
 folder. It is a convenience and never an error: what is missing or damaged is computed again, and
 what cannot be stored is not.
+
+The folder has a limit, beyond which the files that were not used for longest are removed. It is
+measured when a process first stores something and then each time it has stored another 64th of the
+limit, so each process may go beyond by that much. Several may do so at once: a file that somebody
+has mapped can be read to the end, and one that is gone is computed again.
 """
 
 from __future__ import annotations
@@ -11,6 +16,8 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
+import re
+import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -19,9 +26,17 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-FORMAT = 1  # to be raised when a statistic is computed or stored in another way
+from merge_engine.memory import parse_size
+from merge_engine.recipe import RecipeError
+
+FORMAT = 2  # to be raised when a statistic is computed or stored in another way
 PIECE = 1 << 16  # bytes
 PIECES = 64  # of each file
+MOST = 20 << 30  # bytes
+SHARE = 10  # the folder takes no more than a tenth of the room it could have
+LOOKS = 64  # times that the folder is measured while as much is stored as it may hold
+_OURS = re.compile(r"[0-9a-f]{40}\.safetensors(\.\w+\.partial)?")
+_left: dict[Path, int] = {}  # bytes that may be stored before a folder is measured again
 
 
 def folder() -> Path:
@@ -30,6 +45,59 @@ def folder() -> Path:
         return Path(own).expanduser()
     shared = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
     return Path(shared).expanduser() / "mergesearch"
+
+
+def own_limit() -> int | None:
+    """The user's ``$MERGESEARCH_CACHE_LIMIT`` in bytes, if there is one.
+
+    Raises:
+        RecipeError: It is no size.
+    """
+    if not (text := os.environ.get("MERGESEARCH_CACHE_LIMIT")):
+        return None
+    try:
+        return parse_size(text)
+    except ValueError as error:
+        raise RecipeError(f"$MERGESEARCH_CACHE_LIMIT: {error}") from None
+
+
+def limit(held: int) -> int:
+    """Bytes that the folder may hold.
+
+    The user's own limit, or else 20 GiB, or a tenth of what is free on its disk and what the folder
+    holds already, if that is less.
+
+    Args:
+        held: Bytes in the folder.
+    """
+    if (own := own_limit()) is not None:
+        return own
+    return min(MOST, (shutil.disk_usage(folder()).free + held) // SHARE)
+
+
+def trim() -> int:
+    """Remove the files that were not used for longest until the folder is within its limit.
+
+    Only files that were stored here are counted and removed, whatever else is in the folder.
+
+    Returns:
+        The limit in bytes.
+    """
+    found = []
+    for place in folder().glob("??/*"):
+        if _OURS.fullmatch(place.name):
+            with contextlib.suppress(OSError):  # another process has removed it
+                status = place.stat()
+                found.append((status.st_mtime_ns, status.st_size, place))
+    held = sum(size for _, size, _ in found)
+    most = limit(held)
+    for _, size, place in sorted(found):
+        if held <= most:
+            break
+        with contextlib.suppress(OSError):
+            place.unlink()
+        held -= size
+    return most
 
 
 def fingerprint(files: Iterable[Path]) -> str:
@@ -79,19 +147,24 @@ def kept(place: Path, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor
 def _load(place: Path) -> dict[str, Tensor] | None:
     try:
         with safe_open(place, framework="pt", device="cpu") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            found = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (OSError, SafetensorError):
         return None
+    with contextlib.suppress(OSError):  # it is another's, or gone by now
+        os.utime(place)
+    return found
 
 
 def _store(place: Path, tensors: dict[str, Tensor]) -> None:
-    """Write under another name and rename: a file that exists is whole."""
+    """Write under another name and rename: a file that exists is whole. Then make room."""
     with contextlib.suppress(OSError, SafetensorError):
         place.parent.mkdir(parents=True, exist_ok=True)
-        handle, partial = tempfile.mkstemp(dir=place.parent, suffix=".partial")
+        handle, partial = tempfile.mkstemp(".partial", f"{place.name}.", place.parent)
         os.close(handle)
         try:
             save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial)
             Path(partial).replace(place)
         finally:
             Path(partial).unlink(missing_ok=True)
+        left = _left.get(folder(), 0) - place.stat().st_size
+        _left[folder()] = left if left > 0 else trim() // LOOKS

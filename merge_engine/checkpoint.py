@@ -6,6 +6,7 @@ Tensors go to their places in the files one by one: memory holds one, whatever t
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -94,18 +95,25 @@ def write_checkpoint(
         shard_bytes: No file's tensors take more than this, unless a single one does.
 
     Raises:
-        RecipeError: ``out`` exists.
+        RecipeError: ``out`` exists, or cannot be made.
     """
     if out.exists():
         raise RecipeError(f"{out} exists; choose another folder or remove it")
     partial = out.with_name(out.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
+    made = [folder for folder in (partial, *partial.parents) if not folder.exists()]
+    try:
+        partial.mkdir(parents=True)
+    except OSError as error:
+        raise RecipeError(f"{out}: {error.strerror}; choose another folder") from None
     try:
         _write_weights(tensors, shapes, partial, shard_bytes)
         _write_others(model, shapes, partial)
     except BaseException:
         shutil.rmtree(partial)
+        for folder in made[1:]:
+            with contextlib.suppress(OSError):  # somebody else has come to use it
+                folder.rmdir()
         raise
     partial.rename(out)
 

@@ -7,9 +7,11 @@ a LoRA adapter changes in it.
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import re
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, reduce
@@ -31,12 +33,24 @@ from merge_engine.layout import (
     layer_counts,
     place_of,
 )
+from merge_engine.noise import masses_below
+from merge_engine.pages import Page
 from merge_engine.recipe import RecipeError
-from merge_engine.statistics import Magnitudes, Variances, row_ranks
+from merge_engine.statistics import (
+    Magnitudes,
+    Variances,
+    all_finite,
+    overlaps,
+    rank_share,
+    row_ranks,
+    row_width,
+    salient,
+)
 from merge_engine.stream import Stream, compiling_pays
 
 WORTH_KEEPING = 65_536  # elements from which on reading a statistic is quicker than measuring it
 HUB_FILES = ("*.safetensors", "*.json", "*.jinja", "*.txt", "*.model")
+INDEX = "model.safetensors.index.json"
 _RECOMPUTED = ".rotary_emb.inv_freq"  # buffers that old checkpoints store; no model reads them
 _DTYPES = {
     "F64": torch.float64,
@@ -104,10 +118,25 @@ class Checkpoint:
         return self._json(name) if (self.folder / name).is_file() else {}
 
     def _json(self, name: str) -> Mapping[str, Any]:
+        file = self.folder / name
+        if not file.is_file():
+            raise RecipeError(f"model {self.model!r}: no {name} in {self.folder}; {self._way_out}")
         try:
-            return dict(json.loads((self.folder / name).read_text(encoding="utf-8")))
+            found = json.loads(file.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
-            raise RecipeError(f"model {self.model!r}: {name}: {error}") from None
+            raise RecipeError(f"{file}: damaged or cut short: {error}; fetch it again") from None
+        if not isinstance(found, dict):
+            raise RecipeError(f"{file}: damaged: it is no mapping of keys; fetch it again")
+        return found
+
+    @cached_property
+    def _way_out(self) -> str:
+        """What to do about a folder that lacks a file of a model."""
+        if (self.folder / "adapter_config.json").is_file():
+            return f"it is an adapter: name it with its base, as 'BASE+{self.model}'"
+        if any(self.folder.glob("*.bin")):
+            return "it has only .bin files: convert it to safetensors"
+        return "fetch it again"
 
     @cached_property
     def tensors(self) -> Mapping[str, TensorInfo]:
@@ -124,12 +153,17 @@ class Checkpoint:
                         "quantised; merge the full-precision model"
                     )
                 found[name] = TensorInfo(file, tuple(part.get_shape()), dtype)
+        if lost := sorted(name for name in self._index if self._counts(name) and name not in found):
+            raise RecipeError(
+                f"{self.folder / INDEX}: lists {lost[0]!r}, which {self._index[lost[0]]!r} lacks; "
+                "fetch both again"
+            )
+        return {name: info for name, info in sorted(found.items()) if self._counts(name)}
+
+    def _counts(self, name: str) -> bool:
+        """Whether a stored tensor is one of the model's own."""
         tied = self.config.get("tie_word_embeddings", False)
-        return {
-            name: info
-            for name, info in sorted(found.items())
-            if not name.endswith(_RECOMPUTED) and not (tied and name == "lm_head.weight")
-        }
+        return not name.endswith(_RECOMPUTED) and not (tied and name == "lm_head.weight")
 
     def own_name(self, name: str) -> str | None:
         """The model's tensor that does what ``name`` does elsewhere; None if it has none.
@@ -172,36 +206,51 @@ class Checkpoint:
             raise RecipeError(f"model {self.model!r}: cannot read {name!r}: {error}") from None
         return tensor
 
+    def file_of(self, name: str) -> Path:
+        """The file that a tensor's numbers are from."""
+        return self.tensors[name].file
+
+    def read_dtype(self, name: str) -> torch.dtype:
+        """The dtype of what ``read`` gives."""
+        return self.tensors[name].dtype
+
     def release(self) -> None:
         """Close the files: until then the pages read so far count as this process's memory."""
         self._handles.clear()
 
     def _files(self) -> list[Path]:
-        index = self.folder / "model.safetensors.index.json"
-        if index.is_file():
-            names = sorted(
-                set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-            )
+        if names := sorted(set(self._index.values())):
             if missing := [name for name in names if not (self.folder / name).is_file()]:
                 raise RecipeError(
-                    f"{index}: names {missing[0]!r}, which is missing; fetch it again"
+                    f"{self.folder / INDEX}: names {missing[0]!r}, which is missing; fetch it again"
                 )
             return [self.folder / name for name in names]
         if (single := self.folder / "model.safetensors").is_file():
             return [single]
-        hint = ""
-        if (self.folder / "adapter_config.json").is_file():
-            hint = f"; it is an adapter: name it with its base, as 'BASE+{self.model}'"
-        elif any(self.folder.glob("*.bin")):
-            hint = "; it has only .bin files: convert it to safetensors"
-        raise RecipeError(f"model {self.model!r}: no model.safetensors in {self.folder}{hint}")
+        raise RecipeError(
+            f"model {self.model!r}: no model.safetensors in {self.folder}; {self._way_out}"
+        )
+
+    @cached_property
+    def _index(self) -> Mapping[str, str]:
+        """The file of each tensor of a model in shards; empty if it is in one file."""
+        if not (self.folder / INDEX).is_file():
+            return {}
+        files = self._json(INDEX).get("weight_map")
+        if not (files and isinstance(files, dict) and all(type(f) is str for f in files.values())):
+            raise RecipeError(
+                f"{self.folder / INDEX}: its 'weight_map' names no files; fetch it again"
+            )
+        return files
 
     def _open(self, file: Path) -> Any:
         if file not in self._handles:
             try:
                 self._handles[file] = safe_open(file, framework="pt", device="cpu")
             except (SafetensorError, OSError) as error:
-                raise RecipeError(f"{file}: damaged or cut short: {error}") from None
+                raise RecipeError(
+                    f"{file}: damaged or cut short: {error}; fetch it again"
+                ) from None
         return self._handles[file]
 
     @cached_property
@@ -231,6 +280,15 @@ class Adapted(Checkpoint):
     def read(self, name: str) -> Tensor:
         """The tensor with its change, in float32 if it has one."""
         return self._adapter.apply(name, super().read(name))
+
+    def file_of(self, name: str) -> Path:
+        """The adapter's if it changes the tensor, unless the model's own is not finite already."""
+        changed = self._adapter.changes(name) and all_finite(super().read(name))
+        return self._adapter.weights if changed else super().file_of(name)
+
+    def read_dtype(self, name: str) -> torch.dtype:
+        """As ``Checkpoint.read_dtype``."""
+        return torch.float32 if self._adapter.changes(name) else super().read_dtype(name)
 
     def release(self) -> None:
         """Close the files of both."""
@@ -365,32 +423,99 @@ class Family:
             tier: "device" there, "pinned" in page-locked host memory, "disk" nowhere.
         """
         self._device, self._tier = device, tier
+        for laid in ("pages", "_page_of", "_kept"):  # where they were until now
+            self.__dict__.pop(laid, None)
 
     def read(self, model: str, name: str) -> Tensor:
         """A model's tensor, as stored or in float32 with the result's rows, from where it lives."""
-        if self._tier == "disk":
-            return self._stored(model, name)
-        if (model, name) not in self._kept:
-            tensor = self._stored(model, name)
-            # Copied even on the CPU: memory of our own is read half as fast again as a mapped file.
-            on_device = self._tier == "device"
-            there = tensor.to(self._device, copy=True) if on_device else tensor.pin_memory()
-            self._kept[model, name] = there
-        return self._kept[model, name]
+        page = self._page_of.get(name)
+        return page.view(self.matrix(model, page), name) if page else self._stored(model, name)
+
+    def matrix(self, model: str, page: Page) -> Tensor:
+        """A model's tensors of a page, (rows, WIDTH); of a page not laid its one tensor itself."""
+        if page not in self.pages:
+            (name,) = page.names
+            return self.read(model, name)
+        if (wanted := (model, page.names)) not in self._kept:
+            dtype = self._stored_dtype(model, page.names[0])
+            host = self._tier == "pinned"
+            matrix = page.empty(dtype, torch.device("cpu") if host else self._device, host)
+            stored = (self._stored(model, name) for name in page.names)
+            self._kept[wanted] = page.fill(matrix, stored)
+            self.checkpoints[model].release()
+        return self._kept[wanted]
 
     @cached_property
-    def _kept(self) -> dict[tuple[str, str], Tensor]:
+    def pages(self) -> tuple[Page, ...]:
+        """The tensors that stay in memory, of all models at the same places: those all have.
+
+        Memory of our own is read half as fast again as a mapped file, and one pass merges a page.
+        """
+        if self._tier == "disk":
+            return ()
+        kinds: dict[tuple[torch.dtype, ...], dict[str, tuple[int, ...]]] = defaultdict(dict)
+        for name, info in self.tensors.items():
+            if len(self.inputs[name]) == len(self.checkpoints) and info.dtype.is_floating_point:
+                dtypes = tuple(self._stored_dtype(model, name) for model in self.checkpoints)
+                kinds[dtypes][name] = info.shape
+        return tuple(page for shapes in kinds.values() for page in Page.cut(shapes))
+
+    @cached_property
+    def _page_of(self) -> dict[str, Page]:
+        return {name: page for page in self.pages for name in page.names}
+
+    @cached_property
+    def _kept(self) -> dict[tuple[str, tuple[str, ...]], Tensor]:
         return {}
+
+    def _stored_dtype(self, model: str, name: str) -> torch.dtype:
+        """The dtype of what ``_stored`` gives."""
+        if self._is_resized(name):
+            return torch.float32
+        return self.checkpoints[model].read_dtype(self.inputs[name][model])
 
     def _stored(self, model: str, name: str) -> Tensor:
         own = self.inputs[name]
 
         def stored(model: str) -> Tensor:
-            return self.checkpoints[model].read(own[model])
+            return self._checked(model, own[model])
 
         if self._is_resized(name) and self.rows is not None:
             return self.rows.align(model, tuple(own), self.base, stored)
         return stored(model)
+
+    def _checked(self, model: str, own: str) -> Tensor:
+        """A model's own tensor, looked through when it is read first.
+
+        Raises:
+            RecipeError: There is NaN or Inf in it, which some methods would hide.
+        """
+        checkpoint = self.checkpoints[model]
+        tensor = checkpoint.read(own)
+        if (model, own) not in self._finite:
+            if not all_finite(tensor):
+                raise RecipeError(
+                    f"{checkpoint.file_of(own)}: {own!r} has NaN or Inf in it; "
+                    f"fetch or train {model!r} again"
+                )
+            self._finite.add((model, own))
+        return tensor
+
+    def look_through(self) -> None:
+        """Read all tensors now, to where they stay, and not when a recipe first needs them.
+
+        Raises:
+            RecipeError: There is NaN or Inf in one.
+        """
+        for model, checkpoint in self.checkpoints.items():
+            for name, holders in self.inputs.items():
+                if model in holders:
+                    self.read(model, name)
+            checkpoint.release()
+
+    @cached_property
+    def _finite(self) -> set[tuple[str, str]]:
+        return set()
 
     def release(self) -> None:
         """Let go of open files and of what was computed: no tensor read so far is needed again."""
@@ -434,22 +559,83 @@ class Family:
         """Where donors' task vectors differ; sorted once, on first use."""
 
         def measure() -> dict[str, Tensor]:
-            start = self.read(base, name).float()
-            deltas = [self.read(donor, name).float() - start for donor in donors]
-            return Variances.of(deltas).tensors()
+            ends = [self.read(donor, name) for donor in donors]
+            return Variances.of(self.read(base, name), ends).tensors()
 
         return self._once("variances", name, (*donors, base), measure, Variances.from_tensors)
 
-    def ranks(self, name: str, donor: str, base: str) -> Tensor:
-        """Each magnitude's rank in its row of a donor's task vector, as ``row_ranks`` has it."""
+    def overlaps(self, name: str, donors: tuple[str, ...], base: str, epsilon: float) -> Tensor:
+        """How many elements each donor changed alone, and how many others did, too: (2, n)."""
 
         def measure() -> dict[str, Tensor]:
+            inputs = self.read(base, name), [self.read(donor, name) for donor in donors]
+            sums = self.stream.sums(overlaps, inputs, {"epsilon": epsilon})
+            return {"overlaps": sums.sum(1).cpu()}
+
+        kind, members = f"overlaps beyond {epsilon!r}", (*donors, base)
+        return self._once(
+            kind, name, members, measure, lambda found: found["overlaps"].view(2, len(donors))
+        )
+
+    def beside(self, kind: str, page: Page, donor: str, base: str) -> Tensor:
+        """What a method takes for every element of a donor, laid as ``matrix`` lays the donor.
+
+        Args:
+            kind: "shares": where each magnitude stands in its row of the task vector, from 0, the
+                smallest, to 1, float16; "taken": which elements are ``salient``, bool.
+            page: Of which tensors.
+            donor: Whose.
+            base: What it is compared with.
+        """
+        if page not in self.pages:
+            (name,) = page.names
+            return self._by_element[kind](name, donor, base)
+        if (wanted := (kind, page.names, donor, base)) not in self._known:
+            found = (self._by_element[kind](name, donor, base) for name in page.names)
+            first = next(found)
+            matrix = page.empty(first.dtype, first.device)
+            self._known[wanted] = page.fill(matrix, itertools.chain([first], found))
+        laid: Tensor = self._known[wanted]
+        return laid
+
+    @cached_property
+    def _by_element(self) -> dict[str, Callable[[str, str, str], Tensor]]:
+        return {"shares": self._shares, "taken": self._salient}
+
+    def _shares(self, name: str, donor: str, base: str) -> Tensor:
+        def measure() -> dict[str, Tensor]:
             delta = self.read(donor, name).float() - self.read(base, name).float()
-            return {"ranks": row_ranks(delta)}
+            last = max(1, row_width(delta.shape) - 1)
+            return {"shares": rank_share(row_ranks(delta), last).half()}
 
         return self._once(
-            "ranks", name, (donor, base), measure, lambda found: found["ranks"], large=True
+            "shares", name, (donor, base), measure, lambda found: found["shares"], large=True
         )
+
+    def _salient(self, name: str, donor: str, base: str) -> Tensor:
+        """Which of a donor's elements matter most, (*s) bool, as ``statistics.salient`` has it."""
+
+        def measure() -> dict[str, Tensor]:
+            return {"salient": salient(self.read(base, name), self.read(donor, name))}
+
+        return self._once(
+            "salient", name, (donor, base), measure, lambda found: found["salient"], large=True
+        )
+
+    def masses(self, name: str, donor: str, base: str, key: int) -> Tensor:
+        """What each random mask keeps of a donor's task vector, as ``masses_below`` has it."""
+        if (wanted := ("masses", name, donor, base, key)) not in self._known:
+            delta = self.read(donor, name).float() - self.read(base, name).float()
+            self._known[wanted] = masses_below(delta.abs(), key).float()
+        masses: Tensor = self._known[wanted]
+        return masses
+
+    def grams(self, names: tuple[str, ...], models: tuple[str, ...], origin: str | None) -> Tensor:
+        """``gram`` of several tensors over all their elements, (k, n, n)."""
+        if (wanted := ("grams", names, models, origin)) not in self._known:
+            self._known[wanted] = torch.stack([self.gram(n, models, origin) for n in names])
+        grams: Tensor = self._known[wanted]
+        return grams
 
     def _once(
         self,

@@ -7,16 +7,19 @@ cannot hold is read again for every candidate.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from math import prod
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import psutil
 import torch
 
-from merge_engine.donors import TensorInfo
+from merge_engine.pages import ROWS, WIDTH
 from merge_engine.recipe import RecipeError
+
+if TYPE_CHECKING:
+    from merge_engine.donors import TensorInfo
 
 Tier = Literal["device", "pinned", "disk"]
 SPARE = 0.7  # of what is free: activations, allocators and caches need the rest
@@ -70,10 +73,13 @@ def plan_memory(
     Raises:
         RecipeError: The live model and the work on it do not fit.
     """
-    sizes = {name: prod(info.shape) for name, info in tensors.items()}
+    sizes = {name: math.prod(info.shape) for name, info in tensors.items()}
     live = sum(sizes.values()) * dtype.itemsize
     donors = members * sum(sizes[name] * info.dtype.itemsize for name, info in tensors.items())
-    work = 4 * (members + 2) * max(sizes.values(), default=0)
+    largest = max(sizes.values(), default=0)
+    if torch.device(device).type != "cpu":  # where donors may be copied to, page by page
+        largest = max(largest, min(sum(sizes.values()), ROWS * WIDTH))
+    work = 4 * (members + 2) * largest
     free = min(_free(device), limit if limit is not None else 1 << 62)
     if live + work > free:
         raise RecipeError(
@@ -102,9 +108,12 @@ def parse_size(text: str) -> int:
     if power is None or unit[1:] not in ("", "b", "ib"):
         raise ValueError(f"{text!r} is no size; write it like 24GB or 512MiB")
     try:
-        return int(float(number) * (1024 if "i" in unit else 1000) ** power)
+        size = float(number) * (1024 if "i" in unit else 1000) ** power
     except ValueError:
-        raise ValueError(f"{text!r} is no size; write it like 24GB or 512MiB") from None
+        size = math.nan
+    if not 0 <= size < math.inf:
+        raise ValueError(f"{text!r} is no size; write it like 24GB or 512MiB")
+    return int(size)
 
 
 def _free(device: str) -> int:

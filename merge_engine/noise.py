@@ -1,25 +1,80 @@
-"""Uniform numbers that depend on a key and a position, and on nothing else.
+"""Random numbers that depend on a key and a position, and on nothing else.
 
 A mask drawn from a stream changes when tensors are merged in another order, in other chunks or on
 another device. A counter-based generator has no stream: number ``i`` of a key is a hash of both.
-The hash is two rounds of the ``lowbias32`` mixer (Chris Wellons 2018,
-https://nullprogram.com/blog/2018/07/31/), each keyed by one half of the key. It is 32-bit integer
-arithmetic throughout, which vectorises where 64-bit products do not, and exact, so a CPU and a GPU,
-eager or compiled, draw the same bits.
+The hash is the ``lowbias32`` mixer (Chris Wellons 2018,
+https://nullprogram.com/blog/2018/07/31/) of the position times the golden ratio, with one half of
+the key before the mixer's first multiplication and the other before its second. It is 32-bit
+integer arithmetic throughout, which vectorises where 64-bit products do not, and exact, so a CPU
+and a GPU, eager or compiled, draw the same bits.
+
+A number has 16 bits. That is as fine as the tables of magnitudes, far finer than what a random mask
+deviates from its density by, and coarse enough to know beforehand what any mask keeps
+(``masses_below``).
 """
 
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+LEVELS = 1 << 16  # numbers are multiples of 1 / LEVELS
+BLOCK = 1 << 31  # positions that an int32 can count; every further block has a key of its own
 _FACTORS = (0x7FEB352D, 0x846CA68B - (1 << 32))  # of lowbias32, as signed numbers
 _GOLDEN = 0x9E3779B9 - (1 << 32)  # of 2**32
-_BLOCK = 1 << 31  # positions that an int32 can count; every further block has a key of its own
 _PIECE = 1 << 20  # numbers drawn at a time, so that what is between two steps stays in the cache
+
+
+@dataclass(frozen=True)
+class Noise:
+    """What a kernel's noise over rows of numbers follows from.
+
+    Args:
+        first: Position of each row's first number in its tensor, modulo BLOCK, through ``weyl``,
+            (rows, 1) int32.
+        keys: For each donor the two halves of its key, each () or (rows, 1) int32.
+        even: The numbers have only to be even, not random: one sequence for all donors.
+    """
+
+    first: Tensor
+    keys: tuple[tuple[Tensor, Tensor], ...]
+    even: bool = False
+
+    def rows(self, part: slice) -> Noise:
+        """The noise of some of the rows."""
+        keys = tuple((_cut(low, part), _cut(high, part)) for low, high in self.keys)
+        return Noise(self.first[part], keys, self.even)
+
+
+def _cut(column: Tensor, part: slice) -> Tensor:
+    return column[part] if column.dim() else column
+
+
+def drawn(noise: Noise, columns: Tensor) -> list[Tensor]:
+    """The numbers of each donor: (rows, width) int32, in [0, LEVELS).
+
+    Args:
+        noise: Of which rows.
+        columns: Places within a row through ``weyl``, (width,) int32.
+    """
+    places = noise.first + columns  # the sequence is linear
+    if noise.even:  # the key moves the whole of it, so that tensors do not all start alike
+        return [spread(places + noise.keys[0][0])] * len(noise.keys)
+    return [hashed(places, low, high) for low, high in noise.keys]
+
+
+def weyl(positions: Tensor) -> Tensor:
+    """Positions times the golden ratio, modulo 2**32: int32, as they are.
+
+    Multiples of the golden ratio modulo 1 fall into any interval as often as its length says, to a
+    few of them (Weyl 1916).
+    """
+    return positions * _GOLDEN
 
 
 def key_of(seed: int, tensor: str, donor: int) -> int:
@@ -29,7 +84,7 @@ def key_of(seed: int, tensor: str, donor: int) -> int:
 
 
 def uniform(key: int, shape: Sequence[int], device: torch.device | str = "cpu") -> Tensor:
-    """Numbers in [0, 1) on a grid of 2**-24: shape ``shape``, float32."""
+    """Numbers in [0, 1) on a grid of 1 / LEVELS: shape ``shape``, float32."""
     return uniform_at(key, 0, int(torch.Size(shape).numel()), device).reshape(tuple(shape))
 
 
@@ -38,15 +93,15 @@ def uniform_at(key: int, start: int, count: int, device: torch.device | str = "c
 
     They are those that ``uniform`` has there, so a tensor may be worked through in chunks.
     """
-    drawn = torch.empty(count, dtype=torch.float32, device=device)
+    numbers = torch.empty(count, dtype=torch.float32, device=device)
     done = 0
     while done < count:
-        block, first = divmod(start + done, _BLOCK)
-        size = min(count - done, _PIECE, _BLOCK - first)
+        block, first = divmod(start + done, BLOCK)
+        size = min(count - done, _PIECE, BLOCK - first)
         positions = torch.arange(first, first + size, dtype=torch.int32, device=device)
-        drawn[done : done + size] = hashed(positions, *halves(key, block))
+        numbers[done : done + size] = hashed(weyl(positions), *halves(key, block)) / LEVELS
         done += size
-    return drawn
+    return numbers
 
 
 def halves(key: int, block: int = 0) -> tuple[int, int]:
@@ -63,38 +118,67 @@ def halves(key: int, block: int = 0) -> tuple[int, int]:
     return _signed(mixed & 0xFFFFFFFF), _signed(mixed >> 32)
 
 
-def hashed(positions: Tensor, low: int | Tensor, high: int | Tensor) -> Tensor:
-    """``uniform``'s arithmetic: the top 24 bits of ``mix(mix(i ^ low) ^ high)``.
+def hashed(places: Tensor, low: int | Tensor, high: int | Tensor) -> Tensor:
+    """The top 16 bits of ``lowbias32(place ^ low)``, with ``high`` taken in halfway.
+
+    The mixer's last step changes the lower bits alone and is left out.
 
     Args:
-        positions: Within one block, int32.
-        low: First half of the key, as ``halves`` gives it; as a tensor () of int32 it is no
-            constant to a compiler.
+        places: Positions within one block, through ``weyl``, int32.
+        low: First half of the key, as ``halves`` gives it; as a tensor of int32 it is no constant
+            to a compiler.
         high: Second half.
 
     Returns:
-        Numbers in [0, 1), float32, of the shape of ``positions``.
+        Numbers in [0, LEVELS), int32, of the shape of ``places``. They stay whole: to compare
+        them is far cheaper than to convert them.
     """
-    bits = _mixed(_mixed(positions ^ low) ^ high)
-    return _shifted(bits, 8).float() * 2.0**-24
+    bits = places ^ low
+    bits = (bits ^ _shifted(bits, 16)) * _FACTORS[0]
+    bits = (bits ^ _shifted(bits, 15) ^ high) * _FACTORS[1]
+    return _shifted(bits, 16)
 
 
-def spread(positions: Tensor) -> Tensor:
-    """Numbers in [0, 1) as even as can be, for choosing a share of equal elements.
+def spread(places: Tensor) -> Tensor:
+    """Numbers in [0, LEVELS) as even as can be, at a fraction of the cost of ``hashed``.
 
-    The multiples of the golden ratio modulo 1 (Weyl 1916) fall into any interval as often as its
-    length says, to a few elements, at a quarter of the cost of ``hashed``.
+    They are for choosing a share of equal elements.
 
     Args:
-        positions: Of the elements, int32.
+        places: Of the elements, through ``weyl``, int32.
     """
-    return _shifted(positions * _GOLDEN, 8).float() * 2.0**-24
+    return _shifted(places, 16)
 
 
-def _mixed(bits: Tensor) -> Tensor:
-    bits = (bits ^ _shifted(bits, 16)) * _FACTORS[0]
-    bits = (bits ^ _shifted(bits, 15)) * _FACTORS[1]
-    return bits ^ _shifted(bits, 16)
+def level(chance: float) -> int:
+    """How many of the LEVELS numbers an element with a chance is kept for."""
+    return round(chance * LEVELS)
+
+
+def masses_below(magnitudes: Tensor, key: int) -> Tensor:
+    """For each level k the sum of the magnitudes whose number is below ``k / LEVELS``.
+
+    What a random mask of any density keeps of a donor is thus known without drawing it.
+
+    Args:
+        magnitudes: Not negative, any shape, on any device.
+        key: Of the numbers.
+
+    Returns:
+        (LEVELS + 1,) float64, on the CPU. Summed as whole numbers, so every machine has the same.
+    """
+    flat = magnitudes.reshape(-1)
+    largest = float(flat.max()) if flat.numel() else 0.0
+    total = torch.zeros(LEVELS, dtype=torch.int64, device=flat.device)
+    if largest == 0:
+        return torch.zeros(LEVELS + 1, dtype=torch.float64)
+    unit = 2.0 ** (math.floor(math.log2(largest)) + 1 - (62 - flat.numel().bit_length()))
+    for start in range(0, flat.numel(), _PIECE):
+        piece = flat[start : start + _PIECE].double()
+        levels = uniform_at(key, start, len(piece), flat.device) * LEVELS
+        total.scatter_add_(0, levels.long(), (piece / unit).round().long())
+    sums = total.cpu().cumsum(0).double() * unit
+    return torch.cat([torch.zeros(1, dtype=torch.float64), sums])
 
 
 def _shifted(bits: Tensor, count: int) -> Tensor:

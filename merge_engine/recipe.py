@@ -281,6 +281,13 @@ class Recipe(_Frozen):
             parts.pop("seed", None)
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
+    @property
+    def is_uniform(self) -> bool:
+        """Whether every tensor has the same parameters: no filter, no gradient."""
+        scopes = (self.parameters, *(source.parameters for source in self.donors))
+        clauses = [clause for scope in scopes for setting in scope.values() for clause in setting]
+        return all(c.filter is None and len(c.values) == 1 for c in clauses)
+
     def values(
         self, tensor: str, depth: float, inputs: Mapping[str, str] = MappingProxyType({})
     ) -> Values:
@@ -559,7 +566,12 @@ def _idle_parameters(recipe: Recipe, place: str, settings: Settings) -> list[str
 
 def _check_parts(recipe: Recipe, where: str) -> None:
     if len(recipe.modules) > 1:
-        raise RecipeError(f"{where}: {len(recipe.modules)} modules; a recipe can have one here")
+        # A module's name stands for tensors that only mergekit's architecture files list.
+        raise RecipeError(
+            f"{where}: modules {', '.join(recipe.modules)}: several cannot be told apart here; "
+            "write 'models', which merges every module, and set what differs between them by "
+            "'filter' entries on tensor names"
+        )
     parts = recipe.parts
     if not parts:
         raise RecipeError(f"{where}: modules need 'slices' or 'models'")

@@ -1,4 +1,4 @@
-"""One pass: a kernel run over flat tensors and written straight into the result.
+"""One pass: a kernel run over rows of numbers and written straight into the result.
 
 Compiled, the kernel, the casts and the noise become one loop that reads every input once and writes
 the output once. Without a compiler, or where compiling would cost more than it saves, the same
@@ -10,23 +10,28 @@ from __future__ import annotations
 import functools
 import logging
 import shutil
-from collections.abc import Callable, Mapping, Sequence
-from types import MappingProxyType
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from merge_engine.noise import halves, hashed, spread
-from merge_engine.statistics import rank_share
+from merge_engine.noise import Noise, drawn, weyl
+from merge_engine.pages import WIDTH
 
 T = TypeVar("T")
 _LOG = logging.getLogger(__name__)
 Kernel = Callable[..., Tensor]
 CHUNK = 1 << 16
-SUMMED = 1 << 20  # elements that are summed in float32; the sums of those are in float64
-BLOCK = 1 << 31  # positions within one key of the noise
 PAYS = 2_000_000_000  # merged numbers from which on compiling (some seconds, once) is worth it
+# Every intermediate result is wanted in registers: one that inductor keeps in memory, as it does
+# with those used often, also halves how many 16-bit numbers it takes at a time.
+_OPTIONS: dict[str, str | int | bool | Callable[..., Any]] = {
+    "realize_opcount_threshold": 1 << 20,
+    "realize_reads_threshold": 1 << 20,
+}
 
 
 def compiling_pays(parameters: int, candidates: int) -> bool:
@@ -36,7 +41,10 @@ def compiling_pays(parameters: int, candidates: int) -> bool:
 
 
 class Stream:
-    """Runs kernels over flat tensors.
+    """Runs kernels over rows of WIDTH numbers: pages, or any tensor, cut into rows and a rest.
+
+    A kernel's other values are numbers, for the whole tensor or one a row, (rows, 1); n of either;
+    flags; and n tensors with a number for every element, of which a kernel gets the same stretch.
 
     Args:
         compiled: Through ``torch.compile``; else in chunks.
@@ -46,6 +54,8 @@ class Stream:
         self.compiled = compiled
         if compiled:  # kernels, numbers of donors and dtypes share one function: more than its 8
             torch._dynamo.config.recompile_limit = max(256, torch._dynamo.config.recompile_limit)
+            # Shares are of one 16-bit type and weights may be of the other, which is meant.
+            warnings.filterwarnings("ignore", message="bf16 and fp16 are mixed")
 
     def write(
         self,
@@ -53,200 +63,189 @@ class Stream:
         kernel: Kernel,
         inputs: tuple[Tensor | None, Sequence[Tensor]],
         values: Mapping[str, Any],
-        keys: Sequence[int] | None = None,
-        even: bool = False,
+        noise: Noise | None = None,
     ) -> None:
         """Write ``kernel(base, donors, **values)`` into ``out``, rounded to its dtype.
 
         Args:
             out: Contiguous, any shape; what it is rounded to.
-            kernel: Works on any stretch of the flattened tensors.
+            kernel: Works on any rows of the tensors.
             inputs: The base, if the kernel has one, and the donors, of ``out``'s shape.
-            values: The kernel's other arguments: numbers, one or n of them, flags, and lists of
-                tensors of ``out``'s shape, of which the kernel gets the same stretch.
-            keys: Of each donor's noise, if the kernel takes noise.
-            even: The noise has only to be even, not random.
+            values: The kernel's other arguments, as the class has them.
+            noise: If the kernel takes noise, what it follows from.
         """
-        target = out.view(-1)
-        flat = _flat(inputs, values, out.device)
+        self._each(_write, kernel, _Rows.of(inputs, values, noise, out.view(-1)))
 
-        def run(write: Callable[..., None], step: int) -> None:
-            for start, stop in _pieces(target.numel(), step):
-                write(target[start:stop], *flat(start, stop, keys))
-
-        if target.numel() < 2:  # a compiler would make one element a case of its own
-            run(_write(kernel, even), CHUNK)
-            return
-        self._prefer_compiled(
-            lambda: run(self._compiled(_write, kernel, even), BLOCK),
-            lambda: run(_write(kernel, even), CHUNK),
-        )
-
-    def total(
+    def sums(
         self,
         kernel: Kernel,
         inputs: tuple[Tensor | None, Sequence[Tensor]],
         values: Mapping[str, Any],
-        keys: Sequence[int] | None = None,
+        noise: Noise | None = None,
     ) -> Tensor:
-        """Sum of ``kernel(base, donors, **values)`` over all stretches.
+        """What a kernel adds up along each row.
 
         Args:
-            kernel: Gives k sums over a stretch of the flattened tensors, (k,).
+            kernel: Gives k sums for each of some rows, (k, rows).
             inputs: As of ``write``.
             values: As of ``write``.
-            keys: As of ``write``.
+            noise: As of ``write``.
 
         Returns:
-            (k,) float64, on the CPU; one zero for a tensor without elements.
+            (k, rows) float64, for every row of WIDTH elements and the rest.
         """
-        donor = inputs[1][0]
-        flat = _flat(inputs, values, donor.device)
+        found = self._each(_measure, kernel, _Rows.of(inputs, values, noise, None))
+        return torch.cat(found, 1) if found else torch.zeros(1, 0, dtype=torch.float64)
 
-        def run(measure: Callable[..., Tensor]) -> Tensor:
-            total = torch.zeros(1, dtype=torch.float64, device=donor.device)
-            for start, stop in _pieces(donor.numel(), SUMMED):
-                total = total + measure(*flat(start, stop, keys))
-            return total.cpu()
-
-        return self._prefer_compiled(
-            lambda: run(self._compiled(_measure, kernel, False)), lambda: run(_measure(kernel))
-        )
-
-    def kept_mass(
+    def _each(
         self,
-        base: Tensor,
-        donor: Tensor,
-        key: int,
-        chance: float,
-        by_rank: Mapping[str, Any] = MappingProxyType({}),
-    ) -> tuple[float, float]:
-        """L1 norm of ``donor - base``, and of its elements whose noise is below ``chance``.
+        make: Callable[[Kernel], Callable[..., T]],
+        kernel: Kernel,
+        whole: _Rows,
+    ) -> list[T]:
+        """Run over all rows: compiled if that is wanted and there is more than one, or in chunks.
 
-        Args:
-            base: Any shape (*s).
-            donor: (*s).
-            key: Of the noise.
-            chance: Of every element, or of the smallest of a row.
-            by_rank: Of better chances for larger elements ``ranks``, ``spread`` and ``last`` as
-                della's kernel has them; empty if there are none.
+        A compiler would make one row a case of its own, and the rest is never more than one.
         """
-        if not donor.numel():
-            return 0.0, 0.0
-        before, after = self.total(_mass, (base, [donor]), {"chance": chance, **by_rank}, [key])
-        return float(before), float(after)
-
-    def _prefer_compiled(self, compiled: Callable[[], T], chunked: Callable[[], T]) -> T:
-        """Do the work compiled; in chunks, and ever after, if the compiler does not work."""
-        if self.compiled:
-            try:
-                return compiled()
-            except torch._dynamo.exc.BackendCompilerFailed as error:
-                reason = str(error).splitlines()[0]
-                _LOG.warning("kernels are not compiled but run in chunks: %s", reason)
-                self.compiled = False
-        return chunked()
+        done: list[T] = []
+        for rows in whole.split():
+            if self.compiled and rows.count > 1:
+                try:
+                    done.append(self._compiled(make, kernel)(*rows.arguments()))
+                    continue
+                except torch._dynamo.exc.BackendCompilerFailed as error:
+                    reason = str(error).splitlines()[0]
+                    _LOG.warning("kernels are not compiled but run in chunks: %s", reason)
+                    self.compiled = False
+            run = make(kernel)
+            done += [run(*chunk.arguments()) for chunk in rows.chunks()]
+        return done
 
     @functools.cache  # noqa: B019  one Stream lives as long as its family
-    def _compiled(self, run: Callable[..., Any], kernel: Kernel, even: bool) -> Callable[..., Any]:
-        return torch.compile(run(kernel, even), dynamic=True)
+    def _compiled(
+        self, make: Callable[[Kernel], Callable[..., T]], kernel: Kernel
+    ) -> Callable[..., T]:
+        return torch.compile(make(kernel), dynamic=True, options=_OPTIONS)
 
 
-def _flat(
-    inputs: tuple[Tensor | None, Sequence[Tensor]], values: Mapping[str, Any], device: torch.device
-) -> Callable[[int, int, Sequence[int] | None], tuple[Any, ...]]:
-    """Flattened tensors; a function that cuts a stretch from all of them."""
-    base, donors = inputs
-    flat_base = None if base is None else base.reshape(-1)
-    flat = [donor.reshape(-1) for donor in donors]
-    beside = {name: value for name, value in values.items() if _by_element(value)}
-    numbers = _tensors({k: v for k, v in values.items() if k not in beside}, device)
-    flat_beside = {k: [tensor.reshape(-1) for tensor in v] for k, v in beside.items()}
+@dataclass(frozen=True)
+class _Rows:
+    """Rows of all that one call is about: (rows, width) each, and one number a row (rows, 1)."""
 
-    def cut(start: int, stop: int, keys: Sequence[int] | None) -> tuple[Any, ...]:
-        part = slice(start, stop)
-        return (
-            None if flat_base is None else flat_base[part],
-            [donor[part] for donor in flat],
-            _keys(keys, start, device),
-            numbers | {k: [tensor[part] for tensor in v] for k, v in flat_beside.items()},
+    out: Tensor | None
+    base: Tensor | None
+    donors: list[Tensor]
+    values: dict[str, Any]
+    noise: Noise | None
+
+    @classmethod
+    def of(
+        cls,
+        inputs: tuple[Tensor | None, Sequence[Tensor]],
+        values: Mapping[str, Any],
+        noise: Noise | None,
+        out: Tensor | None,
+    ) -> _Rows:
+        """Everything flattened, as one long row; numbers as tensors, no constants to a compiler."""
+        base, donors = inputs
+        device = donors[0].device
+        return cls(
+            None if out is None else out.view(1, -1),
+            None if base is None else base.reshape(1, -1),
+            [donor.reshape(1, -1) for donor in donors],
+            {name: _tensors(value, donors[0].numel(), device) for name, value in values.items()},
+            noise,
         )
 
-    return cut
+    @property
+    def count(self) -> int:
+        return self.donors[0].shape[0]
+
+    def split(self) -> Iterator[_Rows]:
+        """The one long row as rows of WIDTH and the rest, as far as there are any."""
+        size = self.donors[0].shape[1]
+        count, rest = divmod(size, WIDTH)
+        if count:
+            yield self._map(
+                lambda tensor: tensor[:, : count * WIDTH].view(count, WIDTH), slice(0, count)
+            )
+        if rest:
+            yield self._map(lambda tensor: tensor[:, count * WIDTH :], slice(count, None))
+
+    def chunks(self) -> Iterator[_Rows]:
+        """A few rows at a time."""
+        step = max(1, CHUNK // WIDTH)
+        for start in range(0, self.count, step):
+            part = slice(start, start + step)
+            yield self._map(lambda tensor, part=part: tensor[part], part)  # type: ignore[misc]
+
+    def _map(self, cut: Callable[[Tensor], Tensor], rows: slice) -> _Rows:
+        """Tensors by element through ``cut``, of what there is one number a row the ``rows``."""
+        wide = self.donors[0].shape[1]
+
+        def part(value: Any) -> Any:
+            if isinstance(value, list):
+                return [part(each) for each in value]
+            if not torch.is_tensor(value) or not value.dim():
+                return value
+            return cut(value) if value.shape[1] == wide > 1 else value[rows]
+
+        return _Rows(
+            None if self.out is None else cut(self.out),
+            None if self.base is None else cut(self.base),
+            [cut(donor) for donor in self.donors],
+            {name: part(value) for name, value in self.values.items()},
+            None if self.noise is None else self.noise.rows(rows),
+        )
+
+    def arguments(self) -> tuple[Any, ...]:
+        """What a kernel's runner takes."""
+        noise = None
+        if self.noise is not None:
+            columns = _columns(self.donors[0].shape[1], self.donors[0].device)
+            noise = (self.noise.first, columns, self.noise.keys, self.noise.even)
+        return self.out, self.base, self.donors, noise, self.values
 
 
-def _by_element(value: Any) -> bool:
-    return isinstance(value, list) and len(value) > 0 and torch.is_tensor(value[0])
+@functools.lru_cache(maxsize=64)
+def _columns(width: int, device: torch.device) -> Tensor:
+    return weyl(torch.arange(width, dtype=torch.int32, device=device))
 
 
-def _pieces(size: int, step: int) -> list[tuple[int, int]]:
-    return [(start, min(start + step, size)) for start in range(0, size, step)]
-
-
-def _write(kernel: Kernel, even: bool) -> Callable[..., None]:
-    run = _with_noise(kernel, even)
-
+def _write(kernel: Kernel) -> Callable[..., None]:
     def write(out: Tensor, *arguments: Any) -> None:
-        out.copy_(run(*arguments))
+        out.copy_(_run(kernel, *arguments))
 
     return write
 
 
-def _measure(kernel: Kernel, even: bool = False) -> Callable[..., Tensor]:
-    run = _with_noise(kernel, even)
-
-    def measure(*arguments: Any) -> Tensor:
-        return run(*arguments).double()
+def _measure(kernel: Kernel) -> Callable[..., Tensor]:
+    def measure(_out: None, *arguments: Any) -> Tensor:
+        return _run(kernel, *arguments).double()
 
     return measure
 
 
-def _with_noise(kernel: Kernel, even: bool) -> Callable[..., Tensor]:
-    def run(
-        base: Tensor | None, donors: list[Tensor], keys: Tensor | None, values: dict[str, Any]
-    ) -> Tensor:
-        drawn = {}
-        if keys is not None:
-            places = torch.arange(donors[0].shape[0], dtype=torch.int32, device=donors[0].device)
-            if even:  # one sequence for all donors: it has to be fair, not independent
-                drawn["noise"] = [spread(places + keys[0, 0])] * len(donors)
-            else:
-                drawn["noise"] = [hashed(places + key[0], key[1], key[2]) for key in keys]
-        return kernel(base, donors, **values, **drawn)
-
-    return run
-
-
-def _mass(
-    base: Tensor,
+def _run(
+    kernel: Kernel,
+    base: Tensor | None,
     donors: list[Tensor],
-    *,
-    chance: Tensor,
-    noise: list[Tensor],
-    **by_rank: Any,
+    noise: tuple[Tensor, Tensor, Any, bool] | None,
+    values: dict[str, Any],
 ) -> Tensor:
-    """L1 norms of one task vector and of what is kept of it, (2,), as della's kernel keeps it."""
-    size = (donors[0].float() - base.float()).abs()
-    if by_rank:
-        share = rank_share(by_rank["ranks"][0], by_rank["last"])
-        chance = chance + share * by_rank["spread"]
-    return torch.stack([size.sum(), torch.where(noise[0] < chance, size, 0.0).sum()])
+    if noise is None:
+        return kernel(base, donors, **values)
+    first, columns, keys, even = noise
+    return kernel(base, donors, **values, noise=drawn(Noise(first, keys, even), columns))
 
 
-def _keys(keys: Sequence[int] | None, start: int, device: torch.device) -> Tensor | None:
-    """For each donor: the first position and both halves of its key, (n, 3) int32."""
-    if keys is None:
-        return None
-    block, first = divmod(start, BLOCK)
-    rows = [[first, *halves(key, block)] for key in keys]
-    return torch.tensor(rows, dtype=torch.int32, device=device)
-
-
-def _tensors(values: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
-    """Numbers as float32 tensors, which a compiler takes for data; flags as they are."""
-    return {
-        name: value
-        if isinstance(value, bool)
-        else torch.tensor(value, dtype=torch.float32, device=device)
-        for name, value in values.items()
-    }
+def _tensors(value: Any, size: int, device: torch.device) -> Any:
+    """A kernel's value with its numbers as tensors of 32 bits and what is by element as one row."""
+    if isinstance(value, bool) or value is None:
+        return value
+    if isinstance(value, list | tuple):
+        return [_tensors(each, size, device) for each in value]
+    if not torch.is_tensor(value):
+        dtype = torch.int32 if isinstance(value, int) else torch.float32
+        return torch.tensor(value, dtype=dtype, device=device)
+    return value.reshape(1, -1) if value.numel() == size else value

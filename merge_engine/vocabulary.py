@@ -176,27 +176,32 @@ def with_chat_template(tokenizer: Any, recipe: Recipe, models: Mapping[str, Chec
     return tokenizer
 
 
-def load_tokenizer(checkpoint: Checkpoint) -> Any:
+def load_tokenizer(checkpoint: Checkpoint, *, trust_remote_code: bool = False) -> Any:
     """A model's tokenizer.
 
     Raises:
-        RecipeError: It has none.
+        RecipeError: It has none, or a damaged one.
     """
-    if (tokenizer := _load(checkpoint.folder)) is None:
-        raise RecipeError(f"model {checkpoint.model!r}: no tokenizer in {checkpoint.folder}")
+    if (tokenizer := _load(checkpoint.folder, trust_remote_code)) is None:
+        raise RecipeError(
+            f"model {checkpoint.model!r}: no tokenizer in {checkpoint.folder}; fetch it again"
+        )
     return tokenizer
 
 
-def _load(folder: Path) -> Any:
+def _load(folder: Path, trust_remote_code: bool = False) -> Any:
     """The tokenizer in a folder; None if there is none."""
     if not any(folder.glob("tokenizer*")) and not any(folder.glob("vocab.*")):
         return None
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(folder)
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except Exception as error:  # whatever its class raises, the folder cannot be used
-        raise RecipeError(f"{folder}: cannot read its tokenizer: {error}") from None
+        reason = " ".join(str(error).split()) or repr(error)
+        raise RecipeError(
+            f"{folder}: cannot read its tokenizer: {reason}; fetch its files again"
+        ) from None
 
 
 def _height(checkpoint: Checkpoint) -> int:

@@ -1,5 +1,7 @@
 """Score a live model on a benchmark's items. Knows nothing of recipes.
 
-``base`` the protocol every objective follows · ``harness`` lm-eval tasks, prepared once ·
-``items`` search, select and test splits in blocks · ``scores`` per-item values to means.
+``base`` the protocol every objective follows · ``registered`` lm-eval's names, found fast ·
+``tasks`` its tasks, loaded, and their prompts · ``harness`` asks them of one live model ·
+``judging`` answers to values · ``plugin`` a user's own objective, and several as one · ``items``
+search, select and test splits in blocks · ``scores`` per-item values to means.
 """

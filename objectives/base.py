@@ -1,4 +1,4 @@
-"""What an objective is: numbered items, and one number per item for a live model."""
+"""What an objective is: numbered items, and an answer per item for a live model."""
 
 from __future__ import annotations
 
@@ -10,8 +10,26 @@ if TYPE_CHECKING:
     from torch import nn
 
 
+def printable(text: str) -> str:
+    r"""Untrusted text as a terminal may show it: what is not printable is spelled out.
+
+    A model can write escape sequences that move the cursor or retitle the window. Line breaks are
+    spelled out as well (``\n``), so that one message stays one line.
+    """
+    return "".join(
+        letter if letter.isprintable() else letter.encode("unicode_escape").decode()
+        for letter in text
+    )
+
+
 class ObjectiveError(ValueError):
-    """Bad input to an objective: the message says where, what was got and what to do."""
+    """Bad input to an objective: the message says where, what was got and what to do.
+
+    It may quote what a model or a data file says, so it is made printable.
+    """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(printable(message))
 
 
 @dataclass(frozen=True)
@@ -30,6 +48,39 @@ class Item:
     doc_id: int
 
 
+@dataclass(frozen=True)
+class Shown:
+    """What decides an item's answer besides the model: it must not change during a study.
+
+    Attributes:
+        prompt: All the text a model is shown for it, answers to choose from included.
+        gold: What is right, and the row of data it comes from.
+        encoding: Hash of the tokens a model is given.
+        rules: Hash of how the task asks and judges.
+    """
+
+    prompt: str
+    gold: str
+    encoding: str = ""
+    rules: str = ""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a model's answer to one item is worth.
+
+    Attributes:
+        value: In the unit of the task's own metric; higher is better.
+        margin: The same on a continuous scale, where the task has one: it shows a small change
+            that leaves ``value`` as it is. Log-likelihoods are natural.
+        fault: Why the answer could not be judged, as printable text; ``value`` is then 0.
+    """
+
+    value: float
+    margin: float | None = None
+    fault: str | None = None
+
+
 class Objective(Protocol):
     """Scores a live model on some of a benchmark's items; never sees a recipe."""
 
@@ -41,7 +92,10 @@ class Objective(Protocol):
     def items(self) -> Sequence[Item]:
         """Every item there is; an item's number is its index here."""
 
-    def score(self, model: nn.Module, items: Sequence[int]) -> list[float]:
+    def shown(self, items: Sequence[int]) -> list[Shown]:
+        """What a model is shown for the numbered items, to be compared when a study goes on."""
+
+    def score(self, model: nn.Module, items: Sequence[int]) -> list[Answer]:
         """Ask ``model`` the numbered items.
 
         Args:
@@ -49,8 +103,8 @@ class Objective(Protocol):
             items: Item numbers, in any order.
 
         Returns:
-            One number per item, in the order given and in the unit of the task's own metric;
-            higher is better, and a task's score is the mean over its items.
+            One answer per item, in the order given; a task's score is the mean of its items'
+            values.
 
         Raises:
             ObjectiveError: The model gave no usable answer to an item.

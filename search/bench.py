@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from merge_engine.builder import Builder
 from merge_engine.donors import Checkpoint, Family
 from merge_engine.memory import plan_memory
 from merge_engine.recipe import check_keys, load_recipe
-from objectives.base import ObjectiveError
-from objectives.harness import Harness, TaskSpec
+from merge_engine.vocabulary import load_tokenizer
+from objectives.base import Objective, ObjectiveError
+from objectives.harness import Harness
 from objectives.items import Splits, split_items
+from objectives.plugin import Plugin, PluginSpec, Suite
+from objectives.tasks import Prompting, TaskSpec, TextSpec
 from search.space import Space
-from search.spec import StudySpec
+from search.spec import OwnObjective, StudyError, StudySpec, Task, Text
 
 
 @dataclass(frozen=True)
@@ -50,7 +53,7 @@ class Bench:
 
     spec: StudySpec
     builder: Builder
-    objective: Harness
+    objective: Objective
     splits: Splits
     space: Space
 
@@ -62,16 +65,6 @@ class Bench:
     def tasks_of(self, split: str) -> list[str]:
         """The task of each item of a split, in scoring order."""
         return [self.objective.items[number].task for number in getattr(self.splits, split)]
-
-    @property
-    def items_key(self) -> str:
-        """A hash of which items are in which split: the same for the life of a study."""
-        parts = [
-            self.objective.items[number].key
-            for split in ("search", "select", "test")
-            for number in getattr(self.splits, split)
-        ]
-        return hashlib.sha256("/".join(parts).encode()).hexdigest()[:16]
 
 
 def torch_dtype(name: str) -> torch.dtype:
@@ -88,13 +81,33 @@ def model_dtype(checkpoint: Checkpoint) -> str:
     return max(sizes, key=lambda name: sizes[name])
 
 
-def load_model(checkpoint: Checkpoint, dtype: str, device: str) -> PreTrainedModel:
+def load_model(
+    checkpoint: Checkpoint, dtype: str, device: str, *, trust_remote_code: bool = False
+) -> PreTrainedModel:
     """A checkpoint as a live model in evaluation mode."""
-    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-        checkpoint.folder, dtype=torch_dtype(dtype), device_map=device
-    )
+    with own_code_refused(checkpoint):
+        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+            checkpoint.folder,
+            dtype=torch_dtype(dtype),
+            device_map=device,
+            trust_remote_code=trust_remote_code,
+        )
     model.eval()
     return model
+
+
+@contextmanager
+def own_code_refused(checkpoint: Checkpoint) -> Iterator[None]:
+    """Say what to do about a model that brings code of its own."""
+    try:
+        yield
+    except ValueError as error:
+        if "trust_remote_code" not in str(error):
+            raise
+        raise StudyError(
+            f"model {checkpoint.model!r} brings Python code of its own; read it, and if you trust "
+            "it, set trust_remote_code: true in the study"
+        ) from error
 
 
 def load_live(spec: StudySpec, model: str, device: str) -> tuple[PreTrainedModel, Checkpoint]:
@@ -105,28 +118,49 @@ def load_live(spec: StudySpec, model: str, device: str) -> tuple[PreTrainedModel
     """
     base = Checkpoint(spec.base_model)
     dtype = spec.dtype or model_dtype(base)
+    trusted = spec.trust_remote_code
     if not model.endswith((".yaml", ".yml")):
-        return load_model(Checkpoint(model), dtype, device), base
+        return load_model(Checkpoint(model), dtype, device, trust_remote_code=trusted), base
     recipe, _ = load_recipe(Path(model))
     family = Family(recipe.models_read)
-    live = load_model(family.reference, dtype, device)
+    live = load_model(family.reference, dtype, device, trust_remote_code=trusted)
     Builder(live, family).build(recipe)
     return live, base
 
 
-def make_objective(spec: StudySpec, model: PreTrainedModel, checkpoint: Checkpoint) -> Harness:
+def make_objective(spec: StudySpec, model: PreTrainedModel, checkpoint: Checkpoint) -> Objective:
     """The study's tasks, prepared for a live model, with the checkpoint's tokenizer."""
-    return Harness.prepare(
-        [TaskSpec(t.task, t.metric, t.weight, t.num_fewshot) for t in spec.objective.tasks],
-        include_path=spec.objective.include_path,
-        model=model,
-        tokenizer=AutoTokenizer.from_pretrained(checkpoint.folder),
-        batch_size=spec.objective.batch_size,
-        apply_chat_template=spec.objective.apply_chat_template,
-    )
+    wanted = spec.objective
+    with own_code_refused(checkpoint):
+        tokenizer = load_tokenizer(checkpoint, trust_remote_code=spec.trust_remote_code)
+    parts: list[Objective] = []
+    if tasks := [_task_spec(e) for e in wanted.tasks if not isinstance(e, OwnObjective)]:
+        parts.append(
+            Harness.prepare(
+                tasks,
+                include_path=wanted.include_path,
+                model=model,
+                tokenizer=tokenizer,
+                batch_size=wanted.batch_size,
+                prompting=Prompting(wanted.apply_chat_template, wanted.system_instruction),
+                unsafe_code=wanted.unsafe_code,
+            )
+        )
+    parts += [
+        Plugin(PluginSpec(entry.objective, entry.options, entry.weight), model, tokenizer)
+        for entry in wanted.tasks
+        if isinstance(entry, OwnObjective)
+    ]
+    return parts[0] if len(parts) == 1 else Suite(parts)
 
 
-def make_splits(spec: StudySpec, objective: Harness) -> Splits:
+def _task_spec(entry: Task | Text) -> TaskSpec | TextSpec:
+    if isinstance(entry, Task):
+        return TaskSpec(entry.task, entry.metric, entry.weight, entry.num_fewshot)
+    return TextSpec(entry.name, entry.text, entry.unit, entry.weight)
+
+
+def make_splits(spec: StudySpec, objective: Objective) -> Splits:
     """The study's items, dealt to search, select and test."""
     if not objective.items:
         raise ObjectiveError("objective.tasks: the tasks have no items")
@@ -170,7 +204,8 @@ def make_bench(
     dtype = spec.dtype or model_dtype(family.reference)
     for line in place_donors(family, dtype, machine):
         say(line)
-    model = load_model(family.reference, dtype, machine.device)
+    trusted = spec.trust_remote_code
+    model = load_model(family.reference, dtype, machine.device, trust_remote_code=trusted)
     objective = make_objective(spec, model, family.reference)
     check_keys("objective.constraints", spec.objective.constraints, objective.tasks)
     return Bench(

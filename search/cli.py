@@ -34,14 +34,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     options = _parser().parse_args(argv)
     _quiet_libraries()
+    from merge_engine import cache
     from merge_engine.recipe import RecipeError
-    from objectives.base import ObjectiveError
+    from objectives.base import ObjectiveError, printable
     from search.spec import StudyError
 
     try:
+        cache.own_limit()  # a wrong one is said now, and not by the first of many candidates
         options.command(options)
     except (RecipeError, ObjectiveError, StudyError) as error:
-        print(f"mergesearch: {error}", file=sys.stderr)
+        # it may quote a file's or a model's own words
+        print(f"mergesearch: {printable(str(error))}", file=sys.stderr)
         return BAD_INPUT
     except KeyboardInterrupt:
         print("\nmergesearch: stopped; the same command goes on from here", file=sys.stderr)
@@ -187,6 +190,8 @@ def _session(
     console = _console()
     # It checks everything, and nothing is written before.
     bench = make_bench(spec, machine, lambda line: console.print(line, highlight=False))
+    if not folder.exists():  # no folder is made for donors that no recipe could be built of
+        bench.builder.family.look_through()
     with locked(folder):
         progress = Progress(console)
         run = Run(folder, bench, progress)
@@ -265,13 +270,22 @@ def _score(options: Any) -> None:
     objective = make_objective(spec, model, base)
     numbers = getattr(make_splits(spec, objective), options.split)
     items = [objective.items[number] for number in numbers]
+    shown = objective.shown(numbers)
     answers = objective.score(model, numbers)
+    values = tuple(answer.value for answer in answers)
     tasks = tuple(item.task for item in items)
-    score = score_of(Sheet(tuple(answers), tasks, objective.tasks), spec.search.seed)
+    score = score_of(Sheet(values, tasks, objective.tasks), spec.search.seed)
     if options.json:
         rows = [
-            {"task": item.task, "item": item.key, "answer": answer}
-            for item, answer in zip(items, answers, strict=True)
+            {
+                "task": item.task,
+                "item": item.key,
+                "answer": answer.value,
+                "margin": answer.margin,
+                "fault": answer.fault,
+                "encoding": each.encoding,
+            }
+            for item, each, answer in zip(items, shown, answers, strict=True)
         ]
         print(json.dumps(score.model_dump() | {"split": options.split, "items": rows}))
     else:

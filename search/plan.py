@@ -13,13 +13,14 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from merge_engine.donors import Checkpoint, TensorInfo
 from merge_engine.layout import layer_counts
 from merge_engine.plan import plan_merge
-from merge_engine.recipe import load_recipe
+from merge_engine.recipe import RecipeError, load_recipe
 from search.bench import (
     Machine,
     make_objective,
     make_splits,
     model_dtype,
     open_family,
+    own_code_refused,
     place_donors,
     torch_dtype,
 )
@@ -58,9 +59,14 @@ def check_study(file: Path, device: str) -> Plan:
     spec = load_study(file)
     family = open_family(spec)
     dtype = spec.dtype or model_dtype(family.reference)
-    config = AutoConfig.from_pretrained(family.reference.folder)
+    with own_code_refused(family.reference):
+        config = AutoConfig.from_pretrained(
+            family.reference.folder, trust_remote_code=spec.trust_remote_code
+        )
     with torch.device("meta"):  # tasks are prepared for a model; this one has no weights
-        model = AutoModelForCausalLM.from_config(config, dtype=torch_dtype(dtype))
+        model = AutoModelForCausalLM.from_config(
+            config, dtype=torch_dtype(dtype), trust_remote_code=spec.trust_remote_code
+        )
     objective = make_objective(spec, model, family.reference)
     splits = make_splits(spec, objective)
     space = Space.of(spec, family.layer_filters, dtype)
@@ -107,4 +113,7 @@ def _vocabulary(checkpoint: Checkpoint) -> object:
     file = checkpoint.folder / "tokenizer.json"
     if not file.is_file():
         return None
-    return json.loads(file.read_text(encoding="utf-8"))["model"].get("vocab")
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))["model"].get("vocab")
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        raise RecipeError(f"{file}: damaged or cut short: {error}; fetch it again") from None

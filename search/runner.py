@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import fcntl
 import time
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ from merge_engine.checkpoint import Model, write_checkpoint
 from merge_engine.recipe import Recipe, RecipeError
 from objectives.base import ObjectiveError
 from search.bench import Bench
+from search.frozen import difference, freeze
 from search.samplers import make_sampler
 from search.scoring import Scorer
 from search.selection import Sheet, shortfall
@@ -96,24 +98,26 @@ class Run:
         Raises:
             StudyError: The folder is another study's, or the tasks' files have changed.
         """
-        mine: dict[str, Any] = {
-            "spec": self.spec.model_dump(mode="json"),
-            "items": self.bench.items_key,
-        }
+        mine = self.spec.model_dump(mode="json")
         theirs = self.study.user_attrs
-        if "spec" in theirs:
-            if changed := _changes(theirs["spec"], mine["spec"]):
-                raise StudyError(
-                    f"{self.folder} is the run of another study: {'; '.join(changed)}. "
-                    "Choose another --out, or set it back"
-                )
-            if theirs["items"] != mine["items"]:
-                raise StudyError(
-                    f"{self.folder}: the tasks' items have changed since the run began; "
-                    "restore the task files or choose another --out"
-                )
-        for name, value in mine.items():
-            self.study.set_user_attr(name, value)
+        if "spec" in theirs and (changed := _changes(theirs["spec"], mine)):
+            raise StudyError(
+                f"{self.folder} is the run of another study: {'; '.join(changed)}. "
+                "Choose another --out, or set it back"
+            )
+        self._adopt_items()
+        self.study.set_user_attr("spec", mine)
+
+    def _adopt_items(self) -> None:
+        """Freeze the study's items, or refuse to go on with others."""
+        stored, now = self.store.items(), freeze(self.bench.objective, self.bench.splits)
+        if not stored:
+            self.store.save_items(now)
+        elif what := difference(stored, now, self.bench.objective):
+            raise StudyError(
+                f"{self.folder}: the tasks' items have changed since the run began: {what}. "
+                "Restore the task files, or choose another --out"
+            )
 
     def search(self) -> None:
         """Ask and tell until the study has its trials.
@@ -127,6 +131,7 @@ class Run:
                 self.sheet(recipe, "search")
             except (RecipeError, ObjectiveError) as error:
                 raise StudyError(f"{name} alone: {error}") from error
+            self._report_faults(name, recipe)
         self.progress.start(self.spec.search.trials, self.finished())
         while len(self.finished()) < self.spec.search.trials:
             trial = self._ask()
@@ -138,6 +143,9 @@ class Run:
                 trial.set_user_attr("error", str(error))
                 finished = self.study.tell(trial, state=TrialState.FAIL)
             else:
+                if faults := self.faults(recipe):
+                    first = ": ".join(faults[0])
+                    trial.set_user_attr("faults", f"{len(faults)} answers not judged, e.g. {first}")
                 if floors := self.spec.objective.constraints:
                     trial.set_constraint("floors", shortfall(sheet, floors))
                 finished = self.study.tell(trial, sheet.mean)
@@ -147,7 +155,31 @@ class Run:
     def sheet(self, recipe: Recipe, split: Split) -> Sheet:
         """A recipe's answers to a split."""
         answers = self.scorer.answers(recipe, split)
-        return Sheet(tuple(answers), tuple(self.bench.tasks_of(split)), self.bench.weights)
+        values = tuple(answer.value for answer in answers)
+        return Sheet(values, tuple(self.bench.tasks_of(split)), self.bench.weights)
+
+    def faults(self, recipe: Recipe) -> list[tuple[str, str]]:
+        """Task and reason of each search item whose answer could not be judged."""
+        answers = self.scorer.answers(recipe, "search")
+        tasks = self.bench.tasks_of("search")
+        return [(t, a.fault) for t, a in zip(tasks, answers, strict=True) if a.fault is not None]
+
+    def _report_faults(self, name: str, recipe: Recipe) -> None:
+        """Say what could not be judged of a model the study starts from.
+
+        Raises:
+            StudyError: Nothing of a task could be: that is not the model's doing.
+        """
+        faults = self.faults(recipe)
+        asked = Counter(self.bench.tasks_of("search"))
+        for task, count in Counter(task for task, _ in faults).items():
+            reason = next(reason for at, reason in faults if at == task)
+            if count == asked[task]:
+                raise StudyError(f"{name} alone: task {task!r}: no answer can be judged: {reason}")
+            self.progress.note(
+                f"{name} alone: task {task!r}: {count} of {asked[task]} answers could not be "
+                f"judged and count 0, the first: {reason}"
+            )
 
     def finished(self) -> list[FrozenTrial]:
         """Trials that were told, with a value or an error."""

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from merge_engine.recipe import Recipe
+from objectives.base import Answer
 from objectives.items import blocks
 from search.bench import Bench
 from search.spec import Split
@@ -29,15 +30,15 @@ class Scorer:
         self.on_block = on_block
         self.build_seconds = 0.0
 
-    def answers(self, recipe: Recipe, split: Split) -> list[float]:
-        """One number per item of the split, in scoring order.
+    def answers(self, recipe: Recipe, split: Split) -> list[Answer]:
+        """One answer per item of the split, in scoring order.
 
         Raises:
             RecipeError: The recipe cannot be built.
             ObjectiveError: The model it makes gives no usable answer.
         """
         stored = self.store.answers(recipe.key, split)
-        answers: list[float] = []
+        answers: list[Answer] = []
         for number, block in enumerate(self._blocks(split)):
             answers += (
                 stored[number] if number in stored else self._ask(recipe, split, number, block)
@@ -46,7 +47,7 @@ class Scorer:
 
     def _ask(
         self, recipe: Recipe, split: Split, number: int, block: tuple[int, ...]
-    ) -> list[float]:
+    ) -> list[Answer]:
         """Answer one block and store it."""
         self._build(recipe)
         start = time.perf_counter()
@@ -56,7 +57,9 @@ class Scorer:
         return answers
 
     def check(self, recipe: Recipe) -> int:
-        """Build the recipe again and compare every answer with the database's.
+        """Build the recipe again and compare every value with the database's.
+
+        Where judging failed, now or then, there is nothing to compare: a time limit was in play.
 
         Returns:
             How many items were compared.
@@ -74,7 +77,7 @@ class Scorer:
                     continue
                 self._build(recipe)
                 again = self.bench.objective.score(self.bench.builder.model, block)
-                if again != stored[number]:
+                if not _same(again, stored[number]):
                     raise RuntimeError(f"{split} block {number}: rebuilt recipe answers otherwise")
                 compared += len(block)
         return compared
@@ -88,3 +91,10 @@ class Scorer:
 
     def _blocks(self, split: Split) -> tuple[tuple[int, ...], ...]:
         return blocks(getattr(self.bench.splits, split), self.bench.spec.objective.block)
+
+
+def _same(ones: Sequence[Answer], others: Sequence[Answer]) -> bool:
+    return all(
+        one.value == other.value or one.fault is not None or other.fault is not None
+        for one, other in zip(ones, others, strict=True)
+    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -47,6 +48,30 @@ class Task(_Frozen):
     num_fewshot: NonNegativeInt | None = None
 
 
+class Text(_Frozen):
+    """Plain text to be predicted: files, or patterns like ``books/*.txt``, and what an item is."""
+
+    text: tuple[Path, ...] = Field(min_length=1)
+    name: str = Field(min_length=1)
+    unit: Literal["document", "paragraph", "line"] = "paragraph"
+    weight: PositiveFloat = 1.0
+
+
+class OwnObjective(_Frozen):
+    """The user's own class, as ``package.module:Class``, and its options."""
+
+    objective: str
+    options: dict[str, Any] = Field(default_factory=dict)
+    weight: PositiveFloat = 1.0
+
+
+ENTRIES: dict[str, type[Task | Text | OwnObjective]] = {
+    "task": Task,
+    "text": Text,
+    "objective": OwnObjective,
+}
+
+
 class ItemCounts(_Frozen):
     """How many items, over all tasks, to search on, to choose the winner on and to test on."""
 
@@ -56,13 +81,19 @@ class ItemCounts(_Frozen):
 
 
 class Objective(_Frozen):
-    """What is scored: ``constraints`` are floors on tasks' means, ``block`` items per step."""
+    """What is scored: ``constraints`` are floors on tasks' means, ``block`` items per step.
 
-    tasks: tuple[Task, ...] = Field(min_length=1)
+    Chat template and system instruction are the same for every task and every candidate.
+    ``unsafe_code`` lets tasks through that run code a model wrote, unprotected, on this machine.
+    """
+
+    tasks: tuple[Task | Text | OwnObjective, ...] = Field(min_length=1)
     include_path: tuple[Path, ...] = ()
     items: ItemCounts = ItemCounts()
     constraints: dict[str, float] = Field(default_factory=dict)
     apply_chat_template: bool = False
+    system_instruction: str | None = None
+    unsafe_code: bool = False
     batch_size: PositiveInt = 64
     block: PositiveInt = 60
 
@@ -82,11 +113,15 @@ class Search(_Frozen):
 
 
 class StudySpec(_Frozen):
-    """A whole study. ``base_model`` and ``models`` are absolute folders or hub ids."""
+    """A whole study. ``base_model`` and ``models`` are absolute folders or hub ids.
+
+    ``trust_remote_code`` runs Python files that come with the base model.
+    """
 
     base_model: str
     models: tuple[str, ...] = Field(min_length=1)
     dtype: DtypeName | None = None
+    trust_remote_code: bool = False
     search: Search
     objective: Objective
 
@@ -197,17 +232,53 @@ def followers(name: str, methods: Iterable[str]) -> tuple[str, ...]:
 
 
 def _objective(raw: dict[str, Any], folder: Path, where: str) -> dict[str, Any]:
-    for index, task in enumerate(raw.get("tasks") or ()):
-        if isinstance(task, dict):
-            check_keys(f"{where}: objective.tasks[{index}]", task, Task.model_fields)
+    entries = raw.get("tasks") or []
+    if not isinstance(entries, list | tuple):
+        raise StudyError(f"{where}: objective.tasks has to be a list, got {entries!r}")
+    raw["tasks"] = [
+        _entry(entry, folder, f"{where}: objective.tasks[{index}]")
+        for index, entry in enumerate(entries)
+    ]
     if isinstance(items := raw.get("items"), dict):
         check_keys(f"{where}: objective.items", items, ItemCounts.model_fields)
     paths = raw.get("include_path") or []
     raw["include_path"] = [
         (folder / path).resolve() for path in ([paths] if isinstance(paths, str) else paths)
     ]
-    raw["tasks"] = [{"task": t} if isinstance(t, str) else t for t in raw.get("tasks") or ()]
     return raw
+
+
+def _entry(raw: object, folder: Path, where: str) -> Task | Text | OwnObjective:
+    """One entry of the task list; which kind it is, its first key of ``ENTRIES`` says."""
+    entry = {"task": raw} if isinstance(raw, str) else raw
+    if not isinstance(entry, dict):
+        raise StudyError(f"{where} has to be a name or a mapping, got {raw!r}")
+    kind = next((kind for kind in ENTRIES if kind in entry), "task")
+    check_keys(where, entry, ENTRIES[kind].model_fields)
+    if kind == "text":
+        entry = {"name": _text_name(entry["text"]), **entry}
+        entry["text"] = _text_files(entry["text"], folder, where)
+    try:
+        return ENTRIES[kind].model_validate(entry)
+    except ValidationError as error:
+        raise StudyError(f"{where}: {first_error(error)}") from None
+
+
+def _text_files(raw: object, folder: Path, where: str) -> list[Path]:
+    """The files of paths and patterns, in the order given, each pattern's sorted."""
+    files = []
+    for pattern in [raw] if isinstance(raw, str) else raw if isinstance(raw, list) else []:
+        found = sorted(glob.glob(str(folder / str(pattern)), recursive=True))
+        if not (found := [name for name in found if Path(name).is_file()]):
+            raise StudyError(f"{where}: no file {folder / str(pattern)}")
+        files += [Path(name).resolve() for name in found]
+    return files
+
+
+def _text_name(raw: object) -> str:
+    """``books/*.txt`` and ``books.txt`` are both called books."""
+    path = Path(str(raw[0] if isinstance(raw, list) and raw else raw))
+    return path.parent.name if "*" in path.name else path.stem
 
 
 def _check(spec: StudySpec, where: str) -> None:

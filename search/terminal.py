@@ -17,6 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsed
 from rich.progress import Progress as Bar
 from rich.table import Table
 
+from objectives.base import printable
 from search.result import Difference, Result, Score
 
 
@@ -74,6 +75,10 @@ class Progress:
         self.stop()
         self.console.print(what)
 
+    def note(self, text: str) -> None:
+        """Something the user should know."""
+        print_notes(self.console, [text])
+
     def stop(self) -> None:
         """Take the live line away."""
         if self._bar is not None:
@@ -104,7 +109,7 @@ class Progress:
         what = trial.user_attrs.get("start") or _short_point(trial)
         line = f"trial {self._done}/{self._total}  {_value(trial)}  {what}"
         if trial.state == TrialState.FAIL:
-            line += f"  failed: {trial.user_attrs.get('error')}"
+            line += f"  failed: {printable(str(trial.user_attrs.get('error')))}"
         elif better:
             line += "  <- best so far"
         self.console.print(escape(f"{line}  ({self._left()})"), highlight=False)
@@ -128,7 +133,7 @@ def _duration(seconds: float) -> str:
 def print_notes(console: Console, notes: Iterable[str]) -> None:
     """Say what was understood otherwise than the user may expect."""
     for note in notes:
-        console.print(f"[yellow]note:[/] {escape(note)}", highlight=False)
+        console.print(f"[yellow]note:[/] {escape(printable(note))}", highlight=False)
 
 
 def print_score(console: Console, model: str, split: str, score: Score, items: int) -> None:

@@ -23,9 +23,9 @@ os.environ.setdefault("GOMP_SPINCOUNT", "0")
 import torch
 from mergekit.merge_methods import merge_tensors
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
-from merge_engine.builder import merge_into
+from merge_engine.builder import Builder
 from merge_engine.donors import Family
 from merge_engine.methods import METHODS, Base
 from merge_engine.recipe import Recipe
@@ -80,6 +80,21 @@ def recipe_for(method: str, models: Sequence[str]) -> Recipe:
     )
 
 
+def live_model(family: Family) -> nn.Module:
+    """A bfloat16 model with the family's tensors for parameters."""
+    root = nn.Module()
+    for name, info in family.tensors.items():
+        *path, own = name.split(".")
+        module = root
+        for part in path:
+            if part not in dict(module.named_children()):
+                module.add_module(part, nn.Module())
+            module = module.get_submodule(part)
+        parameter = nn.Parameter(torch.empty(info.shape, dtype=torch.bfloat16), requires_grad=False)
+        module.register_parameter(own, parameter)
+    return root
+
+
 def median_seconds(work: Callable[[], object], repeats: int) -> float:
     """Median time of a call, the first not counted."""
     work()
@@ -121,22 +136,17 @@ def measure(method: str, models: Sequence[str], family: Family, oracle: bool) ->
     """One method's line."""
     recipe = recipe_for(method, models)
     names = family.names
-    outs = {n: torch.empty(family.tensors[n].shape, dtype=torch.bfloat16) for n in names}
+    builder = Builder(live_model(family), family)
     start = time.perf_counter()
-
-    def build() -> None:
-        for name, out in outs.items():
-            merge_into(out, recipe, name, family)
-
-    build()
+    builder.build(recipe)
     first = time.perf_counter() - start
-    model_bytes = sum(out.nbytes for out in outs.values())
+    model_bytes = 2 * family.parameters
     read = len({*([recipe.origin] if recipe.origin else []), *(s.model for s in recipe.donors)})
     read += recipe.method.base is Base.ENDPOINT
     source = torch.empty(2 * model_bytes, dtype=torch.uint8).random_()
     target = torch.empty_like(source)
     before = copy_rate(source, target)
-    seconds = median_seconds(build, 5)
+    seconds = median_seconds(lambda: builder.build(recipe), 5)
     rate = (before + copy_rate(source, target)) / 2
     moved = (read + 1) * model_bytes
     return {

@@ -27,6 +27,8 @@ from merge_engine.checkpoint import Model, write_checkpoint
 from merge_engine.plan import plan_merge
 from merge_engine.recipe import parse_recipe
 
+pytest_plugins = ["tiny_tasks"]
+
 settings.register_profile("mergesearch", deadline=None, derandomize=True, max_examples=50)
 settings.load_profile("mergesearch")
 

@@ -115,20 +115,6 @@ def test_adapter_of_another_formula_is_refused_by_name(zoo, tmp_path, key, value
         open_model(f"{zoo / 'base'}+{adapter}")
 
 
-def test_adapter_alone_is_refused_with_the_way_to_name_it(zoo, tmp_path):
-    adapter = save_adapter(zoo / "base", tmp_path / "adapter", **KINDS["plain"])
-    with pytest.raises(RecipeError, match=r"it is an adapter: name it with its base, as 'BASE\+"):
-        _ = open_model(str(adapter)).tensors
-
-
-def test_adapter_cut_short_is_refused_by_name(zoo, tmp_path):
-    adapter = save_adapter(zoo / "base", tmp_path / "adapter", **KINDS["plain"])
-    file = adapter / "adapter_model.safetensors"
-    file.write_bytes(file.read_bytes()[:-10])
-    with pytest.raises(RecipeError, match=r"adapter_model.safetensors: missing, damaged or cut"):
-        open_model(f"{zoo / 'base'}+{adapter}")
-
-
 def test_folder_with_a_plus_in_its_name_is_a_folder(zoo, tmp_path):
     shutil.copytree(zoo / "a", tmp_path / "a+b")
     model = open_model(str(tmp_path / "a+b"))

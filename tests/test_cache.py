@@ -11,7 +11,9 @@ from safetensors.torch import load_file, save_file
 
 from merge_engine import cache
 from merge_engine.donors import Checkpoint, Family, open_model
+from merge_engine.pages import Page
 from merge_engine.statistics import Magnitudes, Variances
+from search.cli import main
 
 NAME = "model.layers.0.mlp.up_proj.weight"
 
@@ -87,19 +89,21 @@ def test_each_statistic_has_its_own_file(models, folder):
     assert len(files(folder)) == 5
 
 
-def test_ranks_are_kept_for_studies_alone(models, folder, monkeypatch):
+def test_what_is_as_large_as_the_weights_is_kept_for_studies_alone(models, folder, monkeypatch):
     base, donor, _ = models
     delta = Family(models).read(donor, NAME) - Family(models).read(base, NAME)
     order = delta.abs().argsort(dim=1, stable=True).argsort(dim=1)
-    first = Family(models).ranks(NAME, donor, base)
+    page = Page({NAME: tuple(delta.shape)})
+    kinds = ("shares", "taken")
+    first = [Family(models).beside(kind, page, donor, base) for kind in kinds]
     assert not files(folder)
     study = Family(models, candidates=2)
-    assert torch.equal(study.ranks(NAME, donor, base), first)
-    assert len(files(folder)) == 1
+    for kind, once in zip(kinds, first, strict=True):
+        assert torch.equal(study.beside(kind, page, donor, base), once)
+    assert len(files(folder)) == 2
     monkeypatch.setattr("merge_engine.donors.row_ranks", forbidden)
-    again = Family(models, candidates=2).ranks(NAME, donor, base)
-    assert again.dtype == torch.int16
-    assert torch.equal(again.long() + 32_768, order)
+    again = Family(models, candidates=2).beside("shares", page, donor, base)
+    assert torch.equal(again, (order / (delta.shape[1] - 1)).half())
 
 
 def test_small_tensors_are_measured_each_time(zoo, folder):
@@ -192,3 +196,125 @@ def test_adapter_is_part_of_the_fingerprint(models, tmp_path):
         )
         seen.add(open_model(f"{models[0]}+{path}").fingerprint)
     assert len(seen) == 3
+
+
+# The limit
+
+PLACES = [f"{number:x}" * 40 for number in range(6)]
+
+
+def stored(folder, names, size=1000):
+    """Files of the cache of so many bytes, each older than the next."""
+    places = []
+    for age, name in enumerate(reversed(names)):
+        place = folder / name[:2] / f"{name}.safetensors"
+        place.parent.mkdir(parents=True, exist_ok=True)
+        place.write_bytes(bytes(size))
+        os.utime(place, (1e9 - age, 1e9 - age))
+        places.append(place)
+    return places[::-1]
+
+
+def test_least_recently_used_files_are_removed_until_the_limit_holds(folder, monkeypatch):
+    places = stored(folder, PLACES)
+    monkeypatch.setenv("MERGESEARCH_CACHE_LIMIT", "3500")
+    assert cache.trim() == 3500
+    assert [place.exists() for place in places] == [False, False, False, True, True, True]
+    cache.trim()
+    assert len(files(folder)) == 3
+
+
+def test_hit_makes_a_file_the_last_to_go(folder, monkeypatch):
+    places = stored(folder, PLACES)
+    places[0].unlink()
+    tensor = {"x": torch.ones(3)}
+    save_file(tensor, places[0])
+    os.utime(places[0], (1, 1))
+    assert torch.equal(cache.kept(places[0], forbidden)["x"], tensor["x"])
+    monkeypatch.setenv("MERGESEARCH_CACHE_LIMIT", "100")
+    cache.trim()
+    assert files(folder) == [places[0]]
+
+
+def test_nothing_but_the_caches_own_files_is_counted_or_removed(folder, monkeypatch):
+    (place,) = stored(folder, PLACES[:1])
+    left = place.with_name(f"{place.name}.x1y2.partial")  # of a process that was killed
+    place.rename(left)
+    others = [folder / "notes.txt", folder / "00" / "model.safetensors"]
+    for other in others:
+        other.write_bytes(bytes(5000))
+    monkeypatch.setenv("MERGESEARCH_CACHE_LIMIT", "1000")
+    cache.trim()
+    assert left.exists()
+    monkeypatch.setenv("MERGESEARCH_CACHE_LIMIT", "999")
+    cache.trim()
+    assert sorted(files(folder)) == sorted(others)
+
+
+@pytest.mark.parametrize(
+    ("free", "held", "expected"),
+    [(10**13, 0, 20 << 30), (10**9, 10**9, 2 * 10**8), (0, 0, 0), (0, 10**9, 10**8)],
+)
+def test_limit_is_a_tenth_of_the_room_and_20_gib_at_most(folder, monkeypatch, free, held, expected):
+    usage = shutil.disk_usage("/")._replace(free=free)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _folder: usage)
+    assert cache.limit(held) == expected
+    monkeypatch.setenv("MERGESEARCH_CACHE_LIMIT", "2GiB")
+    assert cache.limit(held) == 2 << 30
+
+
+@pytest.mark.parametrize("wrong", ["lots", "-1GB", "inf", "nan", "5XB"])
+def test_wrong_limit_is_refused_before_any_work(monkeypatch, capsys, tmp_path, wrong):
+    monkeypatch.setenv("MERGESEARCH_CACHE_LIMIT", wrong)
+    assert main(["check", str(tmp_path / "no.yaml")]) == 2
+    assert f"$MERGESEARCH_CACHE_LIMIT: {wrong!r} is no size" in capsys.readouterr().err
+
+
+def test_folder_is_measured_at_first_and_once_in_a_64th_of_the_limit(folder, monkeypatch):
+    measured_at, trim = [], cache.trim
+    monkeypatch.setattr(cache, "trim", lambda: measured_at.append(len(files(folder))) or trim())
+    tensor = {"x": torch.zeros(1000, dtype=torch.uint8)}
+    digests = [f"{number:040x}" for number in range(30)]
+    places = [folder / digest[:2] / f"{digest}.safetensors" for digest in digests]
+    cache.kept(places[0], lambda: tensor)
+    size = places[0].stat().st_size
+    monkeypatch.setenv("MERGESEARCH_CACHE_LIMIT", str(10 * size * cache.LOOKS))
+    monkeypatch.setattr(cache, "_left", {})
+    for place in places[1:]:
+        cache.kept(place, lambda: tensor)
+    assert measured_at == [1, 2, 12, 22]
+
+
+def test_statistics_stay_within_the_limit_and_are_right_without_their_files(
+    models, folder, monkeypatch
+):
+    first = measured(models)
+    sizes = [file.stat().st_size for file in files(folder)]
+    shutil.rmtree(folder)
+    monkeypatch.setattr(cache, "_left", {})
+    monkeypatch.setenv("MERGESEARCH_CACHE_LIMIT", str(max(sizes)))
+    assert_same(first, measured(models))
+    assert (
+        0 < sum(file.stat().st_size for file in files(folder)) <= max(sizes) * (1 + 1 / cache.LOOKS)
+    )
+    monkeypatch.setenv("MERGESEARCH_CACHE_LIMIT", "0")
+    monkeypatch.setattr(cache, "_left", {})
+    shutil.rmtree(folder)
+    assert_same(first, measured(models))
+    assert not files(folder)
+
+
+def test_files_that_others_remove_meanwhile_are_no_error(folder, monkeypatch):
+    places = stored(folder, PLACES)
+    stat, gone = Path.stat, set(places[:2])
+
+    def raced(path, **options):
+        if path in gone:
+            path.unlink()
+            gone.remove(path)
+        return stat(path, **options)
+
+    monkeypatch.setattr(Path, "stat", raced)
+    monkeypatch.setenv("MERGESEARCH_CACHE_LIMIT", "2000")
+    cache.trim()
+    assert sorted(files(folder)) == sorted(places[4:])

@@ -1,6 +1,7 @@
 """The commands as a user meets them: what they print, what they return, what they leave behind."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -119,6 +120,22 @@ def test_wrong_study_is_exit_2_one_line_and_nothing_written(
     assert message in error
     assert error.count("\n") == 1
     assert not run.exists()
+
+
+def test_code_that_comes_with_a_model_does_not_run_unasked(make_study, zoo, tmp_path, capsys):
+    names = {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.OwnModel"}
+    for name in ("base", "a"):
+        copy = shutil.copytree(zoo / name, tmp_path / name)
+        config = json.loads((copy / "config.json").read_text())
+        own = config | {"model_type": "own", "auto_map": names}
+        (copy / "config.json").write_text(json.dumps(own))
+        (copy / "own.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    models = {"base_model": str(tmp_path / "base"), "models": [str(tmp_path / "a")]}
+    study = make_study(tmp_path, search__methods=["ties"], **models)
+    for command in (["check", str(study)], ["run", str(study), "--out", str(tmp_path / "run")]):
+        assert main(command) == 2
+        assert "set trust_remote_code: true in the study" in capsys.readouterr().err
+    assert not (tmp_path / "ran").exists()
 
 
 def test_donors_of_other_shapes_are_exit_2_and_nothing_written(

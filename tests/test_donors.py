@@ -61,22 +61,6 @@ def test_other_architectures_are_refused_by_name(zoo, make_model, tmp_path):
         Family([str(zoo / "base"), str(other)])
 
 
-def test_file_cut_short_is_refused_by_name(zoo, tmp_path):
-    folder = copy_of(zoo / "a", tmp_path)
-    file = folder / "model.safetensors"
-    file.write_bytes(file.read_bytes()[:-100])
-    with pytest.raises(RecipeError, match=r"model.safetensors: damaged or cut short"):
-        Family([str(zoo / "base"), str(folder)])
-
-
-def test_missing_shard_is_refused_by_name(zoo, make_model, tmp_path):
-    folder = make_model(tmp_path / "sharded", seed=1, base=zoo / "base", shard_size="20KB")
-    shards = sorted(folder.glob("*.safetensors"))
-    shards[1].unlink()
-    with pytest.raises(RecipeError, match=f"names '{shards[1].name}', which is missing"):
-        Family([str(folder)])
-
-
 @pytest.mark.parametrize(
     ("model", "message"),
     [("no/such/folder", "not a hub id"), ("nobody/nothing", "not to be had from the hub")],

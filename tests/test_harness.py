@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 import math
 import random
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,138 +14,24 @@ import yaml
 from lm_eval import simple_evaluate
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from objectives.base import ObjectiveError
-from objectives.harness import Harness, TaskSpec
 from objectives.items import split_items
-
-CHARACTERS = [chr(code) for code in range(32, 127)] + ["\n"]
-ROWS = 24
-
-
-def write_rows(path: Path, rows: list[dict]) -> None:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-
-
-def write_task(folder: Path, name: str, **config) -> None:
-    base = {"task": name, "dataset_path": "json", "test_split": "test"}
-    (folder / f"{name}.yaml").write_text(yaml.safe_dump(base | config))
-
-
-def mean_of(*metrics: str) -> list[dict]:
-    return [
-        {"metric": metric, "aggregation": "mean", "higher_is_better": True} for metric in metrics
-    ]
-
-
-CHOICE = {
-    "output_type": "multiple_choice",
-    "dataset_kwargs": {"data_files": {"test": "choice.jsonl", "train": "shots.jsonl"}},
-    "doc_to_text": "{{question}}",
-    "doc_to_choice": "choices",
-    "doc_to_target": "gold",
-    "metric_list": mean_of("acc_norm", "acc"),
-}
-ANSWER = {
-    "output_type": "generate_until",
-    "dataset_kwargs": {"data_files": {"test": "answer.jsonl"}},
-    "doc_to_text": "{{question}}",
-    "doc_to_target": "{{answer}}",
-    "generation_kwargs": {"until": ["\n"], "max_gen_toks": 6, "do_sample": False},
-    "metric_list": mean_of("exact_match"),
-}
-SHOTS = {"num_fewshot": 2, "fewshot_split": "train", "training_split": "train"}
-FIRST_LETTER = {"function": "regex", "regex_pattern": "(.)"}
-
-
-def make_tokenizer() -> PreTrainedTokenizerFast:
-    vocabulary = {"<unk>": 0, "<s>": 1, "</s>": 2}
-    vocabulary |= {character: 3 + place for place, character in enumerate(CHARACTERS)}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
-    tokenizer.decoder = decoders.Fuse()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>"
-    )
-
-
-def make_model() -> LlamaForCausalLM:
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=3 + len(CHARACTERS),
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        max_position_embeddings=256,
-        initializer_range=0.6,  # large, so that answers differ from question to question
-        bos_token_id=1,
-        eos_token_id=2,
-        pad_token_id=0,
-    )
-    return LlamaForCausalLM(config).eval()
-
-
-def greedy_answer(model, tokenizer, question: str) -> str:
-    prompt = tokenizer(question, return_tensors="pt")["input_ids"]
-    output = model.generate(prompt, max_new_tokens=6, do_sample=False, pad_token_id=0)
-    return tokenizer.decode(output[0, prompt.shape[1] :], skip_special_tokens=True).split("\n")[0]
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """Local tasks; the model itself wrote half of the right answers, so scores are not all 0."""
-    folder = tmp_path_factory.mktemp("tasks")
-    model, tokenizer = make_model(), make_tokenizer()
-    draw = random.Random(0)
-    words = ["".join(draw.choices("abcdefgh", k=draw.randint(2, 9))) for _ in range(10 * ROWS)]
-    questions = [f"{words[row]} {words[row + 1]}?" for row in range(ROWS)]
-    choice = [
-        {"question": question, "choices": words[row + 9 : row + 12], "gold": row % 3}
-        for row, question in enumerate(questions)
-    ]
-    answer = [
-        {
-            "question": question,
-            "answer": greedy_answer(model, tokenizer, question) if row % 2 else "no",
-        }
-        for row, question in enumerate(questions)
-    ]
-    shots = [{"question": f"{word}?", "choices": words[:3], "gold": 1} for word in words[:12]]
-    write_rows(folder / "choice.jsonl", [*choice, choice[0]])  # one question comes twice
-    write_rows(folder / "answer.jsonl", answer)
-    write_rows(folder / "shots.jsonl", shots)
-    write_task(folder, "choice", **CHOICE)
-    write_task(folder, "choice_shots", **CHOICE | SHOTS)
-    write_task(folder, "answer", **ANSWER)
-    filters = [
-        {"name": "whole", "filter": [{"function": "take_first"}]},
-        {"name": "letter", "filter": [FIRST_LETTER, {"function": "take_first"}]},
-    ]
-    write_task(folder, "filtered", **ANSWER | {"filter_list": filters})
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path_factory.mktemp("data"))
-        yield folder
-
-
-@pytest.fixture
-def model():
-    return make_model()
-
-
-def prepare(folder, model, *specs, **settings):
-    specs = [TaskSpec(spec) if isinstance(spec, str) else spec for spec in specs]
-    settings = {"tokenizer": make_tokenizer(), "batch_size": 8} | settings
-    return Harness.prepare(specs, include_path=[folder], model=model, **settings)
-
-
-def everything(harness):
-    return list(range(len(harness.items)))
-
-
-TASKS = ["choice", "choice_shots", "answer", "filtered"]
+from objectives.tasks import Prompting, TaskSpec
+from tiny_tasks import (
+    ANSWER,
+    CHOICE,
+    ROWS,
+    SHOTS,
+    TASKS,
+    everything,
+    make_model,
+    make_tokenizer,
+    mean_of,
+    prepare,
+    values_of,
+    write_task,
+)
 
 
 @pytest.fixture(scope="module")
@@ -188,7 +72,7 @@ def test_every_item_has_the_value_lm_eval_gives_it(
     folder, model, reference, task, metric, judged_by
 ):
     harness = prepare(folder, model, TaskSpec(task, metric))
-    values = harness.score(model, everything(harness))
+    values = values_of(harness, model)
     assert values == reference[task, *judged_by]
     if "letter" not in judged_by:
         assert len(set(values)) > 1, "the test would pass on a constant"
@@ -207,39 +91,14 @@ def test_fewshot_examples_given_by_the_study_are_those_lm_eval_would_draw(folder
 
 def test_any_subset_in_any_order_has_the_values_of_the_whole(folder, model):
     harness = prepare(folder, model, *TASKS)
-    whole = harness.score(model, everything(harness))
+    whole = values_of(harness, model)
     draw = random.Random(1)
     shuffled = draw.sample(everything(harness), len(harness.items))
     for start in range(0, len(shuffled), 17):
         block = shuffled[start : start + 17]
-        assert harness.score(model, block) == [whole[number] for number in block]
-    assert harness.score(model, [3, 3, 0]) == [whole[3], whole[3], whole[0]]
+        assert values_of(harness, model, block) == [whole[number] for number in block]
+    assert values_of(harness, model, [3, 3, 0]) == [whole[3], whole[3], whole[0]]
     assert harness.score(model, []) == []
-
-
-def test_scores_follow_the_weights_and_come_back_with_them(folder, model):
-    harness = prepare(folder, model, *TASKS)
-    before = harness.score(model, everything(harness))
-    assert harness.score(model, everything(harness)) == before
-    own = {name: weight.clone() for name, weight in model.state_dict().items()}
-    with torch.no_grad():
-        for weight in model.parameters():
-            weight.mul_(-1.0)
-    changed = harness.score(model, everything(harness))
-    assert changed != before
-    fresh = prepare(folder, model, *TASKS)
-    assert fresh.score(model, everything(harness)) == changed
-    model.load_state_dict(own)
-    assert harness.score(model, everything(harness)) == before
-
-
-def test_decoding_settings_the_model_ships_with_change_nothing(folder, model):
-    harness = prepare(folder, model, "answer")
-    before = harness.score(model, everything(harness))
-    model.generation_config.repetition_penalty = 9.0
-    model.generation_config.max_new_tokens = 1
-    assert harness.score(model, everything(harness)) == before
-    assert model.generation_config.repetition_penalty == 9.0
 
 
 def random_states():
@@ -292,6 +151,7 @@ def test_a_group_shares_its_weight_over_its_tasks(folder, model):
 
 def test_prompts_that_do_not_fit_are_reported_once(folder, model, caplog):
     harness = prepare(folder, model, "answer", "choice", max_length=18)
+    harness.shown(everything(harness))
     assert caplog.messages[0].startswith("task 'answer': ")
     assert caplog.messages[0].endswith("do not fit in 18 tokens and lose their beginning")
     reported = len(caplog.messages)
@@ -302,9 +162,45 @@ def test_prompts_that_do_not_fit_are_reported_once(folder, model, caplog):
 def test_a_chat_template_reaches_the_prompts(folder, model):
     tokenizer = make_tokenizer()
     tokenizer.chat_template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}!"
-    harness = prepare(folder, model, "answer", tokenizer=tokenizer, apply_chat_template=True)
+    harness = prepare(folder, model, "answer", tokenizer=tokenizer, prompting=Prompting(True))
     assert harness._questions[0].requests[0].args[0].startswith("<user>")
-    assert harness.score(model, [0]) in ([0.0], [1.0])
+    assert values_of(harness, model, [0]) in ([0.0], [1.0])
+
+
+@pytest.mark.parametrize("chat", [False, True])
+def test_chat_template_and_system_prompt_give_the_values_lm_eval_gives(folder, model, chat):
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}!"
+    language_model = HFLM(
+        pretrained=make_model(), tokenizer=tokenizer, batch_size=8, softmax_dtype="float32"
+    )
+    tasks = ["choice_shots", "answer"]
+    with contextlib.chdir(folder):
+        samples = simple_evaluate(
+            language_model,
+            tasks=tasks,
+            task_manager=TaskManager(include_defaults=False, include_path=str(folder)),
+            bootstrap_iters=0,
+            apply_chat_template=chat,
+            system_instruction="Be brief.",
+        )["samples"]
+    prompting = Prompting(chat, "Be brief.")
+    harness = prepare(folder, model, *tasks, tokenizer=tokenizer, prompting=prompting)
+    metric = {"choice_shots": "acc", "answer": "exact_match"}
+    theirs = [
+        (sample["arguments"][0][0], float(sample[metric[task]]))
+        for task in tasks
+        for sample in sorted(samples[task], key=lambda sample: sample["doc_id"])
+    ]
+    prompts = [question.requests[0].args[0] for question in harness._questions]
+    assert list(zip(prompts, values_of(harness, model), strict=True)) == theirs
+    assert all(prompt.startswith("<system>" if chat else "Be brief.") for prompt in prompts)
+
+
+def test_unsafe_code_is_let_through_on_request_alone(folder, model):
+    write_task(folder, "unsafe", **CHOICE | {"unsafe_code": True})
+    harness = prepare(folder, model, "unsafe", unsafe_code=True)
+    assert len(harness.items) == ROWS + 1
 
 
 @pytest.mark.parametrize(
@@ -317,18 +213,6 @@ def test_a_chat_template_reaches_the_prompts(folder, model):
             CHOICE | {"metric_list": [*mean_of("acc"), {"metric": "f1", "aggregation": "f1"}]},
             {"metric": "f1"},
             "'f1' is not a mean of one number per item; usable: acc",
-        ),
-        (
-            "rolling",
-            {
-                "output_type": "loglikelihood_rolling",
-                "dataset_kwargs": {"data_files": {"test": "choice.jsonl"}},
-                "doc_to_text": "",
-                "doc_to_target": "{{question}}",
-                "metric_list": [{"metric": "word_perplexity"}],
-            },
-            {},
-            "has no usable metric .*'word_perplexity' is not a mean",
         ),
         (
             "lower",
@@ -345,7 +229,7 @@ def test_a_chat_template_reaches_the_prompts(folder, model):
             {},
             r"'lost' \(.*lost\.yaml\).*lost\.jsonl",
         ),
-        ("unsafe", CHOICE | {"unsafe_code": True}, {}, "'unsafe' runs code the model writes"),
+        ("unsafe", CHOICE | {"unsafe_code": True}, {}, "'unsafe' runs code .*unsafe_code: true"),
         ("fixed", CHOICE | {"num_fewshot": 0}, {"num_fewshot": 3}, "3 but the task itself fixes 0"),
         (
             "sampled",
@@ -375,7 +259,7 @@ def test_settings_that_cannot_be_used_are_refused(folder, model):
         ([], {}, "the list is empty"),
         (["choice", "choice"], {}, "'choice' is listed twice"),
         (["choice"], {"batch_size": 0}, "batch_size is 0"),
-        (["choice"], {"apply_chat_template": True}, "has no chat template"),
+        (["choice"], {"prompting": Prompting(True)}, "has no chat template"),
     ]:
         with pytest.raises(ObjectiveError, match=message):
             prepare(folder, model, *specs, **settings)
@@ -401,14 +285,12 @@ def test_an_unknown_task_in_a_group_gets_a_suggestion_and_the_places_searched(fo
     assert "broken.yaml" in message
 
 
-def test_only_the_prepared_model_in_evaluation_mode_is_scored(folder, model):
+def test_only_the_prepared_model_is_scored(folder, model):
     harness = prepare(folder, model, "choice")
     with pytest.raises(ObjectiveError, match="another model"):
         harness.score(make_model(), [0])
     with pytest.raises(ObjectiveError, match="item 99 does not exist"):
         harness.score(model, [99])
-    with pytest.raises(ObjectiveError, match="training mode"):
-        harness.score(model.train(), [0])
 
 
 def test_a_model_of_nans_fails_instead_of_answering_a(folder, model):

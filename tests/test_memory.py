@@ -82,7 +82,8 @@ def test_tensors_that_stay_are_read_once_and_merge_alike(zoo, family):
         results.append(dict(builder.tensors()))
     assert all(torch.equal(tensor, results[1][name]) for name, tensor in results[0].items())
     name = "model.norm.weight"
-    assert family.read(str(zoo / "a"), name) is family.read(str(zoo / "a"), name)
+    places = {family.read(str(zoo / "a"), name).data_ptr() for _ in range(2)}
+    assert len(places) == 1
 
 
 @pytest.mark.parametrize(

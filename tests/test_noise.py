@@ -5,7 +5,16 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from merge_engine.noise import key_of, uniform, uniform_at
+from merge_engine.noise import (
+    LEVELS,
+    key_of,
+    level,
+    masses_below,
+    spread,
+    uniform,
+    uniform_at,
+    weyl,
+)
 
 MASK32, MASK64 = (1 << 32) - 1, (1 << 64) - 1
 
@@ -17,13 +26,11 @@ def by_hand(key: int, place: int) -> float:
     state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & MASK64
     state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & MASK64
     state ^= state >> 31
-    x = low_place
-    for half in (state & MASK32, state >> 32):
-        x ^= half
-        x = ((x ^ (x >> 16)) * 0x7FEB352D) & MASK32
-        x = ((x ^ (x >> 15)) * 0x846CA68B) & MASK32
-        x ^= x >> 16
-    return (x >> 8) / 2**24
+    x = (low_place * 0x9E3779B9) & MASK32
+    x ^= state & MASK32
+    x = ((x ^ (x >> 16)) * 0x7FEB352D) & MASK32
+    x = ((x ^ (x >> 15) ^ (state >> 32)) * 0x846CA68B) & MASK32
+    return (x >> 16) / 2**16
 
 
 def test_numbers_depend_on_key_and_place_alone():
@@ -56,7 +63,7 @@ def test_these_numbers_never_change():
     digest = hashlib.blake2b(b"3/0/x", digest_size=8).digest()
     assert key == int.from_bytes(digest, "little", signed=True)
     assert uniform(key, (1000,)).tolist() == [by_hand(key, place) for place in range(1000)]
-    assert (uniform(0, (3,)) * 2**24).tolist() == [8334764, 14585227, 15920824]
+    assert (uniform(0, (3,)) * 2**16).tolist() == [12137, 56430, 51067]
 
 
 def test_keys_differ_by_seed_tensor_and_donor():
@@ -70,8 +77,9 @@ def test_numbers_are_uniform(key):
     assert drawn.min() >= 0
     assert drawn.max() < 1
     assert abs(drawn.mean() - 0.5) < 4 * (1 / 12 / 1e6) ** 0.5
-    counts = torch.histc(drawn, bins=100, min=0, max=1)
-    assert ((counts - 1e4) ** 2 / 1e4).sum() < 99 + 5 * (2 * 99) ** 0.5  # chi-square, 5 sigma
+    counts = torch.bincount((drawn * 128).long(), minlength=128)
+    each = len(drawn) / 128
+    assert ((counts - each) ** 2 / each).sum() < 127 + 5 * (2 * 127) ** 0.5  # chi-square, 5 sigma
 
 
 @pytest.mark.parametrize(
@@ -88,9 +96,10 @@ def test_keys_are_independent_at_every_near_distance(one, other):
     assert ((cells - 4e3) ** 2 / 4e3).sum() < 99 + 5 * (2 * 99) ** 0.5
 
 
-@pytest.mark.parametrize("lag", [1, 2, 3, 4, 8, 16, 256, 4096])
-def test_neighbouring_places_are_independent(lag):
-    drawn = uniform(3, (400_000 + lag,)).double()
+@pytest.mark.parametrize("key", [3, key_of(0, "x", 0)])
+@pytest.mark.parametrize("lag", [1, 2, 3, 4, 5, 8, 16, 128, 256, 768, 1024, 4096])
+def test_neighbouring_places_are_independent(lag, key):
+    drawn = uniform(key, (400_000 + lag,)).double()
     first, second = drawn[:-lag], drawn[lag:]
     cells = torch.bincount((first * 10).long() * 10 + (second * 10).long(), minlength=100)
     assert ((cells - 4e3) ** 2 / 4e3).sum() < 99 + 5 * (2 * 99) ** 0.5
@@ -99,7 +108,31 @@ def test_neighbouring_places_are_independent(lag):
 @pytest.mark.parametrize("bit", range(0, 64, 3))
 def test_one_bit_of_the_key_flips_half_of_the_bits(bit):
     key = key_of(1, "y", 2)
-    one, other = ((uniform(k, (20_000,)) * 2**24).int() for k in (key, key ^ (1 << bit)))
-    for place in range(24):
+    one, other = ((uniform(k, (20_000,)) * 2**16).int() for k in (key, key ^ (1 << bit)))
+    for place in range(16):
         flipped = (((one ^ other) >> place) & 1).double().mean()
         assert abs(flipped - 0.5) < 5 * 0.5 / 20_000**0.5
+
+
+@pytest.mark.parametrize("size", [1, 1_000, 2_500_000])
+def test_what_a_mask_keeps_is_known_beforehand(size):
+    magnitudes = torch.rand(size, generator=torch.Generator().manual_seed(0)) ** 3
+    masses = masses_below(magnitudes, key=5)
+    assert masses.shape == (LEVELS + 1,)
+    drawn = uniform(5, (size,))
+    for chance in (0.0, 0.1, 0.31, 0.5, 0.9, 1.0):
+        kept = magnitudes[drawn < level(chance) / LEVELS].double().sum()
+        assert float(masses[level(chance)]) == pytest.approx(float(kept), rel=1e-9, abs=1e-12)
+
+
+@pytest.mark.parametrize("magnitudes", [torch.zeros(50), torch.empty(0)])
+def test_nothing_is_kept_of_nothing(magnitudes):
+    assert not masses_below(magnitudes, key=1).any()
+
+
+@pytest.mark.parametrize("share", [0.01, 0.31, 0.5, 0.9])
+def test_even_numbers_keep_any_share_to_a_few_elements(share):
+    for start in (0, 12_345, 2**31 - 50_000):
+        places = torch.arange(start, start + 50_000, dtype=torch.int64).to(torch.int32)
+        kept = int((spread(weyl(places)) < level(share)).sum())
+        assert abs(kept - share * 50_000) <= 8

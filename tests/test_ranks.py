@@ -5,8 +5,16 @@ import torch
 
 from in_memory import InMemory
 from merge_engine.builder import merge_tensor
+from merge_engine.methods import METHODS
 from merge_engine.recipe import parse_recipe
-from merge_engine.statistics import Variances, rank_share, row_ranks, row_width, variance
+from merge_engine.statistics import (
+    Variances,
+    rank_share,
+    row_ranks,
+    row_width,
+    salient,
+    variance,
+)
 from merge_engine.stream import Stream
 
 SHAPES = [(), (1,), (97,), (5, 1), (1, 7), (64, 48), (3, 8, 5), (2, 6, 3, 4), (0,), (0, 4), (4, 0)]
@@ -55,22 +63,74 @@ def test_most_varied_elements_are_those_of_a_sort(size, share):
     varied = torch.stack(deltas).var(0, unbiased=False)
     kept = size if share == 1 else int(share * size)
     chosen = varied.argsort(descending=True)[:kept]
-    band, change = Variances.of(deltas).largest(share)
+    band, change = Variances.of(torch.zeros(size), deltas).largest(share)
     slack = 0 if size <= 65_537 else 7.6e-6 * size + 1
     assert abs(int((variance(deltas) >= band.low).sum()) - kept) <= slack
     wanted = torch.stack([delta.double()[chosen].square().sum() / size for delta in deltas])
     torch.testing.assert_close(change, wanted, rtol=1e-6, atol=2 * slack * 30 / size)
 
 
+@pytest.mark.parametrize("share", [0.01, 0.3, 0.9])
+@pytest.mark.parametrize("levels", [3, 40, 100_000])  # many donors' elements of one variance, few
+def test_sums_of_changes_are_off_by_no_more_than_those_of_nearly_the_lowest_variance(levels, share):
+    size, generator = 1_200_000, torch.Generator().manual_seed(7)
+    wide = torch.randint(1, levels + 1, (size,), generator=generator) / levels
+    shift = torch.randn(size, generator=generator)  # no variance, and most of the changes
+    deltas = [shift + wide, shift - wide, shift]
+    varied = variance(deltas)
+    band, change = Variances.of(torch.zeros(size), deltas).largest(share)
+    squares = torch.stack(deltas).double().square()
+    above, near = varied > band.low, (varied / band.low - 1).abs() <= 2.0**-8
+    least = squares[:, above & ~near].sum(1) / size
+    most = squares[:, above | near].sum(1) / size
+    assert bool((least * (1 - 1e-9) <= change).all() & (change <= most * (1 + 1e-9)).all())
+
+
 def test_equal_tensors_have_no_variance_at_all():
     delta = torch.randn(1000, generator=torch.Generator().manual_seed(4))
     assert not variance([delta] * 3).any()
-    assert Variances.of([delta] * 3).positive == 0
+    assert Variances.of(torch.zeros(1000), [delta] * 3).positive == 0
+
+
+def test_elements_are_counted_by_who_changed_them():
+    base = torch.tensor([0.0, 0.0, 0.0, 0.0, 1.0, 2.0])
+    first = torch.tensor([3.0, 0.1, -2.0, 0.0, 1.0, 2.0])
+    second = torch.tensor([3.0, 0.0, 0.1, -0.2, 5.0, 2.0])
+    family = InMemory([base, first, second])
+    assert family.overlaps("x", ("m1", "m2"), "m0", 0.05).tolist() == [[1, 2], [2, 2]]
+    assert family.overlaps("x", ("m2", "m1"), "m0", 0.1).tolist() == [[2, 1], [1, 1]]
+    assert family.overlaps("x", ("m1",), "m0", 0.0).tolist() == [[3], [0]]
+
+
+def test_elements_are_counted_exactly_over_many_stretches():
+    generator = torch.Generator().manual_seed(5)
+    changed = torch.rand(2, 2_300_001, generator=generator) < 0.6
+    found = InMemory([torch.zeros(2_300_001), *changed.float()]).overlaps(
+        "x", ("m1", "m2"), "m0", 0.5
+    )
+    alone = [int((changed[i] & ~changed[1 - i]).sum()) for i in range(2)]
+    assert found.tolist() == [alone, [int(changed.all(0).sum())] * 2]
+
+
+@pytest.mark.parametrize("shape", [(), (70_001,), (3, 40_000), (90, 1_000), (6, 50, 300), (0, 4)])
+def test_salient_elements_are_those_of_the_formula_taken_at_once(shape):
+    generator = torch.Generator().manual_seed(6)
+    base, donor = torch.randn(2, *shape, generator=generator, dtype=torch.float64)
+    p, q = donor.softmax(-1) + 1e-8, base.softmax(-1) + 1e-8
+    importance = (donor - base).abs() * (p * (p / q).log()).sum(-1, keepdim=True)
+    wanted = torch.ones(shape, dtype=torch.bool)
+    if importance.numel():
+        quarters = torch.linspace(0, 1, 5, dtype=torch.float64)[1:4]
+        low, median, high = importance.quantile(quarters, interpolation="lower")
+        wanted = importance >= median + 1.5 * (high - low)
+    found = salient(base.float(), donor.float())
+    assert (found.shape, found.dtype) == (torch.Size(shape), torch.bool)
+    assert int((found != wanted).sum()) <= 1e-5 * found.numel()  # of those at the threshold
 
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own, when it compiles first
-@pytest.mark.parametrize("method", ["della", "della_linear", "sce", "ramplus_tl"])
+@pytest.mark.parametrize("method", ["della", "della_linear", "sce", "ramplus_tl", "arcee_fusion"])
 def test_compiled_candidate_is_the_one_of_chunks(method):
     generator = torch.Generator().manual_seed(2)
     tensors = [torch.randn(300, 700, generator=generator) for _ in range(3)]
@@ -82,7 +142,9 @@ def test_compiled_candidate_is_the_one_of_chunks(method):
     mapping = {
         "merge_method": method,
         "base_model": "m0",
-        "models": [{"model": m, "parameters": own} for m in ("m1", "m2")],
+        "models": [{"model": m, "parameters": own} for m in ("m1", "m2")][
+            : METHODS[method].donors[1]
+        ],
         "parameters": shared,
     }
     recipe, _ = parse_recipe(mapping, where="test")

@@ -115,6 +115,13 @@ def test_wrong_value_is_refused_where_it_counts(parameters, message):
         recipe.values("x", 0.0)
 
 
+def test_several_modules_are_refused_for_only_mergekit_knows_which_tensors_are_whose():
+    modules = {part: {"models": [{"model": "a"}]} for part in ("text_decoder", "vision_tower")}
+    message = "modules text_decoder, vision_tower: several .* write 'models', .* 'filter' entries"
+    with pytest.raises(RecipeError, match=message):
+        parse_recipe({"merge_method": "linear", "modules": modules}, "r.yaml")
+
+
 def test_missing_parameter_is_named_with_its_model():
     recipe, _ = parsed(models=[{"model": "a"}])
     with pytest.raises(RecipeError, match="'a': task_arithmetic needs the parameter 'weight'"):

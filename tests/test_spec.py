@@ -47,6 +47,11 @@ def test_number_fixes_and_range_searches(make_study, tmp_path):
         ({"objective__task": []}, "objective: unknown key 'task'; did you mean 'tasks'"),
         ({"objective__tasks": []}, "objective.tasks: Tuple should have at least 1 item"),
         ({"objective__tasks": [{"taks": "x"}]}, r"objective.tasks\[0\]: unknown key 'taks'"),
+        ({"objective__tasks": [{"text": "no/*.txt"}]}, r"tasks\[0\]: no file .*no/\*.txt"),
+        ({"objective__tasks": [{"text": "x", "metric": "acc"}]}, r"tasks\[0\]: unknown key 'me"),
+        ({"objective__tasks": [{"objective": 1}]}, r"tasks\[0\]: objective: Input should be"),
+        ({"objective__tasks": [3]}, r"tasks\[0\] has to be a name or a mapping, got 3"),
+        ({"objective__tasks": "pick"}, "objective.tasks has to be a list, got 'pick'"),
         ({"objective__items__tests": 5}, "objective.items: unknown key 'tests'"),
         ({"objective__include_path": "nowhere"}, "objective.include_path: no folder .*nowhere"),
         ({"models": []}, "models: Tuple should have at least 1 item"),
@@ -58,6 +63,23 @@ def test_number_fixes_and_range_searches(make_study, tmp_path):
 def test_wrong_study_is_refused_with_place_and_fix(make_study, tmp_path, changes, message):
     with pytest.raises(StudyError, match=message):
         load_study(make_study(tmp_path, **changes))
+
+
+def test_text_files_are_found_from_the_study_and_named_after_themselves(make_study, tmp_path):
+    (tmp_path / "books").mkdir()
+    for name in ("b.txt", "a.txt"):
+        (tmp_path / "books" / name).write_text("text")
+    tasks = [{"text": "books/*.txt"}, {"text": "books/a.txt", "name": "one", "unit": "line"}]
+    first, second = load_study(make_study(tmp_path, objective__tasks=tasks)).objective.tasks
+    assert first.name == "books"
+    assert first.text == (tmp_path / "books" / "a.txt", tmp_path / "books" / "b.txt")
+    assert (second.name, second.unit) == ("one", "line")
+
+
+def test_code_of_others_is_off_unless_asked_for(make_study, tmp_path):
+    spec = load_study(make_study(tmp_path))
+    assert not spec.trust_remote_code
+    assert not spec.objective.unsafe_code
 
 
 def test_model_named_twice_is_refused(make_study, tmp_path, zoo):

@@ -149,6 +149,7 @@ METHODS: Final[Mapping[str, Method]] = MappingProxyType(
         "della_linear": Elementwise(
             kernel=task_vectors.della_linear,
             prepare=preparation.della_linear,
+            beside="shares",
             base=Base.ORIGIN,
             donors=(0, None),
             params={**_task_vector_params(normalize=False, rescale=True), "epsilon": _EPSILON},
@@ -158,6 +159,7 @@ METHODS: Final[Mapping[str, Method]] = MappingProxyType(
         "della": Elementwise(
             kernel=task_vectors.della,
             prepare=preparation.della,
+            beside="shares",
             base=Base.ORIGIN,
             donors=(0, None),
             params={**_task_vector_params(normalize=True, rescale=True), "epsilon": _EPSILON},
@@ -200,7 +202,7 @@ METHODS: Final[Mapping[str, Method]] = MappingProxyType(
         ),
         "ramplus_tl": Elementwise(
             kernel=selection.ramplus_tl,
-            whole=True,
+            prepare=preparation.ramplus_tl,
             base=Base.ORIGIN,
             donors=(0, None),
             params={
@@ -219,7 +221,7 @@ METHODS: Final[Mapping[str, Method]] = MappingProxyType(
         ),
         "arcee_fusion": Elementwise(
             kernel=selection.arcee_fusion,
-            whole=True,
+            beside="taken",
             base=Base.ORIGIN,
             donors=(1, 1),
             params={},

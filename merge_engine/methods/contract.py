@@ -113,17 +113,18 @@ class Linear(Method):
 
 @dataclass(frozen=True, kw_only=True)
 class Elementwise(Method):
-    """A method that works element by element.
+    """A method that works element by element, so on any stretch of flattened tensors.
 
     Args:
-        kernel: ``kernel(base, donors, **values)`` gives the merged tensor in float32.
+        kernel: ``kernel(base, donors, **values)`` gives the merged tensor in float32; it can be
+            given any stretch of the flattened tensors.
         prepare: Makes the kernel's values of the parameters', if they differ.
         random: The kernel also takes ``noise``: for each donor uniform numbers of its shape.
-        whole: The kernel needs tensors whole and in their shape; any other can be given any
-            stretch of the flattened tensors.
+        beside: Name of what the kernel also takes for each donor, a number for every element that
+            depends on donor and base alone: one of ``Family.beside``.
     """
 
     kernel: Callable[..., Tensor]
     prepare: Prepare | None = None
     random: bool = False
-    whole: bool = False
+    beside: str | None = None

@@ -41,19 +41,21 @@ def slerp(gram: Tensor, *, t: float) -> Tensor:
     ``(1-t, t)`` where the two are nearly parallel, and where one of them is zero.
 
     Args:
-        gram: Inner products of the two tensors, (2, 2).
+        gram: Inner products of the two tensors, (*r, 2, 2).
         t: Where to stop; unitless, outside [0, 1] it extrapolates.
+
+    Returns:
+        Coefficients, (*r, 2).
 
     Source: Shoemake 1985, https://doi.org/10.1145/325165.325242
     """
     share = torch.tensor([1 - t, t], dtype=torch.float64)
-    norms = _norms(gram)
+    norms = _norms(gram)  # (*r, 2)
     norms = torch.where(norms > 1e-8, norms, 1.0)
-    cosine = (gram[0, 1] / norms.prod()).clamp(-1, 1)
-    if cosine.abs() > LERP_COSINE:
-        return share
-    angle = cosine.acos()
-    return (share * angle).sin() / angle.sin()
+    cosine = (gram[..., 0, 1] / norms.prod(-1)).clamp(-1, 1).unsqueeze(-1)  # (*r, 1)
+    straight = cosine.abs() > LERP_COSINE
+    angle = torch.where(straight, 0.0, cosine).acos()
+    return torch.where(straight, share, (share * angle).sin() / angle.sin())
 
 
 def task_arithmetic(
@@ -121,13 +123,13 @@ def multislerp(
     tangent space is zero by construction: m's direction is the point that the plane touches.
 
     Args:
-        gram: Inner products, (n, n).
+        gram: Inner products, (*r, n, n).
         weight: n weights.
         normalize_weights: Make them sum to one.
         eps: Added to the lengths; where m is shorter, two tensors are mixed along a straight line.
 
     Returns:
-        Coefficients, (n,); one tensor is returned as it is, tensors of zeros only stay zero.
+        Coefficients, (*r, n); one tensor is returned as it is, tensors of zeros only stay zero.
 
     Raises:
         ValueError: The weights sum to zero, or the directions of more than two tensors cancel out.
@@ -135,21 +137,18 @@ def multislerp(
     Source: Goddard 2024, https://goddard.blog/posts/multislerp-wow-what-a-cool-idea
     """
     n = gram.shape[-1]
+    norms = _norms(gram)  # (*r, n)
     if n == 1:
-        return torch.ones(1, dtype=torch.float64)
+        return torch.ones_like(norms)
     shares = linear(None, weight=weight, normalize=normalize_weights)
-    norms = _norms(gram)
-    if not norms.any():
-        return torch.zeros(n, dtype=torch.float64)
     scaled = torch.where(norms > 0, shares / (norms + eps), 0.0)
-    length = (scaled @ gram @ scaled).clamp_min(0).sqrt()
-    if length < max(eps, ROUNDING * float(shares.abs().sum())):
-        if n > 2:
-            raise ValueError(
-                f"the directions under weights {list(weight)} cancel out; change a weight"
-            )
-        return shares
-    return scaled * ((shares @ norms) / length)
+    length = (scaled.unsqueeze(-2) @ gram @ scaled.unsqueeze(-1)).clamp_min(0).sqrt().squeeze(-1)
+    nowhere = length < max(eps, ROUNDING * float(shares.abs().sum()))  # (*r, 1)
+    untouched = ~norms.any(-1, keepdim=True)
+    if n > 2 and bool((nowhere & ~untouched).any()):
+        raise ValueError(f"the directions under weights {list(weight)} cancel out; change a weight")
+    arc = scaled * ((norms @ shares).unsqueeze(-1) / torch.where(nowhere, 1.0, length))
+    return torch.where(untouched, 0.0, torch.where(nowhere, shares, arc))
 
 
 def karcher(gram: Tensor, *, max_iter: int, tol: float) -> Tensor:
@@ -161,50 +160,62 @@ def karcher(gram: Tensor, *, max_iter: int, tol: float) -> Tensor:
     are combinations of the u_i and are kept as their coefficients.
 
     Args:
-        gram: Inner products, (n, n).
+        gram: Inner products, (*r, n, n).
         max_iter: Most steps.
         tol: Angles and steps below it (radians) are none; tensors shorter than it have no say in
             the direction, nor have those opposite to m, which point nowhere from there.
 
     Returns:
-        Coefficients, (n,).
+        Coefficients, (*r, n).
 
     Source: Karcher 1977, https://doi.org/10.1002/cpa.3160300502; merging models by it:
         https://arxiv.org/abs/2603.04972
     """
+    norms = _norms(gram)  # (*r, n)
     if gram.shape[-1] == 1:
-        return torch.ones(1, dtype=torch.float64)
-    norms = _norms(gram)
+        return torch.ones_like(norms)
     known = norms > tol
-    factors = torch.zeros_like(norms)
-    if known.any():
-        units = norms[known]
-        cosines = gram[known][:, known] / (units.unsqueeze(-1) * units)
-        factors[known] = norms.mean() * _karcher_direction(cosines, max_iter, tol) / units
-    return factors
+    units = torch.where(known, norms, 1.0)
+    cosines = gram / (units.unsqueeze(-1) * units.unsqueeze(-2))
+    direction = _karcher_direction(cosines, known, max_iter, tol)
+    return norms.mean(-1, keepdim=True) * direction / units
 
 
-def _karcher_direction(cosines: Tensor, max_iter: int, tol: float) -> Tensor:
-    """Coefficients (n,) of the unit vectors' mean, from their cosines (n, n)."""
+def _karcher_direction(cosines: Tensor, known: Tensor, max_iter: int, tol: float) -> Tensor:
+    """Coefficients (*r, n) of the unit vectors' mean.
 
-    def length(vector: Tensor) -> float:
-        return float((vector @ cosines @ vector).clamp_min(0).sqrt())
+    Args:
+        cosines: Of the vectors with each other, (*r, n, n).
+        known: Which of them count, (*r, n).
+        max_iter: Most steps.
+        tol: As of ``karcher``.
+    """
 
-    n = len(cosines)
-    mean = torch.full((n,), 1 / n, dtype=torch.float64)
-    if (size := length(mean)) < tol:
-        mean, size = torch.eye(n, dtype=torch.float64)[0], 1.0
-    mean = mean / size
+    def times(vector: Tensor) -> Tensor:
+        return (cosines @ vector.unsqueeze(-1)).squeeze(-1)  # (*r, n)
+
+    def length(vector: Tensor) -> Tensor:
+        return (vector * times(vector)).sum(-1, keepdim=True).clamp_min(0).sqrt()  # (*r, 1)
+
+    count = known.sum(-1, keepdim=True).clamp_min(1)
+    mean = known.double() / count
+    size = length(mean)
+    first = (known.cumsum(-1) == 1) & known  # where they cancel out, start from the first
+    mean = torch.where(size < tol, first.double(), mean / torch.where(size < tol, 1.0, size))
+    moving = known.any(-1, keepdim=True)
     for _ in range(max_iter):
-        dots = (cosines @ mean).clamp(-1, 1)
+        dots = times(mean).clamp(-1, 1)
         angles = dots.acos()
-        pulls = (angles >= tol) & (angles <= math.pi - tol)
-        pull = torch.where(pulls, angles / torch.where(pulls, angles.sin(), 1.0), 0.0) / n
-        step = pull - (pull @ dots) * mean
-        if (size := length(step)) < tol:
+        pulls = (angles >= tol) & (angles <= math.pi - tol) & known
+        pull = torch.where(pulls, angles / torch.where(pulls, angles.sin(), 1.0), 0.0) / count
+        step = pull - (pull * dots).sum(-1, keepdim=True) * mean
+        size = length(step)
+        moving = moving & (size >= tol)
+        if not moving.any():
             break
-        mean = math.cos(size) * mean + (math.sin(size) / size) * step
-        mean = mean / max(length(mean), tol)
+        further = size.cos() * mean + (size.sin() / torch.where(moving, size, 1.0)) * step
+        further = further / length(further).clamp_min(tol)
+        mean = torch.where(moving, further, mean)
     return mean
 
 

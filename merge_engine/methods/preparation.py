@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, Protocol
+from types import MappingProxyType
+from typing import Any, Final, Protocol
 
 from torch import Tensor
 
-from merge_engine.statistics import EVERYTHING, NOTHING, Band, Magnitudes, Variances, row_width
+from merge_engine.noise import LEVELS, level
+from merge_engine.statistics import EVERYTHING, NOTHING, Band, Magnitudes, Variances
 
 
 class TaskVector(Protocol):
@@ -22,16 +24,11 @@ class TaskVector(Protocol):
     def magnitudes(self) -> Magnitudes:
         """The order statistics of its elements."""
 
-    @property
-    def ranks(self) -> Tensor:
-        """Each magnitude's rank in its row, as ``row_ranks`` has it."""
-
-    def stretch(self, chance: float, spread: float = 0.0) -> float:
+    def stretch(self, chance: int) -> float:
         """What gives its L1 norm back to the elements drawn with a chance; 1 without a norm.
 
         Args:
-            chance: Of all elements, or of the smallest in each row.
-            spread: How much better the chance of the largest one is.
+            chance: Of every element, in LEVELS.
         """
 
 
@@ -45,27 +42,49 @@ class TaskVectors(Protocol):
         """Each of them."""
 
     @property
+    def width(self) -> int:
+        """Elements of a row, as ``row_width`` has it."""
+
+    @property
     def variances(self) -> Variances:
         """Where they differ, and how much they change there."""
 
+    def overlaps(self, epsilon: float) -> Tensor:
+        """How many elements each changes by more than ``epsilon``: alone, and with others, (2, n).
 
+        float64.
+        """
+
+
+# What a tensor without an upper bound has where it is merged beside one that has a bound.
+UNBOUNDED: Final[Mapping[str, float]] = MappingProxyType({"high": math.inf, "high_share": 0})
 Values = Mapping[str, Any]
 Prepare = Callable[[Values, TaskVectors], dict[str, Any]]
 
 
 def summed(values: Values) -> dict[str, Any]:
-    """``normalize`` of a weighted sum, taken into ``lambda_``; a sum near zero divides nothing."""
-    rest = {name: value for name, value in values.items() if name != "normalize"}
+    """A plain sum's factors in one for each donor; weights that cancel out divide nothing."""
+    rest = {name: value for name, value in values.items() if name not in _OF_A_SUM}
     total = sum(values["weight"])
+    scale = values["lambda_"]
     if values["normalize"] and abs(total) >= 1e-8:
-        rest["lambda_"] = values["lambda_"] / total
-    return rest
+        scale = scale / total
+    return rest | {"factor": tuple(factor * scale for factor in values["factor"])}
+
+
+_OF_A_SUM = ("weight", "normalize", "lambda_")
+
+
+def elected(values: Values) -> dict[str, Any]:
+    """Of a sum with a sign election: the weights are for ``normalize`` alone."""
+    dropped = ("normalize",) if values["normalize"] else ("normalize", "weight")
+    return {name: value for name, value in values.items() if name not in dropped}
 
 
 def ties(values: Values, deltas: TaskVectors) -> dict[str, Any]:
     """The ``max(1, int(density * numel))`` elements of largest magnitude; all from density 1 on."""
     settings = zip(deltas, values["density"], strict=True)
-    return _banded(values, [_largest(delta, density) for delta, density in settings])
+    return elected(_banded(values, [_largest(delta, density) for delta, density in settings]))
 
 
 def _largest(delta: TaskVector, density: float) -> Band:
@@ -78,6 +97,15 @@ def _largest(delta: TaskVector, density: float) -> Band:
 
 def breadcrumbs_ties(values: Values, deltas: TaskVectors) -> dict[str, Any]:
     """``int(density * numel)`` elements below the ``gamma`` largest, as far as those leave room."""
+    return elected(_trimmed(values, deltas))
+
+
+def breadcrumbs(values: Values, deltas: TaskVectors) -> dict[str, Any]:
+    """``breadcrumbs_ties`` for a plain sum."""
+    return summed(_trimmed(values, deltas))
+
+
+def _trimmed(values: Values, deltas: TaskVectors) -> dict[str, Any]:
     settings = zip(deltas, values["density"], values["gamma"], strict=True)
     bands = [_middle(delta, density, gamma) for delta, density, gamma in settings]
     return _banded({name: value for name, value in values.items() if name != "gamma"}, bands)
@@ -91,24 +119,24 @@ def _middle(delta: TaskVector, density: float, gamma: float) -> Band:
     return delta.magnitudes.band(max(0, size - kept - int(gamma * size)), kept)
 
 
-def breadcrumbs(values: Values, deltas: TaskVectors) -> dict[str, Any]:
-    """``breadcrumbs_ties`` for a plain sum."""
-    return summed(breadcrumbs_ties(values, deltas))
-
-
 def dare_ties(values: Values, deltas: TaskVectors) -> dict[str, Any]:
     """Chances, and the factors that restore the L1 norm under this recipe's masks."""
-    rest = {name: value for name, value in values.items() if name not in ("density", "rescale")}
-    stretch = [
-        delta.stretch(density) if values["rescale"] and 0 < density < 1 else 1.0
-        for delta, density in zip(deltas, values["density"], strict=True)
-    ]
-    return rest | {"chance": values["density"], "stretch": tuple(stretch)}
+    return elected(_drawn(values, deltas))
 
 
 def dare_linear(values: Values, deltas: TaskVectors) -> dict[str, Any]:
     """``dare_ties`` for a plain sum."""
-    return summed(dare_ties(values, deltas))
+    return summed(_drawn(values, deltas))
+
+
+def _drawn(values: Values, deltas: TaskVectors) -> dict[str, Any]:
+    rest = {name: value for name, value in values.items() if name not in ("density", "rescale")}
+    chances = tuple(level(density) for density in values["density"])
+    factors = [
+        weight * (delta.stretch(chance) if values["rescale"] and 0 < chance < LEVELS else 1.0)
+        for delta, weight, chance in zip(deltas, values["weight"], chances, strict=True)
+    ]
+    return rest | {"chance": chances, "factor": tuple(factors)}
 
 
 def della(values: Values, deltas: TaskVectors) -> dict[str, Any]:
@@ -117,29 +145,26 @@ def della(values: Values, deltas: TaskVectors) -> dict[str, Any]:
     Raises:
         ValueError: A chance would leave (0, 1).
     """
-    ranks = [delta.ranks for delta in deltas]
-    width = row_width(ranks[0].shape)
-    chances = [
-        _chances(density, epsilon if width > 1 else 0.0)
-        for density, epsilon in zip(values["density"], values["epsilon"], strict=True)
-    ]
-    stretch = [
-        delta.stretch(*chance) if values["rescale"] and 0 < density < 1 else 1.0
-        for delta, density, chance in zip(deltas, values["density"], chances, strict=True)
-    ]
-    settings = ("density", "epsilon", "rescale")
-    return {name: value for name, value in values.items() if name not in settings} | {
-        "ranks": ranks,
-        "chance": tuple(chance for chance, _ in chances),
-        "spread": tuple(spread for _, spread in chances),
-        "last": max(1, width - 1),
-        "stretch": tuple(stretch),
-    }
+    return elected(_drawn_by_rank(values, deltas))
 
 
 def della_linear(values: Values, deltas: TaskVectors) -> dict[str, Any]:
     """``della`` for a plain sum."""
-    return summed(della(values, deltas))
+    return summed(_drawn_by_rank(values, deltas))
+
+
+def _drawn_by_rank(values: Values, deltas: TaskVectors) -> dict[str, Any]:
+    chances = [
+        _chances(density, epsilon if deltas.width > 1 else 0.0)
+        for density, epsilon in zip(values["density"], values["epsilon"], strict=True)
+    ]
+    settings = ("density", "epsilon", "rescale")
+    return {name: value for name, value in values.items() if name not in settings} | {
+        "chance": tuple(LEVELS * chance for chance, _ in chances),
+        "spread": tuple(LEVELS * spread for _, spread in chances),
+        "factor": values["weight"],
+        "restored": values["rescale"],
+    }
 
 
 def _chances(density: float, epsilon: float) -> tuple[float, float]:
@@ -159,8 +184,17 @@ def sce(values: Values, deltas: TaskVectors) -> dict[str, Any]:
     total = float(change.sum())
     # mergekit's own switch. It is on for most fine-tunes' tensors: their changes are small.
     weight = (change / total).tolist() if total >= 1e-6 else [1 / len(deltas)] * len(deltas)
-    found = {"weight": tuple(weight), "low": band.low, "low_share": band.low_share}
+    found = {"weight": tuple(weight), "low": band.low, "low_share": level(band.low_share)}
     return found | {"draws": band.tied}
+
+
+def ramplus_tl(values: Values, deltas: TaskVectors) -> dict[str, Any]:
+    """The factors of what one donor alone changed."""
+    alone, shared = deltas.overlaps(values["epsilon"])
+    # With no element of its own a donor's factor multiplies nothing: any divisor will do.
+    ratio = shared / alone.clamp_min(max(1.0, values["epsilon"]))
+    factor = 1 + values["r"] * ratio.clamp(0, values["alpha"])
+    return {"epsilon": values["epsilon"], "factor": tuple(factor.tolist())}
 
 
 def _all_or_none(density: float) -> Band | None:
@@ -173,11 +207,14 @@ def _banded(values: Values, bands: Sequence[Band]) -> dict[str, Any]:
     rest = {name: value for name, value in values.items() if name not in ("density", "rescale")}
     found: dict[str, Any] = rest | {
         "low": tuple(band.low for band in bands),
-        "low_share": tuple(band.low_share for band in bands),
-        "stretch": tuple(band.stretch if values["rescale"] else 1.0 for band in bands),
+        "low_share": tuple(level(band.low_share) for band in bands),
+        "factor": tuple(
+            weight * (band.stretch if values["rescale"] else 1.0)
+            for weight, band in zip(values["weight"], bands, strict=True)
+        ),
         "draws": any(band.tied for band in bands),
     }
     if any(band.high < math.inf for band in bands):
         found["high"] = tuple(band.high for band in bands)
-        found["high_share"] = tuple(band.high_share for band in bands)
+        found["high_share"] = tuple(level(band.high_share) for band in bands)
     return found

@@ -57,7 +57,7 @@ def sce(
     return base.float() + mixed / divisor.clamp_min(1e-6)
 
 
-def ram(base: Tensor, donors: Sequence[Tensor], *, epsilon: float) -> Tensor:
+def ram(base: Tensor, donors: Sequence[Tensor], *, epsilon: Number) -> Tensor:
     """Average each element over the donors that changed it, by more than ``epsilon``.
 
     Args:
@@ -72,7 +72,7 @@ def ram(base: Tensor, donors: Sequence[Tensor], *, epsilon: float) -> Tensor:
 
 
 def ramplus_tl(
-    base: Tensor, donors: Sequence[Tensor], *, r: float, alpha: float, epsilon: float
+    base: Tensor, donors: Sequence[Tensor], *, factor: Numbers, epsilon: Number
 ) -> Tensor:
     """``ram`` with stronger elements that one donor alone changed.
 
@@ -82,26 +82,21 @@ def ramplus_tl(
     Args:
         base: The base model's tensor, (*s).
         donors: n tensors, (*s).
-        r: Strength.
-        alpha: Largest ratio that counts.
+        factor: Of each donor's own elements.
         epsilon: Largest change that counts as none.
 
     Source: Yuan et al. 2026, https://arxiv.org/abs/2601.13572; per tensor as in mergekit
     """
     deltas = [_active(delta, epsilon) for delta in task_vectors(base, donors)]
     changed = _changed(deltas)  # (*s)
+    share = 1 / changed.clamp_min(1)
     merged = torch.zeros_like(deltas[0])
-    for delta in deltas:
-        shared = ((delta != 0) & (changed > 1)).sum()
-        unique = ((delta != 0) & (changed == 1)).sum()
-        # With no element of its own the factor multiplies nothing: any divisor will do.
-        ratio = shared / unique.clamp_min(1).clamp_min(epsilon)
-        factor = 1 + r * ratio.clamp(0, alpha)
-        merged += delta * torch.where(changed == 1, factor, 1 / changed.clamp_min(1))
+    for delta, own in zip(deltas, factor, strict=True):
+        merged = merged + delta * torch.where(changed == 1, own, share)
     return base.float() + merged
 
 
-def _active(delta: Tensor, epsilon: float) -> Tensor:
+def _active(delta: Tensor, epsilon: Number) -> Tensor:
     return delta * (delta.abs() > epsilon)
 
 
@@ -128,31 +123,19 @@ def nearswap(base: Tensor, donors: Sequence[Tensor], *, t: float) -> Tensor:
     return torch.lerp(start, end, share)
 
 
-def arcee_fusion(base: Tensor, donors: Sequence[Tensor]) -> Tensor:
+def arcee_fusion(base: Tensor, donors: Sequence[Tensor], *, taken: Sequence[Tensor]) -> Tensor:
     """Take the donor's elements that matter most, leave the others at the base.
 
-    An element matters as ``|donor - base|`` times the Kullback-Leibler divergence of its row's
-    softmax from the base's; what reaches ``median + 1.5 (Q3 - Q1)`` of the tensor is taken. The
-    quartiles are those of all elements: mergekit estimates them from a random million in larger
-    tensors, which makes its result depend on a seed and agrees with this one up to sampling error.
+    Which those are, ``statistics.salient`` says. Its quartiles are those of all elements: mergekit
+    estimates them from a random million in larger tensors, which makes its result depend on a seed
+    and agrees with this one up to sampling error.
 
     Args:
-        base: The base model's tensor, (*s); a row runs along the last dimension.
+        base: The base model's tensor, (*s).
         donors: One tensor, (*s).
+        taken: One mask, (*s) bool.
 
     Source: Arcee AI's mergekit, https://www.arcee.ai
     """
-    (donor,) = donors
-    start, end = base.float(), donor.float()
-    if not start.numel():
-        return start
-    p, q = (tensor.softmax(-1) + 1e-8 for tensor in (end, start))
-    divergence = (p * (p / q).log()).sum(-1, keepdim=True)
-    importance = (end - start).abs() * divergence
-    first, median, third = (_quantile(importance, quarter) for quarter in (1, 2, 3))
-    return start + (end - start) * (importance >= median + 1.5 * (third - first))
-
-
-def _quantile(values: Tensor, quarter: int) -> Tensor:
-    """The element of rank ``floor(quarter / 4 (numel - 1))`` from below."""
-    return values.flatten().kthvalue(quarter * (values.numel() - 1) // 4 + 1).values
+    (donor,), (mask,) = donors, taken
+    return torch.where(mask, donor.float(), base.float())

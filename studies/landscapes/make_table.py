@@ -160,7 +160,8 @@ def tabulate(
         if key in known:
             continue
         bench.builder.build(bench.space.recipe(point))
-        answers = np.array(bench.objective.score(bench.builder.model, numbers))
+        answered = bench.objective.score(bench.builder.model, numbers)
+        answers = np.array([answer.value for answer in answered])
         if not np.isin(answers, (0, 1)).all():
             raise SystemExit("a table holds answers that are right or wrong; choose such a metric")
         known.add(key)

@@ -1,0 +1,147 @@
+"""A user's own objective, named ``package.module:Class``, and several objectives as one."""
+
+from __future__ import annotations
+
+import bisect
+import importlib
+import itertools
+import math
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeVar, cast
+
+from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from objectives.base import Answer, Item, Objective, ObjectiveError, Shown
+from objectives.tasks import reported
+
+_T = TypeVar("_T")
+
+_NEEDED = ("tasks", "items", "shown", "score")
+
+
+@dataclass(frozen=True)
+class PluginSpec:
+    """A class of the user's as an entry of a study's task list.
+
+    Attributes:
+        objective: ``package.module:Class``. The class is called with the live model and its
+            tokenizer, and with ``options`` by name; what it makes follows ``Objective``.
+        options: Its own settings.
+        weight: In the study's mean, divided over its tasks in proportion to their own weights.
+    """
+
+    objective: str
+    options: Mapping[str, Any] = field(default_factory=dict)
+    weight: float = 1.0
+
+
+class Plugin:
+    """The user's objective with all that it says checked, since nobody else has read it."""
+
+    def __init__(
+        self, spec: PluginSpec, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+    ) -> None:
+        self._where = f"objective {spec.objective!r}"
+        make = _imported(spec.objective)
+        with reported(f"{self._where} could not be made"):
+            own = make(model, tokenizer, **spec.options)
+        if missing := [name for name in _NEEDED if not hasattr(own, name)]:
+            raise ObjectiveError(
+                f"{self._where} has no {', '.join(missing)}; see objectives.base.Objective"
+            )
+        self._own = cast("Objective", own)
+        with reported(f"{self._where}: its tasks and items cannot be read"):
+            self.tasks = _scaled(self._own.tasks, spec.weight)
+            self.items: Sequence[Item] = tuple(self._own.items)
+        if strangers := sorted({item.task for item in self.items} - self.tasks.keys()):
+            raise ObjectiveError(f"{self._where}: tasks {strangers} have items but no weight")
+
+    def shown(self, items: Sequence[int]) -> list[Shown]:
+        """As the user's class says."""
+        with reported(f"{self._where}: shown"):
+            return list(self._own.shown(items))
+
+    def score(self, model: nn.Module, items: Sequence[int]) -> list[Answer]:
+        """As the user's class says.
+
+        Raises:
+            ObjectiveError: It raised, or did not give one finite answer per item.
+        """
+        with reported(f"{self._where}: score"):
+            answers = list(self._own.score(model, items))
+        wrong = [repr(answer) for answer in answers if not _is_good(answer)]
+        if wrong or len(answers) != len(items):
+            raise ObjectiveError(
+                f"{self._where}: score gave {len(answers)} answers to {len(items)} items"
+                f"{', one of them ' if wrong else ''}{''.join(wrong[:1])}; give one "
+                "objectives.base.Answer with a finite value per item"
+            )
+        return answers
+
+
+class Suite:
+    """Several objectives as one: the items of each after those of the one before."""
+
+    def __init__(self, parts: Sequence[Objective]) -> None:
+        self._parts = parts
+        self.tasks: Mapping[str, float] = {}
+        for part in parts:
+            if twice := sorted(self.tasks.keys() & part.tasks.keys()):
+                raise ObjectiveError(f"task {twice[0]!r} is listed twice; give each task one entry")
+            self.tasks = {**self.tasks, **part.tasks}
+        self.items: Sequence[Item] = [item for part in parts for item in part.items]
+        self._starts = [0, *itertools.accumulate(len(part.items) for part in parts)]
+
+    def shown(self, items: Sequence[int]) -> list[Shown]:
+        """As its parts say."""
+        return self._each(items, lambda part, numbers: part.shown(numbers))
+
+    def score(self, model: nn.Module, items: Sequence[int]) -> list[Answer]:
+        """As its parts say."""
+        return self._each(items, lambda part, numbers: part.score(model, numbers))
+
+    def _each(
+        self, items: Sequence[int], ask: Callable[[Objective, Sequence[int]], list[_T]]
+    ) -> list[_T]:
+        """Ask every part for its own items, and put what they say in the order of ``items``."""
+        by_part: dict[int, list[int]] = defaultdict(list)
+        for number in items:
+            by_part[bisect.bisect_right(self._starts, number) - 1].append(number)
+        found: dict[int, _T] = {}
+        for part, numbers in by_part.items():
+            said = ask(self._parts[part], [number - self._starts[part] for number in numbers])
+            found |= dict(zip(numbers, said, strict=True))
+        return [found[number] for number in items]
+
+
+def _imported(path: str) -> Callable[..., object]:
+    module, colon, name = path.partition(":")
+    if not (colon and module and name):
+        raise ObjectiveError(f"objective {path!r}: write it as package.module:Class")
+    try:
+        found = getattr(importlib.import_module(module), name)
+    except ModuleNotFoundError as error:
+        raise ObjectiveError(
+            f"objective {path!r}: {error}; install it, or put its folder on PYTHONPATH"
+        ) from error
+    except AttributeError as error:
+        raise ObjectiveError(f"objective {path!r}: {module} has no {name}") from error
+    except Exception as error:  # the user's module may raise anything
+        raise ObjectiveError(f"objective {path!r}: {type(error).__name__}: {error}") from error
+    if not callable(found):
+        raise ObjectiveError(f"objective {path!r}: {name} is a {type(found).__name__}, not a class")
+    return cast("Callable[..., object]", found)
+
+
+def _is_good(answer: object) -> bool:
+    return isinstance(answer, Answer) and math.isfinite(answer.value)
+
+
+def _scaled(tasks: Mapping[str, float], weight: float) -> Mapping[str, float]:
+    if not tasks or not all(0 < own < math.inf for own in tasks.values()):
+        raise ObjectiveError(f"tasks are {dict(tasks)}; give at least one, each a positive weight")
+    total = sum(tasks.values())
+    return {task: weight * own / total for task, own in tasks.items()}
