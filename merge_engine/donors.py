@@ -41,7 +41,6 @@ from merge_engine.statistics import (
     Variances,
     all_finite,
     overlaps,
-    rank_share,
     row_ranks,
     row_width,
     salient,
@@ -437,13 +436,16 @@ class Family:
             (name,) = page.names
             return self.read(model, name)
         if (wanted := (model, page.names)) not in self._kept:
-            dtype = self._stored_dtype(model, page.names[0])
-            host = self._tier == "pinned"
-            matrix = page.empty(dtype, torch.device("cpu") if host else self._device, host)
             stored = (self._stored(model, name) for name in page.names)
-            self._kept[wanted] = page.fill(matrix, stored)
+            room = self._room(page, self._stored_dtype(model, page.names[0]))
+            self._kept[wanted] = page.fill(room, stored)
             self.checkpoints[model].release()
         return self._kept[wanted]
+
+    def _room(self, page: Page, dtype: torch.dtype) -> Tensor:
+        """An empty matrix where those that stay in memory are."""
+        host = self._tier == "pinned"
+        return page.empty(dtype, torch.device("cpu") if host else self._device, host)
 
     @cached_property
     def pages(self) -> tuple[Page, ...]:
@@ -550,8 +552,7 @@ class Family:
         """Order statistics of a donor's task vector; sorted once, on first use."""
 
         def measure() -> dict[str, Tensor]:
-            delta = self.read(donor, name).float() - self.read(base, name).float()
-            return Magnitudes.of(delta).tensors()
+            return Magnitudes.of(self._delta(name, donor, base)).tensors()
 
         return self._once("magnitudes", name, (donor, base), measure, Magnitudes.from_tensors)
 
@@ -590,13 +591,13 @@ class Family:
         if page not in self.pages:
             (name,) = page.names
             return self._by_element[kind](name, donor, base)
-        if (wanted := (kind, page.names, donor, base)) not in self._known:
+
+        def lay() -> Tensor:
             found = (self._by_element[kind](name, donor, base) for name in page.names)
             first = next(found)
-            matrix = page.empty(first.dtype, first.device)
-            self._known[wanted] = page.fill(matrix, itertools.chain([first], found))
-        laid: Tensor = self._known[wanted]
-        return laid
+            return page.fill(self._room(page, first.dtype), itertools.chain([first], found))
+
+        return self._remembered((kind, page.names, donor, base), lay)
 
     @cached_property
     def _by_element(self) -> dict[str, Callable[[str, str, str], Tensor]]:
@@ -604,9 +605,8 @@ class Family:
 
     def _shares(self, name: str, donor: str, base: str) -> Tensor:
         def measure() -> dict[str, Tensor]:
-            delta = self.read(donor, name).float() - self.read(base, name).float()
-            last = max(1, row_width(delta.shape) - 1)
-            return {"shares": rank_share(row_ranks(delta), last).half()}
+            ranks = row_ranks(self._delta(name, donor, base))
+            return {"shares": (ranks / max(1, row_width(ranks.shape) - 1)).half()}
 
         return self._once(
             "shares", name, (donor, base), measure, lambda found: found["shares"], large=True
@@ -624,18 +624,21 @@ class Family:
 
     def masses(self, name: str, donor: str, base: str, key: int) -> Tensor:
         """What each random mask keeps of a donor's task vector, as ``masses_below`` has it."""
-        if (wanted := ("masses", name, donor, base, key)) not in self._known:
-            delta = self.read(donor, name).float() - self.read(base, name).float()
-            self._known[wanted] = masses_below(delta.abs(), key).float()
-        masses: Tensor = self._known[wanted]
-        return masses
+        return self._remembered(
+            ("masses", name, donor, base, key),
+            lambda: masses_below(self._delta(name, donor, base).abs(), key).float(),
+        )
 
     def grams(self, names: tuple[str, ...], models: tuple[str, ...], origin: str | None) -> Tensor:
         """``gram`` of several tensors over all their elements, (k, n, n)."""
-        if (wanted := ("grams", names, models, origin)) not in self._known:
-            self._known[wanted] = torch.stack([self.gram(n, models, origin) for n in names])
-        grams: Tensor = self._known[wanted]
-        return grams
+        return self._remembered(
+            ("grams", names, models, origin),
+            lambda: torch.stack([self.gram(name, models, origin) for name in names]),
+        )
+
+    def _delta(self, name: str, donor: str, base: str) -> Tensor:
+        """A donor's task vector in one tensor, float32."""
+        return self.read(donor, name).float() - self.read(base, name).float()
 
     def _once(
         self,
@@ -656,9 +659,17 @@ class Family:
             form: Makes of it what is asked for.
             large: It takes as much room as the weights, which one build alone is not worth.
         """
-        if (key := (kind, name, models)) not in self._known:
+
+        def make() -> Known:
             place = None if large and not self.repeated else self._place_of(kind, name, models)
-            self._known[key] = form(cache.kept(place, measure) if place else measure())
+            return form(cache.kept(place, measure) if place else measure())
+
+        return self._remembered((kind, name, models), make)
+
+    def _remembered(self, key: tuple[object, ...], make: Callable[[], Known]) -> Known:
+        """What was made before under a key, or is made now."""
+        if key not in self._known:
+            self._known[key] = make()
         found: Known = self._known[key]
         return found
 

@@ -19,7 +19,6 @@ import torch
 from torch import Tensor
 
 TABLE = 65_536  # steps between the ranks that are kept of a large tensor
-_OFFSET = 32_768  # of a rank in 16 bits, which torch has with a sign
 _BLOCK = 1 << 22  # elements whose rows are ranked at a time
 _TALLIED = 1 << 19  # elements whose squared changes are summed up at a time
 _PIECE = 1 << 15  # elements that stay in a cache; torch gives more than these several threads
@@ -356,23 +355,21 @@ def row_width(shape: Sequence[int]) -> int:
 
 
 def row_ranks(delta: Tensor) -> Tensor:
-    """Rank of every element's magnitude in its row, as ``rank_share`` reads it.
+    """Rank of every element's magnitude in its row, from 0, the smallest.
 
-    Exact: a rank takes 16 bits, or 32 in rows of more than 65,536 elements. Of equal magnitudes the
-    first has the lower rank, on every machine.
+    Of equal magnitudes the first has the lower rank, on every machine.
 
     Args:
         delta: Any shape (*s); a row runs as ``row_width`` says.
 
     Returns:
-        (*s), int16 or int32, contiguous.
+        (*s), int32, contiguous.
     """
     width = row_width(delta.shape)
-    kind, first = (torch.int16, -_OFFSET) if width <= 2 * _OFFSET else (torch.int32, 0)
     across = delta.detach().transpose(1, -1) if delta.dim() > 1 else delta.detach()
     rows = across.reshape(-1, max(width, 1))
-    ranks = torch.empty(rows.shape, dtype=kind, device=delta.device)
-    places = torch.arange(first, first + rows.shape[1], dtype=kind, device=delta.device)
+    ranks = torch.empty(rows.shape, dtype=torch.int32, device=delta.device)
+    places = torch.arange(rows.shape[1], dtype=torch.int32, device=delta.device)
     for start in range(0, len(rows), step := max(1, _BLOCK // rows.shape[1])):
         order = _stable_order(rows[start : start + step].abs().float())
         ranks[start : start + step].scatter_(1, order, places.expand(order.shape))
@@ -390,19 +387,3 @@ def _stable_order(rows: Tensor) -> Tensor:
     keys |= np.arange(rows.shape[1])
     keys.sort(axis=1)
     return torch.from_numpy(keys & 0xFFFFFFFF)
-
-
-def widened(ranks: Tensor) -> Tensor:
-    """The same ranks in 32 bits, (*s) int32."""
-    return ranks.int().add_(_OFFSET) if ranks.dtype == torch.int16 else ranks
-
-
-def rank_share(ranks: Tensor, last: float | Tensor) -> Tensor:
-    """Where elements stand in their rows: 0 the smallest, 1 the largest; float32.
-
-    Args:
-        ranks: As of ``row_ranks``, any stretch of them.
-        last: The rank of the largest: a row's width less one, at least one.
-    """
-    places = ranks.float()
-    return (places + _OFFSET if ranks.dtype == torch.int16 else places) / last

@@ -2,7 +2,8 @@
 
 python tests/bench_build.py [--millions 110] [--donors 3] [--methods ties,linear] [--no-oracle]
 
-Random weights of a Llama's shapes, bfloat16 donors on disk, written into bfloat16 tensors in place.
+Random weights of a Llama's shapes: bfloat16 donors, in memory unless ``--mapped``, built in place
+into a live bfloat16 model.
 ``copy_fraction`` is the bytes of the donors read and the model written per second, over the bytes
 read and written per second by a plain copy of as much, measured before and after each method.
 ``vs_mergekit`` is the time of mergekit's own kernels on the same tensors in memory, over ours.
