@@ -31,7 +31,6 @@ from search.spec import Split, StudyError, StudySpec
 from search.storage import Store
 from search.terminal import Progress
 
-RANDOM_STARTUP = 10  # random points after the warm starts, before a model of them is trusted
 DATABASE = "study.db"
 
 
@@ -222,8 +221,7 @@ class Run:
         running = self.study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
         number = running[0].number if running else self._next_number()
         search = self.spec.search
-        startup = len(self.bench.space.warm_starts()) + RANDOM_STARTUP
-        self.study.sampler = make_sampler(search.sampler, search.seed, number, startup)
+        self.study.sampler = make_sampler(search.sampler, self.bench.space, search.seed, number)
         distributions = self.bench.space.distributions()
         if running:
             trial = Trial(self.study, running[0]._trial_id)

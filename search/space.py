@@ -118,8 +118,7 @@ class Space:
             for name, param in params.items()
             if param.default is not None and not param.per_donor
         }
-        active = [name for name in self.ranges if method in followers(name, self.methods)]
-        shared |= {name: self._value(point, name, params[name]) for name in active}
+        shared |= {name: self._value(point, name, params[name]) for name in self.active(method)}
         if {"density", "epsilon"} <= params.keys():
             known = {name: param.default for name, param in params.items()} | shared
             shared["epsilon"] = _within(known["epsilon"], known["density"])
@@ -133,6 +132,15 @@ class Space:
             if "lambda" in params:
                 shared["lambda"] = self._setting([round(scale, 6) for scale in scales])
         return self._make(method, chosen, weights, shared)
+
+    def active(self, method: str) -> list[str]:
+        """The names in ``ranges`` that a method follows."""
+        return [name for name in self.ranges if method in followers(name, self.methods)]
+
+    def default(self, name: str) -> float:
+        """What a parameter is taken to be where it has no effect: the nearest to its default."""
+        low, high = self.ranges[name]
+        return min(max(float(searchable(self.methods)[name].default or 0.0), low), high)
 
     def baselines(self) -> dict[str, Recipe]:
         """What any winner has to beat: base and donors by name, and the ``UNIFORM`` average."""
@@ -151,17 +159,21 @@ class Space:
 
         Parameters not in ``values`` get the middle of their range.
         """
-        scale = sum(weights) / len(weights)
-        sticks = _sticks(
-            [w / (scale * len(weights)) if scale else 1 / len(weights) for w in weights]
-        )
+        return self.point_of(method, [weights] * len(self.units), values)
+
+    def point_of(
+        self, method: str, weights: Sequence[Sequence[float]], values: Mapping[str, float]
+    ) -> dict[str, Any]:
+        """The point whose recipe has these weights of the k donors in each unit."""
         point: dict[str, Any] = {"method": method}
-        for unit in range(len(self.units)):
+        for unit, of_donors in enumerate(weights):
+            k, scale = len(of_donors), sum(of_donors) / len(of_donors)
+            sticks = _sticks([w / (scale * k) if scale else 1 / k for w in of_donors])
             point[self._name("scale", unit)] = scale
             point |= {self._name(f"mix_{i}", unit): u for i, u in enumerate(sticks, start=1)}
         middles = {name: (low + high) / 2 for name, (low, high) in self.ranges.items()}
         known = self.distributions()
-        point |= middles | values
+        point |= {**middles, **values}
         return {name: point[name] for name in known} if known.keys() <= point.keys() else point
 
     def warm_starts(self) -> list[tuple[str, dict[str, Any]]]:

@@ -45,9 +45,11 @@ from search.space import UNIFORM
 Row = dict[str, object]
 AUTO = partial(OptunaSampler, "auto")
 RANDOM = partial(OptunaSampler, "random")
+GP = partial(OptunaSampler, "gp")
 
 SYSTEMS: Mapping[str, System] = {
     "present": System(AUTO, FixedItems, FreshItems()),
+    "gp": System(GP, FixedItems, FreshItems()),
     "tpe-lucky": System(AUTO, FixedItems, LuckyMaximum(), baselines=False),
     "random-lucky": System(RANDOM, FixedItems, LuckyMaximum(), baselines=False),
     "random-fresh": System(RANDOM, FixedItems, FreshItems()),

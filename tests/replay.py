@@ -22,7 +22,6 @@ from search.space import UNIFORM, Point, Space
 
 COUNTS = {"search": 240, "select": 200, "test": 360}
 BLOCK = 20
-RANDOM_STARTUP = 10  # a run's own; not imported, as that would load the whole of torch
 
 
 @dataclass(frozen=True)
@@ -150,12 +149,11 @@ class OptunaSampler:
         self.study = optuna.create_study(direction="maximize")
         self.waiting: list[optuna.Trial] = []
         self.asked = 0
-        self.startup = len(space.warm_starts()) + RANDOM_STARTUP
         for _, point in space.warm_starts():
             self.study.enqueue_trial(point)
 
     def ask(self) -> Point:
-        self.study.sampler = make_sampler(self.name, self.seed, self.asked, self.startup)
+        self.study.sampler = make_sampler(self.name, self.space, self.seed, self.asked)
         self.asked += 1
         trial = self.study.ask(self.space.distributions())
         self.waiting.append(trial)

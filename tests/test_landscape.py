@@ -7,7 +7,6 @@ import pytest
 from landscape import LANDSCAPES, Tabulated, coordinates, demo, null_flat, planted
 from replay import (
     COUNTS,
-    RANDOM_STARTUP,
     FixedItems,
     FreshItems,
     Halving,
@@ -19,7 +18,7 @@ from replay import (
     difference_estimate,
     run,
 )
-from search import runner
+from search.samplers import RANDOM_STARTUP, make_sampler
 
 
 def auto(space, seed):
@@ -173,14 +172,12 @@ def test_replayed_sampler_proposes_what_a_run_proposes():
     study = optuna.create_study(direction="maximize")
     for _, point in space.warm_starts():
         study.enqueue_trial(point)
-    startup = len(space.warm_starts()) + runner.RANDOM_STARTUP
     sampler, replay = auto(space, 5), Replay(planted(0), 0)
-    for number in range(startup + 5):
-        study.sampler = runner.make_sampler("auto", 5, number, startup)
+    for number in range(len(space.warm_starts()) + RANDOM_STARTUP + 5):
+        study.sampler = make_sampler("auto", space, 5, number)
         trial = study.ask(space.distributions())
         assert sampler.ask() == trial.params
         candidate = replay.candidate(space.recipe(trial.params))
         estimate = replay.estimate(replay.ask(candidate, COUNTS["search"]))
         sampler.tell(estimate)
         study.tell(trial, estimate.value)
-    assert RANDOM_STARTUP == runner.RANDOM_STARTUP

@@ -1,0 +1,351 @@
+"""A Gaussian process over recipes: the sampler ``gp``.
+
+Values are modelled where recipes are (``search.places``), so equal recipes are one and methods
+share what they have in common. Every trial has the noise of its own items: its user attribute
+``variance``, times one factor that is fitted, since all trials answer the same items and much of
+their error is common to them.
+
+    k(a, b) = s^2 Matern_5/2(|a - b| / lengths) (1 if the methods are equal, else rho)
+
+Rasmussen and Williams 2006, "Gaussian Processes for Machine Learning", eqs. 4.17, 5.9 and 2.25;
+expected improvement: Jones et al. 1998, https://doi.org/10.1023/A:1008306431147, against the best
+posterior mean, as values are noisy; with floors, times the chance that they are met: Gardner et
+al. 2014, https://proceedings.mlr.press/v32/gardner14.html.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property, lru_cache
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+from optuna.distributions import BaseDistribution
+from optuna.samplers import BaseSampler, RandomSampler
+from optuna.study import Study
+from optuna.trial import FrozenTrial, TrialState
+from scipy.linalg import cho_factor, cho_solve, solve_triangular
+from scipy.optimize import minimize
+from scipy.stats import norm
+
+from search.places import Bits, Floats, Ints, Places, Population
+
+if TYPE_CHECKING:
+    from search.space import Space
+
+VARIANCE = 0.001  # of a trial that does not say: 250 items, half of them right
+JITTER = 1e-6
+
+# The search for the highest acquisition: random candidates, good ones to step from, steps from
+# each, and their widths.
+RANDOM, GOOD, STEPS, WIDTHS = 300, 10, 10, (0.3, 0.1, 0.03)
+
+
+class Observed(NamedTuple):
+    """A finished trial: where its recipe is, what it scored and how sure that is."""
+
+    method: int
+    place: tuple[float, ...]
+    value: float
+    variance: float
+    shortfall: float = 0.0
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """The process's hyper-parameters, all but ``lengths`` (d) in units of the values' spread.
+
+    Args:
+        signal: s^2.
+        kinship: rho, of different methods.
+        noise: Factor on the trials' variances.
+        lengths: One per coordinate.
+    """
+
+    signal: float
+    kinship: float
+    noise: float
+    lengths: Floats
+
+    @classmethod
+    def of(cls, theta: Floats) -> Kernel:
+        """From unbounded numbers: logarithms, and kinship's logit."""
+        signal, kinship, noise, *lengths = theta
+        return cls(
+            float(np.exp(signal)),
+            float(1 / (1 + np.exp(-kinship))),
+            float(np.exp(noise)),
+            np.exp(np.array(lengths)),
+        )
+
+    def __call__(self, a: Floats, of_a: Ints, b: Floats, of_b: Ints) -> Floats:
+        """Covariances (n, m) of places (n, d) and (m, d) with their methods (n) and (m)."""
+        distance = self.distance(a, b)
+        matern = (1 + distance + distance**2 / 3) * np.exp(-distance)
+        return self.signal * matern * self.kin(of_a, of_b)
+
+    def distance(self, a: Floats, b: Floats) -> Floats:
+        """sqrt(5) times the distance in lengths, (n, m)."""
+        a, b = a / self.lengths, b / self.lengths
+        square = (a**2).sum(axis=1)[:, None] + (b**2).sum(axis=1) - 2 * a @ b.T
+        distances: Floats = np.sqrt(5 * np.maximum(square, 0.0))
+        return distances
+
+    def kin(self, of_a: Ints, of_b: Ints) -> Floats:
+        """What of a covariance the methods leave, (n, m)."""
+        return np.where(of_a[:, None] == of_b, 1.0, self.kinship)
+
+
+# Means and widths of the normal priors on signal, kinship, noise and lengths, before ``Kernel.of``.
+PRIORS = ((0.0, 1.0), (1.0, 1.5), (-1.0, 1.0), (0.0, 0.7))
+
+
+def _prior(count: int) -> tuple[Floats, Floats]:
+    *shared, lengths = PRIORS
+    mean, width = np.array([*shared, *[lengths] * count]).T
+    return mean, width
+
+
+def loss(
+    theta: Floats, x: Floats, method: Ints, y: Floats, variance: Floats
+) -> tuple[float, Floats]:
+    """Minus the log posterior of hyper-parameters, and its gradient (eq. 5.9).
+
+    Args:
+        theta: As in ``Kernel.of``, (3 + d).
+        x: Places, (n, d).
+        method: (n).
+        y: Values, standardised, (n).
+        variance: Of the values, (n).
+    """
+    kernel = Kernel.of(theta)
+    distance = kernel.distance(x, x)
+    decay = np.exp(-distance)
+    signal = kernel.signal * (1 + distance + distance**2 / 3) * decay
+    kin = kernel.kin(method, method)
+    noise = kernel.noise * variance
+    factor = cho_factor(signal * kin + np.diag(noise + JITTER), lower=True)
+    alpha = cho_solve(factor, y)
+    slope = cho_solve(factor, np.eye(len(y))) - np.outer(alpha, alpha)  # of the loss, in 2 K
+    of_square = slope * kin * kernel.signal * (1 + distance) * decay * (5 / 3)
+    scaled = x / kernel.lengths
+    of_lengths = of_square.sum(axis=1) @ scaled**2 - ((of_square @ scaled) * scaled).sum(axis=0)
+    gradient = np.array(
+        [
+            0.5 * (slope * signal * kin).sum(),
+            0.5 * (slope * signal * (kin != 1.0)).sum() * kernel.kinship * (1 - kernel.kinship),
+            0.5 * (np.diag(slope) * noise).sum(),
+            *of_lengths,
+        ]
+    )
+    value = 0.5 * y @ alpha + np.log(np.diag(factor[0])).sum()
+    mean, width = _prior(x.shape[1])
+    away = (theta - mean) / width
+    return float(value + 0.5 * away @ away), gradient + away / width
+
+
+@dataclass(frozen=True)
+class Data:
+    """What was observed, as arrays.
+
+    Args:
+        x: Places, (n, d).
+        method: (n).
+        targets: Values and margins to the floors, standardised, (n, 2).
+        variance: Of the values, (n).
+        enough: The margin that meets all floors.
+    """
+
+    x: Floats
+    method: Ints
+    targets: Floats
+    variance: Floats
+    enough: float
+
+    @classmethod
+    def of(cls, observed: Sequence[Observed]) -> Data:
+        """The trials' data."""
+        targets = np.array([(one.value, -one.shortfall) for one in observed])
+        mean, spread = targets.mean(axis=0), targets.std(axis=0)
+        spread[spread == 0] = 1.0
+        return cls(
+            np.array([one.place for one in observed]),
+            np.array([one.method for one in observed], dtype=np.int64),
+            (targets - mean) / spread,
+            np.array([one.variance for one in observed]) / spread[0] ** 2,
+            float(-mean[1] / spread[1]),
+        )
+
+    @property
+    def allowed(self) -> Bits:
+        """Which trials meet the floors, (n)."""
+        return self.targets[:, 1] >= self.enough
+
+
+@lru_cache(maxsize=8)
+def fitted(observed: tuple[Observed, ...]) -> Kernel:
+    """The most probable hyper-parameters."""
+    data = Data.of(observed)
+    start, _ = _prior(data.x.shape[1])
+    known = (data.x, data.method, data.targets[:, 0], data.variance)
+    found = minimize(loss, start, known, jac=True, method="L-BFGS-B", options={"maxiter": 50})
+    return Kernel.of(found.x)
+
+
+class Posterior:
+    """The process given its trials (eqs. 2.25 and 2.26)."""
+
+    def __init__(self, data: Data, kernel: Kernel) -> None:
+        self.data, self.kernel = data, kernel
+        covariance = kernel(data.x, data.method, data.x, data.method)
+        noise = np.diag(kernel.noise * data.variance + JITTER)
+        self._factor = np.linalg.cholesky(covariance + noise)
+        self._alpha = cho_solve((self._factor, True), data.targets)
+
+    def means(self, x: Floats, method: Ints) -> Floats:
+        """Targets without noise (m, 2) to expect at places (m, d)."""
+        means: Floats = self.kernel(x, method, self.data.x, self.data.method) @ self._alpha
+        return means
+
+    def joined(self, x: Floats, method: Ints) -> Posterior:
+        """As if trials at these places had given what is expected of them."""
+        data = self.data
+        return Posterior(
+            replace(
+                data,
+                x=np.vstack([data.x, x]),
+                method=np.concatenate([data.method, method]),
+                targets=np.vstack([data.targets, self.means(x, method)]),
+                variance=np.concatenate([data.variance, np.full(len(x), data.variance.mean())]),
+            ),
+            self.kernel,
+        )
+
+    @cached_property
+    def at_trials(self) -> Floats:
+        """Means at the trials' own places, (n); of those that miss a floor, minus infinity."""
+        means = self.means(self.data.x, self.data.method)[:, 0]
+        return np.where(self.data.allowed, means, -np.inf)
+
+    def acquisition(self, x: Floats, method: Ints) -> Floats:
+        """The expected improvement of a trial at each place (m, d), if it meets the floors.
+
+        Minus one where there was a trial already.
+        """
+        across = self.kernel(x, method, self.data.x, self.data.method)
+        half = solve_triangular(self._factor, across.T, lower=True)
+        deviation = np.sqrt(np.maximum(self.kernel.signal - (half**2).sum(axis=0), 1e-12))
+        means = across @ self._alpha
+        allowed = self.data.allowed
+        gain = np.ones(len(x))
+        if allowed.any():
+            gain = expected_improvement(means[:, 0], deviation, self.at_trials.max())
+        if not allowed.all():
+            gain *= norm.cdf((means[:, 1] - self.data.enough) / deviation)
+        return np.where(across.max(axis=1) < self.kernel.signal * (1 - 1e-6), gain, -1.0)
+
+
+def expected_improvement(mean: Floats, deviation: Floats, best: float) -> Floats:
+    """``E[max(f - best, 0)]`` of normal f with these means and deviations."""
+    z = (mean - best) / deviation
+    expected: Floats = deviation * (z * norm.cdf(z) + norm.pdf(z))
+    return expected
+
+
+def rung(count: int, first: int) -> int:
+    """The last number of trials up to ``count`` at which hyper-parameters are fitted."""
+    step = first
+    while (higher := step + max(1, step // 8)) <= count:
+        step = higher
+    return step
+
+
+class GaussianSampler(BaseSampler):
+    """Proposes the recipe of the highest expected improvement.
+
+    Args:
+        space: What is searched.
+        seed: Of this proposal.
+        startup: Trials before; random points until then.
+    """
+
+    def __init__(self, space: Space, seed: int, startup: int) -> None:
+        self.space, self.seed, self.startup = space, seed, startup
+        self.places = Places(space)
+        self._random = RandomSampler(seed=seed)
+
+    def infer_relative_search_space(
+        self,
+        study: Study,  # noqa: ARG002
+        trial: FrozenTrial,  # noqa: ARG002
+    ) -> dict[str, BaseDistribution]:
+        """All of it."""
+        return self.space.distributions()
+
+    def sample_independent(
+        self,
+        study: Study,
+        trial: FrozenTrial,
+        param_name: str,
+        param_distribution: BaseDistribution,
+    ) -> Any:
+        """Before the model is trusted."""
+        return self._random.sample_independent(study, trial, param_name, param_distribution)
+
+    def sample_relative(
+        self,
+        study: Study,
+        trial: FrozenTrial,
+        search_space: dict[str, BaseDistribution],  # noqa: ARG002
+    ) -> dict[str, Any]:
+        """The next point."""
+        complete = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+        if len(complete) < self.startup:
+            return {}
+        tried = self.places.population([known.params for known in complete])
+        x = self.places.of(tried)
+        observed = tuple(map(_observed, complete, tried.method.tolist(), x.tolist()))
+        kernel = fitted(observed[: rung(len(observed), self.startup)])
+        known = Posterior(Data.of(observed), kernel)
+        running = study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
+        others = self.places.population(
+            [other.params for other in running if other.number != trial.number]
+        )
+        if len(others):
+            known = known.joined(self.places.of(others), others.method)
+            tried += others
+        return self.places.point(self._best(known, tried))
+
+    def _best(self, known: Posterior, tried: Population) -> Population:
+        """The highest acquisition among random candidates and steps, ever smaller, from the best.
+
+        Args:
+            known: Of the trials tried.
+            tried: n candidates.
+        """
+        places, generator = self.places, np.random.default_rng(self.seed)
+
+        def steps(start: Population, width: float) -> Population:
+            return places.near(start[np.tile(np.arange(len(start)), STEPS)], width, generator)
+
+        good = tried[np.argsort(-known.at_trials, kind="stable")[:GOOD]]
+        found = places.random(RANDOM, generator)
+        for width in WIDTHS:
+            found += steps(good, width)
+        for width in WIDTHS:
+            worth = known.acquisition(places.of(found), found.method)
+            found = found[np.argsort(-worth, kind="stable")[:GOOD]]
+            found += steps(found, width)
+        worth = known.acquisition(places.of(found), found.method)
+        return found[[int(np.argmax(worth))]]
+
+
+def _observed(trial: FrozenTrial, method: int, place: list[float]) -> Observed:
+    return Observed(
+        method,
+        tuple(place),
+        float(trial.values[0]),
+        float(trial.user_attrs.get("variance", VARIANCE)),
+        sum(max(value, 0.0) for value in trial.constraints.values()),
+    )
