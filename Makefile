@@ -14,7 +14,7 @@ demo: .venv/runtime
 	$(BIN)/mergesearch demo
 
 test: .venv/dev
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 setup: .venv/dev
 

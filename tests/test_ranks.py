@@ -4,9 +4,6 @@ import pytest
 import torch
 
 from in_memory import InMemory
-from merge_engine.builder import merge_tensor
-from merge_engine.methods import METHODS
-from merge_engine.recipe import parse_recipe
 from merge_engine.statistics import (
     Variances,
     row_ranks,
@@ -14,7 +11,6 @@ from merge_engine.statistics import (
     salient,
     variance,
 )
-from merge_engine.stream import Stream
 
 SHAPES = [(), (1,), (97,), (5, 1), (1, 7), (64, 48), (3, 8, 5), (2, 6, 3, 4), (0,), (0, 4), (4, 0)]
 
@@ -124,31 +120,3 @@ def test_salient_elements_are_those_of_the_formula_taken_at_once(shape):
     found = salient(base.float(), donor.float())
     assert (found.shape, found.dtype) == (torch.Size(shape), torch.bool)
     assert int((found != wanted).sum()) <= 1e-5 * found.numel()  # of those at the threshold
-
-
-@pytest.mark.slow
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own, when it compiles first
-@pytest.mark.parametrize("method", ["della", "della_linear", "sce", "ramplus_tl", "arcee_fusion"])
-def test_compiled_candidate_is_the_one_of_chunks(method):
-    generator = torch.Generator().manual_seed(2)
-    tensors = [torch.randn(300, 700, generator=generator) for _ in range(3)]
-    given = {
-        "della": ({"weight": 0.5, "density": 0.4, "epsilon": 0.2}, {}),
-        "sce": ({}, {"select_topk": 0.3}),
-    }
-    own, shared = given.get(method.split("_")[0], ({}, {}))
-    mapping = {
-        "merge_method": method,
-        "base_model": "m0",
-        "models": [{"model": m, "parameters": own} for m in ("m1", "m2")][
-            : METHODS[method].donors[1]
-        ],
-        "parameters": shared,
-    }
-    recipe, _ = parse_recipe(mapping, where="test")
-    one, other = (
-        merge_tensor(recipe, "x", InMemory(tensors, Stream(compiled)), torch.device("cpu"))
-        for compiled in (False, True)
-    )
-    torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-6)
-    assert not torch.equal(one, tensors[0])
