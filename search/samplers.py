@@ -9,14 +9,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import optuna
-from optuna.distributions import BaseDistribution
-from optuna.samplers import BaseSampler, RandomSampler, TPESampler
+from optuna.distributions import (
+    BaseDistribution,
+    CategoricalDistribution,
+    FloatDistribution,
+)
+from optuna.samplers import BaseSampler, NSGAIISampler, RandomSampler, TPESampler
 from optuna.study import Study
 from optuna.trial import FrozenTrial
+from scipy.stats.qmc import Sobol
 
 from search.gaussian import GaussianSampler
 
@@ -48,7 +54,17 @@ class Turn:
     @property
     def startup(self) -> int:
         """Trials before a model of them is trusted."""
-        return len(self.space.warm_starts()) + RANDOM_STARTUP
+        return self.starts + RANDOM_STARTUP
+
+    @property
+    def after_starts(self) -> int:
+        """How many trials there were after the warm starts."""
+        return max(0, self.trial - self.starts)
+
+    @cached_property
+    def starts(self) -> int:
+        """How many warm starts there are."""
+        return len(self.space.warm_starts())
 
 
 class _Tpe(TPESampler):
@@ -71,16 +87,94 @@ class _Tpe(TPESampler):
         return {name: it for name, it in sorted(self._known.items()) if not it.single()}
 
 
+class _Given(BaseSampler):
+    """Proposes one point."""
+
+    def __init__(self, turn: Turn, point: dict[str, Any]) -> None:
+        self._distributions, self._point = turn.space.distributions(), point
+
+    def infer_relative_search_space(
+        self,
+        study: Study,  # noqa: ARG002
+        trial: FrozenTrial,  # noqa: ARG002
+    ) -> dict[str, BaseDistribution]:
+        return self._distributions
+
+    def sample_relative(
+        self,
+        study: Study,  # noqa: ARG002
+        trial: FrozenTrial,  # noqa: ARG002
+        search_space: dict[str, BaseDistribution],  # noqa: ARG002
+    ) -> dict[str, Any]:
+        return self._point
+
+    def sample_independent(
+        self,
+        study: Study,  # noqa: ARG002
+        trial: FrozenTrial,  # noqa: ARG002
+        param_name: str,
+        param_distribution: BaseDistribution,  # noqa: ARG002
+    ) -> Any:
+        return self._point[param_name]
+
+
 def _random(turn: Turn) -> BaseSampler:
     return RandomSampler(seed=turn.own_seed)
+
+
+def _sobol(turn: Turn) -> BaseSampler:
+    """Spread evenly: one scrambled Sobol' sequence for all trials."""
+    known = turn.space.distributions()
+    sequence = Sobol(len(known), rng=turn.seed)
+    if turn.after_starts:  # forward by none is an error
+        sequence.fast_forward(turn.after_starts)
+    shares = dict(zip(known, sequence.random()[0].tolist(), strict=True))
+    return _Given(turn, {name: _part(of, shares[name]) for name, of in known.items()})
+
+
+def _part(distribution: BaseDistribution, share: float) -> Any:
+    """What stands at a share of a distribution, in [0, 1)."""
+    if isinstance(distribution, CategoricalDistribution):
+        return distribution.choices[int(share * len(distribution.choices))]
+    assert isinstance(distribution, FloatDistribution)
+    return distribution.low + share * (distribution.high - distribution.low)
+
+
+def _grid(turn: Turn) -> BaseSampler:
+    """The curve over the scale, of the uniform mixture, for each method in turn.
+
+    Both ends first, then the middle of what is widest: after ``2^n + 1`` scales they are even.
+    """
+    space = turn.space
+    row, column = divmod(turn.after_starts, len(space.methods))
+    low, high = space.scale
+    scale = low + (high - low) * (row if row < 2 else van_der_corput(row - 1))
+    return _Given(turn, space.point(space.methods[column], (scale,) * len(space.donors)))
+
+
+def van_der_corput(number: int) -> float:
+    """The number's binary digits behind the point, in reverse: 1/2, 1/4, 3/4, 1/8, 5/8, ..."""
+    return float(int(f"{number:b}"[::-1], 2) / 2 ** number.bit_length())
 
 
 def _gp(turn: Turn) -> BaseSampler:
     return GaussianSampler(turn.space, turn.own_seed, turn.startup)
 
 
+def _nsga2(turn: Turn) -> BaseSampler:
+    return NSGAIISampler(seed=turn.own_seed, population_size=20)
+
+
 SAMPLERS: Final[Mapping[str, Callable[[Turn], BaseSampler]]] = MappingProxyType(
-    {"auto": _Tpe, "gp": _gp, "tpe": _Tpe, "random": _random}
+    {
+        "auto": _gp,
+        "gp": _gp,
+        "tpe": _Tpe,
+        "nsga2": _nsga2,
+        "sobol": _sobol,
+        "random": _random,
+        "grid": _grid,
+    }
 )
 
 
