@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 Bits = NDArray[np.bool_]
+TRIFLE = 0.1
 
 
 @dataclass(frozen=True)
@@ -112,7 +113,7 @@ class Places:
         scale = generator.uniform(*self.space.scale, (count, units, 1))
         return Population(
             generator.integers(len(self.space.methods), size=count),
-            k * scale * shares / shares.sum(axis=2, keepdims=True),
+            without_trifles(k * scale * shares / shares.sum(axis=2, keepdims=True)),
             generator.random((count, len(self.searched))),
         )
 
@@ -150,8 +151,8 @@ class Places:
         return np.hstack([np.log1p(weights).reshape(len(some), -1), values])
 
     def _allowed(self, weights: Floats) -> Floats:
-        """The nearest weights at or above zero whose mean is in the space's scale."""
-        weights = np.maximum(weights, 0.0)
+        """Weights near these, at or above zero, whose mean is in the space's scale."""
+        weights = without_trifles(np.maximum(weights, 0.0))
         scale = weights.mean(axis=2, keepdims=True)
         even = np.where(scale > 0, weights / np.where(scale > 0, scale, 1.0), 1.0)
         allowed: Floats = even * np.clip(scale, *self.space.scale)
@@ -161,6 +162,17 @@ class Places:
     def _defaults(self) -> Floats:
         ranges = [(self.space.default(name), *self.space.ranges[name]) for name in self.searched]
         return np.array([(default - low) / (high - low) for default, low, high in ranges])
+
+
+def without_trifles(weights: Floats) -> Floats:
+    """Weights of k donors (..., k) with those under ``TRIFLE`` of their mean at zero, same sum.
+
+    So leaving a donor out is no matter of chance.
+    """
+    kept = np.where(weights < TRIFLE * weights.mean(axis=-1, keepdims=True), 0.0, weights)
+    totals = kept.sum(axis=-1, keepdims=True)
+    scaled: Floats = kept * weights.sum(axis=-1, keepdims=True) / np.where(totals > 0, totals, 1.0)
+    return scaled
 
 
 def effective(method: str, weights: Floats) -> Floats:

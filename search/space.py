@@ -14,10 +14,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution
 
 from merge_engine.methods import METHODS, Base, Param
 from merge_engine.recipe import Recipe
+from search.places import without_trifles
 from search.spec import StudySpec, followers, searchable
 
 Point = Mapping[str, Any]
@@ -96,14 +98,13 @@ class Space:
 
     def weights(self, point: Point) -> list[tuple[float, ...]]:
         """Each unit's weights of the k donors; their mean is the unit's scale."""
-        k = len(self.donors)
-        return [
-            tuple(
-                round(k * self._get(point, "scale", unit) * share, 6)
-                for share in _mixture([point[self._name(f"mix_{i}", unit)] for i in range(1, k)])
-            )
-            for unit in range(len(self.units))
+        k, units = len(self.donors), range(len(self.units))
+        shares = [
+            _mixture([point[self._name(f"mix_{i}", unit)] for i in range(1, k)]) for unit in units
         ]
+        scales = [[k * self._get(point, "scale", unit)] for unit in units]
+        weights = np.array(scales) * without_trifles(np.array(shares))
+        return [tuple(unit) for unit in weights.round(6).tolist()]
 
     def recipe(self, point: Point) -> Recipe:
         """The recipe a point stands for; parameters its method has not are left out."""

@@ -13,7 +13,7 @@ that hold the truth; ``reached`` the share of runs with 95 % of the way from the
 the best; ``better`` the share of verdicts that say so; ``method`` the share of runs whose recipe is
 of the best method, where that is known. ``--runs`` prints every run's own line, too.
 
-The rival ``cma`` needs the package of that name, ``pip install cma``.
+The rivals ``cma-lucky`` and ``stock-cmaes`` need ``pip install cma cmaes``.
 """
 
 import argparse
@@ -26,6 +26,7 @@ from itertools import product
 
 import numpy as np
 import optuna
+from optuna.samplers import CmaEsSampler, RandomSampler, TPESampler
 
 from landscape import LANDSCAPES, Landscape, Planted
 from replay import (
@@ -40,6 +41,7 @@ from replay import (
     WeightsCma,
     run,
 )
+from rivals import Started, Stock, WeightsGa
 from search.space import UNIFORM
 
 Row = dict[str, object]
@@ -47,10 +49,17 @@ AUTO = partial(OptunaSampler, "auto")
 RANDOM = partial(OptunaSampler, "random")
 GP = partial(OptunaSampler, "gp")
 
+TPE = partial(OptunaSampler, "tpe")
+GA7 = partial(WeightsGa, 7, "task_arithmetic")
+GA25 = partial(WeightsGa, 25, "task_arithmetic")
+STOCK_TPE = partial(Stock, lambda seed: TPESampler(seed=seed), ())
+STOCK_RANDOM = partial(Stock, lambda seed: RandomSampler(seed=seed), ())
+STOCK_CMAES = partial(Stock, lambda seed: CmaEsSampler(seed=seed), ("task_arithmetic",))
+
 SYSTEMS: Mapping[str, System] = {
     "present": System(AUTO, FixedItems, FreshItems()),
     "gp": System(GP, FixedItems, FreshItems()),
-    "tpe-lucky": System(AUTO, FixedItems, LuckyMaximum(), baselines=False),
+    "tpe-lucky": System(TPE, FixedItems, LuckyMaximum(), baselines=False),
     "random-lucky": System(RANDOM, FixedItems, LuckyMaximum(), baselines=False),
     "random-fresh": System(RANDOM, FixedItems, FreshItems()),
     "cma-lucky": System(
@@ -59,9 +68,22 @@ SYSTEMS: Mapping[str, System] = {
         LuckyMaximum(),
         baselines=False,
     ),
-    "tpe-halving": System(AUTO, Halving, FreshItems()),
+    "ga7-lucky": System(GA7, partial(FixedItems, 100), LuckyMaximum(), baselines=False),
+    "ga25-lucky": System(GA25, partial(FixedItems, 100), LuckyMaximum(), baselines=False),
+    "ga25-started": System(
+        partial(Started, GA25), partial(FixedItems, 100), LuckyMaximum(), baselines=False
+    ),
+    "stock-tpe": System(STOCK_TPE, FixedItems, LuckyMaximum(), baselines=False),
+    "stock-tpe-started": System(
+        partial(Started, STOCK_TPE), FixedItems, LuckyMaximum(), baselines=False
+    ),
+    "stock-random": System(STOCK_RANDOM, FixedItems, LuckyMaximum(), baselines=False),
+    "stock-cmaes": System(STOCK_CMAES, FixedItems, LuckyMaximum(), baselines=False),
+    "sobol": System(partial(OptunaSampler, "sobol"), FixedItems, FreshItems()),
+    "tpe": System(TPE, FixedItems, FreshItems()),
+    "tpe-halving": System(TPE, Halving, FreshItems()),
     "random-halving": System(RANDOM, Halving, FreshItems()),
-    "tpe-race": System(AUTO, PairedRace, FreshItems()),
+    "tpe-race": System(TPE, PairedRace, FreshItems()),
     "random-race": System(RANDOM, PairedRace, FreshItems()),
 }
 

@@ -41,10 +41,18 @@ def test_any_sticks_are_a_mixture(sticks):
     assert min(shares) >= 0
 
 
-@given(st.lists(st.floats(0.0, 1.5), min_size=3, max_size=3))
+@given(st.lists(st.just(0.0) | st.floats(0.15, 1.5), min_size=3, max_size=3))
 def test_point_of_weights_has_the_recipe_of_those_weights(weights):
     point = space().point("task_arithmetic", weights)
     assert space().weights(point)[0] == pytest.approx(weights, abs=2e-5)
+
+
+@given(st.lists(st.floats(0.0, 1.0), min_size=2, max_size=2), st.floats(0.1, 1.5))
+def test_donor_under_a_tenth_of_the_mean_is_left_out(sticks, scale):
+    point = {"method": "ties", "density": 0.5, "scale": scale}
+    weights = space().weights(point | {"mix_1": sticks[0], "mix_2": sticks[1]})[0]
+    assert sum(weights) == pytest.approx(3 * scale, abs=1e-5)
+    assert all(weight == 0 or weight > 0.0999 * scale for weight in weights)
 
 
 @pytest.mark.parametrize("method", METHODS)
