@@ -180,4 +180,5 @@ def test_replayed_sampler_proposes_what_a_run_proposes():
         candidate = replay.candidate(space.recipe(trial.params))
         estimate = replay.estimate(replay.ask(candidate, COUNTS["search"]))
         sampler.tell(estimate)
+        trial.set_user_attr("variance", estimate.variance)
         study.tell(trial, estimate.value)
