@@ -37,6 +37,7 @@ class Modes:
     Attributes:
         scoring: Log-likelihoods by our own batches at all; without it nothing is.
         kept: Logits only where they are needed.
+        tail: The last layer's MLP there alone, too.
         tree: Answers as branches of one row.
         prefix: A common beginning read once.
         generation: Our own greedy decoding.
@@ -44,6 +45,7 @@ class Modes:
 
     scoring: bool = False
     kept: bool = False
+    tail: bool = False
     tree: bool = False
     prefix: bool = False
     generation: bool = False
@@ -52,6 +54,7 @@ class Modes:
 _WAYS: Final = {
     "scoring": "batches by length",
     "kept": "logits at answers alone",
+    "tail": "its last MLP at answers alone",
     "tree": "answers as branches of one row",
     "prefix": "a common beginning read once",
     "generation": "own decoding",

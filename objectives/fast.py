@@ -5,7 +5,7 @@ same positions and the same float32 log-softmax, and so the same answers up to r
 
 * reads a question once for all its answers, and examples shown before many questions once for
   all of them (``objectives.rows`` has the layout);
-* computes logits only where a token of an answer is predicted;
+* computes logits, and the last layer's MLP, only where a token of an answer is predicted;
 * drops a generated text from the batch when it has ended.
 
 Texts are encoded and batches planned once; nothing that depends on weights outlives a call, so
@@ -20,6 +20,7 @@ where it differs by more than rounding (``objectives.agreement``).
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 import math
@@ -286,13 +287,16 @@ class FastHFLM(HFLM):  # type: ignore[misc]  # lm-eval is published without type
             return None
         held = DynamicCache(config=self.config)
         tokens = torch.tensor([prefix], device=self.device)
-        self._forward(tokens, past_key_values=held, use_cache=True, **self._last)
+        self._last_logits(tokens, past_key_values=held)
         return held
 
-    @property
-    def _last(self) -> dict[str, int]:
-        """The argument that asks for the last token's logits alone."""
-        return {"logits_to_keep": 1} if self.modes.kept else {}
+    def _last_logits(self, tokens: Tensor, **settings: Any) -> Tensor:
+        """Logits of each row's last token (b, vocabulary), with keys and values kept."""
+        if self.modes.kept:
+            settings["logits_to_keep"] = 1
+        kept = torch.zeros_like(tokens, dtype=torch.bool)
+        kept[:, -1] = True
+        return self._forward(tokens, kept, use_cache=True, **settings)[:, -1]
 
     def _logits(self, batch: _Batch, prefix: int, held: DynamicCache | None) -> Tensor:
         """Logits at a batch's places, (m, vocabulary)."""
@@ -303,15 +307,18 @@ class FastHFLM(HFLM):  # type: ignore[misc]  # lm-eval is published without type
             settings["attention_mask"] = _tree_mask(batch, prefix, self.model.dtype)
             settings["position_ids"] = batch.depths
         if self.modes.kept:
-            return self._forward(batch.tokens, logits_to_keep=batch.kept, **settings)
-        return self._forward(batch.tokens, **settings)[batch.kept]
+            return self._forward(batch.tokens, batch.kept, logits_to_keep=batch.kept, **settings)
+        return self._forward(batch.tokens, batch.kept, **settings)[batch.kept]
 
-    def _forward(self, tokens: Tensor, **settings: Any) -> Tensor:
-        with torch.autocast(
+    def _forward(self, tokens: Tensor, kept: Tensor, **settings: Any) -> Tensor:
+        """The model's logits of tokens (b, t), of use where ``kept`` (b, t) holds."""
+        autocast = torch.autocast(
             self.device.type,
             dtype=self.mixed_precision_dtype,
             enabled=self.mixed_precision_dtype is not None,
-        ):
+        )
+        tail = last_mlp(self.model) if self.modes.tail and tokens.shape[1] > 1 else None
+        with autocast, only_at(tail, kept) if tail is not None else contextlib.nullcontext():
             return cast("Tensor", self.model(tokens, **settings).logits)
 
     # -- generation ------------------------------------------------------------------------
@@ -429,15 +436,10 @@ class FastHFLM(HFLM):  # type: ignore[misc]  # lm-eval is published without type
         positions = (mask.cumsum(1) - 1).clamp(min=0)[:, len(batch.prefix) :]
         tokens = batch.tokens
         while True:
-            logits = self._forward(
-                tokens,
-                attention_mask=mask,
-                position_ids=positions,
-                past_key_values=held,
-                use_cache=True,
-                **self._last,
+            logits = self._last_logits(
+                tokens, attention_mask=mask, position_ids=positions, past_key_values=held
             )
-            chosen = logits[:, -1].float().argmax(-1)  # (b)
+            chosen = logits.float().argmax(-1)  # (b)
             for number, token in zip(numbers, chosen.tolist(), strict=True):
                 written[number].append(token)
             going = self._going([written[number] for number in numbers], decoding)
@@ -491,6 +493,34 @@ def plain_length(config: PreTrainedConfig) -> float:
         if settings.get("rope_type") in ("dynamic", "longrope")
     ]
     return min((limit for limit in limits if limit), default=math.inf)
+
+
+def last_mlp(model: torch.nn.Module) -> torch.nn.Module | None:
+    """The last layer's MLP, if the model has layers in a list and they call it so."""
+    layers = [module for module in model.modules() if isinstance(module, torch.nn.ModuleList)]
+    last = max(layers, key=len, default=[None])[-1]
+    return getattr(last, "mlp", None) or getattr(last, "feed_forward", None)
+
+
+@contextlib.contextmanager
+def only_at(module: torch.nn.Module, kept: Tensor) -> Iterator[None]:
+    """Have a module that maps each place by itself do so where ``kept`` (b, t) holds alone.
+
+    Elsewhere its result is 0, which nothing reads behind the last layer.
+    """
+
+    def gather(_: torch.nn.Module, given: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return (given[0][kept][None],)  # (1, m, d)
+
+    def scatter(_: torch.nn.Module, __: tuple[Tensor, ...], found: Tensor) -> Tensor:
+        return found.new_zeros(*kept.shape, found.shape[-1]).masked_scatter_(kept[..., None], found)
+
+    hooks = module.register_forward_pre_hook(gather), module.register_forward_hook(scatter)
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def _batch(rows: Sequence[Row], device: torch.device) -> _Batch:

@@ -2,83 +2,36 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import math
 import random
+from dataclasses import fields
 
 import pytest
 import torch
 import transformers
 from hypothesis import given
 from hypothesis import strategies as st
-from lm_eval import simple_evaluate
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
-from lm_eval.tasks import TaskManager
 
 from objectives.agreement import Modes
-from objectives.fast import FastHFLM, plain_length
+from objectives.fast import plain_length
 from objectives.harness import Harness
 from objectives.rows import Request, common_length, in_batches, make_row, make_rows, share_prefixes
 from objectives.tasks import TaskSpec
-from tiny_tasks import (
-    ANSWER,
-    CHOICE,
-    FIRST_LETTER,
-    make_tokenizer,
-    mean_of,
-    write_rows,
-    write_task,
+from tiny_models import (
+    MODELS,
+    evaluated,
+    fast,
+    load_every_type,
+    make_model,
+    stock,
+    write_every_type,
 )
+from tiny_tasks import make_tokenizer
 
-ALL = Modes(scoring=True, kept=True, tree=True, prefix=True, generation=True)
-SHAPE = {
-    "vocab_size": 99,
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 256,
-    "initializer_range": 0.3,  # large, so that answers differ from question to question
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-    "pad_token_id": 0,
-}
-GPT2 = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 256}
-EXPERTS = {"moe_intermediate_size": 32, "num_experts": 4, "num_experts_per_tok": 2}
-MODELS = {
-    "Llama": {},
-    "Qwen2": {},
-    "Qwen3": {"head_dim": 8},
-    "Mistral": {"sliding_window": 48},  # shorter than many rows
-    "Gemma2": {"head_dim": 8, "sliding_window": 48},
-    "Gemma3Text": {"head_dim": 8, "sliding_window": 48},
-    "Phi3": {},
-    "Olmo2": {},
-    "Granite": {},
-    "GPTNeoX": {},
-    "GPT2": GPT2,
-    "Mixtral": {"num_local_experts": 4},
-    "Qwen2Moe": EXPERTS | {"shared_expert_intermediate_size": 32},
-}
-
-
-def make_model(name="Llama", dtype=torch.float32, **changes):
-    torch.manual_seed(0)
-    config = getattr(transformers, f"{name}Config")(**SHAPE | MODELS.get(name, {}) | changes)
-    return transformers.AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
-
-
-def stock(model, **settings):
-    settings = {"tokenizer": make_tokenizer(), "batch_size": 8} | settings
-    return HFLM(pretrained=model, softmax_dtype="float32", **settings)
-
-
-def fast(model, **settings):
-    settings = {"tokenizer": make_tokenizer(), "batch_size": 8} | settings
-    return FastHFLM(pretrained=model, **settings)
+ALL = Modes(*[True] * len(fields(Modes)))
 
 
 def questions(count=16):
@@ -323,35 +276,7 @@ def test_lengths_beyond_which_a_model_attends_otherwise_are_known():
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tasks")
-    draw = random.Random(0)
-    words = ["".join(draw.choices("abcdefgh", k=draw.randint(2, 9))) for _ in range(60)]
-    rows = [
-        {
-            "question": f"{words[n]} {words[n + 1]}?",
-            "choices": words[n + 9 : n + 12],
-            "gold": n % 3,
-            "answer": words[n],
-        }
-        for n in range(20)
-    ]
-    for name in ("choice.jsonl", "answer.jsonl", "shots.jsonl"):
-        write_rows(folder / name, rows)
-    shots = {"num_fewshot": 3, "training_split": "train", "fewshot_config": {"sampler": "first_n"}}
-    rolled = {
-        "output_type": "loglikelihood_rolling",
-        "doc_to_text": "",
-        "doc_to_target": "{{question}} {{answer}}",
-        "dataset_kwargs": {"data_files": {"test": "choice.jsonl"}},
-        "metric_list": [{"metric": "word_perplexity"}],
-    }
-    single = ANSWER | {"output_type": "loglikelihood", "metric_list": mean_of("acc")}
-    single.pop("generation_kwargs")
-    letter = {"name": "letter", "filter": [{**FIRST_LETTER}, {"function": "take_first"}]}
-    write_task(folder, "choice", **CHOICE)
-    write_task(folder, "choice_shots", **CHOICE | shots)
-    write_task(folder, "answer", **ANSWER | {"filter_list": [letter]})
-    write_task(folder, "single", **single)
-    write_task(folder, "rolled", **rolled)
+    write_every_type(folder)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path_factory.mktemp("data"))
         yield folder
@@ -360,29 +285,8 @@ def folder(tmp_path_factory):
 @pytest.mark.parametrize("chat", [False, True])
 def test_simple_evaluate_gives_every_item_the_same_value(folder, chat):
     model = make_model()
-    tokenizer = make_tokenizer()
-    tokenizer.chat_template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}!"
-    tasks = ["choice", "choice_shots", "answer", "single", "rolled"]
-    found = []
-    for language_model in (fast(model, tokenizer=tokenizer), stock(model, tokenizer=tokenizer)):
-        with contextlib.chdir(folder):
-            manager = TaskManager(include_defaults=False, include_path=str(folder))
-            results = simple_evaluate(
-                language_model,
-                tasks=tasks,
-                task_manager=manager,
-                bootstrap_iters=0,
-                apply_chat_template=chat,
-            )
-        found.append(
-            {
-                (task, sample["doc_id"], metric): sample[metric]
-                for task, samples in results["samples"].items()
-                for sample in samples
-                for metric in sample["metrics"]
-            }
-        )
-    ours, theirs = found
+    tasks = load_every_type(folder)
+    ours, theirs = (evaluated(lm, tasks, chat).values for lm in (fast(model), stock(model)))
     perplexities = [key for key in theirs if key[2] == "word_perplexity"]
     assert len(perplexities) == 20
     for key in perplexities:
