@@ -6,7 +6,7 @@ same positions and the same float32 log-softmax, and so the same answers up to r
 * reads a question once for all its answers, and examples shown before many questions once for
   all of them (``objectives.rows`` has the layout);
 * computes logits, and the last layer's MLP, only where a token of an answer is predicted;
-* drops a generated text from the batch when it has ended.
+* drops generated texts from the batch when they have ended.
 
 Texts are encoded and batches planned once; nothing that depends on weights outlives a call, so
 weights may be rewritten between calls. A list of requests always makes the same batches, so asked
@@ -25,7 +25,7 @@ import copy
 import functools
 import math
 from collections import defaultdict
-from collections.abc import Hashable, Iterable, Iterator, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
@@ -58,6 +58,10 @@ TOKENS_PER_SEQUENCE_ON_CPU = 32
 
 _SOFTMAX_ROWS = 1024  # positions whose float32 logits are in memory at once
 _PLANS = 1024
+
+# ended texts leave a batch when no more than this share of its rows goes on: their leaving copies
+# the keys and values of all others
+_GOING = 0.75
 
 # settings a model may ship with that do not change a greedy answer
 _HARMLESS = frozenset(
@@ -424,8 +428,9 @@ class FastHFLM(HFLM):  # type: ignore[misc]  # lm-eval is published without type
         prefix: DynamicCache | None,
         decoding: Decoding,
     ) -> dict[int, list[int]]:
-        """The tokens after each prompt of a batch; a row leaves it when its text has ended."""
-        numbers = list(batch.numbers)
+        """The tokens after each prompt of a batch; rows leave it when their texts have ended."""
+        numbers = list(batch.numbers)  # of the batch's rows
+        going = set(numbers)
         written: dict[int, list[int]] = {number: [] for number in numbers}
         if prefix is None:
             held = DynamicCache(config=self.config)
@@ -441,31 +446,35 @@ class FastHFLM(HFLM):  # type: ignore[misc]  # lm-eval is published without type
             )
             chosen = logits.float().argmax(-1)  # (b)
             for number, token in zip(numbers, chosen.tolist(), strict=True):
-                written[number].append(token)
-            going = self._going([written[number] for number in numbers], decoding)
+                if number in going:
+                    written[number].append(token)
+            going = self._going({number: written[number] for number in going}, decoding)
             if not going:
                 return written
-            if len(going) < len(numbers):
-                numbers = [numbers[place] for place in going]
-                rows = torch.tensor(going, device=self.device)
+            if len(going) <= _GOING * len(numbers):
+                places = [place for place, number in enumerate(numbers) if number in going]
+                numbers = [numbers[place] for place in places]
+                rows = torch.tensor(places, device=self.device)
                 held.batch_select_indices(rows)
                 chosen, mask, positions = chosen[rows], mask[rows], positions[rows]
             tokens = chosen[:, None]
             mask = torch.cat([mask, mask.new_ones(len(numbers), 1)], dim=1)
             positions = positions[:, -1:] + 1
 
-    def _going(self, written: Sequence[Sequence[int]], decoding: Decoding) -> list[int]:
-        """Which texts have not ended: places in the batch."""
-        if len(written[0]) >= decoding.max_tokens:
-            return []
+    def _going(self, written: Mapping[int, Sequence[int]], decoding: Decoding) -> set[int]:
+        """The numbers of the texts that have not ended."""
         ends = self.model.generation_config.eos_token_id
         ends = ends if isinstance(ends, list) else [ends]
-        latest = self.tokenizer.batch_decode([tokens[-decoding.lookback :] for tokens in written])
-        return [
-            place
-            for place, (tokens, text) in enumerate(zip(written, latest, strict=True))
-            if tokens[-1] not in ends and not any(stop in text for stop in decoding.stops)
-        ]
+        latest = self.tokenizer.batch_decode(
+            [tokens[-decoding.lookback :] for tokens in written.values()]
+        )
+        return {
+            number
+            for (number, tokens), text in zip(written.items(), latest, strict=True)
+            if len(tokens) < decoding.max_tokens
+            and tokens[-1] not in ends
+            and not any(stop in text for stop in decoding.stops)
+        }
 
 
 def _origin(request: Instance) -> Hashable:

@@ -214,7 +214,7 @@ def _numbers_alone(model: PreTrainedModel) -> Iterator[None]:
     broken: list[torch.Tensor] = []
 
     def watch(_module: nn.Module, _inputs: object, logits: torch.Tensor) -> None:
-        last = logits[..., -1, :].isnan().any()
+        last = logits[..., -1, :].amax().isnan()  # the largest of numbers and NaN is NaN
         broken[:] = [broken[0] | last] if broken else [last]
 
     hook = model.get_output_embeddings().register_forward_hook(watch)

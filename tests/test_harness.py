@@ -277,7 +277,8 @@ def test_an_unknown_task_in_a_group_gets_a_suggestion_and_the_places_searched(fo
     with pytest.raises(ObjectiveError) as caught:
         prepare(folder, model, "mixed")
     message = str(caught.value)
-    (folder / "broken.yaml").unlink()
+    for name in ("mixed.yaml", "broken.yaml"):
+        (folder / name).unlink()
     assert "no task 'choice_shot'" in message
     assert "did you mean 'choice_shots'" in message
     assert str(folder) in message

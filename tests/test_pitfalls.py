@@ -15,7 +15,6 @@ from lm_eval.tasks import TaskManager
 from objectives.base import ObjectiveError
 from tiny_tasks import (
     CHOICE,
-    TASKS,
     everything,
     make_model,
     make_tokenizer,
@@ -24,6 +23,8 @@ from tiny_tasks import (
     write_rows,
     write_task,
 )
+
+KINDS = ["choice_shots", "answer"]  # predicted behind examples, and written
 
 SHUFFLE = """import random
 
@@ -91,7 +92,7 @@ def test_c_changed_data_under_the_same_task_name_changes_the_prompts(folder, mod
 
 
 def test_d_items_in_any_order_keep_their_own_answers_and_none_means_none(folder, model):
-    harness = prepare(folder, model, *TASKS)
+    harness = prepare(folder, model, *KINDS)
     whole = values_of(harness, model)
     numbers = [30, 2, 61, 17]
     assert values_of(harness, model, numbers) == [whole[number] for number in numbers]
@@ -100,7 +101,7 @@ def test_d_items_in_any_order_keep_their_own_answers_and_none_means_none(folder,
 
 
 def test_e_scores_follow_the_weights_and_come_back_with_them(folder, model):
-    harness = prepare(folder, model, *TASKS)
+    harness = prepare(folder, model, *KINDS)
     before = values_of(harness, model)
     assert values_of(harness, model) == before
     own = {name: weight.clone() for name, weight in model.state_dict().items()}
@@ -109,7 +110,7 @@ def test_e_scores_follow_the_weights_and_come_back_with_them(folder, model):
             weight.mul_(-1.0)
     changed = values_of(harness, model)
     assert changed != before
-    fresh = prepare(folder, model, *TASKS)
+    fresh = prepare(folder, model, *KINDS)
     assert values_of(fresh, model) == changed
     model.load_state_dict(own)
     assert values_of(harness, model) == before
@@ -164,18 +165,18 @@ def test_i_the_same_items_have_the_same_answers_to_the_last_bit(folder):
     model = make_model().to(torch.bfloat16)
     answers = [
         harness.score(model, everything(harness))
-        for harness in (prepare(folder, model, *TASKS), prepare(folder, model, *TASKS))
+        for harness in (prepare(folder, model, *KINDS), prepare(folder, model, *KINDS))
     ]
     assert answers[0] == answers[1]
 
 
 def test_j_nothing_computed_with_earlier_weights_is_used_again(folder, model):
-    harness = prepare(folder, model, *TASKS)
+    harness = prepare(folder, model, *KINDS)
     for factor in (-1.0, 0.5):
         harness.score(model, everything(harness))
         model.load_state_dict(changed_model(factor).state_dict())
         fresh_model = changed_model(factor)
-        fresh = prepare(folder, fresh_model, *TASKS)
+        fresh = prepare(folder, fresh_model, *KINDS)
         expected = fresh.score(fresh_model, everything(fresh))
         assert harness.score(model, everything(harness)) == expected
 
