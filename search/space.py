@@ -18,7 +18,7 @@ import numpy as np
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution
 
 from merge_engine.methods import METHODS, Base, Param
-from merge_engine.recipe import Recipe
+from merge_engine.recipe import Recipe, RecipeError, load_recipe
 from search.places import without_trifles
 from search.spec import StudySpec, followers, searchable
 
@@ -41,6 +41,7 @@ class Space:
             make it up. The last unit has every other tensor, too.
         dtype: Of the merged weights.
         seed: Of random methods' masks.
+        starts: Recipes to try first, besides our own.
     """
 
     base: str
@@ -51,6 +52,7 @@ class Space:
     units: tuple[tuple[str, ...], ...] = ((),)
     dtype: str = "float32"
     seed: int = 0
+    starts: tuple[Recipe, ...] = ()
 
     @classmethod
     def of(cls, spec: StudySpec, layers: Sequence[str], dtype: str) -> Space:
@@ -69,6 +71,10 @@ class Space:
             units=_units(layers, search.layer_groups, search.split),
             dtype=dtype,
             seed=search.seed,
+            starts=tuple(
+                load_recipe(path / "recipe.yaml" if path.is_dir() else path)[0]
+                for path in search.start
+            ),
         )
 
     def distributions(self) -> dict[str, BaseDistribution]:
@@ -177,6 +183,33 @@ class Space:
         point |= {**middles, **values}
         return {name: point[name] for name in known} if known.keys() <= point.keys() else point
 
+    def point_like(self, recipe: Recipe) -> dict[str, Any]:
+        """The point whose recipe has a recipe's method, weights and parameters in every unit.
+
+        Raises:
+            RecipeError: It is none of this study's.
+        """
+        models = [source.model for source in recipe.donors]
+        if recipe.method.base is Base.ENDPOINT:
+            models = [str(recipe.base_model), *models]
+        units = [recipe.values((*unit, "")[0], 0.0) for unit in self.units]
+        added = [
+            dict(zip(models, _added(values, len(models), len(self.donors)), strict=True))
+            for values in units
+        ]
+        # The base may be named for its tokenizer alone.
+        named = {m for unit in added for m, weight in unit.items() if weight or m != self.base}
+        strangers = sorted(named - {*self.donors})
+        if strangers or recipe.merge_method not in self.methods:
+            stranger = repr(strangers[0]) if strangers else f"method {recipe.merge_method!r}"
+            raise RecipeError(f"search.start: a recipe has {stranger}, which the study has not")
+        weights = [[unit.get(donor, 0.0) for donor in self.donors] for unit in added]
+        known = {n: float(np.mean(units[-1][n])) for n in self.ranges if n in units[-1]}
+        point = self.point_of(recipe.merge_method, weights, known)
+        if not self.contains(point):
+            raise RecipeError(f"search.start: a recipe is outside the study's ranges: {point}")
+        return point
+
     def warm_starts(self) -> list[tuple[str, dict[str, Any]]]:
         """What is tried first: base, each donor, their average, a ladder of scales, each method.
 
@@ -193,7 +226,11 @@ class Space:
             starts += [(label, self.point("task_arithmetic", w)) for label, w in named]
         others = [method for method in self.methods if method != "task_arithmetic"]
         starts += [(f"{method} as it is", self.point(method, ones)) for method in others]
-        return [(label, point) for label, point in starts if self.contains(point)]
+        starts = [(label, point) for label, point in starts if self.contains(point)]
+        return starts + [
+            (f"start {place}", self.point_like(recipe))
+            for place, recipe in enumerate(self.starts, start=1)
+        ]
 
     def _heaviest(self, weights: Sequence[Sequence[float]], most: int | None) -> list[int]:
         """The places of the ``most`` donors that weigh most (None: of all), in order."""
@@ -289,6 +326,19 @@ def _units(layers: Sequence[str], groups: int, split: Sequence[str]) -> tuple[tu
     ]
     named = [tuple(layer + part for layer in depth) for depth in depths for part in split]
     return (*named, *depths)
+
+
+def _added(values: Mapping[str, Any], count: int, donors: int) -> list[float]:
+    """How much a recipe with these parameters adds of each of its ``count`` models.
+
+    Where their ratio alone counts, the weights' sum is the number of donors.
+    """
+    even = (1 - values["t"], values["t"]) if "t" in values and count == 2 else (1.0,) * count
+    weights = values.get("weight", even)
+    if "lambda_" not in values or values["normalize"]:
+        total = sum(weights) or 1.0
+        weights = [weight * donors / total for weight in weights]
+    return [weight * values.get("lambda_", 1.0) for weight in weights]
 
 
 def _within(epsilon: float, density: float) -> float:

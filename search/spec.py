@@ -99,7 +99,10 @@ class Objective(_Frozen):
 
 
 class Search(_Frozen):
-    """What is searched: ``scale`` is the donors' mean weight, ``ranges`` by parameter name."""
+    """What is searched: ``scale`` is the donors' mean weight, ``ranges`` by parameter name.
+
+    ``start`` are recipes, or folders of runs that found them, to be tried first.
+    """
 
     methods: tuple[str, ...] = Field(min_length=1)
     scale: Range = (0.0, 1.5)
@@ -109,6 +112,7 @@ class Search(_Frozen):
     trials: PositiveInt = 100
     finalists: PositiveInt = 8
     sampler: str = "auto"
+    start: tuple[Path, ...] = ()
     seed: NonNegativeInt = 0
 
 
@@ -147,6 +151,7 @@ def parse_study(mapping: Mapping[str, Any], folder: Path, where: str) -> StudySp
     parts["search"] = _search(
         parts["search"], len(models) if isinstance(models, list) else 0, where
     )
+    parts["search"]["start"] = _paths(parts["search"].get("start"), folder)
     parts["objective"] = _objective(parts["objective"], folder, where)
     try:
         spec = StudySpec.model_validate(
@@ -241,11 +246,13 @@ def _objective(raw: dict[str, Any], folder: Path, where: str) -> dict[str, Any]:
     ]
     if isinstance(items := raw.get("items"), dict):
         check_keys(f"{where}: objective.items", items, ItemCounts.model_fields)
-    paths = raw.get("include_path") or []
-    raw["include_path"] = [
-        (folder / path).resolve() for path in ([paths] if isinstance(paths, str) else paths)
-    ]
+    raw["include_path"] = _paths(raw.get("include_path"), folder)
     return raw
+
+
+def _paths(raw: Any, folder: Path) -> list[Path]:
+    """One path or several, made absolute."""
+    return [(folder / path).resolve() for path in ([raw] if isinstance(raw, str) else raw or [])]
 
 
 def _entry(raw: object, folder: Path, where: str) -> Task | Text | OwnObjective:
@@ -285,13 +292,13 @@ def _check(spec: StudySpec, where: str) -> None:
     names = [spec.base_model, *spec.models]
     if repeated := sorted({name for name in names if names.count(name) > 1}):
         raise StudyError(f"{where}: {repeated[0]!r} is named twice; name each model once")
-    check_keys(f"{where}: search.sampler", [spec.search.sampler], SAMPLERS)
     for method in spec.search.methods:
         if method not in allowed_methods(len(spec.models)):
             raise StudyError(
                 f"{where}: search.methods: {method} needs {METHODS[method].donors[0]} models or "
                 f"more, got {len(spec.models)}; leave it out or add models"
             )
+    _check_ways(spec.search, where)
     _check_range(where, "scale", spec.search.scale, (0.0, 100.0))
     known = searchable(spec.search.methods)
     for name, bounds in spec.search.ranges.items():
@@ -299,6 +306,16 @@ def _check(spec: StudySpec, where: str) -> None:
     for path in spec.objective.include_path:
         if not path.is_dir():
             raise StudyError(f"{where}: objective.include_path: no folder {path}")
+
+
+def _check_ways(search: Search, where: str) -> None:
+    """Check how the study is searched."""
+    check_keys(f"{where}: search.sampler", [search.sampler], SAMPLERS)
+    if search.sampler == "grid" and len(set(search.scale)) == 1:
+        raise StudyError(f"{where}: search.sampler: a grid needs a range of scale, like [0, 1]")
+    for path in search.start:
+        if not (path / "recipe.yaml" if path.is_dir() else path).is_file():
+            raise StudyError(f"{where}: search.start: {path} is no recipe, and no run that has one")
 
 
 def _check_range(

@@ -5,7 +5,7 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from merge_engine.recipe import parse_recipe
+from merge_engine.recipe import RecipeError, parse_recipe
 from search.space import UNIFORM, Space, _mixture, _sticks
 
 DONORS = ("a", "b", "c")
@@ -91,6 +91,36 @@ def test_warm_starts_outside_the_users_ranges_are_left_out():
     labels = [label for label, _ in space(scale=(0.5, 1.0)).warm_starts()]
     assert "base" not in labels
     assert "scale 0.8" in labels
+
+
+@pytest.mark.parametrize("method", METHODS)
+@given(
+    st.lists(st.just(0.0) | st.floats(0.3, 1.5), min_size=3, max_size=3).filter(any),
+    st.floats(0.1, 1.0),
+)
+def test_recipe_of_an_earlier_run_is_tried_first(method, weights, density):
+    recipe = space().recipe(space().point(method, weights, density=density))
+    label, point = space(starts=(recipe,)).warm_starts()[-1]
+    assert label == "start 1"
+    again = space().recipe(point)
+    mine, theirs = (each.values("x", 0.0) for each in (again, recipe))
+    assert [source.model for source in again.donors] == [source.model for source in recipe.donors]
+    for name in mine:
+        assert mine[name] == pytest.approx(theirs[name], abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"donors": ("a", "b", "d")}, "'c', which the study has not"),
+        ({"methods": ("ties",)}, "method 'task_arithmetic', which the study has not"),
+        ({"scale": (0.0, 0.5)}, "outside the study's ranges"),
+    ],
+)
+def test_recipe_of_another_study_is_refused(changes, message):
+    recipe = space().recipe(space().point("task_arithmetic", (1.0, 1.0, 1.0)))
+    with pytest.raises(RecipeError, match=message):
+        space(starts=(recipe,), **changes).warm_starts()
 
 
 def test_parameters_of_other_methods_do_not_make_another_recipe():

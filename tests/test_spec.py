@@ -42,6 +42,8 @@ def test_number_fixes_and_range_searches(make_study, tmp_path):
         ({"search__methods": "ties"}, "search.methods has to be a list"),
         ({"search__sampler": "tep"}, "search.sampler: unknown key 'tep'; did you mean 'tpe'"),
         ({"search__density": [0.9, 0.2]}, r"search.density: \[0.9, 0.2\] is not a range within"),
+        ({"search__start": ["no.yaml"]}, "search.start: .*no.yaml is no recipe, and no run that"),
+        ({"search__sampler": "grid", "search__scale": 1}, "a grid needs a range of scale"),
         ({"search__density": 3}, r"search.density: \[3, 3\] is not a range within \[0, 1\]"),
         ({"search__trials": 0}, "search.trials: Input should be greater than 0"),
         ({"objective__task": []}, "objective: unknown key 'task'; did you mean 'tasks'"),
