@@ -29,7 +29,7 @@ from search.gaussian import GaussianSampler
 if TYPE_CHECKING:
     from search.space import Space
 
-RANDOM_STARTUP = 10  # random points after the warm starts, before a model of them is trusted
+RANDOM_STARTUP = 5  # random points after the warm starts, before a model of them is trusted
 
 
 @dataclass(frozen=True)
