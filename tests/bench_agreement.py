@@ -4,7 +4,8 @@
 
 Small models of random weights answer tasks of every output type, with and without a chat template,
 then again after their weights were changed in place. ``items_differ`` counts items (of ``items``)
-of which a metric has another value; perplexities, which no model of random weights has twice to
+of which a metric has another value, ``stock_differ`` those where lm-eval asked one by one differs
+from lm-eval in batches of 8; perplexities, which no model of random weights has twice to
 the bit, only beyond ``1e-5`` of themselves in float32, ``1e-2`` in bfloat16. ``values_grown``
 counts items whose value is another one when they are asked in growing blocks.
 """
@@ -41,33 +42,40 @@ from tiny_models import (
 TOLERANCE = {"float32": 1e-5, "bfloat16": 1e-2}
 ENDS = (0, 3, 10, 30, 60)
 PREDICTED = ("choice", "choice_shots", "single")
-Key = tuple[str, int, str]  # task, document, metric
 
 
-def pairs(model: PreTrainedModel, tasks: list[Any]) -> Iterator[tuple[Evaluated, Evaluated]]:
-    """Ours and theirs: for each template, before and after the weights were changed."""
-    ours, theirs = fast(model), stock(model)
+def triples(
+    model: PreTrainedModel, tasks: list[Any]
+) -> Iterator[tuple[Evaluated, Evaluated, Evaluated]]:
+    """Ours, theirs and theirs one by one: by template, before and after weights were changed."""
+    asked = fast(model), stock(model), stock(model, batch_size=1)
     for factor in (1.0, -0.7):
         with torch.no_grad():
             for weight in model.parameters():
                 weight.mul_(factor)
         for chat in (False, True):
-            yield evaluated(ours, tasks, chat), evaluated(theirs, tasks, chat)
+            ours, theirs, alone = (evaluated(lm, tasks, chat) for lm in asked)
+            yield ours, theirs, alone
 
 
-def agree(key: Key, ours: Evaluated, theirs: Evaluated, tolerance: float) -> bool:
-    if key[2] == "word_perplexity":  # a log-likelihood, and of how many words
-        return math.isclose(ours.values[key][0], theirs.values[key][0], rel_tol=tolerance)
-    return ours.values[key] == theirs.values[key]
+def differing(ours: Evaluated, theirs: Evaluated, tolerance: float) -> int:
+    """How many items have another value."""
+
+    def agree(key: tuple[str, int, str]) -> bool:  # task, document, metric
+        one, other = ours.values[key], theirs.values[key]
+        if key[2] == "word_perplexity":  # a log-likelihood, and of how many words
+            return math.isclose(one[0], other[0], rel_tol=tolerance)
+        return one == other
+
+    return len({key[:2] for key in theirs.values if not agree(key)})
 
 
 def compare(model: PreTrainedModel, tasks: list[Any], tolerance: float) -> dict[str, Any]:
-    items, different, texts, largest = 0, 0, 0, 0.0
-    for ours, theirs in pairs(model, tasks):
+    items, different, stock_different, texts, largest = 0, 0, 0, 0, 0.0
+    for ours, theirs, alone in triples(model, tasks):
         items += len({key[:2] for key in theirs.values})
-        different += len(
-            {key[:2] for key in theirs.values if not agree(key, ours, theirs, tolerance)}
-        )
+        different += differing(ours, theirs, tolerance)
+        stock_different += differing(alone, theirs, tolerance)
         for key, response in theirs.responses.items():
             mine = ours.responses[key]
             if isinstance(response, str):
@@ -77,6 +85,7 @@ def compare(model: PreTrainedModel, tasks: list[Any], tolerance: float) -> dict[
     return {
         "items": items,
         "items_differ": different,
+        "stock_differ": stock_different,
         "texts_differ": texts,
         "max_loglik_difference": largest,
     }

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import random
-from dataclasses import fields
+from dataclasses import fields, replace
 
 import pytest
 import torch
@@ -263,6 +263,41 @@ def test_a_model_that_sees_what_follows_is_left_to_lm_eval(caplog):
     assert "without batches by length" in caplog.text
     assert scores(ours, questions(4)) == scores(stock(model), questions(4))
     assert texts(ours, prompts(3)) == texts(stock(model), prompts(3))
+
+
+@pytest.mark.parametrize("way", [field.name for field in fields(Modes)][1:])
+def test_without_any_one_way_answers_are_the_same(way):
+    model = make_model()
+    ours, theirs = fast(model), stock(model)
+    ours.modes = replace(ours.modes, **{way: False})
+    assert difference(scores(ours, questions()), scores(theirs, questions())) < 1e-4
+    assert texts(ours, prompts()) == texts(theirs, prompts())
+
+
+def test_a_model_that_encodes_first_is_left_to_lm_eval(caplog):
+    config = {"d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 4}
+    torch.manual_seed(0)
+    model = transformers.T5ForConditionalGeneration(
+        transformers.T5Config(
+            vocab_size=99, decoder_start_token_id=0, eos_token_id=2, pad_token_id=0, **config
+        )
+    ).eval()
+    ours, theirs = fast(model, max_length=256), stock(model, max_length=256)
+    assert ours.modes == Modes()
+    assert "no decoder of texts" in caplog.text
+    assert scores(ours, questions(8)) == scores(theirs, questions(8))
+    assert texts(ours, prompts(3)) == texts(theirs, prompts(3))
+
+
+def test_the_last_mlp_reads_the_places_of_answers_alone():
+    model = make_model()
+    ours = fast(model)
+    read = []
+    for layer in model.model.layers:
+        layer.mlp.register_forward_hook(lambda _, given, __: read.append(given[0].numel()))
+    letters = [request for request in questions(40) if request.doc_id % 4 == 1]
+    scores(ours, letters)
+    assert 0 < sum(read[1::2]) < sum(read[::2]) / 8
 
 
 def test_lengths_beyond_which_a_model_attends_otherwise_are_known():
