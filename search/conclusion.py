@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
+import numpy as np
 from optuna.trial import TrialState
 
 from merge_engine.recipe import Recipe
 from objectives.scores import bootstrap
+from search.gaussian import believed
+from search.racing import Floats, elect
 from search.result import (
     Baseline,
     Difference,
@@ -16,31 +21,72 @@ from search.result import (
     Winner,
     package_versions,
 )
-from search.runner import Run
-from search.selection import Sheet, ranked, verdict
+from search.runner import Candidate, Run
+from search.selection import SELECT_SHARE, Sheet, items_to_decide, shortfall, verdict
 from search.space import UNIFORM
 from search.spec import StudyError
 
 
-def choose(run: Run) -> tuple[int, Recipe]:
-    """The winner among the finalists: best on search and fresh select items together.
+@dataclass(frozen=True)
+class Choice:
+    """The winner and what was thought of it before the test.
 
-    Returns:
-        The number of the trial that first proposed it, and the recipe.
+    Args:
+        candidate: The winner.
+        believed: Its value as the search believes it, luck taken away.
+        selected: Its answers to the select items it was asked.
+    """
+
+    candidate: Candidate
+    believed: float
+    selected: Sheet
+
+
+def choose(run: Run) -> Choice:
+    """The winner: those that the search believes in most are raced on fresh select items.
 
     Raises:
         StudyError: Not one trial could be scored.
     """
-    candidates = run.recipes()
+    candidates = run.candidates()
     if not candidates:
         errors = sorted({str(trial.user_attrs.get("error")) for trial in run.finished()})
         raise StudyError(f"every trial failed, the first with: {errors[0]}")
+    trials = [candidate.trial for candidate in candidates]
+    belief = believed(
+        run.bench.space,
+        [trial.params for trial in trials],
+        np.array([candidate.value for candidate in candidates]),
+        np.array([trial.user_attrs["variance"] for trial in trials]),
+    )
     floors = run.spec.objective.constraints
-    searched = {key: run.sheet(recipe, "search") for key, (_, recipe) in candidates.items()}
-    finalists = ranked(searched, floors)[: run.spec.search.finalists]
-    run.progress.stage(f"asking the best {len(finalists)} recipes the select items")
-    both = {key: searched[key] + run.sheet(candidates[key][1], "select") for key in finalists}
-    return candidates[ranked(both, floors)[0]]
+    missed = [trial.constraints.get("floors", 0.0) for trial in trials]
+    best = belief.ranked(missed)[: run.spec.search.finalists]
+    run.progress.stage(f"asking the best {len(best)} recipes the select items")
+    asked = [0] * len(best)
+
+    def ask(finalist: int, items: int) -> Floats:
+        asked[finalist] = items
+        return np.array(run.sheet(candidates[best[finalist]].recipe, "select", items).answers)
+
+    def missing(finalist: int, items: int) -> float:
+        candidate = candidates[best[finalist]]
+        both = run.sheet_of(candidate.trial) + run.sheet(candidate.recipe, "select", items)
+        return shortfall(both, floors)
+
+    ends = run.ends("select")
+    budget = SELECT_SHARE * run.store.scored()[0]["search"]
+    place = elect(
+        belief[best],
+        run.strata("select"),
+        ask,
+        ends,
+        budget=max(budget, len(best) * ends[0]),
+        shortfall=missing,
+    )
+    winner = candidates[best[place]]
+    selected = run.sheet(winner.recipe, "select", asked[place])
+    return Choice(winner, float(belief.means[best[place]]), selected)
 
 
 def conclude(run: Run) -> tuple[Result, Recipe]:
@@ -48,14 +94,10 @@ def conclude(run: Run) -> tuple[Result, Recipe]:
 
     The best donor is named before the test items are opened, so that its interval is honest.
     """
-    number, recipe = choose(run)
+    choice = choose(run)
+    recipe, best_donor = choice.candidate.recipe, run.best_donor()
     baselines = run.bench.space.baselines()
     run.progress.stage("asking the winner and what it was made from the test items")
-    known = {
-        model: (run.sheet(baselines[model], "search") + run.sheet(baselines[model], "select")).mean
-        for model in run.spec.models
-    }
-    best_donor = max(known, key=lambda model: known[model])
     winner = run.sheet(recipe, "test")
     compared = {name: run.sheet(baseline, "test") for name, baseline in baselines.items()}
     seed = run.spec.search.seed
@@ -65,24 +107,30 @@ def conclude(run: Run) -> tuple[Result, Recipe]:
         for name, sheet in compared.items()
     }
     tested = run.store.recipes("test") - {baseline.key for baseline in baselines.values()}
-    evaluations, scoring = run.store.scored()
+    asked, scoring = run.store.scored()
     states = [trial.state for trial in run.finished()]
     result = Result(
         verdict=verdict([intervals[name] for name in baselines if name != UNIFORM]),
         winner=Winner(
-            recipe=recipe.model_dump(mode="json"), trial=number, test=score_of(winner, seed)
+            recipe=recipe.model_dump(mode="json"),
+            trial=choice.candidate.number,
+            test=score_of(winner, seed),
         ),
         donors={model: found[model] for model in run.spec.models},
         base=found[run.spec.base_model],
         uniform=found[UNIFORM],
         difference_to_best_donor=DonorDifference(
-            donor=best_donor, **found[best_donor].difference.model_dump()
+            donor=best_donor,
+            items_to_decide=items_to_decide(winner, compared[best_donor]),
+            **found[best_donor].difference.model_dump(),
         ),
-        search_score=run.sheet(recipe, "search").mean,
-        select_score=run.sheet(recipe, "select").mean,
+        search_score=choice.candidate.value,
+        believed_score=choice.believed,
+        select_score=choice.selected.mean if choice.selected.answers else None,
         trials=states.count(TrialState.COMPLETE),
         failed_trials=states.count(TrialState.FAIL),
-        item_evaluations=evaluations,
+        item_evaluations=sum(asked.values()),
+        items_asked=dict(asked),
         times_tested=max(1, len(tested)),
         seconds=Seconds(score=scoring, **run.seconds()),
         seed=seed,

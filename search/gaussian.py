@@ -33,9 +33,10 @@ from scipy.optimize import minimize
 from scipy.stats import norm
 
 from search.places import Bits, Floats, Ints, Places, Population
+from search.racing import Belief
 
 if TYPE_CHECKING:
-    from search.space import Space
+    from search.space import Point, Space
 
 VARIANCE = 0.001  # of a trial that does not say: 250 items, half of them right
 JITTER = 1e-6
@@ -346,4 +347,29 @@ def _observed(trial: FrozenTrial, method: int, place: list[float]) -> Observed:
         float(trial.values[0]),
         float(trial.user_attrs.get("variance", VARIANCE)),
         sum(max(value, 0.0) for value in trial.constraints.values()),
+    )
+
+
+def believed(space: Space, points: Sequence[Point], values: Floats, variances: Floats) -> Belief:
+    """What the process believes of the points' own values, noise taken away.
+
+    Args:
+        space: That is searched.
+        points: n.
+        values: Estimates, (n).
+        variances: Of the estimates, (n).
+    """
+    places = Places(space)
+    tried = places.population(points)
+    x = places.of(tried)
+    known = zip(tried.method.tolist(), map(tuple, x.tolist()), values, variances, strict=True)
+    observed = tuple(Observed(*one) for one in known)
+    data, kernel = Data.of(observed), fitted(observed)
+    prior = kernel(x, tried.method, x, tried.method)
+    noise = np.diag(kernel.noise * data.variance + JITTER)
+    gain = np.linalg.solve(prior + noise, prior).T
+    spread = float(values.std()) or 1.0
+    return Belief(
+        values.mean() + spread * gain @ data.targets[:, 0],
+        spread**2 * (prior - gain @ prior),
     )

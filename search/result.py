@@ -44,9 +44,14 @@ class Baseline(_Frozen):
 
 
 class DonorDifference(Difference):
-    """As Difference, to the donor that was best on the search and select items."""
+    """As Difference, to the donor that was best on the search items.
+
+    ``items_to_decide``: how many test items would show so large a difference, four times in five;
+    None if these have shown it, or there is none to show.
+    """
 
     donor: str
+    items_to_decide: int | None
 
 
 class Winner(_Frozen):
@@ -69,9 +74,12 @@ class Seconds(_Frozen):
 class Result(_Frozen):
     """What a run found.
 
-    ``search_score`` is what the search believed of the winner, on items it was chosen for: it is
-    shown to be compared with ``winner.test``. ``times_tested`` is how many winners have been asked
-    the test items so far: more than one if a finished run was extended.
+    ``search_score`` is what the winner was told to be worth, on items it was chosen for, and
+    ``believed_score`` that with the luck taken away; ``select_score`` is its mean on the select
+    items it was asked, None if it had no rival. They are shown to be compared with
+    ``winner.test``. ``items_asked`` counts the item evaluations of each split. ``times_tested`` is
+    how many winners have been asked the test items so far: more than one if a finished run was
+    extended.
     """
 
     version: Literal[1] = 1
@@ -82,10 +90,12 @@ class Result(_Frozen):
     uniform: Baseline
     difference_to_best_donor: DonorDifference
     search_score: float
-    select_score: float
+    believed_score: float
+    select_score: float | None
     trials: int
     failed_trials: int
     item_evaluations: int
+    items_asked: dict[str, int]
     times_tested: int
     seconds: Seconds
     seed: int

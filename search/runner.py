@@ -13,9 +13,11 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from optuna.study import Study
 from optuna.trial import FrozenTrial, Trial, TrialState
 
@@ -24,6 +26,7 @@ from merge_engine.recipe import Recipe, RecipeError
 from objectives.base import ObjectiveError
 from search.bench import Bench
 from search.frozen import difference, freeze
+from search.racing import Belief, Floats, Race, Strata, elect
 from search.samplers import make_sampler
 from search.scoring import Scorer
 from search.selection import Sheet, shortfall
@@ -68,6 +71,16 @@ def stored_spec(run: Path) -> StudySpec:
     if "spec" not in attributes:
         raise StudyError(f"{run}: the run was stopped before it began; run it again")
     return StudySpec.model_validate(attributes["spec"])
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A recipe, the number of the trial that first proposed it, and its last trial's value."""
+
+    number: int
+    recipe: Recipe
+    trial: FrozenTrial
+    value: float
 
 
 @dataclass
@@ -127,41 +140,98 @@ class Run:
         self._enqueue_warm_starts()
         for name, recipe in self.bench.space.baselines().items():
             try:
-                self.sheet(recipe, "search")
+                self.sheet(recipe, "search", 1)
             except (RecipeError, ObjectiveError) as error:
                 raise StudyError(f"{name} alone: {error}") from error
-            self._report_faults(name, recipe)
+        race = self._race()
         self.progress.start(self.spec.search.trials, self.finished())
         while len(self.finished()) < self.spec.search.trials:
             trial = self._ask()
             recipe = self.bench.space.recipe(trial.params)
             trial.set_user_attr("recipe", recipe.key)
             try:
-                sheet = self.sheet(recipe, "search")
+                sheet = self._raced(race, recipe)
             except (RecipeError, ObjectiveError) as error:
                 trial.set_user_attr("error", str(error))
                 finished = self.study.tell(trial, state=TrialState.FAIL)
             else:
-                if faults := self.faults(recipe):
-                    first = ": ".join(faults[0])
-                    trial.set_user_attr("faults", f"{len(faults)} answers not judged, e.g. {first}")
-                if floors := self.spec.objective.constraints:
-                    trial.set_constraint("floors", shortfall(sheet, floors))
-                finished = self.study.tell(trial, sheet.mean)
+                self._note_faults(trial, recipe, len(sheet.answers))
+                finished = self._tell(trial, sheet, race)
             self.study.set_user_attr("seconds", self.seconds())
             self.progress.trial(finished)
 
-    def sheet(self, recipe: Recipe, split: Split) -> Sheet:
-        """A recipe's answers to a split."""
-        answers = self.scorer.answers(recipe, split)
-        values = tuple(answer.value for answer in answers)
-        return Sheet(values, tuple(self.bench.tasks_of(split)), self.bench.weights)
+    def _raced(self, race: Race, recipe: Recipe) -> Sheet:
+        """Ask a recipe block after block for as long as there is hope."""
+        sheet = Sheet((), (), self.bench.weights)
+        while race.hopeful(np.array(sheet.answers)):
+            sheet = self.sheet(recipe, "search", len(sheet.answers) + 1)
+        return sheet
 
-    def faults(self, recipe: Recipe) -> list[tuple[str, str]]:
-        """Task and reason of each search item whose answer could not be judged."""
-        answers = self.scorer.answers(recipe, "search")
-        tasks = self.bench.tasks_of("search")
-        return [(t, a.fault) for t, a in zip(tasks, answers, strict=True) if a.fault is not None]
+    def _tell(self, trial: Trial, sheet: Sheet, race: Race) -> FrozenTrial:
+        """Tell a trial what its recipe is worth, and how sure that is."""
+        missed = shortfall(sheet, self.spec.objective.constraints)
+        estimate = race.finish(np.array(sheet.answers), missed)
+        trial.set_user_attr("variance", estimate.variance)
+        trial.set_user_attr("items", len(sheet.answers))
+        if self.spec.objective.constraints:
+            trial.set_constraint("floors", missed)
+        return self.study.tell(trial, estimate.value)
+
+    def best_donor(self) -> str:
+        """The donor that is believed to be best after a race among the donors."""
+        donors = self.spec.models
+        recipes = self.bench.space.baselines()
+
+        def ask(donor: int, items: int) -> Floats:
+            return np.array(self.sheet(recipes[donors[donor]], "search", items).answers)
+
+        best = elect(Belief.vague(len(donors)), self.strata("search"), ask, self.ends("search"))
+        return donors[best]
+
+    def _race(self) -> Race:
+        """The race as the finished trials have left it; the best donor is there first."""
+        race, floors = Race(self.strata("search")), self.spec.objective.constraints
+        best = self.best_donor()
+        recipe = self.bench.space.baselines()[best]
+        sheet = self.sheet(recipe, "search")
+        self._report_faults(best, recipe)
+        race.finish(np.array(sheet.answers), shortfall(sheet, floors))
+        for trial in self.study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,)):
+            sheet = self.sheet_of(trial)
+            race.finish(np.array(sheet.answers), shortfall(sheet, floors))
+        return race
+
+    def sheet(self, recipe: Recipe, split: Split, items: int | None = None) -> Sheet:
+        """A recipe's answers to the first items of a split, in whole blocks; None: to all."""
+        answers = self.scorer.answers(recipe, split, items)
+        values = tuple(answer.value for answer in answers)
+        tasks = self.bench.tasks_of(split)[: len(values)]
+        return Sheet(values, tuple(tasks), self.bench.weights)
+
+    def sheet_of(self, trial: FrozenTrial) -> Sheet:
+        """What a trial was told on."""
+        return self.sheet(
+            self.bench.space.recipe(trial.params), "search", trial.user_attrs["items"]
+        )
+
+    def strata(self, split: Split) -> Strata:
+        """The tasks of a split's items."""
+        return Strata(self.bench.tasks_of(split), self.bench.weights)
+
+    def ends(self, split: Split) -> list[int]:
+        """How many items of a split have been asked after each of its blocks."""
+        return list(accumulate(map(len, self.scorer.blocks(split))))
+
+    def _faults(self, recipe: Recipe, items: int) -> list[tuple[str, str]]:
+        """Task and reason of each of the first search items whose answer could not be judged."""
+        answers = self.scorer.answers(recipe, "search", items)
+        asked = zip(self.bench.tasks_of("search"), answers, strict=False)
+        return [(task, answer.fault) for task, answer in asked if answer.fault is not None]
+
+    def _note_faults(self, trial: Trial, recipe: Recipe, items: int) -> None:
+        if faults := self._faults(recipe, items):
+            first = ": ".join(faults[0])
+            trial.set_user_attr("faults", f"{len(faults)} answers not judged, e.g. {first}")
 
     def _report_faults(self, name: str, recipe: Recipe) -> None:
         """Say what could not be judged of a model the study starts from.
@@ -169,7 +239,7 @@ class Run:
         Raises:
             StudyError: Nothing of a task could be: that is not the model's doing.
         """
-        faults = self.faults(recipe)
+        faults = self._faults(recipe, self.strata("search").size)
         asked = Counter(self.bench.tasks_of("search"))
         for task, count in Counter(task for task, _ in faults).items():
             reason = next(reason for at, reason in faults if at == task)
@@ -185,13 +255,14 @@ class Run:
         states = (TrialState.COMPLETE, TrialState.FAIL)
         return self.study.get_trials(deepcopy=False, states=states)
 
-    def recipes(self) -> dict[str, tuple[int, Recipe]]:
-        """Every recipe that has a search score, by key, with the first trial to propose it."""
-        found: dict[str, tuple[int, Recipe]] = {}
+    def candidates(self) -> list[Candidate]:
+        """Every recipe that has a search score, in the order of their first trials."""
+        found: dict[str, Candidate] = {}
         for trial in self.study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,)):
             recipe = self.bench.space.recipe(trial.params)
-            found.setdefault(recipe.key, (trial.number, recipe))
-        return found
+            first = found[recipe.key].number if recipe.key in found else trial.number
+            found[recipe.key] = Candidate(first, recipe, trial, float(trial.values[0]))
+        return list(found.values())
 
     def recipe_of(self, number: int) -> Recipe:
         """The recipe of a finished trial.

@@ -30,8 +30,13 @@ class Scorer:
         self.on_block = on_block
         self.build_seconds = 0.0
 
-    def answers(self, recipe: Recipe, split: Split) -> list[Answer]:
+    def answers(self, recipe: Recipe, split: Split, items: int | None = None) -> list[Answer]:
         """One answer per item of the split, in scoring order.
+
+        Args:
+            recipe: Who is asked.
+            split: What.
+            items: How many of the first, rounded up to whole blocks; None: all.
 
         Raises:
             RecipeError: The recipe cannot be built.
@@ -39,7 +44,9 @@ class Scorer:
         """
         stored = self.store.answers(recipe.key, split)
         answers: list[Answer] = []
-        for number, block in enumerate(self._blocks(split)):
+        for number, block in enumerate(self.blocks(split)):
+            if items is not None and len(answers) >= items:
+                break
             answers += (
                 stored[number] if number in stored else self._ask(recipe, split, number, block)
             )
@@ -72,7 +79,7 @@ class Scorer:
         splits: tuple[Split, ...] = ("search", "select", "test")
         for split in splits:
             stored = self.store.answers(recipe.key, split)
-            for number, block in enumerate(self._blocks(split)):
+            for number, block in enumerate(self.blocks(split)):
                 if number not in stored:
                     continue
                 self._build(recipe)
@@ -89,7 +96,8 @@ class Scorer:
             self.bench.builder.build(recipe)
             self.build_seconds += time.perf_counter() - start
 
-    def _blocks(self, split: Split) -> tuple[tuple[int, ...], ...]:
+    def blocks(self, split: Split) -> tuple[tuple[int, ...], ...]:
+        """The split's item numbers, in the blocks that are asked at once."""
         return blocks(getattr(self.bench.splits, split), self.bench.spec.objective.block)
 
 

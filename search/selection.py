@@ -7,11 +7,17 @@ together, and only a third kind, asked once, says how good it is.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+import numpy as np
+
 from objectives.scores import Interval, paired_bootstrap, task_means, weighted_mean
+from search.racing import Strata
+
+SELECT_SHARE = 0.25  # item evaluations to choose the winner with, per one of the search
 
 
 @dataclass(frozen=True)
@@ -42,9 +48,9 @@ class Sheet:
 
 
 def shortfall(sheet: Sheet, floors: Mapping[str, float]) -> float:
-    """By how much the tasks miss their floors, summed; 0 when all are met."""
+    """By how much the tasks with items miss their floors, summed; 0 when all are met."""
     means = sheet.by_task
-    return sum(max(0.0, floor - means[task]) for task, floor in floors.items())
+    return sum(max(0.0, floor - means[task]) for task, floor in floors.items() if task in means)
 
 
 def ranked(sheets: Mapping[str, Sheet], floors: Mapping[str, float]) -> list[str]:
@@ -53,6 +59,22 @@ def ranked(sheets: Mapping[str, Sheet], floors: Mapping[str, float]) -> list[str
     With equal numbers of items for all, the order of means is that of posterior means.
     """
     return sorted(sheets, key=lambda name: (shortfall(sheets[name], floors), -sheets[name].mean))
+
+
+def items_to_decide(winner: Sheet, other: Sheet) -> int | None:
+    """How many items would show a difference as large as this one, four times in five.
+
+    ``n = 7.85 v / d^2``, with the difference d and v its variance per item; 7.85 is
+    ``(1.96 + 0.84)^2``: a two-sided test at 5 % with a power of 80 %.
+
+    Returns:
+        None if these items have shown it, or if the winner is not ahead.
+    """
+    differences = np.subtract(winner.answers, other.answers)
+    found = Strata(winner.tasks, winner.weights).estimate(differences)
+    if found.value <= 0 or found.value > 1.96 * found.variance**0.5:
+        return None
+    return math.ceil(7.85 * found.variance * len(differences) / found.value**2)
 
 
 def verdict(differences: Sequence[Interval]) -> Literal["better", "not better"]:

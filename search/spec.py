@@ -95,7 +95,7 @@ class Objective(_Frozen):
     system_instruction: str | None = None
     unsafe_code: bool = False
     batch_size: PositiveInt = 64
-    block: PositiveInt = 60
+    block: PositiveInt = 20
 
 
 class Search(_Frozen):

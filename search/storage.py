@@ -8,6 +8,7 @@ answered once, whoever proposed it.
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -114,12 +115,15 @@ class Store:
             rows = connection.execute(select(_ANSWERS.c.recipe).where(_ANSWERS.c.split == split))
             return {recipe for (recipe,) in rows}
 
-    def scored(self) -> tuple[int, float]:
-        """Item evaluations so far, and the seconds they took."""
-        query = select(_ANSWERS.c.answers, _ANSWERS.c.seconds)
+    def scored(self) -> tuple[Mapping[str, int], float]:
+        """Item evaluations of each split so far, and the seconds they all took."""
+        query = select(_ANSWERS.c.split, _ANSWERS.c.answers, _ANSWERS.c.seconds)
         with self._rdb.engine.connect() as connection:
             rows = connection.execute(query).all()
-        return sum(len(json.loads(row[0])) for row in rows), sum(row[1] for row in rows)
+        asked = Counter[str]()
+        for row in rows:
+            asked[row.split] += len(json.loads(row.answers))
+        return asked, sum(row.seconds for row in rows)
 
 
 def _loaded(*columns: str) -> list[Answer]:

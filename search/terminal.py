@@ -177,10 +177,13 @@ def print_result(console: Console, result: Result, run: Path) -> None:
         "the best donor before the test.",
         highlight=False,
     )
+    if best.items_to_decide is not None:
+        console.print(f"{best.items_to_decide} test items would show so large a difference.")
+    selected = "" if result.select_score is None else f", {100 * result.select_score:.1f} on select"
     console.print(
-        f"Search score {100 * result.search_score:.1f}, on fresh select items "
-        f"{100 * result.select_score:.1f}, on test {100 * result.winner.test.mean:.1f}: "
-        "trust the last one.",
+        f"Search score {100 * result.search_score:.1f}, believed to be "
+        f"{100 * result.believed_score:.1f}{selected}, on test "
+        f"{100 * result.winner.test.mean:.1f}: trust the last one.",
         highlight=False,
     )
     if result.times_tested > 1:

@@ -1,6 +1,6 @@
 """What a search finds for its item evaluations: one JSON line per landscape, system and budget.
 
-python tests/bench_search.py [--landscapes demo,planted] [--systems present] [--seeds 20]
+python tests/bench_search.py [--landscapes demo,planted] [--systems run,full] [--seeds 20]
     [--budgets 5000,20000,60000] [--jobs 2] [--runs]
 
 A budget counts every item evaluation that goes into the choice: the search's and the selector's.
@@ -31,12 +31,12 @@ from optuna.samplers import CmaEsSampler, RandomSampler, TPESampler
 from landscape import LANDSCAPES, Landscape, Planted
 from replay import (
     COUNTS,
+    Elected,
     FixedItems,
     FreshItems,
-    Halving,
     LuckyMaximum,
     OptunaSampler,
-    PairedRace,
+    Raced,
     System,
     WeightsCma,
     run,
@@ -57,7 +57,13 @@ STOCK_RANDOM = partial(Stock, lambda seed: RandomSampler(seed=seed), ())
 STOCK_CMAES = partial(Stock, lambda seed: CmaEsSampler(seed=seed), ("task_arithmetic",))
 
 SYSTEMS: Mapping[str, System] = {
-    "present": System(AUTO, FixedItems, FreshItems()),
+    "run": System(AUTO, Raced, Elected()),  # what ships
+    "full": System(AUTO, FixedItems, FreshItems()),  # everyone answers everything
+    "run-lucky": System(AUTO, Raced, LuckyMaximum()),
+    "full-lucky": System(AUTO, FixedItems, LuckyMaximum()),
+    "full-elected": System(AUTO, FixedItems, Elected()),
+    "tpe-raced": System(TPE, Raced, Elected()),
+    "random-raced": System(RANDOM, Raced, Elected()),
     "gp": System(GP, FixedItems, FreshItems()),
     "tpe-lucky": System(TPE, FixedItems, LuckyMaximum(), baselines=False),
     "random-lucky": System(RANDOM, FixedItems, LuckyMaximum(), baselines=False),
@@ -81,10 +87,6 @@ SYSTEMS: Mapping[str, System] = {
     "stock-cmaes": System(STOCK_CMAES, FixedItems, LuckyMaximum(), baselines=False),
     "sobol": System(partial(OptunaSampler, "sobol"), FixedItems, FreshItems()),
     "tpe": System(TPE, FixedItems, FreshItems()),
-    "tpe-halving": System(TPE, Halving, FreshItems()),
-    "random-halving": System(RANDOM, Halving, FreshItems()),
-    "tpe-race": System(TPE, PairedRace, FreshItems()),
-    "random-race": System(RANDOM, PairedRace, FreshItems()),
 }
 
 

@@ -16,20 +16,14 @@ from landscape import Floats, Items, Landscape
 from merge_engine.recipe import Recipe
 from objectives.items import Split, blocks
 from objectives.scores import Interval, bootstrap
+from search.gaussian import believed
+from search.racing import HOPE, PANEL, Belief, Estimate, Race, Strata, elect
 from search.samplers import make_sampler
-from search.selection import Sheet, ranked, verdict
+from search.selection import SELECT_SHARE, Sheet, ranked, verdict
 from search.space import UNIFORM, Point, Space
 
 COUNTS = {"search": 240, "select": 200, "test": 360}
 BLOCK = 20
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """Of a candidate's value, with the variance that its items give it."""
-
-    value: float
-    variance: float
 
 
 @dataclass
@@ -37,6 +31,7 @@ class Candidate:
     """A recipe and how many search items it has answered; equal recipes are one candidate."""
 
     recipe: Recipe
+    point: Point | None = None
     seen: int = 0
     told: Estimate | None = None
     answers: dict[str, Floats] = field(default_factory=dict)
@@ -56,14 +51,15 @@ class Replay:
         self.items: dict[str, Items] = {
             split: landscape.draw(count, generator) for split, count in COUNTS.items()
         }
-        self.ends = [block[-1] + 1 for block in blocks(range(COUNTS["search"]), BLOCK)]
+        self.ends = {
+            split: [block[-1] + 1 for block in blocks(range(count), BLOCK)]
+            for split, count in COUNTS.items()
+        }
         self.candidates: dict[str, Candidate] = {}
         self.asked = 0
-        tasks = np.array(self.items["search"].tasks)
-        shares = {
-            t: weight / sum(landscape.weights.values()) for t, weight in landscape.weights.items()
+        self.strata = {
+            split: Strata(items.tasks, landscape.weights) for split, items in self.items.items()
         }
-        self._of_task = [(share, tasks == task) for task, share in shares.items()]
 
     def candidate(self, recipe: Recipe) -> Candidate:
         """The recipe's one candidate."""
@@ -73,30 +69,23 @@ class Replay:
         """The answers to the first ``count`` search items; those asked before cost nothing."""
         self.asked += max(0, count - candidate.seen)
         candidate.seen = max(candidate.seen, count)
-        return self._all(candidate, "search")[:count]
+        return self.answers(candidate, "search")[:count]
 
     def estimate(self, values: Floats) -> Estimate:
         """Weighted task mean of numbers for the first search items, and its variance."""
-        value = variance = 0.0
-        for share, everywhere in self._of_task:
-            of_task = values[everywhere[: len(values)]]
-            count, mean = len(of_task), of_task.sum() / len(of_task)
-            value += share * mean
-            # One wrong and one right answer more: a few equal answers are not certainty.
-            spread = ((of_task - mean) @ (of_task - mean) + 0.5) / (count + 2)
-            variance += share**2 * spread / count
-        return Estimate(float(value), float(variance))
+        return self.strata["search"].estimate(values)
 
     def sheet(self, candidate: Candidate, split: Split) -> Sheet:
         """All answers to a split, for selectors, who say themselves what that costs."""
-        answers = tuple(self._all(candidate, split).tolist())
+        answers = tuple(self.answers(candidate, split).tolist())
         return Sheet(answers, self.items[split].tasks, self.landscape.weights)
 
     def complete(self) -> dict[str, Candidate]:
         """Candidates with all search items."""
         return {key: c for key, c in self.candidates.items() if c.seen == COUNTS["search"]}
 
-    def _all(self, candidate: Candidate, split: Split) -> Floats:
+    def answers(self, candidate: Candidate, split: Split) -> Floats:
+        """Its answers to all of a split, uncounted."""
         if split not in candidate.answers:
             answers = self.items[split].answers(candidate.recipe)
             candidate.answers[split] = answers.astype(np.float64)
@@ -118,16 +107,27 @@ class Racer(Protocol):
 
     cohort: int  # candidates raced against one another
 
+    def start(self, replay: Replay) -> None:
+        """Ask what there is before the search: base, donors and their average."""
+
     def race(self, replay: Replay, candidates: Sequence[Candidate]) -> list[Estimate]:
         """Ask the candidates and estimate their values."""
 
 
 @dataclass(frozen=True)
 class Export:
-    """What a system ends with: a recipe, what it says of it, and whether it beats the donors."""
+    """What a system ends with.
+
+    Args:
+        recipe: Its choice.
+        reported: What it says of it.
+        asked: Items that were asked to choose.
+        verdict: Whether it beats the donors.
+    """
 
     recipe: Recipe
     reported: Interval
+    asked: int
     verdict: Literal["better", "not better"] | None = None
 
 
@@ -135,7 +135,7 @@ class Selector(Protocol):
     """Picks the recipe to export. It does not change what the search goes on with."""
 
     def cost(self, replay: Replay) -> int:
-        """Item evaluations it will need to decide."""
+        """Item evaluations it may need to decide."""
 
     def select(self, replay: Replay) -> Export:
         """The choice, and what it says of it."""
@@ -202,72 +202,46 @@ class FixedItems:
     count: int = COUNTS["search"]
     cohort: int = 1
 
+    def start(self, replay: Replay) -> None:
+        for recipe in replay.space.baselines().values():
+            replay.ask(replay.candidate(recipe), self.count)
+
     def race(self, replay: Replay, candidates: Sequence[Candidate]) -> list[Estimate]:
         return [replay.estimate(replay.ask(c, self.count)) for c in candidates]
 
 
-def difference_estimate(replay: Replay, candidate: Candidate, reference: Candidate) -> Estimate:
-    """The reference's value on all items, plus the paired difference on those seen."""
-    everything = replay.estimate(replay.ask(reference, COUNTS["search"]))
-    seen = candidate.seen
-    mine, theirs = (replay.ask(c, seen) for c in (candidate, reference))
-    difference = replay.estimate(mine - theirs)
-    return Estimate(everything.value + difference.value, everything.variance + difference.variance)
-
-
 @dataclass
-class Halving:
-    """Successive halving on items: the best third of a cohort goes on to three times as many.
+class Raced:
+    """As a run does: the donors among themselves, then one candidate after another."""
 
-    The best of the complete candidates is the reference of the others' difference estimates.
-    """
-
-    rungs: tuple[int, ...] = (40, 120, COUNTS["search"])
-    cohort: int = 9
-    keep: float = 1 / 3
-
-    def race(self, replay: Replay, candidates: Sequence[Candidate]) -> list[Estimate]:
-        left = list({id(candidate): candidate for candidate in candidates}.values())
-        for rung in self.rungs:
-            means = [replay.estimate(replay.ask(c, rung)).value for c in left]
-            best = np.argsort(-np.array(means), kind="stable")
-            if rung < COUNTS["search"]:
-                left = [left[i] for i in best[: max(1, round(len(left) * self.keep))]]
-        reference = max(replay.complete().values(), key=lambda c: complete_value(replay, c))
-        return [difference_estimate(replay, candidate, reference) for candidate in candidates]
-
-
-@dataclass
-class PairedRace:
-    """A candidate is stopped when it is behind the incumbent, by a paired z-test at every block.
-
-    The incumbent is the best complete candidate. ``critical`` is one-sided, per look.
-    """
-
-    critical: float = 2.33
-    first: int = 2 * BLOCK
+    hope: float = HOPE
+    panel: int = PANEL
     cohort: int = field(default=1, init=False)
-    incumbent: Candidate | None = field(default=None, init=False)
+
+    def start(self, replay: Replay) -> None:
+        self.contest = Race(replay.strata["search"], self.hope, self.panel)
+        known = replay.space.baselines()
+        for recipe in known.values():
+            replay.ask(replay.candidate(recipe), BLOCK)
+        donors = [replay.candidate(known[donor]) for donor in replay.space.donors]
+        ends = replay.ends["search"]
+        best = elect(
+            Belief.vague(len(donors)),
+            self.contest.strata,
+            lambda donor, end: replay.ask(donors[donor], end),
+            ends,
+        )
+        self.contest.finish(replay.ask(donors[best], ends[-1]))
 
     def race(self, replay: Replay, candidates: Sequence[Candidate]) -> list[Estimate]:
         return [self._race(replay, candidate) for candidate in candidates]
 
     def _race(self, replay: Replay, candidate: Candidate) -> Estimate:
-        if self.incumbent is None:
-            self.incumbent = candidate
-        for end in replay.ends:
-            mine = replay.ask(candidate, end)
-            behind = replay.estimate(replay.ask(self.incumbent, end) - mine)
-            if end >= self.first and behind.value > self.critical * behind.variance**0.5:
-                return difference_estimate(replay, candidate, self.incumbent)
-        if complete_value(replay, candidate) > complete_value(replay, self.incumbent):
-            self.incumbent = candidate
-        return replay.estimate(mine)
-
-
-def complete_value(replay: Replay, candidate: Candidate) -> float:
-    """The mean over all search items of a candidate that has answered them."""
-    return replay.estimate(replay.ask(candidate, COUNTS["search"])).value
+        for end in replay.ends["search"]:
+            answers = replay.ask(candidate, end)
+            if end >= candidate.seen and not self.contest.hopeful(answers):
+                break
+        return self.contest.finish(answers)
 
 
 class LuckyMaximum:
@@ -283,7 +257,7 @@ class LuckyMaximum:
         winner = max(finished, key=lambda candidate: candidate.told.value)
         answers = replay.ask(winner, most).tolist()
         tasks = replay.items["search"].tasks[:most]
-        return Export(winner.recipe, bootstrap(answers, tasks, replay.landscape.weights))
+        return Export(winner.recipe, bootstrap(answers, tasks, replay.landscape.weights), 0)
 
 
 @dataclass(frozen=True)
@@ -301,14 +275,49 @@ class FreshItems:
         known = replay.candidates
         both = {key: searched[key] + replay.sheet(known[key], "select") for key in best}
         winner = known[ranked(both, {})[0]]
-        test = replay.sheet(winner, "test")
-        rivals = [
-            test.minus(replay.sheet(replay.candidate(recipe), "test"), replay.seed)
-            for name, recipe in replay.space.baselines().items()
-            if name != UNIFORM
-        ]
-        reported = bootstrap(test.answers, test.tasks, test.weights, seed=replay.seed)
-        return Export(winner.recipe, reported, verdict(rivals))
+        return tested(replay, winner, self.cost(replay))
+
+
+@dataclass(frozen=True)
+class Elected:
+    """As a run does: those believed in most are raced on fresh items."""
+
+    finalists: int = 8
+    share: float = SELECT_SHARE
+
+    def cost(self, replay: Replay) -> int:
+        return int(self.share * replay.asked)
+
+    def select(self, replay: Replay) -> Export:
+        told = [(c, c.told) for c in replay.candidates.values() if c.told]
+        belief = believed(
+            replay.space,
+            [candidate.point or {} for candidate, _ in told],
+            np.array([estimate.value for _, estimate in told]),
+            np.array([estimate.variance for _, estimate in told]),
+        )
+        best = np.argsort(-belief.means, kind="stable")[: self.finalists].tolist()
+        asked: dict[int, int] = {}
+
+        def ask(finalist: int, end: int) -> Floats:
+            asked[finalist] = end
+            return replay.answers(told[best[finalist]][0], "select")[:end]
+
+        strata, ends = replay.strata["select"], replay.ends["select"]
+        winner = elect(belief[best], strata, ask, ends, budget=self.cost(replay))
+        return tested(replay, told[best[winner]][0], sum(asked.values()))
+
+
+def tested(replay: Replay, winner: Candidate, asked: int) -> Export:
+    """The winner and its donors on the test items."""
+    test = replay.sheet(winner, "test")
+    rivals = [
+        test.minus(replay.sheet(replay.candidate(recipe), "test"), replay.seed)
+        for name, recipe in replay.space.baselines().items()
+        if name != UNIFORM
+    ]
+    reported = bootstrap(test.answers, test.tasks, test.weights, seed=replay.seed)
+    return Export(winner.recipe, reported, asked, verdict(rivals))
 
 
 @dataclass(frozen=True)
@@ -319,7 +328,7 @@ class System:
         sampler: Made from a space and a seed.
         racer: Made for every run.
         selector: Has no state.
-        baselines: Base, donors and average answer all search items first.
+        baselines: Base, donors and average are asked first.
     """
 
     sampler: Callable[[Space, int], Sampler]
@@ -342,16 +351,17 @@ def run(system: System, landscape: Landscape, seed: int, budgets: Sequence[int])
     replay = Replay(landscape, seed)
     sampler, racer = system.sampler(landscape.space, seed), system.racer()
     if system.baselines:
-        for recipe in landscape.space.baselines().values():
-            replay.ask(replay.candidate(recipe), COUNTS["search"])
+        racer.start(replay)
     ends = []
     for budget in sorted(budgets):
         while replay.asked + system.selector.cost(replay) < budget:
             points = [sampler.ask() for _ in range(racer.cohort)]
             candidates = [replay.candidate(landscape.space.recipe(point)) for point in points]
-            for candidate, estimate in zip(candidates, racer.race(replay, candidates), strict=True):
-                candidate.told = estimate
+            for candidate, point, estimate in zip(
+                candidates, points, racer.race(replay, candidates), strict=True
+            ):
+                candidate.point, candidate.told = point, estimate
                 sampler.tell(estimate)
-        asked = replay.asked + system.selector.cost(replay)
-        ends.append(End(system.selector.select(replay), asked, len(replay.candidates)))
+        export = system.selector.select(replay)
+        ends.append(End(export, replay.asked + export.asked, len(replay.candidates)))
     return ends
