@@ -83,7 +83,7 @@ def ahead(strata: Strata, differences: Floats) -> float:
 
     The predictive chance of stochastic curtailment under a flat prior: Lan, Simon and Halperin
     1982, https://doi.org/10.1080/07474948208836014. It is a martingale, so that of the candidates
-    stopped below a chance, over all looks, no more than that share would have ended ahead.
+    stopped below a chance, over all looks, about that share at most would have ended ahead.
     """
     now = strata.estimate(differences)
     left = now.variance * (1 - len(differences) / strata.size)
@@ -118,7 +118,7 @@ class Race:
     def hopeful(self, answers: Floats) -> bool:
         """Whether a candidate with these answers (m) to the first items is to be asked more."""
         m = len(answers)
-        if m == 0 or m == self.strata.size or not self.complete:
+        if m in (0, self.strata.size) or not self.complete:
             return m < self.strata.size
         return ahead(self.strata, answers - self.complete[0].answers[:m]) >= self.hope
 

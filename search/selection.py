@@ -53,14 +53,6 @@ def shortfall(sheet: Sheet, floors: Mapping[str, float]) -> float:
     return sum(max(0.0, floor - means[task]) for task, floor in floors.items() if task in means)
 
 
-def ranked(sheets: Mapping[str, Sheet], floors: Mapping[str, float]) -> list[str]:
-    """Names from best to worst: those that meet the floors first, then by mean.
-
-    With equal numbers of items for all, the order of means is that of posterior means.
-    """
-    return sorted(sheets, key=lambda name: (shortfall(sheets[name], floors), -sheets[name].mean))
-
-
 def items_to_decide(winner: Sheet, other: Sheet) -> int | None:
     """How many items would show a difference as large as this one, four times in five.
 

@@ -19,7 +19,7 @@ from objectives.scores import Interval, bootstrap
 from search.gaussian import believed
 from search.racing import HOPE, PANEL, Belief, Estimate, Race, Strata, elect
 from search.samplers import make_sampler
-from search.selection import SELECT_SHARE, Sheet, ranked, verdict
+from search.selection import SELECT_SHARE, Sheet, verdict
 from search.space import UNIFORM, Point, Space
 
 COUNTS = {"search": 240, "select": 200, "test": 360}
@@ -262,7 +262,7 @@ class LuckyMaximum:
 
 @dataclass(frozen=True)
 class FreshItems:
-    """What a run concludes with: the best few on fresh items, the winner tested once on others."""
+    """The best few on fresh items, all of them; the winner tested once on others."""
 
     finalists: int = 8
 
@@ -271,10 +271,10 @@ class FreshItems:
 
     def select(self, replay: Replay) -> Export:
         searched = {key: replay.sheet(c, "search") for key, c in replay.complete().items()}
-        best = ranked(searched, {})[: self.finalists]
+        best = sorted(searched, key=lambda key: -searched[key].mean)[: self.finalists]
         known = replay.candidates
         both = {key: searched[key] + replay.sheet(known[key], "select") for key in best}
-        winner = known[ranked(both, {})[0]]
+        winner = known[max(both, key=lambda key: both[key].mean)]
         return tested(replay, winner, self.cost(replay))
 
 

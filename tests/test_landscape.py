@@ -7,17 +7,17 @@ import pytest
 from landscape import LANDSCAPES, Tabulated, coordinates, demo, null_flat, planted
 from replay import (
     COUNTS,
+    Elected,
     FixedItems,
     FreshItems,
-    Halving,
     LuckyMaximum,
     OptunaSampler,
-    PairedRace,
+    Raced,
     Replay,
     System,
-    difference_estimate,
     run,
 )
+from search.racing import Race
 from search.samplers import RANDOM_STARTUP, make_sampler
 
 
@@ -116,17 +116,18 @@ def test_items_are_dealt_to_the_tasks_by_weight_in_every_stretch(table):
             assert 8 <= (tasks[start : start + 40] == task).sum() <= 12
 
 
-def test_difference_estimate_of_part_of_the_items_is_right_on_average():
+def test_estimate_of_a_stopped_candidate_is_right_on_average():
     landscape = planted(0)
     one, other = some_recipes(landscape, 2)
     errors, claimed = [], []
     for seed in range(200):
         replay = Replay(landscape, seed)
-        candidate, reference = replay.candidate(one), replay.candidate(other)
-        replay.ask(candidate, 60)
-        estimate = difference_estimate(replay, candidate, reference)
-        errors.append(estimate.value - landscape.truth(one))
-        claimed.append(estimate.variance)
+        race = Race(replay.strata["search"])
+        race.finish(replay.ask(replay.candidate(other), COUNTS["search"]))
+        everything = replay.estimate(replay.answers(replay.candidate(one), "search"))
+        estimate = race.finish(replay.ask(replay.candidate(one), 60))
+        errors.append(estimate.value - everything.value)
+        claimed.append(estimate.variance * (1 - 60 / COUNTS["search"]))
     assert abs(np.mean(errors)) < 3 * (np.mean(claimed) / 200) ** 0.5
     assert np.mean(np.square(errors)) == pytest.approx(np.mean(claimed), rel=0.35)
 
@@ -141,19 +142,25 @@ def test_items_are_paid_for_once():
     assert replay.asked == 100
 
 
-@pytest.mark.parametrize("racer", [FixedItems, Halving, PairedRace])
-def test_same_seed_replays_the_same_run(racer):
-    system = System(auto, racer, FreshItems())
+def test_same_seed_replays_the_same_run():
+    system = System(auto, Raced, Elected())
     first, again = (run(system, planted(1), 1, [6000])[0] for _ in range(2))
     assert first == again
 
 
 def test_racing_tries_more_recipes_within_the_same_budget():
-    recipes = {
-        racer: run(System(auto, racer, LuckyMaximum()), planted(1), 1, [10_000])[0].recipes
-        for racer in (FixedItems, Halving, PairedRace)
-    }
-    assert recipes[FixedItems] < min(recipes[Halving], recipes[PairedRace])
+    raced, fixed = (
+        run(System(auto, racer, LuckyMaximum()), planted(1), 1, [10_000])[0].recipes
+        for racer in (Raced, FixedItems)
+    )
+    assert raced > 1.5 * fixed
+
+
+def test_election_keeps_to_its_share_and_is_no_part_of_the_search():
+    ends = run(System(auto, Raced, Elected()), planted(1), 1, [3000, 6000])
+    (alone,) = run(System(auto, Raced, Elected()), planted(1), 1, [6000])
+    assert ends[-1] == alone
+    assert all(end.export.asked <= 0.2 * end.asked for end in ends)
 
 
 def test_lucky_maximum_claims_more_than_fresh_items_do():

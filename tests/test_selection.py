@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from objectives.scores import Interval
-from search.selection import Sheet, ranked, shortfall, verdict
+from search.selection import Sheet, items_to_decide, shortfall, verdict
 
 WEIGHTS = {"x": 1.0, "y": 3.0}
 
@@ -20,11 +20,29 @@ def test_sheets_add_up_item_by_item():
     assert both.by_task == {"x": 0.25, "y": 0.5}
 
 
-def test_candidate_below_a_floor_ranks_behind_all_that_meet_it():
-    sheets = {"good": sheet(0, 0, 1, 1), "fair": sheet(1, 1, 0, 1)}
-    assert ranked(sheets, {}) == ["good", "fair"]
-    assert ranked(sheets, {"x": 0.5}) == ["fair", "good"]
-    assert shortfall(sheets["good"], {"x": 0.5}) == 0.5
+def test_shortfall_counts_the_tasks_that_were_asked():
+    assert shortfall(sheet(0, 0, 1, 1), {"x": 0.5}) == 0.5
+    assert shortfall(sheet(0, 1), {"x": 0.5, "y": 0.9}) == 0
+
+
+def test_items_to_decide_would_decide():
+    """With so many items, four tests in five of a true difference of that size succeed."""
+    generator = np.random.default_rng(0)
+
+    def answers(count):
+        luck = generator.random(count)
+        pair = luck < 0.55, np.where(generator.random(count) < 0.1, luck > 0.5, luck < 0.5)
+        return [Sheet(tuple(a.astype(float)), ("x",) * count, {"x": 1.0}) for a in pair]
+
+    undecided = [items_to_decide(*answers(100)) for _ in range(200)]
+    assert None in undecided
+    needed = items_to_decide(*answers(100_000))
+    assert needed is None
+    one, other = (np.array(s.answers) for s in answers(100_000))
+    gap, spread = (one - other).mean(), (one - other).var()
+    wanted = int(7.85 * spread / gap**2)
+    shown = [items_to_decide(*answers(wanted)) is None for _ in range(300)]
+    assert np.mean(shown) == pytest.approx(0.8, abs=0.08)
 
 
 def test_verdict_needs_every_interval_above_zero():
