@@ -96,7 +96,8 @@ def test_candidates_answer_the_same_first_items_and_splits_are_disjoint(finished
     assert max(counts) == 3
     assert min(counts) == 1  # somebody was stopped
     told = {trial.user_attrs["recipe"]: trial.user_attrs["items"] for trial in trials_of(run)}
-    assert told == {recipe: 8 * len(blocks[recipe]) for recipe in told}
+    donors = {recipe.key for recipe in bench.space.baselines().values()}  # raced by themselves
+    assert all(told[recipe] == 8 * len(blocks[recipe]) for recipe in told.keys() - donors)
 
 
 def test_warm_starts_come_first_and_base_scores_as_the_base(finished, zoo):
