@@ -29,7 +29,7 @@ from optuna.samplers import BaseSampler, RandomSampler
 from optuna.study import Study
 from optuna.trial import FrozenTrial, TrialState
 from scipy.linalg import cho_factor, cho_solve, solve_triangular
-from scipy.optimize import minimize
+from scipy.optimize import Bounds, minimize
 from scipy.stats import norm
 
 from search.places import Bits, Floats, Ints, Places, Population
@@ -186,9 +186,17 @@ class Data:
 def fitted(observed: tuple[Observed, ...]) -> Kernel:
     """The most probable hyper-parameters."""
     data = Data.of(observed)
-    start, _ = _prior(data.x.shape[1])
+    start, width = _prior(data.x.shape[1])
     known = (data.x, data.method, data.targets[:, 0], data.variance)
-    found = minimize(loss, start, known, jac=True, method="L-BFGS-B", options={"maxiter": 50})
+    found = minimize(
+        loss,
+        start,
+        known,
+        jac=True,
+        method="L-BFGS-B",
+        bounds=Bounds(start - 5 * width, start + 5 * width),  # a line search may leap far out
+        options={"maxiter": 50},
+    )
     return Kernel.of(found.x)
 
 
