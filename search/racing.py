@@ -21,8 +21,7 @@ from scipy.special import ndtr
 
 Floats = NDArray[np.float64]
 
-HOPE: Final = 0.1  # a candidate is asked on while its chance to end ahead is at least this
-FIELD_HOPE: Final = 0.05  # the same in a field, of the chance to be better than the leader
+HOPE: Final = 0.05  # a candidate is asked on while its chance to end ahead is at least this
 PANEL: Final = 5
 COMMON: Final = 1.0  # variance of what is common to all: more than any, as values are in [0, 1]
 
@@ -217,5 +216,5 @@ def elect(
         now = belief[left].given(*strata.moments(np.stack([ask(one, end) for one in left])))
         ranked = now.ranked([shortfall(one, end) for one in left])
         chances = now.above(ranked[0])
-        left, start = [left[i] for i in ranked if chances[i] >= FIELD_HOPE], end
+        left, start = [left[i] for i in ranked if chances[i] >= HOPE], end
     return left[0]

@@ -110,7 +110,9 @@ class Progress:
         line = f"trial {self._done}/{self._total}  {_value(trial)}  {what}"
         if trial.state == TrialState.FAIL:
             line += f"  failed: {printable(str(trial.user_attrs.get('error')))}"
-        elif better:
+        else:
+            line += f"  {trial.user_attrs['items']} items"
+        if better:
             line += "  <- best so far"
         self.console.print(escape(f"{line}  ({self._left()})"), highlight=False)
 
