@@ -215,8 +215,8 @@ def test_margins_are_stored_beside_the_values(finished):
     _, run = finished
     store = Store(run / DATABASE)
     key = next(iter(store.recipes("test")))
-    blocks = store.answers(key, "search").values()
-    items = [item for item in store.items() if item.split == "search"]
+    blocks = store.answers(key, "test").values()
+    items = [item for item in store.items() if item.split == "test"]
     answers = [answer for block in blocks for answer in block]
     for item, answer in zip(items, answers, strict=True):
         assert (answer.margin is None) == (item.task == "tell")
