@@ -31,6 +31,7 @@ from optuna.trial import FrozenTrial, TrialState
 from scipy.linalg import cho_factor, cho_solve, solve_triangular
 from scipy.optimize import Bounds, minimize
 from scipy.stats import norm
+from threadpoolctl import threadpool_limits
 
 from search.places import Bits, Floats, Ints, Places, Population
 from search.racing import Belief
@@ -310,16 +311,22 @@ class GaussianSampler(BaseSampler):
         complete = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
         if len(complete) < self.startup:
             return {}
+        running = study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
+        others = [other for other in running if other.number != trial.number]
+        with threadpool_limits(1, "blas"):  # the matrices are small: threads would wait, mostly
+            return self._proposal(complete, others)
+
+    def _proposal(
+        self, complete: Sequence[FrozenTrial], running: Sequence[FrozenTrial]
+    ) -> dict[str, Any]:
+        """The point to score after trials that are complete, and beside trials that run."""
         tried = self.places.population([known.params for known in complete])
         x = self.places.of(tried)
         observed = tuple(map(_observed, complete, tried.method.tolist(), x.tolist()))
         kernel = fitted(observed[: rung(len(observed), self.startup)])
         known = Posterior(Data.of(observed), kernel)
-        running = study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
-        others = self.places.population(
-            [other.params for other in running if other.number != trial.number]
-        )
-        if len(others):
+        if running:
+            others = self.places.population([other.params for other in running])
             known = known.joined(self.places.of(others), others.method)
             tried += others
         return self.places.point(self._best(known, tried))

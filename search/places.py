@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -64,7 +65,7 @@ class Places:
 
     space: Space
 
-    @property
+    @cached_property
     def searched(self) -> list[str]:
         """Names of the p parameters."""
         return [name for name, (low, high) in self.space.ranges.items() if low < high]
@@ -82,9 +83,7 @@ class Places:
         ]
         return Population(
             np.array([space.methods.index(point["method"]) for point in points], dtype=np.int64),
-            np.array([space.weights(point) for point in points]).reshape(
-                len(points), len(space.units), len(space.donors)
-            ),
+            space.weights(points),
             np.array(values).reshape(len(points), len(self.searched)),
         )
 
@@ -146,8 +145,7 @@ class Places:
         for number, name in enumerate(self.space.methods):
             rows = some.method == number
             weights[rows] = effective(name, some.weights[rows])
-            active = [searched in self.space.active(name) for searched in self.searched]
-            values[rows] = np.where(active, some.values[rows], self._defaults)
+            values[rows] = np.where(self._active[number], some.values[rows], self._defaults)
         return np.hstack([np.log1p(weights).reshape(len(some), -1), values])
 
     def _allowed(self, weights: Floats) -> Floats:
@@ -158,7 +156,12 @@ class Places:
         allowed: Floats = even * np.clip(scale, *self.space.scale)
         return allowed
 
-    @property
+    @cached_property
+    def _active(self) -> list[list[bool]]:
+        followed = [self.space.active(method) for method in self.space.methods]
+        return [[name in names for name in self.searched] for names in followed]
+
+    @cached_property
     def _defaults(self) -> Floats:
         ranges = [(self.space.default(name), *self.space.ranges[name]) for name in self.searched]
         return np.array([(default - low) / (high - low) for default, low, high in ranges])

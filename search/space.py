@@ -19,7 +19,7 @@ from optuna.distributions import BaseDistribution, CategoricalDistribution, Floa
 
 from merge_engine.methods import METHODS, Base, Param
 from merge_engine.recipe import Recipe, RecipeError, load_recipe
-from search.places import without_trifles
+from search.places import Floats, without_trifles
 from search.spec import StudySpec, followers, searchable
 
 Point = Mapping[str, Any]
@@ -102,19 +102,21 @@ class Space:
             for name, distribution in distributions.items()
         )
 
-    def weights(self, point: Point) -> list[tuple[float, ...]]:
-        """Each unit's weights of the k donors; their mean is the unit's scale."""
+    def weights(self, points: Sequence[Point]) -> Floats:
+        """Each point's weights in each of the u units of the k donors, (n, u, k).
+
+        Their mean over the donors is the unit's scale.
+        """
         k, units = len(self.donors), range(len(self.units))
-        shares = [
-            _mixture([point[self._name(f"mix_{i}", unit)] for i in range(1, k)]) for unit in units
-        ]
-        scales = [[k * self._get(point, "scale", unit)] for unit in units]
-        weights = np.array(scales) * without_trifles(np.array(shares))
-        return [tuple(unit) for unit in weights.round(6).tolist()]
+        names = [[self._name(f"mix_{i}", unit) for i in range(1, k)] for unit in units]
+        sticks = np.array([[[p[name] for name in unit] for unit in names] for p in points])
+        scales = np.array([[self._get(p, "scale", unit) for unit in units] for p in points])
+        shares = without_trifles(_mixture(sticks.reshape(len(points), len(names), k - 1)))
+        return (k * scales.reshape(len(points), -1, 1) * shares).round(6)
 
     def recipe(self, point: Point) -> Recipe:
         """The recipe a point stands for; parameters its method has not are left out."""
-        weights = self.weights(point)
+        weights: list[tuple[float, ...]] = [*map(tuple, self.weights([point])[0].tolist())]
         method = str(point["method"])
         chosen = self._heaviest(weights, METHODS[method].donors[1])
         if METHODS[method].base is Base.ENDPOINT:
@@ -349,14 +351,13 @@ def _within(epsilon: float, density: float) -> float:
     return min(epsilon, max(room, 0.0))
 
 
-def _mixture(sticks: Sequence[float]) -> list[float]:
-    """Break the unit stick k-1 times: k shares, uniform on the simplex for uniform sticks."""
-    shares, left = [], 1.0
-    for place, stick in enumerate(sticks):
-        share = left * (1 - (1 - stick) ** (1 / (len(sticks) - place)))
-        shares.append(share)
-        left -= share
-    return [*shares, max(left, 0.0)]
+def _mixture(sticks: Floats) -> Floats:
+    """Break unit sticks (..., k - 1) into shares (..., k), uniform for uniform sticks."""
+    left, shares = np.ones(sticks.shape[:-1]), []
+    for place, more in enumerate(range(sticks.shape[-1], 0, -1)):
+        shares.append(left * (1 - (1 - sticks[..., place]) ** (1 / more)))
+        left = left - shares[-1]
+    return np.stack([*shares, np.maximum(left, 0.0)], axis=-1)
 
 
 def _sticks(shares: Sequence[float]) -> list[float]:
