@@ -45,7 +45,7 @@ JITTER = 1e-6
 KINSHIP = 0.4
 # The share of a trial's variance that is not common to all trials. It cannot be fitted: near
 # recipes are lucky on the same items, which makes them seem exact.
-LUCK = 0.3
+LUCK = 0.1
 
 # The search for the highest acquisition: random candidates, good ones to step from, steps from
 # each, and their widths.
