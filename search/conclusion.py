@@ -9,6 +9,7 @@ from optuna.trial import TrialState
 
 from merge_engine.recipe import Recipe
 from objectives.scores import bootstrap
+from search.front import believed_front, confirmed
 from search.gaussian import believed
 from search.racing import Floats, elect
 from search.result import (
@@ -22,7 +23,13 @@ from search.result import (
     package_versions,
 )
 from search.runner import Candidate, Run
-from search.selection import SELECT_SHARE, Sheet, items_to_decide, shortfall, verdict
+from search.selection import (
+    SELECT_SHARE,
+    Sheet,
+    items_to_decide,
+    shortfall,
+    verdict,
+)
 from search.space import UNIFORM
 from search.spec import StudyError
 
@@ -60,7 +67,7 @@ def choose(run: Run) -> Choice:
         np.array([trial.user_attrs["variance"] for trial in trials]),
     )
     floors = run.spec.objective.constraints
-    missed = [trial.constraints.get("floors", 0.0) for trial in trials]
+    missed = [candidate.missed for candidate in candidates]
     best = belief.ranked(missed)[: run.spec.search.finalists]
     run.progress.stage(f"asking the best {len(best)} recipes the select items")
     asked = [0] * len(best)
@@ -89,6 +96,27 @@ def choose(run: Run) -> Choice:
     return Choice(winner, float(belief.means[best[place]]), selected)
 
 
+def find_front(run: Run) -> list[Candidate]:
+    """Those whom no other is believed to beat on every task, fresh select items considered."""
+    candidates, finalists = run.candidates(), run.spec.search.finalists
+    least = min(candidate.missed for candidate in candidates)
+    candidates = [candidate for candidate in candidates if candidate.missed == least]
+    trials = [candidate.trial for candidate in candidates]
+    places, beliefs = believed_front(
+        run.bench.space,
+        [trial.params for trial in trials],
+        {
+            task: np.array([trial.user_attrs["tasks"][task] for trial in trials])
+            for task in run.bench.weights
+        },
+        finalists,
+    )
+    front = [candidates[place] for place in places]
+    run.progress.stage(f"asking the {len(front)} recipes of the front the select items")
+    answers = [run.sheet(candidate.recipe, "select").answers for candidate in front]
+    return [front[i] for i in confirmed(beliefs, run.strata("select"), np.array(answers))]
+
+
 def conclude(run: Run) -> tuple[Result, Recipe]:
     """Choose the winner, ask it and its inputs the test items, and say what is true of it.
 
@@ -97,8 +125,10 @@ def conclude(run: Run) -> tuple[Result, Recipe]:
     choice = choose(run)
     recipe, best_donor = choice.candidate.recipe, run.best_donor()
     baselines = run.bench.space.baselines()
+    front = find_front(run) if run.spec.search.front else []
     run.progress.stage("asking the winner and what it was made from the test items")
     winner = run.sheet(recipe, "test")
+    members = [tested_winner(run, candidate) for candidate in front]
     compared = {name: run.sheet(baseline, "test") for name, baseline in baselines.items()}
     seed = run.spec.search.seed
     intervals = {name: winner.minus(sheet, seed) for name, sheet in compared.items()}
@@ -106,16 +136,14 @@ def conclude(run: Run) -> tuple[Result, Recipe]:
         name: Baseline(test=score_of(sheet, seed), difference=Difference.of(intervals[name]))
         for name, sheet in compared.items()
     }
-    tested = run.store.recipes("test") - {baseline.key for baseline in baselines.values()}
+    known = {one.key for one in (recipe, *baselines.values(), *(one.recipe for one in front))}
+    tested = run.store.recipes("test") - known
     asked, scoring = run.store.scored()
     states = [trial.state for trial in run.finished()]
     result = Result(
         verdict=verdict([intervals[name] for name in baselines if name != UNIFORM]),
-        winner=Winner(
-            recipe=recipe.model_dump(mode="json"),
-            trial=choice.candidate.number,
-            test=score_of(winner, seed),
-        ),
+        winner=tested_winner(run, choice.candidate),
+        front=members,
         donors={model: found[model] for model in run.spec.models},
         base=found[run.spec.base_model],
         uniform=found[UNIFORM],
@@ -131,12 +159,21 @@ def conclude(run: Run) -> tuple[Result, Recipe]:
         failed_trials=states.count(TrialState.FAIL),
         item_evaluations=sum(asked.values()),
         items_asked=dict(asked),
-        times_tested=max(1, len(tested)),
+        times_tested=1 + len(tested),
         seconds=Seconds(score=scoring, **run.seconds()),
         seed=seed,
         versions=package_versions(),
     )
     return result, recipe
+
+
+def tested_winner(run: Run, candidate: Candidate) -> Winner:
+    """A chosen candidate's recipe, and its score on the test items."""
+    return Winner(
+        recipe=candidate.recipe.model_dump(mode="json"),
+        trial=candidate.number,
+        test=score_of(run.sheet(candidate.recipe, "test"), run.spec.search.seed),
+    )
 
 
 def score_of(sheet: Sheet, seed: int) -> Score:

@@ -19,7 +19,7 @@ are met (Gardner et al. 2014, https://proceedings.mlr.press/v32/gardner14.html).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -46,6 +46,7 @@ KINSHIP = 0.4
 # The share of a trial's variance that is not common to all trials. It cannot be fitted: near
 # recipes are lucky on the same items, which makes them seem exact.
 LUCK = 0.1
+AUGMENTATION = 0.05  # how much all goals count besides the one that is most behind
 
 # The search for the highest acquisition: random candidates, good ones to step from, steps from
 # each, and their widths.
@@ -282,10 +283,11 @@ class GaussianSampler(BaseSampler):
         space: What is searched.
         seed: Of this proposal.
         startup: Trials before; random points until then.
+        front: Whether each proposal has a goal of its own, between the tasks.
     """
 
-    def __init__(self, space: Space, seed: int, startup: int) -> None:
-        self.space, self.seed, self.startup = space, seed, startup
+    def __init__(self, space: Space, seed: int, startup: int, *, front: bool = False) -> None:
+        self.space, self.seed, self.startup, self.front = space, seed, startup, front
         self.places = Places(space)
         self._random = RandomSampler(seed=seed)
 
@@ -330,6 +332,12 @@ class GaussianSampler(BaseSampler):
         x = self.places.of(tried)
         observed = tuple(map(_observed, complete, tried.method.tolist(), x.tolist()))
         kernel = fitted(observed[: rung(len(observed), self.startup)])
+        if self.front:
+            goal = scalarised([trial.user_attrs["tasks"] for trial in complete], self.seed)
+            observed = tuple(
+                one._replace(value=value, variance=variance)
+                for one, (value, variance) in zip(observed, goal, strict=True)
+            )
         known = Posterior(Data.of(observed), kernel)
         if running:
             others = self.places.population([other.params for other in running])
@@ -369,6 +377,32 @@ def _observed(trial: FrozenTrial, method: int, place: list[float]) -> Observed:
         float(trial.user_attrs.get("variance", VARIANCE)),
         sum(max(value, 0.0) for value in trial.constraints.values()),
     )
+
+
+def scalarised(
+    estimates: Sequence[Mapping[str, Sequence[float]]], seed: int
+) -> list[tuple[float, float]]:
+    """One goal out of several, between which the seed draws weights: near the best in each.
+
+    The augmented Chebyshev function of ParEGO: Knowles 2006, eq. 2,
+    https://doi.org/10.1109/TEVC.2005.851274.
+
+    Args:
+        estimates: Of n trials: each task's value and its variance.
+        seed: Of the weights.
+
+    Returns:
+        A value and its variance for each trial.
+    """
+    values, variances = np.array([list(one.values()) for one in estimates]).transpose(2, 0, 1)
+    spread = np.ptp(values, axis=0)
+    spread[spread == 0] = 1.0
+    weights = np.random.default_rng(seed).dirichlet(np.ones(values.shape[1])) / spread
+    behind = weights * (values.max(axis=0) - values)  # (n, tasks)
+    goal = -(behind.max(axis=1) + AUGMENTATION * behind.sum(axis=1))
+    worst = behind.argmax(axis=1)
+    variance = weights[worst] ** 2 * variances[np.arange(len(values)), worst]
+    return list(zip(goal.tolist(), variance.tolist(), strict=True))
 
 
 def believed(space: Space, points: Sequence[Point], values: Floats, variances: Floats) -> Belief:

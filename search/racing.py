@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Final, NamedTuple
 
 import numpy as np
@@ -23,6 +24,7 @@ Floats = NDArray[np.float64]
 
 HOPE: Final = 0.05  # a candidate is asked on while its chance to end ahead is at least this
 PANEL: Final = 5
+UNKNOWN: Final = 0.25  # variance of a mean of which nothing is known but that it is in [0, 1]
 COMMON: Final = 1.0  # variance of what is common to all: more than any, as values are in [0, 1]
 
 
@@ -43,7 +45,7 @@ class Strata:
     """
 
     def __init__(self, tasks: Sequence[str], weights: Mapping[str, float]) -> None:
-        self.size = len(tasks)
+        self.tasks, self.weights, self.size = tuple(tasks), weights, len(tasks)
         names = np.array(tasks)
         self._of_task = [(weight, names == task) for task, weight in weights.items()]
 
@@ -76,6 +78,19 @@ class Strata:
         means, covariance = self.moments(values[None])
         return Estimate(float(means[0]), float(covariance[0, 0]))
 
+    @cached_property
+    def by_task(self) -> Mapping[str, Strata]:
+        """Of each task's items alone."""
+        return {
+            task: Strata((task,) * int(of_task.sum()), {task: 1.0})
+            for task, (_, of_task) in zip(self.weights, self._of_task, strict=True)
+        }
+
+    def parts(self, values: Floats) -> Mapping[str, Floats]:
+        """Each task's values among those (..., m) of the first m items."""
+        of_tasks = zip(self.weights, self._of_task, strict=True)
+        return {task: values[..., which[: values.shape[-1]]] for task, (_, which) in of_tasks}
+
 
 def ahead(strata: Strata, differences: Floats) -> float:
     """The chance that a mean which is ``differences`` (m) so far ends above zero after all items.
@@ -107,11 +122,13 @@ class Race:
         strata: Of all items.
         hope: As HOPE.
         panel: How many of the best complete candidates tell how difficult the items are.
+        front: Whether who may end ahead of each of the best in some task has hope.
     """
 
     strata: Strata
     hope: float = HOPE
     panel: int = PANEL
+    front: bool = False
     complete: list[Complete] = field(default_factory=list)  # best first
 
     def hopeful(self, answers: Floats) -> bool:
@@ -119,7 +136,19 @@ class Race:
         m = len(answers)
         if m in (0, self.strata.size) or not self.complete:
             return m < self.strata.size
-        return ahead(self.strata, answers - self.complete[0].answers[:m]) >= self.hope
+        if not self.front:
+            return ahead(self.strata, answers - self.complete[0].answers[:m]) >= self.hope
+        return all(
+            self._hopeful_in_a_task(answers - rival.answers[:m])
+            for rival in self.complete
+            if rival.shortfall == self.complete[0].shortfall
+        )
+
+    def _hopeful_in_a_task(self, differences: Floats) -> bool:
+        return any(
+            not len(part) or ahead(self.strata.by_task[task], part) >= self.hope
+            for task, part in self.strata.parts(differences).items()
+        )
 
     def finish(self, answers: Floats, shortfall: float = 0.0) -> Estimate:
         """Take the answers (m) of a candidate that is asked no more, and say what it is worth.
@@ -135,9 +164,30 @@ class Race:
             mean = self.strata.estimate(answers).value
             self.complete.append(Complete(shortfall, mean, answers))
             self.complete.sort(key=lambda one: (one.shortfall, -one.mean))
-        panel = np.mean([one.answers for one in self.complete[: self.panel]], axis=0)
-        difference = self.strata.estimate(answers - panel[: len(answers)])
-        return Estimate(self.strata.estimate(panel).value + difference.value, difference.variance)
+        return _beside(self._of_panel, answers, self.strata)
+
+    def by_task(self, answers: Floats) -> dict[str, Estimate]:
+        """The same for each task alone; one without an item so far is taken to be the panel's."""
+        panel = self.strata.parts(self._of_panel)
+        return {
+            task: _beside(panel[task], part, self.strata.by_task[task])
+            for task, part in self.strata.parts(answers).items()
+        }
+
+    @property
+    def _of_panel(self) -> Floats:
+        """The panel's mean answers to all items."""
+        mean: Floats = np.mean([one.answers for one in self.complete[: self.panel]], axis=0)
+        return mean
+
+
+def _beside(panel: Floats, answers: Floats, strata: Strata) -> Estimate:
+    """What the panel scores on all items (n), plus the difference to it on the first (m)."""
+    whole = strata.estimate(panel).value
+    if not len(answers):
+        return Estimate(whole, UNKNOWN)
+    difference = strata.estimate(answers - panel[: len(answers)])
+    return Estimate(whole + difference.value, difference.variance)
 
 
 @dataclass(frozen=True)

@@ -77,14 +77,16 @@ class Result(_Frozen):
     ``search_score`` is what the winner was told to be worth, on items it was chosen for, and
     ``believed_score`` that with the luck taken away; ``select_score`` is its mean on the select
     items it was asked, None if it had no rival. They are shown to be compared with
-    ``winner.test``. ``items_asked`` counts the item evaluations of each split. ``times_tested`` is
-    how many winners have been asked the test items so far: more than one if a finished run was
-    extended.
+    ``winner.test``. ``front`` are the recipes of which none was believed to beat another on every
+    task, before they were tested; none where the study does not look for them. ``items_asked``
+    counts the item evaluations of each split. ``times_tested`` is how many winners have been asked
+    the test items so far: more than one if a finished run was extended.
     """
 
     version: Literal[1] = 1
     verdict: Literal["better", "not better"]
     winner: Winner
+    front: list[Winner] = []
     donors: dict[str, Baseline]
     base: Baseline
     uniform: Baseline

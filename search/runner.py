@@ -12,7 +12,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -81,6 +81,11 @@ class Candidate:
     recipe: Recipe
     trial: FrozenTrial
     value: float
+
+    @property
+    def missed(self) -> float:
+        """By how much it misses the floors, as far as it was asked."""
+        return float(self.trial.constraints.get("floors", 0.0))
 
 
 @dataclass
@@ -173,6 +178,8 @@ class Run:
         estimate = race.finish(np.array(sheet.answers), missed)
         trial.set_user_attr("variance", estimate.variance)
         trial.set_user_attr("items", len(sheet.answers))
+        by_task = race.by_task(np.array(sheet.answers))
+        trial.set_user_attr("tasks", {task: [*astuple(one)] for task, one in by_task.items()})
         if self.spec.objective.constraints:
             trial.set_constraint("floors", missed)
         return self.study.tell(trial, estimate.value)
@@ -190,7 +197,8 @@ class Run:
 
     def _race(self) -> Race:
         """The race as the finished trials have left it; the best donor is there first."""
-        race, floors = Race(self.strata("search")), self.spec.objective.constraints
+        race = Race(self.strata("search"), front=self.spec.search.front)
+        floors = self.spec.objective.constraints
         best = self.best_donor()
         recipe = self.bench.space.baselines()[best]
         sheet = self.sheet(recipe, "search")
@@ -292,7 +300,9 @@ class Run:
         running = self.study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
         number = running[0].number if running else self._next_number()
         search = self.spec.search
-        self.study.sampler = make_sampler(search.sampler, self.bench.space, search.seed, number)
+        self.study.sampler = make_sampler(
+            search.sampler, self.bench.space, search.seed, number, front=search.front
+        )
         distributions = self.bench.space.distributions()
         if running:
             trial = Trial(self.study, running[0]._trial_id)

@@ -40,11 +40,13 @@ class Turn:
         space: The study's.
         seed: The study's.
         trial: Number of the trial to propose.
+        front: Whether every task is a goal of its own.
     """
 
     space: Space
     seed: int
     trial: int
+    front: bool = False
 
     @property
     def own_seed(self) -> int:
@@ -158,7 +160,7 @@ def van_der_corput(number: int) -> float:
 
 
 def _gp(turn: Turn) -> BaseSampler:
-    return GaussianSampler(turn.space, turn.own_seed, turn.startup)
+    return GaussianSampler(turn.space, turn.own_seed, turn.startup, front=turn.front)
 
 
 def _nsga2(turn: Turn) -> BaseSampler:
@@ -178,7 +180,12 @@ SAMPLERS: Final[Mapping[str, Callable[[Turn], BaseSampler]]] = MappingProxyType(
 )
 
 
-def make_sampler(name: str, space: Space, seed: int, trial: int) -> BaseSampler:
+FRONT_SAMPLERS: Final = ("auto", "gp", "sobol", "random")  # these do not follow one goal
+
+
+def make_sampler(
+    name: str, space: Space, seed: int, trial: int, *, front: bool = False
+) -> BaseSampler:
     """The sampler for one trial.
 
     Args:
@@ -186,7 +193,8 @@ def make_sampler(name: str, space: Space, seed: int, trial: int) -> BaseSampler:
         space: What is searched.
         seed: The study's.
         trial: Number of the trial it is to propose.
+        front: Whether every task is a goal of its own; for FRONT_SAMPLERS.
     """
     if optuna.logging.get_verbosity() != optuna.logging.ERROR:
         optuna.logging.set_verbosity(optuna.logging.ERROR)
-    return SAMPLERS[name](Turn(space, seed, trial))
+    return SAMPLERS[name](Turn(space, seed, trial, front))

@@ -20,7 +20,7 @@ from pydantic import (
 
 from merge_engine.methods import METHODS, Base, Param
 from merge_engine.recipe import DtypeName, RecipeError, check_keys, first_error, load_yaml
-from search.samplers import SAMPLERS
+from search.samplers import FRONT_SAMPLERS, SAMPLERS
 
 
 class StudyError(ValueError):
@@ -101,7 +101,8 @@ class Objective(_Frozen):
 class Search(_Frozen):
     """What is searched: ``scale`` is the donors' mean weight, ``ranges`` by parameter name.
 
-    ``start`` are recipes, or folders of runs that found them, to be tried first.
+    ``start`` are recipes, or folders of runs that found them, to be tried first. With ``front``
+    the recipes that none beats on every task are looked for, besides the best mean.
     """
 
     methods: tuple[str, ...] = Field(min_length=1)
@@ -113,6 +114,7 @@ class Search(_Frozen):
     finalists: PositiveInt = 8
     sampler: str = "auto"
     start: tuple[Path, ...] = ()
+    front: bool = False
     seed: NonNegativeInt = 0
 
 
@@ -299,6 +301,11 @@ def _check(spec: StudySpec, where: str) -> None:
                 f"more, got {len(spec.models)}; leave it out or add models"
             )
     _check_ways(spec.search, where)
+    if spec.search.front and spec.search.sampler not in FRONT_SAMPLERS:
+        raise StudyError(
+            f"{where}: search.front: the sampler {spec.search.sampler!r} looks for one goal alone; "
+            f"use one of {', '.join(FRONT_SAMPLERS)}"
+        )
     _check_range(where, "scale", spec.search.scale, (0.0, 100.0))
     known = searchable(spec.search.methods)
     for name, bounds in spec.search.ranges.items():

@@ -6,7 +6,7 @@ One live line in a terminal; plain lines, one for every trial, where there is no
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from optuna.trial import FrozenTrial, TrialState
@@ -18,7 +18,7 @@ from rich.progress import Progress as Bar
 from rich.table import Table
 
 from objectives.base import printable
-from search.result import Difference, Result, Score
+from search.result import Difference, Result, Score, Winner
 
 
 class Progress:
@@ -168,6 +168,8 @@ def print_result(console: Console, result: Result, run: Path) -> None:
     row("uniform", result.uniform.test, result.uniform.difference)
     row("winner", result.winner.test, None, style="bold")
     console.print(table)
+    if result.front:
+        _print_front(console, result.front, tasks, run)
     best = result.difference_to_best_donor
     gain = _interval(best.mean, best.ci95, "+")
     says = {
@@ -197,6 +199,21 @@ def print_result(console: Console, result: Result, run: Path) -> None:
         highlight=False,
     )
     console.print(f"{escape(str(run))}: recipe.yaml, result.json, checkpoint/", highlight=False)
+
+
+def _print_front(
+    console: Console, front: Sequence[Winner], tasks: Mapping[str, str], run: Path
+) -> None:
+    """The recipes that none beats on every task."""
+    table = Table(title="none of these beats another on every task; on test, %", box=SIMPLE_HEAD)
+    for name in ("trial", *tasks.values(), "mean", "method"):
+        table.add_column(escape(name), justify="right", no_wrap=True)
+    for one in front:
+        means = [f"{100 * one.test.tasks[task]:.1f}" for task in tasks]
+        mean = _half_width(one.test.mean, one.test.ci95)
+        table.add_row(str(one.trial), *means, mean, str(one.recipe["merge_method"]))
+    console.print(table)
+    console.print(f"mergesearch export {escape(str(run))} OUT --trial N saves one of them.")
 
 
 def _interval(mean: float, ci95: tuple[float, float], sign: str = "") -> str:

@@ -90,6 +90,38 @@ def test_chance_to_end_ahead_is_certain_when_all_is_asked():
     assert ahead(STRATA, other - one) == 0
 
 
+def test_in_a_race_for_the_front_who_leads_in_one_task_is_asked_on():
+    race, (best, other, poor) = Race(STRATA, front=True), drawn([0.95, 0.5, 0.05])
+    of_x = np.array(TASKS) == "x"
+    race.finish(np.where(of_x, other, best))
+    specialist = np.where(of_x, best, other)
+    assert all(race.hopeful(specialist[:end]) for end in ENDS if end < 120)
+    assert not race.hopeful(poor[:40]), "behind in both"
+    mean_alone = Race(STRATA)
+    mean_alone.finish(np.where(of_x, other, best))
+    assert not mean_alone.hopeful(specialist[:40]), "y weighs three times as much"
+    assert race.hopeful(np.where(of_x, best, poor)[:40])
+    race.finish(specialist)
+    assert not race.hopeful(np.where(of_x, 0.5 * best, poor)[:60]), "behind the specialist"
+
+
+def test_estimates_by_task_add_up_to_the_estimate():
+    race, (best, poor) = Race(STRATA), drawn([0.7, 0.3])
+    race.finish(best)
+    whole, parts = race.finish(poor[:40]), race.by_task(poor[:40])
+    weights = {task: weight / 4 for task, weight in WEIGHTS.items()}
+    assert whole.value == pytest.approx(sum(weights[t] * one.value for t, one in parts.items()))
+    variance = sum(weights[t] ** 2 * one.variance for t, one in parts.items())
+    assert whole.variance == pytest.approx(variance)
+
+
+def test_task_without_an_item_so_far_is_worth_what_the_best_are_but_unsure():
+    race, (best, poor) = Race(STRATA), drawn([0.7, 0.3])
+    race.finish(best)
+    assert race.by_task(poor[:1])["y"].value == race.by_task(best)["y"].value
+    assert race.by_task(poor[:1])["y"].variance > race.by_task(poor[:40])["y"].variance
+
+
 def test_candidate_that_answers_as_the_best_is_worth_as_much():
     race, (best, poor) = Race(STRATA), drawn([0.7, 0.3])
     race.finish(best)

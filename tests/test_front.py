@@ -1,0 +1,104 @@
+"""Several goals: the front, who is on it, and a search that looks for it."""
+
+import numpy as np
+import optuna
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
+
+from search.cli import main
+from search.front import believed_front, confirmed, nondominated, spread_out
+from search.racing import Belief, Strata
+from search.result import Result
+from search.samplers import make_sampler
+from search.space import Space
+
+SPACE = Space("base", ("a", "b"), ("task_arithmetic",), (0.0, 1.0), {})
+
+
+@given(arrays(float, (12, 3), elements=st.integers(0, 4)))
+def test_front_holds_whom_nobody_beats_and_beats_or_equals_all_others(values):
+    front = nondominated(values)
+    for place, row in enumerate(values):
+        beaten = any((o >= row).all() and (o > row).any() for o in values)
+        assert (place in front) != beaten
+
+
+@given(st.integers(2, 30), st.integers(0, 9))
+def test_front_that_is_thinned_out_keeps_its_ends(most, seed):
+    x = np.sort(np.random.default_rng(seed).random(30))
+    kept = spread_out(np.stack([x, 1 - x], axis=1), most)
+    assert len(kept) == most
+    assert {0, 29} <= set(kept)
+
+
+def test_crowded_members_of_a_front_leave_first():
+    x = np.array([0.0, 0.5, 0.51, 0.52, 1.0])
+    assert spread_out(np.stack([x, 1 - x], axis=1), 3) == [0, 1, 4]
+
+
+def values_at(scale):
+    """Two goals, best at either end: what one point scores."""
+    return {"x": [1 - (scale - 0.2) ** 2, 1e-6], "y": [1 - (scale - 0.8) ** 2, 1e-6]}
+
+
+def searched(front, count=40):
+    """Scales a study proposes after its warm starts."""
+    study = optuna.create_study(direction="maximize")
+    for _, point in SPACE.warm_starts():
+        study.enqueue_trial(point)
+    for number in range(count):
+        study.sampler = make_sampler("gp", SPACE, 0, number, front=front)
+        trial = study.ask(SPACE.distributions())
+        tasks = values_at(trial.params["scale"])
+        trial.set_user_attr("tasks", tasks)
+        trial.set_user_attr("variance", 1e-6)
+        study.tell(trial, (tasks["x"][0] + tasks["y"][0]) / 2)
+    return np.array([trial.params["scale"] for trial in study.trials[-20:]])
+
+
+def test_search_for_the_front_proposes_all_along_it_and_for_the_mean_at_one_place():
+    along, at_once = searched(front=True), searched(front=False)
+    inside = along[(along > 0.15) & (along < 0.85)]
+    assert len(inside) > 14
+    assert np.ptp(inside) > 0.4
+    assert len({int(10 * scale) for scale in inside}) >= 4
+    assert np.median(np.abs(at_once - 0.5)) < 0.1
+
+
+def test_front_is_that_of_what_is_believed_and_fresh_items_correct_it():
+    scales = np.linspace(0, 1, 11)
+    points = [SPACE.point("task_arithmetic", (scale, scale)) for scale in scales]
+    estimates = {t: np.array([values_at(scale)[t] for scale in scales]) for t in ("x", "y")}
+    front, beliefs = believed_front(SPACE, points, estimates, most=20)
+    assert scales[front] == pytest.approx([0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8])
+    unsure = {task: Belief(one.means, np.eye(len(front))) for task, one in beliefs.items()}
+    strata = Strata(("x", "y") * 50, {"x": 1.0, "y": 1.0})
+    answers = np.zeros((len(front), 100))
+    answers[2] = 1.0  # the third is right wherever the others are wrong
+    assert confirmed(unsure, strata, answers) == [2]
+
+
+def test_run_for_the_front_tests_its_recipes_and_running_again_changes_nothing(
+    make_study, tmp_path, capsys
+):
+    study = make_study(tmp_path, search__front=True, search__trials=14)
+    command = ["run", str(study), "--out", str(tmp_path / "run"), "--device", "cpu"]
+    assert main(command) == 0
+    first = Result.model_validate_json((tmp_path / "run" / "result.json").read_text())
+    assert first.front
+    assert len({one.trial for one in first.front}) == len(first.front)
+    assert all(set(one.test.tasks) == {"pick", "tell"} for one in first.front)
+    assert first.times_tested == 1
+    assert "none of these beats another on every task" in capsys.readouterr().out
+    assert main(command) == 0
+    again = Result.model_validate_json((tmp_path / "run" / "result.json").read_text())
+    assert again.front == first.front
+    assert again.item_evaluations == first.item_evaluations
+
+
+def test_front_is_refused_to_a_sampler_of_one_goal(make_study, tmp_path, capsys):
+    study = make_study(tmp_path, search__front=True, search__sampler="tpe")
+    assert main(["check", str(study)]) == 2
+    assert "search.front: the sampler 'tpe' looks for one goal alone" in capsys.readouterr().err
