@@ -23,6 +23,7 @@ from scipy.special import ndtr
 Floats = NDArray[np.float64]
 
 HOPE: Final = 0.05  # a candidate is asked on while its chance to end ahead is at least this
+FRONT_HOPE: Final = 0.2  # the same in one task of several: each of them is another chance
 PANEL: Final = 5
 UNKNOWN: Final = 0.25  # variance of a mean of which nothing is known but that it is in [0, 1]
 COMMON: Final = 1.0  # variance of what is common to all: more than any, as values are in [0, 1]
@@ -146,7 +147,7 @@ class Race:
 
     def _hopeful_in_a_task(self, differences: Floats) -> bool:
         return any(
-            not len(part) or ahead(self.strata.by_task[task], part) >= self.hope
+            not len(part) or ahead(self.strata.by_task[task], part) >= FRONT_HOPE
             for task, part in self.strata.parts(differences).items()
         )
 

@@ -1,23 +1,29 @@
-"""How much of a front a search finds for its item evaluations: one JSON line per system and seed.
+"""How much of a front a search finds for its item evaluations: one JSON line per system.
 
-    python tests/bench_front.py [--systems front,mean,random] [--seeds 10] [--budget 10000]
+    python tests/bench_front.py [--systems front,mean,random] [--seeds 10] [--budget 8000]
 
-On the demo's tabulated landscape, whose tasks are the goals. ``front`` searches as a study with
+``demo`` is the demo's tabulated landscape with its tasks as goals, which hardly conflict;
+``conflict`` has two goals whose best recipes are far apart. ``front`` searches as a study with
 ``search.front`` does, ``mean`` as one without, ``random`` by random points and all search items;
-all three choose their front in the same way. ``volume`` is the share of the goals' box, between
-the worst donor's and the best value known of each task, in which a point is beaten by the front's
-true values; ``lead`` compares it with the volume of all recipes of the table.
+all three choose their front in the same way. ``volume`` is the share of the goals' box in which a
+point is beaten by the front's true values. The box of ``demo`` lies between the worst donor's and
+the best tabulated value of each task, that of ``conflict`` between floor and top.
 """
 
 import argparse
 import json
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from itertools import product
+from typing import Protocol
 
 import numpy as np
 import optuna
 
-from landscape import LANDSCAPES, Floats, Tabulated
+from landscape import LANDSCAPES, Bits, Floats, Items, Landscape, Planted, Tabulated
+from merge_engine.recipe import Recipe
 from replay import Candidate, Raced, Replay
-from search.front import believed_front, confirmed, nondominated
+from search.front import believed_front, confirmed
 from search.racing import Race
 from search.samplers import make_sampler
 
@@ -25,9 +31,66 @@ FINALISTS = 8
 SYSTEMS = {"front": ("gp", True), "mean": ("gp", False), "random": ("random", False)}
 
 
-def by_task(table: Tabulated, answers: Floats) -> Floats:
-    """Means (n, tasks) of answers (n, m) to all items of the table."""
-    return np.stack([answers[:, table.tasks == task].mean(axis=1) for task in table.weights], 1)
+class Goals(Protocol):
+    """A landscape with the truth about each of its goals."""
+
+    landscape: Landscape
+    box: tuple[Floats, Floats]
+
+    def truth(self, recipe: Recipe) -> Floats:
+        """The value in each goal."""
+
+
+class Demo:
+    """Tasks of the demo."""
+
+    def __init__(self, seed: int) -> None:
+        table = LANDSCAPES["demo"](seed)
+        assert isinstance(table, Tabulated)
+        self.landscape = self.table = table
+        donors = [table.space.baselines()[donor] for donor in table.space.donors]
+        known = np.array([self.truth(recipe) for recipe in table.recipes])
+        self.box = np.array([self.truth(r) for r in donors]).min(axis=0), known.max(axis=0)
+
+    def truth(self, recipe: Recipe) -> Floats:
+        answers, tasks = self.table.answers(recipe), self.table.tasks
+        return np.array([answers[tasks == task].mean() for task in self.table.weights])
+
+
+@dataclass(frozen=True)
+class ConflictItems:
+    """Items of either goal in turn."""
+
+    goals: tuple[Items, Items]
+    tasks: tuple[str, ...]
+
+    def answers(self, recipe: Recipe) -> Bits:
+        first = np.array(self.tasks) == self.tasks[0]
+        return np.where(first, *(goal.answers(recipe) for goal in self.goals))
+
+
+class Conflict:
+    """Two planted goals with the same methods, their tops mirrored."""
+
+    weights: Mapping[str, float] = {"x": 1.0, "y": 1.0}  # noqa: RUF012  never written
+
+    def __init__(self, seed: int) -> None:
+        one = LANDSCAPES["planted"](seed)
+        assert isinstance(one, Planted)
+        centres = {m: (*(1.4 - np.array(at[:3])), *at[3:]) for m, at in one.centres.items()}
+        self.goals = one, replace(one, centres=centres, seed=seed + 1000)
+        self.space, self.landscape, self.best = one.space, self, one.best
+        self.box = np.full(2, one.floor), np.full(2, one.best)
+
+    def truth(self, recipe: Recipe) -> Floats:
+        return np.array([goal.truth(recipe) for goal in self.goals])
+
+    def draw(self, count: int, generator: np.random.Generator) -> ConflictItems:
+        one, other = (goal.draw(count, generator) for goal in self.goals)
+        return ConflictItems((one, other), ("x", "y") * (count // 2))
+
+
+PLACES = {"demo": Demo, "conflict": Conflict}
 
 
 def volume(front: Floats, low: Floats, high: Floats) -> float:
@@ -76,26 +139,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--systems", default=",".join(SYSTEMS))
     parser.add_argument("--seeds", type=int, default=10)
-    parser.add_argument("--budget", type=int, default=10_000)
+    parser.add_argument("--budget", type=int, default=8000)
     options = parser.parse_args()
     optuna.logging.set_verbosity(optuna.logging.ERROR)
-    for seed in range(options.seeds):
-        for system in options.systems.split(","):
-            table = LANDSCAPES["demo"](seed)
-            assert isinstance(table, Tabulated)
-            replay = Replay(table, seed)
-            front = search(replay, system, options.budget)
-            donors = [
-                r for name, r in table.space.baselines().items() if name in table.space.donors
-            ]
-            truth, known, of_donors = (
-                by_task(table, np.array([table.answers(recipe) for recipe in recipes]))
-                for recipes in ([c.recipe for c in front], table.recipes, donors)
-            )
-            box = of_donors.min(axis=0), known.max(axis=0)
-            found, most = volume(truth, *box), volume(known[nondominated(known)], *box)
-            line = {"system": system, "seed": seed, "asked": replay.asked, "recipes": len(front)}
-            print(json.dumps(line | {"volume": round(found, 4), "lead": round(found / most, 3)}))
+    for place, system in product(PLACES, options.systems.split(",")):
+        volumes = []
+        for seed in range(options.seeds):
+            goals = PLACES[place](seed)
+            front = search(Replay(goals.landscape, seed), system, options.budget)
+            truth = np.array([goals.truth(candidate.recipe) for candidate in front])
+            volumes.append(volume(truth, *goals.box))
+        line = {"landscape": place, "system": system, "budget": options.budget}
+        quartiles = np.quantile(volumes, [0.25, 0.5, 0.75]).round(4).tolist()
+        print(json.dumps(line | {"seeds": options.seeds, "volume": quartiles}), flush=True)
 
 
 if __name__ == "__main__":

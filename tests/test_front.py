@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from search.cli import main
-from search.front import believed_front, confirmed, nondominated, spread_out
+from search.front import believed_front, confirmed, nondominated, widest
 from search.racing import Belief, Strata
 from search.result import Result
 from search.samplers import make_sampler
@@ -25,17 +25,19 @@ def test_front_holds_whom_nobody_beats_and_beats_or_equals_all_others(values):
         assert (place in front) != beaten
 
 
-@given(st.integers(2, 30), st.integers(0, 9))
-def test_front_that_is_thinned_out_keeps_its_ends(most, seed):
-    x = np.sort(np.random.default_rng(seed).random(30))
-    kept = spread_out(np.stack([x, 1 - x], axis=1), most)
-    assert len(kept) == most
-    assert {0, 29} <= set(kept)
-
-
-def test_crowded_members_of_a_front_leave_first():
-    x = np.array([0.0, 0.5, 0.51, 0.52, 1.0])
-    assert spread_out(np.stack([x, 1 - x], axis=1), 3) == [0, 1, 4]
+def test_thinned_front_covers_what_the_whole_does_and_crowded_members_leave_first():
+    x = np.linspace(0, 1, 60)
+    arc = np.stack([np.cos(x * np.pi / 2), np.sin(x * np.pi / 2)], axis=1)
+    kept = widest(arc, 12)
+    assert len(kept) == len(set(kept)) == 12
+    points = np.random.default_rng(0).random((2000, 2))
+    covered, whole = (
+        (points[:, None] <= some[None]).all(axis=2).any(axis=1).mean() for some in (arc[kept], arc)
+    )
+    assert covered > 0.93 * whole
+    crowded = np.array([[0.0, 1.0], [0.4, 0.61], [0.41, 0.6], [0.42, 0.59], [0.9, 0.2]])
+    assert len({1, 2, 3} & set(widest(crowded, 2))) == 1
+    assert widest(crowded, 9) == [0, 1, 2, 3, 4]
 
 
 def values_at(scale):
