@@ -72,7 +72,7 @@ class ConflictItems:
 class Conflict:
     """Two planted goals with the same methods, their tops mirrored."""
 
-    weights: Mapping[str, float] = {"x": 1.0, "y": 1.0}  # noqa: RUF012  never written
+    weights: Mapping[str, float] = {"x": 1.0, "y": 1.0}
 
     def __init__(self, seed: int) -> None:
         one = LANDSCAPES["planted"](seed)
