@@ -61,7 +61,7 @@ _PLANS = 1024
 
 # ended texts leave a batch when no more than this share of its rows goes on: their leaving copies
 # the keys and values of all others
-_GOING = 0.75
+_GOING = 0.5
 
 # settings a model may ship with that do not change a greedy answer
 _HARMLESS = frozenset(
