@@ -6,11 +6,13 @@ import argparse
 import importlib.metadata
 import importlib.util
 import json
+import math
 import os
 import shutil
 import sys
 import warnings
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -96,6 +98,7 @@ def _parser() -> argparse.ArgumentParser:
 def _add_run_options(command: Any) -> None:
     command.add_argument("--trials", type=_count, help="instead of the study's number")
     command.add_argument("--seed", type=_seed, help="instead of the study's seed")
+    command.add_argument("--timeout", type=_seconds, help="search no longer than, like 90m or 8h")
     command.add_argument("--memory", type=_size, help="use no more than this, like 24GB")
     command.add_argument("--no-compile", action="store_true", help="merge in chunks instead")
 
@@ -110,6 +113,17 @@ def _seed(text: str) -> int:
     if not text.isdecimal():
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number")
     return int(text)
+
+
+def _seconds(text: str) -> float:
+    number, unit = text[:-1], text[-1:]
+    try:
+        seconds = float(number) * {"s": 1, "m": 60, "h": 3600}[unit]
+    except (ValueError, KeyError):
+        seconds = 0.0
+    if not 0 < seconds < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r} is no length of time like 45s, 90m or 8h")
+    return seconds
 
 
 def _size(text: str) -> int:
@@ -173,7 +187,7 @@ def _run(options: Any) -> None:
     search = spec.search.model_copy(update=wanted)
     spec = spec.model_copy(update={"search": search})
     machine = Machine(_device(options), options.memory, not options.no_compile)
-    _session(spec, options.out, machine, _finish)
+    _session(spec, options.out, machine, partial(_finish, timeout=options.timeout or math.inf))
 
 
 def _session(
@@ -202,12 +216,12 @@ def _session(
             progress.stop()
 
 
-def _finish(run: Run, console: Console) -> None:
+def _finish(run: Run, console: Console, timeout: float) -> None:
     """Search, choose, export, report: each step finds what an earlier session has done."""
     from search.conclusion import conclude
     from search.terminal import print_result
 
-    run.search()
+    run.search(timeout)
     result, recipe = conclude(run)
     _replace_text(run.folder / "recipe.yaml", recipe.to_yaml())
     checkpoint = run.folder / "checkpoint"

@@ -8,6 +8,7 @@ depend on the finished trials alone.
 from __future__ import annotations
 
 import fcntl
+import math
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -136,8 +137,11 @@ class Run:
                 "Restore the task files, or choose another --out"
             )
 
-    def search(self) -> None:
+    def search(self, timeout: float = math.inf) -> None:
         """Ask and tell until the study has its trials.
+
+        Args:
+            timeout: Seconds of this session after which no trial but the first is begun.
 
         Raises:
             StudyError: One of the study's own models does not work.
@@ -150,7 +154,10 @@ class Run:
                 raise StudyError(f"{name} alone: {error}") from error
         race = self._race()
         self.progress.start(self.spec.search.trials, self.finished())
-        while len(self.finished()) < self.spec.search.trials:
+        while (done := len(self.finished())) < self.spec.search.trials:
+            if done and time.perf_counter() - self._started > timeout:
+                self.progress.note("the time is up; run it again to go on searching")
+                break
             trial = self._ask()
             recipe = self.bench.space.recipe(trial.params)
             trial.set_user_attr("recipe", recipe.key)

@@ -212,7 +212,14 @@ def test_help_and_version_are_quick_and_fit_a_screen():
 
 
 @pytest.mark.parametrize(
-    "option", [["--trials", "0"], ["--trials", "-3"], ["--seed", "x"], ["--memory", "lots"]]
+    "option",
+    [
+        ["--trials", "0"],
+        ["--trials", "-3"],
+        ["--seed", "x"],
+        ["--memory", "lots"],
+        ["--timeout", "8"],
+    ],
 )
 def test_wrong_option_is_exit_2(make_study, tmp_path, capsys, option):
     study = make_study(tmp_path)

@@ -159,6 +159,17 @@ def _blocks(run):
         return 0
 
 
+def test_run_whose_time_is_up_concludes_and_goes_on_as_if_it_had_not(finished, tmp_path, capsys):
+    study, run = finished
+    command = ["run", str(study), "--out", str(tmp_path / "run"), "--device", "cpu"]
+    assert main([*command, "--timeout", "0.001s"]) == 0
+    early = Result.model_validate_json((tmp_path / "run" / "result.json").read_text())
+    assert early.trials == 1
+    assert "the time is up" in capsys.readouterr().out
+    assert main(command) == 0
+    assert decisions(tmp_path / "run") == decisions(run)
+
+
 def test_another_study_is_refused_with_the_difference(finished, tmp_path, capsys):
     study, run = finished
     changed = yaml.safe_load(study.read_text())
