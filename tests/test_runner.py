@@ -159,6 +159,17 @@ def _blocks(run):
         return 0
 
 
+def test_winner_of_an_earlier_run_is_tried_again(finished, make_study, tmp_path):
+    _, earlier = finished
+    winner, _ = load_recipe(earlier / "recipe.yaml")
+    study = make_study(tmp_path, search__start=[str(earlier)], search__trials=14)
+    run = tmp_path / "run"
+    assert main(["run", str(study), "--out", str(run), "--device", "cpu"]) == 0
+    (again,) = [trial for trial in trials_of(run) if trial.user_attrs.get("start") == "start 1"]
+    assert again.user_attrs["recipe"] == winner.key
+    assert again.state == TrialState.COMPLETE
+
+
 def test_run_whose_time_is_up_concludes_and_goes_on_as_if_it_had_not(finished, tmp_path, capsys):
     study, run = finished
     command = ["run", str(study), "--out", str(tmp_path / "run"), "--device", "cpu"]
