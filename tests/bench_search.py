@@ -11,9 +11,7 @@ over the seeds; all values are in [0, 1].
 reported of it less that truth, ``optimism_mean`` its mean; ``covered`` the share of 95 % intervals
 that hold the truth; ``reached`` the share of runs with 95 % of the way from the uniform average to
 the best; ``better`` the share of verdicts that say so; ``method`` the share of runs whose recipe is
-of the best method, where that is known. Behind a system's budgets comes ``reached_at``: quartiles
-of the first of them at which a run's export has 95 % of the way, null where it never had.
-``--runs`` prints every run's own line, too.
+of the best method, where that is known. ``--runs`` prints every run's own line, too.
 
 The rivals ``cma-lucky`` and ``stock-cmaes`` need ``pip install cma cmaes``.
 """
@@ -143,20 +141,6 @@ def summary(rows: Sequence[Row]) -> Row:
     return found
 
 
-def reached_at(rows: Sequence[Row]) -> Row:
-    """One row of when a system's runs on a landscape first export a recipe that is good enough."""
-    first: dict[object, float] = defaultdict(lambda: np.inf)
-    for row in rows:
-        first[row["seed"]] = min(first[row["seed"]], row["budget"] if row["reached"] else np.inf)
-    quartiles = np.quantile([*first.values()], [0.25, 0.5, 0.75], method="inverted_cdf").tolist()
-    return {
-        "landscape": rows[0]["landscape"],
-        "system": rows[0]["system"],
-        "seeds": len(first),
-        "reached_at": [int(budget) if np.isfinite(budget) else None for budget in quartiles],
-    }
-
-
 def main() -> None:
     """Replay and print."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -180,10 +164,6 @@ def main() -> None:
                     print(json.dumps(row), flush=True)
                 if len(same) == options.seeds:
                     print(json.dumps(summary(same)), flush=True)
-            every = gathered[rows[0]["landscape"], rows[0]["system"]]
-            every += rows
-            if len(every) == options.seeds * len(budgets):
-                print(json.dumps(reached_at(every)), flush=True)
 
 
 if __name__ == "__main__":
