@@ -12,9 +12,8 @@ out near 1, and where one method is best the others would never be looked for.
 
 Rasmussen and Williams 2006, "Gaussian Processes for Machine Learning", eqs. 4.17, 5.9 and 2.25.
 The next trial is where improvement upon the best posterior mean is expected (Jones et al. 1998,
-https://doi.org/10.1023/A:1008306431147), less where a trial's noise would hide what is to be learnt
-(Huang et al. 2006, https://doi.org/10.1007/s10898-005-2454-3, eq. 12), times the chance that floors
-are met (Gardner et al. 2014, https://proceedings.mlr.press/v32/gardner14.html).
+https://doi.org/10.1023/A:1008306431147), times the chance that floors are met (Gardner et al. 2014,
+https://proceedings.mlr.press/v32/gardner14.html).
 """
 
 from __future__ import annotations
@@ -43,9 +42,6 @@ if TYPE_CHECKING:
 VARIANCE = 0.001  # of a trial that does not say: 250 items, half of them right
 JITTER = 1e-6
 KINSHIP = 0.4
-# The share of a trial's variance that is not common to all trials. It cannot be fitted: near
-# recipes are lucky on the same items, which makes them seem exact.
-LUCK = 0.1
 AUGMENTATION = 0.05  # how much all goals count besides the one that is most behind
 
 # The search for the highest acquisition: random candidates, good ones to step from, steps from
@@ -254,8 +250,6 @@ class Posterior:
         gain = np.ones(len(x))
         if allowed.any():
             gain = expected_improvement(means[:, 0], deviation, self.at_trials.max())
-            noise = LUCK * self.data.variance.mean()
-            gain *= 1 - np.sqrt(noise / (noise + deviation**2))
         if not allowed.all():
             gain *= norm.cdf((means[:, 1] - self.data.enough) / deviation)
         return np.where(across.max(axis=1) < self.kernel.signal * (1 - 1e-6), gain, -1.0)
