@@ -25,8 +25,8 @@ Floats = NDArray[np.float64]
 HOPE: Final = 0.05  # a candidate is asked on while its chance to end ahead is at least this
 FRONT_HOPE: Final = 0.2  # the same in one task of several: each of them is another chance
 PANEL: Final = 5
-UNKNOWN: Final = 0.25  # variance of a mean of which nothing is known but that it is in [0, 1]
-COMMON: Final = 1.0  # variance of what is common to all: more than any, as values are in [0, 1]
+COMMON: Final = 1000.0  # variance of what is common to all, in that of one: far more than any
+UNCERTAIN: Final = 1e6  # variance of a value of which nothing is known, in any unit
 
 
 @dataclass(frozen=True)
@@ -186,7 +186,7 @@ def _beside(panel: Floats, answers: Floats, strata: Strata) -> Estimate:
     """What the panel scores on all items (n), plus the difference to it on the first (m)."""
     whole = strata.estimate(panel).value
     if not len(answers):
-        return Estimate(whole, UNKNOWN)
+        return Estimate(whole, UNCERTAIN)
     difference = strata.estimate(answers - panel[: len(answers)])
     return Estimate(whole + difference.value, difference.variance)
 
@@ -205,8 +205,8 @@ class Belief:
 
     @classmethod
     def vague(cls, count: int) -> Belief:
-        """Of values in [0, 1] of which nothing is known."""
-        return cls(np.zeros(count), np.eye(count))
+        """Of values of which nothing is known."""
+        return cls(np.zeros(count), UNCERTAIN * np.eye(count))
 
     def __getitem__(self, some: Sequence[int]) -> Belief:
         return Belief(self.means[some], self.covariance[np.ix_(some, some)])
@@ -216,7 +216,7 @@ class Belief:
 
         Only differences count: how difficult the new items are is common to all.
         """
-        noise = covariance + COMMON
+        noise = covariance + COMMON * np.trace(self.covariance + covariance) / len(means)
         gain = np.linalg.solve(self.covariance + noise, self.covariance).T
         return Belief(
             self.means + gain @ (means - self.means), self.covariance - gain @ self.covariance

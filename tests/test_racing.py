@@ -5,6 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
+from scipy.special import ndtr
 
 from search.racing import Belief, Race, Strata, ahead, elect
 from search.selection import Sheet
@@ -155,6 +156,24 @@ def test_how_difficult_new_items_are_moves_nobody():
     noise = np.diag([0.01, 0.01])
     easy, hard = (before.given(np.array([0.3, 0.5]) + ease, noise) for ease in (0.2, -0.2))
     assert np.diff(easy.means) == pytest.approx(np.diff(hard.means), abs=3e-3)
+
+
+@given(st.floats(0.01, 1000), st.integers(0, 9))
+def test_belief_and_its_chances_are_the_same_in_any_unit(unit, seed):
+    generator = np.random.default_rng(seed)
+    prior, noise = (a @ a.T + 0.01 * np.eye(4) for a in generator.random((2, 4, 4)))
+    means, found = generator.random((2, 4))
+    one = Belief(means, prior).given(found, noise)
+    other = Belief(unit * means, unit**2 * prior).given(unit * found, unit**2 * noise)
+    assert other.means == pytest.approx(unit * one.means)
+    assert other.above(2) == pytest.approx(one.above(2), abs=1e-6)
+
+
+def test_what_nothing_was_known_of_is_believed_as_it_was_found_in_any_unit():
+    found, noise = np.array([20.0, 31.0, 29.0]), np.diag([4.0, 4.0, 9.0])
+    after = Belief.vague(3).given(found, noise)
+    assert np.diff(after.means) == pytest.approx(np.diff(found), rel=1e-3)
+    assert after.above(1)[2] == pytest.approx(ndtr(-2 / 13**0.5), abs=1e-3)
 
 
 def field(answers):
