@@ -38,17 +38,14 @@ from replay import (
     OptunaSampler,
     Raced,
     System,
-    WeightsCma,
     run,
 )
-from rivals import Started, Stock, WeightsGa
+from rivals import Started, Stock, WeightsCma, WeightsGa
 from search.space import UNIFORM
 
 Row = dict[str, object]
 AUTO = partial(OptunaSampler, "auto")
 RANDOM = partial(OptunaSampler, "random")
-GP = partial(OptunaSampler, "gp")
-
 TPE = partial(OptunaSampler, "tpe")
 GA7 = partial(WeightsGa, 7, "task_arithmetic")
 GA25 = partial(WeightsGa, 25, "task_arithmetic")
@@ -64,7 +61,6 @@ SYSTEMS: Mapping[str, System] = {
     "full-elected": System(AUTO, FixedItems, Elected()),
     "tpe-raced": System(TPE, Raced, Elected()),
     "random-raced": System(RANDOM, Raced, Elected()),
-    "gp": System(GP, FixedItems, FreshItems()),
     "tpe-lucky": System(TPE, FixedItems, LuckyMaximum(), baselines=False),
     "random-lucky": System(RANDOM, FixedItems, LuckyMaximum(), baselines=False),
     "random-fresh": System(RANDOM, FixedItems, FreshItems()),

@@ -17,6 +17,36 @@ from replay import Estimate, Sampler
 from search.space import Point, Space
 
 
+class WeightsCma:
+    """CMA-ES over the weights of one method, from the uniform average, as mergekit-evolve does.
+
+    Start and width are its published defaults (x0 = 1/n, sigma0 = 1/6); weights are kept at or
+    above zero, and within the space's scale.
+    """
+
+    def __init__(self, method: str, space: Space, seed: int) -> None:
+        import cma  # here alone: the other systems do without
+
+        k = len(space.donors)
+        self.method, self.space = method, space
+        options = {"seed": seed + 1, "verbose": -9, "bounds": [0, None]}
+        self.strategy = cma.CMAEvolutionStrategy([1 / k] * k, 1 / 6, options)
+        self.proposed: list[Floats] = []
+        self.values: list[float] = []
+
+    def ask(self) -> Point:
+        if len(self.values) == len(self.proposed):
+            if self.values:
+                self.strategy.tell(self.proposed, [-value for value in self.values])
+            self.proposed, self.values = self.strategy.ask(), []
+        weights = self.proposed[len(self.values)]
+        most = self.space.scale[1] / max(weights.mean(), self.space.scale[1])
+        return self.space.point(self.method, tuple(weights * most))
+
+    def tell(self, estimate: Estimate) -> None:
+        self.values.append(estimate.value)
+
+
 class Stock:
     """A sampler of Optuna's, as anyone would make it.
 
