@@ -151,6 +151,7 @@ class FastHFLM(HFLM):  # type: ignore[misc]  # lm-eval is published without type
         self._plan_generation = functools.lru_cache(_PLANS)(self._plan_continuations)
         on_cpu = self.device.type == "cpu"
         self._read = batch_size * (TOKENS_PER_SEQUENCE_ON_CPU if on_cpu else TOKENS_PER_SEQUENCE)
+        self._tail = last_mlp(self.model)
         self.modes = Modes()  # none until tried
         settle_modes(self)
 
@@ -321,7 +322,7 @@ class FastHFLM(HFLM):  # type: ignore[misc]  # lm-eval is published without type
             dtype=self.mixed_precision_dtype,
             enabled=self.mixed_precision_dtype is not None,
         )
-        tail = last_mlp(self.model) if self.modes.tail and tokens.shape[1] > 1 else None
+        tail = self._tail if self.modes.tail and tokens.shape[1] > 1 else None
         with autocast, only_at(tail, kept) if tail is not None else contextlib.nullcontext():
             return cast("Tensor", self.model(tokens, **settings).logits)
 

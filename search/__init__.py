@@ -2,7 +2,8 @@
 
 ``cli`` the commands · ``spec`` study.yaml · ``space`` points to recipes and back · ``samplers``
 who proposes: ``gaussian`` by a model of the trials, which has recipes at ``places`` · ``bench`` the
-live model, donors and items of a study · ``storage`` what survives a kill · ``scoring`` a recipe's
-answers · ``selection`` winner and verdict · ``runner`` the loop · ``result`` result.json ·
-``terminal`` what the user sees.
+live model, donors and items of a study · ``plan`` what a study or recipe will take · ``storage``
+what survives a kill, ``frozen`` items among it · ``scoring`` a recipe's answers · ``racing`` who is
+asked more of them · ``runner`` the loop · ``front`` and ``selection`` who wins, and is it true ·
+``conclusion`` the end of a run · ``result`` result.json · ``terminal`` what the user sees.
 """

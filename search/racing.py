@@ -46,7 +46,7 @@ class Strata:
     """
 
     def __init__(self, tasks: Sequence[str], weights: Mapping[str, float]) -> None:
-        self.tasks, self.weights, self.size = tuple(tasks), weights, len(tasks)
+        self.weights, self.size = weights, len(tasks)
         names = np.array(tasks)
         self._of_task = [(weight, names == task) for task, weight in weights.items()]
 

@@ -76,12 +76,16 @@ def stored_spec(run: Path) -> StudySpec:
 
 @dataclass(frozen=True)
 class Candidate:
-    """A recipe, the number of the trial that first proposed it, and its last trial's value."""
+    """A recipe, the number of the trial that first proposed it, and its last trial."""
 
     number: int
     recipe: Recipe
     trial: FrozenTrial
-    value: float
+
+    @property
+    def value(self) -> float:
+        """What it was told to be worth."""
+        return float(self.trial.values[0])
 
     @property
     def missed(self) -> float:
@@ -237,7 +241,7 @@ class Run:
         """How many items of a split have been asked after each of its blocks."""
         return list(accumulate(map(len, self.scorer.blocks(split))))
 
-    def _faults(self, recipe: Recipe, items: int) -> list[tuple[str, str]]:
+    def _faults(self, recipe: Recipe, items: int | None = None) -> list[tuple[str, str]]:
         """Task and reason of each of the first search items whose answer could not be judged."""
         answers = self.scorer.answers(recipe, "search", items)
         asked = zip(self.bench.tasks_of("search"), answers, strict=False)
@@ -254,7 +258,7 @@ class Run:
         Raises:
             StudyError: Nothing of a task could be: that is not the model's doing.
         """
-        faults = self._faults(recipe, self.strata("search").size)
+        faults = self._faults(recipe)
         asked = Counter(self.bench.tasks_of("search"))
         for task, count in Counter(task for task, _ in faults).items():
             reason = next(reason for at, reason in faults if at == task)
@@ -276,7 +280,7 @@ class Run:
         for trial in self.study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,)):
             recipe = self.bench.space.recipe(trial.params)
             first = found[recipe.key].number if recipe.key in found else trial.number
-            found[recipe.key] = Candidate(first, recipe, trial, float(trial.values[0]))
+            found[recipe.key] = Candidate(first, recipe, trial)
         return list(found.values())
 
     def recipe_of(self, number: int) -> Recipe:
