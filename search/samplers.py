@@ -7,21 +7,31 @@ a killed run goes on exactly as it would have.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Final
 
+import numpy as np
 import optuna
 from optuna.distributions import (
     BaseDistribution,
     CategoricalDistribution,
     FloatDistribution,
 )
-from optuna.samplers import BaseSampler, NSGAIISampler, RandomSampler, TPESampler
+from optuna.exceptions import ExperimentalWarning
+from optuna.samplers import (
+    BaseSampler,
+    CmaEsSampler,
+    NSGAIIISampler,
+    NSGAIISampler,
+    RandomSampler,
+    TPESampler,
+)
 from optuna.study import Study
-from optuna.trial import FrozenTrial
+from optuna.trial import FrozenTrial, TrialState
 from scipy.stats.qmc import Sobol
 
 from search.gaussian import GaussianSampler
@@ -30,6 +40,7 @@ if TYPE_CHECKING:
     from search.space import Space
 
 RANDOM_STARTUP = 5  # random points after the warm starts, before a model of them is trusted
+POPULATION = 20  # of the genetic samplers
 
 
 @dataclass(frozen=True)
@@ -87,6 +98,105 @@ class _Tpe(TPESampler):
         trial: FrozenTrial,  # noqa: ARG002
     ) -> dict[str, BaseDistribution]:
         return {name: it for name, it in sorted(self._known.items()) if not it.single()}
+
+
+class _CmaEs(CmaEsSampler):
+    """Optuna's, of the numbers alone; the method is drawn by TPE, from those that score well.
+
+    It begins in the middle of the space: the warm starts teach TPE alone.
+    """
+
+    def __init__(self, turn: Turn) -> None:
+        super().__init__(
+            seed=turn.own_seed,
+            independent_sampler=TPESampler(seed=turn.own_seed, n_startup_trials=turn.startup),
+            warn_independent_sampling=False,
+        )
+        self._known = _numbers(turn.space)
+
+    def infer_relative_search_space(
+        self,
+        study: Study,  # noqa: ARG002
+        trial: FrozenTrial,  # noqa: ARG002
+    ) -> dict[str, BaseDistribution]:
+        return {**self._known}
+
+
+class _CatCma(BaseSampler):
+    """CatCMA with margin: one distribution of numbers and method, learned generation by generation.
+
+    It is made anew from the complete trials it proposed, in their order; a generation that is not
+    whole waits. Hamano et al. 2025, https://arxiv.org/abs/2504.07884.
+    """
+
+    DRAWN = "catcma"  # a trial's attribute: its numbers as they were drawn, some beyond their range
+
+    def __init__(self, turn: Turn) -> None:
+        self._space, self._seed = turn.space, turn.own_seed
+        self._known = _numbers(turn.space)
+
+    def infer_relative_search_space(
+        self,
+        study: Study,  # noqa: ARG002
+        trial: FrozenTrial,  # noqa: ARG002
+    ) -> dict[str, BaseDistribution]:
+        return self._space.distributions()
+
+    def sample_relative(
+        self,
+        study: Study,
+        trial: FrozenTrial,
+        search_space: dict[str, BaseDistribution],  # noqa: ARG002
+    ) -> dict[str, Any]:
+        from cmaes import CatCMAwM  # an extra
+
+        methods = self._space.methods
+        strategy = CatCMAwM(
+            x_space=[[of.low, of.high] for of in self._known.values()] or None,
+            c_space=[len(methods)] if len(methods) > 1 else None,
+            seed=self._seed,
+        )
+        complete = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+        proposed = [known for known in complete if self.DRAWN in known.system_attrs]
+        size = strategy.population_size
+        for end in range(size, len(proposed) + 1, size):
+            ranked = sorted(proposed[end - size : end], key=_rank)
+            # It learns from ranks alone; equal values would leave it without a spread.
+            strategy.tell([(self._solution(known), rank) for rank, known in enumerate(ranked)])
+        drawn = strategy.ask()
+        raw = [] if drawn.x is None else drawn._v_raw.tolist()
+        study._storage.set_trial_system_attr(trial._trial_id, self.DRAWN, raw)
+        method = methods[0 if drawn.c is None else int(drawn.c.argmax())]
+        numbers = [] if drawn.x is None else drawn.x.tolist()
+        return {"method": method, **dict(zip(self._known, numbers, strict=True))}
+
+    def sample_independent(
+        self,
+        study: Study,  # noqa: ARG002
+        trial: FrozenTrial,  # noqa: ARG002
+        param_name: str,
+        param_distribution: BaseDistribution,  # noqa: ARG002
+    ) -> Any:
+        raise AssertionError(f"{param_name} is not of this study's space")
+
+    def _solution(self, trial: FrozenTrial) -> Any:
+        """What was drawn for a trial, as the strategy wants it told."""
+        from cmaes import CatCMAwM
+
+        raw = np.array(trial.system_attrs[self.DRAWN])
+        chosen = [[method == trial.params["method"] for method in self._space.methods]]
+        return CatCMAwM.Solution(x=raw, c=np.array(chosen), _v_raw=raw)
+
+
+def _rank(trial: FrozenTrial) -> tuple[float, float]:
+    """Before whom a trial comes: who misses the floors less, then who scores more."""
+    return sum(max(value, 0.0) for value in trial.constraints.values()), -float(trial.values[0])
+
+
+def _numbers(space: Space) -> dict[str, FloatDistribution]:
+    """What is searched besides the method."""
+    known = space.distributions()
+    return {name: of for name, of in known.items() if isinstance(of, FloatDistribution)}
 
 
 class _Given(BaseSampler):
@@ -164,7 +274,13 @@ def _gp(turn: Turn) -> BaseSampler:
 
 
 def _nsga2(turn: Turn) -> BaseSampler:
-    return NSGAIISampler(seed=turn.own_seed, population_size=20)
+    return NSGAIISampler(seed=turn.own_seed, population_size=POPULATION)
+
+
+def _nsga3(turn: Turn) -> BaseSampler:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ExperimentalWarning)  # since 2023
+        return NSGAIIISampler(seed=turn.own_seed, population_size=POPULATION)
 
 
 SAMPLERS: Final[Mapping[str, Callable[[Turn], BaseSampler]]] = MappingProxyType(
@@ -172,14 +288,17 @@ SAMPLERS: Final[Mapping[str, Callable[[Turn], BaseSampler]]] = MappingProxyType(
         "auto": _gp,
         "gp": _gp,
         "tpe": _Tpe,
+        "cmaes": _CmaEs,
+        "catcma": _CatCma,
         "nsga2": _nsga2,
+        "nsga3": _nsga3,
         "sobol": _sobol,
         "random": _random,
         "grid": _grid,
     }
 )
 
-
+CMA_SAMPLERS: Final = ("cmaes", "catcma")  # these need the package cmaes
 FRONT_SAMPLERS: Final = ("auto", "gp", "sobol", "random")  # these do not follow one goal
 
 

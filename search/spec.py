@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+import importlib.util
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -20,7 +21,7 @@ from pydantic import (
 
 from merge_engine.methods import METHODS, Base, Param
 from merge_engine.recipe import DtypeName, RecipeError, check_keys, first_error, load_yaml
-from search.samplers import FRONT_SAMPLERS, SAMPLERS
+from search.samplers import CMA_SAMPLERS, FRONT_SAMPLERS, SAMPLERS
 
 
 class StudyError(ValueError):
@@ -300,12 +301,7 @@ def _check(spec: StudySpec, where: str) -> None:
                 f"{where}: search.methods: {method} needs {METHODS[method].donors[0]} models or "
                 f"more, got {len(spec.models)}; leave it out or add models"
             )
-    _check_ways(spec.search, where)
-    if spec.search.front and spec.search.sampler not in FRONT_SAMPLERS:
-        raise StudyError(
-            f"{where}: search.front: the sampler {spec.search.sampler!r} looks for one goal alone; "
-            f"use one of {', '.join(FRONT_SAMPLERS)}"
-        )
+    _check_ways(spec, where)
     _check_range(where, "scale", spec.search.scale, (0.0, 100.0))
     known = searchable(spec.search.methods)
     for name, bounds in spec.search.ranges.items():
@@ -315,9 +311,24 @@ def _check(spec: StudySpec, where: str) -> None:
             raise StudyError(f"{where}: objective.include_path: no folder {path}")
 
 
-def _check_ways(search: Search, where: str) -> None:
+def _check_ways(spec: StudySpec, where: str) -> None:
     """Check how the study is searched."""
+    search = spec.search
     check_keys(f"{where}: search.sampler", [search.sampler], SAMPLERS)
+    if search.sampler in CMA_SAMPLERS and not importlib.util.find_spec("cmaes"):
+        raise StudyError(
+            f"{where}: search.sampler: {search.sampler} needs the package cmaes; "
+            "pip install 'mergesearch[cmaes]'"
+        )
+    if search.front and search.sampler not in FRONT_SAMPLERS:
+        raise StudyError(
+            f"{where}: search.front: the sampler {search.sampler!r} looks for one goal alone; "
+            f"use one of {', '.join(FRONT_SAMPLERS)}"
+        )
+    if search.sampler == "cmaes" and spec.objective.constraints:
+        raise StudyError(
+            f"{where}: objective.constraints: the sampler 'cmaes' knows no floors; use 'catcma'"
+        )
     if search.sampler == "grid" and len(set(search.scale)) == 1:
         raise StudyError(f"{where}: search.sampler: a grid needs a range of scale, like [0, 1]")
     for path in search.start:

@@ -13,7 +13,7 @@ that hold the truth; ``reached`` the share of runs with 95 % of the way from the
 the best; ``better`` the share of verdicts that say so; ``method`` the share of runs whose recipe is
 of the best method, where that is known. ``--runs`` prints every run's own line, too.
 
-The rivals ``cma-lucky`` and ``stock-cmaes`` need ``pip install cma cmaes``.
+The rival ``cma-lucky`` needs ``pip install cma``.
 """
 
 import argparse
@@ -60,6 +60,8 @@ SYSTEMS: Mapping[str, System] = {
     "full-lucky": System(AUTO, FixedItems, LuckyMaximum()),
     "full-elected": System(AUTO, FixedItems, Elected()),
     "tpe-raced": System(TPE, Raced, Elected()),
+    "cmaes-raced": System(partial(OptunaSampler, "cmaes"), Raced, Elected()),
+    "catcma-raced": System(partial(OptunaSampler, "catcma"), Raced, Elected()),
     "random-raced": System(RANDOM, Raced, Elected()),
     "tpe-lucky": System(TPE, FixedItems, LuckyMaximum(), baselines=False),
     "random-lucky": System(RANDOM, FixedItems, LuckyMaximum(), baselines=False),

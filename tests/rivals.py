@@ -1,8 +1,8 @@
 """What others search recipes with, at their own settings, for ``replay.run``.
 
 Evolution over one method's weights, as mergekit-evolve (``WeightsCma``, which needs the package
-``cma``) and mergenetic (``WeightsGa``) do it, and Optuna's samplers as they come (``Stock``; its
-CMA-ES needs the package ``cmaes``). ``Started`` lets any of them have our warm starts.
+``cma``) and mergenetic (``WeightsGa``) do it, and Optuna's samplers as they come (``Stock``).
+``Started`` lets any of them have our warm starts.
 """
 
 from collections.abc import Callable

@@ -5,19 +5,29 @@ import optuna
 import pytest
 from optuna.trial import Trial
 
-from search.samplers import RANDOM_STARTUP, SAMPLERS, make_sampler
+from search.samplers import CMA_SAMPLERS, RANDOM_STARTUP, SAMPLERS, make_sampler
 from search.space import Space
+from search.storage import Store
 
 SPACE = Space("base", ("a", "b"), ("task_arithmetic", "ties"), (0.0, 1.0), {"density": (0.1, 1.0)})
 STARTS = len(SPACE.warm_starts())
 
 
-def asked(name, count, killed=False):
-    """Params of ``count`` trials; killed: each was at work when its process died."""
-    study = optuna.create_study(direction="maximize")
+def asked(name, count, killed=False, database=None):
+    """Params of ``count`` trials.
+
+    Args:
+        name: Of the sampler.
+        count: Of trials.
+        killed: Each trial was at work when its process died.
+        database: Where the study is; for the last four trials it is opened again.
+    """
+    study = optuna.create_study(direction="maximize") if database is None else opened(database)
     for _, point in SPACE.warm_starts():
         study.enqueue_trial(point)
     for number in range(count):
+        if database and number == count - 4:
+            study = opened(database)
         study.sampler = make_sampler(name, SPACE, 3, number)
         trial = study.ask()
         if killed:
@@ -29,6 +39,10 @@ def asked(name, count, killed=False):
     return [trial.params for trial in study.trials]
 
 
+def opened(database):
+    return Store(database).study()
+
+
 @pytest.mark.parametrize("name", sorted(SAMPLERS.keys() - {"auto"}))
 def test_killed_trial_is_proposed_again(name):
     count = STARTS + RANDOM_STARTUP + 12
@@ -37,7 +51,13 @@ def test_killed_trial_is_proposed_again(name):
     assert all(SPACE.contains(point) for point in points)
 
 
-@pytest.mark.parametrize("name", ["gp", "tpe", "nsga2"])
+@pytest.mark.parametrize("name", CMA_SAMPLERS)
+def test_what_a_strategy_has_learned_is_in_the_database(name, tmp_path):
+    count = STARTS + 14
+    assert asked(name, count, database=tmp_path / "study.db") == asked(name, count)
+
+
+@pytest.mark.parametrize("name", ["gp", "tpe", "cmaes", "catcma", "nsga2", "nsga3"])
 def test_models_of_the_trials_beat_chance(name):
     late = {
         name: np.mean([p["scale"] - p["mix_1"] ** 2 for p in asked(name, STARTS + 80)[-20:]])

@@ -1,6 +1,9 @@
+import sys
+
 import pytest
 import yaml
 
+from search.samplers import CMA_SAMPLERS
 from search.spec import StudyError, load_study
 
 
@@ -32,6 +35,17 @@ def test_number_fixes_and_range_searches(make_study, tmp_path):
     assert spec.search.ranges == {"density": (0.2, 0.9), "normalize": (1.0, 1.0)}
 
 
+@pytest.mark.parametrize("sampler", CMA_SAMPLERS)
+def test_sampler_whose_package_is_missing_names_the_extra(
+    make_study, tmp_path, monkeypatch, sampler
+):
+    file = make_study(tmp_path, search__sampler=sampler, objective__constraints={})
+    assert load_study(file).search.sampler == sampler
+    monkeypatch.setitem(sys.modules, "cmaes", None)  # as if it was not installed
+    with pytest.raises(StudyError, match=r"pip install 'mergesearch\[cmaes\]'"):
+        load_study(file)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -43,6 +57,7 @@ def test_number_fixes_and_range_searches(make_study, tmp_path):
         ({"search__sampler": "tep"}, "search.sampler: unknown key 'tep'; did you mean 'tpe'"),
         ({"search__density": [0.9, 0.2]}, r"search.density: \[0.9, 0.2\] is not a range within"),
         ({"search__start": ["no.yaml"]}, "search.start: .*no.yaml is no recipe, and no run that"),
+        ({"search__sampler": "cmaes", "objective__constraints": {"pick": 0.1}}, "no floors; use"),
         ({"search__sampler": "grid", "search__scale": 1}, "a grid needs a range of scale"),
         ({"search__density": 3}, r"search.density: \[3, 3\] is not a range within \[0, 1\]"),
         ({"search__trials": 0}, "search.trials: Input should be greater than 0"),
