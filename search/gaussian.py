@@ -20,7 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property, lru_cache
+from functools import cache, cached_property, lru_cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -28,10 +28,12 @@ from optuna.distributions import BaseDistribution
 from optuna.samplers import BaseSampler, RandomSampler
 from optuna.study import Study
 from optuna.trial import FrozenTrial, TrialState
-from scipy.linalg import cho_factor, cho_solve, solve_triangular
+from scipy.linalg import cho_factor, cho_solve
+from scipy.linalg.lapack import dtrtri
 from scipy.optimize import Bounds, minimize
+from scipy.spatial.distance import cdist
 from scipy.stats import norm
-from threadpoolctl import threadpool_limits
+from threadpoolctl import ThreadpoolController
 
 from search.places import Bits, Floats, Ints, Places, Population
 from search.racing import Belief
@@ -82,15 +84,14 @@ class Kernel:
     def __call__(self, a: Floats, of_a: Ints, b: Floats, of_b: Ints) -> Floats:
         """Covariances (n, m) of places (n, d) and (m, d) with their methods (n) and (m)."""
         distance = self.distance(a, b)
-        matern = (1 + distance + distance**2 / 3) * np.exp(-distance)
+        matern = (1 + distance * (1 + distance / 3)) * np.exp(-distance)
         covariance: Floats = self.signal * matern * kinship(of_a, of_b)
         return covariance
 
     def distance(self, a: Floats, b: Floats) -> Floats:
         """sqrt(5) times the distance in lengths, (n, m)."""
-        a, b = a / self.lengths, b / self.lengths
-        square = (a**2).sum(axis=1)[:, None] + (b**2).sum(axis=1) - 2 * a @ b.T
-        distances: Floats = np.sqrt(5 * np.maximum(square, 0.0))
+        to_lengths = 5**0.5 / self.lengths
+        distances: Floats = cdist(a * to_lengths, b * to_lengths)
         return distances
 
 
@@ -124,7 +125,7 @@ def loss(
     kernel = Kernel.of(theta)
     distance = kernel.distance(x, x)
     decay = np.exp(-distance)
-    signal = kernel.signal * (1 + distance + distance**2 / 3) * decay
+    signal = kernel.signal * (1 + distance * (1 + distance / 3)) * decay
     kin = kinship(method, method)
     noise = kernel.noise * variance
     factor = cho_factor(signal * kin + np.diag(noise + JITTER), lower=True)
@@ -209,8 +210,10 @@ class Posterior:
         self.data, self.kernel = data, kernel
         covariance = kernel(data.x, data.method, data.x, data.method)
         noise = np.diag(kernel.noise * data.variance + JITTER)
-        self._factor = np.linalg.cholesky(covariance + noise)
-        self._alpha = cho_solve((self._factor, True), data.targets)
+        # Its inverse, because a product with many candidates is faster than solving for them.
+        self._whitening, _ = dtrtri(np.linalg.cholesky(covariance + noise), lower=1)
+        self._alpha = self._whitening.T @ (self._whitening @ data.targets)
+        self._at_trials = covariance @ self._alpha
 
     def means(self, x: Floats, method: Ints) -> Floats:
         """Targets without noise (m, 2) to expect at places (m, d)."""
@@ -234,8 +237,7 @@ class Posterior:
     @cached_property
     def at_trials(self) -> Floats:
         """Means at the trials' own places, (n); of those that miss a floor, minus infinity."""
-        means = self.means(self.data.x, self.data.method)[:, 0]
-        return np.where(self.data.allowed, means, -np.inf)
+        return np.where(self.data.allowed, self._at_trials[:, 0], -np.inf)
 
     def acquisition(self, x: Floats, method: Ints) -> Floats:
         """The expected improvement of a trial at each place (m, d), if it meets the floors.
@@ -243,8 +245,9 @@ class Posterior:
         Minus one where there was a trial already.
         """
         across = self.kernel(x, method, self.data.x, self.data.method)
-        half = solve_triangular(self._factor, across.T, lower=True)
-        deviation = np.sqrt(np.maximum(self.kernel.signal - (half**2).sum(axis=0), 1e-12))
+        white = across @ self._whitening.T
+        known = np.einsum("mn,mn->m", white, white)
+        deviation = np.sqrt(np.maximum(self.kernel.signal - known, 1e-12))
         means = across @ self._alpha
         allowed = self.data.allowed
         gain = np.ones(len(x))
@@ -268,6 +271,12 @@ def rung(count: int, first: int) -> int:
     while (higher := step + max(1, step // 8)) <= count:
         step = higher
     return step
+
+
+@cache
+def _libraries() -> ThreadpoolController:
+    """Those with threads of their own; to find them takes longer than a proposal's sums."""
+    return ThreadpoolController()
 
 
 class GaussianSampler(BaseSampler):
@@ -310,12 +319,13 @@ class GaussianSampler(BaseSampler):
         search_space: dict[str, BaseDistribution],  # noqa: ARG002
     ) -> dict[str, Any]:
         """The next point."""
-        complete = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+        trials = study.get_trials(deepcopy=False)  # at once: a database takes its time
+        complete = [known for known in trials if known.state == TrialState.COMPLETE]
         if len(complete) < self.startup:
             return {}
-        running = study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
+        running = [known for known in trials if known.state == TrialState.RUNNING]
         others = [other for other in running if other.number != trial.number]
-        with threadpool_limits(1, "blas"):  # the matrices are small: threads would wait, mostly
+        with _libraries().limit(limits=1, user_api="blas"):  # small matrices: threads would wait
             return self._proposal(complete, others)
 
     def _proposal(

@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -79,6 +80,10 @@ class Space:
 
     def distributions(self) -> dict[str, BaseDistribution]:
         """Optuna's view: the same names for every method, fixed parameters left out."""
+        return dict(self._distributions)
+
+    @cached_property
+    def _distributions(self) -> Mapping[str, BaseDistribution]:
         ranges = {
             **{self._name("scale", unit): self.scale for unit in range(len(self.units))},
             **{
@@ -108,10 +113,10 @@ class Space:
         Their mean over the donors is the unit's scale.
         """
         k, units = len(self.donors), range(len(self.units))
-        names = [[self._name(f"mix_{i}", unit) for i in range(1, k)] for unit in units]
-        sticks = np.array([[[p[name] for name in unit] for unit in names] for p in points])
+        names = [self._name(f"mix_{i}", unit) for unit in units for i in range(1, k)]
+        sticks = np.array([[p[name] for name in names] for p in points])
         scales = np.array([[self._get(p, "scale", unit) for unit in units] for p in points])
-        shares = without_trifles(_mixture(sticks.reshape(len(points), len(names), k - 1)))
+        shares = without_trifles(_mixture(sticks.reshape(len(points), len(units), k - 1)))
         return (k * scales.reshape(len(points), -1, 1) * shares).round(6)
 
     def recipe(self, point: Point) -> Recipe:
@@ -217,6 +222,10 @@ class Space:
 
         Labels and points; those outside the study's ranges are left out.
         """
+        return list(self._warm_starts)
+
+    @cached_property
+    def _warm_starts(self) -> Sequence[tuple[str, dict[str, Any]]]:
         k = len(self.donors)
         ones = (1.0,) * k
         starts: list[tuple[str, dict[str, Any]]] = []
