@@ -41,11 +41,13 @@ class Item:
         key: Hex hash of what is asked and what is right; equal keys are the same question, even
             in two tasks or twice in one.
         doc_id: Row of the task's evaluation split, counted from 0.
+        written: Whether a model writes its answer, and the length of what it writes counts.
     """
 
     task: str
     key: str
     doc_id: int
+    written: bool = False
 
 
 @dataclass(frozen=True)
@@ -74,11 +76,13 @@ class Answer:
         margin: The same on a continuous scale, where the task has one: it shows a small change
             that leaves ``value`` as it is. Log-likelihoods are natural.
         fault: Why the answer could not be judged, as printable text; ``value`` is then 0.
+        tokens: How many tokens the model wrote for it, those that ended its texts included.
     """
 
     value: float
     margin: float | None = None
     fault: str | None = None
+    tokens: int = 0
 
 
 class Objective(Protocol):

@@ -74,6 +74,7 @@ _HARMLESS = frozenset(
 )
 
 LogLikelihood = tuple[float, bool]
+Written = tuple[str, int]  # a text, and the tokens that the model wrote for it
 
 
 @dataclass(frozen=True)
@@ -329,28 +330,64 @@ class FastHFLM(HFLM):  # type: ignore[misc]  # lm-eval is published without type
     # -- generation ------------------------------------------------------------------------
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
-        """Each prompt's greedy continuation up to a stop string."""
-        texts = [""] * len(requests)
-        ours: dict[str, list[int]] = defaultdict(list)
-        theirs = []
+        """Each prompt's continuation up to a stop string."""
+        return [text for text, _ in self.written(requests, disable_tqdm)]
+
+    def written(self, requests: Sequence[Instance], disable_tqdm: bool = True) -> list[Written]:
+        """The same, with the number of tokens up to the one that ended each text."""
+        texts: list[Written] = [("", 0)] * len(requests)
+        alike: dict[str, list[int]] = defaultdict(list)
         for number, request in enumerate(requests):
-            if self._is_greedy(request.args[1]):
-                ours[repr(request.args[1])].append(number)
+            alike[repr(request.args[1])].append(number)
+        for numbers in alike.values():
+            wanted = [requests[number] for number in numbers]
+            if self._is_greedy(wanted[0].args[1]):
+                found = self._greedy_texts(wanted)
             else:
-                theirs.append(number)
-        for numbers in ours.values():
-            decoding = self._decoding(requests[numbers[0]].args[1])
-            prompts = tuple(requests[number].args[0] for number in numbers)
-            plan = self._plan_generation(prompts, decoding.max_tokens)
-            generated = self._decode_all(plan, decoding)
-            for number, tokens in zip(numbers, generated, strict=True):
-                texts[number] = self._text(tokens, decoding)
-                self.cache_hook.add_partial("generate_until", requests[number].args, texts[number])
-        if theirs:
-            answers = super().generate_until([requests[number] for number in theirs], disable_tqdm)
-            for number, text in zip(theirs, answers, strict=True):
+                found = self._stock_texts(wanted, disable_tqdm)
+            for number, text in zip(numbers, found, strict=True):
                 texts[number] = text
         return texts
+
+    def _greedy_texts(self, requests: Sequence[Instance]) -> list[Written]:
+        """Greedy continuations of prompts whose settings are the same."""
+        decoding = self._decoding(requests[0].args[1])
+        prompts = tuple(request.args[0] for request in requests)
+        plan = self._plan_generation(prompts, decoding.max_tokens)
+        texts = [
+            (self._text(tokens, decoding), len(tokens))
+            for tokens in self._decode_all(plan, decoding)
+        ]
+        for request, (text, _) in zip(requests, texts, strict=True):
+            self.cache_hook.add_partial("generate_until", request.args, text)
+        return texts
+
+    def _stock_texts(self, requests: Sequence[Instance], disable_tqdm: bool) -> list[Written]:
+        """``HFLM``'s own continuations of prompts whose settings are the same."""
+
+        def place(number: int) -> tuple[int, str]:  # in the order HFLM asks them
+            prompt = requests[number].args[0]
+            return -len(self.tok_encode(prompt)), prompt
+
+        order = sorted(range(len(requests)), key=place)
+        self._lengths: list[int] = []
+        texts = super().generate_until([requests[number] for number in order], disable_tqdm)
+        written = dict(zip(order, zip(texts, self._lengths, strict=True), strict=True))
+        return [written[number] for number in range(len(requests))]
+
+    def _model_generate(
+        self, context: Tensor, max_length: int, stop: list[str], **settings: Any
+    ) -> Tensor:
+        """As ``HFLM``'s, with the number of tokens up to each row's own end in ``_lengths``."""
+        rows: Tensor = super()._model_generate(context, max_length, stop, **settings)
+        before = context.shape[1] if self.backend == "causal" else 1
+        for row in rows[:, before:].tolist():
+            decoding = self._ending(stop, len(row))
+            lengths = range(1, len(row) + 1)
+            self._lengths.append(
+                next(n for n in lengths if not self._going({0: row[:n]}, decoding))
+            )
+        return rows
 
     def _is_greedy(self, settings: dict[str, Any]) -> bool:
         """Whether plain greedy decoding is all that is asked for, by request and model."""
@@ -370,10 +407,12 @@ class FastHFLM(HFLM):  # type: ignore[misc]  # lm-eval is published without type
     def _decoding(self, settings: dict[str, Any]) -> Decoding:
         wanted = normalize_gen_kwargs(settings, self.max_gen_toks)
         eos = self.tok_decode(self.eot_token_id, skip_special_tokens=False)
-        stops = handle_stop_sequences(wanted["until"], eos)
+        return self._ending(handle_stop_sequences(wanted["until"], eos), wanted["max_gen_toks"])
+
+    def _ending(self, stops: Sequence[str], max_tokens: int) -> Decoding:
         lengths = (len(self.tokenizer.encode(stop, add_special_tokens=False)) for stop in stops)
         # a stop string may be spelled in more tokens than its own encoding; lm-eval adds two, too
-        return Decoding(wanted["max_gen_toks"], tuple(stops), max(lengths, default=0) + 2)
+        return Decoding(max_tokens, tuple(stops), max(lengths, default=0) + 2)
 
     def _text(self, tokens: Sequence[int], decoding: Decoding) -> str:
         text = self.tok_decode(tokens)

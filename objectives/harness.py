@@ -25,14 +25,14 @@ import functools
 import importlib
 import logging
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
 import datasets  # type: ignore[import-untyped]  # published without types
 import torch
 from lm_eval.api.instance import Instance
-from lm_eval.models.huggingface import HFLM
 from torch import nn
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -60,7 +60,7 @@ class Harness:
     """An objective made of lm-eval tasks, for one live model. Made by ``Harness.prepare``."""
 
     def __init__(
-        self, tasks: Mapping[str, float], questions: Sequence[Question], language_model: HFLM
+        self, tasks: Mapping[str, float], questions: Sequence[Question], language_model: FastHFLM
     ) -> None:
         self.tasks = tasks
         self.items: Sequence[Item] = tuple(map(item_of, questions))
@@ -155,22 +155,39 @@ class Harness:
         with _quiet(logging.ERROR), _plain_decoding(model):  # cut prompts were reported once
             self._answer(predicted)
             with _numbers_alone(model):
-                self._answer(written)
+                tokens = iter(self._answer(written))
             judged = judge(list(wanted.values()), self.judge_seconds)
-        answers = dict(zip(wanted, judged, strict=True))
+        answers = {
+            number: replace(answer, tokens=next(tokens)) if question.is_written else answer
+            for (number, question), answer in zip(wanted.items(), judged, strict=True)
+        }
         return [answers[number] for number in items]
 
-    def _answer(self, questions: Iterable[Question]) -> None:
-        """Put the model's output into the requests."""
-        by_type: dict[str, list[Instance]] = defaultdict(list)
-        for question in questions:
+    def _answer(self, questions: Sequence[Question]) -> list[int]:
+        """Put the model's output into the requests.
+
+        Returns:
+            How many tokens it wrote for each question.
+        """
+        by_type: dict[str, list[tuple[int, Instance]]] = defaultdict(list)
+        for place, question in enumerate(questions):
             for request in question.requests:
                 request.resps, request.filtered_resps = [], {}
-                by_type[request.request_type] += [request] * (request.repeats or 1)
-        for request_type, requests in by_type.items():
-            responses = getattr(self._language_model, request_type)(requests, disable_tqdm=True)
-            for request, response in zip(requests, responses, strict=True):
+                by_type[request.request_type] += [(place, request)] * (request.repeats or 1)
+        tokens = [0] * len(questions)
+        for request_type, asked in by_type.items():
+            responses = self._responses(request_type, [request for _, request in asked])
+            for (place, request), (response, count) in zip(asked, responses, strict=True):
                 request.resps.append(response)
+                tokens[place] += count
+        return tokens
+
+    def _responses(self, request_type: str, requests: Sequence[Instance]) -> list[tuple[Any, int]]:
+        """What the model says, and how many tokens it wrote to say so."""
+        if request_type == "generate_until":
+            return self._language_model.written(requests)
+        ask = getattr(self._language_model, request_type)
+        return [(response, 0) for response in ask(requests, disable_tqdm=True)]
 
 
 def _check_model(

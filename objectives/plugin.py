@@ -77,7 +77,7 @@ class Plugin:
             raise ObjectiveError(
                 f"{self._where}: score gave {len(answers)} answers to {len(items)} items"
                 f"{', one of them ' if wrong else ''}{''.join(wrong[:1])}; give one "
-                "objectives.base.Answer with a finite value per item"
+                "objectives.base.Answer with a finite value, and no tokens below 0, per item"
             )
         return answers
 
@@ -137,7 +137,7 @@ def _imported(path: str) -> Callable[..., object]:
 
 
 def _is_good(answer: object) -> bool:
-    return isinstance(answer, Answer) and math.isfinite(answer.value)
+    return isinstance(answer, Answer) and math.isfinite(answer.value) and answer.tokens >= 0
 
 
 def _scaled(tasks: Mapping[str, float], weight: float) -> Mapping[str, float]:

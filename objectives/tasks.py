@@ -472,7 +472,8 @@ def _digest(text: str) -> str:
 def item_of(question: Question) -> Item:
     """The question as the splits see it."""
     task, request = question.task, question.requests[0]
-    return Item(name_of(task), _content_key(task, request.doc), cast("int", request.doc_id))
+    key, row = _content_key(task, request.doc), cast("int", request.doc_id)
+    return Item(name_of(task), key, row, written=question.is_written)
 
 
 def _content_key(task: Task, doc: Mapping[str, Any]) -> str:

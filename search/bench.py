@@ -15,7 +15,7 @@ from merge_engine.donors import Checkpoint, Family
 from merge_engine.memory import plan_memory
 from merge_engine.recipe import check_keys, load_recipe
 from merge_engine.vocabulary import load_tokenizer
-from objectives.base import Objective, ObjectiveError
+from objectives.base import Item, Objective, ObjectiveError
 from objectives.harness import Harness
 from objectives.items import Splits, split_items
 from objectives.plugin import Plugin, PluginSpec, Suite
@@ -62,9 +62,13 @@ class Bench:
         """Weight of each task in the study's mean."""
         return dict(self.objective.tasks)
 
+    def items_of(self, split: str) -> list[Item]:
+        """The items of a split, in scoring order."""
+        return [self.objective.items[number] for number in getattr(self.splits, split)]
+
     def tasks_of(self, split: str) -> list[str]:
-        """The task of each item of a split, in scoring order."""
-        return [self.objective.items[number].task for number in getattr(self.splits, split)]
+        """The task of each of them."""
+        return [item.task for item in self.items_of(split)]
 
 
 def torch_dtype(name: str) -> torch.dtype:
@@ -164,6 +168,12 @@ def make_splits(spec: StudySpec, objective: Objective) -> Splits:
     """The study's items, dealt to search, select and test."""
     if not objective.items:
         raise ObjectiveError("objective.tasks: the tasks have no items")
+    counted = spec.search.cost or spec.objective.max_mean_tokens is not None
+    if counted and not any(item.written for item in objective.items):
+        raise StudyError(
+            "search.cost, objective.max_mean_tokens: no task has a model write, so that no tokens "
+            "can be counted; leave them out"
+        )
     counts = spec.objective.items.model_dump()
     return split_items(objective.items, objective.tasks, counts, spec.search.seed)
 

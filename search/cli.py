@@ -286,9 +286,7 @@ def _score(options: Any) -> None:
     items = [objective.items[number] for number in numbers]
     shown = objective.shown(numbers)
     answers = objective.score(model, numbers)
-    values = tuple(answer.value for answer in answers)
-    tasks = tuple(item.task for item in items)
-    score = score_of(Sheet(values, tasks, objective.tasks), spec.search.seed)
+    score = score_of(Sheet.of(items, answers, objective.tasks), spec.search.seed)
     if options.json:
         rows = [
             {
@@ -297,6 +295,7 @@ def _score(options: Any) -> None:
                 "answer": answer.value,
                 "margin": answer.margin,
                 "fault": answer.fault,
+                "tokens": answer.tokens,
                 "encoding": each.encoding,
             }
             for item, each, answer in zip(items, shown, answers, strict=True)

@@ -27,7 +27,6 @@ from search.selection import (
     SELECT_SHARE,
     Sheet,
     items_to_decide,
-    shortfall,
     verdict,
 )
 from search.space import UNIFORM
@@ -66,7 +65,6 @@ def choose(run: Run) -> Choice:
         np.array([candidate.value for candidate in candidates]),
         np.array([trial.user_attrs["variance"] for trial in trials]),
     )
-    floors = run.spec.objective.constraints
     missed = [candidate.missed for candidate in candidates]
     best = belief.ranked(missed)[: run.spec.search.finalists]
     run.progress.stage(f"asking the best {len(best)} recipes the select items")
@@ -79,7 +77,7 @@ def choose(run: Run) -> Choice:
     def missing(finalist: int, items: int) -> float:
         candidate = candidates[best[finalist]]
         both = run.sheet_of(candidate.trial) + run.sheet(candidate.recipe, "select", items)
-        return shortfall(both, floors)
+        return run.missed(both)
 
     ends = run.ends("select")
     budget = SELECT_SHARE * run.store.scored()[0]["search"]
@@ -102,19 +100,20 @@ def find_front(run: Run) -> list[Candidate]:
     least = min(candidate.missed for candidate in candidates)
     candidates = [candidate for candidate in candidates if candidate.missed == least]
     trials = [candidate.trial for candidate in candidates]
+    strata = run.strata_of_goals("select")
     places, beliefs = believed_front(
         run.bench.space,
         [trial.params for trial in trials],
         {
-            task: np.array([trial.user_attrs["tasks"][task] for trial in trials])
-            for task in run.bench.weights
+            goal: np.array([trial.user_attrs["tasks"][goal] for trial in trials])
+            for goal in strata.weights
         },
         finalists,
     )
     front = [candidates[place] for place in places]
     run.progress.stage(f"asking the {len(front)} recipes of the front the select items")
-    answers = [run.sheet(candidate.recipe, "select").answers for candidate in front]
-    return [front[i] for i in confirmed(beliefs, run.strata("select"), np.array(answers))]
+    values = [run.goals(run.sheet(candidate.recipe, "select")) for candidate in front]
+    return [front[i] for i in confirmed(beliefs, strata, np.array(values))]
 
 
 def conclude(run: Run) -> tuple[Result, Recipe]:
@@ -179,4 +178,9 @@ def tested_winner(run: Run, candidate: Candidate) -> Winner:
 def score_of(sheet: Sheet, seed: int) -> Score:
     """A sheet's means, and the 95 % bootstrap interval of their weighted mean."""
     interval = bootstrap(sheet.answers, sheet.tasks, sheet.weights, seed=seed)
-    return Score(mean=interval.mean, ci95=(interval.low, interval.high), tasks=sheet.by_task)
+    return Score(
+        mean=interval.mean,
+        ci95=(interval.low, interval.high),
+        tasks=sheet.by_task,
+        tokens=sheet.tokens,
+    )

@@ -39,11 +39,12 @@ class FrozenItem:
 
 def freeze(objective: Objective, splits: Splits) -> list[FrozenItem]:
     """The items of all splits, each split in scoring order."""
-    split_of = [(split, number) for split in SPLITS for number in getattr(splits, split)]
-    shown = objective.shown([number for _, number in split_of])
+    numbers = [(split, number) for split in SPLITS for number in getattr(splits, split)]
+    shown = objective.shown([number for _, number in numbers])
+    split_of = [(split, objective.items[number]) for split, number in numbers]
     return [
-        FrozenItem(split=split, **asdict(objective.items[number]), **asdict(each))
-        for (split, number), each in zip(split_of, shown, strict=True)
+        FrozenItem(split, item.task, item.doc_id, item.key, **asdict(each))
+        for (split, item), each in zip(split_of, shown, strict=True)
     ]
 
 

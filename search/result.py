@@ -17,11 +17,15 @@ class _Frozen(BaseModel):
 
 
 class Score(_Frozen):
-    """A model on the test items: weighted mean with its 95 % interval, and each task's mean."""
+    """A model on the test items: weighted mean with its 95 % interval, and each task's mean.
+
+    ``tokens``: the mean number it wrote for an item; None where no task has it write.
+    """
 
     mean: float
     ci95: tuple[float, float]
     tasks: dict[str, float]
+    tokens: float | None = None
 
 
 class Difference(_Frozen):

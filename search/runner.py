@@ -30,7 +30,7 @@ from search.frozen import difference, freeze
 from search.racing import Belief, Floats, Race, Strata, elect
 from search.samplers import make_sampler
 from search.scoring import Scorer
-from search.selection import Sheet, shortfall
+from search.selection import COST, Sheet, shortfall, tasks_with_cost
 from search.spec import Split, StudyError, StudySpec
 from search.storage import Store
 from search.terminal import Progress
@@ -179,19 +179,19 @@ class Run:
     def _raced(self, race: Race, recipe: Recipe) -> Sheet:
         """Ask a recipe block after block for as long as there is hope."""
         sheet = Sheet((), (), self.bench.weights)
-        while race.hopeful(np.array(sheet.answers)):
+        while race.hopeful(self.goals(sheet)):
             sheet = self.sheet(recipe, "search", len(sheet.answers) + 1)
         return sheet
 
     def _tell(self, trial: Trial, sheet: Sheet, race: Race) -> FrozenTrial:
         """Tell a trial what its recipe is worth, and how sure that is."""
-        missed = shortfall(sheet, self.spec.objective.constraints)
-        estimate = race.finish(np.array(sheet.answers), missed)
+        missed = self.missed(sheet)
+        estimate = race.finish(self.goals(sheet), missed)
         trial.set_user_attr("variance", estimate.variance)
         trial.set_user_attr("items", len(sheet.answers))
-        by_task = race.by_task(np.array(sheet.answers))
+        by_task = race.by_task(self.goals(sheet))
         trial.set_user_attr("tasks", {task: [*astuple(one)] for task, one in by_task.items()})
-        if self.spec.objective.constraints:
+        if self.spec.objective.is_limited:
             trial.set_constraint("floors", missed)
         return self.study.tell(trial, estimate.value)
 
@@ -208,24 +208,22 @@ class Run:
 
     def _race(self) -> Race:
         """The race as the finished trials have left it; the best donor is there first."""
-        race = Race(self.strata("search"), front=self.spec.search.front)
-        floors = self.spec.objective.constraints
+        race = Race(self.strata_of_goals("search"), front=self.spec.search.front)
         best = self.best_donor()
         recipe = self.bench.space.baselines()[best]
         sheet = self.sheet(recipe, "search")
         self._report_faults(best, recipe)
-        race.finish(np.array(sheet.answers), shortfall(sheet, floors))
+        race.finish(self.goals(sheet), self.missed(sheet))
         for trial in self.study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,)):
             sheet = self.sheet_of(trial)
-            race.finish(np.array(sheet.answers), shortfall(sheet, floors))
+            race.finish(self.goals(sheet), self.missed(sheet))
         return race
 
     def sheet(self, recipe: Recipe, split: Split, items: int | None = None) -> Sheet:
         """A recipe's answers to the first items of a split, in whole blocks; None: to all."""
         answers = self.scorer.answers(recipe, split, items)
-        values = tuple(answer.value for answer in answers)
-        tasks = self.bench.tasks_of(split)[: len(values)]
-        return Sheet(values, tuple(tasks), self.bench.weights)
+        asked = self.bench.items_of(split)[: len(answers)]
+        return Sheet.of(asked, answers, self.bench.weights)
 
     def sheet_of(self, trial: FrozenTrial) -> Sheet:
         """What a trial was told on."""
@@ -236,6 +234,21 @@ class Run:
     def strata(self, split: Split) -> Strata:
         """The tasks of a split's items."""
         return Strata(self.bench.tasks_of(split), self.bench.weights)
+
+    def missed(self, sheet: Sheet) -> float:
+        """By how much a sheet misses the study's limits."""
+        limits = self.spec.objective
+        return shortfall(sheet, limits.constraints, limits.max_mean_tokens)
+
+    def goals(self, sheet: Sheet) -> Floats:
+        """A sheet's values in the goals of the search: its answers, and what they cost."""
+        return sheet.with_cost if self.spec.search.cost else np.array(sheet.answers)
+
+    def strata_of_goals(self, split: Split) -> Strata:
+        """The goals of such values."""
+        if not self.spec.search.cost:
+            return self.strata(split)
+        return Strata(tasks_with_cost(self.bench.items_of(split)), {**self.bench.weights, COST: 0})
 
     def ends(self, split: Split) -> list[int]:
         """How many items of a split have been asked after each of its blocks."""

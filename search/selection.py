@@ -14,23 +14,47 @@ from typing import Literal
 
 import numpy as np
 
+from objectives.base import Answer, Item
 from objectives.scores import Interval, paired_bootstrap, task_means, weighted_mean
-from search.racing import Strata
+from search.racing import Floats, Strata
 
+COST = "-tokens"  # as one more task without weight, minus the tokens of each written answer
 SELECT_SHARE = 0.25  # item evaluations to choose the winner with, per one of the search
 
 
 @dataclass(frozen=True)
 class Sheet:
-    """Answers of one recipe to some items, with the items' tasks and the tasks' weights."""
+    """Answers of one recipe to some items, with the items' tasks and the tasks' weights.
+
+    ``written`` has the number of tokens of each answer that the recipe's model wrote, else None.
+    """
 
     answers: tuple[float, ...]
     tasks: tuple[str, ...]
     weights: Mapping[str, float]
+    written: tuple[int | None, ...] = ()
+
+    @classmethod
+    def of(
+        cls, items: Sequence[Item], answers: Sequence[Answer], weights: Mapping[str, float]
+    ) -> Sheet:
+        """The answers to items."""
+        pairs = zip(items, answers, strict=True)
+        return cls(
+            tuple(answer.value for answer in answers),
+            tuple(item.task for item in items),
+            weights,
+            tuple(answer.tokens if item.written else None for item, answer in pairs),
+        )
 
     def __add__(self, other: Sheet) -> Sheet:
         """Both sheets' items together."""
-        return Sheet(self.answers + other.answers, self.tasks + other.tasks, self.weights)
+        return Sheet(
+            self.answers + other.answers,
+            self.tasks + other.tasks,
+            self.weights,
+            self.written + other.written,
+        )
 
     @property
     def by_task(self) -> dict[str, float]:
@@ -42,15 +66,39 @@ class Sheet:
         """The study's weighted mean over tasks."""
         return weighted_mean(self.by_task, self.weights)
 
+    @property
+    def tokens(self) -> float | None:
+        """The mean number of tokens written for an answer; None where none is written."""
+        counts = [count for count in self.written if count is not None]
+        return sum(counts) / len(counts) if counts else None
+
+    @property
+    def with_cost(self) -> Floats:
+        """The values of ``tasks_with_cost``: answers, and behind each written one its ``COST``."""
+        pairs = zip(self.answers, self.written, strict=True)
+        both = ((value,) if count is None else (value, -float(count)) for value, count in pairs)
+        return np.array([value for one in both for value in one])
+
     def minus(self, other: Sheet, seed: int) -> Interval:
         """This sheet less another on the same items: paired, with a 95 % bootstrap interval."""
         return paired_bootstrap(self.answers, other.answers, self.tasks, self.weights, seed=seed)
 
 
-def shortfall(sheet: Sheet, floors: Mapping[str, float]) -> float:
-    """By how much the tasks with items miss their floors, summed; 0 when all are met."""
+def tasks_with_cost(items: Sequence[Item]) -> list[str]:
+    """The task of each item, and ``COST`` behind that of each written one."""
+    return [t for item in items for t in ((item.task, COST) if item.written else (item.task,))]
+
+
+def shortfall(sheet: Sheet, floors: Mapping[str, float], most: float | None = None) -> float:
+    """By how much the tasks with items miss their floors, summed; 0 when all are met.
+
+    Tokens beyond ``most`` an answer, in the mean, count as a share of it.
+    """
     means = sheet.by_task
-    return sum(max(0.0, floor - means[task]) for task, floor in floors.items() if task in means)
+    short = [floor - means[task] for task, floor in floors.items() if task in means]
+    if most is not None and sheet.tokens is not None:
+        short.append(sheet.tokens / most - 1)
+    return sum(max(0.0, by) for by in short)
 
 
 def items_to_decide(winner: Sheet, other: Sheet) -> int | None:

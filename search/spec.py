@@ -84,6 +84,7 @@ class ItemCounts(_Frozen):
 class Objective(_Frozen):
     """What is scored: ``constraints`` are floors on tasks' means, ``block`` items per step.
 
+    ``max_mean_tokens`` is a limit like them: on what a model writes for an item, in the mean.
     Chat template and system instruction are the same for every task and every candidate.
     ``unsafe_code`` lets tasks through that run code a model wrote, unprotected, on this machine.
     """
@@ -92,6 +93,13 @@ class Objective(_Frozen):
     include_path: tuple[Path, ...] = ()
     items: ItemCounts = ItemCounts()
     constraints: dict[str, float] = Field(default_factory=dict)
+    max_mean_tokens: PositiveFloat | None = None
+
+    @property
+    def is_limited(self) -> bool:
+        """Whether a recipe can miss something."""
+        return bool(self.constraints) or self.max_mean_tokens is not None
+
     apply_chat_template: bool = False
     system_instruction: str | None = None
     unsafe_code: bool = False
@@ -103,7 +111,8 @@ class Search(_Frozen):
     """What is searched: ``scale`` is the donors' mean weight, ``ranges`` by parameter name.
 
     ``start`` are recipes, or folders of runs that found them, to be tried first. With ``front``
-    the recipes that none beats on every task are looked for, besides the best mean.
+    the recipes that none beats on every task are looked for, besides the best mean; with ``cost``
+    to write little is one more of the tasks.
     """
 
     methods: tuple[str, ...] = Field(min_length=1)
@@ -116,6 +125,7 @@ class Search(_Frozen):
     sampler: str = "auto"
     start: tuple[Path, ...] = ()
     front: bool = False
+    cost: bool = False
     seed: NonNegativeInt = 0
 
 
@@ -301,7 +311,8 @@ def _check(spec: StudySpec, where: str) -> None:
                 f"{where}: search.methods: {method} needs {METHODS[method].donors[0]} models or "
                 f"more, got {len(spec.models)}; leave it out or add models"
             )
-    _check_ways(spec, where)
+    _check_ways(spec.search, where)
+    _check_goals(spec, where)
     _check_range(where, "scale", spec.search.scale, (0.0, 100.0))
     known = searchable(spec.search.methods)
     for name, bounds in spec.search.ranges.items():
@@ -311,29 +322,38 @@ def _check(spec: StudySpec, where: str) -> None:
             raise StudyError(f"{where}: objective.include_path: no folder {path}")
 
 
-def _check_ways(spec: StudySpec, where: str) -> None:
+def _check_ways(search: Search, where: str) -> None:
     """Check how the study is searched."""
-    search = spec.search
     check_keys(f"{where}: search.sampler", [search.sampler], SAMPLERS)
     if search.sampler in CMA_SAMPLERS and not importlib.util.find_spec("cmaes"):
         raise StudyError(
             f"{where}: search.sampler: {search.sampler} needs the package cmaes; "
             "pip install 'mergesearch[cmaes]'"
         )
-    if search.front and search.sampler not in FRONT_SAMPLERS:
-        raise StudyError(
-            f"{where}: search.front: the sampler {search.sampler!r} looks for one goal alone; "
-            f"use one of {', '.join(FRONT_SAMPLERS)}"
-        )
-    if search.sampler == "cmaes" and spec.objective.constraints:
-        raise StudyError(
-            f"{where}: objective.constraints: the sampler 'cmaes' knows no floors; use 'catcma'"
-        )
     if search.sampler == "grid" and len(set(search.scale)) == 1:
         raise StudyError(f"{where}: search.sampler: a grid needs a range of scale, like [0, 1]")
     for path in search.start:
         if not (path / "recipe.yaml" if path.is_dir() else path).is_file():
             raise StudyError(f"{where}: search.start: {path} is no recipe, and no run that has one")
+
+
+def _check_goals(spec: StudySpec, where: str) -> None:
+    """Check what is searched for."""
+    search = spec.search
+    if search.front and search.sampler not in FRONT_SAMPLERS:
+        raise StudyError(
+            f"{where}: search.front: the sampler {search.sampler!r} looks for one goal alone; "
+            f"use one of {', '.join(FRONT_SAMPLERS)}"
+        )
+    if search.cost and not search.front:
+        raise StudyError(
+            f"{where}: search.cost is a goal beside others; set search.front: true, or limit it "
+            "with objective.max_mean_tokens"
+        )
+    if search.sampler == "cmaes" and spec.objective.is_limited:
+        raise StudyError(
+            f"{where}: objective.constraints: the sampler 'cmaes' knows no floors; use 'catcma'"
+        )
 
 
 def _check_range(

@@ -33,6 +33,7 @@ _ANSWERS = Table(
     Column("answers", Text, nullable=False),  # JSON list, one value per item in scoring order
     Column("margins", Text, nullable=False),  # JSON list, a number or null per item
     Column("faults", Text, nullable=False),  # JSON list, a reason or null per item
+    Column("tokens", Text, nullable=False),  # JSON list, how many were written per item
     Column("seconds", Float, nullable=False),
 )
 _ITEMS = Table(
@@ -91,7 +92,7 @@ class Store:
         wanted = (_ANSWERS.c.recipe == recipe) & (_ANSWERS.c.split == split)
         with self._rdb.engine.connect() as connection:
             rows = connection.execute(select(_ANSWERS).where(wanted))
-            return {row.block: _loaded(row.answers, row.margins, row.faults) for row in rows}
+            return {row.block: _loaded(row) for row in rows}
 
     def save(
         self, recipe: str, split: str, block: int, answers: Sequence[Answer], seconds: float
@@ -104,6 +105,7 @@ class Store:
             "answers": json.dumps([answer.value for answer in answers]),
             "margins": json.dumps([answer.margin for answer in answers]),
             "faults": json.dumps([answer.fault for answer in answers]),
+            "tokens": json.dumps([answer.tokens for answer in answers]),
             "seconds": seconds,
         }
         with self._rdb.engine.begin() as connection:
@@ -126,6 +128,7 @@ class Store:
         return asked, sum(row.seconds for row in rows)
 
 
-def _loaded(*columns: str) -> list[Answer]:
-    """One answer per item, of the values, margins and faults of a block."""
+def _loaded(row: Any) -> list[Answer]:
+    """One answer per item of a block."""
+    columns = (row.answers, row.margins, row.faults, row.tokens)
     return [Answer(*parts) for parts in zip(*map(json.loads, columns), strict=True)]

@@ -141,10 +141,10 @@ def print_notes(console: Console, notes: Iterable[str]) -> None:
 def print_score(console: Console, model: str, split: str, score: Score, items: int) -> None:
     """One model's score on one split."""
     table = Table(title=f"{model} on {items} {split} items, in %", title_justify="left")
-    for name in (*score.tasks, "mean [95 %]"):
+    for name in (*score.tasks, "mean [95 %]", *_cost_column(score)):
         table.add_column(escape(name), justify="right", no_wrap=True)
     means = [f"{100 * mean:.1f}" for mean in score.tasks.values()]
-    table.add_row(*means, _interval(score.mean, score.ci95))
+    table.add_row(*means, _interval(score.mean, score.ci95), *_cost(score))
     console.print(table)
 
 
@@ -153,13 +153,14 @@ def print_result(console: Console, result: Result, run: Path) -> None:
     tasks = _short_names(result.winner.test.tasks, "_")
     table = Table(title="on the test items, in % (95 % intervals)", box=SIMPLE_HEAD)
     table.add_column("")
-    for name in (*tasks.values(), "mean", "winner leads by"):
+    for name in (*tasks.values(), "mean", "winner leads by", *_cost_column(result.winner.test)):
         table.add_column(escape(name), justify="right", no_wrap=True)
 
     def row(name: str, score: Score, difference: Difference | None, style: str = "") -> None:
         means = [f"{100 * score.tasks[task]:.1f}" for task in tasks]
         lead = _half_width(difference.mean, difference.ci95, "+") if difference else ""
-        table.add_row(escape(name), *means, _half_width(score.mean, score.ci95), lead, style=style)
+        mean = _half_width(score.mean, score.ci95)
+        table.add_row(escape(name), *means, mean, lead, *_cost(score), style=style)
 
     names = _short_names(result.donors, "/")
     row("base", result.base.test, result.base.difference)
@@ -206,14 +207,24 @@ def _print_front(
 ) -> None:
     """The recipes that none beats on every task."""
     table = Table(title="none of these beats another on every task; on test, %", box=SIMPLE_HEAD)
-    for name in ("trial", *tasks.values(), "mean", "method"):
+    for name in ("trial", *tasks.values(), "mean", *_cost_column(front[0].test), "method"):
         table.add_column(escape(name), justify="right", no_wrap=True)
     for one in front:
         means = [f"{100 * one.test.tasks[task]:.1f}" for task in tasks]
         mean = _half_width(one.test.mean, one.test.ci95)
-        table.add_row(str(one.trial), *means, mean, str(one.recipe["merge_method"]))
+        method = str(one.recipe["merge_method"])
+        table.add_row(str(one.trial), *means, mean, *_cost(one.test), method)
     console.print(table)
     console.print(f"mergesearch export {escape(str(run))} OUT --trial N saves one of them.")
+
+
+def _cost_column(score: Score) -> list[str]:
+    """The name of what a model writes for an item, where it writes."""
+    return [] if score.tokens is None else ["tokens"]
+
+
+def _cost(score: Score) -> list[str]:
+    return [] if score.tokens is None else [f"{score.tokens:.1f}"]
 
 
 def _interval(mean: float, ci95: tuple[float, float], sign: str = "") -> str:

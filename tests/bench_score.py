@@ -157,7 +157,8 @@ class Replayed:
     def loglikelihood(self, requests, disable_tqdm=False):
         return [self.answers[str(request.args)] for request in requests]
 
-    generate_until = loglikelihood
+    def written(self, requests):
+        return [(text, 0) for text in self.loglikelihood(requests)]
 
 
 class Meter:

@@ -232,6 +232,23 @@ def test_decoding_that_is_not_greedy_is_left_to_lm_eval(changes):
         assert found == texts(stock(model), requests)
 
 
+@pytest.mark.parametrize("changes", [{}, {"repetition_penalty": 1.5}])  # our decoding, lm-eval's
+def test_a_text_says_how_many_tokens_it_took(changes):
+    model, tokenizer = make_model(), make_tokenizer()
+    until = ["bc", *"aeioAEIO0369"]
+    requests, lengths = prompts(until=until, **changes), []
+    for request in requests:
+        prompt = tokenizer(request.args[0], return_tensors="pt")["input_ids"]
+        settings = changes | {"do_sample": False, "pad_token_id": 0, "max_new_tokens": 10}
+        stops = {"stop_strings": [*until, "</s>"], "tokenizer": tokenizer}
+        alone = model.generate(prompt, **settings, **stops)
+        lengths.append(alone.shape[1] - prompt.shape[1])
+    found = fast(model).written(requests)
+    assert [count for _, count in found] == lengths
+    assert [text for text, _ in found] == texts(stock(model), requests)
+    assert len(set(lengths)) > 2
+
+
 def test_decoding_settings_of_the_model_are_obeyed_as_in_lm_eval():
     model = make_model()
     ours = fast(model)

@@ -3,6 +3,7 @@
 import numpy as np
 import optuna
 import pytest
+import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
@@ -11,8 +12,11 @@ from search.cli import main
 from search.front import believed_front, confirmed, nondominated, widest
 from search.racing import Belief, Strata
 from search.result import Result
+from search.runner import DATABASE
 from search.samplers import make_sampler
+from search.selection import COST
 from search.space import Space
+from search.storage import Store
 
 SPACE = Space("base", ("a", "b"), ("task_arithmetic",), (0.0, 1.0), {})
 
@@ -96,6 +100,38 @@ def test_run_for_the_front_tests_its_recipes_and_running_again_changes_nothing(
     again = Result.model_validate_json((tmp_path / "run" / "result.json").read_text())
     assert again.front == first.front
     assert again.item_evaluations == first.item_evaluations
+
+
+def test_run_with_cost_as_a_goal_proposes_tests_and_shows_it(make_study, tmp_path, capsys):
+    study = make_study(tmp_path, search__front=True, search__cost=True, search__trials=16)
+    tell = tmp_path / "tasks" / "tell.yaml"
+    longer = {"until": [*"aeiou"], "max_gen_toks": 6, "do_sample": False}
+    tell.write_text(
+        yaml.safe_dump(yaml.safe_load(tell.read_text()) | {"generation_kwargs": longer})
+    )
+    run = tmp_path / "run"
+    assert main(["run", str(study), "--out", str(run), "--device", "cpu"]) == 0
+    result = Result.model_validate_json((run / "result.json").read_text())
+    store = Store(run / DATABASE)
+    tells = [item.task == "tell" for item in store.items() if item.split == "search"]
+    for trial in store.study().trials:
+        blocks = store.answers(trial.user_attrs["recipe"], "search")
+        answers = [answer for number in sorted(blocks) for answer in blocks[number]]
+        counts = [a.tokens for a, tell in zip(answers, tells, strict=False) if tell]
+        assert all(0 < count <= 6 for count in counts)
+        assert sum(counts) == sum(answer.tokens for answer in answers)
+        if len(answers) == len(tells):
+            assert trial.user_attrs["tasks"][COST][0] == pytest.approx(-np.mean(counts))
+    assert len({one.test.tokens for one in result.front}) > 1
+    assert "tokens" in capsys.readouterr().out
+
+
+def test_cost_is_refused_alone_and_where_nothing_is_written(make_study, tmp_path, capsys):
+    assert main(["check", str(make_study(tmp_path / "a", search__cost=True))]) == 2
+    assert "search.cost is a goal beside others" in capsys.readouterr().err
+    choices = {"objective__tasks": [{"task": "pick"}], "objective__max_mean_tokens": 9}
+    assert main(["check", str(make_study(tmp_path / "b", **choices))]) == 2
+    assert "no task has a model write" in capsys.readouterr().err
 
 
 def test_front_is_refused_to_a_sampler_of_one_goal(make_study, tmp_path, capsys):

@@ -244,6 +244,7 @@ def test_margins_are_stored_beside_the_values(finished):
         assert (answer.margin is None) == (item.task == "tell")
         if answer.margin is not None:
             assert (answer.margin > 0) == (answer.value == 1)
+        assert answer.tokens == (item.task == "tell")  # whose answers are one token long
 
 
 def test_a_database_of_another_version_is_refused(finished, tmp_path, capsys):

@@ -1,8 +1,10 @@
 import numpy as np
 import pytest
 
+from objectives.base import Answer, Item
 from objectives.scores import Interval
-from search.selection import Sheet, items_to_decide, shortfall, verdict
+from search.racing import Strata
+from search.selection import COST, Sheet, items_to_decide, shortfall, tasks_with_cost, verdict
 
 WEIGHTS = {"x": 1.0, "y": 3.0}
 
@@ -61,3 +63,21 @@ def test_two_equal_models_are_called_better_at_the_nominal_rate_at_most():
         mine, theirs = (Sheet(tuple(a), tasks, WEIGHTS) for a in (one, other))
         called += verdict([mine.minus(theirs, seed)]) == "better"
     assert called / 300 < 0.025 + 3 * (0.025 * 0.975 / 300) ** 0.5
+
+
+def test_tokens_beyond_the_limit_are_missed_as_a_share_and_items_not_written_do_not_count():
+    some = Sheet((1.0, 0.0, 0.0), ("x", "x", "y"), WEIGHTS, (30, 60, None))
+    assert some.tokens == 45
+    assert shortfall(some, {}, 30) == 0.5
+    assert shortfall(some, {"x": 0.75}, 50) == 0.25
+    assert shortfall(sheet(0, 0, 1, 1), {}, 30) == 0
+
+
+def test_cost_stands_behind_each_written_answer():
+    items = [Item("x", "0", 0, written=True), Item("y", "1", 1), Item("x", "2", 2, written=True)]
+    some = Sheet.of(items, [Answer(1.0, tokens=7), Answer(0.5), Answer(0.0, tokens=9)], WEIGHTS)
+    assert some.with_cost.tolist() == [1.0, -7.0, 0.5, 0.0, -9.0]
+    assert tasks_with_cost(items) == ["x", COST, "y", "x", COST]
+    strata = Strata(tasks_with_cost(items), {**WEIGHTS, COST: 0.0})
+    plain = Strata(some.tasks, WEIGHTS).estimate(np.array(some.answers))
+    assert strata.estimate(some.with_cost) == plain
