@@ -60,6 +60,7 @@ def plan_memory(
     dtype: torch.dtype,
     device: str,
     limit: int | None = None,
+    sharers: int = 1,
 ) -> MemoryPlan:
     """Plan from what is free now.
 
@@ -67,8 +68,9 @@ def plan_memory(
         tensors: The family's.
         members: How many models it has.
         dtype: Of the live model.
-        device: Where the live model is to be.
+        device: Where the live model is to be; "auto": on all GPUs together.
         limit: Bytes to use at the most, instead of all that is free.
+        sharers: How many processes plan for the same host at once.
 
     Raises:
         RecipeError: The live model and the work on it do not fit.
@@ -77,20 +79,24 @@ def plan_memory(
     live = sum(sizes.values()) * dtype.itemsize
     donors = members * sum(sizes[name] * info.dtype.itemsize for name, info in tensors.items())
     largest = max(sizes.values(), default=0)
-    if torch.device(device).type != "cpu":  # where donors may be copied to, page by page
+    on_cpu = device != "auto" and torch.device(device).type == "cpu"
+    if not on_cpu:  # where donors may be copied to, page by page
         largest = max(largest, min(sum(sizes.values()), ROWS * WIDTH))
     work = 4 * (members + 2) * largest
-    free = min(_free(device), limit if limit is not None else 1 << 62)
+    most = limit if limit is not None else 1 << 62
+    on_host = min(_free("cpu") // sharers, most)
+    free = on_host if on_cpu else min(_free(device), most)
     if live + work > free:
         raise RecipeError(
             f"memory: the live model takes {_gib(live)} and merging its largest tensor "
             f"{_gib(work)}, but {_gib(free)} are free on {device}; choose another --device or "
             "--memory, a smaller dtype, or fewer models"
         )
-    tier: Tier = "device" if live + work + donors <= SPARE * free else "disk"
-    if tier == "disk" and torch.device(device).type != "cpu":
-        on_host = min(_free("cpu"), limit if limit is not None else 1 << 62)
-        tier = "pinned" if donors <= SPARE * on_host else "disk"
+    tier: Tier = "disk"
+    if device != "auto" and live + work + donors <= SPARE * free:
+        tier = "device"
+    elif not on_cpu and donors <= SPARE * on_host:
+        tier = "pinned"
     return MemoryPlan(device, live, work, donors, free, tier)
 
 
@@ -118,6 +124,8 @@ def parse_size(text: str) -> int:
 
 def _free(device: str) -> int:
     """Bytes free on a device."""
+    if device == "auto":
+        return sum(_free(f"cuda:{number}") for number in range(torch.cuda.device_count()))
     if torch.device(device).type == "cuda":
         return int(torch.cuda.mem_get_info(torch.device(device))[0])
     return int(psutil.virtual_memory().available)

@@ -23,6 +23,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
+import logging
 import math
 from collections import defaultdict
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
@@ -41,6 +42,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedConfig
 
 from objectives.agreement import Decoding, Modes, settle_modes
+from objectives.base import ObjectiveError
 from objectives.rows import (
     Request,
     Row,
@@ -55,6 +57,8 @@ from objectives.rows import (
 # less than 8,192
 TOKENS_PER_SEQUENCE = 256
 TOKENS_PER_SEQUENCE_ON_CPU = 32
+
+_LOG = logging.getLogger(__name__)
 
 _SOFTMAX_ROWS = 1024  # positions whose float32 logits are in memory at once
 _PLANS = 1024
@@ -155,6 +159,21 @@ class FastHFLM(HFLM):  # type: ignore[misc]  # lm-eval is published without type
         self._tail = last_mlp(self.model)
         self.modes = Modes()  # none until tried
         settle_modes(self)
+
+    def halve_batches(self) -> None:
+        """Ask in smaller batches from here on.
+
+        Raises:
+            ObjectiveError: They are of one sequence.
+        """
+        if self.batch_size_per_gpu == 1:
+            raise ObjectiveError("there is no memory to ask one sequence at a time")
+        self.batch_size_per_gpu //= 2
+        self._read //= 2
+        self._plan_scoring.cache_clear()
+        self._plan_generation.cache_clear()
+        torch.cuda.empty_cache()
+        _LOG.warning("out of memory: asked in batches of %d from here on", self.batch_size_per_gpu)
 
     def tok_encode(
         self,

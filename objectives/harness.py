@@ -183,11 +183,14 @@ class Harness:
         return tokens
 
     def _responses(self, request_type: str, requests: Sequence[Instance]) -> list[tuple[Any, int]]:
-        """What the model says, and how many tokens it wrote to say so."""
-        if request_type == "generate_until":
-            return self._language_model.written(requests)
-        ask = getattr(self._language_model, request_type)
-        return [(response, 0) for response in ask(requests, disable_tqdm=True)]
+        """What the model says, and how many tokens it wrote to say so; batches fit into memory."""
+        while True:
+            with contextlib.suppress(torch.OutOfMemoryError):  # what it held is let go of here
+                if request_type == "generate_until":
+                    return self._language_model.written(requests)
+                ask = getattr(self._language_model, request_type)
+                return [(response, 0) for response in ask(requests, disable_tqdm=True)]
+            self._language_model.halve_batches()
 
 
 def _check_model(

@@ -12,7 +12,7 @@ from objectives.base import Item, ObjectiveError
 
 Split = Literal["search", "select", "test"]
 
-SPLITS: tuple[str, ...] = get_args(Split)
+SPLITS: tuple[Split, ...] = get_args(Split)
 
 
 @dataclass(frozen=True)
@@ -131,7 +131,7 @@ def _divide(shares: Mapping[str, int], counts: Mapping[str, int]) -> dict[str, d
     Returns:
         Sizes by task, then by split.
     """
-    lacking = {split: counts[split] for split in SPLITS}
+    lacking: dict[str, int] = {split: counts[split] for split in SPLITS}
     sizes: dict[str, dict[str, int]] = {}
     for task in sorted(shares, key=lambda task: (shares[task], task)):
         sizes[task] = _largest_remainder(shares[task], lacking)

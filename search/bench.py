@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from merge_engine.builder import Builder
 from merge_engine.donors import Checkpoint, Family
@@ -29,14 +29,21 @@ class Machine:
     """What a run may use.
 
     Args:
-        device: Where the live model is.
+        device: Where the live model is; "auto": spread over all GPUs.
         memory: Bytes at the most; None: what is free.
         compiled: Kernels may be compiled, where that pays.
+        sharers: How many workers share its memory.
     """
 
     device: str
     memory: int | None = None
     compiled: bool = True
+    sharers: int = 1
+
+    @property
+    def builds_on(self) -> torch.device:
+        """Where statistics of the donors are worked out."""
+        return torch.device("cuda" if self.device == "auto" else self.device)
 
 
 @dataclass(frozen=True)
@@ -45,14 +52,12 @@ class Bench:
 
     Args:
         spec: The study.
-        builder: Writes recipes into the live model.
-        objective: Asks the live model.
+        objective: Knows the items.
         splits: Which items are for what.
         space: The recipes that are searched.
     """
 
     spec: StudySpec
-    builder: Builder
     objective: Objective
     splits: Splits
     space: Space
@@ -69,6 +74,17 @@ class Bench:
     def tasks_of(self, split: str) -> list[str]:
         """The task of each of them."""
         return [item.task for item in self.items_of(split)]
+
+
+@dataclass(frozen=True)
+class LiveBench(Bench):
+    """One with a live model, which the objective can ask.
+
+    Args:
+        builder: Writes recipes into the live model.
+    """
+
+    builder: Builder
 
 
 def torch_dtype(name: str) -> torch.dtype:
@@ -191,15 +207,34 @@ def place_donors(family: Family, dtype: str, machine: Machine) -> tuple[str, str
         RecipeError: There is no room.
     """
     members = len(family.checkpoints)
-    plan = plan_memory(family.tensors, members, torch_dtype(dtype), machine.device, machine.memory)
-    family.place(torch.device(machine.device), plan.tier)
+    plan = plan_memory(
+        family.tensors, members, torch_dtype(dtype), machine.device, machine.memory, machine.sharers
+    )
+    family.place(machine.builds_on, plan.tier)
     how = "compiled once, one pass a candidate" if family.stream.compiled else "run in chunks"
     return str(plan), f"kernels: {how} ({family.parameters / 1e6:.1f} M parameters)"
 
 
+def outline(spec: StudySpec, family: Family) -> Bench:
+    """Check everything that headers and tasks can tell, without weights and without a device.
+
+    Raises:
+        RecipeError, ObjectiveError: A model or a task cannot be used.
+    """
+    dtype = spec.dtype or model_dtype(family.reference)
+    trusted = spec.trust_remote_code
+    with own_code_refused(family.reference):
+        config = AutoConfig.from_pretrained(family.reference.folder, trust_remote_code=trusted)
+    with torch.device("meta"):  # tasks are prepared for a model; this one has no weights
+        model = AutoModelForCausalLM.from_config(
+            config, dtype=torch_dtype(dtype), trust_remote_code=trusted
+        )
+    return Bench(*_asked(spec, model, family, dtype))
+
+
 def make_bench(
     spec: StudySpec, machine: Machine, say: Callable[[str], None] = lambda _: None
-) -> Bench:
+) -> LiveBench:
     """Check everything and load the one live model.
 
     Args:
@@ -216,12 +251,18 @@ def make_bench(
         say(line)
     trusted = spec.trust_remote_code
     model = load_model(family.reference, dtype, machine.device, trust_remote_code=trusted)
+    return LiveBench(*_asked(spec, model, family, dtype), Builder(model, family))
+
+
+def _asked(
+    spec: StudySpec, model: PreTrainedModel, family: Family, dtype: str
+) -> tuple[StudySpec, Objective, Splits, Space]:
+    """What is asked of whom."""
     objective = make_objective(spec, model, family.reference)
     check_keys("objective.constraints", spec.objective.constraints, objective.tasks)
-    return Bench(
-        spec=spec,
-        builder=Builder(model, family),
-        objective=objective,
-        splits=make_splits(spec, objective),
-        space=Space.of(spec, family.layer_filters, dtype),
+    return (
+        spec,
+        objective,
+        make_splits(spec, objective),
+        Space.of(spec, family.layer_filters, dtype),
     )

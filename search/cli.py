@@ -9,20 +9,25 @@ import json
 import math
 import os
 import shutil
+import signal
 import sys
+import threading
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from rich.console import Console
 
     from merge_engine.recipe import Recipe
-    from search.bench import Machine
+    from search.bench import Bench
     from search.runner import Run
     from search.spec import StudySpec
+    from search.workers import Workers
 
 DEMO = Path(__file__).parent.parent / "studies" / "demo"
 BAD_INPUT, INTERRUPTED = 2, 130
@@ -78,6 +83,7 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--out", type=Path, required=True, help="run folder, made or resumed")
     for command in (demo, run):
         _add_run_options(command)
+        _add_machine_options(command)
     build = add("build", _build, "merge a recipe into a checkpoint", "build recipe.yaml merged")
     build.add_argument("recipe", type=Path, help="a mergekit recipe")
     build.add_argument("out", type=Path, help="the folder to make")
@@ -92,6 +98,7 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("run", type=Path, help="run folder")
     export.add_argument("out", type=Path, help="the folder to make")
     export.add_argument("--trial", type=int, help="its number (default: the winner)")
+    _add_machine_options(export)
     return parser
 
 
@@ -99,8 +106,29 @@ def _add_run_options(command: Any) -> None:
     command.add_argument("--trials", type=_count, help="instead of the study's number")
     command.add_argument("--seed", type=_seed, help="instead of the study's seed")
     command.add_argument("--timeout", type=_seconds, help="search no longer than, like 90m or 8h")
+    command.add_argument(
+        "--force-new", action="store_true", help="set the folder's study aside and begin another"
+    )
+
+
+def _add_machine_options(command: Any) -> None:
     command.add_argument("--memory", type=_size, help="use no more than this, like 24GB")
     command.add_argument("--no-compile", action="store_true", help="merge in chunks instead")
+    command.add_argument("--workers", type=_count, help="so many processes, each with a model")
+    command.add_argument(
+        "--gpus-per-worker", type=_gpus, help="2: a model over two GPUs; 0.5: two models on one"
+    )
+    command.add_argument("--ray-address", help="the cluster they are on (default: this machine)")
+
+
+def _gpus(text: str) -> float:
+    try:
+        gpus = float(text)
+    except ValueError:
+        gpus = -1.0
+    if not (0 <= gpus <= 1 or gpus.is_integer()):
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of GPUs like 1, 2 or 0.5")
+    return gpus
 
 
 def _count(text: str) -> int:
@@ -178,7 +206,6 @@ def _demo(options: Any) -> None:
 
 
 def _run(options: Any) -> None:
-    from search.bench import Machine
     from search.spec import load_study
 
     spec = load_study(options.study)
@@ -186,34 +213,78 @@ def _run(options: Any) -> None:
     wanted = {name: value for name, value in changes.items() if value is not None}
     search = spec.search.model_copy(update=wanted)
     spec = spec.model_copy(update={"search": search})
-    machine = Machine(_device(options), options.memory, not options.no_compile)
-    _session(spec, options.out, machine, partial(_finish, timeout=options.timeout or math.inf))
+    _session(spec, options.out, options, partial(_finish, timeout=options.timeout or math.inf))
 
 
 def _session(
     spec: StudySpec,
     folder: Path,
-    machine: Machine,
+    options: Any,
     work: Callable[[Run, Console], None],
 ) -> None:
     """Do ``work`` with a run, holding its folder."""
-    from search.bench import make_bench
-    from search.runner import Run, locked
+    from search.runner import Run, locked, set_aside
     from search.terminal import Progress
 
     console = _console()
     # It checks everything, and nothing is written before.
-    bench = make_bench(spec, machine, lambda line: console.print(line, highlight=False))
-    if not folder.exists():  # no folder is made for donors that no recipe could be built of
-        bench.builder.family.look_through()
-    with locked(folder):
-        progress = Progress(console)
-        run = Run(folder, bench, progress)
-        try:
-            run.adopt()
-            work(run, console)
-        finally:
-            progress.stop()
+    bench, workers = _crew(spec, options, lambda line: console.print(line, highlight=False))
+    try:
+        if not folder.exists():  # no folder is made for donors that no recipe could be built of
+            workers.look_through()
+        with locked(folder):
+            if getattr(options, "force_new", False):
+                set_aside(folder)
+            progress = Progress(console)
+            run = Run(folder, bench, workers, progress)
+            try:
+                run.adopt()
+                with _stopping(run):
+                    work(run, console)
+            finally:
+                progress.stop()
+    finally:
+        workers.close()
+
+
+def _crew(spec: StudySpec, options: Any, say: Callable[[str], None]) -> tuple[Bench, Workers]:
+    """The coordinator's bench, and who works for it: this process, or as many as were asked for."""
+    from search.bench import Machine, make_bench, open_family, outline
+    from search.workers import Here
+
+    machine = Machine(_device(options), options.memory, not options.no_compile)
+    if options.workers is None:
+        bench = make_bench(spec, machine, say)
+        return bench, Here(bench)
+    from search.cluster import RayWorkers, import_ray
+
+    import_ray()  # before anything is prepared
+    outlined = outline(spec, open_family(spec))
+    gpus, address = options.gpus_per_worker, options.ray_address
+    return outlined, RayWorkers(
+        spec, machine, count=options.workers, gpus=gpus, address=address, say=say
+    )
+
+
+@contextmanager
+def _stopping(run: Run) -> Iterator[None]:
+    """Have Ctrl-C end the work with the blocks that are asked now, and a second one at once."""
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        signal.signal(signal.SIGINT, before)
+        if not run.scorer.working:
+            signal.default_int_handler(number, frame)
+        run.scorer.stopping = True
+        os.write(2, b"\nmergesearch: stopping after this block; Ctrl-C again stops now\n")
+
+    if threading.current_thread() is not threading.main_thread():  # it gets no signals
+        yield
+        return
+    before = signal.signal(signal.SIGINT, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def _finish(run: Run, console: Console, timeout: float) -> None:
@@ -320,7 +391,6 @@ def _check(options: Any) -> None:
 
 def _export(options: Any) -> None:
     from merge_engine.recipe import Recipe, RecipeError
-    from search.bench import Machine
     from search.runner import stored_spec
     from search.spec import StudyError
 
@@ -338,7 +408,7 @@ def _export(options: Any) -> None:
             recipe = run.recipe_of(options.trial)
         _save(run, recipe, options.out, console)
 
-    _session(stored_spec(options.run), options.run, Machine(_device(options)), save)
+    _session(stored_spec(options.run), options.run, options, save)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -70,9 +71,10 @@ def choose(run: Run) -> Choice:
     run.progress.stage(f"asking the best {len(best)} recipes the select items")
     asked = [0] * len(best)
 
-    def ask(finalist: int, items: int) -> Floats:
-        asked[finalist] = items
-        return np.array(run.sheet(candidates[best[finalist]].recipe, "select", items).answers)
+    def ask(some: Sequence[int], items: int) -> Floats:
+        for finalist in some:
+            asked[finalist] = items
+        return run.answers([candidates[best[one]].recipe for one in some], "select", items)
 
     def missing(finalist: int, items: int) -> float:
         candidate = candidates[best[finalist]]
@@ -112,6 +114,7 @@ def find_front(run: Run) -> list[Candidate]:
     )
     front = [candidates[place] for place in places]
     run.progress.stage(f"asking the {len(front)} recipes of the front the select items")
+    run.scorer.ask([candidate.recipe for candidate in front], "select")
     values = [run.goals(run.sheet(candidate.recipe, "select")) for candidate in front]
     return [front[i] for i in confirmed(beliefs, strata, np.array(values))]
 
@@ -126,6 +129,8 @@ def conclude(run: Run) -> tuple[Result, Recipe]:
     baselines = run.bench.space.baselines()
     front = find_front(run) if run.spec.search.front else []
     run.progress.stage("asking the winner and what it was made from the test items")
+    tested = [recipe, *(one.recipe for one in front), *baselines.values()]
+    run.scorer.ask(tested, "test")
     winner = run.sheet(recipe, "test")
     members = [tested_winner(run, candidate) for candidate in front]
     compared = {name: run.sheet(baseline, "test") for name, baseline in baselines.items()}
@@ -135,8 +140,7 @@ def conclude(run: Run) -> tuple[Result, Recipe]:
         name: Baseline(test=score_of(sheet, seed), difference=Difference.of(intervals[name]))
         for name, sheet in compared.items()
     }
-    known = {one.key for one in (recipe, *baselines.values(), *(one.recipe for one in front))}
-    tested = run.store.recipes("test") - known
+    others = run.store.recipes("test") - {one.key for one in tested}
     asked, scoring = run.store.scored()
     states = [trial.state for trial in run.finished()]
     result = Result(
@@ -158,7 +162,7 @@ def conclude(run: Run) -> tuple[Result, Recipe]:
         failed_trials=states.count(TrialState.FAIL),
         item_evaluations=sum(asked.values()),
         items_asked=dict(asked),
-        times_tested=1 + len(tested),
+        times_tested=1 + len(others),
         seconds=Seconds(score=scoring, **run.seconds()),
         seed=seed,
         versions=package_versions(),

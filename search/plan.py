@@ -8,23 +8,12 @@ from math import prod
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
 
 from merge_engine.donors import Checkpoint, TensorInfo
 from merge_engine.layout import layer_counts
 from merge_engine.plan import plan_merge
 from merge_engine.recipe import RecipeError, load_recipe
-from search.bench import (
-    Machine,
-    make_objective,
-    make_splits,
-    model_dtype,
-    open_family,
-    own_code_refused,
-    place_donors,
-    torch_dtype,
-)
-from search.space import Space
+from search.bench import Machine, model_dtype, open_family, outline, place_donors
 from search.spec import load_study
 
 Plan = tuple[list[str], list[str]]  # lines, and notes
@@ -59,17 +48,8 @@ def check_study(file: Path, device: str) -> Plan:
     spec = load_study(file)
     family = open_family(spec)
     dtype = spec.dtype or model_dtype(family.reference)
-    with own_code_refused(family.reference):
-        config = AutoConfig.from_pretrained(
-            family.reference.folder, trust_remote_code=spec.trust_remote_code
-        )
-    with torch.device("meta"):  # tasks are prepared for a model; this one has no weights
-        model = AutoModelForCausalLM.from_config(
-            config, dtype=torch_dtype(dtype), trust_remote_code=spec.trust_remote_code
-        )
-    objective = make_objective(spec, model, family.reference)
-    splits = make_splits(spec, objective)
-    space = Space.of(spec, family.layer_filters, dtype)
+    bench = outline(spec, family)
+    space = bench.space
     searched = {name: d for name, d in space.distributions().items() if name != "method"}
     lines = [
         f"study: {spec.search.trials} trials of {', '.join(spec.search.methods)}",
@@ -79,7 +59,7 @@ def check_study(file: Path, device: str) -> Plan:
         *place_donors(family, dtype, Machine(device)),
     ]
     for split, wanted in spec.objective.items.model_dump().items():
-        tasks = [objective.items[number].task for number in getattr(splits, split)]
+        tasks = bench.tasks_of(split)
         counted = ", ".join(f"{task} {tasks.count(task)}" for task in dict.fromkeys(tasks))
         lines.append(f"{split}: {wanted} items ({counted})")
     return lines, _tokenizers(family.reference, family.checkpoints.values())

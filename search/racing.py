@@ -238,7 +238,7 @@ class Belief:
 def elect(
     belief: Belief,
     strata: Strata,
-    ask: Callable[[int, int], Floats],
+    ask: Callable[[Sequence[int], int], Floats],
     ends: Sequence[int],
     *,
     budget: float = math.inf,
@@ -249,7 +249,7 @@ def elect(
     Args:
         belief: Before they are asked these items.
         strata: Of the items.
-        ask: Gives a candidate's answers to the first so many items.
+        ask: Gives some candidates' answers (k, m) to the first m items.
         ends: Of the blocks that are asked in turn.
         budget: Item evaluations at most.
         shortfall: By how much a candidate misses its floors after so many items.
@@ -264,7 +264,7 @@ def elect(
         budget -= len(left) * (end - start)
         if len(left) == 1 or budget < 0:
             break
-        now = belief[left].given(*strata.moments(np.stack([ask(one, end) for one in left])))
+        now = belief[left].given(*strata.moments(ask(left, end)))
         ranked = now.ranked([shortfall(one, end) for one in left])
         chances = now.above(ranked[0])
         left, start = [left[i] for i in ranked if chances[i] >= HOPE], end

@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import fcntl
 import math
+import re
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import astuple, dataclass
-from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -22,20 +22,20 @@ import numpy as np
 from optuna.study import Study
 from optuna.trial import FrozenTrial, Trial, TrialState
 
-from merge_engine.checkpoint import Model, write_checkpoint
-from merge_engine.recipe import Recipe, RecipeError
-from objectives.base import ObjectiveError
+from merge_engine.recipe import Recipe
 from search.bench import Bench
 from search.frozen import difference, freeze
 from search.racing import Belief, Floats, Race, Strata, elect
 from search.samplers import make_sampler
-from search.scoring import Scorer
+from search.scoring import Block, Scorer
 from search.selection import COST, Sheet, shortfall, tasks_with_cost
 from search.spec import Split, StudyError, StudySpec
 from search.storage import Store
 from search.terminal import Progress
+from search.workers import FAILURES, Workers
 
 DATABASE = "study.db"
+_ASIDE = re.compile(r"old-(\d+)$")
 
 
 @contextmanager
@@ -58,6 +58,18 @@ def locked(run: Path) -> Iterator[None]:
         except OSError:
             raise StudyError(f"{run} is being worked on by another process; wait for it") from None
         yield
+
+
+def set_aside(run: Path) -> None:
+    """Move a study and all it has left in a run folder into a folder of its own in there."""
+    left = [path for path in run.iterdir() if path.name != "lock" and not _ASIDE.match(path.name)]
+    left.sort(key=lambda path: path.name.startswith(DATABASE))  # last: until then it is all there
+    if left:
+        taken = [int(match[1]) for path in run.iterdir() if (match := _ASIDE.match(path.name))]
+        aside = run / f"old-{max(taken, default=0) + 1}"
+        aside.mkdir()
+        for path in left:
+            path.rename(aside / path.name)
 
 
 def stored_spec(run: Path) -> StudySpec:
@@ -94,17 +106,28 @@ class Candidate:
 
 
 @dataclass
+class Turn:
+    """A trial at work: what it proposes, and the answers that are considered so far."""
+
+    trial: Trial
+    recipe: Recipe
+    sheet: Sheet
+
+
+@dataclass
 class Run:
-    """One session of a run: its folder, its bench and what it has asked."""
+    """One session of a run: its folder, its bench, who works for it and what it has asked."""
 
     folder: Path
     bench: Bench
+    workers: Workers
     progress: Progress
 
     def __post_init__(self) -> None:
         self.store = Store(self.folder / DATABASE)
         self.study: Study = self.store.study()
-        self.scorer = Scorer(self.bench, self.store, on_block=self.progress.block)
+        self.scorer = Scorer(self.bench, self.store, self.workers, self.progress.block)
+        self._waiting: dict[Block, list[Turn]] = {}  # who for which block
         self._started = time.perf_counter()
         self._ask_seconds = 0.0
         self._earlier: Mapping[str, float] = self.study.user_attrs.get("seconds", {})
@@ -125,7 +148,7 @@ class Run:
         if "spec" in theirs and (changed := _changes(theirs["spec"], mine)):
             raise StudyError(
                 f"{self.folder} is the run of another study: {'; '.join(changed)}. "
-                "Choose another --out, or set it back"
+                "Choose another --out, set it back, or begin anew with --force-new"
             )
         self._adopt_items()
         self.study.set_user_attr("spec", mine)
@@ -142,7 +165,9 @@ class Run:
             )
 
     def search(self, timeout: float = math.inf) -> None:
-        """Ask and tell until the study has its trials.
+        """Ask and tell until the study has its trials: one at work for each worker.
+
+        Whoever has lost its race makes room for the next at once; nobody waits for the others.
 
         Args:
             timeout: Seconds of this session after which no trial but the first is begun.
@@ -151,57 +176,97 @@ class Run:
             StudyError: One of the study's own models does not work.
         """
         self._enqueue_warm_starts()
+        self._try_baselines()
+        race = self._race()
+        self.progress.start(self.spec.search.trials, self.finished())
+        while True:
+            while self.scorer.idle and self._goes_on(timeout):
+                self._advance(self._begin(), race)
+            if not self._waiting:
+                break
+            block, failure = self.scorer.finish()
+            for turn in self._waiting.pop(block):
+                if failure is None:
+                    self._advance(turn, race)
+                else:
+                    self._fail(turn, failure)
+        if len(self.finished()) < self.spec.search.trials:
+            self.progress.note("the time is up; run it again to go on searching")
+
+    def _try_baselines(self) -> None:
+        """Ask each model the study starts from, and the average of them, a first block.
+
+        Raises:
+            StudyError: One does not work.
+        """
         for name, recipe in self.bench.space.baselines().items():
             try:
                 self.sheet(recipe, "search", 1)
-            except (RecipeError, ObjectiveError) as error:
+            except FAILURES as error:
                 raise StudyError(f"{name} alone: {error}") from error
-        race = self._race()
-        self.progress.start(self.spec.search.trials, self.finished())
-        while (done := len(self.finished())) < self.spec.search.trials:
-            if done and time.perf_counter() - self._started > timeout:
-                self.progress.note("the time is up; run it again to go on searching")
-                break
-            trial = self._ask()
-            recipe = self.bench.space.recipe(trial.params)
-            trial.set_user_attr("recipe", recipe.key)
-            try:
-                sheet = self._raced(race, recipe)
-            except (RecipeError, ObjectiveError) as error:
-                trial.set_user_attr("error", str(error))
-                finished = self.study.tell(trial, state=TrialState.FAIL)
-            else:
-                self._note_faults(trial, recipe, len(sheet.answers))
-                finished = self._tell(trial, sheet, race)
-            self.study.set_user_attr("seconds", self.seconds())
-            self.progress.trial(finished)
 
-    def _raced(self, race: Race, recipe: Recipe) -> Sheet:
-        """Ask a recipe block after block for as long as there is hope."""
-        sheet = Sheet((), (), self.bench.weights)
-        while race.hopeful(self.goals(sheet)):
-            sheet = self.sheet(recipe, "search", len(sheet.answers) + 1)
-        return sheet
+    @property
+    def _at_work(self) -> set[int]:
+        """The numbers of the trials that wait for a block."""
+        return {turn.trial.number for turns in self._waiting.values() for turn in turns}
 
-    def _tell(self, trial: Trial, sheet: Sheet, race: Race) -> FrozenTrial:
+    def _goes_on(self, timeout: float) -> bool:
+        """Whether another trial is to be begun beside those at work."""
+        begun = len(self.finished()) + len(self._at_work)
+        in_time = time.perf_counter() - self._started <= timeout
+        return begun < self.spec.search.trials and (in_time or not begun)
+
+    def _begin(self) -> Turn:
+        """The next trial, before it is asked anything."""
+        trial = self._ask()
+        recipe = self.bench.space.recipe(trial.params)
+        trial.set_user_attr("recipe", recipe.key)
+        return Turn(trial, recipe, Sheet((), (), self.bench.weights))
+
+    def _advance(self, turn: Turn, race: Race) -> None:
+        """Have a trial asked one more block; tell it, if there is no hope or no block left."""
+        while race.hopeful(self.goals(turn.sheet)):
+            items = len(turn.sheet.answers) + 1
+            if lacking := self.scorer.lacking(turn.recipe, "search", items):
+                block = Block(turn.recipe.key, "search", lacking[0])
+                if block not in self._waiting:  # else for another trial of the same recipe
+                    self.scorer.begin(turn.recipe, "search", lacking[0])
+                self._waiting.setdefault(block, []).append(turn)
+                return
+            turn.sheet = self.sheet(turn.recipe, "search", items)
+        self._tell(turn, race)
+
+    def _fail(self, turn: Turn, error: Exception) -> None:
+        """Tell a trial that its recipe cannot be built or asked."""
+        turn.trial.set_user_attr("error", str(error))
+        self._told(self.study.tell(turn.trial, state=TrialState.FAIL))
+
+    def _tell(self, turn: Turn, race: Race) -> None:
         """Tell a trial what its recipe is worth, and how sure that is."""
+        trial, sheet = turn.trial, turn.sheet
+        self._note_faults(trial, turn.recipe, len(sheet.answers))
         missed = self.missed(sheet)
         estimate = race.finish(self.goals(sheet), missed)
         trial.set_user_attr("variance", estimate.variance)
         trial.set_user_attr("items", len(sheet.answers))
         by_task = race.by_task(self.goals(sheet))
         trial.set_user_attr("tasks", {task: [*astuple(one)] for task, one in by_task.items()})
+        trial.set_user_attr("told", len(self.finished()))
         if self.spec.objective.is_limited:
             trial.set_constraint("floors", missed)
-        return self.study.tell(trial, estimate.value)
+        self._told(self.study.tell(trial, estimate.value))
+
+    def _told(self, trial: FrozenTrial) -> None:
+        self.study.set_user_attr("seconds", self.seconds())
+        self.progress.trial(trial)
 
     def best_donor(self) -> str:
         """The donor that is believed to be best after a race among the donors."""
         donors = self.spec.models
         recipes = self.bench.space.baselines()
 
-        def ask(donor: int, items: int) -> Floats:
-            return np.array(self.sheet(recipes[donors[donor]], "search", items).answers)
+        def ask(some: Sequence[int], items: int) -> Floats:
+            return self.answers([recipes[donors[one]] for one in some], "search", items)
 
         best = elect(Belief.vague(len(donors)), self.strata("search"), ask, self.ends("search"))
         return donors[best]
@@ -214,10 +279,16 @@ class Run:
         sheet = self.sheet(recipe, "search")
         self._report_faults(best, recipe)
         race.finish(self.goals(sheet), self.missed(sheet))
-        for trial in self.study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,)):
+        complete = self.study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+        for trial in sorted(complete, key=lambda trial: trial.user_attrs["told"]):
             sheet = self.sheet_of(trial)
             race.finish(self.goals(sheet), self.missed(sheet))
         return race
+
+    def answers(self, recipes: Sequence[Recipe], split: Split, items: int | None = None) -> Floats:
+        """What k recipes answer to the first m items of a split, all asked together: (k, m)."""
+        self.scorer.ask(recipes, split, items)
+        return np.array([self.sheet(recipe, split, items).answers for recipe in recipes])
 
     def sheet(self, recipe: Recipe, split: Split, items: int | None = None) -> Sheet:
         """A recipe's answers to the first items of a split, in whole blocks; None: to all."""
@@ -252,7 +323,7 @@ class Run:
 
     def ends(self, split: Split) -> list[int]:
         """How many items of a split have been asked after each of its blocks."""
-        return list(accumulate(map(len, self.scorer.blocks(split))))
+        return self.scorer.ends(split)
 
     def _faults(self, recipe: Recipe, items: int | None = None) -> list[tuple[str, str]]:
         """Task and reason of each of the first search items whose answer could not be judged."""
@@ -319,9 +390,10 @@ class Run:
         }
 
     def _ask(self) -> Trial:
-        """The trial that was at work when the run was stopped, or a new one."""
+        """A trial that was at work when the run was stopped, or a new one."""
         start = time.perf_counter()
         running = self.study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
+        running = [trial for trial in running if trial.number not in self._at_work]
         number = running[0].number if running else self._next_number()
         search = self.spec.search
         self.study.sampler = make_sampler(
@@ -361,13 +433,12 @@ def _changes(old: Mapping[str, Any], new: Mapping[str, Any], where: str = "") ->
 
 
 def export(run: Run, recipe: Recipe, out: Path) -> int:
-    """Build a recipe once more, make sure that it answers as it did, and save it.
+    """Have a recipe built once more, make sure that it answers as it did, and save it.
 
     Returns:
         How many answers were compared with the database.
     """
-    compared = run.scorer.check(recipe)
-    builder = run.bench.builder
-    model = Model(like=builder.family.reference, recipe=recipe)
-    write_checkpoint(builder.tensors(), out, shapes=dict(builder.tensors()), model=model)
+    compared, machine = run.scorer.save(recipe, out)
+    if not out.is_dir():
+        run.progress.note(f"{out} lies on the machine {machine}, whose worker has written it")
     return compared

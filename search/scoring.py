@@ -1,37 +1,83 @@
-"""A recipe's answers: from the database if they are there, else by building it and asking."""
+"""A recipe's answers: from the database if they are there, else a worker is asked.
+
+Jobs go to several workers at once. A block's answers are in the database before anything depends
+on them, and a recipe's blocks go to the worker that has it built already, if that one is idle.
+"""
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Sequence
+import math
+from collections import Counter
+from collections.abc import Callable, Iterable
+from itertools import accumulate
+from pathlib import Path
+from typing import Final, NamedTuple
 
 from merge_engine.recipe import Recipe
-from objectives.base import Answer
-from objectives.items import blocks
+from objectives.base import Answer, ObjectiveError
+from objectives.items import SPLITS, blocks
 from search.bench import Bench
 from search.spec import Split
 from search.storage import Store
+from search.workers import Job, WorkerDied, Workers
+
+DEATHS: Final = 2  # of workers, after which a recipe is asked no more
+
+
+class Block(NamedTuple):
+    """Some items of a split, as one recipe is asked them at once."""
+
+    recipe: str
+    split: Split
+    number: int
 
 
 class Scorer:
-    """The one worker of a run: owns the live model and answers (recipe, split).
+    """Hands blocks to workers and stores their answers.
 
     Args:
-        bench: What to build and ask with.
+        bench: Says which items are in a block.
         store: Where finished blocks go.
+        workers: Who is asked.
         on_block: Called after each block that had to be asked.
     """
 
     def __init__(
-        self, bench: Bench, store: Store, on_block: Callable[[], None] = lambda: None
+        self,
+        bench: Bench,
+        store: Store,
+        workers: Workers,
+        on_block: Callable[[], None] = lambda: None,
     ) -> None:
-        self.bench = bench
         self.store = store
+        self.workers = workers
         self.on_block = on_block
         self.build_seconds = 0.0
+        self.stopping = False
+        self._size = bench.spec.objective.block
+        self._blocks: dict[Split, tuple[tuple[int, ...], ...]] = {
+            split: blocks(getattr(bench.splits, split), self._size) for split in SPLITS
+        }
+        self._at_work: dict[int, tuple[Block, Job]] = {}
+        self._built: dict[int, str] = {}  # who has which recipe in its live model
+        self._deaths = Counter[str]()
+
+    @property
+    def idle(self) -> list[int]:
+        """The workers that have no job."""
+        return [place for place in range(self.workers.count) if place not in self._at_work]
+
+    @property
+    def working(self) -> bool:
+        """Whether a block is being asked."""
+        return bool(self._at_work)
+
+    def ends(self, split: Split) -> list[int]:
+        """How many items of a split have been asked after each of its blocks."""
+        return list(accumulate(map(len, self._blocks[split])))
 
     def answers(self, recipe: Recipe, split: Split, items: int | None = None) -> list[Answer]:
-        """One answer per item of the split, in scoring order.
+        """One answer per item of the split, in scoring order; asked now, if they were not before.
 
         Args:
             recipe: Who is asked.
@@ -42,67 +88,97 @@ class Scorer:
             RecipeError: The recipe cannot be built.
             ObjectiveError: The model it makes gives no usable answer.
         """
+        self.ask([recipe], split, items)
         stored = self.store.answers(recipe.key, split)
-        answers: list[Answer] = []
-        for number, block in enumerate(self.blocks(split)):
-            if items is not None and len(answers) >= items:
-                break
-            answers += (
-                stored[number] if number in stored else self._ask(recipe, split, number, block)
-            )
-        return answers
+        return [answer for number in self._first(split, items) for answer in stored[number]]
 
-    def _ask(
-        self, recipe: Recipe, split: Split, number: int, block: tuple[int, ...]
-    ) -> list[Answer]:
-        """Answer one block and store it."""
-        self._build(recipe)
-        start = time.perf_counter()
-        answers = self.bench.objective.score(self.bench.builder.model, block)
-        self.store.save(recipe.key, split, number, answers, time.perf_counter() - start)
-        self.on_block()
-        return answers
-
-    def check(self, recipe: Recipe) -> int:
-        """Build the recipe again and compare every value with the database's.
-
-        Where judging failed, now or then, there is nothing to compare: a time limit was in play.
-
-        Returns:
-            How many items were compared.
+    def ask(self, recipes: Iterable[Recipe], split: Split, items: int | None = None) -> None:
+        """Have several recipes answer what they have not yet; see ``answers``.
 
         Raises:
-            RuntimeError: An answer differs: what would be exported is not what was scored.
+            RecipeError, ObjectiveError: Of the first recipe that fails; others may be unanswered.
         """
-        self.bench.builder.loaded = None
-        compared = 0
-        splits: tuple[Split, ...] = ("search", "select", "test")
-        for split in splits:
-            stored = self.store.answers(recipe.key, split)
-            for number, block in enumerate(self.blocks(split)):
-                if number not in stored:
+        left = {
+            Block(recipe.key, split, number): recipe
+            for recipe in recipes
+            for number in self.lacking(recipe, split, items)
+        }
+        failed: Exception | None = None
+        while (left and not failed) or self.working:
+            while left and self.idle and not failed:
+                block = self._next_of(left)
+                self.begin(left.pop(block), split, block.number)
+            _, error = self.finish()
+            failed = failed or error
+        if failed:
+            raise failed
+
+    def _next_of(self, left: Iterable[Block]) -> Block:
+        """Whose recipe an idle worker has built, or else nobody has, or else the first."""
+        idle = {self._built.get(place) for place in self.idle}
+        others = {block.recipe for block, _ in self._at_work.values()}
+        return min(left, key=lambda one: (one.recipe not in idle, one.recipe in others))
+
+    def lacking(self, recipe: Recipe, split: Split, items: int | None = None) -> list[int]:
+        """The blocks of the split's first items that a recipe has not answered."""
+        stored = self.store.answers(recipe.key, split)
+        return [number for number in self._first(split, items) if number not in stored]
+
+    def begin(self, recipe: Recipe, split: Split, number: int) -> Block:
+        """Give a block to an idle worker."""
+        place = min(self.idle, key=lambda place: self._built.get(place) != recipe.key)
+        block = Block(recipe.key, split, number)
+        self._submit(place, block, Job(recipe, self._blocks[split][number]))
+        return block
+
+    def _submit(self, place: int, block: Block, job: Job) -> None:
+        self._at_work[place], self._built[place] = (block, job), job.recipe.key
+        self.workers.submit(place, job)
+
+    def finish(self) -> tuple[Block, Exception | None]:
+        """Wait for a block to end, and store its answers.
+
+        Returns:
+            The block, and why it has no answers, if it has none.
+
+        Raises:
+            KeyboardInterrupt: ``stopping`` was set; all blocks at work were stored before.
+        """
+        while True:
+            place, outcome = self.workers.next()
+            block, job = self._at_work.pop(place)
+            if isinstance(outcome, WorkerDied):
+                self._deaths[block.recipe] += 1
+                if self._deaths[block.recipe] < DEATHS and not self.stopping:
+                    self._submit(place, block, job)
                     continue
-                self._build(recipe)
-                again = self.bench.objective.score(self.bench.builder.model, block)
-                if not _same(again, stored[number]):
-                    raise RuntimeError(f"{split} block {number}: rebuilt recipe answers otherwise")
-                compared += len(block)
-        return compared
+                outcome = ObjectiveError(f"it ended its worker {DEATHS} times: {outcome}")
+            if isinstance(outcome, Exception):
+                del self._built[place]
+            else:
+                self.build_seconds += outcome.build_seconds
+                self.store.save(*block, outcome.answers, outcome.ask_seconds)
+                self.on_block()
+            if not self.stopping:
+                return block, outcome if isinstance(outcome, Exception) else None
+            if not self.working:
+                raise KeyboardInterrupt
 
-    def _build(self, recipe: Recipe) -> None:
-        loaded = self.bench.builder.loaded
-        if loaded is None or loaded.key != recipe.key:
-            start = time.perf_counter()
-            self.bench.builder.build(recipe)
-            self.build_seconds += time.perf_counter() - start
+    def save(self, recipe: Recipe, out: Path) -> tuple[int, str]:
+        """Have a recipe built once more, compared with its stored answers, and saved.
 
-    def blocks(self, split: Split) -> tuple[tuple[int, ...], ...]:
-        """The split's item numbers, in the blocks that are asked at once."""
-        return blocks(getattr(self.bench.splits, split), self.bench.spec.objective.block)
+        Returns:
+            How many answers were compared, and the name of the machine that has the folder.
+        """
+        asked = [
+            (Job(recipe, self._blocks[split][number]), answers)
+            for split in SPLITS
+            for number, answers in sorted(self.store.answers(recipe.key, split).items())
+        ]
+        machine = self.workers.save(recipe, asked, out.absolute())
+        return sum(len(answers) for _, answers in asked), machine
 
-
-def _same(ones: Sequence[Answer], others: Sequence[Answer]) -> bool:
-    return all(
-        one.value == other.value or one.fault is not None or other.fault is not None
-        for one, other in zip(ones, others, strict=True)
-    )
+    def _first(self, split: Split, items: int | None) -> range:
+        """The numbers of the blocks that the first items of a split are in."""
+        count = len(self._blocks[split])
+        return range(count if items is None else min(count, math.ceil(items / self._size)))

@@ -198,7 +198,7 @@ class Raced:
         best = elect(
             Belief.vague(len(donors)),
             self.contest.strata,
-            lambda donor, end: replay.ask(donors[donor], end),
+            lambda some, end: np.stack([replay.ask(donors[one], end) for one in some]),
             ends,
         )
         self.contest.finish(replay.ask(donors[best], ends[-1]))
@@ -269,9 +269,10 @@ class Elected:
         best = np.argsort(-belief.means, kind="stable")[: self.finalists].tolist()
         asked: dict[int, int] = {}
 
-        def ask(finalist: int, end: int) -> Floats:
-            asked[finalist] = end
-            return replay.answers(told[best[finalist]][0], "select")[:end]
+        def ask(some: Sequence[int], end: int) -> Floats:
+            asked.update(dict.fromkeys(some, end))
+            of_some = [replay.answers(told[best[one]][0], "select") for one in some]
+            return np.stack(of_some)[:, :end]
 
         strata, ends = replay.strata["select"], replay.ends["select"]
         winner = elect(belief[best], strata, ask, ends, budget=self.cost(replay))

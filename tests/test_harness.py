@@ -310,3 +310,24 @@ def test_a_value_that_is_not_one_number_fails_with_the_item(folder, model):
     harness = prepare(folder, model, "odd")
     with pytest.raises(ObjectiveError, match=r"'odd', doc 2: 'acc' is \[1.0, 0.0\]"):
         harness.score(model, [2])
+
+
+def test_batches_too_large_for_memory_are_halved_and_it_is_said(folder, caplog):
+    model, specs = make_model(), (TaskSpec("choice"), TaskSpec("answer"))
+    harness = prepare(folder, model, *specs)
+    expected = harness.score(model, everything(harness))
+
+    def fill(module, given):
+        if len(given[0]) > 5:
+            raise torch.OutOfMemoryError("full")
+
+    model.model.layers[0].mlp.register_forward_pre_hook(fill)
+    with caplog.at_level(logging.WARNING, "objectives.fast"):
+        found = harness.score(model, everything(harness))
+    assert [answer.value for answer in found] == [answer.value for answer in expected]
+    assert "out of memory: asked in batches of" in caplog.text
+    model.model.layers[0].mlp.register_forward_pre_hook(
+        lambda module, given: fill(module, "12345678")
+    )
+    with pytest.raises(ObjectiveError, match="no memory to ask one sequence"):
+        harness.score(model, everything(harness))

@@ -180,9 +180,10 @@ def field(answers):
     """A way to ask, and how much each was asked."""
     asked = [0] * len(answers)
 
-    def ask(one, end):
-        asked[one] = end
-        return answers[one][:end]
+    def ask(some, end):
+        for one in some:
+            asked[one] = end
+        return np.stack([answers[one][:end] for one in some])
 
     return ask, asked
 

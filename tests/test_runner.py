@@ -23,6 +23,7 @@ from search.result import Result
 from search.runner import DATABASE
 from search.spec import load_study
 from search.storage import Store
+from search.workers import Here
 
 
 def trials_of(run):
@@ -150,6 +151,60 @@ def test_killed_run_goes_on_as_if_nothing_had_happened(finished, tmp_path):
     assert decisions(run) == decisions(whole)
     assert answers_of(run) == answers_of(whole)
     assert (run / "recipe.yaml").read_text() == (whole / "recipe.yaml").read_text()
+
+
+def test_interrupted_run_finishes_its_block_and_goes_on(finished, tmp_path, monkeypatch, capfd):
+    study, whole = finished
+    run, asked, ask = tmp_path / "run", [], Here.next
+
+    def interrupted(self):
+        asked.append(0)
+        if len(asked) in times:
+            os.kill(os.getpid(), signal.SIGINT)
+        return ask(self)
+
+    monkeypatch.setattr(Here, "next", interrupted)
+    command = ["run", str(study), "--out", str(run), "--device", "cpu"]
+    times = (20,)
+    assert main(command) == 130
+    assert len(answers_of(run)) == len(asked) == 20
+    error = capfd.readouterr().err
+    assert "stopping after this block" in error
+    assert "the same command goes on from here" in error
+    times = ()
+    assert main(command) == 0
+    assert decisions(run) == decisions(whole)
+    assert answers_of(run) == answers_of(whole)
+
+
+def test_second_interrupt_stops_within_the_block(finished, tmp_path, monkeypatch):
+    study, _ = finished
+    asked = []
+
+    def interrupted(self):
+        asked.append(0)
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(Here, "next", interrupted)
+    assert main(["run", str(study), "--out", str(tmp_path / "run"), "--device", "cpu"]) == 130
+    assert asked == [0]
+    assert not answers_of(tmp_path / "run")
+
+
+def test_force_new_sets_the_old_study_aside(finished, make_study, tmp_path):
+    study, whole = finished
+    run = tmp_path / "run"
+    shutil.copytree(whole, run)
+    other = make_study(tmp_path / "other", search__trials=2, search__methods=["task_arithmetic"])
+    command = ["run", str(other), "--out", str(run), "--device", "cpu"]
+    assert main(command) == 2
+    assert main([*command, "--force-new"]) == 0
+    assert len(trials_of(run)) >= 2
+    assert decisions(run / "old-1") == decisions(whole)
+    assert (run / "old-1" / "recipe.yaml").read_text() == (whole / "recipe.yaml").read_text()
+    assert main([*command, "--force-new"]) == 0
+    assert (run / "old-2" / DATABASE).is_file()
 
 
 def _blocks(run):

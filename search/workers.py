@@ -1,0 +1,173 @@
+"""Who builds and asks: a worker owns a live model, the coordinator hands it jobs.
+
+``Here`` is the one in this process; ``search.cluster`` has those that are processes of their own.
+"""
+
+from __future__ import annotations
+
+import socket
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final, Protocol
+
+import torch
+
+from merge_engine.checkpoint import Model, write_checkpoint
+from merge_engine.recipe import Recipe, RecipeError
+from objectives.base import Answer, ObjectiveError
+from search.bench import LiveBench
+
+FAILURES: Final = (RecipeError, ObjectiveError)  # the candidate's own: the search goes on
+
+
+@dataclass(frozen=True)
+class Job:
+    """A recipe, and the numbers of the items it is asked."""
+
+    recipe: Recipe
+    items: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Reply:
+    """One answer per item, and the seconds that building and asking took."""
+
+    answers: Sequence[Answer]
+    build_seconds: float
+    ask_seconds: float
+
+
+class WorkerDied(Exception):  # noqa: N818  what happened, not what is wrong
+    """A worker's process ended while it did a job."""
+
+
+class Workers(Protocol):
+    """Several workers, known by their places from 0 on; each does one job at a time."""
+
+    @property
+    def count(self) -> int:
+        """How many there are."""
+
+    def submit(self, place: int, job: Job) -> None:
+        """Give an idle worker a job."""
+
+    def next(self) -> tuple[int, Reply | Exception]:
+        """Wait for a job to end.
+
+        Returns:
+            Whose it was, and the reply, one of ``FAILURES``, or ``WorkerDied``: there is then a
+            new worker at its place.
+        """
+
+    def save(self, recipe: Recipe, asked: Sequence[tuple[Job, Sequence[Answer]]], out: Path) -> str:
+        """As ``Worker.save``, by any of them while all are idle."""
+
+    def look_through(self) -> None:
+        """Read all donors.
+
+        Raises:
+            RecipeError: There is NaN or Inf in one.
+        """
+
+    def close(self) -> None:
+        """Let go of them."""
+
+
+class Worker:
+    """A live model, and what builds and asks it.
+
+    Args:
+        bench: What to work at.
+    """
+
+    def __init__(self, bench: LiveBench) -> None:
+        self.bench = bench
+
+    def ask(self, job: Job) -> Reply:
+        """Do a job; a recipe that is still in the live model is not built again.
+
+        Raises:
+            RecipeError: The recipe cannot be built.
+            ObjectiveError: The model it makes gives no usable answer.
+        """
+        start = time.perf_counter()
+        try:
+            if self.bench.builder.loaded is None or self.bench.builder.loaded.key != job.recipe.key:
+                self.bench.builder.build(job.recipe)
+            built = time.perf_counter()
+            answers = self.bench.objective.score(self.bench.builder.model, job.items)
+        except torch.OutOfMemoryError as error:
+            raise ObjectiveError(f"out of memory: {str(error).splitlines()[0]}") from error
+        return Reply(answers, built - start, time.perf_counter() - built)
+
+    def save(self, recipe: Recipe, asked: Sequence[tuple[Job, Sequence[Answer]]], out: Path) -> str:
+        """Build a recipe once more, make sure that it answers as it did, and save it.
+
+        Where judging failed, now or then, there is nothing to compare: a time limit was in play.
+
+        Args:
+            recipe: To be saved.
+            asked: What it was asked before, and its answers.
+            out: The folder to make.
+
+        Returns:
+            The name of the machine that has the folder.
+
+        Raises:
+            RuntimeError: An answer differs: what would be saved is not what was scored.
+        """
+        builder = self.bench.builder
+        builder.loaded = None
+        for job, answers in asked:
+            if not _same(self.ask(job).answers, answers):
+                raise RuntimeError(f"rebuilt recipe answers items {job.items} otherwise")
+        if builder.loaded is None:
+            builder.build(recipe)
+        model = Model(like=builder.family.reference, recipe=recipe)
+        write_checkpoint(builder.tensors(), out, shapes=dict(builder.tensors()), model=model)
+        return socket.gethostname()
+
+
+def _same(ones: Sequence[Answer], others: Sequence[Answer]) -> bool:
+    return all(
+        one.value == other.value or one.fault is not None or other.fault is not None
+        for one, other in zip(ones, others, strict=True)
+    )
+
+
+class Here:
+    """The one worker in this process.
+
+    Args:
+        bench: What it works at.
+    """
+
+    count = 1
+
+    def __init__(self, bench: LiveBench) -> None:
+        self._worker = Worker(bench)
+        self._jobs: list[Job] = []
+
+    def submit(self, place: int, job: Job) -> None:  # noqa: ARG002
+        """Take the job; it is done when somebody waits for it."""
+        self._jobs.append(job)
+
+    def next(self) -> tuple[int, Reply | Exception]:
+        """Do the job."""
+        try:
+            return 0, self._worker.ask(self._jobs.pop())
+        except FAILURES as error:
+            return 0, error
+
+    def save(self, recipe: Recipe, asked: Sequence[tuple[Job, Sequence[Answer]]], out: Path) -> str:
+        """As ``Worker.save``."""
+        return self._worker.save(recipe, asked, out)
+
+    def look_through(self) -> None:
+        """Read all donors."""
+        self._worker.bench.builder.family.look_through()
+
+    def close(self) -> None:
+        """Nothing is held but memory."""
