@@ -103,6 +103,8 @@ class Scorer:
             for recipe in recipes
             for number in self.lacking(recipe, split, items)
         }
+        if not left:  # others may be at work meanwhile
+            return
         failed: Exception | None = None
         while (left and not failed) or self.working:
             while left and self.idle and not failed:
