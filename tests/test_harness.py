@@ -326,8 +326,7 @@ def test_batches_too_large_for_memory_are_halved_and_it_is_said(folder, caplog):
         found = harness.score(model, everything(harness))
     assert [answer.value for answer in found] == [answer.value for answer in expected]
     assert "out of memory: asked in batches of" in caplog.text
-    model.model.layers[0].mlp.register_forward_pre_hook(
-        lambda module, given: fill(module, "12345678")
-    )
+    always = (torch.zeros(6, 1),)
+    model.model.layers[0].mlp.register_forward_pre_hook(lambda module, _: fill(module, always))
     with pytest.raises(ObjectiveError, match="no memory to ask one sequence"):
         harness.score(model, everything(harness))

@@ -193,7 +193,7 @@ def test_second_interrupt_stops_within_the_block(finished, tmp_path, monkeypatch
 
 
 def test_force_new_sets_the_old_study_aside(finished, make_study, tmp_path):
-    study, whole = finished
+    _, whole = finished
     run = tmp_path / "run"
     shutil.copytree(whole, run)
     other = make_study(tmp_path / "other", search__trials=2, search__methods=["task_arithmetic"])
