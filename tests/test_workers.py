@@ -204,6 +204,10 @@ def blocks_of(run):
         return []
 
 
+def finished_in(run):
+    return [trial for trial in Store(run / DATABASE).study().trials if trial.state.is_finished()]
+
+
 def ray_workers(process):
     """The worker processes of a run."""
     children = psutil.Process(process.pid).children(recursive=True)
@@ -226,12 +230,12 @@ def test_ray_workers_and_the_coordinator_may_be_killed(study, tmp_path):
         first[0].kill()
         wait_for(24)
         process.kill()
-    told = [t for t in Store(run / DATABASE).study().trials if t.state.is_finished()]
+    told = finished_in(run)
     before = set(blocks_of(run))
     assert len(before) >= 24
     assert main(command[3:]) == 0  # one worker, in this process
-    trials = Store(run / DATABASE).study().trials
+    trials = finished_in(run)
     assert [trial.number for trial in trials] == list(range(12))
     assert {trial.state for trial in trials} == {TrialState.COMPLETE}
-    assert all(trials[one.number].values == one.values for one in told)
+    assert all(trials[one.number].value == one.value for one in told)
     assert before < set(blocks_of(run))
