@@ -41,6 +41,7 @@ from search.racing import Belief
 if TYPE_CHECKING:
     from search.space import Point, Space
 
+GAIN = "gain"  # a trial's attribute: what it was expected to improve upon the best
 VARIANCE = 0.001  # of a trial that does not say: 250 items, half of them right
 JITTER = 1e-6
 KINSHIP = 0.4
@@ -157,6 +158,7 @@ class Data:
         targets: Values and margins to the floors, standardised, (n, 2).
         variance: Of the values, (n).
         enough: The margin that meets all floors.
+        spread: What 1 is in units of the values.
     """
 
     x: Floats
@@ -164,6 +166,7 @@ class Data:
     targets: Floats
     variance: Floats
     enough: float
+    spread: float
 
     @classmethod
     def of(cls, observed: Sequence[Observed]) -> Data:
@@ -177,6 +180,7 @@ class Data:
             (targets - mean) / spread,
             np.array([one.variance for one in observed]) / spread[0] ** 2,
             float(-mean[1] / spread[1]),
+            float(spread[0]),
         )
 
     @property
@@ -326,12 +330,19 @@ class GaussianSampler(BaseSampler):
         running = [known for known in trials if known.state == TrialState.RUNNING]
         others = [other for other in running if other.number != trial.number]
         with _libraries().limit(limits=1, user_api="blas"):  # small matrices: threads would wait
-            return self._proposal(complete, others)
+            point, gain = self._proposal(complete, others)
+        if not self.front:
+            study._storage.set_trial_system_attr(trial._trial_id, GAIN, gain)
+        return point
 
     def _proposal(
         self, complete: Sequence[FrozenTrial], running: Sequence[FrozenTrial]
-    ) -> dict[str, Any]:
-        """The point to score after trials that are complete, and beside trials that run."""
+    ) -> tuple[dict[str, Any], float]:
+        """The point to score after trials that are complete, and beside trials that run.
+
+        Returns:
+            The point, and its acquisition in units of the values.
+        """
         tried = self.places.population([known.params for known in complete])
         x = self.places.of(tried)
         observed = tuple(map(_observed, complete, tried.method.tolist(), x.tolist()))
@@ -347,9 +358,10 @@ class GaussianSampler(BaseSampler):
             others = self.places.population([other.params for other in running])
             known = known.joined(self.places.of(others), others.method)
             tried += others
-        return self.places.point(self._best(known, tried))
+        best, worth = self._best(known, tried)
+        return self.places.point(best), worth * known.data.spread
 
-    def _best(self, known: Posterior, tried: Population) -> Population:
+    def _best(self, known: Posterior, tried: Population) -> tuple[Population, float]:
         """The highest acquisition among random candidates and steps, ever smaller, from the best.
 
         Args:
@@ -370,7 +382,8 @@ class GaussianSampler(BaseSampler):
             found = found[np.argsort(-worth, kind="stable")[:GOOD]]
             found += steps(found, width)
         worth = known.acquisition(places.of(found), found.method)
-        return found[[int(np.argmax(worth))]]
+        best = int(np.argmax(worth))
+        return found[[best]], float(worth[best])
 
 
 def _observed(trial: FrozenTrial, method: int, place: list[float]) -> Observed:

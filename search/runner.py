@@ -30,6 +30,7 @@ from search.samplers import make_sampler
 from search.scoring import Block, Scorer
 from search.selection import COST, Sheet, shortfall, tasks_with_cost
 from search.spec import Split, StudyError, StudySpec
+from search.stopping import exhausted
 from search.storage import Store
 from search.terminal import Progress
 from search.workers import FAILURES, Workers
@@ -190,7 +191,13 @@ class Run:
                     self._advance(turn, race)
                 else:
                     self._fail(turn, failure)
-        if len(self.finished()) < self.spec.search.trials:
+        finished = self.finished()
+        if self._exhausted(finished):
+            self.progress.note(
+                f"stopped after {len(finished)} trials: no recipe is expected to be better by "
+                "what the select items could tell; with search.stop: false it goes on"
+            )
+        elif len(finished) < self.spec.search.trials:
             self.progress.note("the time is up; run it again to go on searching")
 
     def _try_baselines(self) -> None:
@@ -212,9 +219,15 @@ class Run:
 
     def _goes_on(self, timeout: float) -> bool:
         """Whether another trial is to be begun beside those at work."""
-        begun = len(self.finished()) + len(self._at_work)
+        finished = self.finished()
+        begun = len(finished) + len(self._at_work)
         in_time = time.perf_counter() - self._started <= timeout
-        return begun < self.spec.search.trials and (in_time or not begun)
+        wanted = begun < self.spec.search.trials and not self._exhausted(finished)
+        return wanted and (in_time or not begun)
+
+    def _exhausted(self, finished: Sequence[FrozenTrial]) -> bool:
+        """Whether the search stops by itself."""
+        return self.spec.search.stop and exhausted(finished, len(self.bench.tasks_of("select")))
 
     def _begin(self) -> Turn:
         """The next trial, before it is asked anything."""
@@ -421,13 +434,13 @@ class Run:
 
 
 def _changes(old: Mapping[str, Any], new: Mapping[str, Any], where: str = "") -> list[str]:
-    """What differs between two studies, but for the number of trials."""
+    """What differs between two studies, but for when the search ends."""
     found = []
     for name in sorted({*old, *new}):
         mine, theirs = new.get(name), old.get(name)
         if isinstance(mine, dict) and isinstance(theirs, dict):
             found += _changes(theirs, mine, f"{where}{name}.")
-        elif mine != theirs and f"{where}{name}" != "search.trials":
+        elif mine != theirs and f"{where}{name}" not in ("search.trials", "search.stop"):
             found.append(f"{where}{name} was {theirs!r} and is {mine!r}")
     return found
 

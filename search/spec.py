@@ -112,7 +112,8 @@ class Search(_Frozen):
 
     ``start`` are recipes, or folders of runs that found them, to be tried first. With ``front``
     the recipes that none beats on every task are looked for, besides the best mean; with ``cost``
-    to write little is one more of the tasks.
+    to write little is one more of the tasks. With ``stop`` the search ends before its trials do
+    when nothing that could be told is left to gain.
     """
 
     methods: tuple[str, ...] = Field(min_length=1)
@@ -126,6 +127,7 @@ class Search(_Frozen):
     start: tuple[Path, ...] = ()
     front: bool = False
     cost: bool = False
+    stop: bool = True
     seed: NonNegativeInt = 0
 
 
