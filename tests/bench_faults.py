@@ -1,0 +1,318 @@
+"""What kills cost a run, and what several workers gain it; prints one JSON line an experiment.
+
+``python tests/bench_faults.py coordinator workers throughput idle``. The first three run the demo's
+study, whose family has to be trained already (``mergesearch demo``); the last simulates time.
+"""
+
+import argparse
+import heapq
+import json
+import random
+import signal
+import sqlite3
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+from rich.console import Console
+
+from landscape import Items, planted
+from objectives.base import Answer, Item, Shown
+from objectives.items import SPLITS, Splits
+from search.bench import Bench, Machine, open_family, outline
+from search.cli import DEMO, main
+from search.cluster import RayWorkers
+from search.runner import DATABASE, Run
+from search.scoring import Scorer
+from search.spec import load_study, parse_study
+from search.storage import Store
+from search.terminal import Progress
+from search.workers import Here, Job, Reply
+
+STUDY = DEMO / "study.yaml"
+Row = tuple[Any, ...]
+
+
+def counted(log: str, *arguments: str) -> None:
+    """The command, with a line in a file for every block that a worker is given."""
+    for crew in (Here, RayWorkers):
+
+        def submit(self: Any, place: int, job: Job, submit: Any = crew.submit) -> None:
+            with Path(log).open("a") as file:
+                file.write(f"{job.recipe.key}\n")
+            submit(self, place, job)
+
+        crew.submit = submit  # type: ignore[method-assign]
+    sys.exit(main(arguments))
+
+
+class Session:
+    """Sessions of one run of the demo's study, one after another."""
+
+    def __init__(self, folder: Path, *options: str) -> None:
+        self.run, self.log = folder / "run", folder / "asked"
+        folder.mkdir(parents=True)
+        self.log.touch()
+        self.command = [sys.executable, __file__, "counted", str(self.log), "run", str(STUDY)]
+        self.command += ["--out", str(self.run), "--device", "cpu", *options]
+
+    def start(self) -> subprocess.Popen[bytes]:
+        return subprocess.Popen(self.command, stdout=subprocess.DEVNULL, stderr=sys.stderr)
+
+    @property
+    def asked(self) -> int:
+        """Blocks that were given to workers, over all sessions."""
+        return self.log.read_bytes().count(b"\n")
+
+    def wait_for(self, count: int, process: subprocess.Popen[bytes]) -> bool:
+        """Whether so many were given before the session was over."""
+        while process.poll() is None and self.asked < count:
+            time.sleep(0.002)
+        return process.poll() is None
+
+    def rows(self, query: str) -> list[Row]:
+        if not (self.run / DATABASE).exists():
+            return []
+        with sqlite3.connect(self.run / DATABASE) as database:
+            return sorted(database.execute(query))
+
+    @property
+    def finished(self) -> list[Row]:
+        """Number, state and value of each trial that was told."""
+        return self.rows(
+            "select number, state, value from trials left join trial_values using (trial_id) "
+            "where state in ('COMPLETE', 'FAIL')"
+        )
+
+    @property
+    def answers(self) -> list[Row]:
+        return self.rows("select recipe, split, block, answers from mergesearch_answers")
+
+    @property
+    def recipe(self) -> str:
+        return (self.run / "recipe.yaml").read_text()
+
+
+def coordinator(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
+    """The coordinator is killed at random moments, and the run goes on each time."""
+    whole = Session(folder / "whole", "--trials", str(options.trials))
+    assert whole.start().wait() == 0
+    killed = Session(folder / "killed", "--trials", str(options.trials))
+    draw, before, lost, kills = random.Random(options.seed), [], 0, 0
+    for moment in sorted(draw.sample(range(1, whole.asked), options.kills)):
+        process = killed.start()
+        if killed.wait_for(moment, process):
+            time.sleep(draw.uniform(0, 0.1))
+            process.kill()
+            kills += 1
+        process.wait()
+        lost += len(set(before) - set(killed.finished))
+        before = killed.finished
+    assert killed.start().wait() == 0
+    lost += len(set(before) - set(killed.finished))
+    numbers = [number for number, *_ in killed.finished]
+    return {
+        "trials": len(numbers),
+        "kills": kills,
+        "trials_lost": lost,
+        "trials_doubled": len(numbers) - len(set(numbers)),
+        "blocks": len(killed.answers),
+        "blocks_asked_again": killed.asked - len(killed.answers),
+        "same_trials": killed.finished == whole.finished,
+        "same_answers": killed.answers == whole.answers,
+        "same_recipe": killed.recipe == whole.recipe,
+    }
+
+
+def workers(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
+    """One of two Ray workers is killed at random moments."""
+    session = Session(folder / "run", "--trials", str(options.trials), "--workers", "2")
+    draw, kills = random.Random(options.seed), 0
+    process = session.start()
+    for moment in sorted(draw.sample(range(1, 4 * options.trials), options.kills)):
+        if session.wait_for(moment, process):
+            time.sleep(draw.uniform(0, 0.1))
+            victim = draw.choice(actors(process.pid))
+            victim.send_signal(signal.SIGKILL)
+            kills += 1
+    code = process.wait()
+    finished = session.finished
+    return {
+        "exit": code,
+        "kills": kills,
+        "trials": len({number for number, *_ in finished}),
+        "trials_doubled": len(finished) - len({number for number, *_ in finished}),
+        "trials_failed": sum(state == "FAIL" for _, state, _ in finished),
+        "blocks": len(session.answers),
+        "blocks_asked_again": session.asked - len(session.answers),
+        "test_mean": json.loads((session.run / "result.json").read_text())["winner"]["test"][
+            "mean"
+        ],
+    }
+
+
+def actors(pid: int) -> list[psutil.Process]:
+    """The worker processes of a run."""
+    while True:
+        children = psutil.Process(pid).children(recursive=True)
+        if found := [child for child in children if "ray::_Actor" in _name(child)]:
+            return found
+
+
+def _name(process: psutil.Process) -> str:
+    try:
+        return " ".join(process.cmdline())
+    except psutil.Error:  # it has just ended
+        return ""
+
+
+def throughput(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
+    """Two workers of one thread each against one of them, with the same recipes to ask."""
+    spec = load_study(STUDY)
+    bench = outline(spec, open_family(spec))
+    recipes = [bench.space.recipe(point) for _, point in bench.space.warm_starts()]
+    crew = RayWorkers(spec, Machine("cpu"), count=2)
+    found: dict[str, Any] = {}
+    for count in (2, 1, 2, 1):
+        crew.count = count
+        scorer = Scorer(bench, Store(folder / f"{len(found)}.db"), crew)
+        start = time.perf_counter()
+        scorer.ask(recipes, "search")
+        items = len(recipes) * len(bench.splits.search)
+        found[f"items_per_second_{len(found)}_by_{count}"] = items / (time.perf_counter() - start)
+    crew.close()
+    two, one, two_again, one_again = found.values()
+    return {**found, "gain": (two + two_again) / (one + one_again)}
+
+
+class Simulated:
+    """Workers whose time is simulated; the coordinator's own counts by its CPU seconds.
+
+    Args:
+        count: How many.
+        items: What recipes answer, by split.
+        seed: Of how long jobs take.
+    """
+
+    def __init__(self, count: int, items: dict[int, tuple[Items, int]], seed: int) -> None:
+        self.count, self.items, self.seed = count, items, seed
+        self.now, self.busy = 0.0, 0.0
+        self.at_work: list[tuple[float, int, Job]] = []
+        self.built: dict[int, str] = {}
+        self.spent: dict[str, float] = {}  # seconds of a recipe's jobs
+        self._left = time.process_time()
+
+    def submit(self, place: int, job: Job) -> None:
+        self._count_coordinator()
+        of_recipe = np.random.default_rng([self.seed, int(job.recipe.key[:12], 16)])
+        build, item = of_recipe.lognormal(0.0, 0.7), 0.1 * of_recipe.lognormal(0.0, 0.7)
+        seconds = item * len(job.items) + (build if self.built.get(place) != job.recipe.key else 0)
+        self.built[place] = job.recipe.key
+        self.busy += seconds
+        self.spent[job.recipe.key] = self.spent.get(job.recipe.key, 0.0) + seconds
+        heapq.heappush(self.at_work, (self.now + seconds, place, job))
+
+    def next(self) -> tuple[int, Reply]:
+        self._count_coordinator()
+        end, place, job = heapq.heappop(self.at_work)
+        self.now = max(self.now, end)
+        found = [self.items[number] for number in job.items]
+        answers = {id(items): items.answers(job.recipe) for items, _ in found}
+        self._left = time.process_time()  # answers are the workers' business
+        return place, Reply([Answer(float(answers[id(i)][n])) for i, n in found], 0.0, 0.0)
+
+    def _count_coordinator(self) -> None:
+        now = time.process_time()
+        self.now += now - self._left
+        self._left = now
+
+
+class Questions:
+    """Items that only a simulation asks."""
+
+    def __init__(self, items: Sequence[Item], weights: dict[str, float]) -> None:
+        self.items, self.tasks = items, weights
+
+    def shown(self, items: Sequence[int]) -> list[Shown]:
+        return [Shown(str(number), "") for number in items]
+
+
+def idle(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
+    """The run's own loop over trials of uneven length, and the same ones in generations."""
+    found: dict[str, Any] = {}
+    for count in (2, 8):
+        items, bench = simulated(options)
+        crew = Simulated(count, items, options.seed)
+        (folder / str(count)).mkdir()
+        run = Run(folder / str(count), bench, crew, Progress(Console(quiet=True)))
+        run.adopt()
+        run.search()
+        trials = [trial for trial in run.finished() if trial.user_attrs["recipe"] in crew.spent]
+        spent = [crew.spent[trial.user_attrs["recipe"]] for trial in trials]
+        found[f"idle_{count}"] = 1 - crew.busy / (count * crew.now)
+        for size in (count, 4 * count):
+            length = sum(longest(part, count) for part in generations(spent, size))
+            found[f"idle_{count}_generations_of_{size}"] = 1 - sum(spent) / (count * length)
+        found[f"seconds_a_trial_{count}"] = sum(spent) / len(trials)
+    return found
+
+
+def simulated(options: argparse.Namespace) -> tuple[dict[int, tuple[Items, int]], Bench]:
+    """Who answers each item, and the bench of a study of a planted landscape."""
+    landscape, generator = planted(options.seed), np.random.default_rng(options.seed)
+    items: dict[int, tuple[Items, int]] = {}
+    questions: list[Item] = []
+    numbers: dict[str, tuple[int, ...]] = {}
+    for split in SPLITS:
+        drawn, first = landscape.draw(240, generator), len(questions)
+        numbers[split] = tuple(range(first, first + 240))
+        for place, task in enumerate(drawn.tasks):
+            items[first + place] = drawn, place
+            questions.append(Item(task, f"{first + place:x}", place))
+    space = landscape.space
+    study = {
+        "base_model": space.base,
+        "models": list(space.donors),
+        "search": {"methods": list(space.methods), "trials": options.trials},
+        "objective": {"tasks": [{"task": task} for task in landscape.weights]},
+    }
+    spec = parse_study(study, Path(), "simulated")
+    objective = Questions(questions, dict(landscape.weights))
+    return items, Bench(spec, objective, Splits(**numbers), space)
+
+
+def generations(spent: Sequence[float], size: int) -> Iterator[Sequence[float]]:
+    for start in range(0, len(spent), size):
+        yield spent[start : start + size]
+
+
+def longest(spent: Sequence[float], count: int) -> float:
+    """How long a generation takes, who is free doing the next."""
+    ends = [0.0] * count
+    for seconds in spent:
+        heapq.heapreplace(ends, ends[0] + seconds)
+    return max(ends)
+
+
+EXPERIMENTS = {each.__name__: each for each in (coordinator, workers, throughput, idle)}
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["counted"]:
+        counted(*sys.argv[2:])
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("experiments", nargs="+", choices=EXPERIMENTS)
+    parser.add_argument("--trials", type=int, default=40)
+    parser.add_argument("--kills", type=int, default=20)
+    parser.add_argument("--seed", type=int, default=0)
+    chosen = parser.parse_args()
+    for name in chosen.experiments:
+        with tempfile.TemporaryDirectory() as folder:
+            found = EXPERIMENTS[name](Path(folder), chosen)
+        print(json.dumps({"experiment": name, **vars(chosen), **found}), flush=True)
