@@ -36,7 +36,10 @@ class _Actor:
         """Make its bench; returns the plan in words."""
         torch.set_num_threads(threads)
         lines: list[str] = []
-        self.worker = Worker(make_bench(spec, machine, lines.append))
+        try:
+            self.worker = Worker(make_bench(spec, machine, lines.append))
+        except FAILURES as error:  # it is no candidate's
+            raise StudyError(str(error)) from error
         return lines
 
     def ask(self, job: Job) -> Reply:
@@ -61,8 +64,7 @@ class RayWorkers:
         say: Is told what each will take.
 
     Raises:
-        StudyError: Ray is missing, or the cluster has not what they need.
-        RecipeError, ObjectiveError: As ``make_bench``.
+        StudyError: Ray is missing, the cluster has not what they need, or they cannot load.
     """
 
     def __init__(
@@ -94,12 +96,11 @@ class RayWorkers:
         self._at_work: dict[Any, tuple[int, Job]] = {}
         self._failed_loads = Counter[int]()
         self._actors = [self._actor.remote() for _ in range(count)]
-        nodes = self._ray.get([actor.node.remote() for actor in self._actors])
+        nodes = [self._result(node) for node in [actor.node.remote() for actor in self._actors]]
         self._sharers = [nodes.count(node) for node in nodes]
         self._loaded = [self._load(place) for place in range(count)]
-        plans = [self._result(loaded) for loaded in self._loaded]
-        say(f"{count} workers, {gpus:g} GPUs and {self._threads} threads each")
-        for line in plans[0]:
+        plan, *_ = [self._result(loaded) for loaded in self._loaded]
+        for line in (f"{count} workers, {gpus:g} GPUs and {self._threads} threads each", *plan):
             say(line)
 
     def submit(self, place: int, job: Job) -> None:
@@ -116,6 +117,7 @@ class RayWorkers:
             (done, *_), _ = self._ray.wait([*self._at_work], num_returns=1)
             place, job = self._at_work.pop(done)
             try:
+                self._result(self._loaded[place])
                 return place, self._result(done)
             except FAILURES as error:
                 return place, error
@@ -126,15 +128,23 @@ class RayWorkers:
 
     def save(self, recipe: Recipe, asked: Sequence[tuple[Job, Sequence[Answer]]], out: Path) -> str:
         """As ``Worker.save``, by the first."""
-        return str(self._result(self._actors[0].save.remote(recipe, asked, out)))
+        return str(self._by_first(lambda actor: actor.save.remote(recipe, asked, out)))
 
     def look_through(self) -> None:
         """Read all donors."""
-        self._result(self._actors[0].look_through.remote())
+        self._by_first(lambda actor: actor.look_through.remote())
 
     def close(self) -> None:
         """End the workers, and Ray where it was started for them."""
         self._ray.shutdown()
+
+    def _by_first(self, call: Callable[[Any], Any]) -> Any:
+        """What a call to the first worker returns; made once more if it dies of it."""
+        try:
+            return self._result(call(self._actors[0]))
+        except WorkerDied:
+            self._replace(0)
+            return self._result(call(self._actors[0]))
 
     def _load(self, place: int) -> Any:
         machine = replace(self._machine, sharers=self._sharers[place])
@@ -150,7 +160,7 @@ class RayWorkers:
             self._failed_loads[place] += 1
             had_loaded = False
             if self._failed_loads[place] == LOADS:
-                raise StudyError(f"a worker died {LOADS} times while it loaded: {error}") from None
+                raise StudyError(f"{error}, {LOADS} times while it loaded") from None
         self._ray.kill(self._actors[place])  # out of reach is not always gone
         self._actors[place] = self._actor.remote()
         self._loaded[place] = self._load(place)
@@ -170,7 +180,7 @@ class RayWorkers:
                 raise error.cause from None
             raise
         except self._ray.exceptions.RayError as error:
-            raise WorkerDied(str(error).splitlines()[0]) from None
+            raise WorkerDied(f"a worker died: {str(error).splitlines()[0]}") from None
 
 
 def import_ray() -> Any:

@@ -18,6 +18,7 @@ from merge_engine.checkpoint import Model, write_checkpoint
 from merge_engine.recipe import Recipe, RecipeError
 from objectives.base import Answer, ObjectiveError
 from search.bench import LiveBench
+from search.spec import StudyError
 
 FAILURES: Final = (RecipeError, ObjectiveError)  # the candidate's own: the search goes on
 
@@ -39,7 +40,7 @@ class Reply:
     ask_seconds: float
 
 
-class WorkerDied(Exception):  # noqa: N818  what happened, not what is wrong
+class WorkerDied(StudyError):  # noqa: N818  what happened, not what is wrong
     """A worker's process ended while it did a job."""
 
 

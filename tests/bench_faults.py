@@ -73,7 +73,7 @@ class Session:
     def wait_for(self, count: int, process: subprocess.Popen[bytes]) -> bool:
         """Whether so many were given before the session was over."""
         while process.poll() is None and self.asked < count:
-            time.sleep(0.002)
+            time.sleep(0.01)
         return process.poll() is None
 
     def rows(self, query: str) -> list[Row]:

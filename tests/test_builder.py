@@ -1,5 +1,6 @@
 import pytest
 import torch
+from accelerate import dispatch_model
 from mergekit.merge_methods import merge_state_dicts
 from transformers import AutoModelForCausalLM
 
@@ -48,6 +49,20 @@ def test_parameters_keep_their_storage(zoo, builder):
     before = {name: p.data_ptr() for name, p in builder.model.named_parameters()}
     builder.build(recipe_for(zoo))
     assert before == {name: p.data_ptr() for name, p in builder.model.named_parameters()}
+
+
+def test_model_spread_by_a_device_map_is_written_in_place(zoo, builder):
+    spread = load(zoo / "base")
+    parts = ["model.embed_tokens", "model.rotary_emb", "model.norm", "lm_head"]
+    parts += [f"model.layers.{number}" for number in range(3)]
+    dispatch_model(spread, dict.fromkeys(parts, "cpu"), main_device="cpu", force_hooks=True)
+    other = Builder(spread, builder.family)
+    tokens = torch.arange(3, 20)[None]
+    for method in ("ties", "linear"):
+        builder.build(recipe_for(zoo, method))
+        other.build(recipe_for(zoo, method))
+        with torch.no_grad():
+            assert torch.equal(spread(tokens).logits, builder.model(tokens).logits)
 
 
 def test_candidate_does_not_depend_on_the_one_before(zoo, builder):
