@@ -367,6 +367,9 @@ class GaussianSampler(BaseSampler):
         Args:
             known: Of the trials tried.
             tried: n candidates.
+
+        Returns:
+            One candidate, and its acquisition.
         """
         places, generator = self.places, np.random.default_rng(self.seed)
 

@@ -14,7 +14,7 @@ LAST: Final = 10  # proposals whose expected gains are averaged
 SHARE: Final = 0.05  # of the standard error that is too little to go on for
 
 
-def exhausted(trials: Sequence[FrozenTrial], items: int) -> bool:
+def exhausted(trials: Sequence[FrozenTrial], items: int, share: float = SHARE) -> bool:
     """Whether the last proposals were expected to gain too little for the select items to tell.
 
     Only ``gp`` expects anything, and with one goal.
@@ -22,10 +22,11 @@ def exhausted(trials: Sequence[FrozenTrial], items: int) -> bool:
     Args:
         trials: Finished, in their order; the complete ones with their variance and items.
         items: To select the winner on.
+        share: As SHARE.
     """
     trials = [trial for trial in trials if trial.state == TrialState.COMPLETE]
     last = [trial.system_attrs.get(GAIN, np.inf) for trial in trials[-LAST:]]
-    return len(last) == LAST and bool(np.mean(last) < SHARE * resolution(trials, items))
+    return len(last) == LAST and bool(np.mean(last) < share * resolution(trials, items))
 
 
 def resolution(trials: Sequence[FrozenTrial], items: int) -> float:
