@@ -153,14 +153,13 @@ def print_result(console: Console, result: Result, run: Path) -> None:
     tasks = _short_names(result.winner.test.tasks, "_")
     table = Table(title="on the test items, in % (95 % intervals)", box=SIMPLE_HEAD)
     table.add_column("")
-    for name in (*tasks.values(), "mean", "winner leads by", *_cost_column(result.winner.test)):
+    for name in (*tasks.values(), "mean", "winner leads by"):
         table.add_column(escape(name), justify="right", no_wrap=True)
 
     def row(name: str, score: Score, difference: Difference | None, style: str = "") -> None:
         means = [f"{100 * score.tasks[task]:.1f}" for task in tasks]
         lead = _half_width(difference.mean, difference.ci95, "+") if difference else ""
-        mean = _half_width(score.mean, score.ci95)
-        table.add_row(escape(name), *means, mean, lead, *_cost(score), style=style)
+        table.add_row(escape(name), *means, _half_width(score.mean, score.ci95), lead, style=style)
 
     names = _short_names(result.donors, "/")
     row("base", result.base.test, result.base.difference)
@@ -169,6 +168,7 @@ def print_result(console: Console, result: Result, run: Path) -> None:
     row("uniform", result.uniform.test, result.uniform.difference)
     row("winner", result.winner.test, None, style="bold")
     console.print(table)
+    _print_costs(console, result, names)
     if result.front:
         _print_front(console, result.front, tasks, run)
     best = result.difference_to_best_donor
@@ -200,6 +200,14 @@ def print_result(console: Console, result: Result, run: Path) -> None:
         highlight=False,
     )
     console.print(f"{escape(str(run))}: recipe.yaml, result.json, checkpoint/", highlight=False)
+
+
+def _print_costs(console: Console, result: Result, names: Mapping[str, str]) -> None:
+    """What each model writes, where they write."""
+    tests = {"winner": result.winner.test, "base": result.base.test, "uniform": result.uniform.test}
+    tests |= {names[model]: donor.test for model, donor in result.donors.items()}
+    if costs := [f"{name} {score.tokens:.1f}" for name, score in tests.items() if score.tokens]:
+        console.print(f"Tokens written for an item: {escape(', '.join(costs))}.", highlight=False)
 
 
 def _print_front(

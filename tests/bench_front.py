@@ -1,34 +1,104 @@
 """How much of a front a search finds for its item evaluations: one JSON line per system.
 
-    python tests/bench_front.py [--systems front,mean,random] [--seeds 10] [--budget 8000]
+    python tests/bench_front.py [--systems front,nsga2] [--landscapes demo] [--seeds 10]
+        [--budget 8000]
 
 ``demo`` is the demo's tabulated landscape with its tasks as goals, which hardly conflict;
 ``conflict`` has two goals whose best recipes are far apart. ``front`` searches as a study with
 ``search.front`` does, ``mean`` as one without, ``random`` by random points and all search items;
-all three choose their front in the same way. ``volume`` is the share of the goals' box in which a
-point is beaten by the front's true values. The box of ``demo`` lies between the worst donor's and
-the best tabulated value of each task, that of ``conflict`` between floor and top.
+``nsga2`` and ``ehvi`` are Optuna's NSGA-II and Gaussian process (expected hypervolume improvement),
+with our warm starts and all search items. All choose their front in the same way. ``volume`` is the
+share of the goals' box in which a point is beaten by the front's true values. The box of ``demo``
+lies between the worst donor's and the best tabulated value of each task, that of ``conflict``
+between floor and top.
 """
 
 import argparse
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from itertools import product
-from typing import Protocol
+from typing import Literal, Protocol
 
 import numpy as np
 import optuna
+from optuna.samplers import BaseSampler, GPSampler, NSGAIISampler
 
 from landscape import LANDSCAPES, Bits, Floats, Items, Landscape, Planted, Tabulated
 from merge_engine.recipe import Recipe
 from replay import Candidate, Raced, Replay
+from rivals import StockFront
 from search.front import believed_front, confirmed
-from search.racing import Race
+from search.racing import HOPE, Estimate
 from search.samplers import make_sampler
+from search.space import Point, Space
 
 FINALISTS = 8
-SYSTEMS = {"front": ("gp", True), "mean": ("gp", False), "random": ("random", False)}
+
+
+class Proposer(Protocol):
+    """Proposes a point, and is told what came of it."""
+
+    def ask(self) -> Point:
+        """The next point."""
+
+    def tell(self, told: Estimate, by_task: Mapping[str, Estimate]) -> None:
+        """What it is worth in the mean and in each task."""
+
+
+class Shipped:
+    """A sampler of ``search.samplers``, made anew for every trial as a run does."""
+
+    def __init__(self, name: str, front: bool, space: Space, seed: int) -> None:
+        self.name, self.front, self.space, self.seed = name, front, space, seed
+        self.study = optuna.create_study(direction="maximize")
+        for _, point in space.warm_starts():
+            self.study.enqueue_trial(point)
+        self.asked = 0
+
+    def ask(self) -> Point:
+        self.study.sampler = make_sampler(
+            self.name, self.space, self.seed, self.asked, front=self.front
+        )
+        self.asked += 1
+        self.trial = self.study.ask(self.space.distributions())
+        return self.trial.params
+
+    def tell(self, told: Estimate, by_task: Mapping[str, Estimate]) -> None:
+        self.trial.set_user_attr("variance", told.variance)
+        said = {task: [one.value, one.variance] for task, one in by_task.items()}
+        self.trial.set_user_attr("tasks", said)
+        self.study.tell(self.trial, told.value)
+
+
+@dataclass(frozen=True)
+class System:
+    """Who proposes, made from a space, a seed and the number of goals, and how all are asked.
+
+    ``raced`` for one goal or for a front; None asks everyone all search items.
+    """
+
+    proposer: Callable[[Space, int, int], Proposer]
+    raced: Literal["mean", "front"] | None = None
+
+
+def shipped(name: str, front: bool = False) -> Callable[[Space, int, int], Proposer]:
+    """A sampler of ours."""
+    return lambda space, seed, _: Shipped(name, front, space, seed)
+
+
+def stock(make: Callable[[int], BaseSampler]) -> Callable[[Space, int, int], Proposer]:
+    """One of Optuna's."""
+    return lambda space, seed, goals: StockFront(make, space, seed, goals)
+
+
+SYSTEMS = {
+    "front": System(shipped("gp", front=True), "front"),
+    "mean": System(shipped("gp"), "mean"),
+    "random": System(shipped("random")),
+    "nsga2": System(stock(lambda seed: NSGAIISampler(seed=seed, population_size=10))),
+    "ehvi": System(stock(lambda seed: GPSampler(seed=seed))),
+}
 
 
 class Goals(Protocol):
@@ -101,31 +171,22 @@ def volume(front: Floats, low: Floats, high: Floats) -> float:
 
 def search(replay: Replay, system: str, budget: int) -> list[Candidate]:
     """Search until the budget is spent, and the candidates' front on fresh items."""
-    name, front = SYSTEMS[system]
-    space, study = replay.space, optuna.create_study(direction="maximize")
-    for _, point in space.warm_starts():
-        study.enqueue_trial(point)
-    raced = Raced()
+    space, weights, how = replay.space, replay.landscape.weights, SYSTEMS[system]
+    proposer = how.proposer(space, replay.seed, len(weights))
+    raced = Raced(hope=HOPE if how.raced else -1.0)
     raced.start(replay)
-    contest = raced.contest = Race(
-        raced.contest.strata, front=front, complete=raced.contest.complete
-    )
-    if name == "random":
-        contest.hope = -1.0
+    raced.contest.front = how.raced == "front"
     estimates: list[dict[str, list[float]]] = []
     candidates = []
     while replay.asked < budget:
-        study.sampler = make_sampler(name, space, replay.seed, len(estimates), front=front)
-        trial = study.ask(space.distributions())
-        candidate = replay.candidate(space.recipe(trial.params))
-        candidate.point = trial.params
+        point = proposer.ask()
+        candidate = replay.candidate(space.recipe(point))
+        candidate.point = point
         (told,) = raced.race(replay, [candidate])
-        said = contest.by_task(replay.ask(candidate, candidate.seen))
+        said = raced.contest.by_task(replay.ask(candidate, candidate.seen))
         estimates.append({task: [one.value, one.variance] for task, one in said.items()})
         candidates.append(candidate)
-        trial.set_user_attr("variance", told.variance)
-        trial.set_user_attr("tasks", estimates[-1])
-        study.tell(trial, told.value)
+        proposer.tell(told, said)
     points = [candidate.point or {} for candidate in candidates]
     known = {task: np.array([one[task] for one in estimates]) for task in estimates[0]}
     places, beliefs = believed_front(space, points, known, FINALISTS)
@@ -138,11 +199,12 @@ def main() -> None:
     """Replay and print."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--systems", default=",".join(SYSTEMS))
+    parser.add_argument("--landscapes", default=",".join(PLACES))
     parser.add_argument("--seeds", type=int, default=10)
     parser.add_argument("--budget", type=int, default=8000)
     options = parser.parse_args()
     optuna.logging.set_verbosity(optuna.logging.ERROR)
-    for place, system in product(PLACES, options.systems.split(",")):
+    for place, system in product(options.landscapes.split(","), options.systems.split(",")):
         volumes = []
         for seed in range(options.seeds):
             goals = PLACES[place](seed)

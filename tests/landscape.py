@@ -63,17 +63,25 @@ def dealt_tasks(count: int, weights: Mapping[str, float]) -> tuple[str, ...]:
 
 
 def coordinates(space: Space, recipe: Recipe) -> Floats:
-    """What a recipe's model depends on, given its method: k weights, then searched parameters.
+    """What a recipe's model depends on, given its method: weights, then searched parameters.
 
-    Recipes that merge alike have equal coordinates, whichever points they were made of.
+    Recipes that merge alike have equal coordinates, whichever points they were made of. There are k
+    weights for each of the space's u units, over sqrt(u): a step in all counts as much as in one.
     """
-    values = recipe.values("", 0.0)  # alike for all tensors: the spaces here have one unit
+    weights: list[float] = []
+    for unit in space.units:
+        values = recipe.values((*unit, "")[0], 0.0)
+        weights += [weight / len(space.units) ** 0.5 for weight in _weights(space, recipe, values)]
+    other = [np.mean(values[name]) for name in sorted(space.ranges) if name in values]
+    return np.array([*weights, *other])
+
+
+def _weights(space: Space, recipe: Recipe, values: Mapping[str, Any]) -> list[float]:
     models = [source.model for source in recipe.donors]
     weights = values.get("weight", (1 / len(models),) * len(models))
     scale = values.get("lambda_", 1 / (sum(weights) or 1.0) if values.get("normalize") else 1.0)
     weight = dict(zip(models, weights, strict=True))
-    other = [np.mean(values[name]) for name in sorted(space.ranges) if name in values]
-    return np.array([*(scale * weight.get(donor, 0.0) for donor in space.donors), *other])
+    return [scale * weight.get(donor, 0.0) for donor in space.donors]
 
 
 @dataclass(frozen=True)
@@ -278,6 +286,7 @@ class Planted:
         floor: Value far from every top.
         correlation: Of the luck of two recipes far apart.
         seed: Of how luck changes with the recipe.
+        depths: Depth groups with weights of their own.
     """
 
     heights: Mapping[str, float]
@@ -285,11 +294,13 @@ class Planted:
     floor: float
     correlation: float = 0.9
     seed: int = 0
+    depths: int = 1
 
     @cached_property
     def space(self) -> Space:
         ranges = {"density": (0.1, 1.0)}
-        return Space("base", ("a", "b", "c"), tuple(self.heights), (0.0, 1.5), ranges)
+        units = tuple((f"layers.{group}.",) for group in range(self.depths - 1))
+        return Space("base", ("a", "b", "c"), tuple(self.heights), (0.0, 1.5), ranges, (*units, ()))
 
     @property
     def weights(self) -> dict[str, float]:
@@ -326,7 +337,7 @@ class Planted:
     @cached_property
     def _waves(self) -> tuple[Floats, Floats]:
         generator = np.random.default_rng(self.seed)
-        frequencies = ROUGHNESS * generator.standard_normal((WAVES, 4))
+        frequencies = ROUGHNESS * generator.standard_normal((WAVES, 3 * self.depths + 1))
         return frequencies, generator.uniform(0, 2 * np.pi, (len(self.heights), WAVES))
 
 
@@ -352,6 +363,29 @@ def planted(seed: int) -> Planted:
 def planted_small(seed: int) -> Planted:
     """Little to find, as in the wild: all that merging can give is a few points."""
     return _planted(seed, floor=0.55, height=0.65, gap=0.01)
+
+
+def _planted_in_depth(seed: int, slope: float, jitter: float) -> Planted:
+    """As ``planted``, with four depth groups, where the best weights change with depth."""
+    even = planted(seed)
+    generator = np.random.default_rng((seed, 2))
+    centres = {}
+    for method, at in even.centres.items():
+        slopes = generator.uniform(-slope, slope, 3)
+        by_depth = np.array(at[:3]) + np.outer((np.arange(4) - 1.5) / 3, slopes)
+        by_depth = np.maximum(by_depth + jitter * generator.standard_normal((4, 3)), 0.0)
+        centres[method] = (*(by_depth / 2).flatten().tolist(), *at[3:])
+    return replace(even, centres=centres, depths=4)
+
+
+def planted_depth(seed: int) -> Planted:
+    """The best weights drift with depth, and jump: the best without that loses some points."""
+    return _planted_in_depth(seed, slope=1.0, jitter=0.1)
+
+
+def planted_even(seed: int) -> Planted:
+    """The best weights are the same in all depths, which nobody knows."""
+    return _planted_in_depth(seed, slope=0.0, jitter=0.0)
 
 
 def null_donor(seed: int) -> Planted:
@@ -384,6 +418,8 @@ LANDSCAPES: Mapping[str, Callable[[int], Landscape]] = {
     "demo": demo,
     "planted": planted,
     "planted_small": planted_small,
+    "planted_depth": planted_depth,
+    "planted_even": planted_even,
     "null_donor": null_donor,
     "null_flat": null_flat,
 }

@@ -5,7 +5,7 @@ Evolution over one method's weights, as mergekit-evolve (``WeightsCma``, which n
 ``Started`` lets any of them have our warm starts.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 
 import numpy as np
@@ -163,3 +163,27 @@ class WeightsGa:
         down = (2 * u + (1 - 2 * u) * (1 - some) ** (eta + 1)) ** (1 / (eta + 1)) - 1
         up = 1 - (2 * (1 - u) + (2 * u - 1) * some ** (eta + 1)) ** (1 / (eta + 1))
         return np.clip(some + np.where(moving, np.where(u < 0.5, down, up), 0), 0, 1)
+
+
+class StockFront:
+    """A sampler of Optuna's that looks for a front, as anyone would make it, after our warm starts.
+
+    Args:
+        make: From a seed.
+        goals: How many.
+    """
+
+    def __init__(
+        self, make: Callable[[int], BaseSampler], space: Space, seed: int, goals: int
+    ) -> None:
+        self.space = space
+        self.study = optuna.create_study(directions=["maximize"] * goals, sampler=make(seed))
+        for _, point in space.warm_starts():
+            self.study.enqueue_trial(point)
+
+    def ask(self) -> Point:
+        self.trial = self.study.ask(self.space.distributions())
+        return self.trial.params
+
+    def tell(self, told: Estimate, by_task: Mapping[str, Estimate]) -> None:
+        self.study.tell(self.trial, [estimate.value for estimate in by_task.values()])
