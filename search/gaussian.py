@@ -286,6 +286,8 @@ def _libraries() -> ThreadpoolController:
 class GaussianSampler(BaseSampler):
     """Proposes the recipe of the highest expected improvement.
 
+    Parts of the model share weights at first, and get their own stage after stage.
+
     Args:
         space: What is searched.
         seed: Of this proposal.
@@ -295,7 +297,6 @@ class GaussianSampler(BaseSampler):
 
     def __init__(self, space: Space, seed: int, startup: int, *, front: bool = False) -> None:
         self.space, self.seed, self.startup, self.front = space, seed, startup, front
-        self.places = Places(space)
         self._random = RandomSampler(seed=seed)
 
     def infer_relative_search_space(
@@ -325,15 +326,20 @@ class GaussianSampler(BaseSampler):
         """The next point."""
         trials = study.get_trials(deepcopy=False)  # at once: a database takes its time
         complete = [known for known in trials if known.state == TrialState.COMPLETE]
+        self.places = Places(self.space, self.space.groups(len(complete) - self.startup))
         if len(complete) < self.startup:
-            return {}
+            return self._shared() if self.places.groups else {}
         running = [known for known in trials if known.state == TrialState.RUNNING]
         others = [other for other in running if other.number != trial.number]
         with _libraries().limit(limits=1, user_api="blas"):  # small matrices: threads would wait
             point, gain = self._proposal(complete, others)
-        if not self.front:
+        if not self.front and not self.places.groups:  # units of their own may gain more
             study._storage.set_trial_system_attr(trial._trial_id, GAIN, gain)
         return point
+
+    def _shared(self) -> dict[str, Any]:
+        """A random point whose units share their weights."""
+        return self.places.point(self.places.random(1, np.random.default_rng(self.seed)))
 
     def _proposal(
         self, complete: Sequence[FrozenTrial], running: Sequence[FrozenTrial]

@@ -61,9 +61,20 @@ class Places:
     The vector is each unit's weights, on a log scale (``log(1 + w)``: the more of a task vector is
     added the less a step changes), and every searched parameter in units of its range. A parameter
     that a method has not stays at its default.
+
+    Args:
+        space: Whose recipes.
+        groups: The group of each of the space's units, those in one have the same weights and are
+            one unit here; none: each is its own.
     """
 
     space: Space
+    groups: tuple[int, ...] = ()
+
+    @cached_property
+    def unit_of(self) -> tuple[int, ...]:
+        """Our unit of each unit of the space's."""
+        return self.groups or tuple(range(len(self.space.units)))
 
     @cached_property
     def searched(self) -> list[str]:
@@ -83,7 +94,7 @@ class Places:
         ]
         return Population(
             np.array([space.methods.index(point["method"]) for point in points], dtype=np.int64),
-            space.weights(points),
+            self._grouped(space.weights(points)),
             np.array(values).reshape(len(points), len(self.searched)),
         )
 
@@ -94,7 +105,8 @@ class Places:
             name: space.ranges[name][0] * (1 - share) + space.ranges[name][1] * share
             for name, share in zip(self.searched, one.values[0].tolist(), strict=True)
         }
-        point = space.point_of(space.methods[one.method[0]], one.weights[0].tolist(), values)
+        weights = one.weights[0][list(self.unit_of)]
+        point = space.point_of(space.methods[one.method[0]], weights.tolist(), values)
         return {  # rounding may have led out of a range
             name: min(max(point[name], of.low), of.high)
             if isinstance(of, FloatDistribution)
@@ -104,7 +116,7 @@ class Places:
 
     def random(self, count: int, generator: np.random.Generator) -> Population:
         """Uniform candidates, some of them without some of the donors."""
-        units, k = len(self.space.units), len(self.space.donors)
+        units, k = max(self.unit_of) + 1, len(self.space.donors)
         shares = generator.exponential(size=(count, units, k))
         kept = generator.random((count, 1, k)) < generator.choice([0.5, 1.0, 1.0], (count, 1, 1))
         kept[np.arange(count), 0, generator.integers(k, size=count)] = True
@@ -147,6 +159,14 @@ class Places:
             weights[rows] = effective(name, some.weights[rows])
             values[rows] = np.where(self._active[number], some.values[rows], self._defaults)
         return np.hstack([np.log1p(weights).reshape(len(some), -1), values])
+
+    def _grouped(self, weights: Floats) -> Floats:
+        """Each of our units' mean of weights in the space's, (n, u, k)."""
+        if not self.groups:
+            return weights
+        of_unit = np.array(self.groups)
+        means = [weights[:, of_unit == unit].mean(axis=1) for unit in range(of_unit.max() + 1)]
+        return np.stack(means, axis=1)
 
     def _allowed(self, weights: Floats) -> Floats:
         """Weights near these, at or above zero, whose mean is in the space's scale."""

@@ -4,7 +4,8 @@ Scale and mixture are separate axes, shared by all methods: ``scale`` is the don
 (so 1/k of one donor's weight in the uniform average of k, and 1 adds every task vector in full),
 and ``mix_1 .. mix_{k-1}`` cut the mixture stick by stick, so that a uniform point is a uniform
 mixture of the simplex and no two points are one recipe. With depth groups or tensor-name splits
-every unit of the model has a scale and a mixture of its own.
+every unit of the model has a scale and a mixture of its own; in the first stages of a search units
+can share theirs, so that what is good for all is known before what is good for each.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from search.spec import StudySpec, followers, searchable
 
 Point = Mapping[str, Any]
 UNIFORM = "uniform average"
+STAGE = 20  # trials that a stage lasts
 LADDER = (0.2, 0.4, 0.6, 0.8, 1.0)
 
 
@@ -40,6 +42,8 @@ class Space:
         ranges: Range of every other searched or fixed parameter, equal ends for a fixed one.
         units: Parts of the model with weights of their own: for each the tensor-name filters that
             make it up. The last unit has every other tensor, too.
+        stages: How units share weights before each has its own: the group of each unit, stage
+            after stage, from coarse to fine.
         dtype: Of the merged weights.
         seed: Of random methods' masks.
         starts: Recipes to try first, besides our own.
@@ -54,6 +58,7 @@ class Space:
     dtype: str = "float32"
     seed: int = 0
     starts: tuple[Recipe, ...] = ()
+    stages: tuple[tuple[int, ...], ...] = ()
 
     @classmethod
     def of(cls, spec: StudySpec, layers: Sequence[str], dtype: str) -> Space:
@@ -70,6 +75,7 @@ class Space:
             scale=search.scale,
             ranges={name: bounds for name, bounds in found.items() if bounds is not None},
             units=_units(layers, search.layer_groups, search.split),
+            stages=coarse_to_fine(search.layer_groups, len(search.split)),
             dtype=dtype,
             seed=search.seed,
             starts=tuple(
@@ -98,6 +104,11 @@ class Space:
             "method": CategoricalDistribution(self.methods),
             **{name: FloatDistribution(*bounds) for name, bounds in searched.items()},
         }
+
+    def groups(self, trials: int) -> tuple[int, ...]:
+        """The group of each unit after so many trials, as in ``Places``."""
+        stage = max(0, trials) // STAGE
+        return self.stages[stage] if stage < len(self.stages) else ()
 
     def contains(self, point: Point) -> bool:
         """Whether the study's ranges allow the point."""
@@ -337,6 +348,19 @@ def _units(layers: Sequence[str], groups: int, split: Sequence[str]) -> tuple[tu
     ]
     named = [tuple(layer + part for layer in depth) for depth in depths for part in split]
     return (*named, *depths)
+
+
+def coarse_to_fine(groups: int, parts: int) -> tuple[tuple[int, ...], ...]:
+    """The stages before ``_units`` have weights of their own: 1, 2, 4, ... groups of their depths.
+
+    Args:
+        groups: Depth groups.
+        parts: Names by which each is split.
+    """
+    depths = [depth for depth in range(groups) for _ in range(parts)] + [*range(groups)]
+    counts = [2**power for power in range(groups.bit_length()) if 2**power < groups]
+    stages = [tuple(depth * count // groups for depth in depths) for count in counts]
+    return (*stages, tuple(depths)) if parts else tuple(stages)
 
 
 def _added(values: Mapping[str, Any], count: int, donors: int) -> list[float]:

@@ -1,7 +1,7 @@
 """What a search finds for its item evaluations: one JSON line per landscape, system and budget.
 
 python tests/bench_search.py [--landscapes demo,planted] [--systems run,full] [--seeds 20]
-    [--budgets 5000,20000,60000] [--jobs 2] [--runs]
+    [--first 0] [--budgets 5000,20000,60000] [--jobs 2] [--runs]
 
 A budget counts every item evaluation that goes into the choice: the search's and the selector's.
 The test items that some systems ask once more, to report, are counted apart. Lists are quartiles
@@ -21,6 +21,7 @@ import json
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
 from functools import partial
 from itertools import product
 
@@ -41,7 +42,7 @@ from replay import (
     run,
 )
 from rivals import Started, Stock, WeightsCma, WeightsGa
-from search.space import UNIFORM
+from search.space import UNIFORM, Space
 
 Row = dict[str, object]
 AUTO = partial(OptunaSampler, "auto")
@@ -53,9 +54,20 @@ STOCK_TPE = partial(Stock, lambda seed: TPESampler(seed=seed), ())
 STOCK_RANDOM = partial(Stock, lambda seed: RandomSampler(seed=seed), ())
 STOCK_CMAES = partial(Stock, lambda seed: CmaEsSampler(seed=seed), ("task_arithmetic",))
 
+
+class Depths(OptunaSampler):
+    """What ships, but that depth groups have the same weights throughout, or their own at once."""
+
+    def __init__(self, space: Space, seed: int, *, alike: bool) -> None:
+        never = (*space.stages[:1],) * 1000
+        super().__init__("auto", replace(space, stages=never if alike else ()), seed)
+
+
 SYSTEMS: Mapping[str, System] = {
     "run": System(AUTO, Raced, Elected()),  # what ships
     "full": System(AUTO, FixedItems, FreshItems()),  # everyone answers everything
+    "run-alike": System(partial(Depths, alike=True), Raced, Elected()),  # one weight in all depths
+    "run-apart": System(partial(Depths, alike=False), Raced, Elected()),  # from the first trial
     "run-lucky": System(AUTO, Raced, LuckyMaximum()),
     "full-lucky": System(AUTO, FixedItems, LuckyMaximum()),
     "full-elected": System(AUTO, FixedItems, Elected()),
@@ -145,13 +157,15 @@ def main() -> None:
     parser.add_argument("--landscapes", default=",".join(LANDSCAPES))
     parser.add_argument("--systems", default=",".join(SYSTEMS))
     parser.add_argument("--seeds", type=int, default=20)
+    parser.add_argument("--first", type=int, default=0, help="of the seeds")
     parser.add_argument("--budgets", default="5000,20000,60000")
     parser.add_argument("--jobs", type=int, default=1, help="processes")
     parser.add_argument("--runs", action="store_true", help="print every run, too")
     options = parser.parse_args()
     budgets = [int(budget) for budget in options.budgets.split(",")]
     places = list(product(options.landscapes.split(","), options.systems.split(",")))
-    work = [(place, seed) for place in places for seed in range(options.seeds)]
+    seeds = range(options.first, options.first + options.seeds)
+    work = [(place, seed) for place in places for seed in seeds]
     gathered: dict[object, list[Row]] = defaultdict(list)
     with ProcessPoolExecutor(options.jobs) as pool:
         for rows in pool.map(partial(runs, budgets=budgets), *zip(*work, strict=True)):

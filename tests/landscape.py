@@ -24,7 +24,7 @@ from sklearn.gaussian_process import GaussianProcessRegressor
 from sklearn.gaussian_process.kernels import ConstantKernel, Kernel, Matern, WhiteKernel
 
 from merge_engine.recipe import Recipe
-from search.space import Space
+from search.space import Space, coarse_to_fine
 
 Bits = NDArray[np.bool_]
 Floats = NDArray[np.float64]
@@ -300,7 +300,15 @@ class Planted:
     def space(self) -> Space:
         ranges = {"density": (0.1, 1.0)}
         units = tuple((f"layers.{group}.",) for group in range(self.depths - 1))
-        return Space("base", ("a", "b", "c"), tuple(self.heights), (0.0, 1.5), ranges, (*units, ()))
+        return Space(
+            "base",
+            ("a", "b", "c"),
+            tuple(self.heights),
+            (0.0, 1.5),
+            ranges,
+            units=(*units, ()),
+            stages=coarse_to_fine(self.depths, 0),
+        )
 
     @property
     def weights(self) -> dict[str, float]:

@@ -1,13 +1,15 @@
 import math
 
 import numpy as np
+import optuna
 import pytest
 import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
 from merge_engine.recipe import RecipeError, parse_recipe
-from search.space import UNIFORM, Space, _mixture, _sticks
+from search.gaussian import GAIN, GaussianSampler
+from search.space import STAGE, UNIFORM, Space, _mixture, _sticks, coarse_to_fine
 
 DONORS = ("a", "b", "c")
 METHODS = ("task_arithmetic", "ties", "dare_linear", "dare_ties", "linear", "slerp", "model_stock")
@@ -179,3 +181,34 @@ def test_single_donor_has_a_scale_and_no_mixture():
     alone = space(donors=("a",), methods=("task_arithmetic",), ranges={})
     assert set(alone.distributions()) == {"method", "scale"}
     assert alone.weights([{"method": "task_arithmetic", "scale": 0.7}]).tolist() == [[[0.7]]]
+
+
+def test_stages_go_from_one_group_to_all_units():
+    assert coarse_to_fine(1, 0) == ()
+    assert coarse_to_fine(4, 0) == ((0, 0, 0, 0), (0, 0, 1, 1))
+    assert coarse_to_fine(3, 0) == ((0, 0, 0), (0, 0, 1))
+    assert coarse_to_fine(1, 2) == ((0, 0, 0),)
+    assert coarse_to_fine(2, 1) == ((0, 0, 0, 0), (0, 1, 0, 1))
+
+
+def test_depths_get_weights_of_their_own_stage_after_stage():
+    units = (("0.",), ("1.",), ("2.",), ())
+    stages = coarse_to_fine(4, 0)
+    deep = Space("b", ("x", "y"), ("task_arithmetic",), (0, 1), {}, units, stages=stages)
+    top = np.array([[0.1, 0.9], [0.3, 0.7], [0.7, 0.3], [0.9, 0.1]])
+    study = optuna.create_study(direction="maximize")
+    for number in range(5 + 2 * STAGE + 20):
+        study.sampler = GaussianSampler(deep, number, startup=5)
+        trial = study.ask(deep.distributions())
+        trial.set_user_attr("variance", 1e-6)
+        study.tell(trial, -float(np.square(deep.weights([trial.params])[0] - top).sum()))
+    assert [GAIN in t.system_attrs for t in study.trials[4 + 2 * STAGE :]] == [False, *[True] * 20]
+    weights = deep.weights([trial.params for trial in study.trials])
+    first, second, third = np.split(weights, [5 + STAGE, 5 + 2 * STAGE])
+    assert (first == first[:, :1]).all()
+    assert (second[:, 0] == second[:, 1]).all()
+    assert (second[:, 2] == second[:, 3]).all()
+    errors = [np.square(some - top).sum(axis=(1, 2)).min() for some in (first, second, third)]
+    assert errors[0] == pytest.approx(0.8, abs=0.02)  # what one weight for all can reach
+    assert errors[1] == pytest.approx(0.08, abs=0.02)
+    assert errors[2] < 0.05
