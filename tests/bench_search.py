@@ -1,17 +1,20 @@
 """What a search finds for its item evaluations: one JSON line per landscape, system and budget.
 
 python tests/bench_search.py [--landscapes demo,planted] [--systems run,full] [--seeds 20]
-    [--first 0] [--budgets 5000,20000,60000] [--jobs 2] [--runs]
+    [--first 0] [--budgets 5000,20000,60000] [--trials] [--jobs 2] [--runs]
 
 A budget counts every item evaluation that goes into the choice: the search's and the selector's.
-The test items that some systems ask once more, to report, are counted apart. Lists are quartiles
-over the seeds; all values are in [0, 1].
+The test items that some systems ask once more, to report, are counted apart. With ``--trials`` a
+budget is a number of trials, the warm starts among them, whatever each of them costs. Lists are
+quartiles over the seeds; all values are in [0, 1].
 
 ``regret`` is the best value known less the true value of what is exported; ``optimism`` what is
 reported of it less that truth, ``optimism_mean`` its mean; ``covered`` the share of 95 % intervals
 that hold the truth; ``reached`` the share of runs with 95 % of the way from the uniform average to
-the best; ``better`` the share of verdicts that say so; ``method`` the share of runs whose recipe is
-of the best method, where that is known. ``--runs`` prints every run's own line, too.
+the best; ``dropped`` the share of runs in which the truly best recipe tried, by half a point or
+more, is not among the finalists; ``better`` the share of verdicts that say so; ``method`` the
+share of runs whose recipe is of the best method, where that is known. ``--runs`` prints every run's
+own line, too.
 
 The rival ``cma-lucky`` needs ``pip install cma``.
 """
@@ -100,13 +103,14 @@ SYSTEMS: Mapping[str, System] = {
 }
 
 
-def runs(place: tuple[str, str], seed: int, budgets: Sequence[int]) -> list[Row]:
+def runs(place: tuple[str, str], seed: int, budgets: Sequence[int], *, trials: bool) -> list[Row]:
     """One run of a system on a landscape: a row per budget."""
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     landscape, system = LANDSCAPES[place[0]](seed), SYSTEMS[place[1]]
     uniform = landscape.truth(landscape.space.baselines()[UNIFORM])
     rows: list[Row] = []
-    for budget, end in zip(sorted(budgets), run(system, landscape, seed, budgets), strict=True):
+    ends = run(system, landscape, seed, budgets, trials=trials)
+    for budget, end in zip(sorted(budgets), ends, strict=True):
         truth, said = landscape.truth(end.export.recipe), end.export.reported
         rows.append(
             {
@@ -119,6 +123,7 @@ def runs(place: tuple[str, str], seed: int, budgets: Sequence[int]) -> list[Row]
                 "optimism": said.mean - truth,
                 "covered": said.low <= truth <= said.high,
                 "reached": truth >= uniform + 0.95 * (landscape.best - uniform),
+                "dropped": end.dropped >= 0.005,
                 "better": end.export.verdict and end.export.verdict == "better",
                 "method": found_method(landscape, end.export.recipe.merge_method),
                 "recipes": end.recipes,
@@ -143,7 +148,7 @@ def summary(rows: Sequence[Row]) -> Row:
     for name in ("value", "regret", "optimism"):
         found[name] = np.quantile([row[name] for row in rows], [0.25, 0.5, 0.75]).round(4).tolist()
     found["optimism_mean"] = round(float(np.mean([row["optimism"] for row in rows])), 4)
-    for name in ("covered", "reached", "better", "method"):
+    for name in ("covered", "reached", "dropped", "better", "method"):
         said = [row[name] for row in rows if row[name] is not None]
         found[name] = round(float(np.mean(said)), 3) if said else None
     for name in ("recipes", "asked", "tested"):
@@ -159,6 +164,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=20)
     parser.add_argument("--first", type=int, default=0, help="of the seeds")
     parser.add_argument("--budgets", default="5000,20000,60000")
+    parser.add_argument("--trials", action="store_true", help="budgets are numbers of trials")
     parser.add_argument("--jobs", type=int, default=1, help="processes")
     parser.add_argument("--runs", action="store_true", help="print every run, too")
     options = parser.parse_args()
@@ -167,8 +173,9 @@ def main() -> None:
     seeds = range(options.first, options.first + options.seeds)
     work = [(place, seed) for place in places for seed in seeds]
     gathered: dict[object, list[Row]] = defaultdict(list)
+    replayed = partial(runs, budgets=budgets, trials=options.trials)
     with ProcessPoolExecutor(options.jobs) as pool:
-        for rows in pool.map(partial(runs, budgets=budgets), *zip(*work, strict=True)):
+        for rows in pool.map(replayed, *zip(*work, strict=True)):
             for row in rows:
                 same = gathered[row["landscape"], row["system"], row["budget"]]
                 same.append(row)

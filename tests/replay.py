@@ -6,7 +6,7 @@ good it is. They share a ``Replay``, which hands out answers and counts them.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal, Protocol
 
 import numpy as np
@@ -123,12 +123,14 @@ class Export:
         reported: What it says of it.
         asked: Items that were asked to choose.
         verdict: Whether it beats the donors.
+        finalists: Whom it chose among, if not among all.
     """
 
     recipe: Recipe
     reported: Interval
     asked: int
     verdict: Literal["better", "not better"] | None = None
+    finalists: tuple[Recipe, ...] = ()
 
 
 class Selector(Protocol):
@@ -276,7 +278,8 @@ class Elected:
 
         strata, ends = replay.strata["select"], replay.ends["select"]
         winner = elect(belief[best], strata, ask, ends, budget=self.cost(replay))
-        return tested(replay, told[best[winner]][0], sum(asked.values()))
+        export = tested(replay, told[best[winner]][0], sum(asked.values()))
+        return replace(export, finalists=tuple(told[place][0].recipe for place in best))
 
 
 def tested(replay: Replay, winner: Candidate, asked: int) -> Export:
@@ -310,29 +313,56 @@ class System:
 
 @dataclass(frozen=True)
 class End:
-    """Where a run stands when its budget is spent: item evaluations and recipes so far."""
+    """Where a run stands when its budget is spent: item evaluations and recipes so far.
+
+    ``dropped`` is how much better than every finalist the best recipe tried truly is.
+    """
 
     export: Export
     asked: int
     recipes: int
+    dropped: float
 
 
-def run(system: System, landscape: Landscape, seed: int, budgets: Sequence[int]) -> list[End]:
-    """Search, and at each budget of item evaluations, ascending, export as if it were the end."""
+def run(
+    system: System, landscape: Landscape, seed: int, budgets: Sequence[int], *, trials: bool = False
+) -> list[End]:
+    """Search, and at each budget, ascending, export as if it were the end.
+
+    Args:
+        system: That searches.
+        landscape: What is searched.
+        seed: Of the system and of the items.
+        budgets: In item evaluations.
+        trials: Budgets are numbers of trials instead.
+    """
     replay = Replay(landscape, seed)
     sampler, racer = system.sampler(landscape.space, seed), system.racer()
     if system.baselines:
         racer.start(replay)
-    ends = []
+    ends: list[End] = []
+    tried = 0
     for budget in sorted(budgets):
-        while replay.asked + system.selector.cost(replay) < budget:
+        while (tried if trials else replay.asked + system.selector.cost(replay)) < budget:
             points = [sampler.ask() for _ in range(racer.cohort)]
             candidates = [replay.candidate(landscape.space.recipe(point)) for point in points]
+            tried += len(points)
             for candidate, point, estimate in zip(
                 candidates, points, racer.race(replay, candidates), strict=True
             ):
                 candidate.point, candidate.told = point, estimate
                 sampler.tell(estimate)
         export = system.selector.select(replay)
-        ends.append(End(export, replay.asked + export.asked, len(replay.candidates)))
+        asked, recipes = replay.asked + export.asked, len(replay.candidates)
+        ends.append(End(export, asked, recipes, dropped(replay, export)))
     return ends
+
+
+def dropped(replay: Replay, export: Export) -> float:
+    """How much better than every finalist the best recipe tried truly is."""
+    told = [candidate.recipe for candidate in replay.candidates.values() if candidate.told]
+    best, best_left = (
+        max(map(replay.landscape.truth, recipes), default=0.0)
+        for recipes in (told, export.finalists or told)
+    )
+    return best - best_left
