@@ -126,14 +126,21 @@ def _add_run_options(command: Any) -> None:
 
 
 def _add_machine_options(command: Any) -> None:
-    command.add_argument("--storage", help="a database's URL (default: a file in the run folder)")
+    command.add_argument(
+        "--storage", metavar="URL", help="database (default: a file in the folder)"
+    )
     command.add_argument("--memory", type=_size, help="use no more than this, like 24GB")
     command.add_argument("--no-compile", action="store_true", help="merge in chunks instead")
     command.add_argument("--workers", type=_count, help="so many processes, each with a model")
     command.add_argument(
-        "--gpus-per-worker", type=_gpus, help="2: a model over two GPUs; 0.5: two models on one"
+        "--gpus-per-worker",
+        type=_gpus,
+        metavar="N",
+        help="2: a model over two GPUs; 0.5: two models on one",
     )
-    command.add_argument("--ray-address", help="the cluster they are on (default: this machine)")
+    command.add_argument(
+        "--ray-address", metavar="URL", help="the cluster they are on (default: this machine)"
+    )
 
 
 def _gpus(text: str) -> float:
