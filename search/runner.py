@@ -189,6 +189,7 @@ class Run:
         while True:
             while self.scorer.idle and self._goes_on(timeout):
                 self._advance(self._begin(), race)
+            self._ask_ahead()
             if not self._waiting:
                 break
             block, failure = self.scorer.finish()
@@ -257,6 +258,19 @@ class Run:
                 return
             turn.sheet = self.sheet(turn.recipe, "search", items)
         self._tell(turn, race)
+
+    def _ask_ahead(self) -> None:
+        """Let workers who would be idle ask what the trials at work may need next.
+
+        At the end of a search the longest trial would keep all but one of them waiting.
+        """
+        turns = [turn for turns in self._waiting.values() for turn in turns]
+        for recipe in {turn.recipe.key: turn.recipe for turn in turns}.values():
+            for number in self.scorer.lacking(recipe, "search"):
+                block = Block(recipe.key, "search", number)
+                if self.scorer.idle and block not in self._waiting:
+                    self.scorer.begin(recipe, "search", number)
+                    self._waiting[block] = []
 
     def _fail(self, turn: Turn, error: Exception) -> None:
         """Tell a trial that its recipe cannot be built or asked."""
