@@ -7,5 +7,5 @@ study or recipe will take · ``storage`` what survives a kill, ``frozen`` items 
 ``scoring`` a recipe's answers · ``workers`` who builds and asks: one here, or those of ``cluster``
 · ``racing`` who is asked more of them · ``runner`` the loop · ``front`` and ``selection`` who wins,
 and is it true · ``conclusion`` the end of a run · ``result`` result.json · ``terminal`` what the
-user sees.
+user sees · ``report`` a run's page, with ``charts``.
 """

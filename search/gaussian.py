@@ -158,7 +158,8 @@ class Data:
         targets: Values and margins to the floors, standardised, (n, 2).
         variance: Of the values, (n).
         enough: The margin that meets all floors.
-        spread: What 1 is in units of the values.
+        centre: What 0 is in units of the values.
+        spread: What 1 is.
     """
 
     x: Floats
@@ -166,6 +167,7 @@ class Data:
     targets: Floats
     variance: Floats
     enough: float
+    centre: float
     spread: float
 
     @classmethod
@@ -180,6 +182,7 @@ class Data:
             (targets - mean) / spread,
             np.array([one.variance for one in observed]) / spread[0] ** 2,
             float(-mean[1] / spread[1]),
+            float(mean[0]),
             float(spread[0]),
         )
 
@@ -224,6 +227,30 @@ class Posterior:
         means: Floats = self.kernel(x, method, self.data.x, self.data.method) @ self._alpha
         return means
 
+    def values(self, x: Floats, method: Ints) -> tuple[Floats, Floats]:
+        """Values without noise to expect at places (m, d), and their deviations: (m) each."""
+        across = self.kernel(x, method, self.data.x, self.data.method)
+        means = self.data.centre + self.data.spread * (across @ self._alpha[:, 0])
+        return means, self.data.spread * self._deviations(across)
+
+    def _deviations(self, across: Floats) -> Floats:
+        """Of a target at places whose covariances with the trials are these (m, n): (m)."""
+        white = across @ self._whitening.T
+        known = np.einsum("mn,mn->m", white, white)
+        deviations: Floats = np.sqrt(np.maximum(self.kernel.signal - known, 1e-12))
+        return deviations
+
+    def belief(self) -> Belief:
+        """Of the trials' own values, noise taken away."""
+        data, kernel = self.data, self.kernel
+        prior = kernel(data.x, data.method, data.x, data.method)
+        noise = np.diag(kernel.noise * data.variance + JITTER)
+        gain = np.linalg.solve(prior + noise, prior).T
+        return Belief(
+            data.centre + data.spread * gain @ data.targets[:, 0],
+            data.spread**2 * (prior - gain @ prior),
+        )
+
     def joined(self, x: Floats, method: Ints) -> Posterior:
         """As if trials at these places had given what is expected of them."""
         data = self.data
@@ -249,9 +276,7 @@ class Posterior:
         Minus one where there was a trial already.
         """
         across = self.kernel(x, method, self.data.x, self.data.method)
-        white = across @ self._whitening.T
-        known = np.einsum("mn,mn->m", white, white)
-        deviation = np.sqrt(np.maximum(self.kernel.signal - known, 1e-12))
+        deviation = self._deviations(across)
         means = across @ self._alpha
         allowed = self.data.allowed
         gain = np.ones(len(x))
@@ -351,7 +376,7 @@ class GaussianSampler(BaseSampler):
         """
         tried = self.places.population([known.params for known in complete])
         x = self.places.of(tried)
-        observed = tuple(map(_observed, complete, tried.method.tolist(), x.tolist()))
+        observed = tuple(map(observation, complete, tried.method.tolist(), x.tolist()))
         kernel = fitted(observed[: rung(len(observed), self.startup)])
         if self.front:
             goal = scalarised([trial.user_attrs["tasks"] for trial in complete], self.seed)
@@ -395,7 +420,8 @@ class GaussianSampler(BaseSampler):
         return found[[best]], float(worth[best])
 
 
-def _observed(trial: FrozenTrial, method: int, place: list[float]) -> Observed:
+def observation(trial: FrozenTrial, method: int, place: Sequence[float]) -> Observed:
+    """A complete trial, as the process is told it."""
     return Observed(
         method,
         tuple(place),
@@ -445,12 +471,4 @@ def believed(space: Space, points: Sequence[Point], values: Floats, variances: F
     x = places.of(tried)
     known = zip(tried.method.tolist(), map(tuple, x.tolist()), values, variances, strict=True)
     observed = tuple(Observed(*one) for one in known)
-    data, kernel = Data.of(observed), fitted(observed)
-    prior = kernel(x, tried.method, x, tried.method)
-    noise = np.diag(kernel.noise * data.variance + JITTER)
-    gain = np.linalg.solve(prior + noise, prior).T
-    spread = float(values.std()) or 1.0
-    return Belief(
-        values.mean() + spread * gain @ data.targets[:, 0],
-        spread**2 * (prior - gain @ prior),
-    )
+    return Posterior(Data.of(observed), fitted(observed)).belief()

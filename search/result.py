@@ -107,6 +107,13 @@ class Result(_Frozen):
     seed: int
     versions: dict[str, str]
 
+    @property
+    def says(self) -> str:
+        """The verdict in words."""
+        if self.verdict == "better":
+            return "The winner is better than its base and every donor"
+        return "The winner is not shown to be better than all it was made from"
+
 
 def package_versions() -> dict[str, str]:
     """Versions of what the numbers depend on."""

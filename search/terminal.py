@@ -150,7 +150,7 @@ def print_score(console: Console, model: str, split: str, score: Score, items: i
 
 def print_result(console: Console, result: Result, run: Path) -> None:
     """The final table, the verdict in a sentence, and where things are."""
-    tasks = _short_names(result.winner.test.tasks, "_")
+    tasks = short_names(result.winner.test.tasks, "_")
     table = Table(title="on the test items, in % (95 % intervals)", box=SIMPLE_HEAD)
     table.add_column("")
     for name in (*tasks.values(), "mean", "winner leads by"):
@@ -161,7 +161,7 @@ def print_result(console: Console, result: Result, run: Path) -> None:
         lead = _half_width(difference.mean, difference.ci95, "+") if difference else ""
         table.add_row(escape(name), *means, _half_width(score.mean, score.ci95), lead, style=style)
 
-    names = _short_names(result.donors, "/")
+    names = short_names(result.donors, "/")
     row("base", result.base.test, result.base.difference)
     for model, donor in result.donors.items():
         row(names[model], donor.test, donor.difference)
@@ -173,12 +173,8 @@ def print_result(console: Console, result: Result, run: Path) -> None:
         _print_front(console, result.front, tasks, run)
     best = result.difference_to_best_donor
     gain = _interval(best.mean, best.ci95, "+")
-    says = {
-        "better": "The winner is better than its base and every donor",
-        "not better": "The winner is not shown to be better than all it was made from",
-    }
     console.print(
-        f"[bold]{says[result.verdict]}[/]: {gain} points to {escape(names[best.donor])}, "
+        f"[bold]{result.says}[/]: {gain} points to {escape(names[best.donor])}, "
         "the best donor before the test.",
         highlight=False,
     )
@@ -243,7 +239,7 @@ def _half_width(mean: float, ci95: tuple[float, float], sign: str = "") -> str:
     return f"{100 * mean:{sign}.1f} ± {50 * (ci95[1] - ci95[0]):.1f}"
 
 
-def _short_names(names: Iterable[str], separator: str) -> dict[str, str]:
+def short_names(names: Iterable[str], separator: str) -> dict[str, str]:
     """The last part of each name where that tells them apart."""
     short = {name: name.rsplit(separator, 1)[-1] for name in names}
     return short if len(set(short.values())) == len(short) else {name: name for name in short}

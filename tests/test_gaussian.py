@@ -68,6 +68,19 @@ def test_expected_improvement_is_the_mean_of_what_is_above_the_best():
     assert expected_improvement(mean, deviation, best) == pytest.approx(gained, rel=1e-3)
 
 
+def test_what_is_believed_anywhere_is_at_the_trials_what_is_believed_of_them():
+    data = Data.of(observed := some(12))
+    known = Posterior(data, Kernel(1.0, 1.0, np.array([0.3, 0.5, 0.7])))
+    means, deviations = known.values(data.x, data.method)
+    belief = known.belief()
+    assert means == pytest.approx(belief.means, abs=1e-5)
+    assert deviations**2 == pytest.approx(np.diag(belief.covariance), abs=1e-5)
+    values = np.array([one.value for one in observed])
+    means, deviations = known.values(data.x + 100, data.method)
+    assert means == pytest.approx(np.full(12, values.mean()))
+    assert deviations == pytest.approx(np.full(12, values.std()))
+
+
 NUMBERS = st.floats(0.1, 1.4).map(lambda number: round(number, 2))
 POINTS = st.builds(
     lambda method, weights, density: SPACE.point(method, weights, density=min(density, 1.0)),
