@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import importlib.metadata
 import importlib.util
 import json
@@ -30,14 +31,17 @@ if TYPE_CHECKING:
     from search.workers import Workers
 
 DEMO = Path(__file__).parent.parent / "studies" / "demo"
-BAD_INPUT, INTERRUPTED = 2, 130
+STOPPED, BAD_INPUT, INTERRUPTED = 1, 2, 130
+FULL = (errno.ENOSPC, errno.EDQUOT)
+AGAIN = "the same command goes on from here"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command.
 
     Returns:
-        0 done (also when the verdict is "not better"), 2 bad input, 130 interrupted.
+        0 done (also when the verdict is "not better"), 1 stopped by the machine (a full disk, a
+        database that is gone), 2 bad input, 130 interrupted.
     """
     options = _parser().parse_args(argv)
     _quiet_libraries()
@@ -45,6 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from merge_engine.recipe import RecipeError
     from objectives.base import ObjectiveError, printable
     from search.spec import StudyError
+    from search.storage import Stopped
 
     try:
         cache.own_limit()  # a wrong one is said now, and not by the first of many candidates
@@ -53,8 +58,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         # it may quote a file's or a model's own words
         print(f"mergesearch: {printable(str(error))}", file=sys.stderr)
         return BAD_INPUT
+    except Stopped as stopped:
+        print(f"mergesearch: {stopped}; when that is mended, {AGAIN}", file=sys.stderr)
+        return STOPPED
+    except OSError as error:
+        if error.errno not in FULL:
+            raise
+        where = f"{error.filename}: " if error.filename else ""
+        print(f"mergesearch: {where}{error.strerror}; when there is room, {AGAIN}", file=sys.stderr)
+        return STOPPED
     except KeyboardInterrupt:
-        print("\nmergesearch: stopped; the same command goes on from here", file=sys.stderr)
+        print(f"\nmergesearch: stopped; {AGAIN}", file=sys.stderr)
         return INTERRUPTED
     return 0
 
@@ -108,6 +122,7 @@ def _add_afterwards(add: Callable[..., Any]) -> None:
     report = add("report", _report, "draw a run's page, finished or not", "report runs/mine")
     report.add_argument("run", type=Path, help="run folder")
     report.add_argument("--out", type=Path, help="the file to write (default: RUN/report.html)")
+    report.add_argument("--storage", help="the database's URL, if it needs a password")
 
 
 def _add_run_options(command: Any) -> None:
@@ -120,13 +135,21 @@ def _add_run_options(command: Any) -> None:
 
 
 def _add_machine_options(command: Any) -> None:
+    command.add_argument(
+        "--storage", metavar="URL", help="database (default: a file in the folder)"
+    )
     command.add_argument("--memory", type=_size, help="use no more than this, like 24GB")
     command.add_argument("--no-compile", action="store_true", help="merge in chunks instead")
     command.add_argument("--workers", type=_count, help="so many processes, each with a model")
     command.add_argument(
-        "--gpus-per-worker", type=_gpus, help="2: a model over two GPUs; 0.5: two models on one"
+        "--gpus-per-worker",
+        type=_gpus,
+        metavar="N",
+        help="2: a model over two GPUs; 0.5: two models on one",
     )
-    command.add_argument("--ray-address", help="the cluster they are on (default: this machine)")
+    command.add_argument(
+        "--ray-address", metavar="URL", help="the cluster they are on (default: this machine)"
+    )
 
 
 def _gpus(text: str) -> float:
@@ -232,27 +255,42 @@ def _session(
 ) -> None:
     """Do ``work`` with a run, holding its folder."""
     from search.runner import Run, locked, set_aside
-    from search.terminal import Progress
+    from search.storage import Storage, Store
+    from search.terminal import Progress, print_notes
 
     console = _console()
+    new = getattr(options, "force_new", False)
+    Storage.of(folder, options.storage, new=new).check()
     # It checks everything, and nothing is written before.
     bench, workers = _crew(spec, options, lambda line: console.print(line, highlight=False))
     try:
         if not folder.exists():  # no folder is made for donors that no recipe could be built of
             workers.look_through()
         with locked(folder):
-            if getattr(options, "force_new", False):
+            if new:
                 set_aside(folder)
-            progress = Progress(console)
-            run = Run(folder, bench, workers, progress)
-            try:
-                run.adopt()
-                with _stopping(run):
-                    work(run, console)
-            finally:
-                progress.stop()
+            storage = Storage.of(folder, options.storage)
+            store = Store(storage, lambda text: print_notes(console, [text]))
+            storage.remember(folder)
+            store.persist(
+                lambda: _attempt(Run(folder, bench, workers, Progress(console), store), work)
+            )
     finally:
         workers.close()
+
+
+def _attempt(run: Run, work: Callable[[Run, Console], None]) -> None:
+    from search.storage import DATABASE_ERRORS
+
+    try:
+        run.adopt()
+        with _stopping(run):
+            work(run, run.progress.console)
+    except DATABASE_ERRORS:
+        run.scorer.abandon()
+        raise
+    finally:
+        run.progress.stop()
 
 
 def _crew(spec: StudySpec, options: Any, say: Callable[[str], None]) -> tuple[Bench, Workers]:
@@ -416,19 +454,19 @@ def _export(options: Any) -> None:
             recipe = run.recipe_of(options.trial)
         _save(run, recipe, options.out, console)
 
-    _session(stored_spec(options.run), options.run, options, save)
+    _session(stored_spec(options.run, options.storage), options.run, options, save)
 
 
 def _report(options: Any) -> None:
     from search.report import make_report
-    from search.runner import DATABASE, stored_spec
-    from search.storage import Store
+    from search.runner import stored_spec
+    from search.storage import Storage, Store
 
-    stored_spec(options.run)
-    page = make_report(Store(options.run / DATABASE), options.run)
+    stored_spec(options.run, options.storage)
+    page = make_report(Store(Storage.of(options.run, options.storage)), options.run)
     file = options.out or options.run / "report.html"
     _replace_text(file, page)
-    _console().print(f"{file}", highlight=False, markup=False)
+    _console().print(str(file), highlight=False, markup=False)
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Final
 
 import torch
+from transformers.utils.logging import disable_progress_bar
 
 from merge_engine.recipe import Recipe
 from objectives.base import Answer
@@ -35,6 +36,7 @@ class _Actor:
     def load(self, spec: StudySpec, machine: Machine, threads: int) -> list[str]:
         """Make its bench; returns the plan in words."""
         torch.set_num_threads(threads)
+        disable_progress_bar()
         lines: list[str] = []
         try:
             self.worker = Worker(make_bench(spec, machine, lines.append))

@@ -14,7 +14,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import astuple, dataclass
+from dataclasses import InitVar, astuple, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -31,11 +31,10 @@ from search.scoring import Block, Scorer
 from search.selection import COST, Sheet, shortfall, tasks_with_cost
 from search.spec import Split, StudyError, StudySpec
 from search.stopping import exhausted
-from search.storage import Store
+from search.storage import DATABASE, REMEMBERED, Storage, Store
 from search.terminal import Progress
 from search.workers import FAILURES, Workers
 
-DATABASE = "study.db"
 _ASIDE = re.compile(r"old-(\d+)$")
 
 
@@ -48,7 +47,8 @@ def locked(run: Path) -> Iterator[None]:
     """
     try:
         run.mkdir(parents=True, exist_ok=True)
-        if any(run.iterdir()) and not ((run / DATABASE).exists() or (run / "lock").exists()):
+        ours = (run / name for name in (DATABASE, REMEMBERED, "lock"))
+        if any(run.iterdir()) and not any(file.exists() for file in ours):
             raise StudyError(f"{run} holds other files; choose an empty folder or a run to resume")
         lock = (run / "lock").open("w")
     except OSError as error:
@@ -64,7 +64,8 @@ def locked(run: Path) -> Iterator[None]:
 def set_aside(run: Path) -> None:
     """Move a study and all it has left in a run folder into a folder of its own in there."""
     left = [path for path in run.iterdir() if path.name != "lock" and not _ASIDE.match(path.name)]
-    left.sort(key=lambda path: path.name.startswith(DATABASE))  # last: until then it is all there
+    # Last what says that there is a study: until then it is all there.
+    left.sort(key=lambda path: path.name.startswith((DATABASE, REMEMBERED)))
     if left:
         taken = [int(match[1]) for path in run.iterdir() if (match := _ASIDE.match(path.name))]
         aside = run / f"old-{max(taken, default=0) + 1}"
@@ -73,15 +74,19 @@ def set_aside(run: Path) -> None:
             path.rename(aside / path.name)
 
 
-def stored_spec(run: Path) -> StudySpec:
+def stored_spec(run: Path, url: str | None = None) -> StudySpec:
     """The study a run folder belongs to.
+
+    Args:
+        run: The folder.
+        url: Of its storage, where that needs a password.
 
     Raises:
         StudyError: There is no run in it.
     """
-    if not (run / DATABASE).is_file():
+    if not any((run / name).is_file() for name in (DATABASE, REMEMBERED)):
         raise StudyError(f"{run}: no run here (no {DATABASE}); give the folder of a run")
-    attributes = Store(run / DATABASE).study().user_attrs
+    attributes = Store(Storage.of(run, url)).study().user_attrs
     if "spec" not in attributes:
         raise StudyError(f"{run}: the run was stopped before it began; run it again")
     return StudySpec.model_validate(attributes["spec"])
@@ -123,9 +128,10 @@ class Run:
     bench: Bench
     workers: Workers
     progress: Progress
+    opened: InitVar[Store | None] = None  # else the folder's own
 
-    def __post_init__(self) -> None:
-        self.store = Store(self.folder / DATABASE)
+    def __post_init__(self, opened: Store | None) -> None:
+        self.store = opened or Store(Storage.of(self.folder))
         self.study: Study = self.store.study()
         self.scorer = Scorer(self.bench, self.store, self.workers, self.progress.block)
         self._waiting: dict[Block, list[Turn]] = {}  # who for which block
@@ -183,6 +189,7 @@ class Run:
         while True:
             while self.scorer.idle and self._goes_on(timeout):
                 self._advance(self._begin(), race)
+            self._ask_ahead()
             if not self._waiting:
                 break
             block, failure = self.scorer.finish()
@@ -224,7 +231,7 @@ class Run:
         """Whether another trial is to be begun beside those at work."""
         finished = self.finished()
         begun = len(finished) + len(self._at_work)
-        in_time = time.perf_counter() - self._started <= timeout
+        in_time = time.perf_counter() - self.store.opened <= timeout
         wanted = begun < self.spec.search.trials and not self._exhausted(finished)
         return wanted and (in_time or not begun)
 
@@ -251,6 +258,19 @@ class Run:
                 return
             turn.sheet = self.sheet(turn.recipe, "search", items)
         self._tell(turn, race)
+
+    def _ask_ahead(self) -> None:
+        """Let workers who would be idle ask what the trials at work may need next.
+
+        At the end of a search the longest trial would keep all but one of them waiting.
+        """
+        turns = [turn for turns in self._waiting.values() for turn in turns]
+        for recipe in {turn.recipe.key: turn.recipe for turn in turns}.values():
+            for number in self.scorer.lacking(recipe, "search"):
+                block = Block(recipe.key, "search", number)
+                if self.scorer.idle and block not in self._waiting:
+                    self.scorer.begin(recipe, "search", number)
+                    self._waiting[block] = []
 
     def _fail(self, turn: Turn, error: Exception) -> None:
         """Tell a trial that its recipe cannot be built or asked."""

@@ -166,6 +166,12 @@ class Scorer:
             if not self.working:
                 raise KeyboardInterrupt
 
+    def abandon(self) -> None:
+        """Wait for the blocks at work to end, and forget them."""
+        while self._at_work:
+            place, _ = self.workers.next()
+            del self._at_work[place]
+
     def save(self, recipe: Recipe, out: Path) -> tuple[int, str]:
         """Have a recipe built once more, compared with its stored answers, and saved.
 

@@ -18,9 +18,8 @@ from search.charts import Axis, shortened
 from search.cli import main
 from search.report import Model, chances, importance
 from search.result import Result
-from search.runner import DATABASE
 from search.space import Space
-from search.storage import Store
+from search.storage import DATABASE, Store
 from search.workers import Here
 
 VOID = {"br", "hr", "img", "input", "link", "meta"}

@@ -5,6 +5,7 @@ import sqlite3
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import numpy as np
 import psutil
@@ -134,6 +135,18 @@ def test_equal_proposals_at_work_at_once_are_asked_once(three, tmp_path):
     first, second, third = run.finished()[:3]
     assert first.params == second.params == third.params
     assert len(run.finished()) == 12
+
+
+def test_last_trial_is_asked_by_all_who_would_be_idle(three, tmp_path):
+    crew = Crew(three)
+    run = run_of(tmp_path / "run", crew)
+    run._race()
+    crew.most = 0
+    spec = run.spec.model_copy(update={"search": run.spec.search.model_copy(update={"trials": 1})})
+    run.bench = replace(run.bench, spec=spec)
+    run.search()
+    assert len(run.finished()) == 1
+    assert crew.most == 2  # of its three blocks the first was known
 
 
 def test_stopped_run_has_stored_what_was_at_work_and_goes_on(three, tmp_path):
