@@ -13,6 +13,7 @@ import shutil
 import signal
 import sys
 import threading
+import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
 DEMO = Path(__file__).parent.parent / "studies" / "demo"
 STOPPED, BAD_INPUT, INTERRUPTED = 1, 2, 130
 FULL = (errno.ENOSPC, errno.EDQUOT)
+DRAW_EVERY, DRAW_SHARE = 30.0, 0.05  # seconds, and of the time of a run, to draw its page
 AGAIN = "the same command goes on from here"
 
 
@@ -338,6 +340,7 @@ def _finish(run: Run, console: Console, timeout: float) -> None:
     from search.conclusion import conclude
     from search.terminal import print_result
 
+    run.progress.after_trial = _now_and_then(partial(_draw, run))
     run.search(timeout)
     result, recipe = conclude(run)
     _replace_text(run.folder / "recipe.yaml", recipe.to_yaml())
@@ -346,7 +349,32 @@ def _finish(run: Run, console: Console, timeout: float) -> None:
         shutil.rmtree(checkpoint, ignore_errors=True)
         _save(run, recipe, checkpoint, console)
     _replace_text(run.folder / "result.json", result.model_dump_json(indent=2) + "\n")
+    _draw(run)
     print_result(console, result, run.folder)
+
+
+def _now_and_then(work: Callable[[], None]) -> Callable[[], None]:
+    """The same work, left out if it was done a short time ago."""
+    due = time.monotonic() + DRAW_EVERY
+
+    def do() -> None:
+        nonlocal due
+        if (start := time.monotonic()) >= due:
+            work()
+            end = time.monotonic()
+            due = end + max(DRAW_EVERY, (end - start) / DRAW_SHARE)
+
+    return do
+
+
+def _draw(run: Run) -> None:
+    """Write the run's page. That it cannot be drawn is no reason to stop a run."""
+    from search.report import make_report
+
+    try:
+        _replace_text(run.folder / "report.html", make_report(run.store, run.folder))
+    except Exception as error:  # whatever it is
+        run.progress.note(f"there is no report.html: {error}")
 
 
 def _holds(checkpoint: Path, recipe: Recipe) -> bool:

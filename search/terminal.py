@@ -6,7 +6,7 @@ One live line in a terminal; plain lines, one for every trial, where there is no
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 from optuna.trial import FrozenTrial, TrialState
@@ -35,6 +35,7 @@ class Progress:
         self._best: FrozenTrial | None = None
         self._since = time.perf_counter()
         self._fresh = 0  # trials of this session: what the time left is reckoned from
+        self.after_trial: Callable[[], None] = lambda: None
 
     def start(self, total: int, finished: Sequence[FrozenTrial]) -> None:
         """Begin, or go on after these finished trials."""
@@ -69,6 +70,7 @@ class Progress:
         self._refresh()
         if self._bar is None or better or trial.state == TrialState.FAIL:
             self._print_trial(trial, better)
+        self.after_trial()
 
     def stage(self, what: str) -> None:
         """The search is over and something else begins."""
@@ -195,7 +197,9 @@ def print_result(console: Console, result: Result, run: Path) -> None:
         f"{_duration(result.seconds.total)}",
         highlight=False,
     )
-    console.print(f"{escape(str(run))}: recipe.yaml, result.json, checkpoint/", highlight=False)
+    console.print(
+        f"{escape(str(run))}: recipe.yaml, result.json, report.html, checkpoint/", highlight=False
+    )
 
 
 def _print_costs(console: Console, result: Result, names: Mapping[str, str]) -> None:

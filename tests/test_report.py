@@ -14,6 +14,8 @@ from hypothesis import strategies as st
 from optuna.samplers import RandomSampler
 from safetensors.torch import load_file, save_file
 
+import search.cli
+import search.report
 from search.charts import Axis, shortened
 from search.cli import main
 from search.report import Model, chances, importance
@@ -87,6 +89,29 @@ def finished(make_study, zoo, tmp_path_factory):
         rows.write_text(text)
     assert main(["run", str(study), "--out", str(folder / "run"), "--device", "cpu"]) == 0
     return folder / "run"
+
+
+def test_page_is_there_while_a_run_goes_on_and_its_failure_stops_nothing(
+    make_study, tmp_path, monkeypatch, capsys
+):
+    study, run = make_study(tmp_path, search__trials=3), tmp_path / "run"
+    seen, draw = [], search.report.make_report
+
+    def drawing(store, folder):
+        seen.append((folder / "report.html").is_file())
+        if len(seen) == 2:
+            raise KeyError("no such thing")
+        return draw(store, folder)
+
+    monkeypatch.setattr(search.report, "make_report", drawing)
+    monkeypatch.setattr(search.cli, "DRAW_EVERY", 0.0)
+    monkeypatch.setattr(search.cli, "DRAW_SHARE", 1e9)
+    assert main(["run", str(study), "--out", str(run), "--device", "cpu"]) == 0
+    assert seen == [False, True, True, True]
+    out = capsys.readouterr().out
+    assert "there is no report.html: 'no such thing'" in out
+    assert "report.html, checkpoint/" in out
+    assert "The winner is" in (run / "report.html").read_text()
 
 
 def test_report_stands_alone_and_says_what_was_found(finished):
