@@ -96,6 +96,7 @@ def write_checkpoint(
 
     Raises:
         RecipeError: ``out`` exists, or cannot be made.
+        OSError: The disk is full, for instance; there is no ``out`` then.
     """
     if out.exists():
         raise RecipeError(f"{out} exists; choose another folder or remove it")
@@ -109,13 +110,15 @@ def write_checkpoint(
     try:
         _write_weights(tensors, shapes, partial, shard_bytes)
         _write_others(model, shapes, partial)
-    except BaseException:
+        partial.rename(out)
+    except BaseException as error:
         shutil.rmtree(partial)
         for folder in made[1:]:
             with contextlib.suppress(OSError):  # somebody else has come to use it
                 folder.rmdir()
+        if isinstance(error, OSError) and error.errno is not None:  # a full disk names no file
+            raise OSError(error.errno, error.strerror, str(out)) from error
         raise
-    partial.rename(out)
 
 
 def _write_others(model: Model, shapes: Mapping[str, Tensor], folder: Path) -> None:
