@@ -11,7 +11,7 @@ from optuna.trial import TrialState
 from merge_engine.recipe import Recipe
 from objectives.scores import bootstrap
 from search.front import believed_front, confirmed
-from search.gaussian import believed
+from search.gaussian import MODELLED, believed
 from search.racing import Floats, elect
 from search.result import (
     Baseline,
@@ -59,6 +59,8 @@ def choose(run: Run) -> Choice:
     if not candidates:
         errors = sorted({str(trial.user_attrs.get("error")) for trial in run.finished()})
         raise StudyError(f"every trial failed, the first with: {errors[0]}")
+    best = sorted(candidates, key=lambda candidate: candidate.rank)[:MODELLED]
+    candidates = sorted(best, key=lambda candidate: candidate.number)
     trials = [candidate.trial for candidate in candidates]
     belief = believed(
         run.bench.space,

@@ -45,6 +45,7 @@ GAIN = "gain"  # a trial's attribute: what it was expected to improve upon the b
 VARIANCE = 0.001  # of a trial that does not say: 250 items, half of them right
 JITTER = 1e-6
 KINSHIP = 0.4
+MODELLED, STEP = 400, 50  # trials the process is made of, and how many more it takes at a time
 AUGMENTATION = 0.05  # how much all goals count besides the one that is most behind
 
 # The search for the highest acquisition: random candidates, good ones to step from, steps from
@@ -294,6 +295,29 @@ def expected_improvement(mean: Floats, deviation: Floats, best: float) -> Floats
     return expected
 
 
+def modelled(trials: Sequence[FrozenTrial]) -> Sequence[FrozenTrial]:
+    """All complete trials while they are few; else the best, the latest and who came since.
+
+    The process costs the cube of their number. Who is best and latest changes once in STEP trials,
+    so that hyper-parameters need not be fitted for every proposal.
+    """
+    if len(trials) <= MODELLED:
+        return trials
+    settled = len(trials) - (len(trials) - MODELLED) % STEP
+    latest = settled - MODELLED // 2
+    best = sorted(range(latest), key=lambda place: _rank(trials[place]))[: MODELLED // 2]
+    return [*(trials[place] for place in sorted(best)), *trials[latest:]]
+
+
+def _rank(trial: FrozenTrial) -> tuple[float, float]:
+    return _missed(trial), -float(trial.values[0])
+
+
+def _missed(trial: FrozenTrial) -> float:
+    """By how much a trial misses its floors."""
+    return sum(max(value, 0.0) for value in trial.constraints.values())
+
+
 def rung(count: int, first: int) -> int:
     """The last number of trials up to ``count`` at which hyper-parameters are fitted."""
     step = first
@@ -374,6 +398,7 @@ class GaussianSampler(BaseSampler):
         Returns:
             The point, and its acquisition in units of the values.
         """
+        complete = modelled(complete)
         tried = self.places.population([known.params for known in complete])
         x = self.places.of(tried)
         observed = tuple(map(observation, complete, tried.method.tolist(), x.tolist()))
@@ -427,7 +452,7 @@ def observation(trial: FrozenTrial, method: int, place: Sequence[float]) -> Obse
         tuple(place),
         float(trial.values[0]),
         float(trial.user_attrs.get("variance", VARIANCE)),
-        sum(max(value, 0.0) for value in trial.constraints.values()),
+        _missed(trial),
     )
 
 

@@ -130,7 +130,7 @@ class Race:
     hope: float = HOPE
     panel: int = PANEL
     front: bool = False
-    complete: list[Complete] = field(default_factory=list)  # best first
+    complete: list[Complete] = field(default_factory=list)  # best first; of one goal the panel
 
     def hopeful(self, answers: Floats) -> bool:
         """Whether a candidate with these answers (m) to the first items is to be asked more."""
@@ -165,6 +165,8 @@ class Race:
             mean = self.strata.estimate(answers).value
             self.complete.append(Complete(shortfall, mean, answers))
             self.complete.sort(key=lambda one: (one.shortfall, -one.mean))
+            if not self.front:
+                del self.complete[self.panel :]  # nobody is compared with them any more
         return _beside(self._of_panel, answers, self.strata)
 
     def by_task(self, answers: Floats) -> dict[str, Estimate]:

@@ -15,6 +15,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import InitVar, astuple, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from search.racing import Belief, Floats, Race, Strata, elect
 from search.samplers import make_sampler
 from search.scoring import Block, Scorer
 from search.selection import COST, Sheet, shortfall, tasks_with_cost
+from search.space import Space
 from search.spec import Split, StudyError, StudySpec
 from search.stopping import exhausted
 from search.storage import DATABASE, REMEMBERED, Storage, Store
@@ -92,23 +94,38 @@ def stored_spec(run: Path, url: str | None = None) -> StudySpec:
     return StudySpec.model_validate(attributes["spec"])
 
 
+def _rank(trial: FrozenTrial) -> tuple[float, float]:
+    """Before whom a complete trial comes: who misses the floors less, then who scores more."""
+    return float(trial.constraints.get("floors", 0.0)), -float(trial.values[0])
+
+
 @dataclass(frozen=True)
 class Candidate:
-    """A recipe, the number of the trial that first proposed it, and its last trial."""
+    """A recipe of a space, the number of the trial that first proposed it, and its last trial."""
 
+    space: Space
     number: int
-    recipe: Recipe
     trial: FrozenTrial
+
+    @cached_property
+    def recipe(self) -> Recipe:
+        """What the trial proposed; there may be thousands that nobody asks for."""
+        return self.space.recipe(self.trial.params)
 
     @property
     def value(self) -> float:
         """What it was told to be worth."""
-        return float(self.trial.values[0])
+        return -self.rank[1]
 
     @property
     def missed(self) -> float:
         """By how much it misses the floors, as far as it was asked."""
-        return float(self.trial.constraints.get("floors", 0.0))
+        return self.rank[0]
+
+    @property
+    def rank(self) -> tuple[float, float]:
+        """Before whom it comes."""
+        return _rank(self.trial)
 
 
 @dataclass
@@ -315,11 +332,25 @@ class Run:
         sheet = self.sheet(recipe, "search")
         self._report_faults(best, recipe)
         race.finish(self.goals(sheet), self.missed(sheet))
-        complete = self.study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
-        for trial in sorted(complete, key=lambda trial: trial.user_attrs["told"]):
+        for trial in self._that_count(race):
             sheet = self.sheet_of(trial)
             race.finish(self.goals(sheet), self.missed(sheet))
         return race
+
+    def _that_count(self, race: Race) -> list[FrozenTrial]:
+        """The trials that a race depends on, as they were told.
+
+        They have answered everything, and with one goal they are the panel, or as good as it but
+        for rounding.
+        """
+        size = len(self.bench.splits.search)
+        trials = self.study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+        trials = [trial for trial in trials if trial.user_attrs["items"] == size]
+        if not race.front and len(trials) > race.panel:
+            last = sorted(map(_rank, trials))[race.panel - 1]
+            within = (last[0], last[1] + 1e-9 * max(1.0, abs(last[1])))
+            trials = [trial for trial in trials if _rank(trial) <= within]
+        return sorted(trials, key=lambda trial: trial.user_attrs["told"])
 
     def answers(self, recipes: Sequence[Recipe], split: Split, items: int | None = None) -> Floats:
         """What k recipes answer to the first m items of a split, all asked together: (k, m)."""
@@ -398,9 +429,9 @@ class Run:
         """Every recipe that has a search score, in the order of their first trials."""
         found: dict[str, Candidate] = {}
         for trial in self.study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,)):
-            recipe = self.bench.space.recipe(trial.params)
-            first = found[recipe.key].number if recipe.key in found else trial.number
-            found[recipe.key] = Candidate(first, recipe, trial)
+            key = trial.user_attrs["recipe"]
+            first = found[key].number if key in found else trial.number
+            found[key] = Candidate(self.bench.space, first, trial)
         return list(found.values())
 
     def recipe_of(self, number: int) -> Recipe:

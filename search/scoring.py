@@ -88,9 +88,11 @@ class Scorer:
             RecipeError: The recipe cannot be built.
             ObjectiveError: The model it makes gives no usable answer.
         """
-        self.ask([recipe], split, items)
-        stored = self.store.answers(recipe.key, split)
-        return [answer for number in self._first(split, items) for answer in stored[number]]
+        wanted, stored = self._first(split, items), self.store.answers(recipe.key, split)
+        if any(number not in stored for number in wanted):
+            self.ask([recipe], split, items)
+            stored = self.store.answers(recipe.key, split)
+        return [answer for number in wanted for answer in stored[number]]
 
     def ask(self, recipes: Iterable[Recipe], split: Split, items: int | None = None) -> None:
         """Have several recipes answer what they have not yet; see ``answers``.
