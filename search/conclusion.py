@@ -59,8 +59,8 @@ def choose(run: Run) -> Choice:
     if not candidates:
         errors = sorted({str(trial.user_attrs.get("error")) for trial in run.finished()})
         raise StudyError(f"every trial failed, the first with: {errors[0]}")
-    best = sorted(candidates, key=lambda candidate: candidate.rank)[:MODELLED]
-    candidates = sorted(best, key=lambda candidate: candidate.number)
+    leading = sorted(candidates, key=lambda candidate: candidate.rank)[:MODELLED]
+    candidates = sorted(leading, key=lambda candidate: candidate.number)
     trials = [candidate.trial for candidate in candidates]
     belief = believed(
         run.bench.space,
