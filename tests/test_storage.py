@@ -4,6 +4,7 @@ import os
 import signal
 import sys
 
+import optuna
 import psycopg
 import pytest
 from optuna.trial import TrialState
@@ -195,3 +196,11 @@ def test_folder_remembers_its_storage_but_no_password(tmp_path):
     assert known.name == named.name == "postgresql://me@host/db?sslmode=require"
     assert Storage.of(tmp_path, url) == named
     assert Storage.of(tmp_path, new=True) == Storage.file(tmp_path / storage.DATABASE)
+
+
+def test_trials_are_read_as_optuna_reads_them(undisturbed):
+    file = Storage.of(undisturbed)
+    url = file.url.render_as_string()
+    theirs = optuna.load_study(study_name=file.study, storage=url).get_trials()
+    assert {trial.state for trial in theirs} == {TrialState.COMPLETE, TrialState.WAITING}
+    assert Store(file).study().get_trials() == theirs
