@@ -4,12 +4,24 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from optuna.trial import create_trial
 from scipy.optimize import check_grad
 from scipy.stats import norm
 
 from landscape import planted
 from replay import Estimate, OptunaSampler
-from search.gaussian import Data, Kernel, Observed, Posterior, expected_improvement, loss, rung
+from search.gaussian import (
+    MODELLED,
+    STEP,
+    Data,
+    Kernel,
+    Observed,
+    Posterior,
+    expected_improvement,
+    loss,
+    modelled,
+    rung,
+)
 from search.places import Places
 from search.samplers import RANDOM_STARTUP
 from search.space import Space
@@ -156,3 +168,17 @@ def test_waiting_trials_are_not_proposed_again():
         sampler.tell(Estimate(landscape.truth(recipe), 1e-4))
     keys = {landscape.space.recipe(sampler.ask()).key for _ in range(6)}
     assert len(keys) == 6
+
+
+def test_few_trials_are_all_modelled_and_of_many_the_best_and_the_latest():
+    values = np.random.default_rng(0).permutation(1000) / 1000
+    trials = [create_trial(value=float(value)) for value in values]
+    few = trials[: MODELLED + STEP - 1]
+    assert list(modelled(few)) == few
+    many = modelled(trials)
+    assert len(many) == MODELLED
+    assert list(many[-MODELLED // 2 :]) == trials[-MODELLED // 2 :]
+    earlier = sorted(values[: -MODELLED // 2])
+    best = [trial.value for trial in many[: MODELLED // 2]]
+    assert sorted(best) == earlier[-MODELLED // 2 :]
+    assert list(modelled(trials + trials[:30])[:MODELLED]) == list(many)
