@@ -372,7 +372,8 @@ def _draw(run: Run) -> None:
     from search.report import make_report
 
     try:
-        _replace_text(run.folder / "report.html", make_report(run.store, run.folder))
+        page = make_report(run.folder, run.store, run.study)
+        _replace_text(run.folder / "report.html", page)
     except Exception as error:  # whatever it is
         run.progress.note(f"there is no report.html: {error}")
 
@@ -491,7 +492,8 @@ def _report(options: Any) -> None:
     from search.storage import Storage, Store
 
     stored_spec(options.run, options.storage)
-    page = make_report(Store(Storage.of(options.run, options.storage)), options.run)
+    store = Store(Storage.of(options.run, options.storage))
+    page = make_report(options.run, store, store.study())
     file = options.out or options.run / "report.html"
     _replace_text(file, page)
     _console().print(str(file), highlight=False, markup=False)

@@ -18,6 +18,7 @@ import jinja2
 import numpy as np
 import yaml
 from markupsafe import Markup
+from optuna.study import Study
 from optuna.trial import FrozenTrial, TrialState
 from pydantic import ValidationError
 
@@ -35,7 +36,8 @@ from search.storage import Store
 from search.terminal import short_names
 
 TEMPLATE = Path(__file__).with_name("report.html")
-MODELLED = 400  # trials the process is fitted to at most: the best half, and some of the others
+MODELLED = 400  # trials the process is fitted to at most
+DRAWN = 2000  # trials on the timeline
 MOMENTS = 40  # at which what was believed is worked out again
 DRAWS = 4000  # of all trials' values, to say which method is best
 SAMPLES = 2000  # of the search space, to say which parameter matters
@@ -52,12 +54,13 @@ PARTS = {
 }
 
 
-def make_report(store: Store, run: Path) -> str:
+def make_report(run: Path, store: Store, study: Study) -> str:
     """The page of a run, with its result if it has one so far.
 
     Args:
-        store: The run's.
         run: Its folder.
+        store: Its answers.
+        study: Its trials.
 
     Raises:
         StudyError: Another version of this program wrote the result.
@@ -71,7 +74,7 @@ def make_report(store: Store, run: Path) -> str:
             f"{file} is none of this version of mergesearch ({first_error(error)}); finish the "
             "run again, or remove it"
         ) from None
-    return _template().render(_contents(store, str(run), result))
+    return _template().render(_contents(str(run), Facts(store, study, result)))
 
 
 @cache
@@ -82,10 +85,10 @@ def _template() -> jinja2.Template:
     return environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
 
 
-def _contents(store: Store, name: str, result: Result | None) -> dict[str, Any]:
-    facts = Facts(store, result)
+def _contents(name: str, facts: Facts) -> dict[str, Any]:
+    result = facts.result
     model = Model(facts.space, facts.complete) if len(facts.complete) > 2 else None
-    asked, scoring = store.scored()
+    asked, scoring = facts.store.scored()
     return {
         "name": name,
         "facts": facts,
@@ -99,6 +102,8 @@ def _contents(store: Store, name: str, result: Result | None) -> dict[str, Any]:
         "timeline": facts.complete and _timeline(facts),
         "curves": model and _curves(facts, model),
         "chances": model and chances(model),
+        "drawn": DRAWN,
+        "modelled": MODELLED,
         "tried": Counter(trial.params["method"] for trial in facts.complete),
         "importance": model and importance(model),
         "asked": asked,
@@ -109,8 +114,7 @@ def _contents(store: Store, name: str, result: Result | None) -> dict[str, Any]:
 class Facts:
     """What the database holds of a run, and what follows from it without a model."""
 
-    def __init__(self, store: Store, result: Result | None) -> None:
-        study = store.study()
+    def __init__(self, store: Store, study: Study, result: Result | None) -> None:
         self.store, self.result = store, result
         self.spec = StudySpec.model_validate(study.user_attrs["spec"])
         self.seconds: Mapping[str, float] = study.user_attrs.get("seconds", {})
@@ -190,11 +194,8 @@ class Model:
     """
 
     def __init__(self, space: Space, complete: Sequence[FrozenTrial]) -> None:
-        ranked = sorted(complete, key=lambda trial: (shortfall(trial), -_value(trial)))
-        some, others = ranked[: MODELLED // 2], ranked[MODELLED // 2 :]
-        some += others[:: max(1, -(-len(others) // (MODELLED // 2)))]
         self.space, self.places = space, Places(space)
-        self.trials = sorted(some, key=complete.index)
+        self.trials = some_of(complete, MODELLED)
         self.tried = self.places.population([trial.params for trial in self.trials])
         x = self.places.of(self.tried).tolist()
         self.observed = tuple(map(observation, self.trials, self.tried.method.tolist(), x))
@@ -230,6 +231,17 @@ class Believed(NamedTuple):
     trial: FrozenTrial
     mean: float
     side: float
+
+
+def some_of(complete: Sequence[FrozenTrial], most: int) -> list[FrozenTrial]:
+    """Of very many trials the best, and as many of the others, in their order."""
+    if len(complete) <= most:
+        return [*complete]
+    places = range(len(complete))
+    ranked = sorted(places, key=lambda one: (shortfall(complete[one]), -_value(complete[one])))
+    best, others = ranked[: most // 2], ranked[most // 2 :]
+    step = -(-len(others) // (most // 2))
+    return [complete[place] for place in sorted([*best, *others[::step]])]
 
 
 def shortfall(trial: FrozenTrial) -> float:
@@ -409,14 +421,15 @@ def _progress(facts: Facts, model: Model) -> Markup:
 
 def _timeline(facts: Facts) -> Markup:
     """Every trial, over item evaluations."""
-    values = [100 * _value(trial) for trial in facts.complete]
-    most = max(trial.user_attrs["items"] for trial in facts.complete)
+    trials = some_of(facts.complete, DRAWN)
+    values = [100 * _value(trial) for trial in trials]
+    most = max(trial.user_attrs["items"] for trial in trials)
     ends = facts.evaluations.values()
     chart = Chart(
         Axis("item evaluations", -0.02 * max(ends), 1.02 * max(ends)),
         Axis.around("value told, %", values),
     )
-    for trial, value in zip(facts.complete, values, strict=True):
+    for trial, value in zip(trials, values, strict=True):
         side = 100 * SIDES * trial.user_attrs["variance"] ** 0.5
         x, kind = facts.evaluations[trial.number], facts.kind(trial.params["method"])
         chart.upright(x, value - side, value + side, kind)
@@ -424,7 +437,7 @@ def _timeline(facts: Facts) -> Markup:
         radius = 2 + 2.5 * trial.user_attrs["items"] / most
         says = f"{value:.1f} ± {side:.1f} %, {facts.says(trial)}"
         chart.dot(x, value, says, f"{kind}{missed}", radius)
-    for trial in facts.failed:
+    for trial in facts.failed[:DRAWN]:
         says = f"failed: {facts.says(trial)}: {trial.user_attrs.get('error')}"
         chart.dot(facts.evaluations[trial.number], chart.y.low, says, "failed", 5)
     return chart.svg("every trial's value")

@@ -18,7 +18,7 @@ import search.cli
 import search.report
 from search.charts import Axis, shortened
 from search.cli import main
-from search.report import Model, chances, importance
+from search.report import Model, chances, importance, some_of
 from search.result import Result
 from search.space import Space
 from search.storage import DATABASE, Store
@@ -97,11 +97,11 @@ def test_page_is_there_while_a_run_goes_on_and_its_failure_stops_nothing(
     study, run = make_study(tmp_path, search__trials=3), tmp_path / "run"
     seen, draw = [], search.report.make_report
 
-    def drawing(store, folder):
+    def drawing(folder, store, study):
         seen.append((folder / "report.html").is_file())
         if len(seen) == 2:
             raise KeyError("no such thing")
-        return draw(store, folder)
+        return draw(folder, store, study)
 
     monkeypatch.setattr(search.report, "make_report", drawing)
     monkeypatch.setattr(search.cli, "DRAW_EVERY", 0.0)
@@ -224,6 +224,15 @@ def test_method_that_is_better_is_known_to_be(model):
     assert first.chance > 0.99
     assert first.chance + second.chance == pytest.approx(1.0)
     assert second.best.mean == pytest.approx(70, abs=second.best.side + 1)
+
+
+def test_of_many_trials_the_best_and_some_others_are_kept_in_their_order(model):
+    some = some_of(model.trials, 20)
+    assert 15 <= len(some) <= 20
+    assert [trial.number for trial in some] == sorted(trial.number for trial in some)
+    values = sorted((trial.value for trial in model.trials), reverse=True)
+    assert {*values[:10]} <= {trial.value for trial in some}
+    assert min(trial.value for trial in some) < np.median(values)
 
 
 def test_importance_is_of_what_decides_alone(model):
