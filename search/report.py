@@ -36,7 +36,7 @@ from search.storage import Store
 from search.terminal import short_names
 
 TEMPLATE = Path(__file__).with_name("report.html")
-MODELLED = 400  # trials the process is fitted to at most
+MODELLED = 250  # trials the process is fitted to at most
 DRAWN = 2000  # trials on the timeline
 MOMENTS = 40  # at which what was believed is worked out again
 DRAWS = 4000  # of all trials' values, to say which method is best
