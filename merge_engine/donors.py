@@ -48,7 +48,7 @@ from merge_engine.statistics import (
 from merge_engine.stream import Stream, compiling_pays
 
 WORTH_KEEPING = 65_536  # elements from which on reading a statistic is quicker than measuring it
-HUB_FILES = ("*.safetensors", "*.json", "*.jinja", "*.txt", "*.model")
+HUB_FILES = ("*.safetensors", "*.json", "*.jinja", "*.txt", "*.model", "README.md")
 INDEX = "model.safetensors.index.json"
 _RECOMPUTED = ".rotary_emb.inv_freq"  # buffers that old checkpoints store; no model reads them
 _DTYPES = {

@@ -125,6 +125,10 @@ def _add_afterwards(add: Callable[..., Any]) -> None:
     report.add_argument("run", type=Path, help="run folder")
     report.add_argument("--out", type=Path, help="the file to write (default: RUN/report.html)")
     report.add_argument("--storage", help="the database's URL, if it needs a password")
+    push = add("push", _push, "upload a run's winner to the Hub", "push runs/mine org/name")
+    push.add_argument("run", type=Path, help="run folder")
+    push.add_argument("repo", help="the repository, made if there is none")
+    push.add_argument("--private", action="store_true", help="if it is made, for its owners alone")
 
 
 def _add_run_options(command: Any) -> None:
@@ -337,6 +341,7 @@ def _stopping(run: Run) -> Iterator[None]:
 
 def _finish(run: Run, console: Console, timeout: float) -> None:
     """Search, choose, export, report: each step finds what an earlier session has done."""
+    from search.card import model_card
     from search.conclusion import conclude
     from search.terminal import print_result
 
@@ -348,6 +353,7 @@ def _finish(run: Run, console: Console, timeout: float) -> None:
     if not _holds(checkpoint, recipe):
         shutil.rmtree(checkpoint, ignore_errors=True)
         _save(run, recipe, checkpoint, console)
+    _write_card(checkpoint, model_card(run.folder.name, run.spec, recipe, result))
     _replace_text(run.folder / "result.json", result.model_dump_json(indent=2) + "\n")
     _draw(run)
     print_result(console, result, run.folder)
@@ -391,6 +397,13 @@ def _save(run: Run, recipe: Recipe, out: Path, console: Console) -> None:
     console.print(f"saving {out}")
     compared = export(run, recipe, out)
     console.print(f"rebuilt: all {compared} answers are those in the database", highlight=False)
+
+
+def _write_card(checkpoint: Path, text: str) -> None:
+    from search.card import CARD
+
+    if checkpoint.is_dir():  # not where a worker on another machine has written it
+        _replace_text(checkpoint / CARD, text)
 
 
 def _replace_text(file: Path, text: str) -> None:
@@ -466,6 +479,9 @@ def _check(options: Any) -> None:
 
 def _export(options: Any) -> None:
     from merge_engine.recipe import Recipe, RecipeError
+    from search.card import model_card
+    from search.conclusion import other_trial
+    from search.result import read_result
     from search.runner import stored_spec
     from search.spec import StudyError
 
@@ -473,17 +489,38 @@ def _export(options: Any) -> None:
         raise RecipeError(f"{options.out} exists; choose another folder or remove it")
 
     def save(run: Run, console: Console) -> None:
-        if options.trial is None:
-            result = run.folder / "result.json"
-            if not result.is_file():
-                raise StudyError(f"{run.folder} has no winner yet; name a --trial")
-            mapping = json.loads(result.read_text(encoding="utf-8"))["winner"]["recipe"]
-            recipe = Recipe.model_validate(mapping)
-        else:
+        result, other = read_result(run.folder), None
+        if options.trial is not None:
             recipe = run.recipe_of(options.trial)
+            other = other_trial(run, options.trial, recipe, result)
+        elif result is None:
+            raise StudyError(f"{run.folder} has no winner yet; name a --trial")
+        else:
+            recipe = Recipe.model_validate(result.winner.recipe)
         _save(run, recipe, options.out, console)
+        _write_card(options.out, model_card(options.out.name, run.spec, recipe, result, other))
 
     _session(stored_spec(options.run, options.storage), options.run, options, save)
+
+
+def _push(options: Any) -> None:
+    from merge_engine.recipe import Recipe
+    from search.card import CARD, push
+    from search.result import read_result
+    from search.spec import StudyError
+    from search.terminal import print_notes
+
+    run, result = options.run, read_result(options.run)
+    if result is None:
+        raise StudyError(f"{run} has no result yet; push it when the run has finished")
+    recipe, checkpoint = Recipe.model_validate(result.winner.recipe), run / "checkpoint"
+    if not _holds(checkpoint, recipe) or not (checkpoint / CARD).is_file():
+        raise StudyError(f"{checkpoint} is not what result.json speaks of; finish the run again")
+    console = _console()
+    if folders := [model for model in recipe.models_read if Path(model).is_absolute()]:
+        print_notes(console, [f"the recipe names folders of this machine: {', '.join(folders)}"])
+    url = push(checkpoint, run / "recipe.yaml", options.repo, private=options.private)
+    console.print(url, highlight=False, markup=False)
 
 
 def _report(options: Any) -> None:

@@ -10,6 +10,7 @@ from optuna.trial import TrialState
 
 from merge_engine.recipe import Recipe
 from objectives.scores import bootstrap
+from search.card import OtherTrial
 from search.front import believed_front, confirmed
 from search.gaussian import MODELLED, believed
 from search.racing import Floats, elect
@@ -178,6 +179,21 @@ def tested_winner(run: Run, candidate: Candidate) -> Winner:
         recipe=candidate.recipe.model_dump(mode="json"),
         trial=candidate.number,
         test=score_of(run.sheet(candidate.recipe, "test"), run.spec.search.seed),
+    )
+
+
+def other_trial(run: Run, number: int, recipe: Recipe, result: Result | None) -> OtherTrial | None:
+    """What is known of a finished trial's recipe, or None if it is the winner's."""
+    if result and Recipe.model_validate(result.winner.recipe).key == recipe.key:
+        return None
+    trial = next(trial for trial in run.finished() if trial.number == number)
+    blocks = run.store.answers(recipe.key, "test")
+    tested = sum(map(len, blocks.values())) == len(run.bench.items_of("test"))
+    return OtherTrial(
+        number,
+        trial.values[0] if trial.values else None,
+        trial.user_attrs.get("items", 0),
+        score_of(run.sheet(recipe, "test"), run.spec.search.seed) if tested else None,
     )
 
 

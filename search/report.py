@@ -20,18 +20,17 @@ import yaml
 from markupsafe import Markup
 from optuna.study import Study
 from optuna.trial import FrozenTrial, TrialState
-from pydantic import ValidationError
 
-from merge_engine.recipe import Recipe, first_error
+from merge_engine.recipe import Recipe
 from objectives.scores import bootstrap
 from search.charts import Axis, Chart, Interval, intervals, shortened
 from search.frozen import FrozenItem
 from search.gaussian import Data, Posterior, fitted, observation
 from search.places import Places, Population
 from search.racing import Floats
-from search.result import Difference, Result, Score
+from search.result import Difference, Result, Score, read_result
 from search.space import UNIFORM, Space
-from search.spec import StudyError, StudySpec
+from search.spec import StudySpec
 from search.storage import Store
 from search.terminal import short_names
 
@@ -65,15 +64,7 @@ def make_report(run: Path, store: Store, study: Study) -> str:
     Raises:
         StudyError: Another version of this program wrote the result.
     """
-    file = run / "result.json"
-    try:
-        text = file.read_text(encoding="utf-8") if file.is_file() else None
-        result = None if text is None else Result.model_validate_json(text)
-    except ValidationError as error:
-        raise StudyError(
-            f"{file} is none of this version of mergesearch ({first_error(error)}); finish the "
-            "run again, or remove it"
-        ) from None
+    result = read_result(run)
     return _template().render(_contents(str(run), Facts(store, study, result)))
 
 

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import importlib.metadata
+from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, ValidationError
 
+from merge_engine.recipe import first_error
 from objectives.scores import Interval
+from search.spec import StudyError
 
 PACKAGES = ("mergesearch", "torch", "transformers", "lm_eval", "optuna", "safetensors")
 
@@ -113,6 +116,22 @@ class Result(_Frozen):
         if self.verdict == "better":
             return "The winner is better than its base and every donor"
         return "The winner is not shown to be better than all it was made from"
+
+
+def read_result(run: Path) -> Result | None:
+    """The result of a run's folder, if it has one so far.
+
+    Raises:
+        StudyError: Another version of this program wrote it.
+    """
+    file = run / "result.json"
+    try:
+        return Result.model_validate_json(file.read_bytes()) if file.is_file() else None
+    except ValidationError as error:
+        raise StudyError(
+            f"{file} is none of this version of mergesearch ({first_error(error)}); finish the "
+            "run again, or remove it"
+        ) from None
 
 
 def package_versions() -> dict[str, str]:

@@ -195,7 +195,17 @@ def test_second_process_on_a_run_is_refused(make_study, tmp_path, capsys):
 
 def test_help_and_version_are_quick_and_fit_a_screen():
     code = "import sys; from search.cli import main; main(sys.argv[1:])"
-    for command in ([], ["run"], ["demo"], ["build"], ["score"], ["check"], ["export"], ["report"]):
+    for command in (
+        [],
+        ["run"],
+        ["demo"],
+        ["build"],
+        ["score"],
+        ["check"],
+        ["export"],
+        ["report"],
+        ["push"],
+    ):
         text = subprocess.run(
             [sys.executable, "-c", code, *command, "--help"],
             capture_output=True,

@@ -63,6 +63,7 @@ def test_run_leaves_result_recipe_and_checkpoint(finished, zoo):
     assert set(result.winner.test.tasks) == {"pick", "tell"}
     assert result.times_tested == 1
     assert sorted(path.name for path in (run / "checkpoint").iterdir()) == [
+        "README.md",
         "config.json",
         "generation_config.json",
         "mergekit_config.yml",
