@@ -60,9 +60,10 @@ def model_card(
     test = other.test if other else result.winner.test if result else None
     parts = dict.fromkeys(part for model in models for part in _parts(model))
     found = {_public(part): _licence(part) for part in parts}
+    on_hub = [_public(part) for part in parts if not Path(part).is_absolute()]
     data = ModelCardData(
-        base_model=list(found),
-        base_model_relation="merge",
+        base_model=on_hub or None,  # a folder's name might be that of somebody's model there
+        base_model_relation="merge" if on_hub else None,
         library_name="transformers",
         tags=TAGS,
         model_name=name,

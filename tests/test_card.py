@@ -5,7 +5,6 @@ import hashlib
 import json
 import shutil
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
 from threading import Thread
 
 import pytest
@@ -38,10 +37,18 @@ def card_of(run):
     return model_card(run.name, stored_spec(run), recipe, result)
 
 
+def test_card_names_the_models_that_are_on_the_hub(run):
+    mapping = Recipe.model_validate(read_result(run).winner.recipe).model_dump(mode="json")
+    mapping |= {"base_model": "org/base", "models": [{"model": "org/a@v1"}, *mapping["models"][1:]]}
+    card = ModelCard(model_card("x", stored_spec(run), Recipe.model_validate(mapping), None))
+    assert card.data.base_model == ["org/base", "org/a"]
+    assert card.data.base_model_relation == "merge"
+
+
 def test_card_says_what_result_json_says(run):
     result, text = read_result(run), (run / "checkpoint" / "README.md").read_text()
-    card, recipe = ModelCard(text), Recipe.model_validate(result.winner.recipe)
-    assert card.data.base_model == [Path(model).name for model in recipe.models_read]
+    card = ModelCard(text)
+    assert card.data.base_model is None, "folders are no models of the Hub"
     assert card.data.tags == ["merge", "mergekit", "mergesearch"]
     assert card.data.library_name == "transformers"
     assert card.data.license == "apache-2.0"
