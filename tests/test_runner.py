@@ -161,7 +161,7 @@ def test_interrupted_run_finishes_its_block_and_goes_on(finished, tmp_path, monk
     def interrupted(self):
         asked.append(0)
         if len(asked) in times:
-            os.kill(os.getpid(), signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)
         return ask(self)
 
     monkeypatch.setattr(Here, "next", interrupted)
@@ -184,8 +184,8 @@ def test_second_interrupt_stops_within_the_block(finished, tmp_path, monkeypatch
 
     def interrupted(self):
         asked.append(0)
-        os.kill(os.getpid(), signal.SIGINT)
-        os.kill(os.getpid(), signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
 
     monkeypatch.setattr(Here, "next", interrupted)
     assert main(["run", str(study), "--out", str(tmp_path / "run"), "--device", "cpu"]) == 130

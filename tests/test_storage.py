@@ -1,6 +1,5 @@
 """Where a run is stored: a file or a server, which may go away, and which others use as well."""
 
-import os
 import signal
 import sys
 
@@ -82,7 +81,7 @@ def test_run_on_a_server_that_goes_and_comes_is_as_on_a_file(
     study, undisturbed, server, tmp_path, monkeypatch, capfd
 ):
     run = tmp_path / "run"
-    after(monkeypatch, 12, lambda: os.kill(os.getpid(), signal.SIGINT))
+    after(monkeypatch, 12, lambda: signal.raise_signal(signal.SIGINT))
     listener = lost_in_a_transaction(server)
     try:
         assert main(command(study, run, "--storage", server.url())) == 130
