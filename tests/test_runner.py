@@ -178,6 +178,15 @@ def test_interrupted_run_finishes_its_block_and_goes_on(finished, tmp_path, monk
     assert answers_of(run) == answers_of(whole)
 
 
+@pytest.fixture
+def heeded():
+    """A process that was started in the background may ignore interrupts."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("heeded")
 def test_second_interrupt_stops_within_the_block(finished, tmp_path, monkeypatch):
     study, _ = finished
     asked = []
