@@ -305,11 +305,12 @@ def modelled(trials: Sequence[FrozenTrial]) -> Sequence[FrozenTrial]:
         return trials
     settled = len(trials) - (len(trials) - MODELLED) % STEP
     latest = settled - MODELLED // 2
-    best = sorted(range(latest), key=lambda place: _rank(trials[place]))[: MODELLED // 2]
+    best = sorted(range(latest), key=lambda place: rank(trials[place]))[: MODELLED // 2]
     return [*(trials[place] for place in sorted(best)), *trials[latest:]]
 
 
-def _rank(trial: FrozenTrial) -> tuple[float, float]:
+def rank(trial: FrozenTrial) -> tuple[float, float]:
+    """Before whom a complete trial comes: who misses the floors less, then who scores more."""
     return _missed(trial), -float(trial.values[0])
 
 

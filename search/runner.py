@@ -26,6 +26,7 @@ from optuna.trial import FrozenTrial, Trial, TrialState
 from merge_engine.recipe import Recipe
 from search.bench import Bench
 from search.frozen import difference, freeze
+from search.gaussian import rank
 from search.racing import Belief, Floats, Race, Strata, elect
 from search.samplers import make_sampler
 from search.scoring import Block, Scorer
@@ -94,11 +95,6 @@ def stored_spec(run: Path, url: str | None = None) -> StudySpec:
     return StudySpec.model_validate(attributes["spec"])
 
 
-def _rank(trial: FrozenTrial) -> tuple[float, float]:
-    """Before whom a complete trial comes: who misses the floors less, then who scores more."""
-    return float(trial.constraints.get("floors", 0.0)), -float(trial.values[0])
-
-
 @dataclass(frozen=True)
 class Candidate:
     """A recipe of a space, the number of the trial that first proposed it, and its last trial."""
@@ -125,7 +121,7 @@ class Candidate:
     @property
     def rank(self) -> tuple[float, float]:
         """Before whom it comes."""
-        return _rank(self.trial)
+        return rank(self.trial)
 
 
 @dataclass
@@ -281,6 +277,8 @@ class Run:
 
         At the end of a search the longest trial would keep all but one of them waiting.
         """
+        if not self.scorer.idle:
+            return
         turns = [turn for turns in self._waiting.values() for turn in turns]
         for recipe in {turn.recipe.key: turn.recipe for turn in turns}.values():
             for number in self.scorer.lacking(recipe, "search"):
@@ -347,9 +345,9 @@ class Run:
         trials = self.study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
         trials = [trial for trial in trials if trial.user_attrs["items"] == size]
         if not race.front and len(trials) > race.panel:
-            last = sorted(map(_rank, trials))[race.panel - 1]
+            last = sorted(map(rank, trials))[race.panel - 1]
             within = (last[0], last[1] + 1e-9 * max(1.0, abs(last[1])))
-            trials = [trial for trial in trials if _rank(trial) <= within]
+            trials = [trial for trial in trials if rank(trial) <= within]
         return sorted(trials, key=lambda trial: trial.user_attrs["told"])
 
     def answers(self, recipes: Sequence[Recipe], split: Split, items: int | None = None) -> Floats:
@@ -459,9 +457,11 @@ class Run:
     def _ask(self) -> Trial:
         """A trial that was at work when the run was stopped, or a new one."""
         start = time.perf_counter()
-        running = self.study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
-        running = [trial for trial in running if trial.number not in self._at_work]
-        number = running[0].number if running else self._next_number()
+        trials, at_work = self.study.get_trials(deepcopy=False), self._at_work
+        running = [trial for trial in trials if trial.state == TrialState.RUNNING]
+        running = [trial for trial in running if trial.number not in at_work]
+        waiting = [trial for trial in trials if trial.state == TrialState.WAITING]
+        number = next((trial.number for trial in (*running, *waiting)), len(trials))
         search = self.spec.search
         self.study.sampler = make_sampler(
             search.sampler, self.bench.space, search.seed, number, front=search.front
@@ -475,10 +475,6 @@ class Run:
             trial = self.study.ask(distributions)
         self._ask_seconds += time.perf_counter() - start
         return trial
-
-    def _next_number(self) -> int:
-        waiting = self.study.get_trials(deepcopy=False, states=(TrialState.WAITING,))
-        return waiting[0].number if waiting else len(self.study.get_trials(deepcopy=False))
 
     def _enqueue_warm_starts(self) -> None:
         known = {trial.user_attrs.get("start") for trial in self.study.get_trials(deepcopy=False)}

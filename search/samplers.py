@@ -34,7 +34,7 @@ from optuna.study import Study
 from optuna.trial import FrozenTrial, TrialState
 from scipy.stats.qmc import Sobol
 
-from search.gaussian import GaussianSampler
+from search.gaussian import GaussianSampler, rank
 
 if TYPE_CHECKING:
     from search.space import Space
@@ -80,8 +80,34 @@ class Turn:
         return len(self.space.warm_starts())
 
 
-class _Tpe(TPESampler):
-    """Optuna's, told what is searched: a new one would look through all trials to find out."""
+class _Told(BaseSampler):
+    """Is told what is searched: a new one of Optuna's would look through all trials to find out."""
+
+    _known: Mapping[str, BaseDistribution]
+
+    def infer_relative_search_space(
+        self,
+        study: Study,  # noqa: ARG002
+        trial: FrozenTrial,  # noqa: ARG002
+    ) -> dict[str, BaseDistribution]:
+        return {**self._known}
+
+
+class _Whole(_Told):
+    """Proposes all of a point at once."""
+
+    def sample_independent(
+        self,
+        study: Study,  # noqa: ARG002
+        trial: FrozenTrial,  # noqa: ARG002
+        param_name: str,
+        param_distribution: BaseDistribution,  # noqa: ARG002
+    ) -> Any:
+        raise AssertionError(f"{param_name} is not of this study's space")
+
+
+class _Tpe(_Told, TPESampler):
+    """Optuna's."""
 
     def __init__(self, turn: Turn) -> None:
         super().__init__(
@@ -90,17 +116,11 @@ class _Tpe(TPESampler):
             multivariate=True,
             constant_liar=False,
         )
-        self._known = turn.space.distributions()
-
-    def infer_relative_search_space(
-        self,
-        study: Study,  # noqa: ARG002
-        trial: FrozenTrial,  # noqa: ARG002
-    ) -> dict[str, BaseDistribution]:
-        return {name: it for name, it in sorted(self._known.items()) if not it.single()}
+        known = turn.space.distributions()
+        self._known = {name: of for name, of in sorted(known.items()) if not of.single()}
 
 
-class _CmaEs(CmaEsSampler):
+class _CmaEs(_Told, CmaEsSampler):
     """Optuna's, of the numbers alone; the method is drawn by TPE, from those that score well.
 
     It begins in the middle of the space: the warm starts teach TPE alone.
@@ -114,15 +134,8 @@ class _CmaEs(CmaEsSampler):
         )
         self._known = _numbers(turn.space)
 
-    def infer_relative_search_space(
-        self,
-        study: Study,  # noqa: ARG002
-        trial: FrozenTrial,  # noqa: ARG002
-    ) -> dict[str, BaseDistribution]:
-        return {**self._known}
 
-
-class _CatCma(BaseSampler):
+class _CatCma(_Whole):
     """CatCMA with margin: one distribution of numbers and method, learned generation by generation.
 
     It is made anew from the complete trials it proposed, in their order; a generation that is not
@@ -132,15 +145,8 @@ class _CatCma(BaseSampler):
     DRAWN = "catcma"  # a trial's attribute: its numbers as they were drawn, some beyond their range
 
     def __init__(self, turn: Turn) -> None:
-        self._space, self._seed = turn.space, turn.own_seed
-        self._known = _numbers(turn.space)
-
-    def infer_relative_search_space(
-        self,
-        study: Study,  # noqa: ARG002
-        trial: FrozenTrial,  # noqa: ARG002
-    ) -> dict[str, BaseDistribution]:
-        return self._space.distributions()
+        self._known, self._methods = turn.space.distributions(), turn.space.methods
+        self._numbers, self._seed = _numbers(turn.space), turn.own_seed
 
     def sample_relative(
         self,
@@ -150,9 +156,9 @@ class _CatCma(BaseSampler):
     ) -> dict[str, Any]:
         from cmaes import CatCMAwM  # an extra
 
-        methods = self._space.methods
+        methods = self._methods
         strategy = CatCMAwM(
-            x_space=[[of.low, of.high] for of in self._known.values()] or None,
+            x_space=[[of.low, of.high] for of in self._numbers.values()] or None,
             c_space=[len(methods)] if len(methods) > 1 else None,
             seed=self._seed,
         )
@@ -160,7 +166,7 @@ class _CatCma(BaseSampler):
         proposed = [known for known in complete if self.DRAWN in known.system_attrs]
         size = strategy.population_size
         for end in range(size, len(proposed) + 1, size):
-            ranked = sorted(proposed[end - size : end], key=_rank)
+            ranked = sorted(proposed[end - size : end], key=rank)
             # It learns from ranks alone; equal values would leave it without a spread.
             strategy.tell([(self._solution(known), rank) for rank, known in enumerate(ranked)])
         drawn = strategy.ask()
@@ -168,29 +174,15 @@ class _CatCma(BaseSampler):
         study._storage.set_trial_system_attr(trial._trial_id, self.DRAWN, raw)
         method = methods[0 if drawn.c is None else int(drawn.c.argmax())]
         numbers = [] if drawn.x is None else drawn.x.tolist()
-        return {"method": method, **dict(zip(self._known, numbers, strict=True))}
-
-    def sample_independent(
-        self,
-        study: Study,  # noqa: ARG002
-        trial: FrozenTrial,  # noqa: ARG002
-        param_name: str,
-        param_distribution: BaseDistribution,  # noqa: ARG002
-    ) -> Any:
-        raise AssertionError(f"{param_name} is not of this study's space")
+        return {"method": method, **dict(zip(self._numbers, numbers, strict=True))}
 
     def _solution(self, trial: FrozenTrial) -> Any:
         """What was drawn for a trial, as the strategy wants it told."""
         from cmaes import CatCMAwM
 
         raw = np.array(trial.system_attrs[self.DRAWN])
-        chosen = [[method == trial.params["method"] for method in self._space.methods]]
+        chosen = [[method == trial.params["method"] for method in self._methods]]
         return CatCMAwM.Solution(x=raw, c=np.array(chosen), _v_raw=raw)
-
-
-def _rank(trial: FrozenTrial) -> tuple[float, float]:
-    """Before whom a trial comes: who misses the floors less, then who scores more."""
-    return sum(max(value, 0.0) for value in trial.constraints.values()), -float(trial.values[0])
 
 
 def _numbers(space: Space) -> dict[str, FloatDistribution]:
@@ -199,18 +191,11 @@ def _numbers(space: Space) -> dict[str, FloatDistribution]:
     return {name: of for name, of in known.items() if isinstance(of, FloatDistribution)}
 
 
-class _Given(BaseSampler):
+class _Given(_Whole):
     """Proposes one point."""
 
     def __init__(self, turn: Turn, point: dict[str, Any]) -> None:
-        self._distributions, self._point = turn.space.distributions(), point
-
-    def infer_relative_search_space(
-        self,
-        study: Study,  # noqa: ARG002
-        trial: FrozenTrial,  # noqa: ARG002
-    ) -> dict[str, BaseDistribution]:
-        return self._distributions
+        self._known, self._point = turn.space.distributions(), point
 
     def sample_relative(
         self,
@@ -219,15 +204,6 @@ class _Given(BaseSampler):
         search_space: dict[str, BaseDistribution],  # noqa: ARG002
     ) -> dict[str, Any]:
         return self._point
-
-    def sample_independent(
-        self,
-        study: Study,  # noqa: ARG002
-        trial: FrozenTrial,  # noqa: ARG002
-        param_name: str,
-        param_distribution: BaseDistribution,  # noqa: ARG002
-    ) -> Any:
-        return self._point[param_name]
 
 
 def _random(turn: Turn) -> BaseSampler:
