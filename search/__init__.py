@@ -1,11 +1,11 @@
 """Ask for recipes, score them, choose the winner and report it.
 
-``cli`` the commands · ``spec`` study.yaml · ``space`` points to recipes and back · ``samplers`` who
-proposes: ``gaussian`` by a model of the trials, which has recipes at ``places`` · ``stopping`` when
-nothing is left to gain · ``bench`` the live model, donors and items of a study · ``plan`` what a
-study or recipe will take · ``storage`` what survives a kill, ``frozen`` items among it ·
-``scoring`` a recipe's answers · ``workers`` who builds and asks: one here, or those of ``cluster``
-· ``racing`` who is asked more of them · ``runner`` the loop · ``front`` and ``selection`` who wins,
-and is it true · ``conclusion`` the end of a run · ``result`` result.json · ``terminal`` what the
-user sees · ``report`` a run's page, with ``charts``.
+``cli`` the commands, their ``arguments`` · ``spec`` study.yaml · ``space`` points to recipes and
+back · ``samplers`` who proposes: ``gaussian`` by a model of the trials, which has recipes at
+``places`` · ``stopping`` when nothing is left to gain · ``bench`` the live model, donors and items
+of a study · ``plan`` what a study or recipe will take · ``storage`` what survives a kill,
+``frozen`` items among it · ``scoring`` a recipe's answers · ``workers`` who builds and asks: one
+here, or those of ``cluster`` · ``racing`` who is asked more of them · ``runner`` the loop ·
+``front`` and ``selection`` who wins, and is it true · ``conclusion`` the end of a run · ``result``
+result.json · ``terminal`` what the user sees · ``report`` a run's page, with ``charts``.
 """

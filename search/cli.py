@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import argparse
 import errno
-import importlib.metadata
 import importlib.util
 import json
 import math
@@ -15,12 +13,14 @@ import sys
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
+
+from search.arguments import make_parser
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -45,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         0 done (also when the verdict is "not better"), 1 stopped by the machine (a full disk, a
         database that is gone), 2 bad input, 130 interrupted.
     """
-    options = _parser().parse_args(argv)
+    options = make_parser().parse_args(argv)
     _quiet_libraries()
     from merge_engine import cache
     from merge_engine.recipe import RecipeError
@@ -55,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     try:
         cache.own_limit()  # a wrong one is said now, and not by the first of many candidates
-        options.command(options)
+        COMMANDS[options.command](options)
     except (RecipeError, ObjectiveError, StudyError) as error:
         # it may quote a file's or a model's own words
         print(f"mergesearch: {printable(str(error))}", file=sys.stderr)
@@ -73,131 +73,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"\nmergesearch: stopped; {AGAIN}", file=sys.stderr)
         return INTERRUPTED
     return 0
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="mergesearch",
-        description="Finds the model-merge recipe that is really better, and says how sure it is.",
-    )
-    version = importlib.metadata.version("mergesearch")
-    parser.add_argument("--version", action="version", version=f"mergesearch {version}")
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
-
-    def add(name: str, run: Callable[[Any], None], what: str, example: str) -> Any:
-        command = commands.add_parser(
-            name, help=what, description=what, epilog=f"example: mergesearch {example}"
-        )
-        command.set_defaults(command=run)
-        command.add_argument("--device", help="where the model lives (default: a GPU, else cpu)")
-        return command
-
-    demo = add("demo", _demo, "train a small family, search it, show the result", "demo --seed 1")
-    demo.add_argument("--out", type=Path, default=Path("runs/demo"), help="run folder")
-    run = add("run", _run, "run a study, or go on with it", "run study.yaml --out runs/mine")
-    run.add_argument("study", type=Path, help="the study's YAML file")
-    run.add_argument("--out", type=Path, required=True, help="run folder, made or resumed")
-    for command in (demo, run):
-        _add_run_options(command)
-        _add_machine_options(command)
-    build = add("build", _build, "merge a recipe into a checkpoint", "build recipe.yaml merged")
-    build.add_argument("recipe", type=Path, help="a mergekit recipe")
-    build.add_argument("out", type=Path, help="the folder to make")
-    score = add("score", _score, "score a model as a study does", "score merged study.yaml")
-    score.add_argument("model", help="a checkpoint folder, a hub id or a recipe's YAML file")
-    score.add_argument("study", type=Path, help="the study's YAML file")
-    score.add_argument("--split", choices=("search", "select", "test"), default="select")
-    score.add_argument("--json", action="store_true", help="print every item's answer as JSON")
-    check = add("check", _check, "validate a file and print its plan", "check study.yaml")
-    check.add_argument("file", type=Path, help="a study or a recipe")
-    _add_afterwards(add)
-    return parser
-
-
-def _add_afterwards(add: Callable[..., Any]) -> None:
-    """What can be had of a run that is there."""
-    export = add("export", _export, "save another trial of a run", "export runs/mine out --trial 7")
-    export.add_argument("run", type=Path, help="run folder")
-    export.add_argument("out", type=Path, help="the folder to make")
-    export.add_argument("--trial", type=int, help="its number (default: the winner)")
-    _add_machine_options(export)
-    report = add("report", _report, "draw a run's page, finished or not", "report runs/mine")
-    report.add_argument("run", type=Path, help="run folder")
-    report.add_argument("--out", type=Path, help="the file to write (default: RUN/report.html)")
-    report.add_argument("--storage", help="the database's URL, if it needs a password")
-    push = add("push", _push, "upload a run's winner to the Hub", "push runs/mine org/name")
-    push.add_argument("run", type=Path, help="run folder")
-    push.add_argument("repo", help="the repository, made if there is none")
-    push.add_argument("--private", action="store_true", help="if it is made, for its owners alone")
-
-
-def _add_run_options(command: Any) -> None:
-    command.add_argument("--trials", type=_count, help="instead of the study's number")
-    command.add_argument("--seed", type=_seed, help="instead of the study's seed")
-    command.add_argument("--timeout", type=_seconds, help="search no longer than, like 90m or 8h")
-    command.add_argument(
-        "--force-new", action="store_true", help="set the folder's study aside and begin another"
-    )
-
-
-def _add_machine_options(command: Any) -> None:
-    command.add_argument(
-        "--storage", metavar="URL", help="database (default: a file in the folder)"
-    )
-    command.add_argument("--memory", type=_size, help="use no more than this, like 24GB")
-    command.add_argument("--no-compile", action="store_true", help="merge in chunks instead")
-    command.add_argument("--workers", type=_count, help="so many processes, each with a model")
-    command.add_argument(
-        "--gpus-per-worker",
-        type=_gpus,
-        metavar="N",
-        help="2: a model over two GPUs; 0.5: two models on one",
-    )
-    command.add_argument(
-        "--ray-address", metavar="URL", help="the cluster they are on (default: this machine)"
-    )
-
-
-def _gpus(text: str) -> float:
-    try:
-        gpus = float(text)
-    except ValueError:
-        gpus = -1.0
-    if not (0 <= gpus <= 1 or gpus.is_integer()):
-        raise argparse.ArgumentTypeError(f"{text!r} is no number of GPUs like 1, 2 or 0.5")
-    return gpus
-
-
-def _count(text: str) -> int:
-    if not text.isdecimal() or not int(text):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
-    return int(text)
-
-
-def _seed(text: str) -> int:
-    if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number")
-    return int(text)
-
-
-def _seconds(text: str) -> float:
-    number, unit = text[:-1], text[-1:]
-    try:
-        seconds = float(number) * {"s": 1, "m": 60, "h": 3600}[unit]
-    except (ValueError, KeyError):
-        seconds = 0.0
-    if not 0 < seconds < math.inf:
-        raise argparse.ArgumentTypeError(f"{text!r} is no length of time like 45s, 90m or 8h")
-    return seconds
-
-
-def _size(text: str) -> int:
-    from merge_engine.memory import parse_size
-
-    try:
-        return parse_size(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def _quiet_libraries() -> None:
@@ -535,6 +410,17 @@ def _report(options: Any) -> None:
     _replace_text(file, page)
     _console().print(str(file), highlight=False, markup=False)
 
+
+COMMANDS: Mapping[str, Callable[[Any], None]] = {
+    "demo": _demo,
+    "run": _run,
+    "build": _build,
+    "score": _score,
+    "check": _check,
+    "export": _export,
+    "report": _report,
+    "push": _push,
+}
 
 if __name__ == "__main__":
     sys.exit(main())
