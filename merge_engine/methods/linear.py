@@ -38,7 +38,7 @@ def slerp(gram: Tensor, *, t: float) -> Tensor:
     """Walk the arc from the first tensor (t = 0) to the second (t = 1).
 
     With ``cos W = G_01 / sqrt(G_00 G_11)``: ``(sin((1-t)W), sin(tW)) / sin W``; the straight line
-    ``(1-t, t)`` where the two are nearly parallel, and where one of them is zero.
+    ``(1-t, t)`` where the two are nearly parallel. One that is zero counts as orthogonal.
 
     Args:
         gram: Inner products of the two tensors, (*r, 2, 2).
