@@ -65,6 +65,27 @@ _DTYPES = {
 }
 
 
+def is_hub_id(model: str) -> bool:
+    """Whether it reads like ``org/name`` or ``org/name@revision``."""
+    return re.fullmatch(r"[\w.-]+/[\w.-]+(@[\w./-]+)?", model) is not None
+
+
+def is_here(model: str) -> bool:
+    """Whether a model, or a model and its adapter, can be read without asking the hub."""
+    if Path(model).expanduser().is_dir():
+        return True
+    if "+" in model:
+        return all(map(is_here, model.split("+")))
+    from huggingface_hub import snapshot_download
+
+    name, _, revision = model.partition("@")
+    try:
+        folder = snapshot_download(name, revision=revision or None, local_files_only=True)
+    except OSError:
+        return False
+    return any(Path(folder).glob("*.safetensors"))
+
+
 def locate(model: str) -> Path:
     """The folder of a model, from the hub's cache or the hub itself if it is an id.
 
@@ -73,7 +94,7 @@ def locate(model: str) -> Path:
     """
     if (folder := Path(model).expanduser()).is_dir():
         return folder
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+(@[\w./-]+)?", model):
+    if not is_hub_id(model):
         raise RecipeError(f"model {model!r}: no such folder, and not a hub id like org/name")
     from huggingface_hub import snapshot_download
 

@@ -48,6 +48,7 @@ from objectives.tasks import (
     build_questions,
     check_requests,
     check_specs,
+    item_keys,
     item_of,
     shown,
     task_manager,
@@ -191,6 +192,17 @@ class Harness:
                 ask = getattr(self._language_model, request_type)
                 return [(response, 0) for response in ask(requests, disable_tqdm=True)]
             self._language_model.halve_batches()
+
+
+def count_items(specs: Sequence[TaskSpec], include_path: Sequence[Path]) -> int:
+    """How many different items some tasks have together; no model is needed.
+
+    Raises:
+        ObjectiveError: A task is unknown or not usable.
+    """
+    with _quiet(logging.WARNING):
+        manager = task_manager([spec.task for spec in specs], include_path, unsafe_code=False)
+        return len(set().union(*(item_keys(spec, manager) for spec in specs)))
 
 
 def _check_model(

@@ -231,6 +231,31 @@ def _bad(path: Path) -> bool:
     return False
 
 
+def item_keys(spec: TaskSpec, manager: TaskManager) -> set[str]:
+    """The keys of the items that a name stands for, found without a model."""
+    keys: set[str] = set()
+    for name, task in _load(spec, manager).items():
+        with reported(f"task {name!r}: its items could not be read"):
+            keys.update(_content_key(task, document) for document in task.eval_docs)
+    return keys
+
+
+def name_in(file: Path) -> str:
+    """The name of the task or group that a YAML file defines.
+
+    Raises:
+        ObjectiveError: It defines none.
+    """
+    try:
+        config = load_yaml(file, resolve_func=False)
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise ObjectiveError(f"{file}: no task file: {' '.join(str(error).split())}") from None
+    for kind in ("task", "group"):
+        if isinstance(name := config.get(kind), str):
+            return name
+    raise ObjectiveError(f"{file}: no task file of lm-eval; it needs a line like 'task: name'")
+
+
 def build_questions(
     spec: TaskSpec | TextSpec, manager: TaskManager, language_model: HFLM, prompting: Prompting
 ) -> dict[str, list[Question]]:

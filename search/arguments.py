@@ -67,6 +67,17 @@ def _running(command: Add) -> None:
 
 def _without_a_run(command: Add) -> None:
     """What is done with files alone."""
+    what = "write a study to begin with; asks for what is missing"
+    usage = "--base B --models M ... --tasks T ... [options]"
+    init = command("init", what, usage, "--base base --models a b --tasks my.jsonl")
+    init("--base", metavar="B", help="what the models were fine-tuned from: a folder or hub id")
+    init("--models", metavar="M", nargs="+", help="to merge; BASE+ADAPTER is a LoRA adapter")
+    what = "names that lm-eval knows, or .yaml or .jsonl files"
+    init("--tasks", metavar="T", nargs="+", help=what)
+    what = "to write (default: study.yaml)"
+    init("--out", metavar="FILE", type=Path, default=Path("study.yaml"), help=what)
+    init("--trials", metavar="N", type=_count, help="recipes to try at most")
+    _device(init)
     what = "merge a recipe into a checkpoint"
     build = command("build", what, "RECIPE OUT [options]", "recipe.yaml merged")
     build("recipe", metavar="RECIPE", type=Path, help="a mergekit recipe")

@@ -7,6 +7,7 @@ import importlib.util
 import json
 import math
 import os
+import shlex
 import shutil
 import signal
 import sys
@@ -339,6 +340,39 @@ def _score(options: Any) -> None:
         print_score(_console(), options.model, options.split, score, len(items))
 
 
+def _init(options: Any) -> None:
+    from merge_engine.donors import is_here
+    from search.init import all_or_nothing, write_study
+    from search.plan import check_study
+    from search.terminal import print_notes
+
+    base = _given([options.base] if options.base else None, "--base", "base model")[0]
+    models = _given(options.models, "--models", "models to merge")
+    tasks = _given(options.tasks, "--tasks", "tasks or .jsonl files")
+    console = _console()
+    with all_or_nothing() as write:
+        notes = write_study(options.out, base, models, tasks, options.trials, write)
+        away = [model for model in (base, *models) if not is_here(model)]
+        plan, more = ([], []) if away else check_study(options.out, _device(options))
+    if away:
+        more = [f"not on this machine: {', '.join(away)}; check fetches them and prints the plan"]
+    print_notes(console, [*notes, *more])
+    following = f"check {options.out}" if away else f"run {options.out} --out runs/mine"
+    for line in (f"wrote {options.out}", *plan, f"next: mergesearch {following}"):
+        console.print(line, highlight=False, markup=False)
+
+
+def _given(words: list[str] | None, option: str, what: str) -> list[str]:
+    """An option's words; where it is missing they are asked for, if somebody is there."""
+    from search.spec import StudyError
+
+    if not words and sys.stdin.isatty():
+        words = shlex.split(input(f"{what}: "))
+    if not words:
+        raise StudyError(f"init: {option} is missing; give {what}")
+    return words
+
+
 def _check(options: Any) -> None:
     from merge_engine.recipe import load_yaml
     from search.plan import check_recipe, check_study
@@ -416,6 +450,7 @@ COMMANDS: Mapping[str, Callable[[Any], None]] = {
     "run": _run,
     "build": _build,
     "score": _score,
+    "init": _init,
     "check": _check,
     "export": _export,
     "report": _report,
