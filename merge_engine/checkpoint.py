@@ -7,6 +7,7 @@ Tensors go to their places in the files one by one: memory holds one, whatever t
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import shutil
@@ -23,6 +24,7 @@ from merge_engine.plan import Plan
 from merge_engine.recipe import Recipe, RecipeError
 
 SHARD_BYTES = 5_000_000_000
+FULL = (errno.ENOSPC, errno.EDQUOT)  # what a disk without room says
 TOKENIZER_FILES = (
     "tokenizer*",
     "special_tokens_map.json",
@@ -106,6 +108,8 @@ def write_checkpoint(
     try:
         partial.mkdir(parents=True)
     except OSError as error:
+        if error.errno in FULL:  # another folder may have no room either
+            raise
         raise RecipeError(f"{out}: {error.strerror}; choose another folder") from None
     try:
         _write_weights(tensors, shapes, partial, shard_bytes)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import errno
+import importlib.metadata
 import importlib.util
 import json
 import math
@@ -34,7 +34,6 @@ if TYPE_CHECKING:
 
 DEMO = Path(__file__).parent.parent / "studies" / "demo"
 STOPPED, BAD_INPUT, INTERRUPTED = 1, 2, 130
-FULL = (errno.ENOSPC, errno.EDQUOT)
 DRAW_EVERY, DRAW_SHARE = 30.0, 0.05  # seconds, and of the time of a run, to draw its page
 AGAIN = "the same command goes on from here"
 
@@ -65,6 +64,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"mergesearch: {stopped}; when that is mended, {AGAIN}", file=sys.stderr)
         return STOPPED
     except OSError as error:
+        from merge_engine.checkpoint import FULL
+
         if error.errno not in FULL:
             raise
         where = f"{error.filename}: " if error.filename else ""

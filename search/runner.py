@@ -23,6 +23,7 @@ import numpy as np
 from optuna.study import Study
 from optuna.trial import FrozenTrial, Trial, TrialState
 
+from merge_engine.checkpoint import FULL
 from merge_engine.recipe import Recipe
 from search.bench import Bench
 from search.frozen import difference, freeze
@@ -55,6 +56,8 @@ def locked(run: Path) -> Iterator[None]:
             raise StudyError(f"{run} holds other files; choose an empty folder or a run to resume")
         lock = (run / "lock").open("w")
     except OSError as error:
+        if error.errno in FULL:
+            raise
         raise StudyError(f"{run}: {error.strerror}; choose another folder") from None
     with lock:
         try:
@@ -245,8 +248,8 @@ class Run:
         finished = self.finished()
         begun = len(finished) + len(self._at_work)
         in_time = time.perf_counter() - self.store.opened <= timeout
-        wanted = begun < self.spec.search.trials and not self._exhausted(finished)
-        return wanted and (in_time or not begun)
+        wanted = self._left_over() or not self._exhausted(finished)
+        return begun < self.spec.search.trials and wanted and (in_time or not begun)
 
     def _exhausted(self, finished: Sequence[FrozenTrial]) -> bool:
         """Whether the search stops by itself."""
@@ -454,12 +457,16 @@ class Run:
             )
         }
 
+    def _left_over(self) -> list[FrozenTrial]:
+        """The trials that were at work when an earlier session was stopped."""
+        trials, at_work = self.study.get_trials(deepcopy=False), self._at_work
+        running = (trial for trial in trials if trial.state == TrialState.RUNNING)
+        return [trial for trial in running if trial.number not in at_work]
+
     def _ask(self) -> Trial:
         """A trial that was at work when the run was stopped, or a new one."""
         start = time.perf_counter()
-        trials, at_work = self.study.get_trials(deepcopy=False), self._at_work
-        running = [trial for trial in trials if trial.state == TrialState.RUNNING]
-        running = [trial for trial in running if trial.number not in at_work]
+        trials, running = self.study.get_trials(deepcopy=False), self._left_over()
         waiting = [trial for trial in trials if trial.state == TrialState.WAITING]
         number = next((trial.number for trial in (*running, *waiting)), len(trials))
         search = self.spec.search

@@ -48,11 +48,13 @@ from sqlalchemy import (
 from sqlalchemy.exc import (
     ArgumentError,
     DBAPIError,
+    IntegrityError,
     InterfaceError,
     InternalError,
     OperationalError,
 )
 from sqlalchemy.orm import Session
+from sqlalchemy.pool import NullPool
 
 from objectives.base import Answer
 from search.frozen import FrozenItem
@@ -312,6 +314,27 @@ class _Database(RDBStorage):
             ]
 
 
+def _opened(storage: Storage, **options: Any) -> _Database:
+    """The database, with all its tables."""
+    url = storage.url.render_as_string(hide_password=False)
+    database = _Database(url, engine_kwargs={**storage.engine_options(), **options})
+    _META.create_all(database.engine)
+    return database
+
+
+def _make_tables(storage: Storage) -> None:
+    """Make what is not there yet; other runs may be about to make the same."""
+    for pause in (0.1, 0.5, 2.0, None):
+        try:
+            _opened(storage, poolclass=NullPool)  # one that fails leaves no connection open
+            return
+        except DATABASE_ERRORS as error:
+            others = isinstance(_cause(error), IntegrityError) or "exists" in _reason(error)
+            if pause is None or not others:
+                raise
+            time.sleep(pause)
+
+
 class Store:
     """The study of one run and its answers.
 
@@ -329,11 +352,8 @@ class Store:
         self._say = say
         optuna.logging.set_verbosity(optuna.logging.ERROR)
         with opening(self.storage):
-            self._rdb = _Database(
-                self.storage.url.render_as_string(hide_password=False),
-                engine_kwargs=self.storage.engine_options(),
-            )
-            _META.create_all(self._engine)
+            _make_tables(self.storage)
+            self._rdb = _opened(self.storage)
             self._check_tables()
             self.study()
             self._study = self._rdb.get_study_id_from_name(self.storage.study)

@@ -178,17 +178,22 @@ def throughput(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
     bench = outline(spec, open_family(spec))
     recipes = [bench.space.recipe(point) for _, point in bench.space.warm_starts()[:6]]
     crew = RayWorkers(spec, Machine("cpu"), count=2)
-    found: dict[str, Any] = {}
-    for count in (2, 1, 2, 1):
-        crew.count = count
-        scorer = Scorer(bench, Store(folder / f"{len(found)}.db"), crew)
-        start = time.perf_counter()
-        scorer.ask(recipes, "search")
-        items = len(recipes) * len(bench.splits.search)
-        found[f"items_per_second_{len(found)}_by_{count}"] = items / (time.perf_counter() - start)
+    rates: dict[int, list[float]] = {2: [], 1: []}
+    for number in range(9):
+        for count, found in rates.items():
+            crew.count = count
+            scorer = Scorer(bench, Store(folder / f"{number}-{count}.db"), crew)
+            start = time.perf_counter()
+            scorer.ask(recipes, "search")
+            items = len(recipes) * len(bench.splits.search)
+            found.append(items / (time.perf_counter() - start))
     crew.close()
-    two, one, two_again, one_again = found.values()
-    return {**found, "gain": (two + two_again) / (one + one_again)}
+    gains = [two / one for two, one in zip(*rates.values(), strict=True)]
+    return {
+        "items_per_second_by_2": [round(rate) for rate in rates[2]],
+        "items_per_second_by_1": [round(rate) for rate in rates[1]],
+        "gain": float(np.median(gains)),
+    }
 
 
 class Simulated:

@@ -1,14 +1,18 @@
 """Faults of the machine: full and read-only disks, broken files, no network."""
 
 import os
+import sqlite3
 import subprocess
+import threading
 
 import pytest
 from optuna.trial import TrialState
 
+from search import storage
 from search.cli import main
 from search.runner import DATABASE
 from search.storage import Store
+from search.workers import Here
 
 AGAIN = "the same command goes on from here"
 
@@ -67,6 +71,48 @@ def test_full_disk_stops_search_and_export_and_loses_nothing(study, small_disk, 
     assert main(command(study, run, "--trials", "8")) == 0
     assert told(run)[:6] == before
     assert (run / "checkpoint" / "model.safetensors").is_file()
+
+
+def test_disk_without_room_for_a_folder_is_exit_1_and_one_line(
+    study, zoo, small_disk, tmp_path, capsys
+):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(f"merge_method: passthrough\nmodels: [{{model: {zoo / 'a'}}}]\n")
+    full = ["mount", "-o", "remount,nr_inodes=1", small_disk]
+    subprocess.run(full, check=True)
+    build = ["build", str(recipe), str(small_disk / "merged")]
+    for arguments in (command(study, small_disk / "run"), build):
+        assert main(arguments) == 1
+        error = capsys.readouterr().err
+        assert "No space left on device" in error
+        assert error.count("\n") == 1
+    assert not list(small_disk.iterdir())
+
+
+def test_locked_database_is_waited_for_and_then_the_run_stops(study, tmp_path, monkeypatch, capsys):
+    run, ask, asked = tmp_path / "run", Here.next, []
+
+    def next_of(worker):
+        asked.append(0)
+        if len(asked) in (4, 8):
+            lock = sqlite3.connect(run / DATABASE, check_same_thread=False, isolation_level=None)
+            lock.execute("begin exclusive")
+            seconds = 0.5 if len(asked) == 4 else 4.0  # the run waits for two
+            threading.Timer(seconds, lock.close).start()
+        return ask(worker)
+
+    monkeypatch.setitem(storage._CONNECT, "sqlite", {"timeout": 2})
+    monkeypatch.setattr(Here, "next", next_of)
+    assert main(command(study, run)) == 1
+    assert len(asked) == 8
+    error = capsys.readouterr().err
+    assert f"{run / DATABASE}: database is locked" in error
+    assert AGAIN in error
+    assert error.count("mergesearch:") == 1
+    monkeypatch.setattr(Here, "next", ask)
+    monkeypatch.setitem(storage._CONNECT, "sqlite", {"timeout": 60})
+    assert main(command(study, run)) == 0
+    assert len(told(run)) == 6
 
 
 def test_read_only_folder_is_exit_2_and_one_line(study, small_disk, capsys):

@@ -2,6 +2,7 @@
 
 import signal
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import optuna
 import psycopg
@@ -130,6 +131,33 @@ def test_studies_in_one_database_do_not_mix(server):
     assert other.scored() == ({"search": 1, "test": 1}, 2.0)
     assert one.recipes("test") == set()
     assert other.recipes("test") == {"another"}
+
+
+def test_runs_that_begin_at_once_in_one_new_database_are_each_as_on_a_file(
+    study, undisturbed, server, tmp_path
+):
+    with psycopg.connect(server.url().replace("+psycopg", ""), autocommit=True) as admin:
+        admin.execute("create database shared")
+    url = server.url(database="shared")
+    runs = [tmp_path / name for name in "ab"]
+    options = ("--storage", url, "--trials", "5")
+    with ThreadPoolExecutor(2) as at_once:
+        ends = at_once.map(main, [command(study, run, *options) for run in runs])
+    assert [*ends] == [0, 0]
+    for run in runs:
+        decisions, answers = outcome(run, url)
+        assert decisions == outcome(undisturbed)[0][:5]
+        assert answers.items() <= outcome(undisturbed)[1].items()
+
+
+def test_tables_are_made_once_whoever_comes_first(server):
+    with psycopg.connect(server.url().replace("+psycopg", ""), autocommit=True) as admin:
+        admin.execute("create database raced")
+    url = server.url(database="raced")
+    with ThreadPoolExecutor(4) as at_once:
+        places = [Storage.of(_folder(name), url) for name in "abcd"]
+        stores = list(at_once.map(Store, places))
+    assert len({store._study for store in stores}) == 4
 
 
 def _folder(name):

@@ -149,7 +149,7 @@ def test_last_trial_is_asked_by_all_who_would_be_idle(three, tmp_path):
     assert crew.most == 2  # of its three blocks the first was known
 
 
-def test_stopped_run_has_stored_what_was_at_work_and_goes_on(three, tmp_path):
+def test_stopped_run_has_stored_what_was_at_work_and_goes_on(three, tmp_path, monkeypatch):
     crew = Crew(three)
     run = run_of(tmp_path / "run", crew)
     asked = []
@@ -160,7 +160,13 @@ def test_stopped_run_has_stored_what_was_at_work_and_goes_on(three, tmp_path):
         run.search()
     assert not crew.jobs
     assert len(blocks_of(tmp_path / "run")) == len(asked)
+    begun = {trial.number for trial in run.study.trials if trial.state != TrialState.WAITING}
+    assert len(run.finished()) < len(begun) < 12
     again = run_of(tmp_path / "run", crew)
+    with monkeypatch.context() as stopped:
+        stopped.setattr(Run, "_exhausted", lambda *_: True)
+        again.search()  # as it would have ended, had nobody stopped it
+    assert {trial.number for trial in told(again)} == begun
     again.search()
     assert sorted(trial.number for trial in told(again)) == list(range(12))
 
@@ -224,7 +230,9 @@ def finished_in(run):
 def ray_workers(process):
     """The worker processes of a run."""
     children = psutil.Process(process.pid).children(recursive=True)
-    return [child for child in children if "ray::_Actor" in " ".join(child.cmdline()[:1])]
+    named = [child for child in children if "ray::_Actor" in " ".join(child.cmdline()[:1])]
+    pids = {child.pid for child in named}
+    return [child for child in named if child.ppid() not in pids]  # what one starts has its name
 
 
 def test_ray_workers_and_the_coordinator_may_be_killed(study, tmp_path):
