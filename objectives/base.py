@@ -59,12 +59,16 @@ class Shown:
         gold: What is right, and the row of data it comes from.
         encoding: Hash of the tokens a model is given.
         rules: Hash of how the task asks and judges.
+        reads: How many tokens a model reads for it, where that is known.
+        writes: How many it may write. Both are to reckon with, and may change.
     """
 
     prompt: str
     gold: str
     encoding: str = ""
     rules: str = ""
+    reads: int = 0
+    writes: int = 0
 
 
 @dataclass(frozen=True)

@@ -426,7 +426,14 @@ def shown(questions: Sequence[Question], language_model: HFLM) -> list[Shown]:
         pairs = zip(question.requests, tokens, strict=True)
         cut[name] += any(_is_cut(request, each, language_model) for request, each in pairs)
         found.append(
-            Shown(_prompt(question), _gold(question), _digest(json.dumps(tokens)), rules[name])
+            Shown(
+                _prompt(question),
+                _gold(question),
+                _digest(json.dumps(tokens)),
+                rules[name],
+                reads=_reads(tokens),
+                writes=max(_writes(request, language_model) for request in question.requests),
+            )
         )
     for name, count in cut.items():
         if count:
@@ -447,14 +454,29 @@ def _tokens(request: Instance, language_model: HFLM) -> list[int]:
     return cast("list[int]", language_model.tok_encode(text))
 
 
+def _reads(tokens: Sequence[list[int]]) -> int:
+    """How many tokens a question's requests have, what they begin with alike counted once."""
+    columns = enumerate(zip(*tokens, strict=False))
+    shortest = min(map(len, tokens))
+    alike = next((place for place, column in columns if len(set(column)) > 1), shortest)
+    return sum(map(len, tokens)) - alike * (len(tokens) - 1)
+
+
+def _writes(request: Instance, language_model: HFLM) -> int:
+    """How many tokens a model may write for a request."""
+    if request.request_type != "generate_until":
+        return 0
+    settings = normalize_gen_kwargs(request.args[1], language_model.max_gen_toks)
+    return cast("int", settings["max_gen_toks"])
+
+
 def _is_cut(request: Instance, tokens: Sequence[int], language_model: HFLM) -> bool:
     """Whether lm-eval drops the first tokens of this prompt."""
     room: int = language_model.max_length
     if request.request_type == "loglikelihood":
         room += 1  # the last token of an answer is never fed to the model
     elif request.request_type == "generate_until":
-        settings = normalize_gen_kwargs(request.args[1], language_model.max_gen_toks)
-        room -= settings["max_gen_toks"]
+        room -= _writes(request, language_model)
     else:  # rolling: long texts are scored in windows
         return False
     return len(tokens) > room

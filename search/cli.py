@@ -179,16 +179,20 @@ def _attempt(run: Run, work: Callable[[Run, Console], None]) -> None:
 def _crew(spec: StudySpec, options: Any, say: Callable[[str], None]) -> tuple[Bench, Workers]:
     """The coordinator's bench, and who works for it: this process, or as many as were asked for."""
     from search.bench import Machine, make_bench, open_family, outline
+    from search.cost import estimate
     from search.workers import Here
 
     machine = Machine(_device(options), options.memory, not options.no_compile)
     if options.workers is None:
         bench = make_bench(spec, machine, say)
+        say(str(estimate(bench, bench.builder.family, machine)))
         return bench, Here(bench)
     from search.cluster import RayWorkers, import_ray
 
     import_ray()  # before anything is prepared
-    outlined = outline(spec, open_family(spec))
+    family = open_family(spec)
+    outlined = outline(spec, family)
+    say(str(estimate(outlined, family, machine, options.workers)))
     gpus, address = options.gpus_per_worker, options.ray_address
     return outlined, RayWorkers(
         spec, machine, count=options.workers, gpus=gpus, address=address, say=say

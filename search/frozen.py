@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from objectives.base import Objective, printable
+from objectives.base import Objective, Shown, printable
 from objectives.items import SPLITS, Splits
 
 _ASPECTS = {
@@ -43,7 +43,7 @@ def freeze(objective: Objective, splits: Splits) -> list[FrozenItem]:
     shown = objective.shown([number for _, number in numbers])
     split_of = [(split, objective.items[number]) for split, number in numbers]
     return [
-        FrozenItem(split, item.task, item.doc_id, item.key, **asdict(each))
+        FrozenItem(split, item.task, item.doc_id, item.key, **_aspects(each))
         for (split, item), each in zip(split_of, shown, strict=True)
     ]
 
@@ -68,12 +68,17 @@ def difference(
         place = numbers.get((old.task, old.key), numbers.get((old.task, old.doc_id), -1))
         if place < 0:
             changed.append(f"task {old.task!r} has no item {old.doc_id} any more")
-        elif what := _what(old, asdict(objective.shown([place])[0])):
+        elif what := _what(old, _aspects(objective.shown([place])[0])):
             changed.append(f"task {old.task!r}, item {old.doc_id}: {what}")
     if not changed:
         return "the tasks have other items besides, so the splits would be dealt anew"
     more = f" (and {len(changed) - 1} more items)" if len(changed) > 1 else ""
     return f"{changed[0]}{more}"
+
+
+def _aspects(shown: Shown) -> dict[str, str]:
+    """What must not change of it."""
+    return {aspect: getattr(shown, aspect) for aspect in _ASPECTS}
 
 
 def _content(item: FrozenItem) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from merge_engine.layout import layer_counts
 from merge_engine.plan import plan_merge
 from merge_engine.recipe import RecipeError, load_recipe
 from search.bench import Machine, model_dtype, open_family, outline, place_donors
+from search.cost import estimate
 from search.spec import load_study
 
 Plan = tuple[list[str], list[str]]  # lines, and notes
@@ -47,7 +48,7 @@ def check_study(file: Path, device: str) -> Plan:
     """
     spec = load_study(file)
     family = open_family(spec)
-    dtype = spec.dtype or model_dtype(family.reference)
+    dtype, machine = spec.dtype or model_dtype(family.reference), Machine(device)
     bench = outline(spec, family)
     space = bench.space
     searched = {name: d for name, d in space.distributions().items() if name != "method"}
@@ -56,12 +57,13 @@ def check_study(file: Path, device: str) -> Plan:
         f"searched: {', '.join(searched) or 'the method alone'}; "
         f"{len(space.warm_starts())} warm starts first",
         *_models(family.tensors, family.checkpoints),
-        *place_donors(family, dtype, Machine(device)),
+        *place_donors(family, dtype, machine),
     ]
     for split, wanted in spec.objective.items.model_dump().items():
         tasks = bench.tasks_of(split)
         counted = ", ".join(f"{task} {tasks.count(task)}" for task in dict.fromkeys(tasks))
         lines.append(f"{split}: {wanted} items ({counted})")
+    lines.append(str(estimate(bench, family, machine)))
     return lines, _tokenizers(family.reference, family.checkpoints.values())
 
 

@@ -1,6 +1,7 @@
 """The commands as a user meets them: what they print, what they return, what they leave behind."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -81,6 +82,9 @@ def test_export_saves_any_trial_of_a_run(make_study, zoo, tmp_path, capsys):
     study, run, out = make_study(tmp_path), tmp_path / "run", tmp_path / "out"
     options = ["--trials", "4", "--device", "cpu"]
     assert main(["run", str(study), "--out", str(run), *options]) == 0
+    most = re.search(r"cost: at most ([\d,]+) item evaluations", capsys.readouterr().out)
+    asked = json.loads((run / "result.json").read_text())["item_evaluations"]
+    assert asked <= int(most[1].replace(",", "")) < 3 * asked
     assert main(["export", str(run), str(out), "--trial", "1", "--device", "cpu"]) == 0
     model = AutoModelForCausalLM.from_pretrained(out)  # trial 1 is donor a, alone
     donor = AutoModelForCausalLM.from_pretrained(zoo / "a").state_dict()
