@@ -107,7 +107,7 @@ class Objective(Protocol):
         """Ask ``model`` the numbered items.
 
         Args:
-            model: The live model, in evaluation mode.
+            model: The live model, in evaluation mode and without gradients.
             items: Item numbers, in any order.
 
         Returns:

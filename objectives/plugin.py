@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar, cast
 
+import torch
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -70,7 +71,7 @@ class Plugin:
         Raises:
             ObjectiveError: It raised, or did not give one finite answer per item.
         """
-        with reported(f"{self._where}: score"):
+        with reported(f"{self._where}: score"), torch.no_grad():
             answers = list(self._own.score(model, items))
         wrong = [repr(answer) for answer in answers if not _is_good(answer)]
         if wrong or len(answers) != len(items):

@@ -48,6 +48,7 @@ RANDOM = [m for m, row in METHODS.items() if isinstance(row, Elementwise) and ro
 FIXED = [m for m in METHODS if m not in RANDOM]
 STARTING = [m for m, row in METHODS.items() if row.base in (Base.ORIGIN, Base.OPTIONAL)]
 DEVICE = torch.device("cpu")
+THEIRS = {method.spec.name: method.spec for method in registered_methods()}
 
 
 @dataclass
@@ -213,7 +214,7 @@ def cases(draw, method: str) -> Case:
 
 
 @pytest.mark.oracle
-@pytest.mark.parametrize("method", FIXED)
+@pytest.mark.parametrize("method", [m for m in FIXED if m in THEIRS])
 @given(data=st.data())
 def test_method_equals_mergekit(method, data):
     case = data.draw(cases(method))
@@ -275,7 +276,7 @@ def is_ambiguous(ranked: Tensor, kept: int) -> bool:
 
 
 @pytest.mark.oracle
-@pytest.mark.parametrize("method", RANDOM)
+@pytest.mark.parametrize("method", [m for m in RANDOM if m in THEIRS])
 @given(data=st.data())
 def test_random_method_equals_mergekit_under_its_masks(method, data):
     # mergekit is given our numbers to draw from: its own chances decide, so they are compared, too.
@@ -305,15 +306,14 @@ def has_equals(rows: Tensor) -> bool:
 
 
 @pytest.mark.oracle
-def test_methods_are_mergekits():
-    assert set(METHODS) == {method.spec.name for method in registered_methods()}
+def test_all_of_mergekits_methods_are_there():
+    assert THEIRS.keys() <= METHODS.keys()
 
 
 @pytest.mark.oracle
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", THEIRS)
 def test_parameters_and_defaults_are_mergekits(method):
-    spec = next(row for row in registered_methods() if row.spec.name == method).spec
-    theirs = {p.name: p for p in spec.parameters}
+    theirs = {p.name: p for p in THEIRS[method].parameters}
     mine = METHODS[method].params
     assert set(mine) == set(theirs)
     for name, param in mine.items():

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import math
+import re
+from pathlib import Path
 
 import pytest
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from objectives.base import Answer, Item, ObjectiveError, Shown
 from objectives.plugin import Plugin, PluginSpec, Suite
@@ -103,3 +106,19 @@ def test_options_that_do_not_fit_are_refused(name, options, message):
 def test_answers_that_are_none_fail_the_model(name, options, message):
     with pytest.raises(ObjectiveError, match=message):
         plugin(name, **options).score(None, [0, 1])
+
+
+def test_readmes_objective_scores_a_model(zoo, tmp_path, monkeypatch):
+    page = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    (tmp_path / "my_module.py").write_text(code)
+    (tmp_path / "pairs.tsv").write_text("aab\tzzz\nzzz\taab\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    model = AutoModelForCausalLM.from_pretrained(zoo / "base").eval()
+    tokenizer = AutoTokenizer.from_pretrained(zoo / "base")
+    spec = PluginSpec("my_module:Grammar", {"file": str(tmp_path / "pairs.tsv")})
+    objective = Plugin(spec, model, tokenizer)
+    first, turned = objective.score(model, [0, 1])
+    assert first.margin == -turned.margin != 0
+    assert first.value + turned.value == 1
+    assert [each.gold for each in objective.shown([0, 1])] == ["aab", "zzz"]
