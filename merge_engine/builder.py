@@ -93,7 +93,10 @@ def _too_few(recipe: Recipe) -> bool:
 def _same_in_all(recipe: Recipe, name: str, read: Read) -> Tensor:
     first, *others = (read(model) for model in recipe.models_read)
     if not all(torch.equal(first, other) for other in others):
-        raise RecipeError(f"{name!r} is not of a float dtype and differs between the models")
+        raise RecipeError(
+            f"{name!r} is not of a float dtype and differs between the models, so it cannot be "
+            "merged; store the base's in all of them"
+        )
     return first
 
 
@@ -224,7 +227,10 @@ def _check_covered(live: Iterable[str], merged: Iterable[str]) -> None:
                 "a merge of another shape can only be built as a checkpoint (mergesearch build)"
             )
     if missing := sorted(set(live) - set(merged)):
-        raise RecipeError(f"the live model has {missing[0]!r}, which the donors lack")
+        raise RecipeError(
+            f"the live model has {missing[0]!r}, which the donors lack; fetch the base again, or "
+            "name donors that were fine-tuned from it"
+        )
     if heads := [name for name in set(merged) - set(live) if is_head_weight(name)]:
         raise RecipeError(
             f"the merge has {heads[0]!r}, which the live model ties to its embedding; take an "

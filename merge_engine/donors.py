@@ -95,7 +95,9 @@ def locate(model: str) -> Path:
     if (folder := Path(model).expanduser()).is_dir():
         return folder
     if not is_hub_id(model):
-        raise RecipeError(f"model {model!r}: no such folder, and not a hub id like org/name")
+        raise RecipeError(
+            f"model {model!r}: no such folder, and not a hub id like org/name; check the path"
+        )
     from huggingface_hub import snapshot_download
 
     name, _, revision = model.partition("@")
@@ -106,7 +108,8 @@ def locate(model: str) -> Path:
     except Exception as error:  # the hub client raises some twenty kinds, all meaning "not got"
         reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
         raise RecipeError(
-            f"model {model!r}: no such folder, and not to be had from the hub ({reason})"
+            f"model {model!r}: no such folder, and not to be had from the hub ({reason}); check "
+            "its name and the connection, and log in with `hf auth login` if it is gated or private"
         ) from None
 
 
@@ -223,7 +226,9 @@ class Checkpoint:
         try:
             tensor: Tensor = self._open(self.tensors[name].file).get_tensor(name)
         except (KeyError, SafetensorError) as error:
-            raise RecipeError(f"model {self.model!r}: cannot read {name!r}: {error}") from None
+            raise RecipeError(
+                f"model {self.model!r}: cannot read {name!r}: {error}; fetch it again"
+            ) from None
         return tensor
 
     def file_of(self, name: str) -> Path:

@@ -376,7 +376,7 @@ def load_yaml(path: Path) -> Mapping[str, Any]:
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise RecipeError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(mapping, dict):
-        raise RecipeError(f"{path}: expected a mapping of keys to values")
+        raise RecipeError(f"{path}: expected a mapping of keys to values, like 'dtype: float32'")
     return mapping
 
 
@@ -576,7 +576,7 @@ def _check_parts(recipe: Recipe, where: str) -> None:
     if not parts:
         raise RecipeError(f"{where}: modules need 'slices' or 'models'")
     if len(parts) > 1 and any(part.layers is None for part in parts):
-        raise RecipeError(f"{where}: a module has either models or slices")
+        raise RecipeError(f"{where}: a module has either models or slices; keep one")
     for part in parts:
         place = where if part.place == "models" else f"{where}: {part.place}"
         _check_inputs(part.recipe, place)
@@ -589,7 +589,8 @@ def _check_layers(layers: Mapping[str, tuple[int, int]], where: str) -> None:
     for model, (start, end) in layers.items():
         if end < start:
             raise RecipeError(
-                f"{where}: {model!r}: layer_range [{start}, {end}] ends before it starts"
+                f"{where}: {model!r}: layer_range [{start}, {end}] ends before it starts; "
+                "it is [first, last + 1]"
             )
         if end - start != layers[first][1] - layers[first][0]:
             raise RecipeError(
@@ -616,6 +617,8 @@ def _check_inputs(recipe: Recipe, where: str) -> None:
     if count < fewest or (most is not None and count > most):
         wanted = f"exactly {fewest}" if fewest == most else f"at least {fewest}"
         besides = " besides the base" if recipe.origin else ""
+        base_counts = method.base is Base.INPUT and base not in (None, *names)
         raise RecipeError(
-            f"{where}: {recipe.merge_method} takes {wanted} models{besides}, got {count}"
+            f"{where}: {recipe.merge_method} takes {wanted} model{'s' * (fewest != 1)}{besides}, "
+            f"got {count}{'; base_model is one of them: leave it out' * base_counts}"
         )

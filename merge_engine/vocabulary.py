@@ -134,7 +134,9 @@ def make_vocabulary(
     """
     first = _load(checkpoints[base].folder)
     if first is None:
-        raise RecipeError(f"model {base!r}: no tokenizer in {checkpoints[base].folder}")
+        raise RecipeError(
+            f"model {base!r}: no tokenizer in {checkpoints[base].folder}; fetch it again"
+        )
     tokenizers = {model: _load(each.folder) or first for model, each in checkpoints.items()}
     heights = {model: _height(each) for model, each in checkpoints.items()}
     out = _tokenizer(settings, tokenizers, heights, base)
@@ -169,7 +171,8 @@ def with_chat_template(tokenizer: Any, recipe: Recipe, models: Mapping[str, Chec
         template = CHATML
     elif template and (len(template) < 20 or "{" not in template):
         raise RecipeError(
-            f"chat_template: {template!r} is neither 'auto', 'chatml' nor the text of a template"
+            f"chat_template: {template!r} is neither 'auto', 'chatml' nor the text of a template; "
+            "give one of these"
         )
     if template:
         tokenizer.chat_template = template
@@ -221,7 +224,9 @@ def _tokenizer(
     if settings.source not in ("base", "union"):
         folder = locate(settings.source.partition("+")[0])
         if (named := _load(folder)) is None:
-            raise RecipeError(f"tokenizer source {settings.source!r}: no tokenizer in {folder}")
+            raise RecipeError(
+                f"tokenizer source {settings.source!r}: no tokenizer in {folder}; name another"
+            )
         return named
     out = _without_unused(deepcopy(tokenizers[base]), heights[base], base)
     if settings.source == "union":
@@ -295,7 +300,7 @@ def _fixed(
             continue
         model = source.model if isinstance(source, TokenOfModel) else source
         if model not in numbers:
-            raise RecipeError(f"{where}: {model!r} is none of the recipe's models")
+            raise RecipeError(f"{where}: {model!r} is none of the recipe's models; add it to them")
         row: int | None
         if isinstance(source, TokenOfModel) and source.token_id is not None:
             row = source.token_id

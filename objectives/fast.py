@@ -167,7 +167,10 @@ class FastHFLM(HFLM):  # type: ignore[misc]  # lm-eval is published without type
             ObjectiveError: They are of one sequence.
         """
         if self.batch_size_per_gpu == 1:
-            raise ObjectiveError("there is no memory to ask one sequence at a time")
+            raise ObjectiveError(
+                "there is no memory to ask one sequence at a time; free the device, ask for fewer "
+                "examples (num_fewshot) or shorter answers, or take a smaller model"
+            )
         self.batch_size_per_gpu //= 2
         self._read //= 2
         self._plan_scoring.cache_clear()

@@ -38,7 +38,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from objectives.base import Answer, Item, ObjectiveError, Shown
 from objectives.fast import FastHFLM
-from objectives.judging import JUDGE_SECONDS, judge
+from objectives.judging import JUDGE_SECONDS, NAN, judge
 from objectives.tasks import (
     PLAIN,
     Prompting,
@@ -255,7 +255,7 @@ def _numbers_alone(model: PreTrainedModel) -> Iterator[None]:
     finally:
         hook.remove()
     if broken and broken[0].item():
-        raise ObjectiveError("the model's output is not a number (NaN) while it writes")
+        raise ObjectiveError(f"the model's output is not a number (NaN) while it writes; {NAN}")
 
 
 @contextlib.contextmanager

@@ -31,6 +31,7 @@ from objectives.base import Answer, ObjectiveError, printable
 from objectives.tasks import PER_UNIT, Question
 
 JUDGE_SECONDS = 30.0  # for one item; MATH takes up to 15 s to give up on a formula by itself
+NAN = "a model that was sound elsewhere needs a wider dtype in the study (bfloat16, float32)"
 _JUDGE_MEMORY = 4 << 30  # bytes that judging may take besides what is there already
 _REASON = 300  # letters of a reason kept: an exception may quote all that a model wrote
 
@@ -101,7 +102,9 @@ def _check_numbers(question: Question) -> None:
     """Refuse NaN: it wins every argmax, so a broken model would pass for one that answers "A"."""
     for request in question.requests:
         if request.request_type != "generate_until" and any(map(_has_nan, request.resps)):
-            raise ObjectiveError(f"{question.where}: the model's log-likelihood is not a number")
+            raise ObjectiveError(
+                f"{question.where}: the model's log-likelihood is not a number; {NAN}"
+            )
 
 
 def _has_nan(response: float | tuple[float, bool]) -> bool:

@@ -58,7 +58,10 @@ class Plugin:
             self.tasks = _scaled(self._own.tasks, spec.weight)
             self.items: Sequence[Item] = tuple(self._own.items)
         if strangers := sorted({item.task for item in self.items} - self.tasks.keys()):
-            raise ObjectiveError(f"{self._where}: tasks {strangers} have items but no weight")
+            raise ObjectiveError(
+                f"{self._where}: tasks {strangers} have items but no weight; add them to its "
+                "'tasks'"
+            )
 
     def shown(self, items: Sequence[int]) -> list[Shown]:
         """As the user's class says."""
@@ -129,7 +132,9 @@ def _imported(path: str) -> Callable[..., object]:
             f"objective {path!r}: {error}; install it, or put its folder on PYTHONPATH"
         ) from error
     except AttributeError as error:
-        raise ObjectiveError(f"objective {path!r}: {module} has no {name}") from error
+        raise ObjectiveError(
+            f"objective {path!r}: {module} has no {name}; check the name behind the colon"
+        ) from error
     except Exception as error:  # the user's module may raise anything
         raise ObjectiveError(f"objective {path!r}: {type(error).__name__}: {error}") from error
     if not callable(found):

@@ -174,7 +174,7 @@ def check_specs(specs: Sequence[TaskSpec | TextSpec], include_path: Sequence[Pat
             )
     for folder in include_path:
         if not folder.is_dir():
-            raise ObjectiveError(f"include_path: {folder} is not a folder")
+            raise ObjectiveError(f"include_path: {folder} is not a folder; check the path")
 
 
 def task_manager(
