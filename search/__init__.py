@@ -7,5 +7,6 @@ of a study · ``plan`` what a study or recipe will take · ``storage`` what surv
 ``frozen`` items among it · ``scoring`` a recipe's answers · ``workers`` who builds and asks: one
 here, or those of ``cluster`` · ``racing`` who is asked more of them · ``runner`` the loop ·
 ``front`` and ``selection`` who wins, and is it true · ``conclusion`` the end of a run · ``result``
-result.json · ``terminal`` what the user sees · ``report`` a run's page, with ``charts``.
+result.json · ``output`` what a command says: to people in a ``terminal``, with a ``live`` view,
+while libraries are ``quiet`` · ``report`` a run's page, with ``charts``.
 """

@@ -7,14 +7,26 @@ import importlib.metadata
 import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 Add = Callable[..., Any]
 
 
+class UsageError(ValueError):
+    """The command line is none of ours: the message says what to do."""
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(f"{message}; see {self.prog} --help")
+
+
 def make_parser() -> argparse.ArgumentParser:
-    """Of all commands; ``command`` is then the name of the one that was given."""
-    parser = argparse.ArgumentParser(
+    """Of all commands; ``command`` is then the name of the one that was given.
+
+    What is no command line raises ``UsageError``.
+    """
+    parser = _Parser(
         prog="mergesearch",
         usage="mergesearch COMMAND ...",
         description="Finds the model-merge recipe that is really better, and says how sure it is.",
@@ -62,7 +74,7 @@ def _running(command: Add) -> None:
         add("--force-new", action="store_true", help="set the folder's study aside, begin another")
         _storage(add)
         _machine(add)
-        _device(add)
+        _common(add)
 
 
 def _without_a_run(command: Add) -> None:
@@ -77,12 +89,12 @@ def _without_a_run(command: Add) -> None:
     what = "to write (default: study.yaml)"
     init("--out", metavar="FILE", type=Path, default=Path("study.yaml"), help=what)
     init("--trials", metavar="N", type=_count, help="recipes to try at most")
-    _device(init)
+    _common(init)
     what = "merge a recipe into a checkpoint"
     build = command("build", what, "RECIPE OUT [options]", "recipe.yaml merged")
     build("recipe", metavar="RECIPE", type=Path, help="a mergekit recipe")
     build("out", metavar="OUT", type=Path, help="the folder to make")
-    _device(build)
+    _common(build)
     what = "score a model as a study does"
     score = command("score", what, "MODEL STUDY [options]", "merged study.yaml")
     score("model", metavar="MODEL", help="a checkpoint folder, a hub id or a recipe's YAML file")
@@ -90,11 +102,10 @@ def _without_a_run(command: Add) -> None:
     splits = ("search", "select", "test")
     what = "search, select (the default) or test"
     score("--split", metavar="S", choices=splits, default="select", help=what)
-    score("--json", action="store_true", help="print every item's answer as JSON")
-    _device(score)
+    _common(score)
     check = command("check", "validate a file and print its plan", "FILE [options]", "study.yaml")
     check("file", metavar="FILE", type=Path, help="a study or a recipe")
-    _device(check)
+    _common(check)
 
 
 def _afterwards(command: Add) -> None:
@@ -106,19 +117,19 @@ def _afterwards(command: Add) -> None:
     export("--trial", metavar="N", type=int, help="its number (default: the winner)")
     _storage(export)
     _machine(export)
-    _device(export)
+    _common(export)
     what = "draw a run's page, finished or not"
     report = command("report", what, "RUN [options]", "runs/mine")
     report("run", metavar="RUN", type=Path, help="run folder")
     report("--out", metavar="FILE", type=Path, help="to write (default: RUN/report.html)")
     _storage(report)
-    _device(report)
+    _common(report)
     what = "upload a run's winner to the Hub"
     push = command("push", what, "RUN ORG/NAME [options]", "runs/mine org/name")
     push("run", metavar="RUN", type=Path, help="run folder")
     push("repo", metavar="ORG/NAME", help="the repository, made if there is none")
     push("--private", action="store_true", help="if it is made, for its owners alone")
-    _device(push)
+    _common(push)
 
 
 def _storage(add: Add) -> None:
@@ -135,8 +146,10 @@ def _machine(add: Add) -> None:
     add("--ray-address", metavar="URL", help=what)
 
 
-def _device(add: Add) -> None:
-    add("--device", help="where the model lives (default: a GPU, else cpu)")
+def _common(add: Add) -> None:
+    add("--device", metavar="D", help="where the model lives (default: a GPU, else cpu)")
+    add("--json", action="store_true", help="print one JSON object a line for each event")
+    add("-v", "--verbose", action="store_true", help="let libraries print what they like")
 
 
 def _gpus(text: str) -> float:

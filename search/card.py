@@ -20,10 +20,9 @@ from huggingface_hub.errors import HfHubHTTPError
 from merge_engine.donors import locate
 from merge_engine.recipe import Recipe, RecipeError
 from objectives.base import printable
-from search.result import Difference, Result, Score, package_versions
+from search.result import Difference, Result, Score, package_versions, short_names
 from search.spec import StudyError, StudySpec
 from search.storage import Stopped
-from search.terminal import short_names
 
 TEMPLATE = Path(__file__).with_name("card.md")
 CARD = "README.md"

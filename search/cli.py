@@ -6,28 +6,26 @@ import importlib.metadata
 import importlib.util
 import json
 import math
-import os
 import shlex
 import shutil
 import signal
 import sys
 import threading
 import time
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, redirect_stdout
 from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
-from search.arguments import make_parser
+from search.arguments import UsageError, make_parser
+from search.quiet import quiet
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
     from merge_engine.recipe import Recipe
     from search.bench import Bench
+    from search.output import Output
     from search.runner import Run
     from search.spec import StudySpec
     from search.workers import Workers
@@ -45,67 +43,79 @@ def main(argv: Sequence[str] | None = None) -> int:
         0 done (also when the verdict is "not better"), 1 stopped by the machine (a full disk, a
         database that is gone), 2 bad input, 130 interrupted.
     """
-    options = make_parser().parse_args(argv)
-    _quiet_libraries()
-    from merge_engine import cache
+    argv = sys.argv[1:] if argv is None else argv
+    try:
+        _do(make_parser().parse_args(argv))
+    except UsageError as error:
+        message, code = str(error), BAD_INPUT
+    except KeyboardInterrupt:
+        print(file=sys.stderr)  # the terminal shows the keys
+        message, code = f"stopped; {AGAIN}", INTERRUPTED
+    except Exception as error:
+        if not (known := _known(error)):
+            raise
+        message, code = known
+    else:
+        return 0
+    print(f"mergesearch: {message}", file=sys.stderr)
+    if "--json" in argv:
+        print(json.dumps({"event": "error", "message": message, "exit": code}))
+    return code
+
+
+def _do(options: Any) -> None:
+    """Run a command, its libraries kept quiet from before they are imported."""
+    with quiet(lambda text: output.note(text), verbose=options.verbose):
+        output = _output(options)
+        from merge_engine import cache
+
+        cache.own_limit()  # a wrong one is said now, and not by the first of many candidates
+        # What tasks print on their own account is no event.
+        with redirect_stdout(sys.stderr) if options.json else nullcontext():
+            COMMANDS[options.command](options, output)
+
+
+def _output(options: Any) -> Output:
+    if options.json:
+        from search.output import JsonLines
+
+        return JsonLines(sys.stdout)
+    from rich.console import Console
+
+    from search.terminal import Terminal
+
+    piped = not sys.stdout.isatty()  # then no line is broken, and nothing moves
+    return Terminal(Console(soft_wrap=piped, force_interactive=False if piped else None))
+
+
+def _known(error: Exception) -> tuple[str, int] | None:
+    """What to say of an error that is no fault of this program, and the exit code."""
+    from merge_engine.checkpoint import FULL
     from merge_engine.recipe import RecipeError
     from objectives.base import ObjectiveError, printable
     from search.spec import StudyError
     from search.storage import Stopped
 
-    try:
-        cache.own_limit()  # a wrong one is said now, and not by the first of many candidates
-        COMMANDS[options.command](options)
-    except (RecipeError, ObjectiveError, StudyError) as error:
-        # it may quote a file's or a model's own words
-        print(f"mergesearch: {printable(str(error))}", file=sys.stderr)
-        return BAD_INPUT
-    except Stopped as stopped:
-        print(f"mergesearch: {stopped}; when that is mended, {AGAIN}", file=sys.stderr)
-        return STOPPED
-    except OSError as error:
-        from merge_engine.checkpoint import FULL
-
-        if error.errno not in FULL:
-            raise
+    if isinstance(error, RecipeError | ObjectiveError | StudyError):
+        return printable(str(error)), BAD_INPUT  # it may quote a file's or a model's own words
+    if isinstance(error, Stopped):
+        return f"{error}; when that is mended, {AGAIN}", STOPPED
+    if isinstance(error, OSError) and error.errno in FULL:
         where = f"{error.filename}: " if error.filename else ""
-        print(f"mergesearch: {where}{error.strerror}; when there is room, {AGAIN}", file=sys.stderr)
-        return STOPPED
-    except KeyboardInterrupt:
-        print(f"\nmergesearch: stopped; {AGAIN}", file=sys.stderr)
-        return INTERRUPTED
-    return 0
-
-
-def _quiet_libraries() -> None:
-    """Before torch and its kin are imported: no spinning threads, no bars but ours."""
-    quiet = {
-        "OMP_WAIT_POLICY": "PASSIVE",
-        "GOMP_SPINCOUNT": "0",
-        "TOKENIZERS_PARALLELISM": "false",
-        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
-        "TRANSFORMERS_VERBOSITY": "error",
-    }
-    for name, value in quiet.items():
-        os.environ.setdefault(name, value)
-    warnings.simplefilter("ignore")
-
-
-def _console() -> Console:
-    from rich.console import Console
-
-    return Console(soft_wrap=not sys.stdout.isatty())
+        return f"{where}{error.strerror}; when there is room, {AGAIN}", STOPPED
+    return None
 
 
 def _device(options: Any) -> str:
     import torch
     from transformers.utils import logging
 
-    logging.disable_progress_bar()
+    if not options.verbose:
+        logging.disable_progress_bar()  # it may have been imported before it was told
     return options.device or ("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def _demo(options: Any) -> None:
+def _demo(options: Any, output: Output) -> None:
     source = importlib.util.spec_from_file_location("zoo", DEMO / "zoo.py")
     if source is None or source.loader is None or not (DEMO / "zoo.py").is_file():
         from search.spec import StudyError
@@ -114,12 +124,12 @@ def _demo(options: Any) -> None:
     zoo = importlib.util.module_from_spec(source)
     sys.modules["zoo"] = zoo
     source.loader.exec_module(zoo)
-    zoo.train_family(DEMO)
+    zoo.train_family(DEMO, say=output.stage)
     options.study = DEMO / "study.yaml"
-    _run(options)
+    _run(options, output)
 
 
-def _run(options: Any) -> None:
+def _run(options: Any, output: Output) -> None:
     from search.spec import load_study
 
     spec = load_study(options.study)
@@ -127,25 +137,25 @@ def _run(options: Any) -> None:
     wanted = {name: value for name, value in changes.items() if value is not None}
     search = spec.search.model_copy(update=wanted)
     spec = spec.model_copy(update={"search": search})
-    _session(spec, options.out, options, partial(_finish, timeout=options.timeout or math.inf))
+    work = partial(_finish, timeout=options.timeout or math.inf)
+    _session(spec, options.out, options, output, work)
 
 
 def _session(
     spec: StudySpec,
     folder: Path,
     options: Any,
-    work: Callable[[Run, Console], None],
+    output: Output,
+    work: Callable[[Run], None],
 ) -> None:
     """Do ``work`` with a run, holding its folder."""
     from search.runner import Run, locked, set_aside
     from search.storage import Storage, Store
-    from search.terminal import Progress, print_notes
 
-    console = _console()
     new = getattr(options, "force_new", False)
     Storage.of(folder, options.storage, new=new).check()
     # It checks everything, and nothing is written before.
-    bench, workers = _crew(spec, options, lambda line: console.print(line, highlight=False))
+    bench, workers = _crew(spec, options, output.plan)
     try:
         if not folder.exists():  # no folder is made for donors that no recipe could be built of
             workers.look_through()
@@ -153,27 +163,25 @@ def _session(
             if new:
                 set_aside(folder)
             storage = Storage.of(folder, options.storage)
-            store = Store(storage, lambda text: print_notes(console, [text]))
+            store = Store(storage, output.note)
             storage.remember(folder)
-            store.persist(
-                lambda: _attempt(Run(folder, bench, workers, Progress(console), store), work)
-            )
+            store.persist(lambda: _attempt(Run(folder, bench, workers, output, store), work))
     finally:
         workers.close()
 
 
-def _attempt(run: Run, work: Callable[[Run, Console], None]) -> None:
+def _attempt(run: Run, work: Callable[[Run], None]) -> None:
     from search.storage import DATABASE_ERRORS
 
     try:
         run.adopt()
         with _stopping(run):
-            work(run, run.progress.console)
+            work(run)
     except DATABASE_ERRORS:
         run.scorer.abandon()
         raise
     finally:
-        run.progress.stop()
+        run.output.stop()
 
 
 def _crew(spec: StudySpec, options: Any, say: Callable[[str], None]) -> tuple[Bench, Workers]:
@@ -187,16 +195,15 @@ def _crew(spec: StudySpec, options: Any, say: Callable[[str], None]) -> tuple[Be
         bench = make_bench(spec, machine, say)
         say(str(estimate(bench, bench.builder.family, machine)))
         return bench, Here(bench)
-    from search.cluster import RayWorkers, import_ray
+    from search.cluster import Cluster, RayWorkers, import_ray
 
     import_ray()  # before anything is prepared
     family = open_family(spec)
     outlined = outline(spec, family)
     say(str(estimate(outlined, family, machine, options.workers)))
-    gpus, address = options.gpus_per_worker, options.ray_address
-    return outlined, RayWorkers(
-        spec, machine, count=options.workers, gpus=gpus, address=address, say=say
-    )
+    count, gpus = options.workers, options.gpus_per_worker
+    cluster = Cluster(options.ray_address, options.verbose)
+    return outlined, RayWorkers(spec, machine, count=count, gpus=gpus, cluster=cluster, say=say)
 
 
 @contextmanager
@@ -208,7 +215,7 @@ def _stopping(run: Run) -> Iterator[None]:
         if not run.scorer.working:
             signal.default_int_handler(number, frame)
         run.scorer.stopping = True
-        os.write(2, b"\nmergesearch: stopping after this block; Ctrl-C again stops now\n")
+        run.output.stopping()
 
     if threading.current_thread() is not threading.main_thread():  # it gets no signals
         yield
@@ -220,24 +227,23 @@ def _stopping(run: Run) -> Iterator[None]:
         signal.signal(signal.SIGINT, before)
 
 
-def _finish(run: Run, console: Console, timeout: float) -> None:
+def _finish(run: Run, timeout: float) -> None:
     """Search, choose, export, report: each step finds what an earlier session has done."""
     from search.card import model_card
     from search.conclusion import conclude
-    from search.terminal import print_result
 
-    run.progress.after_trial = _now_and_then(partial(_draw, run))
+    run.after_trial = _now_and_then(partial(_draw, run))
     run.search(timeout)
     result, recipe = conclude(run)
     _replace_text(run.folder / "recipe.yaml", recipe.to_yaml())
     checkpoint = run.folder / "checkpoint"
     if not _holds(checkpoint, recipe):
         shutil.rmtree(checkpoint, ignore_errors=True)
-        _save(run, recipe, checkpoint, console)
+        _save(run, recipe, checkpoint)
     _write_card(checkpoint, model_card(run.folder.name, run.spec, recipe, result))
     _replace_text(run.folder / "result.json", result.model_dump_json(indent=2) + "\n")
     _draw(run)
-    print_result(console, result, run.folder)
+    run.output.result(result, run.folder)
 
 
 def _now_and_then(work: Callable[[], None]) -> Callable[[], None]:
@@ -262,7 +268,7 @@ def _draw(run: Run) -> None:
         page = make_report(run.folder, run.store, run.study)
         _replace_text(run.folder / "report.html", page)
     except Exception as error:  # whatever it is
-        run.progress.note(f"there is no report.html: {error}")
+        run.output.note(f"there is no report.html: {error}")
 
 
 def _holds(checkpoint: Path, recipe: Recipe) -> bool:
@@ -272,12 +278,12 @@ def _holds(checkpoint: Path, recipe: Recipe) -> bool:
     return file.is_file() and load_recipe(file)[0].key == recipe.key
 
 
-def _save(run: Run, recipe: Recipe, out: Path, console: Console) -> None:
+def _save(run: Run, recipe: Recipe, out: Path) -> None:
     from search.runner import export
 
-    console.print(f"saving {out}")
+    run.output.stage(f"saving {out}")
     compared = export(run, recipe, out)
-    console.print(f"rebuilt: all {compared} answers are those in the database", highlight=False)
+    run.output.stage(f"rebuilt: all {compared} answers are those in the database")
 
 
 def _write_card(checkpoint: Path, text: str) -> None:
@@ -294,30 +300,29 @@ def _replace_text(file: Path, text: str) -> None:
     partial.replace(file)
 
 
-def _build(options: Any) -> None:
+def _build(options: Any, output: Output) -> None:
     import torch
 
     from merge_engine.builder import built_tensors
     from merge_engine.checkpoint import Model, write_checkpoint
     from merge_engine.plan import plan_merge
     from merge_engine.recipe import load_recipe
-    from search.terminal import print_notes
 
     recipe, notes = load_recipe(options.recipe)
-    console = _console()
-    print_notes(console, notes)
+    for note in notes:
+        output.note(note)
     plan = plan_merge(recipe)
     tensors = built_tensors(plan, torch.device(_device(options)))
     write_checkpoint(tensors, options.out, shapes=plan.shapes(), model=Model.of(plan))
-    console.print(f"{options.out}: {len(plan.names)} tensors of {recipe.merge_method}")
+    text = f"{options.out}: {len(plan.names)} tensors of {recipe.merge_method}"
+    output.done(text, checkpoint=str(options.out), tensors=len(plan.names))
 
 
-def _score(options: Any) -> None:
+def _score(options: Any, output: Output) -> None:
     from search.bench import load_live, make_objective, make_splits
     from search.conclusion import score_of
     from search.selection import Sheet
     from search.spec import load_study
-    from search.terminal import print_score
 
     spec = load_study(options.study)
     model, base = load_live(spec, options.model, _device(options))
@@ -327,44 +332,42 @@ def _score(options: Any) -> None:
     shown = objective.shown(numbers)
     answers = objective.score(model, numbers)
     score = score_of(Sheet.of(items, answers, objective.tasks), spec.search.seed)
-    if options.json:
-        rows = [
-            {
-                "task": item.task,
-                "item": item.key,
-                "answer": answer.value,
-                "margin": answer.margin,
-                "fault": answer.fault,
-                "tokens": answer.tokens,
-                "encoding": each.encoding,
-            }
-            for item, each, answer in zip(items, shown, answers, strict=True)
-        ]
-        print(json.dumps(score.model_dump() | {"split": options.split, "items": rows}))
-    else:
-        print_score(_console(), options.model, options.split, score, len(items))
+    rows = [
+        {
+            "task": item.task,
+            "item": item.key,
+            "answer": answer.value,
+            "margin": answer.margin,
+            "fault": answer.fault,
+            "tokens": answer.tokens,
+            "encoding": each.encoding,
+        }
+        for item, each, answer in zip(items, shown, answers, strict=True)
+    ]
+    output.score(options.model, options.split, score, rows)
 
 
-def _init(options: Any) -> None:
+def _init(options: Any, output: Output) -> None:
     from merge_engine.donors import is_here
     from search.init import all_or_nothing, write_study
     from search.plan import check_study
-    from search.terminal import print_notes
 
     base = _given([options.base] if options.base else None, "--base", "base model")[0]
     models = _given(options.models, "--models", "models to merge")
     tasks = _given(options.tasks, "--tasks", "tasks or .jsonl files")
-    console = _console()
     with all_or_nothing() as write:
         notes = write_study(options.out, base, models, tasks, options.trials, write)
         away = [model for model in (base, *models) if not is_here(model)]
         plan, more = ([], []) if away else check_study(options.out, _device(options))
     if away:
         more = [f"not on this machine: {', '.join(away)}; check fetches them and prints the plan"]
-    print_notes(console, [*notes, *more])
+    for note in (*notes, *more):
+        output.note(note)
     following = f"check {options.out}" if away else f"run {options.out} --out runs/mine"
-    for line in (f"wrote {options.out}", *plan, f"next: mergesearch {following}"):
-        console.print(line, highlight=False, markup=False)
+    output.stage(f"wrote {options.out}")
+    for line in plan:
+        output.plan(line)
+    output.done(f"next: mergesearch {following}", study=str(options.out))
 
 
 def _given(words: list[str] | None, option: str, what: str) -> list[str]:
@@ -378,20 +381,20 @@ def _given(words: list[str] | None, option: str, what: str) -> list[str]:
     return words
 
 
-def _check(options: Any) -> None:
+def _check(options: Any, output: Output) -> None:
     from merge_engine.recipe import load_yaml
     from search.plan import check_recipe, check_study
-    from search.terminal import print_notes
 
     check = check_recipe if "merge_method" in load_yaml(options.file) else check_study
     plan, notes = check(options.file, _device(options))
-    console = _console()
-    print_notes(console, notes)
+    for note in notes:
+        output.note(note)
     for line in plan:
-        console.print(line, highlight=False, markup=False)
+        output.plan(line)
+    output.done("", file=str(options.file))
 
 
-def _export(options: Any) -> None:
+def _export(options: Any, output: Output) -> None:
     from merge_engine.recipe import Recipe, RecipeError
     from search.card import model_card
     from search.conclusion import other_trial
@@ -402,7 +405,7 @@ def _export(options: Any) -> None:
     if options.out.exists():
         raise RecipeError(f"{options.out} exists; choose another folder or remove it")
 
-    def save(run: Run, console: Console) -> None:
+    def save(run: Run) -> None:
         result, other = read_result(run.folder), None
         if options.trial is not None:
             recipe = run.recipe_of(options.trial)
@@ -411,18 +414,18 @@ def _export(options: Any) -> None:
             raise StudyError(f"{run.folder} has no winner yet; name a --trial")
         else:
             recipe = Recipe.model_validate(result.winner.recipe)
-        _save(run, recipe, options.out, console)
+        _save(run, recipe, options.out)
         _write_card(options.out, model_card(options.out.name, run.spec, recipe, result, other))
+        output.done("", checkpoint=str(options.out))
 
-    _session(stored_spec(options.run, options.storage), options.run, options, save)
+    _session(stored_spec(options.run, options.storage), options.run, options, output, save)
 
 
-def _push(options: Any) -> None:
+def _push(options: Any, output: Output) -> None:
     from merge_engine.recipe import Recipe
     from search.card import CARD, push
     from search.result import read_result
     from search.spec import StudyError
-    from search.terminal import print_notes
 
     run, result = options.run, read_result(options.run)
     if result is None:
@@ -430,14 +433,13 @@ def _push(options: Any) -> None:
     recipe, checkpoint = Recipe.model_validate(result.winner.recipe), run / "checkpoint"
     if not _holds(checkpoint, recipe) or not (checkpoint / CARD).is_file():
         raise StudyError(f"{checkpoint} is not what result.json speaks of; finish the run again")
-    console = _console()
     if folders := [model for model in recipe.models_read if Path(model).is_absolute()]:
-        print_notes(console, [f"the recipe names folders of this machine: {', '.join(folders)}"])
+        output.note(f"the recipe names folders of this machine: {', '.join(folders)}")
     url = push(checkpoint, run / "recipe.yaml", options.repo, private=options.private)
-    console.print(url, highlight=False, markup=False)
+    output.done(url, url=url)
 
 
-def _report(options: Any) -> None:
+def _report(options: Any, output: Output) -> None:
     from search.report import make_report
     from search.runner import stored_spec
     from search.storage import Storage, Store
@@ -447,10 +449,10 @@ def _report(options: Any) -> None:
     page = make_report(options.run, store, store.study())
     file = options.out or options.run / "report.html"
     _replace_text(file, page)
-    _console().print(str(file), highlight=False, markup=False)
+    output.done(str(file), report=str(file))
 
 
-COMMANDS: Mapping[str, Callable[[Any], None]] = {
+COMMANDS: Mapping[str, Callable[[Any, Output], None]] = {
     "demo": _demo,
     "run": _run,
     "build": _build,

@@ -6,28 +6,52 @@ the coordinator does: in a file system they share, or in the hub. An actor that 
 
 from __future__ import annotations
 
+import logging
 import os
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
 import torch
-from transformers.utils.logging import disable_progress_bar
 
 from merge_engine.recipe import Recipe
 from objectives.base import Answer
 from search.bench import Machine, make_bench
+from search.quiet import quiet
 from search.spec import StudyError, StudySpec
 from search.workers import FAILURES, Job, Reply, Worker, WorkerDied
 
 STORE_BYTES: Final = 1 << 27  # Ray's own memory: it passes recipes and answers alone
 LOADS: Final = 3  # in a row that a worker may die of
+_LOG = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """Of which machines.
+
+    Args:
+        address: To join it; None: this machine alone.
+        verbose: Show what Ray and the workers' libraries print.
+    """
+
+    address: str | None = None
+    verbose: bool = False
 
 
 class _Actor:
-    """A worker in its own process."""
+    """A worker in its own process. Its warnings go to the coordinator with its next reply.
+
+    What libraries print is in Ray's log files.
+    """
+
+    def __init__(self) -> None:
+        self._notes: list[str] = []
+        self._heard = ExitStack()  # for the whole process
+        self._heard.enter_context(quiet(self._notes.append, verbose=True))
 
     def node(self) -> str:
         """The machine it is on."""
@@ -36,7 +60,6 @@ class _Actor:
     def load(self, spec: StudySpec, machine: Machine, threads: int) -> list[str]:
         """Make its bench; returns the plan in words."""
         torch.set_num_threads(threads)
-        disable_progress_bar()
         lines: list[str] = []
         try:
             self.worker = Worker(make_bench(spec, machine, lines.append))
@@ -45,7 +68,10 @@ class _Actor:
         return lines
 
     def ask(self, job: Job) -> Reply:
-        return self.worker.ask(job)
+        reply = self.worker.ask(job)
+        notes = [*self._notes]
+        self._notes.clear()
+        return replace(reply, notes=notes)
 
     def save(self, recipe: Recipe, asked: Sequence[tuple[Job, Sequence[Answer]]], out: Path) -> str:
         return self.worker.save(recipe, asked, out)
@@ -62,7 +88,7 @@ class RayWorkers:
         machine: What each may use.
         count: How many.
         gpus: For each, a share of one also; None: one if there are any.
-        address: Of a cluster to join; None: this machine alone.
+        cluster: They are on.
         say: Is told what each will take.
 
     Raises:
@@ -76,12 +102,12 @@ class RayWorkers:
         *,
         count: int,
         gpus: float | None = None,
-        address: str | None = None,
+        cluster: Cluster | None = None,
         say: Callable[[str], None] = lambda _: None,
     ) -> None:
         self.count = count
         self._ray = import_ray()
-        _connect(count, address)
+        _connect(count, cluster or Cluster())
         resources = self._ray.cluster_resources()
         gpus = gpus if gpus is not None else float(machine.device != "cpu" and "GPU" in resources)
         self._threads = max(1, int(resources["CPU"] // count))
@@ -120,7 +146,10 @@ class RayWorkers:
             place, job = self._at_work.pop(done)
             try:
                 self._result(self._loaded[place])
-                return place, self._result(done)
+                reply = self._result(done)
+                for note in reply.notes:
+                    _LOG.warning("%s", note)
+                return place, reply
             except FAILURES as error:
                 return place, error
             except WorkerDied as error:
@@ -199,15 +228,16 @@ def import_ray() -> Any:
     return ray
 
 
-def _connect(count: int, address: str | None) -> None:
+def _connect(count: int, cluster: Cluster) -> None:
     """Join a cluster, or start one of this machine alone."""
     ray = import_ray()
-    options: dict[str, Any] = {"address": address}
-    if address is None:
+    options: dict[str, Any] = {"address": cluster.address}
+    if cluster.address is None:
         cores = len(os.sched_getaffinity(0))
         options = {"address": "local", "include_dashboard": False, "num_cpus": max(cores, count)}
         options["object_store_memory"] = STORE_BYTES
     try:
-        ray.init(**options, logging_level="ERROR")
+        level = "WARNING" if cluster.verbose else "CRITICAL"
+        ray.init(**options, logging_level=level, log_to_driver=cluster.verbose)
     except (ConnectionError, ValueError, RuntimeError) as error:
-        raise StudyError(f"--ray-address {address}: {error}") from None
+        raise StudyError(f"--ray-address {cluster.address}: {error}") from None

@@ -71,7 +71,7 @@ def choose(run: Run) -> Choice:
     )
     missed = [candidate.missed for candidate in candidates]
     best = belief.ranked(missed)[: run.spec.search.finalists]
-    run.progress.stage(f"asking the best {len(best)} recipes the select items")
+    run.output.stage(f"asking the best {len(best)} recipes the select items")
     asked = [0] * len(best)
 
     def ask(some: Sequence[int], items: int) -> Floats:
@@ -116,7 +116,7 @@ def find_front(run: Run) -> list[Candidate]:
         finalists,
     )
     front = [candidates[place] for place in places]
-    run.progress.stage(f"asking the {len(front)} recipes of the front the select items")
+    run.output.stage(f"asking the {len(front)} recipes of the front the select items")
     run.scorer.ask([candidate.recipe for candidate in front], "select")
     values = [run.goals(run.sheet(candidate.recipe, "select")) for candidate in front]
     return [front[i] for i in confirmed(beliefs, strata, np.array(values))]
@@ -131,7 +131,7 @@ def conclude(run: Run) -> tuple[Result, Recipe]:
     recipe, best_donor = choice.candidate.recipe, run.best_donor()
     baselines = run.bench.space.baselines()
     front = find_front(run) if run.spec.search.front else []
-    run.progress.stage("asking the winner and what it was made from the test items")
+    run.output.stage("asking the winner and what it was made from the test items")
     tested = [recipe, *(one.recipe for one in front), *baselines.values()]
     run.scorer.ask(tested, "test")
     winner = run.sheet(recipe, "test")

@@ -151,6 +151,12 @@ class Race:
             for task, part in self.strata.parts(differences).items()
         )
 
+    def lead(self, answers: Floats) -> Estimate | None:
+        """Of a candidate over the best so far, on the items (m) it has answered."""
+        if not len(answers) or not self.complete:
+            return None
+        return self.strata.estimate(answers - self.complete[0].answers[: len(answers)])
+
     def finish(self, answers: Floats, shortfall: float = 0.0) -> Estimate:
         """Take the answers (m) of a candidate that is asked no more, and say what it is worth.
 

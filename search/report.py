@@ -28,11 +28,10 @@ from search.frozen import FrozenItem
 from search.gaussian import Data, Posterior, fitted, observation
 from search.places import Places, Population
 from search.racing import Floats
-from search.result import Difference, Result, Score, read_result
+from search.result import Difference, Result, Score, read_result, short_names
 from search.space import UNIFORM, Space
 from search.spec import StudySpec
 from search.storage import Store
-from search.terminal import short_names
 
 TEMPLATE = Path(__file__).with_name("report.html")
 MODELLED = 250  # trials the process is fitted to at most

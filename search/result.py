@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -137,3 +138,9 @@ def read_result(run: Path) -> Result | None:
 def package_versions() -> dict[str, str]:
     """Versions of what the numbers depend on."""
     return {name: importlib.metadata.version(name) for name in PACKAGES}
+
+
+def short_names(names: Iterable[str], separator: str) -> dict[str, str]:
+    """The last part of each name where that tells them apart."""
+    short = {name: name.rsplit(separator, 1)[-1] for name in names}
+    return short if len(set(short.values())) == len(short) else {name: name for name in short}

@@ -12,7 +12,7 @@ import math
 import re
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import InitVar, astuple, dataclass
 from functools import cached_property
@@ -28,6 +28,7 @@ from merge_engine.recipe import Recipe
 from search.bench import Bench
 from search.frozen import difference, freeze
 from search.gaussian import rank
+from search.output import Output, Racing
 from search.racing import Belief, Floats, Race, Strata, elect
 from search.samplers import make_sampler
 from search.scoring import Block, Scorer
@@ -36,7 +37,6 @@ from search.space import Space
 from search.spec import Split, StudyError, StudySpec
 from search.stopping import exhausted
 from search.storage import DATABASE, REMEMBERED, Storage, Store
-from search.terminal import Progress
 from search.workers import FAILURES, Workers
 
 _ASIDE = re.compile(r"old-(\d+)$")
@@ -143,13 +143,14 @@ class Run:
     folder: Path
     bench: Bench
     workers: Workers
-    progress: Progress
+    output: Output
     opened: InitVar[Store | None] = None  # else the folder's own
+    after_trial: Callable[[], None] = lambda: None
 
     def __post_init__(self, opened: Store | None) -> None:
         self.store = opened or Store(Storage.of(self.folder))
         self.study: Study = self.store.study()
-        self.scorer = Scorer(self.bench, self.store, self.workers, self.progress.block)
+        self.scorer = Scorer(self.bench, self.store, self.workers, self.output.block)
         self._waiting: dict[Block, list[Turn]] = {}  # who for which block
         self._started = time.perf_counter()
         self._ask_seconds = 0.0
@@ -198,16 +199,18 @@ class Run:
         Raises:
             StudyError: One of the study's own models does not work.
         """
+        evaluations = sum(self.store.scored()[0].values())
+        self.output.start(self.spec.search.trials, self.finished(), evaluations)
         self._enqueue_warm_starts()
         self._try_baselines()
         race = self._race()
-        self.progress.start(self.spec.search.trials, self.finished())
         while True:
             while self.scorer.idle and self._goes_on(timeout):
                 self._advance(self._begin(), race)
             self._ask_ahead()
             if not self._waiting:
                 break
+            self.output.racing(self._racing(race))
             block, failure = self.scorer.finish()
             for turn in self._waiting.pop(block):
                 if failure is None:
@@ -216,12 +219,12 @@ class Run:
                     self._fail(turn, failure)
         finished = self.finished()
         if self._exhausted(finished):
-            self.progress.note(
+            self.output.note(
                 f"stopped after {len(finished)} trials: no recipe is expected to be better by "
                 "what the select items could tell; with search.stop: false it goes on"
             )
         elif len(finished) < self.spec.search.trials:
-            self.progress.note("the time is up; run it again to go on searching")
+            self.output.note("the time is up; run it again to go on searching")
 
     def _try_baselines(self) -> None:
         """Ask each model the study starts from, and the average of them, a first block.
@@ -239,9 +242,14 @@ class Run:
                 raise StudyError(f"{name} alone: {error}") from error
 
     @property
+    def _turns(self) -> list[Turn]:
+        """The trials that wait for a block."""
+        return [turn for turns in self._waiting.values() for turn in turns]
+
+    @property
     def _at_work(self) -> set[int]:
-        """The numbers of the trials that wait for a block."""
-        return {turn.trial.number for turns in self._waiting.values() for turn in turns}
+        """Their numbers."""
+        return {turn.trial.number for turn in self._turns}
 
     def _goes_on(self, timeout: float) -> bool:
         """Whether another trial is to be begun beside those at work."""
@@ -275,6 +283,20 @@ class Run:
             turn.sheet = self.sheet(turn.recipe, "search", items)
         self._tell(turn, race)
 
+    def _racing(self, race: Race) -> list[Racing]:
+        """The trials at work, first come first."""
+        ends = self.ends("search")
+        return [
+            Racing(
+                turn.trial.number,
+                turn.recipe.merge_method,
+                sum(end <= len(turn.sheet.answers) for end in ends),
+                len(ends),
+                race.lead(self.goals(turn.sheet)),
+            )
+            for turn in sorted(self._turns, key=lambda turn: turn.trial.number)
+        ]
+
     def _ask_ahead(self) -> None:
         """Let workers who would be idle ask what the trials at work may need next.
 
@@ -282,8 +304,7 @@ class Run:
         """
         if not self.scorer.idle:
             return
-        turns = [turn for turns in self._waiting.values() for turn in turns]
-        for recipe in {turn.recipe.key: turn.recipe for turn in turns}.values():
+        for recipe in {turn.recipe.key: turn.recipe for turn in self._turns}.values():
             for number in self.scorer.lacking(recipe, "search"):
                 block = Block(recipe.key, "search", number)
                 if self.scorer.idle and block not in self._waiting:
@@ -312,7 +333,8 @@ class Run:
 
     def _told(self, trial: FrozenTrial) -> None:
         self.study.set_user_attr("seconds", self.seconds())
-        self.progress.trial(trial)
+        self.output.trial(trial)
+        self.after_trial()
 
     def best_donor(self) -> str:
         """The donor that is believed to be best after a race among the donors."""
@@ -416,7 +438,7 @@ class Run:
             reason = next(reason for at, reason in faults if at == task)
             if count == asked[task]:
                 raise StudyError(f"{name} alone: task {task!r}: no answer can be judged: {reason}")
-            self.progress.note(
+            self.output.note(
                 f"{name} alone: task {task!r}: {count} of {asked[task]} answers could not be "
                 f"judged and count 0, the first: {reason}"
             )
@@ -510,5 +532,5 @@ def export(run: Run, recipe: Recipe, out: Path) -> int:
     """
     compared, machine = run.scorer.save(recipe, out)
     if not out.is_dir():
-        run.progress.note(f"{out} lies on the machine {machine}, whose worker has written it")
+        run.output.note(f"{out} lies on the machine {machine}, whose worker has written it")
     return compared

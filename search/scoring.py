@@ -39,7 +39,7 @@ class Scorer:
         bench: Says which items are in a block.
         store: Where finished blocks go.
         workers: Who is asked.
-        on_block: Called after each block that had to be asked.
+        on_block: Told how many items there were in each block that had to be asked.
     """
 
     def __init__(
@@ -47,7 +47,7 @@ class Scorer:
         bench: Bench,
         store: Store,
         workers: Workers,
-        on_block: Callable[[], None] = lambda: None,
+        on_block: Callable[[int], None] = lambda items: None,  # noqa: ARG005
     ) -> None:
         self.store = store
         self.workers = workers
@@ -162,7 +162,7 @@ class Scorer:
             else:
                 self.build_seconds += outcome.build_seconds
                 self.store.save(*block, outcome.answers, outcome.ask_seconds)
-                self.on_block()
+                self.on_block(len(outcome.answers))
             if not self.stopping:
                 return block, outcome if isinstance(outcome, Exception) else None
             if not self.working:

@@ -1,126 +1,150 @@
-"""What the user sees while a run goes on, and the table at its end.
+"""What people see: a live view while a run goes on, and the table at its end.
 
-One live line in a terminal; plain lines, one for every trial, where there is none.
+Where there is no terminal, or one that cannot move its cursor: plain lines, one for every trial.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from optuna.trial import FrozenTrial, TrialState
 from rich.box import SIMPLE_HEAD
-from rich.console import Console
+from rich.console import Console, RenderableType
+from rich.live import Live
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
-from rich.progress import Progress as Bar
 from rich.table import Table
 
 from objectives.base import printable
-from search.result import Difference, Result, Score, Winner
+from search.live import View, duration, percent, render
+from search.output import Racing, Tally, say_stopping
+from search.result import Difference, Result, Score, Winner, short_names
 
 
-class Progress:
-    """Reports a run as it goes.
+class Terminal:
+    """Tells people of a run as it goes.
 
     Args:
-        console: Where to; a live bar if it is a terminal, else a line for every trial.
+        console: Where to.
     """
 
     def __init__(self, console: Console) -> None:
         self.console = console
-        self._bar: Bar | None = None
-        self._blocks = self._done = self._total = 0
-        self._best: FrozenTrial | None = None
-        self._since = time.perf_counter()
-        self._fresh = 0  # trials of this session: what the time left is reckoned from
-        self.after_trial: Callable[[], None] = lambda: None
+        self._view = View()
+        self._live: Live | None = None
+        self._tally = Tally()
+        self._fresh: list[float] = []  # when this session's trials were told
 
-    def start(self, total: int, finished: Sequence[FrozenTrial]) -> None:
-        """Begin, or go on after these finished trials."""
-        self._total, self._done = total, len(finished)
-        for trial in finished:
-            self._consider(trial)
-        self._since = time.perf_counter()
-        if finished:
-            self.console.print(f"resumed: {len(finished)} of {total} trials are there already")
-        if self.console.is_terminal:
-            self._bar = Bar(
-                TextColumn("trial"),
-                MofNCompleteColumn(),
-                BarColumn(),
-                TextColumn("{task.description}"),
-                TimeElapsedColumn(),
-                console=self.console,
-            )
-            self._bar.start()
-            self._bar.add_task("", total=total, completed=self._done)
-
-    def block(self) -> None:
-        """A block of items was answered."""
-        self._blocks += 1
-        self._refresh()
-
-    def trial(self, trial: FrozenTrial) -> None:
-        """A trial was told."""
-        self._done += 1
-        self._fresh += 1
-        better = self._consider(trial)
-        self._refresh()
-        if self._bar is None or better or trial.state == TrialState.FAIL:
-            self._print_trial(trial, better)
-        self.after_trial()
-
-    def stage(self, what: str) -> None:
-        """The search is over and something else begins."""
-        self.stop()
-        self.console.print(what)
+    def plan(self, line: str) -> None:
+        """A line of it."""
+        self._say(line)
+        if line.startswith("memory: "):
+            self._view = replace(self._view, memory=line.removeprefix("memory: "))
 
     def note(self, text: str) -> None:
-        """Something the user should know."""
-        print_notes(self.console, [text])
+        """In a colour."""
+        self.console.print(f"[yellow]note:[/] {escape(printable(text))}", highlight=False)
+
+    def start(self, total: int, finished: Sequence[FrozenTrial], evaluations: int) -> None:
+        """From here on there is a live view, if it can be."""
+        self._tally = Tally(total, 0, evaluations)
+        for trial in finished:
+            self._tally.add(trial)
+        if finished:
+            self._say(f"resumed: {len(finished)} of {total} trials are there already")
+        if self.console.is_interactive and self._live is None:
+            self._live = Live(
+                get_renderable=self._render,
+                console=self.console,
+                transient=True,
+                vertical_overflow="crop",
+            )
+            self._live.start()
+
+    def block(self, items: int) -> None:
+        """Counted."""
+        self._tally.evaluations += items
+
+    def racing(self, trials: Sequence[Racing]) -> None:
+        """Seen in the live view."""
+        self._view = replace(self._view, racing=tuple(trials))
+
+    def trial(self, trial: FrozenTrial) -> None:
+        """A line for each; beside a live view for the better and the failed ones."""
+        better = self._tally.add(trial)
+        self._fresh.append(time.perf_counter())
+        if self._live is None or better or trial.state == TrialState.FAIL:
+            self._say(self._line(trial, better))
+
+    def stage(self, what: str) -> None:
+        """A line."""
+        self._say(what)
+        self._view = replace(self._view, searching=False, racing=())
+
+    def stopping(self) -> None:
+        """Seen in the live view, else on stderr."""
+        if self._live is None:
+            say_stopping()
+        self._view = replace(self._view, stopping=True)
 
     def stop(self) -> None:
-        """Take the live line away."""
-        if self._bar is not None:
-            self._bar.stop()
-            self._bar = None
+        """Take the live view away."""
+        if self._live is not None:
+            self._live.stop()
+            self._live = None
 
-    def _consider(self, trial: FrozenTrial) -> bool:
-        better = trial.state == TrialState.COMPLETE and (
-            self._best is None or (trial.value or 0.0) > (self._best.value or 0.0)
+    def score(self, model: str, split: str, score: Score, items: Sequence[dict[str, Any]]) -> None:
+        """A table."""
+        print_score(self.console, model, split, score, len(items))
+
+    def result(self, result: Result, run: Path) -> None:
+        """Tables, the verdict, and where things are."""
+        self.stop()
+        print_result(self.console, result, run)
+
+    def done(self, text: str, **facts: Any) -> None:  # noqa: ARG002
+        """The text, where there is one."""
+        if text:
+            self._say(text)
+
+    def _say(self, line: str) -> None:
+        self.console.print(printable(line), highlight=False, markup=False)
+
+    def _render(self) -> RenderableType:
+        tally = self._tally
+        return render(
+            replace(
+                self._view,
+                total=tally.total,
+                done=tally.done,
+                best=tally.best,
+                evaluations=tally.evaluations,
+                left=self._left(),
+            )
         )
-        if better:
-            self._best = trial
-        return better
 
-    def _refresh(self) -> None:
-        if self._bar is not None:
-            best = f"best {_value(self._best)}" if self._best else "first items"
-            text = f"{best} · {self._blocks} blocks asked · {self._left()}"
-            self._bar.update(self._bar.task_ids[0], completed=self._done, description=text)
+    def _left(self) -> float | None:
+        """Seconds for all trials that are left, if they take as long as the last."""
+        if len(self._fresh) < 2:
+            return None
+        pace = (self._fresh[-1] - self._fresh[0]) / (len(self._fresh) - 1)
+        return pace * (self._tally.total - self._tally.done)
 
-    def _left(self) -> str:
-        if not self._fresh:
-            return "reckoning the time left"
-        pace = (time.perf_counter() - self._since) / self._fresh
-        return f"{_duration(pace * (self._total - self._done))} left"
-
-    def _print_trial(self, trial: FrozenTrial, better: bool) -> None:
+    def _line(self, trial: FrozenTrial, better: bool) -> str:
         what = trial.user_attrs.get("start") or _short_point(trial)
-        line = f"trial {self._done}/{self._total}  {_value(trial)}  {what}"
+        tally = self._tally
+        line = f"{tally.done}/{tally.total}  trial {trial.number}  {percent(trial)}  {what}"
         if trial.state == TrialState.FAIL:
-            line += f"  failed: {printable(str(trial.user_attrs.get('error')))}"
+            line += f"  failed: {trial.user_attrs.get('error')}"
         else:
             line += f"  {trial.user_attrs['items']} items"
         if better:
             line += "  <- best so far"
-        self.console.print(escape(f"{line}  ({self._left()})"), highlight=False)
-
-
-def _value(trial: FrozenTrial | None) -> str:
-    return "  -   " if trial is None or trial.value is None else f"{100 * trial.value:5.1f} %"
+        left = self._left() if self._live is None else None
+        return line if left is None else f"{line}  ({duration(left)} left)"
 
 
 def _short_point(trial: FrozenTrial) -> str:
@@ -128,16 +152,6 @@ def _short_point(trial: FrozenTrial) -> str:
     return " ".join(
         [str(trial.params.get("method")), *(f"{n}={v:.2f}" for n, v in numbers.items())]
     )
-
-
-def _duration(seconds: float) -> str:
-    return f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.0f} min"
-
-
-def print_notes(console: Console, notes: Iterable[str]) -> None:
-    """Say what was understood otherwise than the user may expect."""
-    for note in notes:
-        console.print(f"[yellow]note:[/] {escape(printable(note))}", highlight=False)
 
 
 def print_score(console: Console, model: str, split: str, score: Score, items: int) -> None:
@@ -194,7 +208,7 @@ def print_result(console: Console, result: Result, run: Path) -> None:
     console.print(
         f"{result.winner.recipe['merge_method']} of trial {result.winner.trial} · "
         f"{result.trials} trials · {result.item_evaluations} item evaluations · "
-        f"{_duration(result.seconds.total)}",
+        f"{duration(result.seconds.total)}",
         highlight=False,
     )
     console.print(
@@ -241,9 +255,3 @@ def _interval(mean: float, ci95: tuple[float, float], sign: str = "") -> str:
 
 def _half_width(mean: float, ci95: tuple[float, float], sign: str = "") -> str:
     return f"{100 * mean:{sign}.1f} ± {50 * (ci95[1] - ci95[0]):.1f}"
-
-
-def short_names(names: Iterable[str], separator: str) -> dict[str, str]:
-    """The last part of each name where that tells them apart."""
-    short = {name: name.rsplit(separator, 1)[-1] for name in names}
-    return short if len(set(short.values())) == len(short) else {name: name for name in short}

@@ -33,11 +33,12 @@ class Job:
 
 @dataclass(frozen=True)
 class Reply:
-    """One answer per item, and the seconds that building and asking took."""
+    """One answer per item, the seconds that building and asking took, and what was warned of."""
 
     answers: Sequence[Answer]
     build_seconds: float
     ask_seconds: float
+    notes: Sequence[str] = ()
 
 
 class WorkerDied(StudyError):  # noqa: N818  what happened, not what is wrong

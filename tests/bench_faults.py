@@ -32,7 +32,7 @@ from search.runner import DATABASE, Run
 from search.scoring import Scorer
 from search.spec import load_study, parse_study
 from search.storage import Store
-from search.terminal import Progress
+from search.terminal import Terminal
 from search.workers import Here, Job, Reply
 
 STUDY = DEMO / "study.yaml"
@@ -255,7 +255,7 @@ def idle(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
         items, bench = simulated(options)
         crew = Simulated(count, items, options.seed)
         (folder / str(count)).mkdir()
-        run = Run(folder / str(count), bench, crew, Progress(Console(quiet=True)))
+        run = Run(folder / str(count), bench, crew, Terminal(Console(quiet=True)))
         run.adopt()
         run.search()
         trials = [trial for trial in run.finished() if trial.user_attrs["recipe"] in crew.spent]

@@ -31,7 +31,7 @@ from search.runner import DATABASE, Run
 from search.space import Space
 from search.spec import parse_study
 from search.storage import Store
-from search.terminal import Progress
+from search.terminal import Terminal
 from search.workers import Job, Reply
 
 BLOCK = 20
@@ -146,13 +146,13 @@ def measure(folder: Path, sampler: str, options: argparse.Namespace) -> dict[str
     Store(folder / DATABASE)
     write(folder / DATABASE, bench, options.trials)
     with timed("open"):
-        run = Run(folder, bench, Prompt(), Progress(Console(quiet=True)))
+        run = Run(folder, bench, Prompt(), Terminal(Console(quiet=True)))
         run.adopt()
     with timed("rebuild"):
         run._enqueue_warm_starts()
         run._try_baselines()
         race = run._race()
-        run.progress.start(run.spec.search.trials, run.finished())
+        run.output.start(run.spec.search.trials, run.finished(), 0)
     with timed("ask"):
         run._goes_on(np.inf)
         turn = run._begin()

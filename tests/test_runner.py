@@ -241,7 +241,10 @@ def test_run_whose_time_is_up_concludes_and_goes_on_as_if_it_had_not(finished, t
     assert main([*command, "--timeout", "0.001s"]) == 0
     early = Result.model_validate_json((tmp_path / "run" / "result.json").read_text())
     assert early.trials == 1
-    assert "the time is up" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "1/16  trial 0" in out, "without a terminal there is a line for every trial"
+    assert "the time is up" in out
+    assert "\x1b" not in out
     assert main(command) == 0
     assert decisions(tmp_path / "run") == decisions(run)
 

@@ -20,7 +20,7 @@ from search.frozen import freeze
 from search.runner import DATABASE, Run
 from search.spec import load_study
 from search.storage import Store
-from search.terminal import Progress
+from search.terminal import Terminal
 from search.workers import FAILURES, Worker, WorkerDied
 
 
@@ -67,7 +67,7 @@ def three(study):
 
 def run_of(folder, crew):
     folder.mkdir(exist_ok=True)
-    run = Run(folder, crew.workers[0].bench, crew, Progress(Console(quiet=True)))
+    run = Run(folder, crew.workers[0].bench, crew, Terminal(Console(quiet=True)))
     run.adopt()
     return run
 
@@ -109,7 +109,7 @@ def test_answers_are_those_that_one_worker_gives(done):
 
 def test_race_of_a_resumed_run_is_the_one_that_was_stopped(done):
     run, race, crew = done
-    again = Run(run.folder, run.bench, crew, run.progress)._race()
+    again = Run(run.folder, run.bench, crew, run.output)._race()
     assert len(again.complete) == len(race.complete) > 1
     for one, other in zip(again.complete, race.complete, strict=True):
         assert one.mean == other.mean

@@ -341,7 +341,12 @@ def _progress(console: Console) -> Progress:
     return Progress(*columns, console=console, disable=not console.is_terminal)
 
 
-def train_family(folder: Path, seed: int = 0, recipe: Recipe | None = None) -> None:
+def train_family(
+    folder: Path,
+    seed: int = 0,
+    recipe: Recipe | None = None,
+    say: Callable[[str], None] = print,
+) -> None:
     """Make the study folder's models and items, as far as they are not there yet.
 
     Args:
@@ -349,6 +354,7 @@ def train_family(folder: Path, seed: int = 0, recipe: Recipe | None = None) -> N
             script's own folder, copies of ``study.yaml`` and ``tasks/*.yaml``.
         seed: Decides the items, the initial weights and the order of the training rows.
         recipe: Other sizes than the default ones, for tests; they are not recorded.
+        say: Is told what was trained, where no terminal shows it.
 
     Raises:
         SystemExit: The folder holds a family of another seed or version.
@@ -381,7 +387,7 @@ def train_family(folder: Path, seed: int = 0, recipe: Recipe | None = None) -> N
                     model.save_pretrained(part)
                     tokenizer.save_pretrained(part)
             if not console.is_terminal:
-                print(f"trained {zoo / name} in {time.monotonic() - start:.0f} s", flush=True)
+                say(f"trained {zoo / name} in {time.monotonic() - start:.0f} s")
 
 
 def main() -> None:
