@@ -153,7 +153,7 @@ def test_stopped_run_has_stored_what_was_at_work_and_goes_on(three, tmp_path, mo
     crew = Crew(three)
     run = run_of(tmp_path / "run", crew)
     asked = []
-    run.scorer.on_block = lambda: (
+    run.scorer.on_block = lambda items: (
         asked.append(0) or setattr(run.scorer, "stopping", len(asked) > 20)
     )
     with pytest.raises(KeyboardInterrupt):
