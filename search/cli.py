@@ -13,7 +13,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext, redirect_stdout
+from contextlib import contextmanager, nullcontext, redirect_stdout, suppress
 from functools import partial
 from pathlib import Path
 from types import FrameType
@@ -32,7 +32,8 @@ if TYPE_CHECKING:
 
 DEMO = Path(__file__).parent.parent / "studies" / "demo"
 STOPPED, BAD_INPUT, INTERRUPTED = 1, 2, 130
-DRAW_EVERY, DRAW_SHARE = 30.0, 0.05  # seconds, and of the time of a run, to draw its page
+DRAW_EVERY, BELIEVE_EVERY = 30.0, 1.0  # seconds, to draw a run's page and to say what is believed
+DRAW_SHARE = 0.05  # of its time, for each of them
 AGAIN = "the same command goes on from here"
 
 
@@ -232,7 +233,9 @@ def _finish(run: Run, timeout: float) -> None:
     from search.card import model_card
     from search.conclusion import conclude
 
-    run.after_trial = _now_and_then(partial(_draw, run))
+    draw = _now_and_then(partial(_draw, run), DRAW_EVERY)
+    believe = _now_and_then(partial(_believe, run), BELIEVE_EVERY)
+    run.after_trial = (believe, draw)
     run.search(timeout)
     result, recipe = conclude(run)
     _replace_text(run.folder / "recipe.yaml", recipe.to_yaml())
@@ -246,18 +249,26 @@ def _finish(run: Run, timeout: float) -> None:
     run.output.result(result, run.folder)
 
 
-def _now_and_then(work: Callable[[], None]) -> Callable[[], None]:
+def _now_and_then(work: Callable[[], None], every: float) -> Callable[[], None]:
     """The same work, left out if it was done a short time ago."""
-    due = time.monotonic() + DRAW_EVERY
+    due = time.monotonic() + every
 
     def do() -> None:
         nonlocal due
         if (start := time.monotonic()) >= due:
             work()
             end = time.monotonic()
-            due = end + max(DRAW_EVERY, (end - start) / DRAW_SHARE)
+            due = end + max(every, (end - start) / DRAW_SHARE)
 
     return do
+
+
+def _believe(run: Run) -> None:
+    """Say which trial is believed to be best so far. Being for show, it stops no run."""
+    with suppress(Exception):
+        candidates, belief = run.beliefs()
+        best = belief.ranked([candidate.missed for candidate in candidates])[0]
+        run.output.believes(candidates[best].trial, float(belief.means[best]))
 
 
 def _draw(run: Run) -> None:

@@ -12,7 +12,6 @@ from merge_engine.recipe import Recipe
 from objectives.scores import bootstrap
 from search.card import OtherTrial
 from search.front import believed_front, confirmed
-from search.gaussian import MODELLED, believed
 from search.racing import Floats, elect
 from search.result import (
     Baseline,
@@ -56,19 +55,10 @@ def choose(run: Run) -> Choice:
     Raises:
         StudyError: Not one trial could be scored.
     """
-    candidates = run.candidates()
-    if not candidates:
+    if not run.candidates():
         errors = sorted({str(trial.user_attrs.get("error")) for trial in run.finished()})
         raise StudyError(f"every trial failed, the first with: {errors[0]}")
-    leading = sorted(candidates, key=lambda candidate: candidate.rank)[:MODELLED]
-    candidates = sorted(leading, key=lambda candidate: candidate.number)
-    trials = [candidate.trial for candidate in candidates]
-    belief = believed(
-        run.bench.space,
-        [trial.params for trial in trials],
-        np.array([candidate.value for candidate in candidates]),
-        np.array([trial.user_attrs["variance"] for trial in trials]),
-    )
+    candidates, belief = run.beliefs()
     missed = [candidate.missed for candidate in candidates]
     best = belief.ranked(missed)[: run.spec.search.finalists]
     run.output.stage(f"asking the best {len(best)} recipes the select items")

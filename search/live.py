@@ -8,6 +8,7 @@ from typing import Final
 
 from optuna.trial import FrozenTrial
 from rich.console import Group, OverflowMethod, RenderableType
+from rich.constrain import Constrain
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
@@ -16,6 +17,7 @@ from objectives.base import printable
 from search.output import STOPPING, Racing
 from search.result import short_names
 
+WIDTH: Final = 80
 SHOWN: Final = 4  # trials at work; of more, how many more
 
 
@@ -26,7 +28,8 @@ class View:
     Args:
         total: Trials at most.
         done: Trials that are finished.
-        best: Of them.
+        best: Of them, as it is believed, or at first as they were told.
+        believed: Its value, luck taken away; None: not known yet.
         racing: Those at work.
         evaluations: Item evaluations so far.
         left: Seconds that the trials left will take; None: not known yet.
@@ -38,6 +41,7 @@ class View:
     total: int = 0
     done: int = 0
     best: FrozenTrial | None = None
+    believed: float | None = None
     racing: tuple[Racing, ...] = ()
     evaluations: int = 0
     left: float | None = None
@@ -47,7 +51,10 @@ class View:
 
 
 def render(view: View) -> RenderableType:
-    """What is seen: one line each, cut where the terminal is too narrow; the plan is folded."""
+    """What is seen: one line each, cut where the terminal is too narrow; the plan is folded.
+
+    It is never wide: lines that a terminal breaks when it is made narrower would be left behind.
+    """
     rows = Table.grid(padding=(0, 1), expand=True)
     rows.add_column(no_wrap=True)
     rows.add_column(ratio=1)
@@ -56,7 +63,7 @@ def render(view: View) -> RenderableType:
         overflow: OverflowMethod = "fold" if folded else "ellipsis"
         what = Text(text, *style, no_wrap=not folded, overflow=overflow)
         rows.add_row(Text(name, "bold"), what)
-    return Group(_head(view), rows) if view.searching else rows
+    return Constrain(Group(_head(view), rows) if view.searching else rows, WIDTH)
 
 
 def _head(view: View) -> RenderableType:
@@ -72,7 +79,8 @@ def _head(view: View) -> RenderableType:
 
 def _rows(view: View) -> Iterator[tuple[str, ...]]:
     if view.best is not None:
-        yield "best", f"{percent(view.best).strip()}, {_described(view.best)}"
+        sure = "" if view.believed is None else f"believed {100 * view.believed:.1f} %, "
+        yield "best", f"{sure}told {percent(view.best).strip()}, {_described(view.best)}"
         yield "", _tasks_of(view.best), "dim"
     for place, one in enumerate(view.racing[:SHOWN]):
         yield "" if place else "racing", _race(one)

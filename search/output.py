@@ -58,6 +58,9 @@ class Output(Protocol):
     def trial(self, trial: FrozenTrial) -> None:
         """A trial was told."""
 
+    def believes(self, best: FrozenTrial, value: float) -> None:
+        """This trial is believed to be the best so far, luck taken away."""
+
     def stage(self, what: str) -> None:
         """The search is over and something else begins."""
 
@@ -149,6 +152,9 @@ class JsonLines:
             params=trial.params,
             item_evaluations=self._tally.evaluations,
         )
+
+    def believes(self, best: FrozenTrial, value: float) -> None:
+        """Not said."""
 
     def stage(self, what: str) -> None:
         """Its name."""

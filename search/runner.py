@@ -27,7 +27,7 @@ from merge_engine.checkpoint import FULL
 from merge_engine.recipe import Recipe
 from search.bench import Bench
 from search.frozen import difference, freeze
-from search.gaussian import rank
+from search.gaussian import MODELLED, believed, rank
 from search.output import Output, Racing
 from search.racing import Belief, Floats, Race, Strata, elect
 from search.samplers import make_sampler
@@ -145,7 +145,7 @@ class Run:
     workers: Workers
     output: Output
     opened: InitVar[Store | None] = None  # else the folder's own
-    after_trial: Callable[[], None] = lambda: None
+    after_trial: Sequence[Callable[[], None]] = ()
 
     def __post_init__(self, opened: Store | None) -> None:
         self.store = opened or Store(Storage.of(self.folder))
@@ -334,7 +334,8 @@ class Run:
     def _told(self, trial: FrozenTrial) -> None:
         self.study.set_user_attr("seconds", self.seconds())
         self.output.trial(trial)
-        self.after_trial()
+        for work in self.after_trial:
+            work()
 
     def best_donor(self) -> str:
         """The donor that is believed to be best after a race among the donors."""
@@ -456,6 +457,19 @@ class Run:
             first = found[key].number if key in found else trial.number
             found[key] = Candidate(self.bench.space, first, trial)
         return list(found.values())
+
+    def beliefs(self) -> tuple[list[Candidate], Belief]:
+        """Those that lead, in the order of their first trials, and what is believed of them."""
+        leading = sorted(self.candidates(), key=lambda candidate: candidate.rank)[:MODELLED]
+        leading.sort(key=lambda candidate: candidate.number)
+        trials = [candidate.trial for candidate in leading]
+        belief = believed(
+            self.bench.space,
+            [trial.params for trial in trials],
+            np.array([candidate.value for candidate in leading]),
+            np.array([trial.user_attrs["variance"] for trial in trials]),
+        )
+        return leading, belief
 
     def recipe_of(self, number: int) -> Recipe:
         """The recipe of a finished trial.

@@ -79,6 +79,10 @@ class Terminal:
         if self._live is None or better or trial.state == TrialState.FAIL:
             self._say(self._line(trial, better))
 
+    def believes(self, best: FrozenTrial, value: float) -> None:
+        """Seen in the live view."""
+        self._view = replace(self._view, best=best, believed=value)
+
     def stage(self, what: str) -> None:
         """A line."""
         self._say(what)
@@ -120,7 +124,7 @@ class Terminal:
                 self._view,
                 total=tally.total,
                 done=tally.done,
-                best=tally.best,
+                best=self._view.best or tally.best,
                 evaluations=tally.evaluations,
                 left=self._left(),
             )
