@@ -375,6 +375,8 @@ def load_yaml(path: Path) -> Mapping[str, Any]:
         raise RecipeError(f"{path}: {error.strerror}; check the path") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise RecipeError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
+    if mapping is None:
+        raise RecipeError(f"{path} is empty; `mergesearch init` writes a study to begin with")
     if not isinstance(mapping, dict):
         raise RecipeError(f"{path}: expected a mapping of keys to values, like 'dtype: float32'")
     return mapping
@@ -522,7 +524,8 @@ def first_error(error: ValidationError) -> str:
     """The first of pydantic's complaints in one line: where, what, what was got."""
     first = error.errors()[0]
     place = ".".join(str(part) for part in first["loc"])
-    return f"{place}: {first['msg']} (got {first['input']!r})"
+    said = first["msg"].replace("valid tuple", "list")  # as YAML calls it
+    return f"{place}: {said} (got {first['input']!r})"
 
 
 def _with_flat_parameters(

@@ -148,11 +148,29 @@ class _BesideItsYaml(TaskFactory):  # type: ignore[misc]  # lm-eval is published
         with _inside_folder_of(entry), reported(f"{where} could not be loaded"):
             try:
                 return super()._build_task(entry, overrides)
+            except datasets.exceptions.DatasetGenerationError as error:
+                raise ObjectiveError(
+                    f"{where}: {_broken_line(entry) or error.__cause__}"
+                ) from error
             except (FileNotFoundError, ConnectionError) as error:
                 raise ObjectiveError(
                     f"{where}: its data was not found: {error}; check dataset_path and "
                     "data_files, which are relative to that YAML"
                 ) from error
+
+
+def _broken_line(entry: Entry) -> str | None:
+    """The first line of a task's JSONL files that is no JSON; the reader of data names none."""
+    files = ((entry.cfg or {}).get("dataset_kwargs") or {}).get("data_files") or {}
+    for file in files.values() if isinstance(files, dict) else ():
+        if isinstance(file, str) and file.endswith(".jsonl"):
+            lines = Path(file).read_text(encoding="utf-8", errors="replace").splitlines()
+            for number, line in enumerate(lines, start=1):
+                try:
+                    json.loads(line or "{}")
+                except ValueError as error:
+                    return f"{Path(file).absolute()}:{number}: no JSON: {error}; mend it"
+    return None
 
 
 def _inside_folder_of(entry: Entry) -> contextlib.AbstractContextManager[None]:

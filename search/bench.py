@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from merge_engine.builder import Builder
 from merge_engine.donors import Checkpoint, Family
 from merge_engine.memory import plan_memory
-from merge_engine.recipe import check_keys, load_recipe
+from merge_engine.recipe import RecipeError, check_keys, load_recipe
 from merge_engine.vocabulary import load_tokenizer
 from objectives.base import Item, Objective, ObjectiveError
 from objectives.harness import Harness
@@ -121,9 +121,15 @@ def own_code_refused(checkpoint: Checkpoint) -> Iterator[None]:
     """Say what to do about a model that brings code of its own."""
     try:
         yield
+    except RecipeError:
+        raise
     except ValueError as error:
         if "trust_remote_code" not in str(error):
-            raise
+            reason = str(error).split(". ")[0].splitlines()[0]
+            raise StudyError(
+                f"{checkpoint.folder}: transformers cannot use it: {reason}; correct its "
+                "config.json, or update transformers"
+            ) from error
         raise StudyError(
             f"model {checkpoint.model!r} brings Python code of its own; read it, and if you trust "
             "it, set trust_remote_code: true in the study"
@@ -260,9 +266,6 @@ def _asked(
     """What is asked of whom."""
     objective = make_objective(spec, model, family.reference)
     check_keys("objective.constraints", spec.objective.constraints, objective.tasks)
-    return (
-        spec,
-        objective,
-        make_splits(spec, objective),
-        Space.of(spec, family.layer_filters, dtype),
-    )
+    space = Space.of(spec, family.layer_filters, dtype)
+    space.warm_starts()  # one of the user's may be none of the study's
+    return spec, objective, make_splits(spec, objective), space

@@ -15,7 +15,8 @@ from huggingface_hub import (
     ModelCardData,
     get_token,
 )
-from huggingface_hub.errors import HfHubHTTPError
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from huggingface_hub.utils._validators import validate_repo_id
 
 from merge_engine.donors import locate
 from merge_engine.recipe import Recipe, RecipeError
@@ -187,6 +188,10 @@ def push(checkpoint: Path, recipe: Path, repo: str, *, private: bool) -> str:
         Stopped: The Hub cannot be reached.
     """
     api = HfApi()
+    try:
+        validate_repo_id(repo)
+    except HFValidationError as error:
+        raise StudyError(f"{repo}: {error}; write it like org/name") from None
     if get_token() is None:
         raise StudyError(
             "there is no token of the Hub; log in with `hf auth login`, or set HF_TOKEN"

@@ -111,9 +111,18 @@ def _device(options: Any) -> str:
     import torch
     from transformers.utils import logging
 
+    from search.spec import StudyError
+
     if not options.verbose:
         logging.disable_progress_bar()  # it may have been imported before it was told
-    return options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device: str = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if getattr(options, "workers", None) is None:  # theirs may be on other machines
+        try:
+            torch.empty(0, device="cuda" if device == "auto" else device)
+        except (AssertionError, RuntimeError) as error:
+            reason = str(error).splitlines()[0]
+            raise StudyError(f"--device {device!r}: {reason}; use cpu, cuda or cuda:1") from None
+    return device
 
 
 def _demo(options: Any, output: Output) -> None:
@@ -150,11 +159,16 @@ def _session(
     work: Callable[[Run], None],
 ) -> None:
     """Do ``work`` with a run, holding its folder."""
-    from search.runner import Run, locked, set_aside
+    from search.runner import Run, check_folder, check_run, locked, set_aside
     from search.storage import Storage, Store
 
     new = getattr(options, "force_new", False)
-    Storage.of(folder, options.storage, new=new).check()
+    storage = Storage.of(folder, options.storage, new=new)
+    storage.check()
+    if new:
+        check_folder(folder)
+    else:
+        check_run(folder, spec, storage)
     # It checks everything, and nothing is written before.
     bench, workers = _crew(spec, options, output.plan)
     try:
@@ -201,7 +215,8 @@ def _crew(spec: StudySpec, options: Any, say: Callable[[str], None]) -> tuple[Be
     import_ray()  # before anything is prepared
     family = open_family(spec)
     outlined = outline(spec, family)
-    say(str(estimate(outlined, family, machine, options.workers)))
+    if machine.builds_on.type == "cpu":  # this machine may have no GPU, or another one
+        say(str(estimate(outlined, family, machine, options.workers)))
     count, gpus = options.workers, options.gpus_per_worker
     cluster = Cluster(options.ray_address, options.verbose)
     return outlined, RayWorkers(spec, machine, count=count, gpus=gpus, cluster=cluster, say=say)
@@ -410,26 +425,29 @@ def _export(options: Any, output: Output) -> None:
     from search.card import model_card
     from search.conclusion import other_trial
     from search.result import read_result
-    from search.runner import stored_spec
+    from search.runner import check_folder, find_trial, stored_spec
     from search.spec import StudyError
+    from search.storage import Storage, Store
 
     if options.out.exists():
         raise RecipeError(f"{options.out} exists; choose another folder or remove it")
+    check_folder(options.out)
+    spec, result = stored_spec(options.run, options.storage), read_result(options.run)
+    won = Recipe.model_validate(result.winner.recipe) if result and options.trial is None else None
+    if options.trial is not None:
+        study = Store(Storage.of(options.run, options.storage)).study()
+        find_trial(options.run, study, options.trial)
+    elif won is None:
+        raise StudyError(f"{options.run} has no winner yet; name a --trial")
 
     def save(run: Run) -> None:
-        result, other = read_result(run.folder), None
-        if options.trial is not None:
-            recipe = run.recipe_of(options.trial)
-            other = other_trial(run, options.trial, recipe, result)
-        elif result is None:
-            raise StudyError(f"{run.folder} has no winner yet; name a --trial")
-        else:
-            recipe = Recipe.model_validate(result.winner.recipe)
+        recipe = won or run.recipe_of(options.trial)
+        other = None if won else other_trial(run, options.trial, recipe, result)
         _save(run, recipe, options.out)
         _write_card(options.out, model_card(options.out.name, run.spec, recipe, result, other))
         output.done("", checkpoint=str(options.out))
 
-    _session(stored_spec(options.run, options.storage), options.run, options, output, save)
+    _session(spec, options.run, options, output, save)
 
 
 def _push(options: Any, output: Output) -> None:
@@ -452,13 +470,17 @@ def _push(options: Any, output: Output) -> None:
 
 def _report(options: Any, output: Output) -> None:
     from search.report import make_report
-    from search.runner import stored_spec
+    from search.runner import check_folder, stored_spec
+    from search.spec import StudyError
     from search.storage import Storage, Store
 
     stored_spec(options.run, options.storage)
+    file = options.out or options.run / "report.html"
+    if file.is_dir():
+        raise StudyError(f"{file} is a folder; name the file to write in it")
+    check_folder(file.parent)
     store = Store(Storage.of(options.run, options.storage))
     page = make_report(options.run, store, store.study())
-    file = options.out or options.run / "report.html"
     _replace_text(file, page)
     output.done(str(file), report=str(file))
 

@@ -7,8 +7,10 @@ depend on the finished trials alone.
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import math
+import os
 import re
 import time
 from collections import Counter
@@ -42,6 +44,50 @@ from search.workers import FAILURES, Workers
 _ASIDE = re.compile(r"old-(\d+)$")
 
 
+def check_folder(folder: Path) -> None:
+    """Refuse a folder that cannot be made or written into, before anything long starts.
+
+    Raises:
+        StudyError: Why, and what to do.
+    """
+    whole = folder.absolute()
+    there = next(path for path in (whole, *whole.parents) if path.exists())
+    if not there.is_dir():
+        reason = errno.EEXIST if there == whole else errno.ENOTDIR
+    elif os.access(there, os.W_OK):
+        return
+    else:
+        reason = errno.EROFS if os.statvfs(there).f_flag & os.ST_RDONLY else errno.EACCES
+    raise StudyError(f"{folder}: {os.strerror(reason)}; choose another folder")
+
+
+def check_run(folder: Path, spec: StudySpec, storage: Storage) -> None:
+    """Refuse a folder in which this study cannot be run, before anything long starts.
+
+    Raises:
+        StudyError: It cannot be written, holds other files, or is the run of another study.
+    """
+    check_folder(folder)
+    _check_ours(folder)
+    if (folder / DATABASE).is_file():
+        _check_same(folder, Store(storage).study(), spec)
+
+
+def _check_ours(run: Path) -> None:
+    ours = (run / name for name in (DATABASE, REMEMBERED, "lock"))
+    if run.is_dir() and any(run.iterdir()) and not any(file.exists() for file in ours):
+        raise StudyError(f"{run} holds other files; choose an empty folder or a run to resume")
+
+
+def _check_same(run: Path, study: Study, spec: StudySpec) -> None:
+    theirs = study.user_attrs.get("spec")
+    if theirs and (changed := _changes(theirs, spec.model_dump(mode="json"))):
+        raise StudyError(
+            f"{run} is the run of another study: {'; '.join(changed)}. "
+            "Choose another --out, set it back, or begin anew with --force-new"
+        )
+
+
 @contextmanager
 def locked(run: Path) -> Iterator[None]:
     """Hold the run folder for this process alone.
@@ -51,9 +97,7 @@ def locked(run: Path) -> Iterator[None]:
     """
     try:
         run.mkdir(parents=True, exist_ok=True)
-        ours = (run / name for name in (DATABASE, REMEMBERED, "lock"))
-        if any(run.iterdir()) and not any(file.exists() for file in ours):
-            raise StudyError(f"{run} holds other files; choose an empty folder or a run to resume")
+        _check_ours(run)
         lock = (run / "lock").open("w")
     except OSError as error:
         if error.errno in FULL:
@@ -167,15 +211,9 @@ class Run:
         Raises:
             StudyError: The folder is another study's, or the tasks' files have changed.
         """
-        mine = self.spec.model_dump(mode="json")
-        theirs = self.study.user_attrs
-        if "spec" in theirs and (changed := _changes(theirs["spec"], mine)):
-            raise StudyError(
-                f"{self.folder} is the run of another study: {'; '.join(changed)}. "
-                "Choose another --out, set it back, or begin anew with --force-new"
-            )
+        _check_same(self.folder, self.study, self.spec)
         self._adopt_items()
-        self.study.set_user_attr("spec", mine)
+        self.study.set_user_attr("spec", self.spec.model_dump(mode="json"))
 
     def _adopt_items(self) -> None:
         """Freeze the study's items, or refuse to go on with others."""
@@ -446,8 +484,7 @@ class Run:
 
     def finished(self) -> list[FrozenTrial]:
         """Trials that were told, with a value or an error."""
-        states = (TrialState.COMPLETE, TrialState.FAIL)
-        return self.study.get_trials(deepcopy=False, states=states)
+        return _finished(self.study)
 
     def candidates(self) -> list[Candidate]:
         """Every recipe that has a search score, in the order of their first trials."""
@@ -477,10 +514,7 @@ class Run:
         Raises:
             StudyError: There is no such trial.
         """
-        for trial in self.finished():
-            if trial.number == number:
-                return self.bench.space.recipe(trial.params)
-        raise StudyError(f"{self.folder} has no finished trial {number}")
+        return self.bench.space.recipe(find_trial(self.folder, self.study, number).params)
 
     def seconds(self) -> Mapping[str, float]:
         """Time of all sessions so far: ask, build and total."""
@@ -524,6 +558,23 @@ class Run:
         for label, point in self.bench.space.warm_starts():
             if label not in known:
                 self.study.enqueue_trial(point, user_attrs={"start": label})
+
+
+def find_trial(run: Path, study: Study, number: int) -> FrozenTrial:
+    """A finished trial of a run's study.
+
+    Raises:
+        StudyError: There is no such trial.
+    """
+    trials = {trial.number: trial for trial in _finished(study)}
+    if number not in trials:
+        raise StudyError(f"{run} has no finished trial {number}; it has {len(trials)}, from 0 on")
+    return trials[number]
+
+
+def _finished(study: Study) -> list[FrozenTrial]:
+    states = (TrialState.COMPLETE, TrialState.FAIL)
+    return study.get_trials(deepcopy=False, states=states)
 
 
 def _changes(old: Mapping[str, Any], new: Mapping[str, Any], where: str = "") -> list[str]:

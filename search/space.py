@@ -220,13 +220,21 @@ class Space:
         strangers = sorted(named - {*self.donors})
         if strangers or recipe.merge_method not in self.methods:
             stranger = repr(strangers[0]) if strangers else f"method {recipe.merge_method!r}"
-            raise RecipeError(f"search.start: a recipe has {stranger}, which the study has not")
+            raise RecipeError(f"it has {stranger}, which the study has not; leave it out")
         weights = [[unit.get(donor, 0.0) for donor in self.donors] for unit in added]
         known = {n: float(np.mean(units[-1][n])) for n in self.ranges if n in units[-1]}
         point = self.point_of(recipe.merge_method, weights, known)
         if not self.contains(point):
-            raise RecipeError(f"search.start: a recipe is outside the study's ranges: {point}")
+            raise RecipeError(
+                f"it is outside the study's ranges: {point}; widen them, or leave it out"
+            )
         return point
+
+    def _point_of_start(self, place: int, recipe: Recipe) -> dict[str, Any]:
+        try:
+            return self.point_like(recipe)
+        except RecipeError as error:
+            raise RecipeError(f"search.start: recipe {place}: {error}") from None
 
     def warm_starts(self) -> list[tuple[str, dict[str, Any]]]:
         """What is tried first: base, each donor, their average, a ladder of scales, each method.
@@ -250,7 +258,7 @@ class Space:
         starts += [(f"{method} as it is", self.point(method, ones)) for method in others]
         starts = [(label, point) for label, point in starts if self.contains(point)]
         return starts + [
-            (f"start {place}", self.point_like(recipe))
+            (f"start {place}", self._point_of_start(place, recipe))
             for place, recipe in enumerate(self.starts, start=1)
         ]
 

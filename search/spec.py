@@ -159,6 +159,10 @@ def load_study(path: Path) -> StudySpec:
 
 def parse_study(mapping: Mapping[str, Any], folder: Path, where: str) -> StudySpec:
     """Check a study's mapping; ``load_study`` without the file."""
+    if "merge_method" in mapping:
+        raise StudyError(
+            f"{where}: 'merge_method' makes it a recipe and no study; `mergesearch build` merges it"
+        )
     parts = {name: _mapping(mapping, name, where) for name in ("search", "objective")}
     check_keys(where, mapping, StudySpec.model_fields)
     check_keys(f"{where}: objective", parts["objective"], Objective.model_fields)

@@ -96,36 +96,6 @@ def test_export_saves_any_trial_of_a_run(make_study, zoo, tmp_path, capsys):
     assert "no finished trial 99" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(
-    ("command", "changes", "message"),
-    [
-        ("run", {"base_model": "nowhere"}, "model 'nowhere': no such folder, and not a hub id"),
-        ("run", {"search__methods": ["tise"]}, "unknown key 'tise'; did you mean 'ties'"),
-        ("run", {"serach": {}}, "unknown key 'serach'; did you mean 'search'"),
-        ("run", {"objective__tasks": ["pikc"]}, "'pikc'"),
-        ("run", {"objective__tasks": [{"task": "pick", "metric": "bleu"}]}, "no metric 'bleu'"),
-        (
-            "run",
-            {"objective__constraints": {"pikc": 0.5}},
-            "unknown key 'pikc'; did you mean 'pick'",
-        ),
-        ("run", {"objective__items": {"search": 9000}}, "ask for 9600 items"),
-        ("check", {"objective__items": {"search": 9000}}, "ask for 9600 items"),
-    ],
-)
-def test_wrong_study_is_exit_2_one_line_and_nothing_written(
-    make_study, tmp_path, capsys, command, changes, message
-):
-    study, run = make_study(tmp_path, **changes), tmp_path / "run"
-    options = ["--out", str(run), "--device", "cpu"] if command == "run" else []
-    assert main([command, str(study), *options]) == 2
-    error = capsys.readouterr().err
-    assert error.startswith("mergesearch: ")
-    assert message in error
-    assert error.count("\n") == 1
-    assert not run.exists()
-
-
 def test_code_that_comes_with_a_model_does_not_run_unasked(make_study, zoo, tmp_path, capsys):
     names = {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.OwnModel"}
     for name in ("base", "a"):
@@ -151,34 +121,6 @@ def test_donors_of_other_shapes_are_exit_2_and_nothing_written(
         assert main(command) == 2
         assert "differ in the shape of 'model.layers.0.mlp" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"base_model": None}, "ties needs a base_model"),
-        ({"merge_method": "dare-ties"}, "did you mean 'dare_ties'"),
-        ({"models": [{"model": "nowhere"}]}, "model 'nowhere': no such folder"),
-        ({"parameters": {"density": 2, "weight": 1}}, "'density' for"),
-    ],
-)
-def test_wrong_recipe_is_exit_2_and_nothing_written(recipe, tmp_path, capsys, changes, message):
-    mapping = yaml.safe_load(recipe.read_text()) | changes
-    for source in mapping["models"]:
-        source.pop("parameters", {}) if "parameters" in changes else None
-    recipe.write_text(yaml.safe_dump(mapping))
-    for command in (["check", str(recipe)], ["build", str(recipe), str(tmp_path / "out")]):
-        assert main(command) == 2
-        assert message in capsys.readouterr().err
-    assert [path.name for path in tmp_path.iterdir()] == ["recipe.yaml"]
-
-
-def test_folder_with_other_files_is_not_taken_for_a_run(make_study, tmp_path, capsys):
-    study = make_study(tmp_path)
-    assert main(["run", str(study), "--out", str(tmp_path), "--device", "cpu"]) == 2
-    assert "holds other files" in capsys.readouterr().err
-    assert main(["export", str(tmp_path), str(tmp_path / "out")]) == 2
-    assert "no run here" in capsys.readouterr().err
 
 
 def test_second_process_on_a_run_is_refused(make_study, tmp_path, capsys):
@@ -213,25 +155,6 @@ def test_nothing_heavy_is_imported_for_help():
     heavy = "{'torch', 'lm_eval', 'optuna', 'rich', 'pydantic'}"
     code = f"import sys, search.cli; sys.exit(bool({heavy} & set(sys.modules)))"
     subprocess.run([sys.executable, "-c", code], check=True)
-
-
-@pytest.mark.parametrize(
-    "option",
-    [
-        ["--trials", "0"],
-        ["--trials", "-3"],
-        ["--seed", "x"],
-        ["--memory", "lots"],
-        ["--timeout", "8"],
-    ],
-)
-def test_wrong_option_is_exit_2(make_study, tmp_path, capsys, option):
-    study = make_study(tmp_path)
-    assert main(["run", str(study), "--out", str(tmp_path / "run"), *option]) == 2
-    error = capsys.readouterr().err
-    assert option[1] in error
-    assert error.count("\n") == 1
-    assert not (tmp_path / "run").exists()
 
 
 def test_installed_command_is_this_one():
