@@ -100,17 +100,21 @@ def trim() -> int:
     return most
 
 
-def fingerprint(files: Iterable[Path]) -> str:
+def fingerprint(files: Iterable[Path], *, dated: bool = True) -> str:
     """What tells weights from others, without reading them all.
 
     Of each file its size, the safetensors header, and 64 pieces of 64 KiB at equal distances. A
     fine-tune may have changed nothing there, so the time of the last change counts as well: a
     copied model is measured again, which costs seconds, where a mistaken one would cost the study.
+
+    Args:
+        files: Of a model or an adapter.
+        dated: Whether that time counts; without it a copy has the same fingerprint.
     """
     digest = hashlib.blake2b(digest_size=16)
     for file in files:
         status = file.stat()
-        digest.update(f"{status.st_size} {status.st_mtime_ns} ".encode())
+        digest.update(f"{status.st_size} {status.st_mtime_ns if dated else ''} ".encode())
         with file.open("rb") as opened:
             length = int.from_bytes(opened.read(8), "little")
             if file.suffix == ".safetensors":

@@ -202,6 +202,11 @@ class Checkpoint:
         """What tells the model's weights from any others, wherever they lie."""
         return cache.fingerprint(self._files())
 
+    @property
+    def contents(self) -> str:
+        """The same, but that a copy of the model has the same one."""
+        return cache.fingerprint(self._files(), dated=False)
+
     def ought_to_have(self, name: str) -> bool:
         """Whether a tensor, if missing, leaves a gap: then the model is not whole.
 
@@ -301,6 +306,11 @@ class Adapted(Checkpoint):
     def fingerprint(self) -> str:
         """That of the model and the adapter."""
         return f"{super().fingerprint}+{cache.fingerprint(self._adapter.files)}"
+
+    @property
+    def contents(self) -> str:
+        """That of the model and the adapter."""
+        return f"{super().contents}+{cache.fingerprint(self._adapter.files, dated=False)}"
 
     def read(self, name: str) -> Tensor:
         """The tensor with its change, in float32 if it has one."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -55,12 +55,14 @@ class Bench:
         objective: Knows the items.
         splits: Which items are for what.
         space: The recipes that are searched.
+        models: What tells the weights of each model from others, by its name.
     """
 
     spec: StudySpec
     objective: Objective
     splits: Splits
     space: Space
+    models: Mapping[str, str]
 
     @property
     def weights(self) -> dict[str, float]:
@@ -262,10 +264,11 @@ def make_bench(
 
 def _asked(
     spec: StudySpec, model: PreTrainedModel, family: Family, dtype: str
-) -> tuple[StudySpec, Objective, Splits, Space]:
+) -> tuple[StudySpec, Objective, Splits, Space, Mapping[str, str]]:
     """What is asked of whom."""
     objective = make_objective(spec, model, family.reference)
     check_keys("objective.constraints", spec.objective.constraints, objective.tasks)
     space = Space.of(spec, family.layer_filters, dtype)
     space.warm_starts()  # one of the user's may be none of the study's
-    return spec, objective, make_splits(spec, objective), space
+    models = {name: model.contents for name, model in family.checkpoints.items()}
+    return spec, objective, make_splits(spec, objective), space, models

@@ -308,8 +308,14 @@ def _save(run: Run, recipe: Recipe, out: Path) -> None:
     from search.runner import export
 
     run.output.stage(f"saving {out}")
-    compared = export(run, recipe, out)
-    run.output.stage(f"rebuilt: all {compared} answers are those in the database")
+    compared, differing, _ = export(run, recipe, out)
+    text = f"rebuilt: all {compared} answers are those in the database"
+    if differing:
+        text = (
+            f"rebuilt: {compared - differing} of {compared} answers are those in the database, the "
+            "others differ as rounding does (another machine, or smaller batches)"
+        )
+    run.output.stage(text)
 
 
 def _write_card(checkpoint: Path, text: str) -> None:

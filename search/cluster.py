@@ -22,7 +22,7 @@ from objectives.base import Answer
 from search.bench import Machine, make_bench
 from search.quiet import quiet
 from search.spec import StudyError, StudySpec
-from search.workers import FAILURES, Job, Reply, Worker, WorkerDied
+from search.workers import FAILURES, Job, Reply, Saved, Worker, WorkerDied
 
 STORE_BYTES: Final = 1 << 27  # Ray's own memory: it passes recipes and answers alone
 LOADS: Final = 3  # in a row that a worker may die of
@@ -73,7 +73,9 @@ class _Actor:
         self._notes.clear()
         return replace(reply, notes=notes)
 
-    def save(self, recipe: Recipe, asked: Sequence[tuple[Job, Sequence[Answer]]], out: Path) -> str:
+    def save(
+        self, recipe: Recipe, asked: Sequence[tuple[Job, Sequence[Answer]]], out: Path
+    ) -> Saved:
         return self.worker.save(recipe, asked, out)
 
     def look_through(self) -> None:
@@ -157,9 +159,12 @@ class RayWorkers:
                     return place, error
                 self.submit(place, job)  # it had not begun
 
-    def save(self, recipe: Recipe, asked: Sequence[tuple[Job, Sequence[Answer]]], out: Path) -> str:
+    def save(
+        self, recipe: Recipe, asked: Sequence[tuple[Job, Sequence[Answer]]], out: Path
+    ) -> Saved:
         """As ``Worker.save``, by the first."""
-        return str(self._by_first(lambda actor: actor.save.remote(recipe, asked, out)))
+        saved: Saved = self._by_first(lambda actor: actor.save.remote(recipe, asked, out))
+        return saved
 
     def look_through(self) -> None:
         """Read all donors."""

@@ -39,7 +39,7 @@ from search.space import Space
 from search.spec import Split, StudyError, StudySpec
 from search.stopping import exhausted
 from search.storage import DATABASE, REMEMBERED, Storage, Store
-from search.workers import FAILURES, Workers
+from search.workers import FAILURES, Saved, Workers
 
 _ASIDE = re.compile(r"old-(\d+)$")
 
@@ -209,11 +209,24 @@ class Run:
         """Write the study into the database, or compare it with what is there.
 
         Raises:
-            StudyError: The folder is another study's, or the tasks' files have changed.
+            StudyError: The folder is another study's, or models or tasks' files have changed.
         """
         _check_same(self.folder, self.study, self.spec)
         self._adopt_items()
+        self._adopt_models()
         self.study.set_user_attr("spec", self.spec.model_dump(mode="json"))
+
+    def _adopt_models(self) -> None:
+        """Note what tells the models' weights from others, or refuse to go on with others."""
+        now, stored = self.bench.models, self.study.user_attrs.get("models", {})
+        if changed := [
+            name for name, weights in now.items() if stored.get(name, weights) != weights
+        ]:
+            raise StudyError(
+                f"{self.folder}: the weights of {', '.join(changed)} have changed since the run "
+                "began. Restore them, choose another --out, or begin anew with --force-new"
+            )
+        self.study.set_user_attr("models", dict(now))
 
     def _adopt_items(self) -> None:
         """Freeze the study's items, or refuse to go on with others."""
@@ -589,13 +602,9 @@ def _changes(old: Mapping[str, Any], new: Mapping[str, Any], where: str = "") ->
     return found
 
 
-def export(run: Run, recipe: Recipe, out: Path) -> int:
-    """Have a recipe built once more, make sure that it answers as it did, and save it.
-
-    Returns:
-        How many answers were compared with the database.
-    """
-    compared, machine = run.scorer.save(recipe, out)
+def export(run: Run, recipe: Recipe, out: Path) -> Saved:
+    """Have a recipe built once more, make sure that it answers as it did, and save it."""
+    saved = run.scorer.save(recipe, out)
     if not out.is_dir():
-        run.output.note(f"{out} lies on the machine {machine}, whose worker has written it")
-    return compared
+        run.output.note(f"{out} lies on the machine {saved.machine}, whose worker has written it")
+    return saved

@@ -19,7 +19,7 @@ from objectives.items import SPLITS, blocks
 from search.bench import Bench
 from search.spec import Split
 from search.storage import Store
-from search.workers import Job, WorkerDied, Workers
+from search.workers import Job, Saved, WorkerDied, Workers
 
 DEATHS: Final = 2  # of workers, after which a recipe is asked no more
 
@@ -174,19 +174,14 @@ class Scorer:
             place, _ = self.workers.next()
             del self._at_work[place]
 
-    def save(self, recipe: Recipe, out: Path) -> tuple[int, str]:
-        """Have a recipe built once more, compared with its stored answers, and saved.
-
-        Returns:
-            How many answers were compared, and the name of the machine that has the folder.
-        """
+    def save(self, recipe: Recipe, out: Path) -> Saved:
+        """Have a recipe built once more, compared with its stored answers, and saved."""
         asked = [
             (Job(recipe, self._blocks[split][number]), answers)
             for split in SPLITS
             for number, answers in sorted(self.store.answers(recipe.key, split).items())
         ]
-        machine = self.workers.save(recipe, asked, out.absolute())
-        return sum(len(answers) for _, answers in asked), machine
+        return self.workers.save(recipe, asked, out.absolute())
 
     def _first(self, split: Split, items: int | None) -> range:
         """The numbers of the blocks that the first items of a split are in."""

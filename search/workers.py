@@ -5,12 +5,13 @@
 
 from __future__ import annotations
 
+import math
 import socket
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final, Protocol
+from typing import Final, NamedTuple, Protocol
 
 import torch
 
@@ -20,6 +21,7 @@ from objectives.base import Answer, ObjectiveError
 from search.bench import LiveBench
 from search.spec import StudyError
 
+ROUNDED: Final = 0.02  # of the answers may be others by rounding, and no more
 FAILURES: Final = (RecipeError, ObjectiveError)  # the candidate's own: the search goes on
 
 
@@ -39,6 +41,20 @@ class Reply:
     build_seconds: float
     ask_seconds: float
     notes: Sequence[str] = ()
+
+
+class Saved(NamedTuple):
+    """What came of building a recipe once more and saving it.
+
+    Args:
+        compared: Answers that were asked again.
+        differing: Those of them that are not the same to the bit.
+        machine: The name of the machine that has the folder.
+    """
+
+    compared: int
+    differing: int
+    machine: str
 
 
 class WorkerDied(StudyError):  # noqa: N818  what happened, not what is wrong
@@ -63,7 +79,9 @@ class Workers(Protocol):
             new worker at its place.
         """
 
-    def save(self, recipe: Recipe, asked: Sequence[tuple[Job, Sequence[Answer]]], out: Path) -> str:
+    def save(
+        self, recipe: Recipe, asked: Sequence[tuple[Job, Sequence[Answer]]], out: Path
+    ) -> Saved:
         """As ``Worker.save``, by any of them while all are idle."""
 
     def look_through(self) -> None:
@@ -104,9 +122,12 @@ class Worker:
             raise ObjectiveError(f"out of memory: {str(error).splitlines()[0]}") from error
         return Reply(answers, built - start, time.perf_counter() - built)
 
-    def save(self, recipe: Recipe, asked: Sequence[tuple[Job, Sequence[Answer]]], out: Path) -> str:
+    def save(
+        self, recipe: Recipe, asked: Sequence[tuple[Job, Sequence[Answer]]], out: Path
+    ) -> Saved:
         """Build a recipe once more, make sure that it answers as it did, and save it.
 
+        On another machine, or in smaller batches, rounding may decide a few answers otherwise.
         Where judging failed, now or then, there is nothing to compare: a time limit was in play.
 
         Args:
@@ -114,29 +135,31 @@ class Worker:
             asked: What it was asked before, and its answers.
             out: The folder to make.
 
-        Returns:
-            The name of the machine that has the folder.
-
         Raises:
-            RuntimeError: An answer differs: what would be saved is not what was scored.
+            ObjectiveError: More than ``ROUNDED`` of the answers are others: what would be saved is
+                not what was scored.
         """
         builder = self.bench.builder
         builder.loaded = None
-        for job, answers in asked:
-            if not _same(self.ask(job).answers, answers):
-                raise RuntimeError(f"rebuilt recipe answers items {job.items} otherwise")
+        pairs = [
+            (new.value, old.value)
+            for job, answers in asked
+            for new, old in zip(self.ask(job).answers, answers, strict=True)
+            if new.fault is None and old.fault is None
+        ]
+        differing = sum(new != old for new, old in pairs)
+        others = sum(not math.isclose(new, old, rel_tol=1e-3, abs_tol=1e-6) for new, old in pairs)
+        if others > ROUNDED * len(pairs):
+            raise ObjectiveError(
+                f"the recipe, built once more, answers {others} of {len(pairs)} items otherwise "
+                "than it did, so it is not saved: models, packages or the machine have changed; "
+                "restore them, or begin anew with --force-new"
+            )
         if builder.loaded is None:
             builder.build(recipe)
         model = Model(like=builder.family.reference, recipe=recipe)
         write_checkpoint(builder.tensors(), out, shapes=dict(builder.tensors()), model=model)
-        return socket.gethostname()
-
-
-def _same(ones: Sequence[Answer], others: Sequence[Answer]) -> bool:
-    return all(
-        one.value == other.value or one.fault is not None or other.fault is not None
-        for one, other in zip(ones, others, strict=True)
-    )
+        return Saved(len(pairs), differing, socket.gethostname())
 
 
 class Here:
@@ -163,7 +186,9 @@ class Here:
         except FAILURES as error:
             return 0, error
 
-    def save(self, recipe: Recipe, asked: Sequence[tuple[Job, Sequence[Answer]]], out: Path) -> str:
+    def save(
+        self, recipe: Recipe, asked: Sequence[tuple[Job, Sequence[Answer]]], out: Path
+    ) -> Saved:
         """As ``Worker.save``."""
         return self._worker.save(recipe, asked, out)
 

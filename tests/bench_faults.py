@@ -290,7 +290,7 @@ def simulated(options: argparse.Namespace) -> tuple[dict[int, tuple[Items, int]]
     }
     spec = parse_study(study, Path(), "simulated")
     objective = Questions(questions, dict(landscape.weights))
-    return items, Bench(spec, objective, Splits(**numbers), space)
+    return items, Bench(spec, objective, Splits(**numbers), space, {})
 
 
 def generations(spent: Sequence[float], size: int) -> Iterator[Sequence[float]]:

@@ -81,7 +81,7 @@ def make_bench(sampler: str, items: int) -> Bench:
         "objective": {"tasks": [{"task": task} for task in landscape.weights], "block": BLOCK},
     }
     spec = parse_study(study, Path(), "simulated")
-    return Bench(spec, Questions(tasks, dict(landscape.weights)), Splits(**splits), space)
+    return Bench(spec, Questions(tasks, dict(landscape.weights)), Splits(**splits), space, {})
 
 
 def write(file: Path, bench: Bench, trials: int) -> None:

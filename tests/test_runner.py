@@ -289,6 +289,47 @@ def test_changed_tasks_are_refused_with_the_difference(finished, capsys, file, o
     assert message in error
 
 
+def test_changed_weights_are_refused_and_copied_ones_are_not(make_study, zoo, tmp_path, capsys):
+    models = shutil.copytree(zoo, tmp_path / "zoo")
+    named = {"base_model": str(models / "base"), "models": [str(models / name) for name in "ab"]}
+    study = make_study(tmp_path, **named, search__trials=1)
+    command = ["run", str(study), "--out", str(tmp_path / "run"), "--device", "cpu"]
+    assert main(command) == 0
+    file = models / "b" / "model.safetensors"
+    file.write_bytes(file.read_bytes())
+    assert main(command) == 0
+    save_file({name: 1.5 * tensor for name, tensor in load_file(file).items()}, file)
+    capsys.readouterr()
+    assert main(command) == 2
+    error = capsys.readouterr().err
+    assert f"the weights of {models / 'b'} have changed since the run began" in error
+    assert "--force-new" in error
+
+
+@pytest.mark.parametrize(("changed", "code"), [(1, 0), (8, 2)])
+def test_checkpoint_may_answer_otherwise_by_rounding_alone(
+    finished, tmp_path, capsys, changed, code
+):
+    run = shutil.copytree(finished[1], tmp_path / "run")
+    winner = load_recipe(run / "recipe.yaml")[0].key
+    where = f"where recipe = '{winner}' and split = 'test' and block = 0"
+    with sqlite3.connect(run / DATABASE) as database:
+        [(stored,)] = database.execute(f"select answers from mergesearch_answers {where}")
+        values = json.loads(stored)
+        values[:changed] = [1.0 - value for value in values[:changed]]
+        update = f"update mergesearch_answers set answers = ? {where}"
+        database.execute(update, [json.dumps(values)])
+    out = tmp_path / "again"
+    assert main(["export", str(run), str(out), "--device", "cpu"]) == code
+    said = capsys.readouterr()
+    assert out.exists() == (code == 0)
+    if code:
+        assert f"answers {changed} of" in said.err
+        assert "--force-new" in said.err
+    else:
+        assert "the others differ as rounding does" in said.out
+
+
 def test_rows_of_a_data_file_may_be_reordered_during_a_run(finished):
     study, run = finished
     data = study.parent / "tasks" / "pick.jsonl"

@@ -119,9 +119,10 @@ def test_race_of_a_resumed_run_is_the_one_that_was_stopped(done):
 def test_winner_is_chosen_and_saved_as_it_was_scored(done, tmp_path):
     run, _, _ = done
     result, recipe = conclude(run)
-    compared, _ = run.scorer.save(recipe, tmp_path / "checkpoint")
+    compared, differing, _ = run.scorer.save(recipe, tmp_path / "checkpoint")
     assert (tmp_path / "checkpoint" / "model.safetensors").is_file()
     assert compared >= 24 + 8  # the test, and a block of the search
+    assert not differing
     assert result.trials == 12
 
 
