@@ -205,7 +205,7 @@ def make_splits(spec: StudySpec, objective: Objective) -> Splits:
 def open_family(spec: StudySpec, *, compiled: bool = True) -> Family:
     """The study's models, base first."""
     candidates = spec.search.trials if compiled else 0
-    return Family([spec.base_model, *spec.models], candidates=candidates)
+    return Family([spec.base_model, *spec.beside_base], candidates=candidates)
 
 
 def place_donors(family: Family, dtype: str, machine: Machine) -> tuple[str, str]:

@@ -71,8 +71,8 @@ def choose(run: Run) -> Choice:
 
     def missing(finalist: int, items: int) -> float:
         candidate = candidates[best[finalist]]
-        both = run.sheet_of(candidate.trial) + run.sheet(candidate.recipe, "select", items)
-        return run.missed(both)
+        select = run.sheet(candidate.recipe, "select", items)
+        return run.missed(run.sheet_of(candidate.trial), select)
 
     ends = run.ends("select")
     budget = SELECT_SHARE * run.store.scored()[0]["search"]
@@ -140,7 +140,7 @@ def conclude(run: Run) -> tuple[Result, Recipe]:
         verdict=verdict([intervals[name] for name in baselines if name != UNIFORM]),
         winner=tested_winner(run, choice.candidate),
         front=members,
-        donors={model: found[model] for model in run.spec.models},
+        donors={model: found[model] for model in run.spec.beside_base},
         base=found[run.spec.base_model],
         uniform=found[UNIFORM],
         difference_to_best_donor=DonorDifference(

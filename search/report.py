@@ -115,7 +115,7 @@ class Facts:
         )
         self.complete = [trial for trial in self.trials if trial.state == TrialState.COMPLETE]
         self.failed = [trial for trial in self.trials if trial.state == TrialState.FAIL]
-        self.names = short_names(self.spec.models, "/") | {UNIFORM: "uniform"}
+        self.names = short_names(self.spec.beside_base, "/") | {UNIFORM: "uniform"}
         self.names[self.spec.base_model] = "base"
 
     @property

@@ -36,7 +36,7 @@ from search.samplers import make_sampler
 from search.scoring import Block, Scorer
 from search.selection import COST, Sheet, shortfall, tasks_with_cost
 from search.space import Space
-from search.spec import Split, StudyError, StudySpec
+from search.spec import BelowBase, Split, StudyError, StudySpec
 from search.stopping import exhausted
 from search.storage import DATABASE, REMEMBERED, Storage, Store
 from search.workers import FAILURES, Saved, Workers
@@ -390,7 +390,7 @@ class Run:
 
     def best_donor(self) -> str:
         """The donor that is believed to be best after a race among the donors."""
-        donors = self.spec.models
+        donors = self.spec.beside_base
         recipes = self.bench.space.baselines()
 
         def ask(some: Sequence[int], items: int) -> Floats:
@@ -406,6 +406,7 @@ class Run:
         recipe = self.bench.space.baselines()[best]
         sheet = self.sheet(recipe, "search")
         self._report_faults(best, recipe)
+        # Floors may follow the base: it is asked all items here, while nobody else is at work.
         race.finish(self.goals(sheet), self.missed(sheet))
         for trial in self._that_count(race):
             sheet = self.sheet_of(trial)
@@ -448,10 +449,22 @@ class Run:
         """The tasks of a split's items."""
         return Strata(self.bench.tasks_of(split), self.bench.weights)
 
-    def missed(self, sheet: Sheet) -> float:
-        """By how much a sheet misses the study's limits."""
-        limits = self.spec.objective
-        return shortfall(sheet, limits.constraints, limits.max_mean_tokens)
+    def missed(self, search: Sheet, select: Sheet | None = None) -> float:
+        """By how much a recipe's answers to the first items of one or two splits miss the limits.
+
+        Floors that follow the base are of the base's answers to the same items.
+        """
+        limits, both = self.spec.objective, search + select if select else search
+        floors = {name: f for name, f in limits.constraints.items() if isinstance(f, float)}
+        below = {name: f for name, f in limits.constraints.items() if isinstance(f, BelowBase)}
+        if below:
+            base = self.bench.space.baselines()[self.spec.base_model]
+            theirs = self.sheet(base, "search", len(search.answers))
+            if select:
+                theirs += self.sheet(base, "select", len(select.answers))
+            means = theirs.by_task
+            floors |= {name: means[name] - f.margin for name, f in below.items() if name in means}
+        return shortfall(both, floors, limits.max_mean_tokens)
 
     def goals(self, sheet: Sheet) -> Floats:
         """A sheet's values in the goals of the search: its answers, and what they cost."""

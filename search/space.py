@@ -18,11 +18,19 @@ from typing import Any
 
 import numpy as np
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution
+from scipy.optimize import nnls
 
 from merge_engine.methods import METHODS, Base, Param
 from merge_engine.recipe import Recipe, RecipeError, load_recipe
 from search.places import Floats, without_trifles
-from search.spec import StudySpec, followers, searchable
+from search.spec import (
+    StudySpec,
+    TaskVector,
+    beside_base,
+    followers,
+    searchable,
+    task_vectors,
+)
 
 Point = Mapping[str, Any]
 UNIFORM = "uniform average"
@@ -36,7 +44,7 @@ class Space:
 
     Args:
         base: The base model.
-        donors: k models.
+        donors: k models or differences of two.
         methods: Names in METHODS.
         scale: Range of the donors' mean weight.
         ranges: Range of every other searched or fixed parameter, equal ends for a fixed one.
@@ -50,7 +58,7 @@ class Space:
     """
 
     base: str
-    donors: tuple[str, ...]
+    donors: tuple[str | TaskVector, ...]
     methods: tuple[str, ...]
     scale: tuple[float, float]
     ranges: Mapping[str, tuple[float, float]]
@@ -82,6 +90,19 @@ class Space:
                 load_recipe(path / "recipe.yaml" if path.is_dir() else path)[0]
                 for path in search.start
             ),
+        )
+
+    @cached_property
+    def models(self) -> tuple[str, ...]:
+        """The m models of which a recipe gives weights."""
+        return beside_base(self.base, self.donors)
+
+    @cached_property
+    def _signs(self) -> Floats:
+        """What each donor adds of each model, (k, m): 1, 0, or -1 for one that it subtracts."""
+        vectors = task_vectors(self.base, self.donors)
+        return np.array(
+            [[float(m == one.model) - (m == one.minus) for m in self.models] for one in vectors]
         )
 
     def distributions(self) -> dict[str, BaseDistribution]:
@@ -132,7 +153,12 @@ class Space:
 
     def recipe(self, point: Point) -> Recipe:
         """The recipe a point stands for; parameters its method has not are left out."""
-        weights: list[tuple[float, ...]] = [*map(tuple, self.weights([point])[0].tolist())]
+        return self._recipe(point, self.weights([point])[0] @ self._signs)
+
+    def _recipe(self, point: Point, of_models: Floats) -> Recipe:
+        """The recipe with these weights of the m models in each of the u units, (u, m)."""
+        rounded = of_models.round(6) + 0.0  # which makes -0.0 zero
+        weights: list[tuple[float, ...]] = [*map(tuple, rounded.tolist())]
         method = str(point["method"])
         chosen = self._heaviest(weights, METHODS[method].donors[1])
         if METHODS[method].base is Base.ENDPOINT:
@@ -168,16 +194,14 @@ class Space:
         return min(max(float(searchable(self.methods)[name].default or 0.0), low), high)
 
     def baselines(self) -> dict[str, Recipe]:
-        """What any winner has to beat: base and donors by name, and the ``UNIFORM`` average."""
-        k = len(self.donors)
-        weights = {self.base: (0.0,) * k}
-        weights |= {d: tuple(float(d == other) for other in self.donors) for d in self.donors}
-        weights[UNIFORM] = (round(1 / k, 6),) * k
+        """What any winner has to beat: base and models by name, and the ``UNIFORM`` average."""
+        k, m = len(self.donors), len(self.models)
         whole = replace(self, units=((),), methods=("task_arithmetic",), ranges={})
-        return {
-            name: whole.recipe(whole.point("task_arithmetic", of_donors))
-            for name, of_donors in weights.items()
-        }
+        average = whole.point("task_arithmetic", (round(1 / k, 6),) * k)
+        alone = np.vstack([np.zeros(m), np.eye(m)])[:, None]  # (1 + m, 1, m)
+        names = (self.base, *self.models)
+        recipes = {name: whole._recipe(average, w) for name, w in zip(names, alone, strict=True)}
+        return {**recipes, UNIFORM: whole.recipe(average)}
 
     def point(self, method: str, weights: Sequence[float], **values: float) -> dict[str, Any]:
         """The point whose recipe has these weights of the k donors in every unit.
@@ -217,11 +241,12 @@ class Space:
         ]
         # The base may be named for its tokenizer alone.
         named = {m for unit in added for m, weight in unit.items() if weight or m != self.base}
-        strangers = sorted(named - {*self.donors})
+        strangers = sorted(named - {*self.models})
         if strangers or recipe.merge_method not in self.methods:
             stranger = repr(strangers[0]) if strangers else f"method {recipe.merge_method!r}"
             raise RecipeError(f"it has {stranger}, which the study has not; leave it out")
-        weights = [[unit.get(donor, 0.0) for donor in self.donors] for unit in added]
+        of_models = np.array([[unit.get(m, 0.0) for m in self.models] for unit in added])
+        weights = self._of_donors(of_models).tolist()
         known = {n: float(np.mean(units[-1][n])) for n in self.ranges if n in units[-1]}
         point = self.point_of(recipe.merge_method, weights, known)
         if not self.contains(point):
@@ -235,6 +260,19 @@ class Space:
             return self.point_like(recipe)
         except RecipeError as error:
             raise RecipeError(f"search.start: recipe {place}: {error}") from None
+
+    def _of_donors(self, of_models: Floats) -> Floats:
+        """The weights of the k donors, (u, k), that make these of the m models, (u, m).
+
+        Raises:
+            RecipeError: There are none.
+        """
+        if self.models == self.donors:
+            return of_models
+        found = [nnls(self._signs.T, of_unit) for of_unit in of_models]
+        if max(distance for _, distance in found) > 1e-5:
+            raise RecipeError(f"it is no sum of {', '.join(map(str, self.donors))}")
+        return np.array([weights.round(9) for weights, _ in found])  # a bound stays one
 
     def warm_starts(self) -> list[tuple[str, dict[str, Any]]]:
         """What is tried first: base, each donor, their average, a ladder of scales, each method.
@@ -250,7 +288,9 @@ class Space:
         starts: list[tuple[str, dict[str, Any]]] = []
         if "task_arithmetic" in self.methods:
             named = [("base", (0.0,) * k)]
-            named += [(d, tuple(float(d == other) for other in self.donors)) for d in self.donors]
+            named += [
+                (str(d), tuple(float(d == other) for other in self.donors)) for d in self.donors
+            ]
             named.append((UNIFORM, (round(1 / k, 6),) * k))
             named += [(f"scale {scale:g}", (scale,) * k) for scale in LADDER]
             starts += [(label, self.point("task_arithmetic", w)) for label, w in named]
@@ -263,22 +303,22 @@ class Space:
         ]
 
     def _heaviest(self, weights: Sequence[Sequence[float]], most: int | None) -> list[int]:
-        """The places of the ``most`` donors that weigh most (None: of all), in order."""
-        totals = [sum(unit[i] for unit in weights) for i in range(len(self.donors))]
-        ranked = sorted(range(len(self.donors)), key=lambda i: -totals[i])
+        """The places of the ``most`` models that weigh most (None: of all), in order."""
+        totals = [sum(unit[i] for unit in weights) for i in range(len(self.models))]
+        ranked = sorted(range(len(self.models)), key=lambda i: -totals[i])
         return sorted(ranked[:most])
 
     def _arc(
         self, method: str, weights: Sequence[Sequence[float]], chosen: Sequence[int]
     ) -> Recipe:
-        """Slerp from the first chosen donor to the second."""
+        """Slerp from the first chosen model to the second."""
         first, second = chosen
         shares = [
             round(unit[second] / both, 6) if (both := unit[first] + unit[second]) else 0.5
             for unit in weights
         ]
-        ends = [{"model": self.donors[i]} for i in (first, second)]
-        return self._validated(method, self.donors[first], ends, {"t": self._setting(shares)})
+        ends = [{"model": self.models[i]} for i in (first, second)]
+        return self._validated(method, self.models[first], ends, {"t": self._setting(shares)})
 
     def _make(
         self,
@@ -289,7 +329,7 @@ class Space:
     ) -> Recipe:
         weighted = "weight" in METHODS[method].params
         models: list[dict[str, Any]] = [
-            {"model": self.donors[i]}
+            {"model": self.models[i]}
             | (
                 {"parameters": {"weight": self._setting([u[i] for u in weights])}}
                 if weighted

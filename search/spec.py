@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import glob
 import importlib.util
-from collections.abc import Iterable, Mapping
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Final, Literal
 
 from pydantic import (
     BaseModel,
     BeforeValidator,
     ConfigDict,
     Field,
+    NonNegativeFloat,
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
@@ -22,6 +24,9 @@ from pydantic import (
 from merge_engine.methods import METHODS, Base, Param
 from merge_engine.recipe import DtypeName, RecipeError, check_keys, first_error, load_yaml
 from search.samplers import CMA_SAMPLERS, FRONT_SAMPLERS, SAMPLERS
+
+# These add up task vectors as they are; the others trim or compare each model's own.
+OF_DIFFERENCES: Final = ("task_arithmetic",)
 
 
 class StudyError(ValueError):
@@ -38,6 +43,24 @@ Range = Annotated[tuple[float, float], BeforeValidator(_as_range)]
 
 class _Frozen(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class BelowBase(_Frozen):
+    """A floor: what the base model scores on the same items, less ``margin``."""
+
+    margin: NonNegativeFloat
+
+
+def _as_floor(raw: object) -> object:
+    """A floor as the user writes it: a number, or ``base - 0.02``."""
+    if not isinstance(raw, str):
+        return raw
+    if match := re.fullmatch(r"base(?:\s*-\s*(\d*\.?\d+))?", raw.strip()):
+        return BelowBase(margin=float(match[1] or 0))
+    raise ValueError("a floor is a number, or one like 'base - 0.02'")
+
+
+Floor = Annotated[float | BelowBase, BeforeValidator(_as_floor)]
 
 
 class Task(_Frozen):
@@ -92,7 +115,7 @@ class Objective(_Frozen):
     tasks: tuple[Task | Text | OwnObjective, ...] = Field(min_length=1)
     include_path: tuple[Path, ...] = ()
     items: ItemCounts = ItemCounts()
-    constraints: dict[str, float] = Field(default_factory=dict)
+    constraints: dict[str, Floor] = Field(default_factory=dict)
     max_mean_tokens: PositiveFloat | None = None
 
     @property
@@ -105,6 +128,16 @@ class Objective(_Frozen):
     unsafe_code: bool = False
     batch_size: PositiveInt = 64
     block: PositiveInt = 20
+
+
+class TaskVector(_Frozen):
+    """A donor that is the difference of two models: what ``model`` has learned beyond ``minus``."""
+
+    model: str
+    minus: str
+
+    def __str__(self) -> str:
+        return f"{self.model} - {self.minus}"
 
 
 class Search(_Frozen):
@@ -134,15 +167,36 @@ class Search(_Frozen):
 class StudySpec(_Frozen):
     """A whole study. ``base_model`` and ``models`` are absolute folders or hub ids.
 
+    ``models`` are the donors: a model whose task vector starts from the base, or a difference.
     ``trust_remote_code`` runs Python files that come with the base model.
     """
 
     base_model: str
-    models: tuple[str, ...] = Field(min_length=1)
+    models: tuple[str | TaskVector, ...] = Field(min_length=1)
     dtype: DtypeName | None = None
     trust_remote_code: bool = False
     search: Search
     objective: Objective
+
+    @property
+    def beside_base(self) -> tuple[str, ...]:
+        """Every model but the base, those that are subtracted, too."""
+        return beside_base(self.base_model, self.models)
+
+
+def task_vectors(base: str, donors: Iterable[str | TaskVector]) -> list[TaskVector]:
+    """Each donor as a difference: that of a model is to the base."""
+    return [
+        donor if isinstance(donor, TaskVector) else TaskVector(model=donor, minus=base)
+        for donor in donors
+    ]
+
+
+def beside_base(base: str, donors: Iterable[str | TaskVector]) -> tuple[str, ...]:
+    """Every model that the donors are made of but the base, each once."""
+    vectors = task_vectors(base, donors)
+    names = dict.fromkeys(name for one in vectors for name in (one.model, one.minus))
+    return tuple(name for name in names if name != base)
 
 
 def load_study(path: Path) -> StudySpec:
@@ -167,21 +221,16 @@ def parse_study(mapping: Mapping[str, Any], folder: Path, where: str) -> StudySp
     check_keys(where, mapping, StudySpec.model_fields)
     check_keys(f"{where}: objective", parts["objective"], Objective.model_fields)
     models = mapping.get("models")
-    parts["search"] = _search(
-        parts["search"], len(models) if isinstance(models, list) else 0, where
-    )
+    if isinstance(models, list):
+        models = [_donor(model, folder, f"{where}: models[{i}]") for i, model in enumerate(models)]
+    parts["search"] = _search(parts["search"], models if isinstance(models, list) else [], where)
     parts["search"]["start"] = _paths(parts["search"].get("start"), folder)
     parts["objective"] = _objective(parts["objective"], folder, where)
     try:
         spec = StudySpec.model_validate(
             dict(mapping)
             | parts
-            | {
-                "base_model": _model(mapping.get("base_model"), folder),
-                "models": [_model(model, folder) for model in models]
-                if isinstance(models, list)
-                else models,
-            }
+            | {"base_model": _model(mapping.get("base_model"), folder), "models": models}
         )
     except ValidationError as error:
         raise StudyError(f"{where}: {first_error(error)}") from None
@@ -204,7 +253,18 @@ def _model(model: object, folder: Path) -> object:
     return model
 
 
-def _search(raw: dict[str, Any], donors: int, where: str) -> dict[str, Any]:
+def _donor(donor: object, folder: Path, where: str) -> object:
+    """An entry of the models: a name, or a mapping of two."""
+    if not isinstance(donor, dict):
+        return _model(donor, folder)
+    check_keys(where, donor, TaskVector.model_fields)
+    try:
+        return TaskVector.model_validate({key: _model(name, folder) for key, name in donor.items()})
+    except ValidationError as error:
+        raise StudyError(f"{where}: {first_error(error)}") from None
+
+
+def _search(raw: dict[str, Any], donors: Sequence[object], where: str) -> dict[str, Any]:
     """The search block with parameters gathered under ``ranges`` and methods filled in."""
     # A donor as it is needs no method: it is scored anyway, to compare with.
     raw.setdefault("methods", [name for name in allowed_methods(donors) if name != "passthrough"])
@@ -218,12 +278,14 @@ def _search(raw: dict[str, Any], donors: int, where: str) -> dict[str, Any]:
     return {name: value for name, value in raw.items() if name in own} | {"ranges": ranges}
 
 
-def allowed_methods(donors: int) -> tuple[str, ...]:
-    """Every method that a study with so many donors can use."""
+def allowed_methods(donors: Sequence[object]) -> tuple[str, ...]:
+    """Every method that a study with these donors can use."""
+    known = OF_DIFFERENCES if any(isinstance(one, TaskVector) for one in donors) else METHODS
     return tuple(
         name
-        for name, method in METHODS.items()
-        if method.donors[0] <= donors and (method.donors[1] != 2 or donors >= 2)
+        for name in known
+        if METHODS[name].donors[0] <= len(donors)
+        and (METHODS[name].donors[1] != 2 or len(donors) >= 2)
     )
 
 
@@ -308,15 +370,7 @@ def _text_name(raw: object) -> str:
 
 
 def _check(spec: StudySpec, where: str) -> None:
-    names = [spec.base_model, *spec.models]
-    if repeated := sorted({name for name in names if names.count(name) > 1}):
-        raise StudyError(f"{where}: {repeated[0]!r} is named twice; name each model once")
-    for method in spec.search.methods:
-        if method not in allowed_methods(len(spec.models)):
-            raise StudyError(
-                f"{where}: search.methods: {method} needs {METHODS[method].donors[0]} models or "
-                f"more, got {len(spec.models)}; leave it out or add models"
-            )
+    _check_donors(spec, where)
     _check_ways(spec.search, where)
     _check_goals(spec, where)
     _check_range(where, "scale", spec.search.scale, (0.0, 100.0))
@@ -326,6 +380,31 @@ def _check(spec: StudySpec, where: str) -> None:
     for path in spec.objective.include_path:
         if not path.is_dir():
             raise StudyError(f"{where}: objective.include_path: no folder {path}")
+
+
+def _check_donors(spec: StudySpec, where: str) -> None:
+    """Check the models, and whether the methods can use them."""
+    vectors = task_vectors(spec.base_model, spec.models)
+    for donor, vector in zip(spec.models, vectors, strict=True):
+        if vector.model == vector.minus or vectors.count(vector) > 1:
+            raise StudyError(f"{where}: {str(donor)!r} is named twice; name each model once")
+    differ = any(isinstance(donor, TaskVector) for donor in spec.models)
+    for method in spec.search.methods:
+        if differ and method not in OF_DIFFERENCES:
+            raise StudyError(
+                f"{where}: search.methods: {method} works on each model's own task vector and "
+                f"cannot add a difference (minus) of two; use {', '.join(OF_DIFFERENCES)}"
+            )
+        if method not in allowed_methods(spec.models):
+            raise StudyError(
+                f"{where}: search.methods: {method} needs {METHODS[method].donors[0]} models or "
+                f"more, got {len(spec.models)}; leave it out or add models"
+            )
+    if differ and "normalize" in spec.search.ranges:
+        raise StudyError(
+            f"{where}: search.normalize: the weights of a difference (minus) sum to zero and "
+            "cannot be normalized; leave it out"
+        )
 
 
 def _check_ways(search: Search, where: str) -> None:

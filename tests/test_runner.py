@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from merge_engine.recipe import load_recipe
+from objectives.scores import task_means
 from search.bench import Machine, make_bench
 from search.cli import main
 from search.result import Result
@@ -475,3 +476,31 @@ def test_floor_on_a_task_decides_who_wins(make_study, tmp_path):
     assert not all(missed.values())
     result = json.loads((run / "result.json").read_text())
     assert missed[result["winner"]["trial"]] == 0
+
+
+def test_floor_may_follow_what_the_base_scores_on_the_same_items(make_study, tmp_path, zoo):
+    margins = {"pick": 0.0, "tell": 0.04}
+    study = make_study(tmp_path, objective__constraints={"pick": "base", "tell": "base - 0.04"})
+    run = tmp_path / "run"
+    assert main(["run", str(study), "--out", str(run), "--device", "cpu"]) == 0
+    store = Store(run / DATABASE)
+    tasks = [item.task for item in store.items() if item.split == "search"]
+    base = make_bench(load_study(study), Machine("cpu")).space.baselines()[str(zoo / "base")]
+    missed = []
+    for trial in trials_of(run):
+        asked = trial.user_attrs["items"]
+        own, of_base = (
+            task_means(answers[:asked], tasks[:asked])
+            for answers in (searched(store, trial.user_attrs["recipe"]), searched(store, base.key))
+        )
+        short = [max(0.0, of_base[task] - margin - own[task]) for task, margin in margins.items()]
+        missed.append(sum(short))
+        assert trial.constraints["floors"] == pytest.approx(missed[-1])
+    assert any(missed)
+    assert not all(missed)
+
+
+def searched(store, recipe):
+    """A recipe's answers to the search items it was asked."""
+    blocks = store.answers(recipe, "search")
+    return [answer.value for number in sorted(blocks) for answer in blocks[number]]

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from merge_engine.recipe import RecipeError, parse_recipe
 from search.gaussian import GAIN, GaussianSampler
 from search.space import STAGE, UNIFORM, Space, _mixture, _sticks, coarse_to_fine
+from search.spec import TaskVector
 
 DONORS = ("a", "b", "c")
 METHODS = ("task_arithmetic", "ties", "dare_linear", "dare_ties", "linear", "slerp", "model_stock")
@@ -181,6 +182,46 @@ def test_single_donor_has_a_scale_and_no_mixture():
     alone = space(donors=("a",), methods=("task_arithmetic",), ranges={})
     assert set(alone.distributions()) == {"method", "scale"}
     assert alone.weights([{"method": "task_arithmetic", "scale": 0.7}]).tolist() == [[[0.7]]]
+
+
+def differences(**changes):
+    vectors = (TaskVector(model="a", minus="b"), "c", TaskVector(model="base", minus="c"))
+    return space(donors=vectors, methods=("task_arithmetic",), ranges={}, **changes)
+
+
+WEIGHTS = st.lists(st.just(0.0) | st.floats(0.3, 1.5), min_size=3, max_size=3)
+
+
+@given(WEIGHTS)
+def test_models_weight_what_all_differences_add_of_them(weights):
+    recipe = differences().recipe(differences().point("task_arithmetic", weights))
+    first, second, third = weights
+    assert [source.model for source in recipe.donors] == ["a", "b", "c"]
+    added = pytest.approx((first, -first, second - third), abs=2e-5)
+    assert recipe.values("x", 0.0)["weight"] == added
+
+
+def test_baselines_of_differences_are_the_models_as_they_are():
+    baselines = differences().baselines()
+    weights = {name: recipe.values("x", 0.0)["weight"] for name, recipe in baselines.items()}
+    assert weights["base"] == (0, 0, 0)
+    assert weights["b"] == (0, 1, 0)
+    assert weights[UNIFORM] == pytest.approx((1 / 3, -1 / 3, 0), abs=1e-6)
+    assert "-0.0" not in baselines["base"].to_yaml()
+
+
+@given(WEIGHTS.filter(any))
+def test_recipe_of_differences_is_tried_first(weights):
+    recipe = differences().recipe(differences().point("task_arithmetic", weights))
+    again = differences().recipe(differences(starts=(recipe,)).warm_starts()[-1][1])
+    given, tried = (one.values("x", 0.0)["weight"] for one in (recipe, again))
+    assert tried == pytest.approx(given, abs=1e-4)
+
+
+def test_recipe_that_differences_cannot_make_is_refused():
+    alone = differences().baselines()["a"]
+    with pytest.raises(RecipeError, match="no sum of a - b, c, base - c"):
+        differences(starts=(alone,)).warm_starts()
 
 
 def test_stages_go_from_one_group_to_all_units():

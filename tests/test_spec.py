@@ -4,7 +4,7 @@ import pytest
 import yaml
 
 from search.samplers import CMA_SAMPLERS
-from search.spec import StudyError, load_study
+from search.spec import BelowBase, StudyError, StudySpec, TaskVector, load_study
 
 
 def test_study_of_the_design_is_read_with_absolute_paths(make_study, tmp_path, zoo):
@@ -74,6 +74,7 @@ def test_sampler_whose_package_is_missing_names_the_extra(
         ({"models": []}, "models: Tuple should have at least 1 item"),
         ({"models": "a"}, "models: "),
         ({"dtype": "int8"}, "dtype: Input should be"),
+        ({"objective__constraints": {"pick": "bas - 1"}}, "a floor is a number, or one like 'base"),
         ({"objective": [1]}, "'objective' has to be a mapping"),
     ],
 )
@@ -102,6 +103,45 @@ def test_code_of_others_is_off_unless_asked_for(make_study, tmp_path):
 def test_model_named_twice_is_refused(make_study, tmp_path, zoo):
     with pytest.raises(StudyError, match="is named twice"):
         load_study(make_study(tmp_path, models=[str(zoo / "a"), str(zoo / "a")]))
+
+
+@pytest.mark.parametrize(
+    ("models", "search", "message"),
+    [
+        (
+            [{"model": "a", "minu": "b"}],
+            {},
+            "unknown key 'minu'; did you mean 'minus'",
+        ),
+        (["c", {"model": "a"}], {}, r"models\[1\]: minus: Field required"),
+        ([{"model": "a", "minus": 1}], {}, r"models\[0\]: minus: Input should be a valid string"),
+        ([{"model": "a", "minus": "a"}], {}, "'a - a' is named twice"),
+        (["a", {"model": "a", "minus": "base"}], {}, "'a' is named twice"),
+        ([{"model": "a", "minus": "b"}], {"methods": ["ties"]}, "ties works on each model's own"),
+        ([{"model": "a", "minus": "b"}], {"normalize": True}, "cannot be normalized"),
+    ],
+)
+def test_difference_that_cannot_be_added_is_refused(make_study, tmp_path, models, search, message):
+    changes = {"base_model": "base", "models": models, "search": search}
+    with pytest.raises(StudyError, match=message):
+        load_study(make_study(tmp_path, **changes))
+
+
+def test_difference_is_a_donor_of_task_arithmetic(make_study, tmp_path, zoo):
+    models = [str(zoo / "c"), {"model": str(zoo / "a"), "minus": str(zoo / "b")}]
+    spec = load_study(make_study(tmp_path, models=models, search={}))
+    assert spec.models[1] == TaskVector(model=str(zoo / "a"), minus=str(zoo / "b"))
+    assert spec.beside_base == tuple(str(zoo / name) for name in "cab")
+    assert spec.search.methods == ("task_arithmetic",)
+    assert StudySpec.model_validate(spec.model_dump(mode="json")) == spec
+
+
+def test_floors_are_numbers_or_follow_the_base(make_study, tmp_path):
+    floors = {"pick": "base - 0.02", "tell": 0.5}
+    constraints = load_study(
+        make_study(tmp_path, objective__constraints=floors)
+    ).objective.constraints
+    assert constraints == {"pick": BelowBase(margin=0.02), "tell": 0.5}
 
 
 def test_method_that_needs_more_donors_is_refused(make_study, tmp_path, zoo):
