@@ -72,7 +72,7 @@ def choose(run: Run) -> Choice:
     def missing(finalist: int, items: int) -> float:
         candidate = candidates[best[finalist]]
         select = run.sheet(candidate.recipe, "select", items)
-        return run.missed(run.sheet_of(candidate.trial), select)
+        return run.missed({"search": run.sheet_of(candidate.trial), "select": select})
 
     ends = run.ends("select")
     budget = SELECT_SHARE * run.store.scored()[0]["search"]

@@ -371,7 +371,7 @@ class Run:
         """Tell a trial what its recipe is worth, and how sure that is."""
         trial, sheet = turn.trial, turn.sheet
         self._note_faults(trial, turn.recipe, len(sheet.answers))
-        missed = self.missed(sheet)
+        missed = self.missed({"search": sheet})
         estimate = race.finish(self.goals(sheet), missed)
         trial.set_user_attr("variance", estimate.variance)
         trial.set_user_attr("items", len(sheet.answers))
@@ -407,10 +407,10 @@ class Run:
         sheet = self.sheet(recipe, "search")
         self._report_faults(best, recipe)
         # Floors may follow the base: it is asked all items here, while nobody else is at work.
-        race.finish(self.goals(sheet), self.missed(sheet))
+        race.finish(self.goals(sheet), self.missed({"search": sheet}))
         for trial in self._that_count(race):
             sheet = self.sheet_of(trial)
-            race.finish(self.goals(sheet), self.missed(sheet))
+            race.finish(self.goals(sheet), self.missed({"search": sheet}))
         return race
 
     def _that_count(self, race: Race) -> list[FrozenTrial]:
@@ -449,22 +449,21 @@ class Run:
         """The tasks of a split's items."""
         return Strata(self.bench.tasks_of(split), self.bench.weights)
 
-    def missed(self, search: Sheet, select: Sheet | None = None) -> float:
-        """By how much a recipe's answers to the first items of one or two splits miss the limits.
+    def missed(self, asked: Mapping[Split, Sheet]) -> float:
+        """By how much a recipe's answers to the first items of splits miss the study's limits.
 
-        Floors that follow the base are of the base's answers to the same items.
+        A floor that follows the base is of the base's answers to the same items.
         """
-        limits, both = self.spec.objective, search + select if select else search
-        floors = {name: f for name, f in limits.constraints.items() if isinstance(f, float)}
-        below = {name: f for name, f in limits.constraints.items() if isinstance(f, BelowBase)}
-        if below:
+        limits, none = self.spec.objective, Sheet((), (), self.bench.weights)
+        floors = {task: f for task, f in limits.constraints.items() if isinstance(f, float)}
+        if below := {t: f for t, f in limits.constraints.items() if isinstance(f, BelowBase)}:
             base = self.bench.space.baselines()[self.spec.base_model]
-            theirs = self.sheet(base, "search", len(search.answers))
-            if select:
-                theirs += self.sheet(base, "select", len(select.answers))
-            means = theirs.by_task
-            floors |= {name: means[name] - f.margin for name, f in below.items() if name in means}
-        return shortfall(both, floors, limits.max_mean_tokens)
+            same = [self.sheet(base, split, len(one.answers)) for split, one in asked.items()]
+            means = sum(same, start=none).by_task
+            floors |= {
+                task: mean - below[task].margin for task, mean in means.items() if task in below
+            }
+        return shortfall(sum(asked.values(), start=none), floors, limits.max_mean_tokens)
 
     def goals(self, sheet: Sheet) -> Floats:
         """A sheet's values in the goals of the search: its answers, and what they cost."""
