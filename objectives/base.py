@@ -89,8 +89,25 @@ class Answer:
     tokens: int = 0
 
 
+@dataclass(frozen=True)
+class Said:
+    """What a model says to an item, in words: untrusted text.
+
+    Attributes:
+        text: What it wrote, the answer it took, or how likely a given one is to it; None where
+            that is not known.
+        right: What it should have been; None where nothing is.
+    """
+
+    text: str | None = None
+    right: str | None = None
+
+
 class Objective(Protocol):
-    """Scores a live model on some of a benchmark's items; never sees a recipe."""
+    """Scores a live model on some of a benchmark's items; never sees a recipe.
+
+    ``said`` may be left out of a class of one's own.
+    """
 
     @property
     def tasks(self) -> Mapping[str, float]:
@@ -117,3 +134,6 @@ class Objective(Protocol):
         Raises:
             ObjectiveError: The model gave no usable answer to an item.
         """
+
+    def said(self, model: nn.Module, items: Sequence[int]) -> list[Said]:
+        """Ask as ``score`` does, for the words: one ``Said`` per item, in the order given."""

@@ -36,15 +36,15 @@ from lm_eval.api.instance import Instance
 from torch import nn
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from objectives.base import Answer, Item, ObjectiveError, Shown
+from objectives.base import Answer, Item, ObjectiveError, Said, Shown
 from objectives.fast import FastHFLM
-from objectives.judging import JUDGE_SECONDS, NAN, judge
+from objectives.judging import JUDGE_SECONDS, NAN, judge, said_of
 from objectives.tasks import (
     PLAIN,
     Prompting,
     Question,
+    Spec,
     TaskSpec,
-    TextSpec,
     build_questions,
     check_requests,
     check_specs,
@@ -72,7 +72,7 @@ class Harness:
     @classmethod
     def prepare(  # noqa: PLR0913  # the study file's own settings, each by name
         cls,
-        specs: Sequence[TaskSpec | TextSpec],
+        specs: Sequence[Spec],
         *,
         include_path: Sequence[Path] = (),
         model: PreTrainedModel,
@@ -139,6 +139,28 @@ class Harness:
             ObjectiveError: The model is another one or in training mode, a number is not an
                 item's, or the model's output or a value is not a number.
         """
+        wanted, written = self._ask(model, items)
+        tokens = iter(written)
+        with _quiet(logging.ERROR):
+            judged = judge(list(wanted.values()), self.judge_seconds)
+        answers = {
+            number: replace(answer, tokens=next(tokens)) if question.is_written else answer
+            for (number, question), answer in zip(wanted.items(), judged, strict=True)
+        }
+        return [answers[number] for number in items]
+
+    def said(self, model: nn.Module, items: Sequence[int]) -> list[Said]:
+        """Ask the model the numbered items, for the words; see ``Objective.said``.
+
+        Raises:
+            ObjectiveError: As ``score``.
+        """
+        wanted, _ = self._ask(model, items)
+        said = {number: said_of(question) for number, question in wanted.items()}
+        return [said[number] for number in items]
+
+    def _ask(self, model: nn.Module, items: Sequence[int]) -> tuple[dict[int, Question], list[int]]:
+        """The questions by number, answered, and how many tokens were written for each written."""
         if model is not self._language_model.model:
             raise ObjectiveError(
                 "score: got another model than the one prepared; write weights into that one"
@@ -156,13 +178,7 @@ class Harness:
         with _quiet(logging.ERROR), _plain_decoding(model):  # cut prompts were reported once
             self._answer(predicted)
             with _numbers_alone(model):
-                tokens = iter(self._answer(written))
-            judged = judge(list(wanted.values()), self.judge_seconds)
-        answers = {
-            number: replace(answer, tokens=next(tokens)) if question.is_written else answer
-            for (number, question), answer in zip(wanted.items(), judged, strict=True)
-        }
-        return [answers[number] for number in items]
+                return wanted, self._answer(written)
 
     def _answer(self, questions: Sequence[Question]) -> list[int]:
         """Put the model's output into the requests.

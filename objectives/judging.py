@@ -27,8 +27,8 @@ import torch
 from lm_eval.api.task import ConfigurableTask
 from numpy.typing import NDArray
 
-from objectives.base import Answer, ObjectiveError, printable
-from objectives.tasks import PER_UNIT, Question
+from objectives.base import Answer, ObjectiveError, Said, printable
+from objectives.tasks import PER_UNIT, Question, reported
 
 JUDGE_SECONDS = 30.0  # for one item; MATH takes up to 15 s to give up on a formula by itself
 NAN = "a model that was sound elsewhere needs a wider dtype in the study (bfloat16, float32)"
@@ -80,6 +80,35 @@ def answer_of(question: Question) -> Answer:
         margin = loglikelihood / max(units, 1)
         return Answer(math.exp(margin), margin)
     return Answer(_number(value, metrics, question), _margin(question, results))
+
+
+def said_of(question: Question) -> Said:
+    """The responses now in a question's requests, in words.
+
+    Raises:
+        ObjectiveError: A log-likelihood is not a number, or the task's own code raised.
+    """
+    _check_numbers(question)
+    responses = [request.resps[0] for request in question.requests]
+    with reported(f"{question.where}: what is right cannot be told"):
+        if question.is_written:
+            return Said("\n".join(responses), _target(question))
+        if question.task.OUTPUT_TYPE == "multiple_choice":
+            choices = question.task.doc_to_choice(question.requests[0].doc)
+            logliks = np.array([loglik for loglik, _ in responses])
+            chosen = int(_choice_scores(logliks, choices, question.metric.name).argmax())
+            right = [choices[place] for place in _gold(question, choices)]
+            return Said(choices[chosen], " | ".join(right) or None)
+    if question.requests[0].request_type == "loglikelihood":
+        return Said(f"log-likelihood {responses[0][0]:.2f}", question.requests[0].args[1])
+    return Said(f"log-likelihood {sum(responses):.2f}")
+
+
+def _target(question: Question) -> str | None:
+    """What should have been written; one of several is as good as another."""
+    target = question.task.doc_to_target(question.requests[0].doc)
+    targets = target if isinstance(target, list | tuple) else [target]
+    return " | ".join(map(str, targets)) or None
 
 
 def _fault(reason: str) -> Answer:

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from objectives.base import Answer, Item, Objective, ObjectiveError, Shown
+from objectives.base import Answer, Item, Objective, ObjectiveError, Said, Shown
 from objectives.tasks import reported
 
 _T = TypeVar("_T")
@@ -85,6 +85,13 @@ class Plugin:
             )
         return answers
 
+    def said(self, model: nn.Module, items: Sequence[int]) -> list[Said]:
+        """As the user's class says; nothing is known if it has no ``said``."""
+        if not hasattr(self._own, "said"):
+            return [Said()] * len(items)
+        with reported(f"{self._where}: said"), torch.no_grad():
+            return list(self._own.said(model, items))
+
 
 class Suite:
     """Several objectives as one: the items of each after those of the one before."""
@@ -106,6 +113,10 @@ class Suite:
     def score(self, model: nn.Module, items: Sequence[int]) -> list[Answer]:
         """As its parts say."""
         return self._each(items, lambda part, numbers: part.score(model, numbers))
+
+    def said(self, model: nn.Module, items: Sequence[int]) -> list[Said]:
+        """As its parts say."""
+        return self._each(items, lambda part, numbers: part.said(model, numbers))
 
     def _each(
         self, items: Sequence[int], ask: Callable[[Objective, Sequence[int]], list[_T]]

@@ -86,6 +86,26 @@ class TextSpec:
 
 
 @dataclass(frozen=True)
+class PromptSpec:
+    """Prompts to be continued greedily, as the only entry of a task list: nothing is right.
+
+    Attributes:
+        prompts: One or more.
+        max_tokens: To be written for each at most.
+        name: What the task is called.
+        weight: Of no account.
+    """
+
+    prompts: tuple[str, ...]
+    max_tokens: int
+    name: str = "prompt"
+    weight: float = 1.0
+
+
+Spec = TaskSpec | TextSpec | PromptSpec
+
+
+@dataclass(frozen=True)
 class Prompting:
     """How every task of a study is asked.
 
@@ -180,7 +200,7 @@ def _inside_folder_of(entry: Entry) -> contextlib.AbstractContextManager[None]:
     return contextlib.chdir(entry.yaml_path.parent)
 
 
-def check_specs(specs: Sequence[TaskSpec | TextSpec], include_path: Sequence[Path]) -> None:
+def check_specs(specs: Sequence[Spec], include_path: Sequence[Path]) -> None:
     """Refuse what no task manager has to be asked about."""
     if not specs:
         raise ObjectiveError("tasks: the list is empty; name one or more")
@@ -275,7 +295,7 @@ def name_in(file: Path) -> str:
 
 
 def build_questions(
-    spec: TaskSpec | TextSpec, manager: TaskManager, language_model: HFLM, prompting: Prompting
+    spec: Spec, manager: TaskManager, language_model: HFLM, prompting: Prompting
 ) -> dict[str, list[Question]]:
     """Load the tasks a name stands for and build all their questions, by task name."""
     questions = {}
@@ -283,7 +303,7 @@ def build_questions(
         for name, task in _load(spec, manager).items():
             if getattr(task, "MULTIMODAL", False):
                 raise ObjectiveError(f"task {name!r} needs more than text; leave it out")
-            wanted = spec if isinstance(spec, TaskSpec) else TaskSpec(name, "byte_perplexity")
+            wanted = spec if isinstance(spec, TaskSpec) else TaskSpec(name)
             metric = _choose_metric(task, wanted.metric)
             _build_requests(task, wanted.num_fewshot, language_model, prompting)
             by_doc: dict[int, list[Instance]] = defaultdict(list)
@@ -295,7 +315,7 @@ def build_questions(
     return questions
 
 
-def _load(spec: TaskSpec | TextSpec, manager: TaskManager) -> dict[str, Task]:
+def _load(spec: Spec, manager: TaskManager) -> dict[str, Task]:
     if isinstance(spec, TaskSpec):
         tasks: dict[str, Task] = manager.load([spec.task])["tasks"]
         for name, task in tasks.items():
@@ -306,7 +326,8 @@ def _load(spec: TaskSpec | TextSpec, manager: TaskManager) -> dict[str, Task]:
             raise ObjectiveError(f"task {spec.task!r} is a group without tasks; leave it out")
         return tasks
     with reported(f"task {spec.name!r} could not be loaded"):
-        return {spec.name: ConfigurableTask(config=_text_task(spec))}
+        config = _text_task(spec) if isinstance(spec, TextSpec) else _prompt_task(spec)
+        return {spec.name: ConfigurableTask(config=config)}
 
 
 def _text_task(spec: TextSpec) -> dict[str, Any]:
@@ -324,6 +345,21 @@ def _text_task(spec: TextSpec) -> dict[str, Any]:
         "doc_to_text": "",
         "doc_to_target": "{{text}}",
         "metric_list": [{"metric": "byte_perplexity"}],
+    }
+
+
+def _prompt_task(spec: PromptSpec) -> dict[str, Any]:
+    """lm-eval's own configuration of a generation task."""
+    rows = [{"prompt": prompt} for prompt in spec.prompts]
+    return {
+        "task": spec.name,
+        "custom_dataset": lambda: {"test": datasets.Dataset.from_list(rows)},
+        "test_split": "test",
+        "output_type": "generate_until",
+        "doc_to_text": "prompt",
+        "doc_to_target": "",
+        "generation_kwargs": {"until": [], "max_gen_toks": spec.max_tokens, "do_sample": False},
+        "metric_list": [{"metric": "exact_match", "aggregation": "mean", "higher_is_better": True}],
     }
 
 

@@ -55,6 +55,7 @@ def make_parser() -> argparse.ArgumentParser:
     _running(command)
     _without_a_run(command)
     _afterwards(command)
+    _published(command)
     return parser
 
 
@@ -109,7 +110,7 @@ def _without_a_run(command: Add) -> None:
 
 
 def _afterwards(command: Add) -> None:
-    """What can be had of a run that is there."""
+    """What has a run's models work again."""
     what = "save another trial of a run"
     export = command("export", what, "RUN OUT [options]", "runs/mine out --trial 7")
     export("run", metavar="RUN", type=Path, help="run folder")
@@ -118,6 +119,20 @@ def _afterwards(command: Add) -> None:
     _storage(export)
     _machine(export)
     _common(export)
+    example = "runs/mine --prompt 'Sort: d a c'"
+    sample = command("sample", "show what the models write", "RUN [options]", example)
+    sample("run", metavar="RUN", type=Path, help="run folder")
+    what = "to be continued; may be given again (default: test items the winner gained and lost)"
+    sample("--prompt", metavar="TEXT", action="append", type=_text, help=what)
+    sample("--max-tokens", metavar="N", type=_count, default=128, help="to write (default: 128)")
+    sample("--items", metavar="N", type=_count, default=6, help="of each at most (default: 6)")
+    _storage(sample)
+    _machine(sample)
+    _common(sample)
+
+
+def _published(command: Add) -> None:
+    """What needs no model."""
     what = "draw a run's page, finished or not"
     report = command("report", what, "RUN [options]", "runs/mine")
     report("run", metavar="RUN", type=Path, help="run folder")
@@ -166,6 +181,12 @@ def _count(text: str) -> int:
     if not text.isdecimal() or not int(text):
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
     return int(text)
+
+
+def _text(text: str) -> str:
+    if not text.strip():
+        raise argparse.ArgumentTypeError("it is empty")
+    return text
 
 
 def _seed(text: str) -> int:

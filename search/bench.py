@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from merge_engine.builder import Builder
 from merge_engine.donors import Checkpoint, Family
@@ -19,7 +25,7 @@ from objectives.base import Item, Objective, ObjectiveError
 from objectives.harness import Harness
 from objectives.items import Splits, split_items
 from objectives.plugin import Plugin, PluginSpec, Suite
-from objectives.tasks import Prompting, TaskSpec, TextSpec
+from objectives.tasks import Prompting, PromptSpec, Spec, TaskSpec, TextSpec
 from search.space import Space
 from search.spec import OwnObjective, StudyError, StudySpec, Task, Text
 
@@ -158,28 +164,51 @@ def load_live(spec: StudySpec, model: str, device: str) -> tuple[PreTrainedModel
 
 def make_objective(spec: StudySpec, model: PreTrainedModel, checkpoint: Checkpoint) -> Objective:
     """The study's tasks, prepared for a live model, with the checkpoint's tokenizer."""
-    wanted = spec.objective
-    with own_code_refused(checkpoint):
-        tokenizer = load_tokenizer(checkpoint, trust_remote_code=spec.trust_remote_code)
+    tokenizer = _tokenizer(spec, checkpoint)
     parts: list[Objective] = []
-    if tasks := [_task_spec(e) for e in wanted.tasks if not isinstance(e, OwnObjective)]:
-        parts.append(
-            Harness.prepare(
-                tasks,
-                include_path=wanted.include_path,
-                model=model,
-                tokenizer=tokenizer,
-                batch_size=wanted.batch_size,
-                prompting=Prompting(wanted.apply_chat_template, wanted.system_instruction),
-                unsafe_code=wanted.unsafe_code,
-            )
-        )
+    if tasks := [_task_spec(e) for e in spec.objective.tasks if not isinstance(e, OwnObjective)]:
+        parts.append(_harness(spec, tasks, model, tokenizer))
     parts += [
         Plugin(PluginSpec(entry.objective, entry.options, entry.weight), model, tokenizer)
-        for entry in wanted.tasks
+        for entry in spec.objective.tasks
         if isinstance(entry, OwnObjective)
     ]
     return parts[0] if len(parts) == 1 else Suite(parts)
+
+
+def make_prompts(bench: LiveBench, prompts: PromptSpec) -> Objective:
+    """Prompts, prepared as a study's tasks are."""
+    tokenizer = _tokenizer(bench.spec, bench.builder.family.reference)
+    model = cast("PreTrainedModel", bench.builder.model)  # as make_bench has loaded it
+    harness = _harness(bench.spec, [prompts], model, tokenizer)
+    harness.shown(range(len(prompts.prompts)))  # it warns of those that lose their beginning
+    return harness
+
+
+def _tokenizer(spec: StudySpec, checkpoint: Checkpoint) -> PreTrainedTokenizerBase:
+    with own_code_refused(checkpoint):
+        found: PreTrainedTokenizerBase = load_tokenizer(
+            checkpoint, trust_remote_code=spec.trust_remote_code
+        )
+    return found
+
+
+def _harness(
+    spec: StudySpec,
+    tasks: Sequence[Spec],
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+) -> Harness:
+    wanted = spec.objective
+    return Harness.prepare(
+        tasks,
+        include_path=wanted.include_path,
+        model=model,
+        tokenizer=tokenizer,
+        batch_size=wanted.batch_size,
+        prompting=Prompting(wanted.apply_chat_template, wanted.system_instruction),
+        unsafe_code=wanted.unsafe_code,
+    )
 
 
 def _task_spec(entry: Task | Text) -> TaskSpec | TextSpec:

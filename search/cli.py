@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from merge_engine.recipe import Recipe
     from search.bench import Bench
     from search.output import Output
+    from search.responses import Sample
+    from search.result import Result
     from search.runner import Run
     from search.spec import StudySpec
     from search.workers import Workers
@@ -260,6 +262,7 @@ def _finish(run: Run, timeout: float) -> None:
         _save(run, recipe, checkpoint)
     _write_card(checkpoint, model_card(run.folder.name, run.spec, recipe, result))
     _replace_text(run.folder / "result.json", result.model_dump_json(indent=2) + "\n")
+    _sample_items(run, result)
     _draw(run)
     run.output.result(result, run.folder)
 
@@ -284,6 +287,30 @@ def _believe(run: Run) -> None:
         candidates, belief = run.beliefs()
         best = belief.ranked([candidate.missed for candidate in candidates])[0]
         run.output.believes(candidates[best].trial, float(belief.means[best]))
+
+
+def _sample_items(run: Run, result: Result) -> None:
+    """Keep the words of a few items that were gained and lost, if there are none so far."""
+    from search.responses import ITEMS, of_items, read_samples
+    from search.workers import FAILURES
+
+    if read_samples(run.folder, result):
+        return
+    run.output.stage("asking for the words of some items gained and lost")
+    try:
+        _keep(run, result, of_items(run, result, ITEMS))
+    except FAILURES as error:
+        run.output.note(f"what they write is not shown: {error}")
+
+
+def _keep(run: Run, result: Result, samples: Sequence[Sample]) -> None:
+    """Keep prompts, or items, in place of those before."""
+    from search.responses import FILE, Samples, read_samples
+
+    kinds = {sample.task is None for sample in samples}
+    others = [one for one in read_samples(run.folder, result) if (one.task is None) not in kinds]
+    kept = Samples(trial=result.winner.trial, samples=[*others, *samples])
+    _replace_text(run.folder / FILE, kept.model_dump_json(indent=2) + "\n")
 
 
 def _draw(run: Run) -> None:
@@ -456,6 +483,34 @@ def _export(options: Any, output: Output) -> None:
     _session(spec, options.run, options, output, save)
 
 
+def _sample(options: Any, output: Output) -> None:
+    from objectives.tasks import PromptSpec
+    from search.responses import of_items, of_prompts
+    from search.result import read_result
+    from search.runner import stored_spec
+    from search.spec import StudyError
+
+    spec, result = stored_spec(options.run, options.storage), read_result(options.run)
+    if result is None:
+        raise StudyError(f"{options.run} has no winner yet; ask again when the run has finished")
+
+    def ask(run: Run) -> None:
+        if options.prompt:
+            prompts = PromptSpec(tuple(options.prompt), options.max_tokens)
+            samples = of_prompts(run, result, prompts)
+        else:
+            samples = of_items(run, result, options.items)
+        if not samples:
+            raise StudyError(
+                "the winner and the best donor answer all test items alike, or in no words; "
+                "give a --prompt"
+            )
+        _keep(run, result, samples)
+        output.samples(samples)
+
+    _session(spec, options.run, options, output, ask)
+
+
 def _push(options: Any, output: Output) -> None:
     from merge_engine.recipe import Recipe
     from search.card import CARD, push
@@ -499,6 +554,7 @@ COMMANDS: Mapping[str, Callable[[Any, Output], None]] = {
     "init": _init,
     "check": _check,
     "export": _export,
+    "sample": _sample,
     "report": _report,
     "push": _push,
 }

@@ -18,7 +18,8 @@ from typing import Any, Final
 import torch
 
 from merge_engine.recipe import Recipe
-from objectives.base import Answer
+from objectives.base import Answer, Said
+from objectives.tasks import PromptSpec
 from search.bench import Machine, make_bench
 from search.quiet import quiet
 from search.spec import StudyError, StudySpec
@@ -77,6 +78,9 @@ class _Actor:
         self, recipe: Recipe, asked: Sequence[tuple[Job, Sequence[Answer]]], out: Path
     ) -> Saved:
         return self.worker.save(recipe, asked, out)
+
+    def say(self, recipe: Recipe, asked: Sequence[int] | PromptSpec) -> list[Said]:
+        return self.worker.say(recipe, asked)
 
     def look_through(self) -> None:
         self.worker.bench.builder.family.look_through()
@@ -165,6 +169,11 @@ class RayWorkers:
         """As ``Worker.save``, by the first."""
         saved: Saved = self._by_first(lambda actor: actor.save.remote(recipe, asked, out))
         return saved
+
+    def say(self, recipe: Recipe, asked: Sequence[int] | PromptSpec) -> list[Said]:
+        """As ``Worker.say``, by the first."""
+        said: list[Said] = self._by_first(lambda actor: actor.say.remote(recipe, asked))
+        return said
 
     def look_through(self) -> None:
         """Read all donors."""

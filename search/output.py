@@ -13,6 +13,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from search.gaussian import rank
 from search.racing import Estimate
+from search.responses import Sample
 from search.result import Result, Score
 
 STOPPING = "stopping after this block; Ctrl-C again stops now"
@@ -72,6 +73,9 @@ class Output(Protocol):
 
     def score(self, model: str, split: str, score: Score, items: Sequence[dict[str, Any]]) -> None:
         """What ``score`` has found."""
+
+    def samples(self, samples: Sequence[Sample]) -> None:
+        """What models write to the same prompts."""
 
     def result(self, result: Result, run: Path) -> None:
         """What a run has found."""
@@ -176,6 +180,10 @@ class JsonLines:
     ) -> None:
         """Each item's answer, too."""
         self._print("result", **score.model_dump(), split=split, items=items)
+
+    def samples(self, samples: Sequence[Sample]) -> None:
+        """As in samples.json."""
+        self._print("result", samples=[sample.model_dump(mode="json") for sample in samples])
 
     def result(self, result: Result, run: Path) -> None:
         """As in result.json."""

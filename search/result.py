@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -14,6 +14,9 @@ from objectives.scores import Interval
 from search.spec import StudyError
 
 PACKAGES = ("mergesearch", "torch", "transformers", "lm_eval", "optuna", "safetensors")
+
+
+Kind = TypeVar("Kind", bound=BaseModel)
 
 
 class _Frozen(BaseModel):
@@ -125,9 +128,17 @@ def read_result(run: Path) -> Result | None:
     Raises:
         StudyError: Another version of this program wrote it.
     """
-    file = run / "result.json"
+    return read_json(run / "result.json", Result)
+
+
+def read_json(file: Path, kind: type[Kind]) -> Kind | None:
+    """What a run has left in a file, if it is there.
+
+    Raises:
+        StudyError: Another version of this program wrote it.
+    """
     try:
-        return Result.model_validate_json(file.read_bytes()) if file.is_file() else None
+        return kind.model_validate_json(file.read_bytes()) if file.is_file() else None
     except ValidationError as error:
         raise StudyError(
             f"{file} is none of this version of mergesearch ({first_error(error)}); finish the "

@@ -9,19 +9,26 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from textwrap import indent
 from typing import Any
 
 from optuna.trial import FrozenTrial, TrialState
 from rich.box import SIMPLE_HEAD
+from rich.columns import Columns
 from rich.console import Console, RenderableType
 from rich.live import Live
 from rich.markup import escape
+from rich.panel import Panel
 from rich.table import Table
+from rich.text import Text
 
 from objectives.base import printable
 from search.live import View, duration, percent, render
 from search.output import Racing, Tally, say_stopping
+from search.responses import Sample, shown
 from search.result import Difference, Result, Score, Winner, short_names
+
+LEAST_WIDTH = 28  # of what one model writes
 
 
 class Terminal:
@@ -104,6 +111,11 @@ class Terminal:
         """A table."""
         print_score(self.console, model, split, score, len(items))
 
+    def samples(self, samples: Sequence[Sample]) -> None:
+        """Side by side in a terminal, else one below the other."""
+        for sample in samples:
+            print_sample(self.console, sample)
+
     def result(self, result: Result, run: Path) -> None:
         """Tables, the verdict, and where things are."""
         self.stop()
@@ -166,6 +178,28 @@ def print_score(console: Console, model: str, split: str, score: Score, items: i
     means = [f"{100 * mean:.1f}" for mean in score.tasks.values()]
     table.add_row(*means, _interval(score.mean, score.ci95), *_cost(score))
     console.print(table)
+
+
+def print_sample(console: Console, sample: Sample) -> None:
+    """A prompt, what is right, and what each model says."""
+    about = [("prompt", sample.prompt)]
+    if sample.right is not None:
+        about.append(("right", sample.right))
+    said = [(each.title, each.text or "") for each in sample.responses]
+    if not console.is_terminal:
+        blocks = [f"{name}:\n{indent(shown(text), '    ')}" for name, text in about + said]
+        console.print("\n".join(["", sample.title, *blocks]), markup=False, highlight=False)
+        return
+    console.rule(escape(printable(sample.title)), align="left")
+    for name, text in about:
+        console.print(Text.assemble((f"{name}  ", "dim"), shown(text)))
+    abreast = max(1, min(len(said), console.width // LEAST_WIDTH))
+    width = console.width // abreast - 1
+    panels = [
+        Panel(Text(shown(text)), title=escape(printable(name)), title_align="left", width=width)
+        for name, text in said
+    ]
+    console.print(Columns(panels))
 
 
 def print_result(console: Console, result: Result, run: Path) -> None:

@@ -8,8 +8,10 @@ from __future__ import annotations
 import math
 import socket
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache, partial
 from pathlib import Path
 from typing import Final, NamedTuple, Protocol
 
@@ -17,8 +19,9 @@ import torch
 
 from merge_engine.checkpoint import Model, write_checkpoint
 from merge_engine.recipe import Recipe, RecipeError
-from objectives.base import Answer, ObjectiveError
-from search.bench import LiveBench
+from objectives.base import Answer, ObjectiveError, Said
+from objectives.tasks import PromptSpec
+from search.bench import LiveBench, make_prompts
 from search.spec import StudyError
 
 ROUNDED: Final = 0.02  # of the answers may be others by rounding, and no more
@@ -84,6 +87,9 @@ class Workers(Protocol):
     ) -> Saved:
         """As ``Worker.save``, by any of them while all are idle."""
 
+    def say(self, recipe: Recipe, asked: Sequence[int] | PromptSpec) -> list[Said]:
+        """As ``Worker.say``, by any of them while all are idle."""
+
     def look_through(self) -> None:
         """Read all donors.
 
@@ -104,6 +110,7 @@ class Worker:
 
     def __init__(self, bench: LiveBench) -> None:
         self.bench = bench
+        self._prompts = cache(partial(make_prompts, bench))
 
     def ask(self, job: Job) -> Reply:
         """Do a job; a recipe that is still in the live model is not built again.
@@ -113,14 +120,31 @@ class Worker:
             ObjectiveError: The model it makes gives no usable answer.
         """
         start = time.perf_counter()
-        try:
-            if self.bench.builder.loaded is None or self.bench.builder.loaded.key != job.recipe.key:
-                self.bench.builder.build(job.recipe)
+        with _room_needed():
+            self._build(job.recipe)
             built = time.perf_counter()
             answers = self.bench.objective.score(self.bench.builder.model, job.items)
-        except torch.OutOfMemoryError as error:
-            raise ObjectiveError(f"out of memory: {str(error).splitlines()[0]}") from error
         return Reply(answers, built - start, time.perf_counter() - built)
+
+    def say(self, recipe: Recipe, asked: Sequence[int] | PromptSpec) -> list[Said]:
+        """What a recipe's model says, in words, to items of the study or to prompts.
+
+        Raises:
+            RecipeError: The recipe cannot be built.
+            ObjectiveError: The model it makes gives no usable answer, or a prompt cannot be asked.
+        """
+        with _room_needed():
+            if isinstance(asked, PromptSpec):
+                objective, items = self._prompts(asked), [*range(len(asked.prompts))]
+            else:
+                objective, items = self.bench.objective, [*asked]
+            self._build(recipe)
+            return objective.said(self.bench.builder.model, items)
+
+    def _build(self, recipe: Recipe) -> None:
+        builder = self.bench.builder
+        if builder.loaded is None or builder.loaded.key != recipe.key:
+            builder.build(recipe)
 
     def save(
         self, recipe: Recipe, asked: Sequence[tuple[Job, Sequence[Answer]]], out: Path
@@ -162,6 +186,15 @@ class Worker:
         return Saved(len(pairs), differing, socket.gethostname())
 
 
+@contextmanager
+def _room_needed() -> Iterator[None]:
+    """That there is no memory for a candidate is the candidate's failure."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise ObjectiveError(f"out of memory: {str(error).splitlines()[0]}") from error
+
+
 class Here:
     """The one worker in this process.
 
@@ -191,6 +224,10 @@ class Here:
     ) -> Saved:
         """As ``Worker.save``."""
         return self._worker.save(recipe, asked, out)
+
+    def say(self, recipe: Recipe, asked: Sequence[int] | PromptSpec) -> list[Said]:
+        """As ``Worker.say``."""
+        return self._worker.say(recipe, asked)
 
     def look_through(self) -> None:
         """Read all donors."""
