@@ -61,6 +61,7 @@ def choose(run: Run) -> Choice:
     candidates, belief = run.beliefs()
     missed = [candidate.missed for candidate in candidates]
     best = belief.ranked(missed)[: run.spec.search.finalists]
+    searched = [run.sheet_of(candidates[place].trial) for place in best]
     run.output.stage(f"asking the best {len(best)} recipes the select items")
     asked = [0] * len(best)
 
@@ -70,9 +71,8 @@ def choose(run: Run) -> Choice:
         return run.answers([candidates[best[one]].recipe for one in some], "select", items)
 
     def missing(finalist: int, items: int) -> float:
-        candidate = candidates[best[finalist]]
-        select = run.sheet(candidate.recipe, "select", items)
-        return run.missed({"search": run.sheet_of(candidate.trial), "select": select})
+        select = run.sheet(candidates[best[finalist]].recipe, "select", items)
+        return run.missed({"search": searched[finalist], "select": select})
 
     ends = run.ends("select")
     budget = SELECT_SHARE * run.store.scored()[0]["search"]

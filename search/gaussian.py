@@ -19,6 +19,7 @@ https://proceedings.mlr.press/v32/gardner14.html).
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from functools import cache, cached_property, lru_cache
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -333,6 +334,12 @@ def _libraries() -> ThreadpoolController:
     return ThreadpoolController()
 
 
+def one_thread() -> AbstractContextManager[Any]:
+    """For small matrices: threads would wait for one another."""
+    limited: AbstractContextManager[Any] = _libraries().limit(limits=1, user_api="blas")
+    return limited
+
+
 class GaussianSampler(BaseSampler):
     """Proposes the recipe of the highest expected improvement.
 
@@ -381,7 +388,7 @@ class GaussianSampler(BaseSampler):
             return self._shared() if self.places.groups else {}
         running = [known for known in trials if known.state == TrialState.RUNNING]
         others = [other for other in running if other.number != trial.number]
-        with _libraries().limit(limits=1, user_api="blas"):  # small matrices: threads would wait
+        with one_thread():
             point, gain = self._proposal(complete, others)
         if not self.front and not self.places.groups:  # units of their own may gain more
             study._storage.set_trial_system_attr(trial._trial_id, GAIN, gain)
@@ -497,4 +504,5 @@ def believed(space: Space, points: Sequence[Point], values: Floats, variances: F
     x = places.of(tried)
     known = zip(tried.method.tolist(), map(tuple, x.tolist()), values, variances, strict=True)
     observed = tuple(Observed(*one) for one in known)
-    return Posterior(Data.of(observed), fitted(observed)).belief()
+    with one_thread():
+        return Posterior(Data.of(observed), fitted(observed)).belief()

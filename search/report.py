@@ -25,7 +25,7 @@ from merge_engine.recipe import Recipe
 from objectives.scores import bootstrap
 from search.charts import Axis, Chart, Interval, intervals, shortened
 from search.frozen import FrozenItem
-from search.gaussian import Data, Posterior, fitted, observation
+from search.gaussian import Data, Posterior, fitted, observation, one_thread
 from search.places import Places, Population
 from search.racing import Floats
 from search.result import Difference, Result, Score, read_result, short_names
@@ -64,7 +64,8 @@ def make_report(run: Path, store: Store, study: Study) -> str:
         StudyError: Another version of this program wrote the result.
     """
     result = read_result(run)
-    return _template().render(_contents(str(run), Facts(store, study, result)))
+    with one_thread():
+        return _template().render(_contents(str(run), Facts(store, study, result)))
 
 
 @cache
@@ -139,12 +140,12 @@ class Facts:
     @cached_property
     def evaluations(self) -> dict[int, int]:
         """How many items had been asked after each trial, by its number."""
-        asked, after = Counter[str](), {}
+        asked, total, after = Counter[str](), 0, {}
         for trial in self.trials:
-            attributes = trial.user_attrs
-            recipe, items = attributes.get("recipe", ""), attributes.get("items", 0)
-            asked[recipe] = max(asked[recipe], items)  # who was asked before is not asked again
-            after[trial.number] = asked.total()
+            recipe, items = trial.user_attrs.get("recipe", ""), trial.user_attrs.get("items", 0)
+            more = max(0, items - asked[recipe])  # who was asked before is not asked again
+            asked[recipe] += more
+            after[trial.number] = total = total + more
         return after
 
     def kind(self, method: str) -> str:

@@ -423,9 +423,10 @@ class Run:
         trials = self.study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
         trials = [trial for trial in trials if trial.user_attrs["items"] == size]
         if not race.front and len(trials) > race.panel:
-            last = sorted(map(rank, trials))[race.panel - 1]
+            ranks = [rank(trial) for trial in trials]
+            last = sorted(ranks)[race.panel - 1]
             within = (last[0], last[1] + 1e-9 * max(1.0, abs(last[1])))
-            trials = [trial for trial in trials if rank(trial) <= within]
+            trials = [trial for trial, own in zip(trials, ranks, strict=True) if own <= within]
         return sorted(trials, key=lambda trial: trial.user_attrs["told"])
 
     def answers(self, recipes: Sequence[Recipe], split: Split, items: int | None = None) -> Floats:

@@ -125,7 +125,7 @@ class Scorer:
 
     def lacking(self, recipe: Recipe, split: Split, items: int | None = None) -> list[int]:
         """The blocks of the split's first items that a recipe has not answered."""
-        stored = self.store.answers(recipe.key, split)
+        stored = self.store.blocks(recipe.key, split)
         return [number for number in self._first(split, items) if number not in stored]
 
     def begin(self, recipe: Recipe, split: Split, number: int) -> Block:

@@ -16,6 +16,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
+from datetime import UTC, datetime
 from functools import cache
 from pathlib import Path
 from typing import Any, Final, Self
@@ -53,7 +54,6 @@ from sqlalchemy.exc import (
     InternalError,
     OperationalError,
 )
-from sqlalchemy.orm import Session
 from sqlalchemy.pool import NullPool
 
 from objectives.base import Answer
@@ -268,30 +268,33 @@ class _Database(RDBStorage):
     ) -> list[FrozenTrial]:
         if states is not None or trial_id_greater_than >= 0:  # at first all are asked for
             return super()._get_trials(study_id, states, included_trial_ids, trial_id_greater_than)
-        one: Any = models.TrialModel
+        one: Any = models.TrialModel.__table__
+        mine = one.c.study_id == study_id
         known = cache(json_to_distribution)  # of a few kinds
-        mine = one.study_id == study_id
+        values = defaultdict[int, list[float]](list)
+        params, kinds, user, system = (defaultdict[int, dict[str, Any]](dict) for _ in range(4))
 
-        def of_trials(model: Any, *columns: Any) -> Mapping[int, list[Any]]:
-            found = defaultdict(list)
-            order = model.__mapper__.primary_key
-            wanted = select(model.trial_id, *columns).join(one).where(mine).order_by(*order)
-            for trial, *row in session.execute(wanted):
-                found[trial].append(row)
-            return found
+        def rows_of(model: Any, *columns: str) -> Sequence[Any]:
+            of = model.__table__.c
+            wanted = select(of.trial_id, *(of[name] for name in columns)).join(one).where(mine)
+            return connection.execute(wanted.order_by(*model.__table__.primary_key)).all()
 
-        with Session(self.engine) as session:
+        with self.engine.connect() as connection:
             of = models.TrialValueModel
-            values = {
-                trial: [of.stored_repr_to_value(*row) for row in rows]
-                for trial, rows in of_trials(of, of.value, of.value_type).items()
-            }
-            of = models.TrialParamModel
-            params = of_trials(of, of.param_name, of.param_value, of.distribution_json)
-            noted = [
-                of_trials(of, of.key, of.value_json)
-                for of in (models.TrialUserAttributeModel, models.TrialSystemAttributeModel)
-            ]
+            for trial, *stored in rows_of(of, "value", "value_type"):
+                values[trial].append(of.stored_repr_to_value(*stored))
+            columns = ("param_name", "param_value", "distribution_json")
+            for trial, name, value, text in rows_of(models.TrialParamModel, *columns):
+                kinds[trial][name] = kind = known(text)
+                params[trial][name] = kind.to_external_repr(value)
+            for noted, model in (
+                (user, models.TrialUserAttributeModel),
+                (system, models.TrialSystemAttributeModel),
+            ):
+                rows = rows_of(model, "key", "value_json")
+                said = json.loads(f"[{','.join(row.value_json for row in rows)}]")  # all at once
+                for (trial, key, _), value in zip(rows, said, strict=True):
+                    noted[trial][key] = value
             return [
                 FrozenTrial(
                     trial_id=trial.trial_id,
@@ -299,19 +302,21 @@ class _Database(RDBStorage):
                     state=trial.state,
                     value=None,
                     values=values.get(trial.trial_id),
-                    datetime_start=trial.datetime_start,
-                    datetime_complete=trial.datetime_complete,
-                    params={
-                        name: known(kind).to_external_repr(value)
-                        for name, value, kind in params[trial.trial_id]
-                    },
-                    distributions={name: known(kind) for name, _, kind in params[trial.trial_id]},
-                    user_attrs={k: json.loads(text) for k, text in noted[0][trial.trial_id]},
-                    system_attrs={k: json.loads(text) for k, text in noted[1][trial.trial_id]},
+                    datetime_start=_local(trial.datetime_start),
+                    datetime_complete=_local(trial.datetime_complete),
+                    params=params[trial.trial_id],
+                    distributions=kinds[trial.trial_id],
+                    user_attrs=user[trial.trial_id],
+                    system_attrs=system[trial.trial_id],
                     intermediate_values={},
                 )
-                for trial in session.scalars(select(one).where(mine).order_by(one.trial_id))
+                for trial in connection.execute(select(one).where(mine).order_by(one.c.trial_id))
             ]
+
+
+def _local(utc: datetime | None) -> datetime | None:
+    """The time here, as Optuna has it in trials."""
+    return utc and utc.replace(tzinfo=UTC).astimezone().replace(tzinfo=None)
 
 
 def _opened(storage: Storage, **options: Any) -> _Database:
@@ -439,6 +444,14 @@ class Store:
         with self._engine.connect() as connection:
             rows = connection.execute(wanted.order_by(_ANSWERS.c.block))
             return {row.block: _loaded(row) for row in rows}
+
+    def blocks(self, recipe: str, split: str) -> set[int]:
+        """The numbers of those blocks."""
+        wanted = select(_ANSWERS.c.block).where(
+            _ANSWERS.c.study == self._study, _ANSWERS.c.recipe == recipe, _ANSWERS.c.split == split
+        )
+        with self._engine.connect() as connection:
+            return set(connection.execute(wanted).scalars())
 
     def save(
         self, recipe: str, split: str, block: int, answers: Sequence[Answer], seconds: float

@@ -3,8 +3,8 @@
     python tests/bench_storage.py [--trials 10000] [--items 1000] [--samplers gp,tpe]
 
 A database is written as if all these trials had answered all items, and a run opened on it: made
-(with its race as it was), asked for two more trials, told one of them, and concluded with a worker
-that answers at once.
+(with its race as it was), asked for two more trials, told one of them, concluded with a worker
+that answers at once, concluded again from what is stored, and its page drawn.
 """
 
 import argparse
@@ -27,6 +27,8 @@ from objectives.base import Answer, Item, Shown
 from objectives.items import SPLITS, Splits
 from search.bench import Bench
 from search.conclusion import conclude
+from search.gaussian import fitted
+from search.report import make_report
 from search.runner import DATABASE, Run
 from search.space import Space
 from search.spec import parse_study
@@ -133,39 +135,45 @@ def drawn(space: Space, generator: np.random.Generator) -> dict[str, Any]:
     }
 
 
+@contextmanager
+def clocked(found: dict[str, float], name: str) -> Iterator[None]:
+    start = time.perf_counter()
+    yield
+    found[name] = round(time.perf_counter() - start, 2)
+
+
 def measure(folder: Path, sampler: str, options: argparse.Namespace) -> dict[str, float]:
     found: dict[str, float] = {}
-
-    @contextmanager
-    def timed(name: str) -> Iterator[None]:
-        start = time.perf_counter()
-        yield
-        found[name] = round(time.perf_counter() - start, 2)
-
     bench = make_bench(sampler, options.items)
     Store(folder / DATABASE)
     write(folder / DATABASE, bench, options.trials)
-    with timed("open"):
+    with clocked(found, "open"):
         run = Run(folder, bench, Prompt(), Terminal(Console(quiet=True)))
         run.adopt()
-    with timed("rebuild"):
+    with clocked(found, "rebuild"):
         run._enqueue_warm_starts()
         run._try_baselines()
         race = run._race()
         run.output.start(run.spec.search.trials, run.finished(), 0)
-    with timed("ask"):
+    with clocked(found, "ask"):
         run._goes_on(np.inf)
         turn = run._begin()
-    with timed("ask_again"):
+    with clocked(found, "ask_again"):
         run._goes_on(np.inf)
         run._begin()
     run.scorer.begin(turn.recipe, "search", 0)
     run.scorer.finish()
-    with timed("tell"):
+    with clocked(found, "tell"):
         turn.sheet = run.sheet(turn.recipe, "search", 1)
         run._tell(turn, race)
-    with timed("conclude"):
-        conclude(run)
+    for name in ("conclude", "conclude_again"):
+        fitted.cache_clear()
+        with clocked(found, name):
+            result, _ = conclude(run)
+    (folder / "result.json").write_text(result.model_dump_json())
+    fitted.cache_clear()
+    with clocked(found, "report"):
+        make_report(folder, run.store, run.study)
     return found
 
 
