@@ -11,7 +11,8 @@ from optuna.trial import TrialState
 from merge_engine.recipe import Recipe
 from objectives.scores import bootstrap
 from search.card import OtherTrial
-from search.front import believed_front, confirmed
+from search.front import believed_front, confirmed, leading
+from search.gaussian import MODELLED
 from search.racing import Floats, elect
 from search.result import (
     Baseline,
@@ -94,8 +95,13 @@ def find_front(run: Run) -> list[Candidate]:
     candidates, finalists = run.candidates(), run.spec.search.finalists
     least = min(candidate.missed for candidate in candidates)
     candidates = [candidate for candidate in candidates if candidate.missed == least]
-    trials = [candidate.trial for candidate in candidates]
     strata = run.strata_of_goals("select")
+    by_task = [
+        [one.trial.user_attrs["tasks"][goal][0] for goal in strata.weights] for one in candidates
+    ]
+    means = [candidate.value for candidate in candidates]
+    candidates = [candidates[i] for i in leading(np.column_stack([by_task, means]), MODELLED)]
+    trials = [candidate.trial for candidate in candidates]
     places, beliefs = believed_front(
         run.bench.space,
         [trial.params for trial in trials],

@@ -7,6 +7,7 @@ then with fresh items; only items asked after that say how good its recipes are.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import islice
 
 import numpy as np
 from scipy.stats.qmc import Sobol
@@ -35,6 +36,12 @@ def believed_front(
     front = nondominated(means)
     front = [front[place] for place in widest(means[front], most)]
     return front, {task: belief[front] for task, belief in beliefs.items()}
+
+
+def leading(values: Floats, most: int) -> list[int]:
+    """Places of ``most`` of the rows (n, goals) at most: every goal's best, its second, ..."""
+    order = np.argsort(-values, axis=0, kind="stable").ravel().tolist()
+    return sorted(islice(dict.fromkeys(order), most))
 
 
 def confirmed(beliefs: Mapping[str, Belief], strata: Strata, answers: Floats) -> list[int]:

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from search.cli import main
-from search.front import believed_front, confirmed, nondominated, widest
+from search.front import believed_front, confirmed, leading, nondominated, widest
 from search.racing import Belief, Strata
 from search.result import Result
 from search.runner import DATABASE
@@ -40,6 +40,14 @@ def test_thinned_front_covers_nearly_what_the_whole_does():
     )
     assert covered > 0.93 * whole
     assert widest(arc[:5], 9) == [0, 1, 2, 3, 4]
+
+
+@given(arrays(float, (12, 3), elements=st.integers(0, 4)), st.integers(3, 15))
+def test_of_many_the_best_in_each_goal_are_kept_and_of_few_all(values, most):
+    kept = leading(values, most)
+    assert kept == sorted(set(kept))
+    assert len(kept) == min(most, 12)
+    assert (values[kept].max(axis=0) == values.max(axis=0)).all()
 
 
 def values_at(scale):
