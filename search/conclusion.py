@@ -147,6 +147,7 @@ def conclude(run: Run) -> tuple[Result, Recipe]:
         winner=tested_winner(run, choice.candidate),
         front=members,
         donors={model: found[model] for model in run.spec.beside_base},
+        floors=run.floors({"test": winner}),
         base=found[run.spec.base_model],
         uniform=found[UNIFORM],
         difference_to_best_donor=DonorDifference(

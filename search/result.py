@@ -89,9 +89,11 @@ class Result(_Frozen):
     ``believed_score`` that with the luck taken away; ``select_score`` is its mean on the select
     items it was asked, None if it had no rival. They are shown to be compared with
     ``winner.test``. ``front`` are the recipes of which none was believed to beat another on every
-    task, before they were tested; none where the study does not look for them. ``items_asked``
-    counts the item evaluations of each split. ``times_tested`` is how many winners have been asked
-    the test items so far: more than one if a finished run was extended.
+    task, before they were tested; none where the study does not look for them. ``floors`` are
+    what the winner had to reach in tasks, on the test items; it was chosen for having reached them
+    on others. ``items_asked`` counts the item evaluations of each split. ``times_tested`` is how
+    many winners have been asked the test items so far: more than one if a finished run was
+    extended.
     """
 
     version: Literal[1] = 1
@@ -99,6 +101,7 @@ class Result(_Frozen):
     winner: Winner
     front: list[Winner] = []
     donors: dict[str, Baseline]
+    floors: dict[str, float] = {}
     base: Baseline
     uniform: Baseline
     difference_to_best_donor: DonorDifference
@@ -120,6 +123,19 @@ class Result(_Frozen):
         if self.verdict == "better":
             return "The winner is better than its base and every donor"
         return "The winner is not shown to be better than all it was made from"
+
+    @property
+    def floors_say(self) -> str | None:
+        """What has become of the floors on the test items, in words; None where there are none."""
+        if not self.floors:
+            return None
+        reached = self.winner.test.tasks
+        each = [
+            f"{task} {100 * reached[task]:.1f} "
+            f"(floor {100 * floor:.1f}: {'kept' if reached[task] >= floor else 'missed'})"
+            for task, floor in self.floors.items()
+        ]
+        return f"Floors on the test items: {', '.join(each)}."
 
 
 def read_result(run: Path) -> Result | None:

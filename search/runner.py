@@ -451,20 +451,25 @@ class Run:
         return Strata(self.bench.tasks_of(split), self.bench.weights)
 
     def missed(self, asked: Mapping[Split, Sheet]) -> float:
-        """By how much a recipe's answers to the first items of splits miss the study's limits.
+        """By how much a recipe's answers to the first items of splits miss the study's limits."""
+        all_asked = sum(asked.values(), start=Sheet((), (), self.bench.weights))
+        return shortfall(all_asked, self.floors(asked), self.spec.objective.max_mean_tokens)
+
+    def floors(self, asked: Mapping[Split, Sheet]) -> dict[str, float]:
+        """The least that a recipe which gave these answers has to reach in tasks.
 
         A floor that follows the base is of the base's answers to the same items.
         """
-        limits, none = self.spec.objective, Sheet((), (), self.bench.weights)
-        floors = {task: f for task, f in limits.constraints.items() if isinstance(f, float)}
-        if below := {t: f for t, f in limits.constraints.items() if isinstance(f, BelowBase)}:
+        constraints = self.spec.objective.constraints
+        floors = {task: f for task, f in constraints.items() if isinstance(f, float)}
+        if below := {t: f for t, f in constraints.items() if isinstance(f, BelowBase)}:
             base = self.bench.space.baselines()[self.spec.base_model]
             same = [self.sheet(base, split, len(one.answers)) for split, one in asked.items()]
-            means = sum(same, start=none).by_task
+            means = sum(same, start=Sheet((), (), self.bench.weights)).by_task
             floors |= {
                 task: mean - below[task].margin for task, mean in means.items() if task in below
             }
-        return shortfall(sum(asked.values(), start=none), floors, limits.max_mean_tokens)
+        return floors
 
     def goals(self, sheet: Sheet) -> Floats:
         """A sheet's values in the goals of the search: its answers, and what they cost."""

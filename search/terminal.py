@@ -222,7 +222,7 @@ def print_result(console: Console, result: Result, run: Path) -> None:
     row("uniform", result.uniform.test, result.uniform.difference)
     row("winner", result.winner.test, None, style="bold")
     console.print(table)
-    _print_costs(console, result, names)
+    _print_limited(console, result, names)
     if result.front:
         _print_front(console, result.front, tasks, run)
     best = result.difference_to_best_donor
@@ -254,8 +254,10 @@ def print_result(console: Console, result: Result, run: Path) -> None:
     )
 
 
-def _print_costs(console: Console, result: Result, names: Mapping[str, str]) -> None:
-    """What each model writes, where they write."""
+def _print_limited(console: Console, result: Result, names: Mapping[str, str]) -> None:
+    """What has become of the floors, and how much each model writes."""
+    if result.floors_say:
+        console.print(escape(result.floors_say), highlight=False)
     tests = {"winner": result.winner.test, "base": result.base.test, "uniform": result.uniform.test}
     tests |= {names[model]: donor.test for model, donor in result.donors.items()}
     if costs := [f"{name} {score.tokens:.1f}" for name, score in tests.items() if score.tokens]:

@@ -468,7 +468,7 @@ def test_failed_trial_is_told_and_the_search_goes_on(make_study, zoo, tmp_path):
 
 
 def test_floors_decide_who_wins_and_may_follow_the_base_on_the_same_items(
-    make_study, tmp_path, zoo
+    make_study, tmp_path, zoo, capsys
 ):
     study = make_study(tmp_path, objective__constraints={"pick": "base - 0.4", "tell": 0.06})
     run = tmp_path / "run"
@@ -488,6 +488,9 @@ def test_floors_decide_who_wins_and_may_follow_the_base_on_the_same_items(
     assert not all(missed.values())
     result = json.loads((run / "result.json").read_text())
     assert missed[result["winner"]["trial"]] == 0
+    of_base = result["base"]["test"]["tasks"]["pick"]
+    assert result["floors"] == {"tell": 0.06, "pick": pytest.approx(of_base - 0.4)}
+    assert "Floors on the test items: tell" in capsys.readouterr().out
 
 
 def searched(store, recipe):
