@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -28,6 +29,7 @@ from search.storage import Stopped
 TEMPLATE = Path(__file__).with_name("card.md")
 CARD = "README.md"
 TAGS = ["merge", "mergekit", "mergesearch"]
+BUSY = (408, 429)  # what a server says that would do it later
 LICENCE = ("license", "license_name", "license_link")
 
 
@@ -77,6 +79,7 @@ def model_card(
         name=_cell(name),
         recipe=recipe,
         yaml=recipe.to_yaml(),
+        folders=any(Path(model).is_absolute() for model in models),
         donors=[_name(source.model) for source in recipe.donors],
         base=_name(recipe.base_model or models[0]),
         result=result,
@@ -185,7 +188,7 @@ def push(checkpoint: Path, recipe: Path, repo: str, *, private: bool) -> str:
 
     Raises:
         StudyError: It is no id, there is no token, or the Hub refuses.
-        Stopped: The Hub cannot be reached.
+        Stopped: The Hub cannot be reached, or fails.
     """
     api = HfApi()
     try:
@@ -204,10 +207,14 @@ def push(checkpoint: Path, recipe: Path, repo: str, *, private: bool) -> str:
             url.repo_id, additions, commit_message="Upload a merge found by mergesearch"
         )
     except HfHubHTTPError as error:
+        if error.response.status_code >= 500 or error.response.status_code in BUSY:
+            raise Stopped(f"{api.endpoint} fails: {_first_line(error)}") from None
         raise StudyError(
             f"{api.endpoint} refuses {repo}: {_first_line(error)}; log in with `hf auth login`, "
             "with a token that may write there"
         ) from None
+    except json.JSONDecodeError as error:
+        raise Stopped(f"{api.endpoint} gives no answer to be read: {error}") from None
     except ValueError as error:  # the id or the card, before anything is sent
         raise StudyError(f"{repo}: {' '.join(str(error).split())}") from None
     except Exception as error:  # whatever the client's transport calls it

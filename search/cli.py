@@ -531,7 +531,7 @@ def _push(options: Any, output: Output) -> None:
 
 def _report(options: Any, output: Output) -> None:
     from search.report import make_report
-    from search.runner import check_folder, stored_spec
+    from search.runner import check_folder, is_held, stored_spec
     from search.spec import StudyError
     from search.storage import Storage, Store
 
@@ -541,7 +541,7 @@ def _report(options: Any, output: Output) -> None:
         raise StudyError(f"{file} is a folder; name the file to write in it")
     check_folder(file.parent)
     store = Store(Storage.of(options.run, options.storage))
-    page = make_report(options.run, store, store.study())
+    page = make_report(options.run, store, store.study(), held=is_held(options.run))
     _replace_text(file, page)
     output.done(str(file), report=str(file))
 

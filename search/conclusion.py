@@ -9,7 +9,7 @@ import numpy as np
 from optuna.trial import TrialState
 
 from merge_engine.recipe import Recipe
-from objectives.scores import bootstrap
+from objectives.scores import score_interval
 from search.card import OtherTrial
 from search.front import believed_front, confirmed, leading
 from search.gaussian import MODELLED
@@ -195,8 +195,8 @@ def other_trial(run: Run, number: int, recipe: Recipe, result: Result | None) ->
 
 
 def score_of(sheet: Sheet, seed: int) -> Score:
-    """A sheet's means, and the 95 % bootstrap interval of their weighted mean."""
-    interval = bootstrap(sheet.answers, sheet.tasks, sheet.weights, seed=seed)
+    """A sheet's means, and the 95 % interval of their weighted mean."""
+    interval = score_interval(sheet.answers, sheet.tasks, sheet.weights, seed=seed)
     return Score(
         mean=interval.mean,
         ci95=(interval.low, interval.high),

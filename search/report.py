@@ -7,8 +7,9 @@ What the page says of recipes between and beyond the trials is what the process 
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
+from datetime import datetime
 from functools import cache, cached_property
 from itertools import combinations
 from pathlib import Path
@@ -22,13 +23,16 @@ from optuna.study import Study
 from optuna.trial import FrozenTrial, TrialState
 
 from merge_engine.recipe import Recipe
-from objectives.scores import bootstrap
+from objectives.scores import Interval as Estimated
+from objectives.scores import paired_bootstrap, score_interval
 from search.charts import Axis, Chart, Interval, intervals, shortened
 from search.frozen import FrozenItem
 from search.gaussian import Data, Posterior, fitted, observation, one_thread
 from search.places import Places, Population
 from search.racing import Floats
+from search.responses import question, read_samples, shown
 from search.result import Difference, Result, Score, read_result, short_names
+from search.selection import Sheet
 from search.space import UNIFORM, Space
 from search.spec import StudySpec
 from search.storage import Store
@@ -52,20 +56,24 @@ PARTS = {
 }
 
 
-def make_report(run: Path, store: Store, study: Study) -> str:
+def make_report(run: Path, store: Store, study: Study, *, held: bool | None = None) -> str:
     """The page of a run, with its result if it has one so far.
 
     Args:
         run: Its folder.
         store: Its answers.
         study: Its trials.
+        held: Whether a process is at work on it; None: this one, which draws as it goes.
 
     Raises:
         StudyError: Another version of this program wrote the result.
     """
     result = read_result(run)
+    samples = read_samples(run, result) if result else []
     with one_thread():
-        return _template().render(_contents(str(run), Facts(store, study, result)))
+        contents = _contents(str(run), Facts(store, study, result))
+    now = datetime.now().astimezone()
+    return _template().render(contents, samples=samples, words=shown, held=held, now=now)
 
 
 @cache
@@ -89,6 +97,7 @@ def _contents(name: str, facts: Facts) -> dict[str, Any]:
         "verdict": result and result.says,
         "winner": result and _outcome(facts, result),
         "best": model and model.best,
+        "so_far": _so_far(facts, model.best.trial) if model and not facts.is_finished else None,
         "progress": model and _progress(facts, model),
         "timeline": facts.complete and _timeline(facts),
         "curves": model and _curves(facts, model),
@@ -118,6 +127,15 @@ class Facts:
         self.failed = [trial for trial in self.trials if trial.state == TrialState.FAIL]
         self.names = short_names(self.spec.beside_base, "/") | {UNIFORM: "uniform"}
         self.names[self.spec.base_model] = "base"
+
+        # Runs of versions before this one have neither.
+        self.weights: Mapping[str, float] = study.user_attrs.get("weights", {})
+        self.baselines: Mapping[str, str] = study.user_attrs.get("baselines", {})
+
+    @property
+    def last_told(self) -> datetime | None:
+        """When the last trial was."""
+        return self.trials[-1].datetime_complete if self.trials else None
 
     @property
     def base_name(self) -> str:
@@ -161,21 +179,25 @@ class Facts:
         )
 
     @cached_property
-    def test_items(self) -> list[FrozenItem]:
-        """The test items, in scoring order."""
-        return [item for item in self.store.items() if item.split == "test"]
+    def items(self) -> Mapping[str, Sequence[FrozenItem]]:
+        """Those of each split, in scoring order."""
+        of_split = defaultdict(list)
+        for item in self.store.items():
+            of_split[item.split].append(item)
+        return of_split
 
     def tested(self, recipe: Recipe) -> dict[str, list[float]]:
         """A recipe's answers to the test items of each task."""
         by_task: dict[str, list[float]] = {}
-        for item, value in zip(self.test_items, self.test_answers(recipe), strict=True):
+        for item, value in zip(self.items["test"], self.answers(recipe.key, "test"), strict=True):
             by_task.setdefault(item.task, []).append(value)
         return by_task
 
-    def test_answers(self, recipe: Recipe) -> list[float]:
-        """A recipe's answers to all test items."""
-        blocks = self.store.answers(recipe.key, "test")
-        return [answer.value for number in sorted(blocks) for answer in blocks[number]]
+    def answers(self, recipe: str, split: str) -> list[float]:
+        """A recipe's answers to the first items of a split, up to a block that it lacks."""
+        blocks = self.store.answers(recipe, split)
+        end = next(number for number in range(len(blocks) + 1) if number not in blocks)
+        return [answer.value for number in range(end) for answer in blocks[number]]
 
 
 class Model:
@@ -248,16 +270,20 @@ class Cell(NamedTuple):
     """A score, and the winner's lead over it, with 95 % intervals, in per cent."""
 
     score: Interval
-    lead: Interval | None
+    lead: Interval | None = None
 
 
 class Row(NamedTuple):
-    """A model on the test items: a cell for the mean and one for each task."""
+    """A model on some items: a cell for the mean and one for each task, None where it has none.
+
+    ``note`` stands beneath its name.
+    """
 
     name: str
     title: str
+    note: str
     tokens: float | None
-    cells: Sequence[Cell]
+    cells: Sequence[Cell | None]
 
 
 class Change(NamedTuple):
@@ -303,6 +329,7 @@ def _outcome(facts: Facts, result: Result) -> dict[str, Any]:
         "lost": [change for change in changes if change.after < change.before],
         "shown": SHOWN,
         "yaml": winner.to_yaml(),
+        "folders": [model for model in winner.models_read if Path(model).is_absolute()],
     }
 
 
@@ -315,33 +342,73 @@ def _row(
 ) -> Row:
     """A model's row from its score, its answers by task, and those of who leads it."""
     if rival is None:
-        cells = [Cell(_known(name, score, "chosen"), None)]
-        cells += [Cell(_resampled(name, values, "chosen"), None) for values in answers.values()]
-        return Row(name, title, score.tokens, cells)
+        cells = [Cell(_known(name, score, "chosen"))]
+        for task, values in answers.items():
+            cells.append(_cell(name, _sheet(task, values), kind="chosen"))
+        return Row(name, title, title, score.tokens, cells)
     lead, own = rival
     cells = [Cell(_known(name, score), _known(name, lead))]
     for task, values in answers.items():
-        ahead = np.subtract(own[task], values)
-        cells.append(Cell(_resampled(name, values), _resampled(name, ahead)))
-    return Row(name, title, score.tokens, cells)
+        cells.append(_cell(name, _sheet(task, values), _sheet(task, own[task])))
+    return Row(name, title, "", score.tokens, cells)
 
 
 def _known(name: str, of: Score | Difference, kind: str = "") -> Interval:
     return Interval(name, 100 * of.mean, 100 * of.ci95[0], 100 * of.ci95[1], kind)
 
 
-def _resampled(name: str, values: Sequence[float] | Floats, kind: str = "") -> Interval:
-    """The mean of a task's values."""
-    found = bootstrap(list(values), [name] * len(values), {name: 1.0}, resamples=RESAMPLES)
+def _sheet(task: str, values: Sequence[float]) -> Sheet:
+    return Sheet(tuple(values), (task,) * len(values), {task: 1.0})
+
+
+def _cell(name: str, sheet: Sheet, ahead: Sheet | None = None, kind: str = "") -> Cell:
+    """A sheet's mean, and the lead of the one that is to be ahead on the same items."""
+    score = score_interval(sheet.answers, sheet.tasks, sheet.weights)
+    if ahead is None:
+        return Cell(_in_percent(name, score, kind))
+    lead = paired_bootstrap(
+        ahead.answers, sheet.answers, sheet.tasks, sheet.weights, resamples=RESAMPLES
+    )
+    return Cell(_in_percent(name, score, kind), _in_percent(name, lead))
+
+
+def _in_percent(name: str, found: Estimated, kind: str = "") -> Interval:
     return Interval(name, 100 * found.mean, 100 * found.low, 100 * found.high, kind)
+
+
+def _so_far(facts: Facts, best: FrozenTrial) -> dict[str, Any] | None:
+    """What the best so far and what it is made from answered to the search items they saw."""
+    if not facts.weights:
+        return None
+    tasks = [item.task for item in facts.items["search"]]
+    columns = [facts.weights, *({task: 1.0} for task in facts.weights)]
+    own = facts.answers(best.user_attrs["recipe"], "search")
+
+    def row(name: str, title: str, values: Sequence[float], *, is_best: bool = False) -> Row:
+        cells: list[Cell | None] = []
+        for weights in columns:
+            there = [n for n, _ in enumerate(values) if tasks[n] in weights]
+            sheet, ahead = (
+                Sheet(tuple(some[n] for n in there), tuple(tasks[n] for n in there), weights)
+                for some in (values, own)
+            )
+            known = {*sheet.tasks} == {*weights}
+            cells.append(_cell(name, sheet, None if is_best else ahead) if known else None)
+        return Row(name, title, f"{len(values)} items", None, cells)
+
+    answers = {name: facts.answers(key, "search") for name, key in facts.baselines.items()}
+    rows = [row(facts.names[name], name, values[: len(own)]) for name, values in answers.items()]
+    rows.append(row("best so far", f"trial {best.number}", own, is_best=True))
+    return {"columns": ["mean", *short_names(facts.weights, "_").values()], "rows": rows}
 
 
 def _compared(columns: Sequence[str], rows: Sequence[Row]) -> list[Markup]:
     """A chart of every model for the mean and for each task, on one axis."""
-    ends = [end for row in rows for cell in row.cells for end in (cell.score.low, cell.score.high)]
+    scores = [[cell.score for cell in row.cells if cell] for row in rows]
+    ends = [end for row in scores for score in row for end in (score.low, score.high)]
     axis = Axis.around("test score, %", ends)
     return [
-        intervals(axis, [row.cells[place].score for row in rows], f"{column}: score on test")
+        intervals(axis, [row[place] for row in scores], f"{column}: score on test")
         for place, column in enumerate(columns)
     ]
 
@@ -350,7 +417,8 @@ def _pairs(columns: Sequence[str], rows: Sequence[Row]) -> list[Markup]:
     """The front and what it was made from, for pairs of tasks."""
     charts = []
     for one, other in list(combinations(range(1, len(columns)), 2))[:PAIRS]:
-        points = [(row.cells[one].score, row.cells[other].score) for row in rows]
+        cells = [(row.cells[one], row.cells[other]) for row in rows]
+        points = [(x.score, y.score) for x, y in cells if x and y]
         chart = Chart(
             Axis.around(f"{columns[one]}, %", [x.mean for x, _ in points]),
             Axis.around(f"{columns[other]}, %", [y.mean for _, y in points]),
@@ -363,19 +431,14 @@ def _pairs(columns: Sequence[str], rows: Sequence[Row]) -> list[Markup]:
 
 def _changes(facts: Facts, donor: Recipe, winner: Recipe) -> list[Change]:
     """The test items that two recipes answer differently, the largest differences first."""
-    both = zip(facts.test_items, facts.test_answers(donor), facts.test_answers(winner), strict=True)
+    answers = [facts.answers(recipe.key, "test") for recipe in (donor, winner)]
+    both = zip(facts.items["test"], *answers, strict=True)
     changes = [
-        Change(item.task, item.doc_id, shortened(_question(item.prompt), 240), before, after)
+        Change(item.task, item.doc_id, shortened(question(item.prompt), 240), before, after)
         for item, before, after in both
         if before != after
     ]
     return sorted(changes, key=lambda one: -abs(one.after - one.before))
-
-
-def _question(prompt: str) -> str:
-    """A frozen prompt without the settings a model writes with, which are its last line."""
-    question, _, last = prompt.rpartition("\n")
-    return question if last.startswith("{") and '"until"' in last else prompt
 
 
 def _counts(

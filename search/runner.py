@@ -111,6 +111,18 @@ def locked(run: Path) -> Iterator[None]:
         yield
 
 
+def is_held(run: Path) -> bool:
+    """Whether a process is seen to hold the run folder."""
+    try:
+        with (run / "lock").open() as lock:
+            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
+    return False
+
+
 def set_aside(run: Path) -> None:
     """Move a study and all it has left in a run folder into a folder of its own in there."""
     left = [path for path in run.iterdir() if path.name != "lock" and not _ASIDE.match(path.name)]
@@ -214,6 +226,9 @@ class Run:
         _check_same(self.folder, self.study, self.spec)
         self._adopt_items()
         self._adopt_models()
+        keys = {name: recipe.key for name, recipe in self.bench.space.baselines().items()}
+        self.study.set_user_attr("baselines", keys)  # for who has no bench, as a report
+        self.study.set_user_attr("weights", self.bench.weights)
         self.study.set_user_attr("spec", self.spec.model_dump(mode="json"))
 
     def _adopt_models(self) -> None:

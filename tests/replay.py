@@ -15,7 +15,7 @@ import optuna
 from landscape import Floats, Items, Landscape
 from merge_engine.recipe import Recipe
 from objectives.items import Split, blocks
-from objectives.scores import Interval, bootstrap
+from objectives.scores import Interval, bootstrap, score_interval
 from search.gaussian import believed
 from search.racing import HOPE, PANEL, Belief, Estimate, Race, Strata, elect
 from search.samplers import make_sampler
@@ -290,7 +290,7 @@ def tested(replay: Replay, winner: Candidate, asked: int) -> Export:
         for name, recipe in replay.space.baselines().items()
         if name != UNIFORM
     ]
-    reported = bootstrap(test.answers, test.tasks, test.weights, seed=replay.seed)
+    reported = score_interval(test.answers, test.tasks, test.weights, seed=replay.seed)
     return Export(winner.recipe, reported, asked, verdict(rivals))
 
 

@@ -115,6 +115,7 @@ class Hub(ThreadingHTTPServer):
     def __init__(self):
         super().__init__(("127.0.0.1", 0), Answers)
         self.made, self.commits, self.objects = [], [], {}
+        self.failing = None  # the way it fails, if it does
         self.url = f"http://127.0.0.1:{self.server_port}"
 
     @property
@@ -146,6 +147,16 @@ class Answers(BaseHTTPRequestHandler):
     def _body(self):
         return self.rfile.read(int(self.headers["Content-Length"]))
 
+    def _fail(self, how):
+        if how == "cut":
+            self.close_connection = True
+        elif how == "garbage":
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(b"<html>")
+        else:
+            self._answer({"error": "later"}, how)
+
     def do_PUT(self):
         body, oid = self._body(), self.path.rsplit("/", 1)[-1]
         assert hashlib.sha256(body).hexdigest() == oid
@@ -154,7 +165,9 @@ class Answers(BaseHTTPRequestHandler):
 
     def do_POST(self):
         hub, body = self.server, self._body()
-        if self.headers["Authorization"] != "Bearer hf_right":
+        if hub.failing:
+            self._fail(hub.failing)
+        elif self.headers["Authorization"] != "Bearer hf_right":
             self._answer({"error": "no right to write to org"}, 403)
         elif self.path == "/api/repos/create":
             status = 409 if hub.made else 200
@@ -230,6 +243,16 @@ def test_push_says_what_is_in_its_way(hub, push):
     assert "http://127.0.0.1:9 cannot be reached" in unreachable[2]
     assert not hub.commits
     assert all(error.count("\n") == 1 for _, _, error in (refused, nobody, misnamed, unreachable))
+
+
+@pytest.mark.parametrize("failing", [500, 503, 429, "cut", "garbage"])
+def test_a_hub_that_fails_is_no_refusal(hub, push, failing):
+    hub.failing = failing
+    status, _, error = push(hub.url)
+    assert status == 1
+    assert "when that is mended, the same command goes on" in error
+    assert "log in" not in error
+    assert error.count("\n") == 1
 
 
 def test_push_of_what_is_not_finished_is_refused(run, tmp_path, capsys):

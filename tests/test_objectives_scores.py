@@ -8,9 +8,16 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from scipy.stats import binomtest
 
 from objectives.base import ObjectiveError
-from objectives.scores import bootstrap, paired_bootstrap, task_means, weighted_mean
+from objectives.scores import (
+    bootstrap,
+    paired_bootstrap,
+    score_interval,
+    task_means,
+    weighted_mean,
+)
 
 VALUES = st.lists(st.tuples(st.sampled_from("abc"), st.floats(-1, 1)), min_size=1, max_size=40)
 
@@ -60,6 +67,36 @@ def test_interval_covers_the_true_difference_as_often_as_it_says():
         interval = paired_bootstrap(first, second, tasks, weights, resamples=500, seed=repeat)
         covered += interval.low <= truth <= interval.high
     assert 0.92 <= covered / 400 <= 0.98
+
+
+@given(st.integers(1, 200), st.data())
+def test_interval_of_right_and_wrong_answers_is_wilsons(n, data):
+    right = data.draw(st.integers(0, n))
+    values = [1.0] * right + [0.0] * (n - right)
+    interval = score_interval(values, ["a"] * n, {"a": 3.0})
+    wilson = binomtest(right, n).proportion_ci(0.95, "wilson")
+    assert interval.low == pytest.approx(wilson.low, abs=1e-5)
+    assert interval.high == pytest.approx(wilson.high, abs=1e-5)
+
+
+def test_interval_of_scores_near_the_edge_covers_them_as_often_as_it_says():
+    generator = np.random.default_rng(0)
+    tasks, weights = ["a"] * 90 + ["b"] * 45, {"a": 1.0, "b": 2.0}
+    truth = (0.98 + 2 * 0.6) / 3
+    covered = 0
+    for _ in range(1000):
+        values = generator.random(135) < np.repeat([0.98, 0.6], [90, 45])
+        interval = score_interval(values, tasks, weights)
+        covered += interval.low <= truth <= interval.high
+    assert 0.93 <= covered / 1000 <= 0.975
+
+
+def test_interval_of_scores_that_are_no_shares_is_the_bootstraps():
+    values = np.random.default_rng(1).random(50).tolist()
+    tasks, weights = ["a"] * 50, {"a": 1.0}
+    found, expected = (make(values, tasks, weights) for make in (score_interval, bootstrap))
+    assert found.low == pytest.approx(expected.low)
+    assert found.high == pytest.approx(expected.high)
 
 
 def test_same_seed_same_interval_whatever_the_chunks(monkeypatch):

@@ -18,8 +18,10 @@ import search.cli
 import search.report
 from search.charts import Axis, shortened
 from search.cli import main
-from search.report import Model, chances, importance, some_of
-from search.result import Result
+from search.report import Model, chances, importance, make_report, some_of
+from search.responses import read_samples, shown
+from search.result import Result, read_result
+from search.runner import locked
 from search.space import Space
 from search.storage import DATABASE, Store
 from search.workers import Here
@@ -136,13 +138,24 @@ def test_what_tasks_say_is_shown_as_text(finished):
 
 
 def test_items_gained_less_those_lost_are_the_lead_over_the_best_donor(finished):
-    words = drawn(finished).text
+    words = drawn(finished).text.partition("gained lost alike")[2]
     result = Result.model_validate_json((finished / "result.json").read_text())
     best = result.donors[result.difference_to_best_donor.donor]
     for task, mean in result.winner.test.tasks.items():
         gained, lost, alike = map(int, re.search(rf"{task} (\d+) (\d+) (\d+)", words).groups())
         lead = mean - best.test.tasks[task]
         assert gained - lost == pytest.approx(lead * (gained + lost + alike))
+
+
+def test_what_models_write_is_on_the_page(finished):
+    samples = read_samples(finished, read_result(finished))
+    page = drawn(finished)
+    assert page.text.count("What they write") == bool(samples)
+    for sample in samples:
+        assert sample.title in page.words
+        for one in sample.responses:
+            assert one.title in page.words
+            assert shown(one.text) in page.words or not one.text
 
 
 def test_failed_trials_are_drawn_and_say_why(finished):
@@ -172,8 +185,20 @@ def test_interrupted_run_and_one_of_one_trial_have_a_page(make_study, tmp_path, 
             trial for trial in Store(run / DATABASE).study().trials if trial.state.is_finished()
         ]
         words = drawn(run).text
-        assert f"The search goes on: {len(told)} of at most 16 trials" in words
+        assert f"The search has stopped: {len(told)} of at most 16 trials" in words
+        with locked(run):
+            assert f"The search goes on: {len(told)} of at most 16 trials" in drawn(run).text
+        by_the_run_itself = make_report(run, Store(run / DATABASE), Store(run / DATABASE).study())
+        assert f"The search so far: {len(told)} of" in by_the_run_itself
         assert ("is believed to be worth" in words) == (len(told) > 2)
+        assert ("On the search items so far" in words) == (len(told) > 2)
+        if len(told) > 2:
+            table = words.partition("On the search items so far")[2].partition("this is no result")
+            for name in ("base", "a", "b", "c", "uniform", "best so far"):
+                items, score = re.search(rf" {name} (\d+) items (\d+\.\d) ± \d+", table[0]).groups()
+                assert int(items) % 8 == 0
+                assert 0 <= float(score) <= 100
+            assert table[1]
         assert "On the test items" not in words
     left[:] = [-1]
     command[3] = str(tmp_path / "one")
@@ -186,7 +211,7 @@ def test_run_that_goes_on_after_its_result_shows_both(finished, tmp_path):
     result = json.loads((run / "result.json").read_text())
     (run / "result.json").write_text(json.dumps(result | {"trials": 3, "failed_trials": 0}))
     words = drawn(run).text
-    assert "The search goes on: 20 of at most 20 trials" in words
+    assert "The search has stopped: 20 of at most 20 trials" in words
     assert "On the test items" in words
 
 
