@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import cast
 
@@ -177,9 +177,11 @@ def make_objective(spec: StudySpec, model: PreTrainedModel, checkpoint: Checkpoi
 
 
 def make_prompts(bench: LiveBench, prompts: PromptSpec) -> Objective:
-    """Prompts, prepared as a study's tasks are."""
+    """Prompts, prepared as a study's tasks are; a short model keeps half its room for them."""
     tokenizer = _tokenizer(bench.spec, bench.builder.family.reference)
     model = cast("PreTrainedModel", bench.builder.model)  # as make_bench has loaded it
+    room = getattr(model.config, "max_position_embeddings", 2 * prompts.max_tokens) // 2
+    prompts = replace(prompts, max_tokens=min(prompts.max_tokens, room))
     harness = _harness(bench.spec, [prompts], model, tokenizer)
     harness.shown(range(len(prompts.prompts)))  # it warns of those that lose their beginning
     return harness

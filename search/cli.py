@@ -208,16 +208,20 @@ def _crew(spec: StudySpec, options: Any, say: Callable[[str], None]) -> tuple[Be
     from search.workers import Here
 
     machine = Machine(_device(options), options.memory, not options.no_compile)
+    searching = "trials" in vars(options)
     if options.workers is None:
         bench = make_bench(spec, machine, say)
-        say(str(estimate(bench, bench.builder.family, machine)))
+        if searching:
+            say(str(estimate(bench, bench.builder.family, machine)))
         return bench, Here(bench)
     from search.cluster import Cluster, RayWorkers, import_ray
 
     import_ray()  # before anything is prepared
     family = open_family(spec)
     outlined = outline(spec, family)
-    if machine.builds_on.type == "cpu":  # this machine may have no GPU, or another one
+    if (
+        searching and machine.builds_on.type == "cpu"
+    ):  # this machine may have no GPU, or another one
         say(str(estimate(outlined, family, machine, options.workers)))
     count, gpus = options.workers, options.gpus_per_worker
     cluster = Cluster(options.ray_address, options.verbose)

@@ -164,10 +164,17 @@ class Terminal:
 
 
 def _short_point(trial: FrozenTrial) -> str:
-    numbers = {name: value for name, value in trial.params.items() if name != "method"}
-    return " ".join(
-        [str(trial.params.get("method")), *(f"{n}={v:.2f}" for n, v in numbers.items())]
+    """The method, weights and those parameters that it follows."""
+    from merge_engine.methods import METHODS
+
+    method = str(trial.params.get("method"))
+    named = METHODS[method].params if method in METHODS else {}
+    numbers = (
+        f"{name}={value:.2f}"
+        for name, value in trial.params.items()
+        if name in named or name.startswith(("scale", "mix_"))
     )
+    return " ".join([method, *numbers])
 
 
 def print_score(console: Console, model: str, split: str, score: Score, items: int) -> None:

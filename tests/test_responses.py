@@ -86,11 +86,10 @@ def test_prompts_and_items_are_kept_side_by_side(run, sampled):
 
 
 def test_in_a_pipe_there_are_plain_blocks_and_nothing_unprintable(run, capsys):
-    assert main(["sample", str(run), "--prompt", "a\x1b[2J", "--device", "cpu"]) == 2
-    assert "is 128 but the model holds 64 tokens" in capsys.readouterr().err
-    command = ["sample", str(run), "--prompt", "a\x1b[2J", "--max-tokens", "3", "--device", "cpu"]
-    assert main(command) == 0
+    command = ["sample", str(run), "--prompt", "a\x1b[2J", "--device", "cpu"]
+    assert main(command) == 0  # though the model holds 64 tokens, and 128 may be written
     out = capsys.readouterr().out
+    assert "cost:" not in out  # nothing is searched
     assert "\x1b" not in out
     assert "prompt:\n    a\\x1b[2J\nbase:\n" in out
     assert "winner:\n" in out
