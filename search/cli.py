@@ -251,7 +251,7 @@ def _stopping(run: Run) -> Iterator[None]:
 
 def _finish(run: Run, timeout: float) -> None:
     """Search, choose, export, report: each step finds what an earlier session has done."""
-    from search.card import model_card
+    from search.card import CARD, model_card
     from search.conclusion import conclude
 
     draw = _now_and_then(partial(_draw, run), DRAW_EVERY)
@@ -261,10 +261,12 @@ def _finish(run: Run, timeout: float) -> None:
     result, recipe = conclude(run)
     _replace_text(run.folder / "recipe.yaml", recipe.to_yaml())
     checkpoint = run.folder / "checkpoint"
-    if not _holds(checkpoint, recipe):
+    card = model_card(run.folder.name, run.spec, recipe, result)
+    if _holds(checkpoint, recipe):
+        _replace_text(checkpoint / CARD, card)
+    else:
         shutil.rmtree(checkpoint, ignore_errors=True)
-        _save(run, recipe, checkpoint)
-    _write_card(checkpoint, model_card(run.folder.name, run.spec, recipe, result))
+        _save(run, recipe, checkpoint, card)
     _replace_text(run.folder / "result.json", result.model_dump_json(indent=2) + "\n")
     _sample_items(run, result)
     _draw(run)
@@ -335,11 +337,11 @@ def _holds(checkpoint: Path, recipe: Recipe) -> bool:
     return file.is_file() and load_recipe(file)[0].key == recipe.key
 
 
-def _save(run: Run, recipe: Recipe, out: Path) -> None:
+def _save(run: Run, recipe: Recipe, out: Path, card: str) -> None:
     from search.runner import export
 
     run.output.stage(f"saving {out}")
-    compared, differing, _ = export(run, recipe, out)
+    compared, differing, _ = export(run, recipe, out, card)
     text = f"rebuilt: all {compared} answers are those in the database"
     if differing:
         text = (
@@ -347,13 +349,6 @@ def _save(run: Run, recipe: Recipe, out: Path) -> None:
             "others differ as rounding does (another machine, or smaller batches)"
         )
     run.output.stage(text)
-
-
-def _write_card(checkpoint: Path, text: str) -> None:
-    from search.card import CARD
-
-    if checkpoint.is_dir():  # not where a worker on another machine has written it
-        _replace_text(checkpoint / CARD, text)
 
 
 def _replace_text(file: Path, text: str) -> None:
@@ -480,8 +475,8 @@ def _export(options: Any, output: Output) -> None:
     def save(run: Run) -> None:
         recipe = won or run.recipe_of(options.trial)
         other = None if won else other_trial(run, options.trial, recipe, result)
-        _save(run, recipe, options.out)
-        _write_card(options.out, model_card(options.out.name, run.spec, recipe, result, other))
+        card = model_card(options.out.name, run.spec, recipe, result, other)
+        _save(run, recipe, options.out, card)
         output.done("", checkpoint=str(options.out))
 
     _session(spec, options.run, options, output, save)

@@ -75,9 +75,9 @@ class _Actor:
         return replace(reply, notes=notes)
 
     def save(
-        self, recipe: Recipe, asked: Sequence[tuple[Job, Sequence[Answer]]], out: Path
+        self, recipe: Recipe, asked: Sequence[tuple[Job, Sequence[Answer]]], out: Path, card: str
     ) -> Saved:
-        return self.worker.save(recipe, asked, out)
+        return self.worker.save(recipe, asked, out, card)
 
     def say(self, recipe: Recipe, asked: Sequence[int] | PromptSpec) -> list[Said]:
         return self.worker.say(recipe, asked)
@@ -164,10 +164,10 @@ class RayWorkers:
                 self.submit(place, job)  # it had not begun
 
     def save(
-        self, recipe: Recipe, asked: Sequence[tuple[Job, Sequence[Answer]]], out: Path
+        self, recipe: Recipe, asked: Sequence[tuple[Job, Sequence[Answer]]], out: Path, card: str
     ) -> Saved:
         """As ``Worker.save``, by the first."""
-        saved: Saved = self._by_first(lambda actor: actor.save.remote(recipe, asked, out))
+        saved: Saved = self._by_first(lambda actor: actor.save.remote(recipe, asked, out, card))
         return saved
 
     def say(self, recipe: Recipe, asked: Sequence[int] | PromptSpec) -> list[Said]:

@@ -635,9 +635,9 @@ def _changes(old: Mapping[str, Any], new: Mapping[str, Any], where: str = "") ->
     return found
 
 
-def export(run: Run, recipe: Recipe, out: Path) -> Saved:
+def export(run: Run, recipe: Recipe, out: Path, card: str) -> Saved:
     """Have a recipe built once more, make sure that it answers as it did, and save it."""
-    saved = run.scorer.save(recipe, out)
+    saved = run.scorer.save(recipe, out, card)
     if not out.is_dir():
         run.output.note(f"{out} lies on the machine {saved.machine}, whose worker has written it")
     return saved

@@ -174,14 +174,14 @@ class Scorer:
             place, _ = self.workers.next()
             del self._at_work[place]
 
-    def save(self, recipe: Recipe, out: Path) -> Saved:
-        """Have a recipe built once more, compared with its stored answers, and saved."""
+    def save(self, recipe: Recipe, out: Path, card: str) -> Saved:
+        """Have a recipe built once more, compared with its stored answers, saved with a card."""
         asked = [
             (Job(recipe, self._blocks[split][number]), answers)
             for split in SPLITS
             for number, answers in sorted(self.store.answers(recipe.key, split).items())
         ]
-        return self.workers.save(recipe, asked, out.absolute())
+        return self.workers.save(recipe, asked, out.absolute(), card)
 
     def _first(self, split: Split, items: int | None) -> range:
         """The numbers of the blocks that the first items of a split are in."""

@@ -22,6 +22,7 @@ from merge_engine.recipe import Recipe, RecipeError
 from objectives.base import Answer, ObjectiveError, Said
 from objectives.tasks import PromptSpec
 from search.bench import LiveBench, make_prompts
+from search.card import CARD
 from search.spec import StudyError
 
 ROUNDED: Final = 0.02  # of the answers may be others by rounding, and no more
@@ -83,7 +84,7 @@ class Workers(Protocol):
         """
 
     def save(
-        self, recipe: Recipe, asked: Sequence[tuple[Job, Sequence[Answer]]], out: Path
+        self, recipe: Recipe, asked: Sequence[tuple[Job, Sequence[Answer]]], out: Path, card: str
     ) -> Saved:
         """As ``Worker.save``, by any of them while all are idle."""
 
@@ -147,7 +148,7 @@ class Worker:
             builder.build(recipe)
 
     def save(
-        self, recipe: Recipe, asked: Sequence[tuple[Job, Sequence[Answer]]], out: Path
+        self, recipe: Recipe, asked: Sequence[tuple[Job, Sequence[Answer]]], out: Path, card: str
     ) -> Saved:
         """Build a recipe once more, make sure that it answers as it did, and save it.
 
@@ -158,6 +159,7 @@ class Worker:
             recipe: To be saved.
             asked: What it was asked before, and its answers.
             out: The folder to make.
+            card: To be written into it.
 
         Raises:
             ObjectiveError: More than ``ROUNDED`` of the answers are others: what would be saved is
@@ -183,6 +185,7 @@ class Worker:
             builder.build(recipe)
         model = Model(like=builder.family.reference, recipe=recipe)
         write_checkpoint(builder.tensors(), out, shapes=dict(builder.tensors()), model=model)
+        (out / CARD).write_text(card, encoding="utf-8")
         return Saved(len(pairs), differing, socket.gethostname())
 
 
@@ -220,10 +223,10 @@ class Here:
             return 0, error
 
     def save(
-        self, recipe: Recipe, asked: Sequence[tuple[Job, Sequence[Answer]]], out: Path
+        self, recipe: Recipe, asked: Sequence[tuple[Job, Sequence[Answer]]], out: Path, card: str
     ) -> Saved:
         """As ``Worker.save``."""
-        return self._worker.save(recipe, asked, out)
+        return self._worker.save(recipe, asked, out, card)
 
     def say(self, recipe: Recipe, asked: Sequence[int] | PromptSpec) -> list[Said]:
         """As ``Worker.say``."""

@@ -51,8 +51,8 @@ class Crew:
         except FAILURES as error:
             return place, error
 
-    def save(self, recipe, asked, out):
-        return self.workers[-1].save(recipe, asked, out)
+    def save(self, recipe, asked, out, card):
+        return self.workers[-1].save(recipe, asked, out, card)
 
 
 @pytest.fixture(scope="module")
@@ -119,8 +119,9 @@ def test_race_of_a_resumed_run_is_the_one_that_was_stopped(done):
 def test_winner_is_chosen_and_saved_as_it_was_scored(done, tmp_path):
     run, _, _ = done
     result, recipe = conclude(run)
-    compared, differing, _ = run.scorer.save(recipe, tmp_path / "checkpoint")
+    compared, differing, _ = run.scorer.save(recipe, tmp_path / "checkpoint", "# a card")
     assert (tmp_path / "checkpoint" / "model.safetensors").is_file()
+    assert (tmp_path / "checkpoint" / "README.md").read_text() == "# a card"
     assert compared >= 24 + 8  # the test, and a block of the search
     assert not differing
     assert result.trials == 12
