@@ -6,6 +6,7 @@ in each file that defines it, so a search for words finds the few files worth pa
 
 from __future__ import annotations
 
+import functools
 import importlib
 import os
 import re
@@ -75,16 +76,23 @@ def _is_name(value: object) -> bool:
     return isinstance(value, str)
 
 
+@functools.cache  # an unknown name is looked for, and then a name like it
 def _texts(root: Path) -> dict[Path, str]:
     """Every file that can hold a part of a task's definition, in lm-eval's order."""
-    found = {}
+    found = []
     for folder, folders, names in os.walk(root):
         folders[:] = [name for name in folders if name not in _IGNORE_DIRS]
-        for name in names:
-            if Path(name).suffix in ("", ".yaml") or name.endswith("yaml"):
-                file = Path(folder, name)
-                found[file] = file.read_text(encoding="utf-8", errors="replace")
-    return dict(sorted(found.items(), key=lambda pair: pair[0].as_posix()))
+        found += [
+            os.path.join(folder, name)
+            for name in names
+            if name.endswith("yaml") or not os.path.splitext(name)[1]
+        ]
+    return {Path(file): _text(file) for file in sorted(found)}
+
+
+def _text(file: str) -> str:
+    with open(file, "rb") as opened:
+        return opened.read().decode("utf-8", errors="replace")
 
 
 def _mentions(texts: dict[Path, str]) -> dict[str, list[Path]]:

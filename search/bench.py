@@ -1,4 +1,7 @@
-"""The bench a study works at: live model, donors, items and space, all checked before any work."""
+"""The bench a study works at: live model, donors, items and space, all checked before any work.
+
+transformers and lm-eval take seconds to import: that is done when the donors have been checked.
+"""
 
 from __future__ import annotations
 
@@ -6,15 +9,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
 import torch
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
 
 from merge_engine.builder import Builder
 from merge_engine.donors import Checkpoint, Family
@@ -22,12 +19,15 @@ from merge_engine.memory import plan_memory
 from merge_engine.recipe import RecipeError, check_keys, load_recipe
 from merge_engine.vocabulary import load_tokenizer
 from objectives.base import Item, Objective, ObjectiveError
-from objectives.harness import Harness
 from objectives.items import Splits, split_items
-from objectives.plugin import Plugin, PluginSpec, Suite
-from objectives.tasks import Prompting, PromptSpec, Spec, TaskSpec, TextSpec
-from search.space import Space
 from search.spec import OwnObjective, StudyError, StudySpec, Task, Text
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from objectives.harness import Harness
+    from objectives.tasks import PromptSpec, Spec, TaskSpec, TextSpec
+    from search.space import Space
 
 
 @dataclass(frozen=True)
@@ -113,6 +113,8 @@ def load_model(
     checkpoint: Checkpoint, dtype: str, device: str, *, trust_remote_code: bool = False
 ) -> PreTrainedModel:
     """A checkpoint as a live model in evaluation mode."""
+    from transformers import AutoModelForCausalLM
+
     with own_code_refused(checkpoint):
         model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
             checkpoint.folder,
@@ -164,6 +166,8 @@ def load_live(spec: StudySpec, model: str, device: str) -> tuple[PreTrainedModel
 
 def make_objective(spec: StudySpec, model: PreTrainedModel, checkpoint: Checkpoint) -> Objective:
     """The study's tasks, prepared for a live model, with the checkpoint's tokenizer."""
+    from objectives.plugin import Plugin, PluginSpec, Suite
+
     tokenizer = _tokenizer(spec, checkpoint)
     parts: list[Objective] = []
     if tasks := [_task_spec(e) for e in spec.objective.tasks if not isinstance(e, OwnObjective)]:
@@ -201,6 +205,9 @@ def _harness(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
 ) -> Harness:
+    from objectives.harness import Harness
+    from objectives.tasks import Prompting
+
     wanted = spec.objective
     return Harness.prepare(
         tasks,
@@ -214,6 +221,8 @@ def _harness(
 
 
 def _task_spec(entry: Task | Text) -> TaskSpec | TextSpec:
+    from objectives.tasks import TaskSpec, TextSpec
+
     if isinstance(entry, Task):
         return TaskSpec(entry.task, entry.metric, entry.weight, entry.num_fewshot)
     return TextSpec(entry.name, entry.text, entry.unit, entry.weight)
@@ -260,6 +269,8 @@ def outline(spec: StudySpec, family: Family) -> Bench:
     Raises:
         RecipeError, ObjectiveError: A model or a task cannot be used.
     """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
     dtype = spec.dtype or model_dtype(family.reference)
     trusted = spec.trust_remote_code
     with own_code_refused(family.reference):
@@ -297,6 +308,8 @@ def _asked(
     spec: StudySpec, model: PreTrainedModel, family: Family, dtype: str
 ) -> tuple[StudySpec, Objective, Splits, Space, Mapping[str, str]]:
     """What is asked of whom."""
+    from search.space import Space
+
     objective = make_objective(spec, model, family.reference)
     check_keys("objective.constraints", spec.objective.constraints, objective.tasks)
     space = Space.of(spec, family.layer_filters, dtype)

@@ -97,10 +97,11 @@ def _known(error: Exception) -> tuple[str, int] | None:
     from merge_engine.recipe import RecipeError
     from objectives.base import ObjectiveError, printable
     from search.spec import StudyError
-    from search.storage import Stopped
 
     if isinstance(error, RecipeError | ObjectiveError | StudyError):
         return printable(str(error)), BAD_INPUT  # it may quote a file's or a model's own words
+    from search.storage import Stopped
+
     if isinstance(error, Stopped):
         return f"{error}; when that is mended, {AGAIN}", STOPPED
     if isinstance(error, OSError) and error.errno in FULL:
@@ -111,12 +112,13 @@ def _known(error: Exception) -> tuple[str, int] | None:
 
 def _device(options: Any) -> str:
     import torch
-    from transformers.utils import logging
 
     from search.spec import StudyError
 
-    if not options.verbose:
-        logging.disable_progress_bar()  # it may have been imported before it was told
+    if not options.verbose and "transformers" in sys.modules:  # imported before it was told
+        from transformers.utils import logging
+
+        logging.disable_progress_bar()
     device: str = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if getattr(options, "workers", None) is None:  # theirs may be on other machines
         try:

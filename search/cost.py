@@ -14,6 +14,7 @@ import torch
 from merge_engine.donors import Family
 from merge_engine.layout import layer_counts
 from search.bench import Bench, Machine, torch_dtype
+from search.output import duration
 from search.selection import SELECT_SHARE
 
 ASKED: Final = 0.45  # share of the item evaluations that 100 trials take: others lose their races
@@ -56,7 +57,7 @@ class Cost:
     def __str__(self) -> str:
         return (
             f"cost: at most {self.evaluations:,} item evaluations, usually less than half of them; "
-            f"about {_duration(self.seconds)} (within a factor of 3) and "
+            f"about {duration(self.seconds)} (within a factor of 3) and "
             f"{max(1, round(self.disk / 2**20)):,} MiB of disk"
         )
 
@@ -134,9 +135,3 @@ def _seconds(work: Callable[[], object], device: torch.device, most: float = 0.0
         times += 4
         wait()
     return elapsed / times
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

@@ -10,7 +10,6 @@ from collections.abc import Mapping, Sequence
 from itertools import islice
 
 import numpy as np
-from scipy.stats.qmc import Sobol
 
 from search.gaussian import believed
 from search.racing import Belief, Floats, Strata
@@ -67,6 +66,8 @@ def widest(values: Floats, most: int) -> list[int]:
     That is the hypervolume above the lowest values, by 4,096 points: Zitzler and Thiele 1998,
     https://doi.org/10.1007/BFb0056872; taken greedily it is within 1 - 1/e of the best.
     """
+    from scipy.stats.qmc import Sobol  # slow to import
+
     low, high = values.min(axis=0), values.max(axis=0)
     points = low + (high - low) * Sobol(values.shape[1], rng=0).random(4096)
     beats = (points[None] <= values[:, None]).all(axis=2)  # (n, points)

@@ -18,6 +18,7 @@ https://proceedings.mlr.press/v32/gardner14.html).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
@@ -33,7 +34,7 @@ from scipy.linalg import cho_factor, cho_solve
 from scipy.linalg.lapack import dtrtri
 from scipy.optimize import Bounds, minimize
 from scipy.spatial.distance import cdist
-from scipy.stats import norm
+from scipy.special import ndtr
 from threadpoolctl import ThreadpoolController
 
 from search.places import Bits, Floats, Ints, Places, Population
@@ -285,14 +286,15 @@ class Posterior:
         if allowed.any():
             gain = expected_improvement(means[:, 0], deviation, self.at_trials.max())
         if not allowed.all():
-            gain *= norm.cdf((means[:, 1] - self.data.enough) / deviation)
+            gain *= ndtr((means[:, 1] - self.data.enough) / deviation)
         return np.where(across.max(axis=1) < self.kernel.signal * (1 - 1e-6), gain, -1.0)
 
 
 def expected_improvement(mean: Floats, deviation: Floats, best: float) -> Floats:
     """``E[max(f - best, 0)]`` of normal f with these means and deviations."""
     z = (mean - best) / deviation
-    expected: Floats = deviation * (z * norm.cdf(z) + norm.pdf(z))
+    density = np.exp(-(z**2) / 2) / math.sqrt(2 * math.pi)
+    expected: Floats = deviation * (z * ndtr(z) + density)
     return expected
 
 

@@ -14,8 +14,6 @@ import yaml
 
 from merge_engine.donors import is_hub_id
 from objectives.base import ObjectiveError
-from objectives.harness import count_items
-from objectives.tasks import TaskSpec, name_in
 from search.spec import ItemCounts, Search, StudyError, load_study
 
 QUESTIONS: Final = ("question", "prompt", "input")  # what a field of a JSONL file may be called
@@ -210,6 +208,8 @@ def _task(task: str, folder: Path, write: Write) -> tuple[str, Path | None]:
     if not path.is_file():
         raise StudyError(f"--tasks: no file {task}; check the path")
     if path.suffix == ".yaml":
+        from objectives.tasks import name_in
+
         return name_in(path), path.parent
     name = re.sub(r"\W+", "_", path.stem)
     file = folder / OWN / f"{name}.yaml"
@@ -219,6 +219,9 @@ def _task(task: str, folder: Path, write: Write) -> tuple[str, Path | None]:
 
 def _items(names: Sequence[str], include_path: Sequence[Path]) -> tuple[list[str], ItemCounts, str]:
     """How many items for what: ours by default, or the same shares of those there are."""
+    from objectives.harness import count_items
+    from objectives.tasks import TaskSpec
+
     wanted = ItemCounts()
     try:
         count = count_items([TaskSpec(name) for name in names], include_path)

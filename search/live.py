@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
-from optuna.trial import FrozenTrial
 from rich.console import Group, OverflowMethod, RenderableType
 from rich.constrain import Constrain
 from rich.progress_bar import ProgressBar
@@ -14,8 +13,11 @@ from rich.table import Table
 from rich.text import Text
 
 from objectives.base import printable
-from search.output import STOPPING, Racing
+from search.output import STOPPING, Racing, duration
 from search.result import short_names
+
+if TYPE_CHECKING:
+    from optuna.trial import FrozenTrial
 
 WIDTH: Final = 80
 SHOWN: Final = 4  # trials at work; of more, how many more
@@ -119,10 +121,3 @@ def _tasks_of(trial: FrozenTrial) -> str:
     names = short_names(tasks, "_")
     means = (f"{printable(names[task])} {100 * mean:.1f}" for task, (mean, _) in tasks.items())
     return " · ".join(means)
-
-
-def duration(seconds: float) -> str:
-    """In seconds, minutes or hours."""
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

@@ -7,14 +7,14 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, TextIO
+from typing import TYPE_CHECKING, Any, Protocol, TextIO
 
-from optuna.trial import FrozenTrial, TrialState
+if TYPE_CHECKING:
+    from optuna.trial import FrozenTrial
 
-from search.gaussian import rank
-from search.racing import Estimate
-from search.responses import Sample
-from search.result import Result, Score
+    from search.racing import Estimate
+    from search.responses import Sample
+    from search.result import Result, Score
 
 STOPPING = "stopping after this block; Ctrl-C again stops now"
 
@@ -95,8 +95,10 @@ class Tally:
 
     def add(self, trial: FrozenTrial) -> bool:
         """Count a finished trial; whether it is the best so far."""
+        from search.gaussian import rank
+
         self.done += 1
-        better = trial.state == TrialState.COMPLETE and (
+        better = trial.state.name == "COMPLETE" and (
             self.best is None or rank(trial) < rank(self.best)
         )
         if better:
@@ -195,6 +197,13 @@ class JsonLines:
 
     def _print(self, event: str, **facts: Any) -> None:
         print(json.dumps({"event": event, **facts}), file=self._file, flush=True)
+
+
+def duration(seconds: float) -> str:
+    """In seconds, minutes or hours."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
 def say_stopping() -> None:

@@ -32,7 +32,6 @@ from optuna.samplers import (
 )
 from optuna.study import Study
 from optuna.trial import FrozenTrial, TrialState
-from scipy.stats.qmc import Sobol
 
 from search.gaussian import GaussianSampler, rank
 
@@ -212,6 +211,8 @@ def _random(turn: Turn) -> BaseSampler:
 
 def _sobol(turn: Turn) -> BaseSampler:
     """Spread evenly: one scrambled Sobol' sequence for all trials."""
+    from scipy.stats.qmc import Sobol  # slow to import
+
     known = turn.space.distributions()
     sequence = Sobol(len(known), rng=turn.seed)
     if turn.after_starts:  # forward by none is an error
@@ -259,7 +260,7 @@ def _nsga3(turn: Turn) -> BaseSampler:
         return NSGAIIISampler(seed=turn.own_seed, population_size=POPULATION)
 
 
-SAMPLERS: Final[Mapping[str, Callable[[Turn], BaseSampler]]] = MappingProxyType(
+_MAKERS: Final[Mapping[str, Callable[[Turn], BaseSampler]]] = MappingProxyType(
     {
         "auto": _gp,
         "gp": _gp,
@@ -274,9 +275,6 @@ SAMPLERS: Final[Mapping[str, Callable[[Turn], BaseSampler]]] = MappingProxyType(
     }
 )
 
-CMA_SAMPLERS: Final = ("cmaes", "catcma")  # these need the package cmaes
-FRONT_SAMPLERS: Final = ("auto", "gp", "sobol", "random")  # these do not follow one goal
-
 
 def make_sampler(
     name: str, space: Space, seed: int, trial: int, *, front: bool = False
@@ -284,12 +282,12 @@ def make_sampler(
     """The sampler for one trial.
 
     Args:
-        name: A key of SAMPLERS.
+        name: One of the study's SAMPLERS.
         space: What is searched.
         seed: The study's.
         trial: Number of the trial it is to propose.
-        front: Whether every task is a goal of its own; for FRONT_SAMPLERS.
+        front: Whether every task is a goal of its own; for its FRONT_SAMPLERS.
     """
     if optuna.logging.get_verbosity() != optuna.logging.ERROR:
         optuna.logging.set_verbosity(optuna.logging.ERROR)
-    return SAMPLERS[name](Turn(space, seed, trial, front))
+    return _MAKERS[name](Turn(space, seed, trial, front))

@@ -23,10 +23,13 @@ from pydantic import (
 
 from merge_engine.methods import METHODS, Base, Param
 from merge_engine.recipe import DtypeName, RecipeError, check_keys, first_error, load_yaml
-from search.samplers import CMA_SAMPLERS, FRONT_SAMPLERS, SAMPLERS
 
 # These add up task vectors as they are; the others trim or compare each model's own.
 OF_DIFFERENCES: Final = ("task_arithmetic",)
+
+CMA_SAMPLERS: Final = ("cmaes", "catcma")  # these need the package cmaes
+FRONT_SAMPLERS: Final = ("auto", "gp", "sobol", "random")  # these do not follow one goal
+SAMPLERS: Final = (*FRONT_SAMPLERS, *CMA_SAMPLERS, "tpe", "nsga2", "nsga3", "grid")
 
 
 class StudyError(ValueError):

@@ -10,9 +10,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from textwrap import indent
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from optuna.trial import FrozenTrial, TrialState
 from rich.box import SIMPLE_HEAD
 from rich.columns import Columns
 from rich.console import Console, RenderableType
@@ -23,10 +22,13 @@ from rich.table import Table
 from rich.text import Text
 
 from objectives.base import printable
-from search.live import View, duration, percent, render
-from search.output import Racing, Tally, say_stopping
+from search.live import View, percent, render
+from search.output import Racing, Tally, duration, say_stopping
 from search.responses import Sample, shown
 from search.result import Difference, Result, Score, Winner, short_names
+
+if TYPE_CHECKING:
+    from optuna.trial import FrozenTrial
 
 LEAST_WIDTH = 28  # of what one model writes
 
@@ -83,7 +85,7 @@ class Terminal:
         """A line for each; beside a live view for the better and the failed ones."""
         better = self._tally.add(trial)
         self._fresh.append(time.perf_counter())
-        if self._live is None or better or trial.state == TrialState.FAIL:
+        if self._live is None or better or trial.state.name == "FAIL":
             self._say(self._line(trial, better))
 
     def believes(self, best: FrozenTrial, value: float) -> None:
@@ -153,7 +155,7 @@ class Terminal:
         what = trial.user_attrs.get("start") or _short_point(trial)
         tally = self._tally
         line = f"{tally.done}/{tally.total}  trial {trial.number}  {percent(trial)}  {what}"
-        if trial.state == TrialState.FAIL:
+        if trial.state.name == "FAIL":
             line += f"  failed: {trial.user_attrs.get('error')}"
         else:
             line += f"  {trial.user_attrs['items']} items"

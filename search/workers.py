@@ -13,17 +13,19 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
-from typing import Final, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Final, NamedTuple, Protocol
 
 import torch
 
 from merge_engine.checkpoint import Model, write_checkpoint
 from merge_engine.recipe import Recipe, RecipeError
 from objectives.base import Answer, ObjectiveError, Said
-from objectives.tasks import PromptSpec
 from search.bench import LiveBench, make_prompts
 from search.card import CARD
 from search.spec import StudyError
+
+if TYPE_CHECKING:
+    from objectives.tasks import PromptSpec
 
 ROUNDED: Final = 0.02  # of the answers may be others by rounding, and no more
 FAILURES: Final = (RecipeError, ObjectiveError)  # the candidate's own: the search goes on
@@ -134,6 +136,8 @@ class Worker:
             RecipeError: The recipe cannot be built.
             ObjectiveError: The model it makes gives no usable answer, or a prompt cannot be asked.
         """
+        from objectives.tasks import PromptSpec
+
         with _room_needed():
             if isinstance(asked, PromptSpec):
                 objective, items = self._prompts(asked), [*range(len(asked.prompts))]

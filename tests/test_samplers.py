@@ -5,8 +5,9 @@ import optuna
 import pytest
 from optuna.trial import Trial
 
-from search.samplers import CMA_SAMPLERS, RANDOM_STARTUP, SAMPLERS, make_sampler
+from search.samplers import RANDOM_STARTUP, make_sampler
 from search.space import Space
+from search.spec import CMA_SAMPLERS, SAMPLERS
 from search.storage import Store
 
 SPACE = Space("base", ("a", "b"), ("task_arithmetic", "ties"), (0.0, 1.0), {"density": (0.1, 1.0)})
@@ -43,7 +44,7 @@ def opened(database):
     return Store(database).study()
 
 
-@pytest.mark.parametrize("name", sorted(SAMPLERS.keys() - {"auto"}))
+@pytest.mark.parametrize("name", sorted({*SAMPLERS} - {"auto"}))
 def test_killed_trial_is_proposed_again(name):
     count = STARTS + RANDOM_STARTUP + 12
     points = asked(name, count)

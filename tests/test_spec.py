@@ -3,8 +3,7 @@ import sys
 import pytest
 import yaml
 
-from search.samplers import CMA_SAMPLERS
-from search.spec import BelowBase, StudyError, StudySpec, TaskVector, load_study
+from search.spec import CMA_SAMPLERS, BelowBase, StudyError, StudySpec, TaskVector, load_study
 
 
 def test_study_of_the_design_is_read_with_absolute_paths(make_study, tmp_path, zoo):
