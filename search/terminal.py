@@ -170,11 +170,12 @@ def _short_point(trial: FrozenTrial) -> str:
     from merge_engine.methods import METHODS
 
     method = str(trial.params.get("method"))
-    named = METHODS[method].params if method in METHODS else {}
+    params = METHODS[method].params if method in METHODS else {}
+    follows = {name for name, param in params.items() if param.effect}
     numbers = (
         f"{name}={value:.2f}"
         for name, value in trial.params.items()
-        if name in named or name.startswith(("scale", "mix_"))
+        if name in follows or name.startswith(("scale", "mix_"))
     )
     return " ".join([method, *numbers])
 
