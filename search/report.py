@@ -321,6 +321,7 @@ def _outcome(facts: Facts, result: Result) -> dict[str, Any]:
         "best_donor": facts.names[best.donor],
         "columns": columns,
         "rows": rows,
+        "floors": result.floors_say,
         "charts": _compared(columns, rows),
         "front": front,
         "pairs": _pairs(columns, [*rows, *front]) if front else [],

@@ -490,7 +490,9 @@ def test_floors_decide_who_wins_and_may_follow_the_base_on_the_same_items(
     assert missed[result["winner"]["trial"]] == 0
     of_base = result["base"]["test"]["tasks"]["pick"]
     assert result["floors"] == {"tell": 0.06, "pick": pytest.approx(of_base - 0.4)}
-    assert "Floors on the test items: tell" in capsys.readouterr().out
+    said = f"Floors on the test items: tell {100 * result['winner']['test']['tasks']['tell']:.1f}"
+    pages = [(run / page).read_text() for page in ("report.html", "checkpoint/README.md")]
+    assert all(said in page for page in (capsys.readouterr().out, *pages))
 
 
 def searched(store, recipe):
