@@ -34,8 +34,7 @@ def find_registered(names: Iterable[str], root: Path = LM_EVAL_TASKS) -> dict[st
     Returns:
         Name to entry, as in ``TaskManager().task_index``, for those that exist.
     """
-    texts = _texts(root)
-    mentions, including = _mentions(texts), _including(texts)
+    mentions, including = _mentions(root), _including(root)
     files: dict[Path, dict[str, Any] | None] = {}
     index: dict[str, Entry] = {}
     known: set[str] = set()
@@ -76,7 +75,7 @@ def _is_name(value: object) -> bool:
     return isinstance(value, str)
 
 
-@functools.cache  # an unknown name is looked for, and then a name like it
+@functools.cache  # names are looked for more than once, and then names like them
 def _texts(root: Path) -> dict[Path, str]:
     """Every file that can hold a part of a task's definition, in lm-eval's order."""
     found = []
@@ -95,19 +94,21 @@ def _text(file: str) -> str:
         return opened.read().decode("utf-8", errors="replace")
 
 
-def _mentions(texts: dict[Path, str]) -> dict[str, list[Path]]:
+@functools.cache
+def _mentions(root: Path) -> dict[str, list[Path]]:
     """Word to the files it stands in."""
     found: dict[str, list[Path]] = {}
-    for file, text in texts.items():
+    for file, text in _texts(root).items():
         for word in {word.strip(".:-/") for word in _WORD.findall(text)}:
             found.setdefault(word, []).append(file)
     return found
 
 
-def _including(texts: dict[Path, str]) -> dict[Path, list[Path]]:
+@functools.cache
+def _including(root: Path) -> dict[Path, list[Path]]:
     """Which files include a file."""
     found: dict[Path, list[Path]] = {}
-    for file, text in texts.items():
+    for file, text in _texts(root).items():
         for one, several in _INCLUDED.findall(text):
             for name in [one, *several.split("\n")]:
                 target = name.strip().removeprefix("- ").split(" #")[0].strip(" \"'")

@@ -14,7 +14,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import datasets  # type: ignore[import-untyped]  # published without types
 import numpy as np
@@ -23,7 +23,6 @@ import yaml
 from lm_eval.api.instance import Instance
 from lm_eval.api.metrics import bits_per_byte, mean, weighted_perplexity
 from lm_eval.api.task import ConfigurableTask, Task
-from lm_eval.models.huggingface import HFLM
 from lm_eval.models.utils import normalize_gen_kwargs
 from lm_eval.tasks import TaskManager
 from lm_eval.tasks._factory import TaskFactory
@@ -32,6 +31,9 @@ from lm_eval.tasks._yaml_loader import load_yaml
 
 from objectives.base import Item, ObjectiveError, Shown
 from objectives.registered import LM_EVAL_TASKS, find_registered, named_by, registered_names
+
+if TYPE_CHECKING:  # it imports all of transformers, which takes seconds
+    from lm_eval.models.huggingface import HFLM
 
 _LOG = logging.getLogger(__name__)
 

@@ -269,9 +269,10 @@ def outline(spec: StudySpec, family: Family) -> Bench:
     Raises:
         RecipeError, ObjectiveError: A model or a task cannot be used.
     """
+    dtype = spec.dtype or model_dtype(family.reference)
+    space = _space(spec, family, dtype)
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    dtype = spec.dtype or model_dtype(family.reference)
     trusted = spec.trust_remote_code
     with own_code_refused(family.reference):
         config = AutoConfig.from_pretrained(family.reference.folder, trust_remote_code=trusted)
@@ -279,7 +280,7 @@ def outline(spec: StudySpec, family: Family) -> Bench:
         model = AutoModelForCausalLM.from_config(
             config, dtype=torch_dtype(dtype), trust_remote_code=trusted
         )
-    return Bench(*_asked(spec, model, family, dtype))
+    return Bench(*_asked(spec, model, family, space))
 
 
 def make_bench(
@@ -297,22 +298,35 @@ def make_bench(
     """
     family = open_family(spec, compiled=machine.compiled)
     dtype = spec.dtype or model_dtype(family.reference)
+    space = _space(spec, family, dtype)
     for line in place_donors(family, dtype, machine):
         say(line)
     trusted = spec.trust_remote_code
     model = load_model(family.reference, dtype, machine.device, trust_remote_code=trusted)
-    return LiveBench(*_asked(spec, model, family, dtype), Builder(model, family))
+    return LiveBench(*_asked(spec, model, family, space), Builder(model, family))
+
+
+def _space(spec: StudySpec, family: Family, dtype: str) -> Space:
+    """The recipes of a study, whose start recipes and tasks' names are looked at on the way.
+
+    What is wrong there is said at once: importing transformers takes seconds, and loading longer.
+    """
+    from objectives.tasks import task_manager
+    from search.space import Space
+
+    space = Space.of(spec, family.layer_filters, dtype)
+    space.warm_starts()  # one of the user's may be none of the study's
+    wanted = spec.objective
+    names = [entry.task for entry in wanted.tasks if isinstance(entry, Task)]
+    task_manager(names, wanted.include_path, unsafe_code=wanted.unsafe_code)
+    return space
 
 
 def _asked(
-    spec: StudySpec, model: PreTrainedModel, family: Family, dtype: str
+    spec: StudySpec, model: PreTrainedModel, family: Family, space: Space
 ) -> tuple[StudySpec, Objective, Splits, Space, Mapping[str, str]]:
     """What is asked of whom."""
-    from search.space import Space
-
     objective = make_objective(spec, model, family.reference)
     check_keys("objective.constraints", spec.objective.constraints, objective.tasks)
-    space = Space.of(spec, family.layer_filters, dtype)
-    space.warm_starts()  # one of the user's may be none of the study's
     models = {name: model.contents for name, model in family.checkpoints.items()}
     return spec, objective, make_splits(spec, objective), space, models
