@@ -65,10 +65,12 @@ def check_run(folder: Path, spec: StudySpec, storage: Storage) -> None:
     """Refuse a folder in which this study cannot be run, before anything long starts.
 
     Raises:
-        StudyError: It cannot be written, holds other files, or is the run of another study.
+        StudyError: It cannot be written, holds other files, is at work, or is another study's.
     """
     check_folder(folder)
     _check_ours(folder)
+    if is_held(folder):
+        raise _held(folder)
     if (folder / DATABASE).is_file():
         _check_same(folder, Store(storage).study(), spec)
 
@@ -107,8 +109,12 @@ def locked(run: Path) -> Iterator[None]:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            raise StudyError(f"{run} is being worked on by another process; wait for it") from None
+            raise _held(run) from None
         yield
+
+
+def _held(run: Path) -> StudyError:
+    return StudyError(f"{run} is being worked on by another process; wait for it")
 
 
 def is_held(run: Path) -> bool:

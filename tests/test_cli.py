@@ -135,7 +135,9 @@ def test_second_process_on_a_run_is_refused(make_study, tmp_path, capsys):
     with subprocess.Popen(command, **pipes) as other:
         assert other.stdout.readline() == b"held\n"
         assert main(["run", str(study), "--out", str(run), "--device", "cpu"]) == 2
-        assert "another process" in capsys.readouterr().err
+        said = capsys.readouterr()
+        assert "another process" in said.err
+        assert "memory:" not in said.out  # nothing was loaded
         other.stdin.close()
 
 
