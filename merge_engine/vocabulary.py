@@ -185,16 +185,29 @@ def load_tokenizer(checkpoint: Checkpoint, *, trust_remote_code: bool = False) -
     Raises:
         RecipeError: It has none, or a damaged one.
     """
-    if (tokenizer := _load(checkpoint.folder, trust_remote_code)) is None:
+    check_tokenizer(checkpoint)
+    return _load(checkpoint.folder, trust_remote_code)
+
+
+def check_tokenizer(checkpoint: Checkpoint) -> None:
+    """Make sure that a model has a tokenizer, without reading it.
+
+    Raises:
+        RecipeError: It has none.
+    """
+    if not _has_tokenizer(checkpoint.folder):
         raise RecipeError(
             f"model {checkpoint.model!r}: no tokenizer in {checkpoint.folder}; fetch it again"
         )
-    return tokenizer
+
+
+def _has_tokenizer(folder: Path) -> bool:
+    return any(folder.glob("tokenizer*")) or any(folder.glob("vocab.*"))
 
 
 def _load(folder: Path, trust_remote_code: bool = False) -> Any:
     """The tokenizer in a folder; None if there is none."""
-    if not any(folder.glob("tokenizer*")) and not any(folder.glob("vocab.*")):
+    if not _has_tokenizer(folder):
         return None
     from transformers import AutoTokenizer
 

@@ -10,7 +10,7 @@ import functools
 import importlib
 import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,14 +34,14 @@ def find_registered(names: Iterable[str], root: Path = LM_EVAL_TASKS) -> dict[st
     Returns:
         Name to entry, as in ``TaskManager().task_index``, for those that exist.
     """
-    mentions, including = _mentions(root), _including(root)
+    including = _including(root)
     files: dict[Path, dict[str, Any] | None] = {}
     index: dict[str, Entry] = {}
     known: set[str] = set()
     wanted = set(names)
     while new := wanted - known:
         known |= new
-        for file in _defining(new, mentions, including) - files.keys():
+        for file in _defining(new, root, including) - files.keys():
             files[file] = _config(file)
         index = _index(files)
         for name in new & index.keys():
@@ -94,14 +94,13 @@ def _text(file: str) -> str:
         return opened.read().decode("utf-8", errors="replace")
 
 
-@functools.cache
-def _mentions(root: Path) -> dict[str, list[Path]]:
-    """Word to the files it stands in."""
-    found: dict[str, list[Path]] = {}
+def _mentioning(names: set[str], root: Path) -> Iterator[Path]:
+    """The files in which one of the names stands as a word."""
     for file, text in _texts(root).items():
-        for word in {word.strip(".:-/") for word in _WORD.findall(text)}:
-            found.setdefault(word, []).append(file)
-    return found
+        if near := [name for name in names if name in text]:
+            words = {word.strip(".:-/") for word in _WORD.findall(text)}
+            if not words.isdisjoint(near):
+                yield file
 
 
 @functools.cache
@@ -118,12 +117,10 @@ def _including(root: Path) -> dict[Path, list[Path]]:
     return found
 
 
-def _defining(
-    names: set[str], mentions: dict[str, list[Path]], including: dict[Path, list[Path]]
-) -> set[Path]:
+def _defining(names: set[str], root: Path, including: Mapping[Path, Sequence[Path]]) -> set[Path]:
     """The files that mention one of the names, by themselves or in what they include."""
     found: set[Path] = set()
-    waiting = [file for name in names for file in mentions.get(name, [])]
+    waiting = [*_mentioning(names, root)]
     while waiting:
         file = waiting.pop()
         if file not in found:

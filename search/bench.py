@@ -17,7 +17,7 @@ from merge_engine.builder import Builder
 from merge_engine.donors import Checkpoint, Family
 from merge_engine.memory import plan_memory
 from merge_engine.recipe import RecipeError, check_keys, load_recipe
-from merge_engine.vocabulary import load_tokenizer
+from merge_engine.vocabulary import check_tokenizer, load_tokenizer
 from objectives.base import Item, Objective, ObjectiveError
 from objectives.items import Splits, split_items
 from search.spec import OwnObjective, StudyError, StudySpec, Task, Text
@@ -307,10 +307,11 @@ def make_bench(
 
 
 def _space(spec: StudySpec, family: Family, dtype: str) -> Space:
-    """The recipes of a study, whose start recipes and tasks' names are looked at on the way.
+    """The recipes of a study; that it has a tokenizer and its tasks exist is seen on the way.
 
     What is wrong there is said at once: importing transformers takes seconds, and loading longer.
     """
+    check_tokenizer(family.reference)
     from objectives.tasks import task_manager
     from search.space import Space
 

@@ -17,6 +17,7 @@ Run ``python zoo.py`` to train it; a model that is already there is never traine
 """
 
 import argparse
+import fcntl
 import json
 import math
 import os
@@ -341,6 +342,18 @@ def _progress(console: Console) -> Progress:
     return Progress(*columns, console=console, disable=not console.is_terminal)
 
 
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Wait for another process that trains a family there."""
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(lock)
+
+
 def train_family(
     folder: Path,
     seed: int = 0,
@@ -361,33 +374,34 @@ def train_family(
     """
     recipe = recipe or Recipe()
     zoo = folder / "zoo"
-    _claim(zoo, seed)
-    if folder.resolve() != HOME:
-        _copy_study(folder)
-    data = make_data(seed, recipe)
-    _write_items(folder / "tasks", data.items)
-    missing = [name for name in MODELS if not (zoo / name).exists()]
-    if not missing:
-        return
-    tokenizer = make_tokenizer()
-    console = Console()
-    with _progress(console) as progress:
-        for name in missing:
-            start = time.monotonic()
-            schedule = recipe.base if name == "base" else recipe.specialist
-            bar = progress.add_task(name, total=schedule.steps)
-            with _private_state(Random(f"{seed}/{name}/training").getrandbits(32)):
-                if name == "base":
-                    model = _new_base(tokenizer, recipe)
-                else:
-                    model = LlamaForCausalLM.from_pretrained(zoo / "base")
-                batches = _batches(mixture(name, recipe), data, tokenizer, recipe.batch)
-                _train(model, batches, schedule, lambda bar=bar: progress.advance(bar))
-                with _whole_or_nothing(zoo / name) as part:
-                    model.save_pretrained(part)
-                    tokenizer.save_pretrained(part)
-            if not console.is_terminal:
-                say(f"trained {zoo / name} in {time.monotonic() - start:.0f} s")
+    with _alone(folder):
+        _claim(zoo, seed)
+        if folder.resolve() != HOME:
+            _copy_study(folder)
+        data = make_data(seed, recipe)
+        _write_items(folder / "tasks", data.items)
+        missing = [name for name in MODELS if not (zoo / name).exists()]
+        if not missing:
+            return
+        tokenizer = make_tokenizer()
+        console = Console()
+        with _progress(console) as progress:
+            for name in missing:
+                start = time.monotonic()
+                schedule = recipe.base if name == "base" else recipe.specialist
+                bar = progress.add_task(name, total=schedule.steps)
+                with _private_state(Random(f"{seed}/{name}/training").getrandbits(32)):
+                    if name == "base":
+                        model = _new_base(tokenizer, recipe)
+                    else:
+                        model = LlamaForCausalLM.from_pretrained(zoo / "base")
+                    batches = _batches(mixture(name, recipe), data, tokenizer, recipe.batch)
+                    _train(model, batches, schedule, lambda bar=bar: progress.advance(bar))
+                    with _whole_or_nothing(zoo / name) as part:
+                        model.save_pretrained(part)
+                        tokenizer.save_pretrained(part)
+                if not console.is_terminal:
+                    say(f"trained {zoo / name} in {time.monotonic() - start:.0f} s")
 
 
 def main() -> None:
