@@ -221,9 +221,7 @@ def _crew(spec: StudySpec, options: Any, say: Callable[[str], None]) -> tuple[Be
     import_ray()  # before anything is prepared
     family = open_family(spec)
     outlined = outline(spec, family)
-    if (
-        searching and machine.builds_on.type == "cpu"
-    ):  # this machine may have no GPU, or another one
+    if searching and machine.builds_on.type == "cpu":  # else the workers' GPUs are unknown here
         say(str(estimate(outlined, family, machine, options.workers)))
     count, gpus = options.workers, options.gpus_per_worker
     cluster = Cluster(options.ray_address, options.verbose)
