@@ -94,6 +94,8 @@ def locate(model: str) -> Path:
     """
     if (folder := Path(model).expanduser()).is_dir():
         return folder
+    if folder.is_file():
+        raise RecipeError(f"model {model!r} is a file; name the folder it is in")
     if not is_hub_id(model):
         raise RecipeError(
             f"model {model!r}: no such folder, and not a hub id like org/name; check the path"

@@ -43,15 +43,15 @@ def suggestion(name: str, known: Iterable[str]) -> str:
     return f"; did you mean {near[0]!r}?" if near else f"; known: {', '.join(names)}"
 
 
-def check_keys(where: str, keys: Iterable[object], known: Iterable[str]) -> None:
-    """Refuse a mapping's first key that is not known.
+def check_keys(where: str, keys: Iterable[object], known: Iterable[str], kind: str = "key") -> None:
+    """Refuse a mapping's first key, or a list's first word, that is not known.
 
     Raises:
         RecipeError: Names it, where it stands, and the nearest known one.
     """
     for key in keys:
         if key not in (names := tuple(known)):
-            raise RecipeError(f"{where}: unknown key {key!r}{suggestion(str(key), names)}")
+            raise RecipeError(f"{where}: unknown {kind} {key!r}{suggestion(str(key), names)}")
 
 
 Settings = dict[

@@ -1,8 +1,8 @@
 """lm-eval's tasks, loaded once, asked of one live model item by item.
 
 ``simple_evaluate`` loads tasks, builds prompts and wraps a model on every call. Here that happens
-once, in ``Harness.prepare``; ``score`` only asks the model, and gives lm-eval's own values, item
-for item. Three things make that hold:
+once, in ``load_tasks`` and ``Harness.prepare``; ``score`` only asks the model, and gives lm-eval's
+own values, item for item. Three things make that hold:
 
 * prompts of the whole split are built at once, with ``simple_evaluate``'s seeds, because the
   few-shot sampler is one random stream: building a subset would change everybody's examples;
@@ -21,16 +21,12 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import functools
-import importlib
 import logging
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any, cast
 
-import datasets  # type: ignore[import-untyped]  # published without types
 import torch
 from lm_eval.api.instance import Instance
 from torch import nn
@@ -39,22 +35,9 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 from objectives.base import Answer, Item, ObjectiveError, Said, Shown
 from objectives.fast import FastHFLM
 from objectives.judging import JUDGE_SECONDS, NAN, judge, said_of
-from objectives.tasks import (
-    PLAIN,
-    Prompting,
-    Question,
-    Spec,
-    TaskSpec,
-    build_questions,
-    check_requests,
-    check_specs,
-    item_keys,
-    item_of,
-    shown,
-    task_manager,
-)
-
-_WITH_PROGRESS_BARS = ("lm_eval.api.task", "lm_eval.api.model", "lm_eval.models.huggingface")
+from objectives.prompts import PLAIN, Prompting, Question, build_questions, shown
+from objectives.quiet import quiet
+from objectives.tasks import Loaded
 
 
 class Harness:
@@ -64,69 +47,54 @@ class Harness:
         self, tasks: Mapping[str, float], questions: Sequence[Question], language_model: FastHFLM
     ) -> None:
         self.tasks = tasks
-        self.items: Sequence[Item] = tuple(map(item_of, questions))
+        self.items: Sequence[Item] = tuple(question.item for question in questions)
         self._questions = questions
         self._language_model = language_model
         self.judge_seconds = JUDGE_SECONDS
 
     @classmethod
-    def prepare(  # noqa: PLR0913  # the study file's own settings, each by name
+    def prepare(  # the study file's own settings, each by name
         cls,
-        specs: Sequence[Spec],
+        tasks: Sequence[Loaded],
         *,
-        include_path: Sequence[Path] = (),
         model: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,
         batch_size: int = 32,
         prompting: Prompting = PLAIN,
         max_length: int | None = None,
-        unsafe_code: bool = False,
     ) -> Harness:
-        """Load the tasks, build every prompt and wrap the model, once for the whole study.
+        """Build every prompt and wrap the model, once for the whole study.
 
         Global random states are left as found. The model is put in evaluation mode; do this
         before writing weights into it, because lm-eval ties what its config says is tied.
 
         Args:
-            specs: The study's tasks; each leaf task may occur once.
-            include_path: Folders with task YAMLs, searched before lm-eval's own tasks. A task's
-                relative files are looked for beside its YAML.
+            tasks: The study's, loaded; for this one harness.
             model: The live model every later ``score`` is given.
             tokenizer: Its tokenizer; copied, so that lm-eval's padding token stays ours.
             batch_size: Sequences per forward pass.
             prompting: Chat template and system prompt, the same for every task.
             max_length: Tokens of prompt and answer together, longer ones lose their beginning;
                 None takes the model's.
-            unsafe_code: Tasks that run code the model wrote are let through; they run it here.
 
         Raises:
-            ObjectiveError: A task, metric, folder or data file is unknown or not usable.
+            ObjectiveError: Prompts cannot be built, or do not suit the model.
         """
-        check_specs(specs, include_path)
         _check_model(model, tokenizer, batch_size, prompting)
-        with _quiet(logging.ERROR):  # it warns that a model object is not a path
+        with quiet(logging.ERROR):  # it warns that a model object is not a path
             language_model = FastHFLM(
                 pretrained=model,
                 tokenizer=copy.deepcopy(tokenizer),
                 batch_size=batch_size,
                 max_length=max_length,
             )
-        weights: dict[str, float] = {}
-        questions: list[Question] = []
-        with _quiet(logging.WARNING):
-            names = [spec.task for spec in specs if isinstance(spec, TaskSpec)]
-            manager = task_manager(names, include_path, unsafe_code=unsafe_code)
-            for spec in specs:
-                by_task = build_questions(spec, manager, language_model, prompting)
-                for name, of_task in by_task.items():
-                    if name in weights:
-                        raise ObjectiveError(
-                            f"task {name!r} is listed twice; give each task one entry"
-                        )
-                    weights[name] = spec.weight / len(by_task)
-                    questions += of_task
-                    check_requests(name, of_task, language_model)
-        return cls(weights, tuple(questions), language_model)
+        with quiet(logging.WARNING):
+            questions = [
+                question
+                for loaded in tasks
+                for question in build_questions(loaded, language_model, prompting)
+            ]
+        return cls({loaded.name: loaded.weight for loaded in tasks}, questions, language_model)
 
     def shown(self, items: Sequence[int]) -> list[Shown]:
         """What a model is shown for the numbered items; see ``Objective.shown``."""
@@ -141,10 +109,10 @@ class Harness:
         """
         wanted, written = self._ask(model, items)
         tokens = iter(written)
-        with _quiet(logging.ERROR):
+        with quiet(logging.ERROR):
             judged = judge(list(wanted.values()), self.judge_seconds)
         answers = {
-            number: replace(answer, tokens=next(tokens)) if question.is_written else answer
+            number: replace(answer, tokens=next(tokens)) if question.item.written else answer
             for (number, question), answer in zip(wanted.items(), judged, strict=True)
         }
         return [answers[number] for number in items]
@@ -173,9 +141,9 @@ class Harness:
                     f"score: item {number} does not exist; there are {len(self._questions)}"
                 )
         wanted = {number: self._questions[number] for number in items}
-        written = [question for question in wanted.values() if question.is_written]
-        predicted = [question for question in wanted.values() if not question.is_written]
-        with _quiet(logging.ERROR), _plain_decoding(model):  # cut prompts were reported once
+        written = [question for question in wanted.values() if question.item.written]
+        predicted = [question for question in wanted.values() if not question.item.written]
+        with quiet(logging.ERROR), _plain_decoding(model):  # cut prompts were reported once
             self._answer(predicted)
             with _numbers_alone(model):
                 return wanted, self._answer(written)
@@ -208,17 +176,6 @@ class Harness:
                 ask = getattr(self._language_model, request_type)
                 return [(response, 0) for response in ask(requests, disable_tqdm=True)]
             self._language_model.halve_batches()
-
-
-def count_items(specs: Sequence[TaskSpec], include_path: Sequence[Path]) -> int:
-    """How many different items some tasks have together; no model is needed.
-
-    Raises:
-        ObjectiveError: A task is unknown or not usable.
-    """
-    with _quiet(logging.WARNING):
-        manager = task_manager([spec.task for spec in specs], include_path, unsafe_code=False)
-        return len(set().union(*(item_keys(spec, manager) for spec in specs)))
 
 
 def _check_model(
@@ -272,25 +229,3 @@ def _numbers_alone(model: PreTrainedModel) -> Iterator[None]:
         hook.remove()
     if broken and broken[0].item():
         raise ObjectiveError(f"the model's output is not a number (NaN) while it writes; {NAN}")
-
-
-@contextlib.contextmanager
-def _quiet(level: int) -> Iterator[None]:
-    """Keep lm-eval's log at ``level`` and all progress bars off."""
-    log = logging.getLogger("lm_eval")
-    own_level = log.level
-    modules: list[Any] = [importlib.import_module(name) for name in _WITH_PROGRESS_BARS]
-    own_bars = [module.tqdm for module in modules]
-    data_bars_shown = not datasets.are_progress_bars_disabled()
-    log.setLevel(level)
-    datasets.disable_progress_bars()
-    for module in modules:  # some of lm-eval's bars have no switch
-        module.tqdm = functools.partial(module.tqdm, disable=True)
-    try:
-        yield
-    finally:
-        log.setLevel(own_level)
-        if data_bars_shown:
-            datasets.enable_progress_bars()
-        for module, bar in zip(modules, own_bars, strict=True):
-            module.tqdm = bar

@@ -54,8 +54,8 @@ def split_items(
     held = {task: len(numbers) for task, numbers in shuffled.items()}
     if total > sum(held.values()):
         raise ObjectiveError(
-            f"items: {dict(counts)} ask for {total} items but the tasks have {sum(held.values())} "
-            f"different ones ({_listed(held)}); ask for fewer or add a task"
+            f"objective.items: {_listed(counts)} are {total} items but the tasks have "
+            f"{sum(held.values())} different ones ({_listed(held)}); ask for fewer or add a task"
         )
     shares = _water_fill(total, tasks, held)
     dealt: dict[str, dict[str, list[int]]] = {split: {} for split in SPLITS}
@@ -79,10 +79,12 @@ def blocks(order: Sequence[int], size: int) -> tuple[tuple[int, ...], ...]:
 
 def _check_counts(counts: Mapping[str, int]) -> None:
     if set(counts) != set(SPLITS):
-        raise ObjectiveError(f"items: got {sorted(counts)}; give exactly {', '.join(SPLITS)}")
+        raise ObjectiveError(
+            f"objective.items: got {sorted(counts)}; give exactly {', '.join(SPLITS)}"
+        )
     for split in SPLITS:
         if counts[split] < 1:
-            raise ObjectiveError(f"items: {split} is {counts[split]}; make it 1 or more")
+            raise ObjectiveError(f"objective.items: {split} is {counts[split]}; make it 1 or more")
 
 
 def _shuffled_by_task(
@@ -138,8 +140,8 @@ def _divide(shares: Mapping[str, int], counts: Mapping[str, int]) -> dict[str, d
         lacking = {split: lacking[split] - sizes[task][split] for split in lacking}
         if missing := [split for split, size in sizes[task].items() if size < 1]:
             raise ObjectiveError(
-                f"items: task {task!r} gets {shares[task]} of {sum(counts.values())} items "
-                f"({_listed(sizes[task])}; all tasks: {_listed(shares)}) and would miss from "
+                f"objective.items: task {task!r} gets {shares[task]} of {sum(counts.values())} "
+                f"items ({_listed(sizes[task])}; all tasks: {_listed(shares)}) and would miss from "
                 f"{', '.join(missing)}; ask for more items, raise its weight or leave it out"
             )
     return sizes

@@ -28,7 +28,8 @@ from lm_eval.api.task import ConfigurableTask
 from numpy.typing import NDArray
 
 from objectives.base import Answer, ObjectiveError, Said, printable
-from objectives.tasks import PER_UNIT, Question, reported
+from objectives.prompts import Question
+from objectives.tasks import PER_UNIT, reported
 
 JUDGE_SECONDS = 30.0  # for one item; MATH takes up to 15 s to give up on a formula by itself
 NAN = "a model that was sound elsewhere needs a wider dtype in the study (bfloat16, float32)"
@@ -91,7 +92,7 @@ def said_of(question: Question) -> Said:
     _check_numbers(question)
     responses = [request.resps[0] for request in question.requests]
     with reported(f"{question.where}: what is right cannot be told"):
-        if question.is_written:
+        if question.item.written:
             return Said("\n".join(responses), _target(question))
         if question.task.OUTPUT_TYPE == "multiple_choice":
             choices = question.task.doc_to_choice(question.requests[0].doc)
@@ -193,7 +194,7 @@ def _is_built_in(question: Question) -> bool:
 
 def _is_untrusted(question: Question) -> bool:
     """Whether judging it reads what a model wrote, or runs a task's own code."""
-    return question.is_written or not _is_built_in(question)
+    return question.item.written or not _is_built_in(question)
 
 
 def _judge_apart(questions: Sequence[Question], seconds: float) -> list[Answer]:

@@ -9,14 +9,16 @@ import math
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from objectives.base import Answer, Item, Objective, ObjectiveError, Said, Shown
 from objectives.tasks import reported
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 _T = TypeVar("_T")
 
@@ -46,7 +48,7 @@ class Plugin:
         self, spec: PluginSpec, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
     ) -> None:
         self._where = f"objective {spec.objective!r}"
-        make = _imported(spec.objective)
+        make = find_class(spec.objective)
         with reported(f"{self._where} could not be made"):
             own = make(model, tokenizer, **spec.options)
         if missing := [name for name in _NEEDED if not hasattr(own, name)]:
@@ -132,7 +134,12 @@ class Suite:
         return [found[number] for number in items]
 
 
-def _imported(path: str) -> Callable[..., object]:
+def find_class(path: str) -> Callable[..., object]:
+    """The user's class.
+
+    Raises:
+        ObjectiveError: There is none of that name, or its module cannot be imported.
+    """
     module, colon, name = path.partition(":")
     if not (colon and module and name):
         raise ObjectiveError(f"objective {path!r}: write it as package.module:Class")

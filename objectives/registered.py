@@ -10,7 +10,7 @@ import functools
 import importlib
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -34,14 +34,13 @@ def find_registered(names: Iterable[str], root: Path = LM_EVAL_TASKS) -> dict[st
     Returns:
         Name to entry, as in ``TaskManager().task_index``, for those that exist.
     """
-    including = _including(root)
     files: dict[Path, dict[str, Any] | None] = {}
     index: dict[str, Entry] = {}
     known: set[str] = set()
     wanted = set(names)
     while new := wanted - known:
         known |= new
-        for file in _defining(new, root, including) - files.keys():
+        for file in _defining(new, root) - files.keys():
             files[file] = _config(file)
         index = _index(files)
         for name in new & index.keys():
@@ -117,7 +116,7 @@ def _including(root: Path) -> dict[Path, list[Path]]:
     return found
 
 
-def _defining(names: set[str], root: Path, including: Mapping[Path, Sequence[Path]]) -> set[Path]:
+def _defining(names: set[str], root: Path) -> set[Path]:
     """The files that mention one of the names, by themselves or in what they include."""
     found: set[Path] = set()
     waiting = [*_mentioning(names, root)]
@@ -125,7 +124,7 @@ def _defining(names: set[str], root: Path, including: Mapping[Path, Sequence[Pat
         file = waiting.pop()
         if file not in found:
             found.add(file)
-            waiting += including.get(file, [])
+            waiting += _including(root).get(file, [])
     return {file for file in found if file.suffix == ".yaml"}
 
 

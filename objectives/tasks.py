@@ -1,26 +1,27 @@
-"""lm-eval's tasks: found, loaded, and their whole split's prompts built at once."""
+"""lm-eval's tasks, found and loaded: their items and metrics, all that needs no model.
+
+Nothing here imports transformers, which takes seconds: what is wrong with a task is said before.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import difflib
 import hashlib
-import inspect
 import json
 import logging
 import math
 import random
-from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import Any, Literal
 
 import datasets  # type: ignore[import-untyped]  # published without types
 import numpy as np
 import torch
 import yaml
-from lm_eval.api.instance import Instance
+from jinja2 import UndefinedError
 from lm_eval.api.metrics import bits_per_byte, mean, weighted_perplexity
 from lm_eval.api.task import ConfigurableTask, Task
 from lm_eval.models.utils import normalize_gen_kwargs
@@ -29,22 +30,15 @@ from lm_eval.tasks._factory import TaskFactory
 from lm_eval.tasks._index import Entry, Kind
 from lm_eval.tasks._yaml_loader import load_yaml
 
-from objectives.base import Item, ObjectiveError, Shown
+from objectives.base import Item, ObjectiveError
+from objectives.quiet import quiet
 from objectives.registered import LM_EVAL_TASKS, find_registered, named_by, registered_names
-
-if TYPE_CHECKING:  # it imports all of transformers, which takes seconds
-    from lm_eval.models.huggingface import HFLM
-
-_LOG = logging.getLogger(__name__)
 
 PREFERRED_METRICS = ("acc", "exact_match")
 
 # Aggregations of (log-likelihood, bytes or words) per item. An item's value is then
 # exp(log-likelihood per unit): a probability, so higher is better and its range is [0, 1].
 PER_UNIT = (weighted_perplexity, bits_per_byte)
-
-# Where a task's data is, which may change; what it says is compared item by item.
-_WHEREABOUTS = ("metadata", "dataset_path", "dataset_name", "dataset_kwargs")
 
 
 @dataclass(frozen=True)
@@ -108,23 +102,6 @@ Spec = TaskSpec | TextSpec | PromptSpec
 
 
 @dataclass(frozen=True)
-class Prompting:
-    """How every task of a study is asked.
-
-    Attributes:
-        apply_chat_template: Through the tokenizer's chat template.
-        system_instruction: What a system prompt says, or, without a template, the text that
-            every prompt begins with.
-    """
-
-    apply_chat_template: bool = False
-    system_instruction: str | None = None
-
-
-PLAIN = Prompting()
-
-
-@dataclass(frozen=True)
 class Metric:
     """How one task's answers become one number per item."""
 
@@ -133,23 +110,64 @@ class Metric:
     aggregation: Any  # lm-eval's function of all items' metrics
 
 
-@dataclass(frozen=True)
-class Question:
-    """One document of one task: the requests made for it, and how they are judged."""
+class Dice:
+    """The global random generators as a task's code finds them, from one piece of it to the next.
 
+    They begin with ``simple_evaluate``'s default seeds; everybody else's are left as found.
+    """
+
+    def __init__(self) -> None:
+        # data preparation in task files draws from these generators, the old numpy one too
+        self._states: tuple[Any, ...] | None = None
+
+    @contextlib.contextmanager
+    def thrown(self) -> Iterator[None]:
+        """Let a task's code draw from them."""
+        others = _random_states()
+        with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+            if self._states is None:
+                random.seed(0)
+                np.random.seed(1234)  # noqa: NPY002
+                torch.manual_seed(1234)
+            else:
+                _set_random_states(self._states)
+            try:
+                yield
+            finally:
+                self._states = _random_states()
+                _set_random_states(others)
+
+
+def _random_states() -> tuple[Any, ...]:
+    return random.getstate(), np.random.get_state(), torch.get_rng_state()  # noqa: NPY002
+
+
+def _set_random_states(states: tuple[Any, ...]) -> None:
+    python, numpy, of_torch = states
+    random.setstate(python)
+    np.random.set_state(numpy)  # noqa: NPY002
+    torch.set_rng_state(of_torch)
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A task with its data.
+
+    Attributes:
+        name: Its own.
+        task: lm-eval's.
+        metric: The one that is used.
+        weight: In the study's mean.
+        items: One for each document of its evaluation split.
+        dice: What building its prompts draws from.
+    """
+
+    name: str
     task: Task
     metric: Metric
-    requests: tuple[Instance, ...]
-
-    @property
-    def where(self) -> str:
-        """What an error names it by."""
-        return f"task {name_of(self.task)!r}, doc {self.requests[0].doc_id}"
-
-    @property
-    def is_written(self) -> bool:
-        """Whether the model writes its answer, instead of predicting given ones."""
-        return bool(self.requests[0].request_type == "generate_until")
+    weight: float
+    items: tuple[Item, ...]
+    dice: Dice
 
 
 class _BesideItsYaml(TaskFactory):  # type: ignore[misc]  # lm-eval is published without types
@@ -173,6 +191,10 @@ class _BesideItsYaml(TaskFactory):  # type: ignore[misc]  # lm-eval is published
             except datasets.exceptions.DatasetGenerationError as error:
                 raise ObjectiveError(
                     f"{where}: {_broken_line(entry) or error.__cause__}"
+                ) from error
+            except UndefinedError as error:
+                raise ObjectiveError(
+                    f"{where}: {error}; correct it, or give the rows of its data that field"
                 ) from error
             except (FileNotFoundError, ConnectionError) as error:
                 raise ObjectiveError(
@@ -202,7 +224,7 @@ def _inside_folder_of(entry: Entry) -> contextlib.AbstractContextManager[None]:
     return contextlib.chdir(entry.yaml_path.parent)
 
 
-def check_specs(specs: Sequence[Spec], include_path: Sequence[Path]) -> None:
+def _check_specs(specs: Sequence[Spec], include_path: Sequence[Path]) -> None:
     """Refuse what no task manager has to be asked about."""
     if not specs:
         raise ObjectiveError("tasks: the list is empty; name one or more")
@@ -255,11 +277,13 @@ def _missing(names: Iterable[object], manager: TaskManager) -> Iterator[str]:
 
 def _unknown_task(name: str, known: Sequence[str], folders: Sequence[Path]) -> ObjectiveError:
     close = difflib.get_close_matches(name, known)
-    meant = f"did you mean {' or '.join(map(repr, close))}?" if close else "check its spelling"
     searched = ", ".join([*map(str, folders), "lm-eval's own tasks"])
     unread = [path for folder in folders for path in sorted(folder.rglob("*.yaml")) if _bad(path)]
-    unread_note = f" (could not read {', '.join(map(str, unread))})" if unread else ""
-    return ObjectiveError(f"no task {name!r} in {searched}{unread_note}; {meant}")
+    fixes = [f"did you mean {' or '.join(map(repr, close))}?"] if close else []
+    fixes += [f"{path} cannot be read: mend it" for path in unread]
+    return ObjectiveError(
+        f"no task {name!r} in {searched}; {'; '.join(fixes) or 'check its spelling'}"
+    )
 
 
 def _bad(path: Path) -> bool:
@@ -269,15 +293,6 @@ def _bad(path: Path) -> bool:
     except (OSError, ValueError, yaml.YAMLError):
         return True
     return False
-
-
-def item_keys(spec: TaskSpec, manager: TaskManager) -> set[str]:
-    """The keys of the items that a name stands for, found without a model."""
-    keys: set[str] = set()
-    for name, task in _load(spec, manager).items():
-        with reported(f"task {name!r}: its items could not be read"):
-            keys.update(_content_key(task, document) for document in task.eval_docs)
-    return keys
 
 
 def name_in(file: Path) -> str:
@@ -296,25 +311,86 @@ def name_in(file: Path) -> str:
     raise ObjectiveError(f"{file}: no task file of lm-eval; it needs a line like 'task: name'")
 
 
-def build_questions(
-    spec: Spec, manager: TaskManager, language_model: HFLM, prompting: Prompting
-) -> dict[str, list[Question]]:
-    """Load the tasks a name stands for and build all their questions, by task name."""
-    questions = {}
-    with _seeded():
-        for name, task in _load(spec, manager).items():
-            if getattr(task, "MULTIMODAL", False):
-                raise ObjectiveError(f"task {name!r} needs more than text; leave it out")
-            wanted = spec if isinstance(spec, TaskSpec) else TaskSpec(name)
-            metric = _choose_metric(task, wanted.metric)
-            _build_requests(task, wanted.num_fewshot, language_model, prompting)
-            by_doc: dict[int, list[Instance]] = defaultdict(list)
-            for request in sorted(task.instances, key=lambda request: request.idx):
-                by_doc[cast("int", request.doc_id)].append(request)
-            questions[name] = [
-                Question(task, metric, tuple(by_doc[doc_id])) for doc_id in sorted(by_doc)
-            ]
-    return questions
+def load_tasks(
+    specs: Sequence[Spec], include_path: Sequence[Path] = (), *, unsafe_code: bool = False
+) -> list[Loaded]:
+    """Find and load a study's tasks, and check of them what can be checked without a model.
+
+    Global random states are left as found.
+
+    Args:
+        specs: The study's tasks; each leaf task may occur once.
+        include_path: Folders with task YAMLs, searched before lm-eval's own tasks. A task's
+            relative files are looked for beside its YAML.
+        unsafe_code: Tasks that run code the model wrote are let through; they run it here.
+
+    Raises:
+        ObjectiveError: A task, metric, folder or data file is unknown or not usable.
+    """
+    _check_specs(specs, include_path)
+    loaded: dict[str, Loaded] = {}
+    with quiet(logging.WARNING):
+        names = [spec.task for spec in specs if isinstance(spec, TaskSpec)]
+        manager = task_manager(names, include_path, unsafe_code=unsafe_code)
+        for spec in specs:
+            dice = Dice()
+            with dice.thrown():
+                tasks = _load(spec, manager)
+            if twice := loaded.keys() & tasks.keys():
+                raise ObjectiveError(
+                    f"task {min(twice)!r} is listed twice; give each task one entry"
+                )
+            for name, task in tasks.items():
+                weight = spec.weight / len(tasks)
+                wanted = spec if isinstance(spec, TaskSpec) else TaskSpec(name)
+                metric = _prepared(name, task, wanted)
+                loaded[name] = Loaded(name, task, metric, weight, _items(name, task), dice)
+    return list(loaded.values())
+
+
+def _prepared(name: str, task: Task, wanted: TaskSpec) -> Metric:
+    """Give a task its settings, and refuse one that cannot be asked or compared."""
+    if getattr(task, "MULTIMODAL", False):
+        raise ObjectiveError(f"task {name!r} needs more than text; leave it out")
+    own = task.get_config("num_fewshot")
+    if wanted.num_fewshot is not None and own == 0 != wanted.num_fewshot:
+        raise ObjectiveError(  # lm-eval would keep the 0 and say nothing
+            f"task {name!r}: num_fewshot is {wanted.num_fewshot} but the task itself fixes 0; "
+            "leave num_fewshot out"
+        )
+    task.set_config("num_fewshot", own or 0 if wanted.num_fewshot is None else wanted.num_fewshot)
+    task.set_fewshot_seed(1234)
+    if _is_written(task):
+        check_greedy(name, normalize_gen_kwargs(task.get_config("generation_kwargs") or {}))
+    return _choose_metric(f"task {name!r}", task, wanted.metric)
+
+
+def check_greedy(name: str, settings: Mapping[str, Any]) -> None:
+    """Refuse settings of lm-eval with which a task's answers are drawn at random.
+
+    Raises:
+        ObjectiveError: They are.
+    """
+    if settings["do_sample"]:
+        raise ObjectiveError(
+            f"task {name!r}: its answers are sampled, so a score would be luck; "
+            "set do_sample: false in its generation_kwargs"
+        )
+
+
+def _is_written(task: Task) -> bool:
+    """Whether the model writes the answers, instead of predicting given ones."""
+    return bool(task.OUTPUT_TYPE == "generate_until")
+
+
+def _items(name: str, task: Task) -> tuple[Item, ...]:
+    """The task's items, as the splits see them."""
+    written = _is_written(task)
+    with reported(f"task {name!r}: its items could not be read"), Dice().thrown():
+        return tuple(
+            Item(name, _content_key(task, document), row, written=written)
+            for row, document in enumerate(task.eval_docs)
+        )
 
 
 def _load(spec: Spec, manager: TaskManager) -> dict[str, Task]:
@@ -369,11 +445,6 @@ def _not_blank(documents: datasets.Dataset) -> datasets.Dataset:
     return documents.filter(lambda document: bool(document["text"].strip()))
 
 
-def name_of(task: Task) -> str:
-    """The task's own name."""
-    return str(task.get_config("task"))  # task.task_name would draw from the global random state
-
-
 def _unsafe(name: str) -> ObjectiveError:
     return ObjectiveError(
         f"task {name!r} runs code the model writes, and merged models are untrusted; leave it "
@@ -381,13 +452,12 @@ def _unsafe(name: str) -> ObjectiveError:
     )
 
 
-def _choose_metric(task: Task, wanted: str | None) -> Metric:
+def _choose_metric(where: str, task: Task, wanted: str | None) -> Metric:
     """The metric to use and its filter; ``TaskSpec.metric`` has the rule."""
     name, _, filter_name = (wanted or "").partition(",")
     refused = {metric: _why_not(task, metric) for metric in task.aggregation()}
     usable = [metric for metric, reason in refused.items() if reason is None]
     listed = f"usable: {', '.join(usable) or 'none'}"
-    where = f"task {name_of(task)!r}"
     if name and name not in refused:
         raise ObjectiveError(f"{where} has no metric {name!r}; {listed}")
     if name and refused[name]:
@@ -420,163 +490,9 @@ def _why_not(task: Task, metric: str) -> str | None:
     return None
 
 
-def _build_requests(
-    task: Task, num_fewshot: int | None, language_model: HFLM, prompting: Prompting
-) -> None:
-    """Build the requests of the task's whole split, as ``simple_evaluate`` does."""
-    own = task.get_config("num_fewshot")
-    if num_fewshot is not None and own == 0 != num_fewshot:
-        raise ObjectiveError(  # lm-eval would keep the 0 and say nothing
-            f"task {name_of(task)!r}: num_fewshot is {num_fewshot} but the task itself fixes 0; "
-            "leave num_fewshot out"
-        )
-    task.set_config("num_fewshot", num_fewshot if num_fewshot is not None else own or 0)
-    task.set_fewshot_seed(1234)
-    with reported(f"task {name_of(task)!r}: its prompts could not be built"):
-        chat = prompting.apply_chat_template
-        task.build_all_requests(
-            system_instruction=prompting.system_instruction,
-            apply_chat_template=chat,
-            fewshot_as_multiturn=True,
-            chat_template=language_model.apply_chat_template if chat else None,
-            tokenizer_name=language_model.tokenizer_name if chat else "",
-        )
-
-
-def check_requests(name: str, questions: Sequence[Question], language_model: HFLM) -> None:
-    """Refuse what lm-eval would fail on in mid-study.
-
-    Raises:
-        ObjectiveError: Answers are sampled, or leave no room for a prompt.
-    """
-    room = language_model.max_length
-    for request in (request for question in questions for request in question.requests):
-        if request.request_type != "generate_until":
-            continue
-        settings = normalize_gen_kwargs(request.args[1], language_model.max_gen_toks)
-        if settings["do_sample"]:
-            raise ObjectiveError(
-                f"task {name!r}: its answers are sampled, so a score would be luck; "
-                "set do_sample: false in its generation_kwargs"
-            )
-        if settings["max_gen_toks"] >= room:
-            raise ObjectiveError(
-                f"task {name!r}: max_gen_toks is {settings['max_gen_toks']} but the model "
-                f"holds {room} tokens; set a smaller max_gen_toks"
-            )
-
-
-def shown(questions: Sequence[Question], language_model: HFLM) -> list[Shown]:
-    """What a model is given for some questions; says once how many prompts lose their beginning.
-
-    lm-eval would say so on each call, prompt by prompt.
-    """
-    rules: dict[str, str] = {}
-    cut: Counter[str] = Counter()
-    found = []
-    for question in questions:
-        name = name_of(question.task)
-        if name not in rules:
-            rules[name] = _rules(question)
-        tokens = [_tokens(request, language_model) for request in question.requests]
-        pairs = zip(question.requests, tokens, strict=True)
-        cut[name] += any(_is_cut(request, each, language_model) for request, each in pairs)
-        found.append(
-            Shown(
-                _prompt(question),
-                _gold(question),
-                _digest(json.dumps(tokens)),
-                rules[name],
-                reads=_reads(tokens),
-                writes=max(_writes(request, language_model) for request in question.requests),
-            )
-        )
-    for name, count in cut.items():
-        if count:
-            _LOG.warning(
-                "task %r: %d of %d prompts do not fit in %d tokens and lose their beginning",
-                *(name, count, sum(name_of(q.task) == name for q in questions)),
-                language_model.max_length,
-            )
-    return found
-
-
-def _tokens(request: Instance, language_model: HFLM) -> list[int]:
-    """The tokens of prompt and answer, as lm-eval encodes them."""
-    if request.request_type == "loglikelihood" and request.args[0]:
-        prompt, answer = language_model._encode_pair(*request.args)
-        return [*prompt, *answer]
-    text = request.args[1 if request.request_type == "loglikelihood" else 0]
-    return cast("list[int]", language_model.tok_encode(text))
-
-
-def _reads(tokens: Sequence[list[int]]) -> int:
-    """How many tokens a question's requests have, what they begin with alike counted once."""
-    columns = enumerate(zip(*tokens, strict=False))
-    shortest = min(map(len, tokens))
-    alike = next((place for place, column in columns if len(set(column)) > 1), shortest)
-    return sum(map(len, tokens)) - alike * (len(tokens) - 1)
-
-
-def _writes(request: Instance, language_model: HFLM) -> int:
-    """How many tokens a model may write for a request."""
-    if request.request_type != "generate_until":
-        return 0
-    settings = normalize_gen_kwargs(request.args[1], language_model.max_gen_toks)
-    return cast("int", settings["max_gen_toks"])
-
-
-def _is_cut(request: Instance, tokens: Sequence[int], language_model: HFLM) -> bool:
-    """Whether lm-eval drops the first tokens of this prompt."""
-    room: int = language_model.max_length
-    if request.request_type == "loglikelihood":
-        room += 1  # the last token of an answer is never fed to the model
-    elif request.request_type == "generate_until":
-        room -= _writes(request, language_model)
-    else:  # rolling: long texts are scored in windows
-        return False
-    return len(tokens) > room
-
-
-def _prompt(question: Question) -> str:
-    """The text of all its requests; of a choice, the prompt once and each answer to it."""
-    parts: list[str] = []
-    for request in question.requests:
-        texts = [json.dumps(part) if isinstance(part, dict) else part for part in request.args]
-        parts += [text for text in texts if text not in parts[:1]]
-    return "\n".join(parts)
-
-
-def _gold(question: Question) -> str:
-    doc = question.requests[0].doc
-    content = {"target": question.task.doc_to_target(doc), "row": doc}
-    return json.dumps(content, ensure_ascii=False, sort_keys=True, default=str)
-
-
-def _rules(question: Question) -> str:
-    """Hash of the task's file, the source of the functions it names, metric and filter."""
-    task, metric = question.task, question.metric
-    config = {key: value for key, value in task.dump_config().items() if key not in _WHEREABOUTS}
-    rules = [config, metric.name, metric.filter.name]
-    return _digest(json.dumps(rules, sort_keys=True, default=_source))
-
-
-def _source(value: object) -> str:
-    """A function's source, or what something is: never its address, which is new every time."""
-    if inspect.isfunction(value):
-        return inspect.getsource(value)
-    return getattr(value, "__qualname__", type(value).__qualname__)
-
-
-def _digest(text: str) -> str:
+def digest(text: str) -> str:
+    """A hash of a text."""
     return hashlib.sha256(text.encode()).hexdigest()
-
-
-def item_of(question: Question) -> Item:
-    """The question as the splits see it."""
-    task, request = question.task, question.requests[0]
-    key, row = _content_key(task, request.doc), cast("int", request.doc_id)
-    return Item(name_of(task), key, row, written=question.is_written)
 
 
 def _content_key(task: Task, doc: Mapping[str, Any]) -> str:
@@ -588,7 +504,7 @@ def _content_key(task: Task, doc: Mapping[str, Any]) -> str:
     choices = task.doc_to_choice(doc) if task.get_config("doc_to_choice") is not None else None
     content = [task.doc_to_text(doc), choices, task.doc_to_target(doc)]
     text = json.dumps(content, ensure_ascii=False, sort_keys=True, default=str)
-    return _digest(text)
+    return digest(text)
 
 
 @contextlib.contextmanager
@@ -600,19 +516,3 @@ def reported(where: str) -> Iterator[None]:
         raise
     except Exception as error:
         raise ObjectiveError(f"{where}: {type(error).__name__}: {error}") from error
-
-
-@contextlib.contextmanager
-def _seeded() -> Iterator[None]:
-    """``simple_evaluate``'s default seeds inside, the caller's random states afterwards."""
-    # data preparation in task files draws from these global generators, the old numpy one too
-    python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002
-    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
-        random.seed(0)
-        np.random.seed(1234)  # noqa: NPY002
-        torch.manual_seed(1234)
-        try:
-            yield
-        finally:
-            random.setstate(python)
-            np.random.set_state(numpy)  # noqa: NPY002

@@ -5,6 +5,7 @@ transformers and lm-eval take seconds to import: that is done when the donors ha
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -23,10 +24,10 @@ from objectives.items import Splits, split_items
 from search.spec import OwnObjective, StudyError, StudySpec, Task, Text
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
     from objectives.harness import Harness
-    from objectives.tasks import PromptSpec, Spec, TaskSpec, TextSpec
+    from objectives.tasks import Loaded, PromptSpec, TaskSpec, TextSpec
     from search.space import Space
 
 
@@ -164,13 +165,39 @@ def load_live(spec: StudySpec, model: str, device: str) -> tuple[PreTrainedModel
     return live, base
 
 
-def make_objective(spec: StudySpec, model: PreTrainedModel, checkpoint: Checkpoint) -> Objective:
-    """The study's tasks, prepared for a live model, with the checkpoint's tokenizer."""
+def find_tasks(spec: StudySpec) -> list[Loaded]:
+    """Load the study's tasks and check all that takes no model; classes of its own come later.
+
+    Raises:
+        ObjectiveError: A task or a class cannot be used, or there are too few items.
+    """
+    from objectives.plugin import find_class
+    from objectives.tasks import load_tasks
+
+    wanted, specs = spec.objective, []
+    for entry in wanted.tasks:
+        if isinstance(entry, OwnObjective):
+            find_class(entry.objective)
+        else:
+            specs.append(_task_spec(entry))
+    if not specs:
+        return []
+    tasks = load_tasks(specs, wanted.include_path, unsafe_code=wanted.unsafe_code)
+    if len(specs) == len(wanted.tasks):
+        items = [item for task in tasks for item in task.items]
+        make_splits(spec, items, {task.name: task.weight for task in tasks})
+    return tasks
+
+
+def make_objective(
+    spec: StudySpec, tasks: Sequence[Loaded], model: PreTrainedModel, checkpoint: Checkpoint
+) -> Objective:
+    """What the study asks, prepared for a live model, with the checkpoint's tokenizer."""
     from objectives.plugin import Plugin, PluginSpec, Suite
 
     tokenizer = _tokenizer(spec, checkpoint)
     parts: list[Objective] = []
-    if tasks := [_task_spec(e) for e in spec.objective.tasks if not isinstance(e, OwnObjective)]:
+    if tasks:
         parts.append(_harness(spec, tasks, model, tokenizer))
     parts += [
         Plugin(PluginSpec(entry.objective, entry.options, entry.weight), model, tokenizer)
@@ -182,11 +209,13 @@ def make_objective(spec: StudySpec, model: PreTrainedModel, checkpoint: Checkpoi
 
 def make_prompts(bench: LiveBench, prompts: PromptSpec) -> Objective:
     """Prompts, prepared as a study's tasks are; a short model keeps half its room for them."""
+    from objectives.tasks import load_tasks
+
     tokenizer = _tokenizer(bench.spec, bench.builder.family.reference)
     model = cast("PreTrainedModel", bench.builder.model)  # as make_bench has loaded it
     room = getattr(model.config, "max_position_embeddings", 2 * prompts.max_tokens) // 2
     prompts = replace(prompts, max_tokens=min(prompts.max_tokens, room))
-    harness = _harness(bench.spec, [prompts], model, tokenizer)
+    harness = _harness(bench.spec, load_tasks([prompts]), model, tokenizer)
     harness.shown(range(len(prompts.prompts)))  # it warns of those that lose their beginning
     return harness
 
@@ -201,22 +230,20 @@ def _tokenizer(spec: StudySpec, checkpoint: Checkpoint) -> PreTrainedTokenizerBa
 
 def _harness(
     spec: StudySpec,
-    tasks: Sequence[Spec],
+    tasks: Sequence[Loaded],
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
 ) -> Harness:
     from objectives.harness import Harness
-    from objectives.tasks import Prompting
+    from objectives.prompts import Prompting
 
     wanted = spec.objective
     return Harness.prepare(
         tasks,
-        include_path=wanted.include_path,
         model=model,
         tokenizer=tokenizer,
         batch_size=wanted.batch_size,
         prompting=Prompting(wanted.apply_chat_template, wanted.system_instruction),
-        unsafe_code=wanted.unsafe_code,
     )
 
 
@@ -228,18 +255,23 @@ def _task_spec(entry: Task | Text) -> TaskSpec | TextSpec:
     return TextSpec(entry.name, entry.text, entry.unit, entry.weight)
 
 
-def make_splits(spec: StudySpec, objective: Objective) -> Splits:
-    """The study's items, dealt to search, select and test."""
-    if not objective.items:
+def make_splits(spec: StudySpec, items: Sequence[Item], tasks: Mapping[str, float]) -> Splits:
+    """The study's items, dealt to search, select and test.
+
+    Raises:
+        StudyError, ObjectiveError: What the study says of them does not fit.
+    """
+    check_keys("objective.constraints", spec.objective.constraints, tasks, "task")
+    if not items:
         raise ObjectiveError("objective.tasks: the tasks have no items")
     counted = spec.search.cost or spec.objective.max_mean_tokens is not None
-    if counted and not any(item.written for item in objective.items):
+    if counted and not any(item.written for item in items):
         raise StudyError(
             "search.cost, objective.max_mean_tokens: no task has a model write, so that no tokens "
             "can be counted; leave them out"
         )
     counts = spec.objective.items.model_dump()
-    return split_items(objective.items, objective.tasks, counts, spec.search.seed)
+    return split_items(items, tasks, counts, spec.search.seed)
 
 
 def open_family(spec: StudySpec, *, compiled: bool = True) -> Family:
@@ -270,17 +302,15 @@ def outline(spec: StudySpec, family: Family) -> Bench:
         RecipeError, ObjectiveError: A model or a task cannot be used.
     """
     dtype = spec.dtype or model_dtype(family.reference)
-    space = _space(spec, family, dtype)
-    from transformers import AutoConfig, AutoModelForCausalLM
+    space, tasks = _matter(spec, family, dtype)
+    from transformers import AutoModelForCausalLM
 
-    trusted = spec.trust_remote_code
-    with own_code_refused(family.reference):
-        config = AutoConfig.from_pretrained(family.reference.folder, trust_remote_code=trusted)
+    config = _config(spec, family.reference)
     with torch.device("meta"):  # tasks are prepared for a model; this one has no weights
         model = AutoModelForCausalLM.from_config(
-            config, dtype=torch_dtype(dtype), trust_remote_code=trusted
+            config, dtype=torch_dtype(dtype), trust_remote_code=spec.trust_remote_code
         )
-    return Bench(*_asked(spec, model, family, space))
+    return Bench(*_asked(spec, model, family, space, tasks))
 
 
 def make_bench(
@@ -298,36 +328,57 @@ def make_bench(
     """
     family = open_family(spec, compiled=machine.compiled)
     dtype = spec.dtype or model_dtype(family.reference)
-    space = _space(spec, family, dtype)
+    space, tasks = _matter(spec, family, dtype)
     for line in place_donors(family, dtype, machine):
         say(line)
     trusted = spec.trust_remote_code
     model = load_model(family.reference, dtype, machine.device, trust_remote_code=trusted)
-    return LiveBench(*_asked(spec, model, family, space), Builder(model, family))
+    return LiveBench(*_asked(spec, model, family, space, tasks), Builder(model, family))
 
 
-def _space(spec: StudySpec, family: Family, dtype: str) -> Space:
-    """The recipes of a study; that it has a tokenizer and its tasks exist is seen on the way.
+def _matter(spec: StudySpec, family: Family, dtype: str) -> tuple[Space, list[Loaded]]:
+    """The recipes and the tasks of a study.
 
-    What is wrong there is said at once: importing transformers takes seconds, and loading longer.
+    What is wrong there, or with the tokenizer, is said at once: importing transformers takes
+    seconds, and loading models longer.
     """
     check_tokenizer(family.reference)
-    from objectives.tasks import task_manager
+    if not _has_folder(family.reference.config.get("model_type")):
+        _config(spec, family.reference)  # no architecture that is known, it may be
+    tasks = find_tasks(spec)
     from search.space import Space
 
     space = Space.of(spec, family.layer_filters, dtype)
     space.warm_starts()  # one of the user's may be none of the study's
-    wanted = spec.objective
-    names = [entry.task for entry in wanted.tasks if isinstance(entry, Task)]
-    task_manager(names, wanted.include_path, unsafe_code=wanted.unsafe_code)
-    return space
+    return space, tasks
+
+
+def _config(spec: StudySpec, checkpoint: Checkpoint) -> PretrainedConfig:
+    from transformers import AutoConfig
+
+    with own_code_refused(checkpoint):
+        config: PretrainedConfig = AutoConfig.from_pretrained(
+            checkpoint.folder, trust_remote_code=spec.trust_remote_code
+        )
+    return config
+
+
+def _has_folder(model_type: object) -> bool:
+    """Whether transformers has code in a folder of that name; to see it, nothing is imported."""
+    package = importlib.util.find_spec("transformers")
+    folders = package.submodule_search_locations if package else None
+    return any((Path(folder) / "models" / str(model_type)).is_dir() for folder in folders or ())
 
 
 def _asked(
-    spec: StudySpec, model: PreTrainedModel, family: Family, space: Space
+    spec: StudySpec,
+    model: PreTrainedModel,
+    family: Family,
+    space: Space,
+    tasks: Sequence[Loaded],
 ) -> tuple[StudySpec, Objective, Splits, Space, Mapping[str, str]]:
     """What is asked of whom."""
-    objective = make_objective(spec, model, family.reference)
-    check_keys("objective.constraints", spec.objective.constraints, objective.tasks)
+    objective = make_objective(spec, tasks, model, family.reference)
     models = {name: model.contents for name, model in family.checkpoints.items()}
-    return spec, objective, make_splits(spec, objective), space, models
+    splits = make_splits(spec, objective.items, objective.tasks)
+    return spec, objective, splits, space, models

@@ -22,12 +22,12 @@ from huggingface_hub.utils._validators import validate_repo_id
 from merge_engine.donors import locate
 from merge_engine.recipe import Recipe, RecipeError
 from objectives.base import printable
+from search.folder import CARD
 from search.result import Difference, Result, Score, package_versions, short_names
 from search.spec import StudyError, StudySpec
 from search.storage import Stopped
 
 TEMPLATE = Path(__file__).with_name("card.md")
-CARD = "README.md"
 TAGS = ["merge", "mergekit", "mergesearch"]
 BUSY = (408, 429)  # what a server says that would do it later
 LICENCE = ("license", "license_name", "license_link")

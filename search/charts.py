@@ -10,11 +10,13 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import numpy as np
 from markupsafe import Markup
 
-from search.racing import Floats
+if TYPE_CHECKING:
+    from search.racing import Floats
 
 ROW = 22  # pixels of a row of intervals
 

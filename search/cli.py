@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.metadata
+import gc
 import importlib.util
 import json
 import math
@@ -36,7 +36,20 @@ DEMO = Path(__file__).parent.parent / "studies" / "demo"
 STOPPED, BAD_INPUT, INTERRUPTED = 1, 2, 130
 DRAW_EVERY, BELIEVE_EVERY = 30.0, 1.0  # seconds, to draw a run's page and to say what is believed
 DRAW_SHARE = 0.05  # of its time, for each of them
+GARBAGE = 100_000  # objects more than before, at which some is looked for; Python's own is 700
 AGAIN = "the same command goes on from here"
+
+
+def program() -> int:
+    """``main``, for a process that ends with it.
+
+    What is imported is no garbage, and looking for some in it would take a third of the time that
+    the imports take: it is looked for more rarely, and not when the process ends.
+    """
+    gc.set_threshold(GARBAGE)
+    code = main()
+    gc.freeze()
+    return code
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -110,6 +123,21 @@ def _known(error: Exception) -> tuple[str, int] | None:
     return None
 
 
+@contextmanager
+def _about(file: Path) -> Iterator[None]:
+    """Begin what is wrong with what a study or a recipe says with its name, wherever it shows."""
+    from merge_engine.recipe import RecipeError
+    from objectives.base import ObjectiveError
+    from search.spec import StudyError
+
+    try:
+        yield
+    except (RecipeError, ObjectiveError, StudyError) as error:
+        if str(file) in str(error):
+            raise
+        raise type(error)(f"{file}: {error}") from error
+
+
 def _device(options: Any) -> str:
     import torch
 
@@ -124,7 +152,9 @@ def _device(options: Any) -> str:
         try:
             torch.empty(0, device="cuda" if device == "auto" else device)
         except (AssertionError, RuntimeError) as error:
-            reason = str(error).splitlines()[0]
+            reason = str(error).split(". ")[0].splitlines()[0]
+            if reason.startswith("Expected one of"):  # all the kinds that torch has a word for
+                reason = "no such device"
             raise StudyError(f"--device {device!r}: {reason}; use cpu, cuda or cuda:1") from None
     return device
 
@@ -163,18 +193,20 @@ def _session(
     work: Callable[[Run], None],
 ) -> None:
     """Do ``work`` with a run, holding its folder."""
-    from search.runner import Run, check_folder, check_run, locked, set_aside
-    from search.storage import Storage, Store
+    from search.folder import check_folder, check_run_folder, has_run, locked, set_aside
 
     new = getattr(options, "force_new", False)
-    storage = Storage.of(folder, options.storage, new=new)
-    storage.check()
     if new:
         check_folder(folder)
     else:
-        check_run(folder, spec, storage)
+        check_run_folder(folder)
+    if options.storage or has_run(folder):
+        _check_storage(spec, folder, options.storage, new=new)
     # It checks everything, and nothing is written before.
-    bench, workers = _crew(spec, options, output.plan)
+    bench, workers = _crew(spec, getattr(options, "study", folder), options, output.plan)
+    from search.runner import Run
+    from search.storage import Storage, Store
+
     try:
         if not folder.exists():  # no folder is made for donors that no recipe could be built of
             workers.look_through()
@@ -187,6 +219,17 @@ def _session(
             store.persist(lambda: _attempt(Run(folder, bench, workers, output, store), work))
     finally:
         workers.close()
+
+
+def _check_storage(spec: StudySpec, folder: Path, url: str | None, *, new: bool) -> None:
+    """Refuse a database that does not let us in, or that has another study for this folder."""
+    from search.runner import check_run
+    from search.storage import Storage
+
+    storage = Storage.of(folder, url, new=new)
+    storage.check()
+    if not new:
+        check_run(folder, spec, storage)
 
 
 def _attempt(run: Run, work: Callable[[Run], None]) -> None:
@@ -203,24 +246,33 @@ def _attempt(run: Run, work: Callable[[Run], None]) -> None:
         run.output.stop()
 
 
-def _crew(spec: StudySpec, options: Any, say: Callable[[str], None]) -> tuple[Bench, Workers]:
-    """The coordinator's bench, and who works for it: this process, or as many as were asked for."""
+def _crew(
+    spec: StudySpec, file: Path, options: Any, say: Callable[[str], None]
+) -> tuple[Bench, Workers]:
+    """The coordinator's bench, and who works for it: this process, or as many as were asked for.
+
+    What is wrong with the study is said with ``file``.
+    """
     from search.bench import Machine, make_bench, open_family, outline
-    from search.cost import estimate
-    from search.workers import Here
 
     machine = Machine(_device(options), options.memory, not options.no_compile)
     searching = "trials" in vars(options)
     if options.workers is None:
-        bench = make_bench(spec, machine, say)
+        with _about(file):
+            bench = make_bench(spec, machine, say)
+        from search.cost import estimate
+        from search.workers import Here
+
         if searching:
             say(str(estimate(bench, bench.builder.family, machine)))
         return bench, Here(bench)
     from search.cluster import Cluster, RayWorkers, import_ray
+    from search.cost import estimate
 
     import_ray()  # before anything is prepared
-    family = open_family(spec)
-    outlined = outline(spec, family)
+    with _about(file):
+        family = open_family(spec)
+        outlined = outline(spec, family)
     if searching and machine.builds_on.type == "cpu":  # else the workers' GPUs are unknown here
         say(str(estimate(outlined, family, machine, options.workers)))
     count, gpus = options.workers, options.gpus_per_worker
@@ -251,23 +303,24 @@ def _stopping(run: Run) -> Iterator[None]:
 
 def _finish(run: Run, timeout: float) -> None:
     """Search, choose, export, report: each step finds what an earlier session has done."""
-    from search.card import CARD, model_card
+    from search.card import model_card
     from search.conclusion import conclude
+    from search.folder import CARD, replace_text
 
     draw = _now_and_then(partial(_draw, run), DRAW_EVERY)
     believe = _now_and_then(partial(_believe, run), BELIEVE_EVERY)
     run.after_trial = (believe, draw)
     run.search(timeout)
     result, recipe = conclude(run)
-    _replace_text(run.folder / "recipe.yaml", recipe.to_yaml())
+    replace_text(run.folder / "recipe.yaml", recipe.to_yaml())
     checkpoint = run.folder / "checkpoint"
     card = model_card(run.folder.name, run.spec, recipe, result)
     if _holds(checkpoint, recipe):
-        _replace_text(checkpoint / CARD, card)
+        replace_text(checkpoint / CARD, card)
     else:
         shutil.rmtree(checkpoint, ignore_errors=True)
         _save(run, recipe, checkpoint, card)
-    _replace_text(run.folder / "result.json", result.model_dump_json(indent=2) + "\n")
+    replace_text(run.folder / "result.json", result.model_dump_json(indent=2) + "\n")
     _sample_items(run, result)
     _draw(run)
     run.output.result(result, run.folder)
@@ -311,21 +364,23 @@ def _sample_items(run: Run, result: Result) -> None:
 
 def _keep(run: Run, result: Result, samples: Sequence[Sample]) -> None:
     """Keep prompts, or items, in place of those before."""
+    from search.folder import replace_text
     from search.responses import FILE, Samples, read_samples
 
     kinds = {sample.task is None for sample in samples}
     others = [one for one in read_samples(run.folder, result) if (one.task is None) not in kinds]
     kept = Samples(trial=result.winner.trial, samples=[*others, *samples])
-    _replace_text(run.folder / FILE, kept.model_dump_json(indent=2) + "\n")
+    replace_text(run.folder / FILE, kept.model_dump_json(indent=2) + "\n")
 
 
 def _draw(run: Run) -> None:
     """Write the run's page. That it cannot be drawn is no reason to stop a run."""
+    from search.folder import replace_text
     from search.report import make_report
 
     try:
         page = make_report(run.folder, run.store, run.study)
-        _replace_text(run.folder / "report.html", page)
+        replace_text(run.folder / "report.html", page)
     except Exception as error:  # whatever it is
         run.output.note(f"there is no report.html: {error}")
 
@@ -351,13 +406,6 @@ def _save(run: Run, recipe: Recipe, out: Path, card: str) -> None:
     run.output.stage(text)
 
 
-def _replace_text(file: Path, text: str) -> None:
-    """Write a file so that it is the old one or the new one, never half of it."""
-    partial = file.with_name(file.name + ".partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(file)
-
-
 def _build(options: Any, output: Output) -> None:
     import torch
 
@@ -369,7 +417,8 @@ def _build(options: Any, output: Output) -> None:
     recipe, notes = load_recipe(options.recipe)
     for note in notes:
         output.note(note)
-    plan = plan_merge(recipe)
+    with _about(options.recipe):
+        plan = plan_merge(recipe)
     tensors = built_tensors(plan, torch.device(_device(options)))
     write_checkpoint(tensors, options.out, shapes=plan.shapes(), model=Model.of(plan))
     text = f"{options.out}: {len(plan.names)} tensors of {recipe.merge_method}"
@@ -377,15 +426,19 @@ def _build(options: Any, output: Output) -> None:
 
 
 def _score(options: Any, output: Output) -> None:
-    from search.bench import load_live, make_objective, make_splits
+    from search.bench import find_tasks, load_live, make_objective, make_splits
     from search.conclusion import score_of
     from search.selection import Sheet
     from search.spec import load_study
 
     spec = load_study(options.study)
+    with _about(options.study):
+        tasks = find_tasks(spec)
     model, base = load_live(spec, options.model, _device(options))
-    objective = make_objective(spec, model, base)
-    numbers = getattr(make_splits(spec, objective), options.split)
+    with _about(options.study):
+        objective = make_objective(spec, tasks, model, base)
+        splits = make_splits(spec, objective.items, objective.tasks)
+    numbers = getattr(splits, options.split)
     items = [objective.items[number] for number in numbers]
     shown = objective.shown(numbers)
     answers = objective.score(model, numbers)
@@ -444,7 +497,9 @@ def _check(options: Any, output: Output) -> None:
     from search.plan import check_recipe, check_study
 
     check = check_recipe if "merge_method" in load_yaml(options.file) else check_study
-    plan, notes = check(options.file, _device(options))
+    device = _device(options)
+    with _about(options.file):
+        plan, notes = check(options.file, device)
     for note in notes:
         output.note(note)
     for line in plan:
@@ -456,8 +511,9 @@ def _export(options: Any, output: Output) -> None:
     from merge_engine.recipe import Recipe, RecipeError
     from search.card import model_card
     from search.conclusion import other_trial
+    from search.folder import check_folder
     from search.result import read_result
-    from search.runner import check_folder, find_trial, stored_spec
+    from search.runner import find_trial, stored_spec
     from search.spec import StudyError
     from search.storage import Storage, Store
 
@@ -512,7 +568,8 @@ def _sample(options: Any, output: Output) -> None:
 
 def _push(options: Any, output: Output) -> None:
     from merge_engine.recipe import Recipe
-    from search.card import CARD, push
+    from search.card import push
+    from search.folder import CARD
     from search.result import read_result
     from search.spec import StudyError
 
@@ -529,8 +586,9 @@ def _push(options: Any, output: Output) -> None:
 
 
 def _report(options: Any, output: Output) -> None:
+    from search.folder import check_folder, is_held, replace_text
     from search.report import make_report
-    from search.runner import check_folder, is_held, stored_spec
+    from search.runner import stored_spec
     from search.spec import StudyError
     from search.storage import Storage, Store
 
@@ -541,7 +599,7 @@ def _report(options: Any, output: Output) -> None:
     check_folder(file.parent)
     store = Store(Storage.of(options.run, options.storage))
     page = make_report(options.run, store, store.study(), held=is_held(options.run))
-    _replace_text(file, page)
+    replace_text(file, page)
     output.done(str(file), report=str(file))
 
 
@@ -559,4 +617,4 @@ COMMANDS: Mapping[str, Callable[[Any, Output], None]] = {
 }
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(program())

@@ -219,16 +219,16 @@ def _task(task: str, folder: Path, write: Write) -> tuple[str, Path | None]:
 
 def _items(names: Sequence[str], include_path: Sequence[Path]) -> tuple[list[str], ItemCounts, str]:
     """How many items for what: ours by default, or the same shares of those there are."""
-    from objectives.harness import count_items
-    from objectives.tasks import TaskSpec
+    from objectives.tasks import TaskSpec, load_tasks
 
     wanted = ItemCounts()
     try:
-        count = count_items([TaskSpec(name) for name in names], include_path)
+        tasks = load_tasks([TaskSpec(name) for name in names], include_path)
     except ObjectiveError as error:
         if not isinstance(error.__cause__, ConnectionError):
             raise
         return [f"{error}; the study asks for the usual number of items"], wanted, "not counted yet"
+    count = len({item.key for task in tasks for item in task.items})
     if count < wanted.search + wanted.select + wanted.test:
         quarter = max(1, count // 4)
         wanted = ItemCounts(search=quarter, select=quarter, test=max(1, count - 2 * quarter))

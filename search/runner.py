@@ -7,15 +7,11 @@ depend on the finished trials alone.
 
 from __future__ import annotations
 
-import errno
-import fcntl
 import math
-import os
-import re
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import InitVar, astuple, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -25,9 +21,9 @@ import numpy as np
 from optuna.study import Study
 from optuna.trial import FrozenTrial, Trial, TrialState
 
-from merge_engine.checkpoint import FULL
 from merge_engine.recipe import Recipe
 from search.bench import Bench
+from search.folder import DATABASE, has_run
 from search.frozen import difference, freeze
 from search.gaussian import MODELLED, believed, rank
 from search.output import Output, Racing
@@ -38,47 +34,18 @@ from search.selection import COST, Sheet, shortfall, tasks_with_cost
 from search.space import Space
 from search.spec import BelowBase, Split, StudyError, StudySpec
 from search.stopping import exhausted
-from search.storage import DATABASE, REMEMBERED, Storage, Store
+from search.storage import Storage, Store
 from search.workers import FAILURES, Saved, Workers
-
-_ASIDE = re.compile(r"old-(\d+)$")
-
-
-def check_folder(folder: Path) -> None:
-    """Refuse a folder that cannot be made or written into, before anything long starts.
-
-    Raises:
-        StudyError: Why, and what to do.
-    """
-    whole = folder.absolute()
-    there = next(path for path in (whole, *whole.parents) if path.exists())
-    if not there.is_dir():
-        reason = errno.EEXIST if there == whole else errno.ENOTDIR
-    elif os.access(there, os.W_OK):
-        return
-    else:
-        reason = errno.EROFS if os.statvfs(there).f_flag & os.ST_RDONLY else errno.EACCES
-    raise StudyError(f"{folder}: {os.strerror(reason)}; choose another folder")
 
 
 def check_run(folder: Path, spec: StudySpec, storage: Storage) -> None:
-    """Refuse a folder in which this study cannot be run, before anything long starts.
+    """Refuse a folder in which another study has been run, before anything long starts.
 
     Raises:
-        StudyError: It cannot be written, holds other files, is at work, or is another study's.
+        StudyError: It has.
     """
-    check_folder(folder)
-    _check_ours(folder)
-    if is_held(folder):
-        raise _held(folder)
     if (folder / DATABASE).is_file():
         _check_same(folder, Store(storage).study(), spec)
-
-
-def _check_ours(run: Path) -> None:
-    ours = (run / name for name in (DATABASE, REMEMBERED, "lock"))
-    if run.is_dir() and any(run.iterdir()) and not any(file.exists() for file in ours):
-        raise StudyError(f"{run} holds other files; choose an empty folder or a run to resume")
 
 
 def _check_same(run: Path, study: Study, spec: StudySpec) -> None:
@@ -88,58 +55,6 @@ def _check_same(run: Path, study: Study, spec: StudySpec) -> None:
             f"{run} is the run of another study: {'; '.join(changed)}. "
             "Choose another --out, set it back, or begin anew with --force-new"
         )
-
-
-@contextmanager
-def locked(run: Path) -> Iterator[None]:
-    """Hold the run folder for this process alone.
-
-    Raises:
-        StudyError: It cannot be made, holds other files, or another process has it.
-    """
-    try:
-        run.mkdir(parents=True, exist_ok=True)
-        _check_ours(run)
-        lock = (run / "lock").open("w")
-    except OSError as error:
-        if error.errno in FULL:
-            raise
-        raise StudyError(f"{run}: {error.strerror}; choose another folder") from None
-    with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise _held(run) from None
-        yield
-
-
-def _held(run: Path) -> StudyError:
-    return StudyError(f"{run} is being worked on by another process; wait for it")
-
-
-def is_held(run: Path) -> bool:
-    """Whether a process is seen to hold the run folder."""
-    try:
-        with (run / "lock").open() as lock:
-            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    except OSError:
-        return False
-    return False
-
-
-def set_aside(run: Path) -> None:
-    """Move a study and all it has left in a run folder into a folder of its own in there."""
-    left = [path for path in run.iterdir() if path.name != "lock" and not _ASIDE.match(path.name)]
-    # Last what says that there is a study: until then it is all there.
-    left.sort(key=lambda path: path.name.startswith((DATABASE, REMEMBERED)))
-    if left:
-        taken = [int(match[1]) for path in run.iterdir() if (match := _ASIDE.match(path.name))]
-        aside = run / f"old-{max(taken, default=0) + 1}"
-        aside.mkdir()
-        for path in left:
-            path.rename(aside / path.name)
 
 
 def stored_spec(run: Path, url: str | None = None) -> StudySpec:
@@ -152,7 +67,7 @@ def stored_spec(run: Path, url: str | None = None) -> StudySpec:
     Raises:
         StudyError: There is no run in it.
     """
-    if not any((run / name).is_file() for name in (DATABASE, REMEMBERED)):
+    if not has_run(run):
         raise StudyError(f"{run}: no run here (no {DATABASE}); give the folder of a run")
     attributes = Store(Storage.of(run, url)).study().user_attrs
     if "spec" not in attributes:

@@ -274,7 +274,7 @@ def _search(raw: dict[str, Any], donors: Sequence[object], where: str) -> dict[s
     methods = raw["methods"]
     if not isinstance(methods, list | tuple):
         raise StudyError(f"{where}: search.methods has to be a list, got {methods!r}")
-    check_keys(f"{where}: search.methods", methods, METHODS)
+    check_keys(f"{where}: search.methods", methods, METHODS, "method")
     own = set(Search.model_fields) - {"ranges"}
     check_keys(f"{where}: search", raw, {*own, *searchable(methods)})
     ranges = {name: value for name, value in raw.items() if name not in own}
@@ -390,7 +390,7 @@ def _check_donors(spec: StudySpec, where: str) -> None:
     vectors = task_vectors(spec.base_model, spec.models)
     for donor, vector in zip(spec.models, vectors, strict=True):
         if vector.model == vector.minus or vectors.count(vector) > 1:
-            raise StudyError(f"{where}: {str(donor)!r} is named twice; name each model once")
+            raise StudyError(f"{where}: models: {str(donor)!r} is named twice; name it once")
     differ = any(isinstance(donor, TaskVector) for donor in spec.models)
     for method in spec.search.methods:
         if differ and method not in OF_DIFFERENCES:
@@ -412,7 +412,7 @@ def _check_donors(spec: StudySpec, where: str) -> None:
 
 def _check_ways(search: Search, where: str) -> None:
     """Check how the study is searched."""
-    check_keys(f"{where}: search.sampler", [search.sampler], SAMPLERS)
+    check_keys(f"{where}: search.sampler", [search.sampler], SAMPLERS, "sampler")
     if search.sampler in CMA_SAMPLERS and not importlib.util.find_spec("cmaes"):
         raise StudyError(
             f"{where}: search.sampler: {search.sampler} needs the package cmaes; "

@@ -57,11 +57,10 @@ from sqlalchemy.exc import (
 from sqlalchemy.pool import NullPool
 
 from objectives.base import Answer
+from search.folder import DATABASE, REMEMBERED, replace_text
 from search.frozen import FrozenItem
 from search.spec import StudyError
 
-DATABASE: Final = "study.db"  # in a run folder, unless there is a
-REMEMBERED: Final = "storage.json"  # with the URL of another one, and the study's name there
 PAUSES: Final = (1, 2, 4, 8, 15, 30, 60, 60, 60)  # seconds between attempts to reach a server
 RECONNECTS: Final = 20  # transactions that a session may lose with their connections
 # A server that is gone is noticed, and does not hang the run.
@@ -150,10 +149,8 @@ class Storage:
     def remember(self, folder: Path) -> None:
         """Have the folder know it, without a password."""
         if self != self.file(folder / DATABASE):
-            file = folder / REMEMBERED
-            partial = file.with_name(file.name + ".partial")
-            partial.write_text(json.dumps({"url": self.name, "study": self.study}) + "\n")
-            partial.replace(file)
+            known = {"url": self.name, "study": self.study}
+            replace_text(folder / REMEMBERED, json.dumps(known) + "\n")
 
     @property
     def name(self) -> str:

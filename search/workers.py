@@ -21,7 +21,7 @@ from merge_engine.checkpoint import Model, write_checkpoint
 from merge_engine.recipe import Recipe, RecipeError
 from objectives.base import Answer, ObjectiveError, Said
 from search.bench import LiveBench, make_prompts
-from search.card import CARD
+from search.folder import CARD
 from search.spec import StudyError
 
 if TYPE_CHECKING:

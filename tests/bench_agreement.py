@@ -26,7 +26,7 @@ import torch
 from transformers import PreTrainedModel
 
 from objectives.harness import Harness
-from objectives.tasks import TaskSpec
+from objectives.tasks import TaskSpec, load_tasks
 from tiny_models import (
     MODELS,
     Evaluated,
@@ -93,10 +93,8 @@ def compare(model: PreTrainedModel, tasks: list[Any], tolerance: float) -> dict[
 
 def grown(model: PreTrainedModel, folder: Path) -> int:
     """Items whose value in growing blocks is another one than all at once."""
-    specs = [TaskSpec(task) for task in PREDICTED]
-    harness = Harness.prepare(
-        specs, include_path=[folder], model=model, tokenizer=chat_tokenizer(), batch_size=8
-    )
+    tasks = load_tasks([TaskSpec(task) for task in PREDICTED], [folder])
+    harness = Harness.prepare(tasks, model=model, tokenizer=chat_tokenizer(), batch_size=8)
     whole = [answer.value for answer in harness.score(model, range(ENDS[-1]))]
     parts = [
         answer.value

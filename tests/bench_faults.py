@@ -28,7 +28,8 @@ from objectives.items import SPLITS, Splits
 from search.bench import Bench, Machine, open_family, outline
 from search.cli import DEMO, main
 from search.cluster import RayWorkers
-from search.runner import DATABASE, Run
+from search.folder import DATABASE
+from search.runner import Run
 from search.scoring import Scorer
 from search.spec import load_study, parse_study
 from search.storage import Store

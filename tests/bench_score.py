@@ -33,7 +33,7 @@ from lm_eval.tasks import TaskManager
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from objectives.harness import Harness
-from objectives.tasks import TaskSpec
+from objectives.tasks import TaskSpec, load_tasks
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz012345"
 WORDS = ["".join(letters) for letters in itertools.product(LETTERS, repeat=3)]
@@ -216,9 +216,8 @@ def compare(task: str, model: transformers.PreTrainedModel, clock: Callable[[], 
         )
         before = clock() - start
         tokens_before, _ = meter.take()
-        harness = Harness.prepare(
-            [TaskSpec(task)], include_path=[folder], model=model, tokenizer=tokenizer
-        )
+        mine = load_tasks([TaskSpec(task)], [folder])
+        harness = Harness.prepare(mine, model=model, tokenizer=tokenizer)
         items = range(len(harness.items))
         harness.score(model, items)  # plans
         trials = []
@@ -254,9 +253,8 @@ def compare(task: str, model: transformers.PreTrainedModel, clock: Callable[[], 
 
 def growth(model: transformers.PreTrainedModel, clock: Callable[[], float]) -> dict:
     with task_folder("growth", 2000) as folder:
-        harness = Harness.prepare(
-            [TaskSpec("growth")], include_path=[folder], model=model, tokenizer=make_tokenizer()
-        )
+        tasks = load_tasks([TaskSpec("growth")], [folder])
+        harness = Harness.prepare(tasks, model=model, tokenizer=make_tokenizer())
         meter = Meter(model, clock)
         cost, read = {}, {}
         for count in (100, 2000):

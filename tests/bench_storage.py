@@ -27,9 +27,10 @@ from objectives.base import Answer, Item, Shown
 from objectives.items import SPLITS, Splits
 from search.bench import Bench
 from search.conclusion import conclude
+from search.folder import DATABASE
 from search.gaussian import fitted
 from search.report import make_report
-from search.runner import DATABASE, Run
+from search.runner import Run
 from search.space import Space
 from search.spec import parse_study
 from search.storage import Store

@@ -1,5 +1,6 @@
 """What several test modules need: quiet offline libraries, and tiny real models on disk."""
 
+import gc
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported
@@ -28,6 +29,8 @@ from merge_engine.builder import built_tensors
 from merge_engine.checkpoint import Model, write_checkpoint
 from merge_engine.plan import plan_merge
 from merge_engine.recipe import parse_recipe
+
+gc.freeze()  # what has been imported is no garbage, and need not be looked through again
 
 pytest_plugins = ["tiny_tasks"]
 

@@ -19,8 +19,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from merge_engine.recipe import load_recipe
 from search.bench import Machine, make_bench
 from search.cli import DEMO, main
+from search.folder import DATABASE
 from search.result import Result
-from search.runner import DATABASE
 from search.spec import load_study
 
 pytestmark = pytest.mark.slow

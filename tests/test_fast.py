@@ -19,7 +19,7 @@ from objectives.agreement import Modes
 from objectives.fast import plain_length
 from objectives.harness import Harness
 from objectives.rows import Request, common_length, in_batches, make_row, make_rows, share_prefixes
-from objectives.tasks import TaskSpec
+from objectives.tasks import TaskSpec, load_tasks
 from tiny_models import (
     MODELS,
     evaluated,
@@ -155,9 +155,8 @@ def test_the_model_reads_a_question_once_for_all_its_answers():
 def test_a_text_is_encoded_once_for_what_is_shown_and_for_every_score(folder):
     model = make_model()
     tokenizer = make_tokenizer()
-    harness = Harness.prepare(
-        [TaskSpec("choice_shots")], include_path=[folder], model=model, tokenizer=tokenizer
-    )
+    tasks = load_tasks([TaskSpec("choice_shots")], [folder])
+    harness = Harness.prepare(tasks, model=model, tokenizer=tokenizer)
     items = range(len(harness.items))
     harness.shown(items)
     with pytest.MonkeyPatch.context() as patch:

@@ -10,7 +10,7 @@ from optuna.trial import TrialState
 
 from search import storage
 from search.cli import main
-from search.runner import DATABASE
+from search.folder import DATABASE
 from search.storage import Store
 from search.workers import Here
 

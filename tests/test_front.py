@@ -9,10 +9,10 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from search.cli import main
+from search.folder import DATABASE
 from search.front import believed_front, confirmed, leading, nondominated, widest
 from search.racing import Belief, Strata
 from search.result import Result
-from search.runner import DATABASE
 from search.samplers import make_sampler
 from search.selection import COST
 from search.space import Space

@@ -17,7 +17,8 @@ from lm_eval.tasks import TaskManager
 
 from objectives.base import ObjectiveError
 from objectives.items import split_items
-from objectives.tasks import Prompting, TaskSpec
+from objectives.prompts import Prompting
+from objectives.tasks import TaskSpec
 from tiny_tasks import (
     ANSWER,
     CHOICE,

@@ -135,7 +135,7 @@ TEN = [Item("a", f"{row}", row) for row in range(10)]
 @pytest.mark.parametrize(
     ("items", "weights", "counts", "message"),
     [
-        (TEN, {"a": 1}, {"search": 5, "select": 5, "test": 5}, "ask for 15 items .* 10 .*a 10"),
+        (TEN, {"a": 1}, {"search": 5, "select": 5, "test": 5}, "are 15 items .* 10 .*a 10"),
         (
             [*TEN, *(Item("b", f"b{row}", row) for row in range(2))],
             {"a": 1, "b": 1},

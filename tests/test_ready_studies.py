@@ -15,8 +15,8 @@ from merge_engine.builder import Builder
 from merge_engine.donors import Family
 from objectives.tasks import task_manager
 from search.cli import main
+from search.folder import DATABASE
 from search.result import Result
-from search.runner import DATABASE
 from search.space import Space
 from search.spec import TaskVector, load_study
 from search.storage import Store

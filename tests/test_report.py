@@ -18,12 +18,12 @@ import search.cli
 import search.report
 from search.charts import Axis, shortened
 from search.cli import main
+from search.folder import DATABASE, locked
 from search.report import Model, chances, importance, make_report, some_of
 from search.responses import read_samples, shown
 from search.result import Result, read_result
-from search.runner import locked
 from search.space import Space
-from search.storage import DATABASE, Store
+from search.storage import Store
 from search.workers import Here
 
 VOID = {"br", "hr", "img", "input", "link", "meta"}

@@ -9,10 +9,11 @@ from transformers import AutoModelForCausalLM
 
 from conftest import tiny_tokenizer
 from search.cli import main
+from search.folder import DATABASE
 from search.responses import MOST, changed, read_samples, shown
 from search.result import read_result
 from search.runner import stored_spec
-from search.storage import DATABASE, Store
+from search.storage import Store
 
 
 @pytest.fixture(scope="module")

@@ -20,8 +20,8 @@ from merge_engine.recipe import load_recipe
 from objectives.scores import task_means
 from search.bench import Machine, make_bench
 from search.cli import main
+from search.folder import DATABASE
 from search.result import Result
-from search.runner import DATABASE
 from search.spec import load_study
 from search.storage import Store
 from search.workers import Here

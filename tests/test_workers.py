@@ -16,8 +16,9 @@ from rich.console import Console
 from search.bench import Machine, make_bench, open_family, outline
 from search.cli import main
 from search.conclusion import conclude
+from search.folder import DATABASE
 from search.frozen import freeze
-from search.runner import DATABASE, Run
+from search.runner import Run
 from search.spec import load_study
 from search.storage import Store
 from search.terminal import Terminal

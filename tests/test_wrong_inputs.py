@@ -151,15 +151,19 @@ MISTAKES = {
         CHECK, ("study.yaml: search.trials", "integer", "'many'"), study(search__trials="many")
     ),
     "method misspelled": Mistake(
-        CHECK, ("search.methods", "'tise'", "did you mean 'ties'"), study(search__methods=["tise"])
+        CHECK,
+        ("study.yaml: search.methods", "method 'tise'", "did you mean 'ties'"),
+        study(search__methods=["tise"]),
     ),
     "sampler misspelled": Mistake(
-        CHECK, ("search.sampler", "'tpee'", "did you mean 'tpe'"), study(search__sampler="tpee")
+        CHECK,
+        ("study.yaml: search.sampler", "'tpee'", "did you mean 'tpe'"),
+        study(search__sampler="tpee"),
     ),
     "models in one word": Mistake(CHECK, ("study.yaml: models", "list", "'a'"), study(models="a")),
     "no base": Mistake(CHECK, ("study.yaml: base_model", "None"), study(base_model=None)),
     "model named twice": Mistake(
-        CHECK, ("study.yaml", "/a'", "twice", "once"), study(models=["a", "b", "./a"])
+        CHECK, ("study.yaml: models", "/a'", "twice", "once"), study(models=["a", "b", "./a"])
     ),
     "range the wrong way round": Mistake(
         CHECK, ("study.yaml: search.scale", "[1.5, 0]", "[0, 100]"), study(search__scale=[1.5, 0])
@@ -178,11 +182,13 @@ MISTAKES = {
         study(models=["a"], search__methods=["model_stock"]),
     ),
     "start that is not there": Mistake(
-        CHECK, ("search.start", "mine.yaml", "no recipe"), study(search__start=["mine.yaml"])
+        CHECK,
+        ("study.yaml: search.start", "mine.yaml", "no recipe"),
+        study(search__start=["mine.yaml"]),
     ),
     "start outside the ranges": Mistake(
         CHECK,
-        ("search.start: recipe 1", "'density': 0.5", "widen"),
+        ("study.yaml: search.start: recipe 1", "'density': 0.5", "widen"),
         study(search__start=["recipe.yaml"], search__density=[0.6, 1]),
     ),
     "bracket left open": Mistake(
@@ -197,27 +203,29 @@ MISTAKES = {
     "file that is not there": Mistake("check stduy.yaml", ("stduy.yaml", "check the path")),
     # the models
     "model that is not there": Mistake(
-        RUN, ("model 'sorr'", "no such folder"), study(models=["a", "sorr"])
+        RUN, ("study.yaml: model 'sorr'", "no such folder"), study(models=["a", "sorr"])
     ),
     "model that the hub has not": Mistake(
-        RUN, ("model 'org/sorr'", "hub"), study(models=["a", "org/sorr"])
+        RUN, ("study.yaml: model 'org/sorr'", "hub"), study(models=["a", "org/sorr"])
     ),
     "model that is a file": Mistake(
-        RUN, ("a/model.safetensors'", "folder"), study(models=["a/model.safetensors", "b"])
+        RUN,
+        ("study.yaml", "a/model.safetensors'", "folder"),
+        study(models=["a/model.safetensors", "b"]),
     ),
     "folder without a model": Mistake(
-        RUN, ("tasks", "no config.json", "fetch"), study(models=["a", "tasks"])
+        RUN, ("study.yaml", "tasks", "no config.json", "fetch"), study(models=["a", "tasks"])
     ),
-    "adapter without its base": Mistake(RUN, ("b'", "adapter", "BASE+"), adapter),
-    "weights of the old kind": Mistake(RUN, ("b'", ".bin", "convert it"), only_bin),
-    "no tokenizer": Mistake(RUN, ("base'", "tokenizer"), without_tokenizer),
+    "adapter without its base": Mistake(RUN, ("study.yaml", "b'", "adapter", "BASE+"), adapter),
+    "weights of the old kind": Mistake(RUN, ("study.yaml", "b'", ".bin", "convert it"), only_bin),
+    "no tokenizer": Mistake(RUN, ("study.yaml", "base'", "tokenizer"), without_tokenizer),
     "architecture that nobody knows": Mistake(
         RUN,
-        ("base", "`lamma`"),
+        ("study.yaml", "base", "`lamma`"),
         lambda folder: [config(name, model_type="lamma")(folder) for name in ("base", "a", "b")],
     ),
     "other architecture": Mistake(
-        RUN, ("b'", "architectures"), config("b", architectures=["GPT2LMHeadModel"])
+        RUN, ("study.yaml", "b'", "architectures"), config("b", architectures=["GPT2LMHeadModel"])
     ),
     # the recipe
     "method of a recipe misspelled": Mistake(
@@ -231,22 +239,28 @@ MISTAKES = {
     ),
     "recipe of nothing": Mistake(BUILD, ("recipe.yaml", "models"), recipe(models=[])),
     "weight that is a word": Mistake(
-        BUILD, ("a'", "'weight'", "'heavy' is not a number"), recipe(parameters__weight="heavy")
+        BUILD,
+        ("recipe.yaml", "a'", "'weight'", "'heavy' is not a number"),
+        recipe(parameters__weight="heavy"),
     ),
     "parameter misspelled": Mistake(
         BUILD, ("recipe.yaml", "'wieght'", "did you mean 'weight'"), recipe(parameters__wieght=1)
     ),
-    "density beyond 1": Mistake(BUILD, ("'density'", "2", "[0, 1]"), recipe(parameters__density=2)),
+    "density beyond 1": Mistake(
+        BUILD, ("recipe.yaml", "'density'", "2", "[0, 1]"), recipe(parameters__density=2)
+    ),
     "layers that a model has not": Mistake(
         BUILD,
-        ("layer", "99"),
+        ("recipe.yaml", "layer", "99"),
         lambda folder: write(
             "recipe.yaml",
             "merge_method: passthrough\nslices:\n- sources: [{model: a, layer_range: [0, 99]}]\n",
         )(folder),
     ),
     "model of a recipe that is not there": Mistake(
-        BUILD, ("model 'nowhere'", "no such folder"), recipe(models=[{"model": "nowhere"}])
+        BUILD,
+        ("recipe.yaml: model 'nowhere'", "no such folder"),
+        recipe(models=[{"model": "nowhere"}]),
     ),
     "study instead of a recipe": Mistake("build study.yaml out", ("study.yaml", "merge_method")),
     "recipe instead of a study": Mistake(
@@ -254,27 +268,31 @@ MISTAKES = {
     ),
     # the tasks
     "task misspelled": Mistake(
-        RUN, ("'tlel'", "did you mean 'tell'"), study(objective__tasks=["tlel"])
+        RUN, ("study.yaml", "'tlel'", "did you mean 'tell'"), study(objective__tasks=["tlel"])
     ),
     "metric misspelled": Mistake(
         RUN,
-        ("'tell'", "'bleu'", "usable: exact_match"),
+        ("study.yaml", "'tell'", "'bleu'", "usable: exact_match"),
         study(objective__tasks=[{"task": "tell", "metric": "bleu"}]),
     ),
     "task named twice": Mistake(
-        RUN, ("'tell'", "twice", "one"), study(objective__tasks=["tell", "tell"])
+        RUN, ("study.yaml", "'tell'", "twice", "one"), study(objective__tasks=["tell", "tell"])
     ),
-    "no tasks": Mistake(RUN, ("objective.tasks", "at least 1"), study(objective__tasks=[])),
+    "no tasks": Mistake(
+        RUN, ("study.yaml: objective.tasks", "at least 1"), study(objective__tasks=[])
+    ),
     "floor of no task": Mistake(
         RUN,
-        ("objective.constraints", "'tlel'", "did you mean 'tell'"),
+        ("study.yaml: objective.constraints", "task 'tlel'", "did you mean 'tell'"),
         study(objective__constraints={"tlel": 0.5}),
     ),
     "more items than there are": Mistake(
-        CHECK, ("ask for 9008 items", "20 different", "fewer"), study(objective__items__test=9000)
+        CHECK,
+        ("study.yaml: objective.items", "9008 items", "20 different", "fewer"),
+        study(objective__items__test=9000),
     ),
     "folder of tasks that is not there": Mistake(
-        RUN, ("include_path", "tsaks"), study(objective__include_path="tsaks")
+        RUN, ("study.yaml: objective.include_path", "tsaks"), study(objective__include_path="tsaks")
     ),
     "data that is not there": Mistake(
         RUN, ("tell.yaml", "data", "tell.jsonl", "check"), remove("tasks/tell.jsonl")
@@ -288,17 +306,21 @@ MISTAKES = {
         RUN, ("'tell'", "tasks/tell.yaml"), write("tasks/tell.yaml", "task: tell\nx: [")
     ),
     "field that the data has not": Mistake(
-        RUN, ("task 'tell'", "qeustion"), task(doc_to_text="{{qeustion}}")
+        RUN, ("tell.yaml", "qeustion", "correct"), task(doc_to_text="{{qeustion}}")
     ),
     "answers by chance": Mistake(
-        RUN, ("task 'tell'", "do_sample: false"), task(generation_kwargs__do_sample=True)
+        RUN,
+        ("study.yaml", "task 'tell'", "do_sample: false"),
+        task(generation_kwargs__do_sample=True),
     ),
     "text that is not there": Mistake(
-        RUN, ("tasks[0]", "notes/*.txt"), study(objective__tasks=[{"text": "notes/*.txt"}])
+        RUN,
+        ("study.yaml: objective.tasks[0]", "notes/*.txt"),
+        study(objective__tasks=[{"text": "notes/*.txt"}]),
     ),
     "class that is not there": Mistake(
         RUN,
-        ("objective 'nowhere:Mine'", "install it"),
+        ("study.yaml", "objective 'nowhere:Mine'", "install it"),
         study(objective__tasks=[{"objective": "nowhere:Mine"}]),
     ),
     "questions with a broken line": Mistake(
@@ -408,7 +430,11 @@ def test_mistake_is_named_in_one_line_and_nothing_is_written(
 
 def as_processes() -> dict[str, Any]:
     """Meet each mistake with a process of its own."""
-    command = [sys.executable, "-c", "import sys; from search.cli import main; sys.exit(main())"]
+    command = [
+        sys.executable,
+        "-c",
+        "import sys; from search.cli import program; sys.exit(program())",
+    ]
     seconds, failed = {}, {}
     with tempfile.TemporaryDirectory() as name:
         zoo = Path(name) / "zoo"
@@ -436,6 +462,7 @@ def as_processes() -> dict[str, Any]:
         "slowest": slowest,
         "seconds": seconds[slowest],
         "median": sorted(seconds.values())[len(seconds) // 2],
+        "above_5": {called: taken for called, taken in seconds.items() if taken > 5},
     }
 
 

@@ -13,7 +13,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from objectives.harness import Harness
-from objectives.tasks import TaskSpec
+from objectives.tasks import TaskSpec, load_tasks
 
 CHARACTERS = [chr(code) for code in range(32, 127)] + ["\n"]
 ROWS = 24
@@ -133,7 +133,8 @@ def model():
 def prepare(folder, model, *specs, **settings):
     specs = [TaskSpec(spec) if isinstance(spec, str) else spec for spec in specs]
     settings = {"tokenizer": make_tokenizer(), "batch_size": 8} | settings
-    return Harness.prepare(specs, include_path=[folder], model=model, **settings)
+    tasks = load_tasks(specs, [folder], unsafe_code=settings.pop("unsafe_code", False))
+    return Harness.prepare(tasks, model=model, **settings)
 
 
 def values_of(harness, model, items=None):

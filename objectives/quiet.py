@@ -1,0 +1,36 @@
+"""lm-eval's log and progress bars, kept off while it works for us."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import datasets  # type: ignore[import-untyped]  # published without types
+
+_WITH_PROGRESS_BARS = ("lm_eval.api.task", "lm_eval.api.model", "lm_eval.models.huggingface")
+
+
+@contextmanager
+def quiet(level: int) -> Iterator[None]:
+    """Keep lm-eval's log at ``level`` and all progress bars off."""
+    log = logging.getLogger("lm_eval")
+    own_level = log.level
+    modules: list[Any] = [sys.modules[name] for name in _WITH_PROGRESS_BARS if name in sys.modules]
+    own_bars = [module.tqdm for module in modules]
+    data_bars_shown = not datasets.are_progress_bars_disabled()
+    log.setLevel(level)
+    datasets.disable_progress_bars()
+    for module in modules:  # some of lm-eval's bars have no switch
+        module.tqdm = functools.partial(module.tqdm, disable=True)
+    try:
+        yield
+    finally:
+        log.setLevel(own_level)
+        if data_bars_shown:
+            datasets.enable_progress_bars()
+        for module, bar in zip(modules, own_bars, strict=True):
+            module.tqdm = bar
