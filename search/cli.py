@@ -7,35 +7,22 @@ import importlib.util
 import json
 import math
 import shlex
-import shutil
-import signal
 import sys
-import threading
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext, redirect_stdout, suppress
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext, redirect_stdout
 from functools import partial
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from search.arguments import UsageError, make_parser
 from search.quiet import quiet
 
 if TYPE_CHECKING:
-    from merge_engine.recipe import Recipe
-    from search.bench import Bench
     from search.output import Output
-    from search.responses import Sample
-    from search.result import Result
     from search.runner import Run
-    from search.spec import StudySpec
-    from search.workers import Workers
 
 DEMO = Path(__file__).parent.parent / "studies" / "demo"
 STOPPED, BAD_INPUT, INTERRUPTED = 1, 2, 130
-DRAW_EVERY, BELIEVE_EVERY = 30.0, 1.0  # seconds, to draw a run's page and to say what is believed
-DRAW_SHARE = 0.05  # of its time, for each of them
 GARBAGE = 100_000  # objects more than before, at which some is looked for; Python's own is 700
 AGAIN = "the same command goes on from here"
 
@@ -123,42 +110,6 @@ def _known(error: Exception) -> tuple[str, int] | None:
     return None
 
 
-@contextmanager
-def _about(file: Path) -> Iterator[None]:
-    """Begin what is wrong with what a study or a recipe says with its name, wherever it shows."""
-    from merge_engine.recipe import RecipeError
-    from objectives.base import ObjectiveError
-    from search.spec import StudyError
-
-    try:
-        yield
-    except (RecipeError, ObjectiveError, StudyError) as error:
-        if str(file) in str(error):
-            raise
-        raise type(error)(f"{file}: {error}") from error
-
-
-def _device(options: Any) -> str:
-    import torch
-
-    from search.spec import StudyError
-
-    if not options.verbose and "transformers" in sys.modules:  # imported before it was told
-        from transformers.utils import logging
-
-        logging.disable_progress_bar()
-    device: str = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if getattr(options, "workers", None) is None:  # theirs may be on other machines
-        try:
-            torch.empty(0, device="cuda" if device == "auto" else device)
-        except (AssertionError, RuntimeError) as error:
-            reason = str(error).split(". ")[0].splitlines()[0]
-            if reason.startswith("Expected one of"):  # all the kinds that torch has a word for
-                reason = "no such device"
-            raise StudyError(f"--device {device!r}: {reason}; use cpu, cuda or cuda:1") from None
-    return device
-
-
 def _demo(options: Any, output: Output) -> None:
     source = importlib.util.spec_from_file_location("zoo", DEMO / "zoo.py")
     if source is None or source.loader is None or not (DEMO / "zoo.py").is_file():
@@ -174,6 +125,7 @@ def _demo(options: Any, output: Output) -> None:
 
 
 def _run(options: Any, output: Output) -> None:
+    from search.session import finish, work_on
     from search.spec import load_study
 
     spec = load_study(options.study)
@@ -181,229 +133,8 @@ def _run(options: Any, output: Output) -> None:
     wanted = {name: value for name, value in changes.items() if value is not None}
     search = spec.search.model_copy(update=wanted)
     spec = spec.model_copy(update={"search": search})
-    work = partial(_finish, timeout=options.timeout or math.inf)
-    _session(spec, options.out, options, output, work)
-
-
-def _session(
-    spec: StudySpec,
-    folder: Path,
-    options: Any,
-    output: Output,
-    work: Callable[[Run], None],
-) -> None:
-    """Do ``work`` with a run, holding its folder."""
-    from search.folder import check_folder, check_run_folder, has_run, locked, set_aside
-
-    new = getattr(options, "force_new", False)
-    if new:
-        check_folder(folder)
-    else:
-        check_run_folder(folder)
-    if options.storage or has_run(folder):
-        _check_storage(spec, folder, options.storage, new=new)
-    # It checks everything, and nothing is written before.
-    bench, workers = _crew(spec, getattr(options, "study", folder), options, output.plan)
-    from search.runner import Run
-    from search.storage import Storage, Store
-
-    try:
-        if not folder.exists():  # no folder is made for donors that no recipe could be built of
-            workers.look_through()
-        with locked(folder):
-            if new:
-                set_aside(folder)
-            storage = Storage.of(folder, options.storage)
-            store = Store(storage, output.note)
-            storage.remember(folder)
-            store.persist(lambda: _attempt(Run(folder, bench, workers, output, store), work))
-    finally:
-        workers.close()
-
-
-def _check_storage(spec: StudySpec, folder: Path, url: str | None, *, new: bool) -> None:
-    """Refuse a database that does not let us in, or that has another study for this folder."""
-    from search.runner import check_run
-    from search.storage import Storage
-
-    storage = Storage.of(folder, url, new=new)
-    storage.check()
-    if not new:
-        check_run(folder, spec, storage)
-
-
-def _attempt(run: Run, work: Callable[[Run], None]) -> None:
-    from search.storage import DATABASE_ERRORS
-
-    try:
-        run.adopt()
-        with _stopping(run):
-            work(run)
-    except DATABASE_ERRORS:
-        run.scorer.abandon()
-        raise
-    finally:
-        run.output.stop()
-
-
-def _crew(
-    spec: StudySpec, file: Path, options: Any, say: Callable[[str], None]
-) -> tuple[Bench, Workers]:
-    """The coordinator's bench, and who works for it: this process, or as many as were asked for.
-
-    What is wrong with the study is said with ``file``.
-    """
-    from search.bench import Machine, make_bench, open_family, outline
-
-    machine = Machine(_device(options), options.memory, not options.no_compile)
-    searching = "trials" in vars(options)
-    if options.workers is None:
-        with _about(file):
-            bench = make_bench(spec, machine, say)
-        from search.cost import estimate
-        from search.workers import Here
-
-        if searching:
-            say(str(estimate(bench, bench.builder.family, machine)))
-        return bench, Here(bench)
-    from search.cluster import Cluster, RayWorkers, import_ray
-    from search.cost import estimate
-
-    import_ray()  # before anything is prepared
-    with _about(file):
-        family = open_family(spec)
-        outlined = outline(spec, family)
-    if searching and machine.builds_on.type == "cpu":  # else the workers' GPUs are unknown here
-        say(str(estimate(outlined, family, machine, options.workers)))
-    count, gpus = options.workers, options.gpus_per_worker
-    cluster = Cluster(options.ray_address, options.verbose)
-    return outlined, RayWorkers(spec, machine, count=count, gpus=gpus, cluster=cluster, say=say)
-
-
-@contextmanager
-def _stopping(run: Run) -> Iterator[None]:
-    """Have Ctrl-C end the work with the blocks that are asked now, and a second one at once."""
-
-    def stop(number: int, frame: FrameType | None) -> None:
-        signal.signal(signal.SIGINT, before)
-        if not run.scorer.working:
-            signal.default_int_handler(number, frame)
-        run.scorer.stopping = True
-        run.output.stopping()
-
-    if threading.current_thread() is not threading.main_thread():  # it gets no signals
-        yield
-        return
-    before = signal.signal(signal.SIGINT, stop)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
-
-
-def _finish(run: Run, timeout: float) -> None:
-    """Search, choose, export, report: each step finds what an earlier session has done."""
-    from search.card import model_card
-    from search.conclusion import conclude
-    from search.folder import CARD, replace_text
-
-    draw = _now_and_then(partial(_draw, run), DRAW_EVERY)
-    believe = _now_and_then(partial(_believe, run), BELIEVE_EVERY)
-    run.after_trial = (believe, draw)
-    run.search(timeout)
-    result, recipe = conclude(run)
-    replace_text(run.folder / "recipe.yaml", recipe.to_yaml())
-    checkpoint = run.folder / "checkpoint"
-    card = model_card(run.folder.name, run.spec, recipe, result)
-    if _holds(checkpoint, recipe):
-        replace_text(checkpoint / CARD, card)
-    else:
-        shutil.rmtree(checkpoint, ignore_errors=True)
-        _save(run, recipe, checkpoint, card)
-    replace_text(run.folder / "result.json", result.model_dump_json(indent=2) + "\n")
-    _sample_items(run, result)
-    _draw(run)
-    run.output.result(result, run.folder)
-
-
-def _now_and_then(work: Callable[[], None], every: float) -> Callable[[], None]:
-    """The same work, left out if it was done a short time ago."""
-    due = time.monotonic() + every
-
-    def do() -> None:
-        nonlocal due
-        if (start := time.monotonic()) >= due:
-            work()
-            end = time.monotonic()
-            due = end + max(every, (end - start) / DRAW_SHARE)
-
-    return do
-
-
-def _believe(run: Run) -> None:
-    """Say which trial is believed to be best so far. Being for show, it stops no run."""
-    with suppress(Exception):
-        candidates, belief = run.beliefs()
-        best = belief.ranked([candidate.missed for candidate in candidates])[0]
-        run.output.believes(candidates[best].trial, float(belief.means[best]))
-
-
-def _sample_items(run: Run, result: Result) -> None:
-    """Keep the words of a few items that were gained and lost, if there are none so far."""
-    from search.responses import ITEMS, of_items, read_samples
-    from search.workers import FAILURES
-
-    if read_samples(run.folder, result):
-        return
-    run.output.stage("asking for the words of some items gained and lost")
-    try:
-        _keep(run, result, of_items(run, result, ITEMS))
-    except FAILURES as error:
-        run.output.note(f"what they write is not shown: {error}")
-
-
-def _keep(run: Run, result: Result, samples: Sequence[Sample]) -> None:
-    """Keep prompts, or items, in place of those before."""
-    from search.folder import replace_text
-    from search.responses import FILE, Samples, read_samples
-
-    kinds = {sample.task is None for sample in samples}
-    others = [one for one in read_samples(run.folder, result) if (one.task is None) not in kinds]
-    kept = Samples(trial=result.winner.trial, samples=[*others, *samples])
-    replace_text(run.folder / FILE, kept.model_dump_json(indent=2) + "\n")
-
-
-def _draw(run: Run) -> None:
-    """Write the run's page. That it cannot be drawn is no reason to stop a run."""
-    from search.folder import replace_text
-    from search.report import make_report
-
-    try:
-        page = make_report(run.folder, run.store, run.study)
-        replace_text(run.folder / "report.html", page)
-    except Exception as error:  # whatever it is
-        run.output.note(f"there is no report.html: {error}")
-
-
-def _holds(checkpoint: Path, recipe: Recipe) -> bool:
-    from merge_engine.recipe import load_recipe
-
-    file = checkpoint / "mergekit_config.yml"
-    return file.is_file() and load_recipe(file)[0].key == recipe.key
-
-
-def _save(run: Run, recipe: Recipe, out: Path, card: str) -> None:
-    from search.runner import export
-
-    run.output.stage(f"saving {out}")
-    compared, differing, _ = export(run, recipe, out, card)
-    text = f"rebuilt: all {compared} answers are those in the database"
-    if differing:
-        text = (
-            f"rebuilt: {compared - differing} of {compared} answers are those in the database, the "
-            "others differ as rounding does (another machine, or smaller batches)"
-        )
-    run.output.stage(text)
+    work = partial(finish, timeout=options.timeout or math.inf)
+    work_on(spec, options.out, options, output, work)
 
 
 def _build(options: Any, output: Output) -> None:
@@ -413,13 +144,14 @@ def _build(options: Any, output: Output) -> None:
     from merge_engine.checkpoint import Model, write_checkpoint
     from merge_engine.plan import plan_merge
     from merge_engine.recipe import load_recipe
+    from search.session import about, device_of
 
     recipe, notes = load_recipe(options.recipe)
     for note in notes:
         output.note(note)
-    with _about(options.recipe):
+    with about(options.recipe):
         plan = plan_merge(recipe)
-    tensors = built_tensors(plan, torch.device(_device(options)))
+    tensors = built_tensors(plan, torch.device(device_of(options)))
     write_checkpoint(tensors, options.out, shapes=plan.shapes(), model=Model.of(plan))
     text = f"{options.out}: {len(plan.names)} tensors of {recipe.merge_method}"
     output.done(text, checkpoint=str(options.out), tensors=len(plan.names))
@@ -429,13 +161,14 @@ def _score(options: Any, output: Output) -> None:
     from search.bench import find_tasks, load_live, make_objective, make_splits
     from search.conclusion import score_of
     from search.selection import Sheet
+    from search.session import about, device_of
     from search.spec import load_study
 
     spec = load_study(options.study)
-    with _about(options.study):
+    with about(options.study):
         tasks = find_tasks(spec)
-    model, base = load_live(spec, options.model, _device(options))
-    with _about(options.study):
+    model, base = load_live(spec, options.model, device_of(options))
+    with about(options.study):
         objective = make_objective(spec, tasks, model, base)
         splits = make_splits(spec, objective.items, objective.tasks)
     numbers = getattr(splits, options.split)
@@ -462,6 +195,7 @@ def _init(options: Any, output: Output) -> None:
     from merge_engine.donors import is_here
     from search.init import all_or_nothing, write_study
     from search.plan import check_study
+    from search.session import device_of
 
     base = _given([options.base] if options.base else None, "--base", "base model")[0]
     models = _given(options.models, "--models", "models to merge")
@@ -469,7 +203,7 @@ def _init(options: Any, output: Output) -> None:
     with all_or_nothing() as write:
         notes = write_study(options.out, base, models, tasks, options.trials, write)
         away = [model for model in (base, *models) if not is_here(model)]
-        plan, more = ([], []) if away else check_study(options.out, _device(options))
+        plan, more = ([], []) if away else check_study(options.out, device_of(options))
     if away:
         more = [f"not on this machine: {', '.join(away)}; check fetches them and prints the plan"]
     for note in (*notes, *more):
@@ -495,10 +229,11 @@ def _given(words: list[str] | None, option: str, what: str) -> list[str]:
 def _check(options: Any, output: Output) -> None:
     from merge_engine.recipe import load_yaml
     from search.plan import check_recipe, check_study
+    from search.session import about, device_of
 
     check = check_recipe if "merge_method" in load_yaml(options.file) else check_study
-    device = _device(options)
-    with _about(options.file):
+    device = device_of(options)
+    with about(options.file):
         plan, notes = check(options.file, device)
     for note in notes:
         output.note(note)
@@ -514,6 +249,7 @@ def _export(options: Any, output: Output) -> None:
     from search.folder import check_folder
     from search.result import read_result
     from search.runner import find_trial, stored_spec
+    from search.session import save_checkpoint, work_on
     from search.spec import StudyError
     from search.storage import Storage, Store
 
@@ -532,10 +268,10 @@ def _export(options: Any, output: Output) -> None:
         recipe = won or run.recipe_of(options.trial)
         other = None if won else other_trial(run, options.trial, recipe, result)
         card = model_card(options.out.name, run.spec, recipe, result, other)
-        _save(run, recipe, options.out, card)
+        save_checkpoint(run, recipe, options.out, card)
         output.done("", checkpoint=str(options.out))
 
-    _session(spec, options.run, options, output, save)
+    work_on(spec, options.run, options, output, save)
 
 
 def _sample(options: Any, output: Output) -> None:
@@ -543,6 +279,7 @@ def _sample(options: Any, output: Output) -> None:
     from search.responses import of_items, of_prompts
     from search.result import read_result
     from search.runner import stored_spec
+    from search.session import keep, work_on
     from search.spec import StudyError
 
     spec, result = stored_spec(options.run, options.storage), read_result(options.run)
@@ -560,10 +297,10 @@ def _sample(options: Any, output: Output) -> None:
                 "the winner and the best donor answer all test items alike, or in no words; "
                 "give a --prompt"
             )
-        _keep(run, result, samples)
+        keep(run, result, samples)
         output.samples(samples)
 
-    _session(spec, options.run, options, output, ask)
+    work_on(spec, options.run, options, output, ask)
 
 
 def _push(options: Any, output: Output) -> None:
@@ -571,13 +308,14 @@ def _push(options: Any, output: Output) -> None:
     from search.card import push
     from search.folder import CARD
     from search.result import read_result
+    from search.session import holds
     from search.spec import StudyError
 
     run, result = options.run, read_result(options.run)
     if result is None:
         raise StudyError(f"{run} has no result yet; push it when the run has finished")
     recipe, checkpoint = Recipe.model_validate(result.winner.recipe), run / "checkpoint"
-    if not _holds(checkpoint, recipe) or not (checkpoint / CARD).is_file():
+    if not holds(checkpoint, recipe) or not (checkpoint / CARD).is_file():
         raise StudyError(f"{checkpoint} is not what result.json speaks of; finish the run again")
     if folders := [model for model in recipe.models_read if Path(model).is_absolute()]:
         output.note(f"the recipe names folders of this machine: {', '.join(folders)}")

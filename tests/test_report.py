@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from optuna.samplers import RandomSampler
 from safetensors.torch import load_file, save_file
 
-import search.cli
 import search.report
+import search.session
 from search.charts import Axis, shortened
 from search.cli import main
 from search.folder import DATABASE, locked
@@ -106,8 +106,8 @@ def test_page_is_there_while_a_run_goes_on_and_its_failure_stops_nothing(
         return draw(folder, store, study)
 
     monkeypatch.setattr(search.report, "make_report", drawing)
-    monkeypatch.setattr(search.cli, "DRAW_EVERY", 0.0)
-    monkeypatch.setattr(search.cli, "DRAW_SHARE", 1e9)
+    monkeypatch.setattr(search.session, "DRAW_EVERY", 0.0)
+    monkeypatch.setattr(search.session, "DRAW_SHARE", 1e9)
     assert main(["run", str(study), "--out", str(run), "--device", "cpu"]) == 0
     assert seen == [False, True, True, True]
     out = capsys.readouterr().out
