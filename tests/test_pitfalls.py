@@ -38,18 +38,29 @@ def process_docs(docs):
 """
 
 
+DRAWN = """
+
+def drawn_text(doc):
+    return random.choice("abc") + doc["question"]
+"""
+
+
 @pytest.fixture(scope="module")
 def sent(folder):
     """The prompts lm-eval sends in a full run of choice_shots, by document."""
+    return sent_by_lm_eval(folder, "choice_shots")
+
+
+def sent_by_lm_eval(folder, task):
     language_model = HFLM(pretrained=make_model(), tokenizer=make_tokenizer(), batch_size=8)
     with contextlib.chdir(folder):
         results = simple_evaluate(
             language_model,
-            tasks=["choice_shots"],
+            tasks=[task],
             task_manager=TaskManager(include_defaults=False, include_path=str(folder)),
             bootstrap_iters=0,
         )
-    samples = results["samples"]["choice_shots"]
+    samples = results["samples"][task]
     return {sample["doc_id"]: sample["arguments"][0][0] for sample in samples}
 
 
@@ -134,6 +145,24 @@ def test_f_data_shuffled_when_loaded_is_judged_by_the_row_that_was_asked(folder,
         gold = question.requests[0].doc["gold"]
         assert answer.value == float(max(logliks) == logliks[gold])
     assert len({answer.value for answer in answers}) > 1
+
+
+def test_f_prompts_drawn_after_the_data_go_on_with_the_same_random_stream(folder, model):
+    (folder / "drawn.py").write_text(SHUFFLE + DRAWN)
+    write_task(folder, "drawn", **{key: CHOICE[key] for key in CHOICE if key != "doc_to_text"})
+    with (folder / "drawn.yaml").open("a") as file:
+        file.write("process_docs: !function drawn.process_docs\n")
+        file.write("doc_to_text: !function drawn.drawn_text\n")
+    datasets.disable_caching()
+    try:
+        theirs = sent_by_lm_eval(folder, "drawn")
+        harness = prepare(folder, model, "drawn")
+    finally:
+        datasets.enable_caching()
+        (folder / "drawn.yaml").unlink()
+    asked = {q.item.doc_id: q.requests[0].args[0] for q in harness._questions}
+    assert asked == theirs
+    assert len({prompt[0] for prompt in asked.values()}) == 3
 
 
 def test_g_no_answer_is_remembered_by_its_prompt_when_weights_change(folder, model):
