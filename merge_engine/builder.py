@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 import torch
 from torch import Tensor, nn
 
-from merge_engine.donors import Family
+from merge_engine.family import Family
 from merge_engine.layout import is_head_weight, layer_counts
 from merge_engine.methods import Base
 from merge_engine.pages import Page

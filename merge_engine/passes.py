@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from merge_engine.donors import Family
+from merge_engine.family import Family
 from merge_engine.methods import Base, Elementwise, Linear, Method
 from merge_engine.methods.contract import Values
 from merge_engine.methods.linear import sum_of_task_vectors, weighted_sum

@@ -13,7 +13,8 @@ from typing import Any
 
 import torch
 
-from merge_engine.donors import Checkpoint, Family, open_models
+from merge_engine.donors import Checkpoint, open_models
+from merge_engine.family import Family
 from merge_engine.layout import depth_in, is_before_layers, is_head_weight, layer_counts, place_of
 from merge_engine.recipe import FlatPart, Recipe, RecipeError
 from merge_engine.vocabulary import (

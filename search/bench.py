@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, cast
 import torch
 
 from merge_engine.builder import Builder
-from merge_engine.donors import Checkpoint, Family
+from merge_engine.donors import Checkpoint
+from merge_engine.family import Family
 from merge_engine.memory import plan_memory
 from merge_engine.recipe import RecipeError, check_keys, load_recipe
 from merge_engine.vocabulary import check_tokenizer, load_tokenizer

@@ -11,7 +11,7 @@ from typing import Final
 
 import torch
 
-from merge_engine.donors import Family
+from merge_engine.family import Family
 from merge_engine.layout import layer_counts
 from search.bench import Bench, Machine, torch_dtype
 from search.output import duration

@@ -27,7 +27,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from merge_engine.builder import Builder
-from merge_engine.donors import Family
+from merge_engine.family import Family
 from merge_engine.methods import METHODS, Base
 from merge_engine.recipe import Recipe
 

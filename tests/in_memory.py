@@ -4,7 +4,8 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from merge_engine.donors import Family, TensorInfo
+from merge_engine.donors import TensorInfo
+from merge_engine.family import Family
 from merge_engine.stream import Stream
 
 

@@ -5,7 +5,7 @@ from mergekit.merge_methods import merge_state_dicts
 from transformers import AutoModelForCausalLM
 
 from merge_engine.builder import Builder
-from merge_engine.donors import Family
+from merge_engine.family import Family
 from merge_engine.recipe import Recipe, RecipeError
 
 

@@ -10,7 +10,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from merge_engine import cache
-from merge_engine.donors import Checkpoint, Family, open_model
+from merge_engine.donors import Checkpoint, open_model
+from merge_engine.family import Family
 from merge_engine.pages import Page
 from merge_engine.statistics import Magnitudes, Variances
 from search.cli import main
@@ -74,7 +75,7 @@ def test_second_family_measures_nothing(models, folder, monkeypatch):
     assert all(file.suffix == ".safetensors" for file in files(folder))
     monkeypatch.setattr(Magnitudes, "of", forbidden)
     monkeypatch.setattr(Variances, "of", forbidden)
-    monkeypatch.setattr("merge_engine.donors._gram", forbidden)
+    monkeypatch.setattr("merge_engine.family._gram", forbidden)
     assert_same(first, measured(models))
 
 
@@ -101,7 +102,7 @@ def test_what_is_as_large_as_the_weights_is_kept_for_studies_alone(models, folde
     for kind, once in zip(kinds, first, strict=True):
         assert torch.equal(study.beside(kind, page, donor, base), once)
     assert len(files(folder)) == 2
-    monkeypatch.setattr("merge_engine.donors.row_ranks", forbidden)
+    monkeypatch.setattr("merge_engine.family.row_ranks", forbidden)
     again = Family(models, candidates=2).beside("shares", page, donor, base)
     assert torch.equal(again, (order / (delta.shape[1] - 1)).half())
 

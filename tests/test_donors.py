@@ -4,7 +4,8 @@ import shutil
 import pytest
 import torch
 
-from merge_engine.donors import Checkpoint, Family
+from merge_engine.donors import Checkpoint
+from merge_engine.family import Family
 from merge_engine.layout import place_of
 from merge_engine.recipe import RecipeError
 

@@ -4,7 +4,7 @@ from transformers import AutoModelForCausalLM
 
 from merge_engine import memory
 from merge_engine.builder import Builder
-from merge_engine.donors import Family
+from merge_engine.family import Family
 from merge_engine.memory import parse_size, plan_memory
 from merge_engine.recipe import Recipe, RecipeError
 from search.cli import main

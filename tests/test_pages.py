@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 
 from merge_engine.builder import Builder
-from merge_engine.donors import Family
+from merge_engine.family import Family
 from merge_engine.methods import METHODS, Base
 from merge_engine.noise import halves, key_of, uniform, weyl
 from merge_engine.pages import ROWS, WIDTH, Page

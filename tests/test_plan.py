@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from merge_engine.builder import Builder
-from merge_engine.donors import Family
+from merge_engine.family import Family
 from merge_engine.plan import plan_merge
 from merge_engine.recipe import RecipeError, parse_recipe
 

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from transformers import LlamaForCausalLM
 
 from merge_engine.builder import Builder
-from merge_engine.donors import Family
+from merge_engine.family import Family
 from objectives.tasks import task_manager
 from search.cli import main
 from search.folder import DATABASE

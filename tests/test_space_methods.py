@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from optuna.distributions import CategoricalDistribution
 
 from merge_engine.builder import merged_tensors
-from merge_engine.donors import Family
+from merge_engine.family import Family
 from merge_engine.methods import METHODS
 from merge_engine.recipe import parse_recipe
 from search.space import Space
