@@ -97,10 +97,12 @@ class Said:
         text: What it wrote, the answer it took, or how likely a given one is to it; None where
             that is not known.
         right: What it should have been; None where nothing is.
+        shown: What the model was shown, as ``Shown.prompt``; None where that is not known.
     """
 
     text: str | None = None
     right: str | None = None
+    shown: str | None = None
 
 
 class Objective(Protocol):

@@ -125,7 +125,10 @@ class Harness:
         """
         wanted, _ = self._ask(model, items)
         said = {number: said_of(question) for number, question in wanted.items()}
-        return [said[number] for number in items]
+        return [
+            replace(said[number], shown=each.prompt)
+            for number, each in zip(items, self.shown(items), strict=True)
+        ]
 
     def _ask(self, model: nn.Module, items: Sequence[int]) -> tuple[dict[int, Question], list[int]]:
         """The questions by number, answered, and how many tokens were written for each written."""

@@ -16,6 +16,7 @@ from merge_engine.layout import layer_counts
 from search.bench import Bench, Machine, torch_dtype
 from search.output import duration
 from search.selection import SELECT_SHARE
+from search.spec import StudySpec
 
 ASKED: Final = 0.45  # share of the item evaluations that 100 trials take: others lose their races
 WRITTEN: Final = 0.5  # share of the tokens a model may write that it does
@@ -69,17 +70,9 @@ def estimate(bench: Bench, family: Family, machine: Machine, workers: int = 1) -
     parameters are read; writing takes one pass a token, for a block of items together.
     """
     search, objective = bench.spec.search, bench.spec.objective
-    counts, members = objective.items, len(family.checkpoints)
-    searched = (search.trials + members + 1) * counts.search
-    evaluations = (
-        searched
-        + min(math.ceil(SELECT_SHARE * searched), search.finalists * counts.select)
-        + (search.finalists if search.front else 1) * counts.test
-        + (members + 1) * counts.test
-        + counts.search
-        + counts.select
-        + counts.test  # the winner's, again, before it is saved
-    )
+    members = len(family.checkpoints)
+    searched = (search.trials + members + 1) * objective.items.search
+    evaluations = searched + concluding(bench.spec, searched)
     dtype = torch_dtype(bench.space.dtype)
     speed = measure(machine.builds_on, dtype)
     layers = max(layer_counts(family.tensors).values(), default=1)
@@ -101,6 +94,17 @@ def estimate(bench: Bench, family: Family, machine: Machine, workers: int = 1) -
         ASKED * evaluations / objective.block * block + search.trials * (build + PROPOSAL)
     ) / workers
     return Cost(evaluations, seconds, size)
+
+
+def concluding(spec: StudySpec, searched: float) -> int:
+    """How many item evaluations follow, at most, those of a search."""
+    counts, finalists = spec.objective.items, spec.search.finalists
+    winners, compared = (finalists if spec.search.front else 1), len(spec.beside_base) + 2
+    return (
+        min(math.ceil(SELECT_SHARE * searched), finalists * counts.select)
+        + (winners + compared) * counts.test
+        + (counts.search + counts.select + counts.test)  # the winner's, again, before it is saved
+    )
 
 
 @cache

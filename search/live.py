@@ -34,7 +34,7 @@ class View:
         believed: Its value, luck taken away; None: not known yet.
         racing: Those at work.
         evaluations: Item evaluations so far.
-        left: Seconds that the trials left will take; None: not known yet.
+        left: Seconds until the run is over; None: not known yet.
         searching: Whether trials are still asked for.
         memory: The plan, in a line.
         stopping: Whether the run ends with this block.
@@ -55,7 +55,7 @@ class View:
 def render(view: View) -> RenderableType:
     """What is seen: one line each, cut where the terminal is too narrow; the plan is folded.
 
-    It is never wide: lines that a terminal breaks when it is made narrower would be left behind.
+    It is never wide: a terminal may be made narrower and not break a line.
     """
     rows = Table.grid(padding=(0, 1), expand=True)
     rows.add_column(no_wrap=True)
@@ -73,7 +73,7 @@ def _head(view: View) -> RenderableType:
     head.add_column(no_wrap=True)
     head.add_column(ratio=1)
     head.add_column(no_wrap=True)
-    left = "" if view.left is None else f"at most {duration(view.left)} left"
+    left = "" if view.left is None else f"about {duration(view.left)} left"
     bar = ProgressBar(total=max(view.total, 1), completed=view.done)
     head.add_row(f"trial {view.done} of at most {view.total}", bar, left)
     return head

@@ -47,8 +47,13 @@ class Output(Protocol):
     def note(self, text: str) -> None:
         """Something the user should know."""
 
-    def start(self, total: int, finished: Sequence[FrozenTrial], evaluations: int) -> None:
-        """A search begins, or goes on after finished trials and so many item evaluations."""
+    def start(
+        self, total: int, finished: Sequence[FrozenTrial], evaluations: int, after: int
+    ) -> None:
+        """A search begins, or goes on after finished trials and so many item evaluations.
+
+        About as many as ``after`` follow it.
+        """
 
     def block(self, items: int) -> None:
         """A block of items was answered."""
@@ -125,7 +130,13 @@ class JsonLines:
         """Its text."""
         self._print("note", text=text)
 
-    def start(self, total: int, finished: Sequence[FrozenTrial], evaluations: int) -> None:
+    def start(
+        self,
+        total: int,
+        finished: Sequence[FrozenTrial],
+        evaluations: int,
+        after: int,  # noqa: ARG002
+    ) -> None:
         """How many trials there are to be, and how many there are."""
         self._tally = Tally(total, 0, evaluations)
         for trial in finished:

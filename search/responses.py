@@ -83,7 +83,7 @@ class _Model(NamedTuple):
 
 
 def of_prompts(run: Run, result: Result, prompts: PromptSpec) -> list[Sample]:
-    """What base, donors and winner write to prompts.
+    """What base, donors and winner write to prompts, which are shown as the models see them.
 
     Raises:
         ObjectiveError: A prompt cannot be asked.
@@ -92,13 +92,13 @@ def of_prompts(run: Run, result: Result, prompts: PromptSpec) -> list[Sample]:
     said = [run.workers.say(one.recipe, prompts) for one in models]
     return [
         Sample(
-            prompt=prompt,
+            prompt=question(of_prompt[0].shown or ""),
             responses=[
                 Response(name=one.name, model=one.model, text=words.text)
                 for one, words in zip(models, of_prompt, strict=True)
             ],
         )
-        for prompt, of_prompt in zip(prompts.prompts, zip(*said, strict=True), strict=True)
+        for of_prompt in zip(*said, strict=True)
     ]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -14,7 +15,7 @@ from objectives.scores import Interval
 from search.spec import StudyError
 
 PACKAGES = ("mergesearch", "torch", "transformers", "lm_eval", "optuna", "safetensors")
-
+OTHERS = ("base", "uniform", "winner")  # who stands beside the donors in a table
 
 Kind = TypeVar("Kind", bound=BaseModel)
 
@@ -168,6 +169,7 @@ def package_versions() -> dict[str, str]:
 
 
 def short_names(names: Iterable[str], separator: str) -> dict[str, str]:
-    """The last part of each name where that tells them apart."""
+    """The last part of each name where nothing else in a table is called so, else all of it."""
     short = {name: name.rsplit(separator, 1)[-1] for name in names}
-    return short if len(set(short.values())) == len(short) else {name: name for name in short}
+    count = Counter([*short.values(), *OTHERS])
+    return {name: last if count[last] == 1 else name for name, last in short.items()}

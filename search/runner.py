@@ -23,6 +23,7 @@ from optuna.trial import FrozenTrial, Trial, TrialState
 
 from merge_engine.recipe import Recipe
 from search.bench import Bench
+from search.cost import ASKED, concluding
 from search.folder import DATABASE, has_run
 from search.frozen import difference, freeze
 from search.gaussian import MODELLED, believed, rank
@@ -187,7 +188,9 @@ class Run:
             StudyError: One of the study's own models does not work.
         """
         evaluations = sum(self.store.scored()[0].values())
-        self.output.start(self.spec.search.trials, self.finished(), evaluations)
+        total, items = self.spec.search.trials, self.spec.objective.items.search
+        after = concluding(self.spec, ASKED * total * items)
+        self.output.start(total, self.finished(), evaluations, after)
         self._enqueue_warm_starts()
         self._try_baselines()
         race = self._race()

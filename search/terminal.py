@@ -5,24 +5,29 @@ Where there is no terminal, or one that cannot move its cursor: plain lines, one
 
 from __future__ import annotations
 
+import math
+import os
 import time
+from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from textwrap import indent
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from rich.box import SIMPLE_HEAD
 from rich.columns import Columns
-from rich.console import Console, RenderableType
+from rich.console import Console, ConsoleRenderable, RenderableType
+from rich.control import Control
 from rich.live import Live
 from rich.markup import escape
 from rich.panel import Panel
+from rich.segment import ControlType
 from rich.table import Table
 from rich.text import Text
 
 from objectives.base import printable
-from search.live import View, percent, render
+from search.live import WIDTH, View, percent, render
 from search.output import Racing, Tally, duration, say_stopping
 from search.responses import Sample, shown
 from search.result import Difference, Result, Score, Winner, short_names
@@ -31,6 +36,25 @@ if TYPE_CHECKING:
     from optuna.trial import FrozenTrial
 
 LEAST_WIDTH = 28  # of what one model writes
+LEAST_TRIALS, LATEST_TRIALS = 10, 20  # that a pace takes, and is taken of
+CUTTING: Final = {"XTERM_VERSION", "STY"}  # variables of terminals that cut lines: xterm, screen
+
+
+class NarrowingLive(Live):
+    """A live view that leaves nothing behind in a terminal that is made narrower.
+
+    Nearly all terminals then break the lines that are there, so that they take more rows.
+    """
+
+    _width = 0  # of the lines that are there
+
+    def process_renderables(self, renderables: list[ConsoleRenderable]) -> list[ConsoleRenderable]:
+        """First go up by the rows that have been added."""
+        before, self._width = self._width, min(WIDTH, self.console.width)
+        breaks = 0 if CUTTING & os.environ.keys() else math.ceil(before / self._width) - 1
+        rows = breaks * self._live_render.last_render_height
+        up = Control(*[(ControlType.ERASE_IN_LINE, 2), (ControlType.CURSOR_UP, 1)] * rows)
+        return [up, *super().process_renderables(renderables)]
 
 
 class Terminal:
@@ -45,7 +69,9 @@ class Terminal:
         self._view = View()
         self._live: Live | None = None
         self._tally = Tally()
-        self._fresh: list[float] = []  # when this session's trials were told
+        self._began = (0.0, 0)  # when, and after how many item evaluations
+        self._after = 0  # item evaluations that follow the search
+        self._told = deque[float](maxlen=LATEST_TRIALS)  # when this session's trials were
 
     def plan(self, line: str) -> None:
         """A line of it."""
@@ -57,15 +83,18 @@ class Terminal:
         """In a colour."""
         self.console.print(f"[yellow]note:[/] {escape(printable(text))}", highlight=False)
 
-    def start(self, total: int, finished: Sequence[FrozenTrial], evaluations: int) -> None:
+    def start(
+        self, total: int, finished: Sequence[FrozenTrial], evaluations: int, after: int
+    ) -> None:
         """From here on there is a live view, if it can be."""
-        self._tally = Tally(total, 0, evaluations)
+        self._tally, self._after = Tally(total, 0, evaluations), after
+        self._began = (time.perf_counter(), evaluations)
         for trial in finished:
             self._tally.add(trial)
         if finished:
             self._say(f"resumed: {len(finished)} of {total} trials are there already")
         if self.console.is_interactive and self._live is None:
-            self._live = Live(
+            self._live = NarrowingLive(
                 get_renderable=self._render,
                 console=self.console,
                 transient=True,
@@ -84,7 +113,7 @@ class Terminal:
     def trial(self, trial: FrozenTrial) -> None:
         """A line for each; beside a live view for the better and the failed ones."""
         better = self._tally.add(trial)
-        self._fresh.append(time.perf_counter())
+        self._told.append(time.perf_counter())
         if self._live is None or better or trial.state.name == "FAIL":
             self._say(self._line(trial, better))
 
@@ -145,11 +174,13 @@ class Terminal:
         )
 
     def _left(self) -> float | None:
-        """Seconds for all trials that are left, if they take as long as the last."""
-        if len(self._fresh) < 2:
+        """Seconds for all trials that are left, at the latest ones' pace, and for what follows."""
+        if len(self._told) < LEAST_TRIALS:
             return None
-        pace = (self._fresh[-1] - self._fresh[0]) / (len(self._fresh) - 1)
-        return pace * (self._tally.total - self._tally.done)
+        began, before = self._began
+        pace = (self._told[-1] - self._told[0]) / (len(self._told) - 1)
+        of_item = (self._told[-1] - began) / max(1, self._tally.evaluations - before)
+        return pace * (self._tally.total - self._tally.done) + of_item * self._after
 
     def _line(self, trial: FrozenTrial, better: bool) -> str:
         what = trial.user_attrs.get("start") or _short_point(trial)
@@ -162,7 +193,7 @@ class Terminal:
         if better:
             line += "  <- best so far"
         left = self._left() if self._live is None else None
-        return line if left is None else f"{line}  ({duration(left)} left)"
+        return line if left is None else f"{line}  (about {duration(left)} left)"
 
 
 def _short_point(trial: FrozenTrial) -> str:

@@ -155,7 +155,7 @@ def measure(folder: Path, sampler: str, options: argparse.Namespace) -> dict[str
         run._enqueue_warm_starts()
         run._try_baselines()
         race = run._race()
-        run.output.start(run.spec.search.trials, run.finished(), 0)
+        run.output.start(run.spec.search.trials, run.finished(), 0, 0)
     with clocked(found, "ask"):
         run._goes_on(np.inf)
         turn = run._begin()

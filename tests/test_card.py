@@ -232,6 +232,21 @@ def test_push_uploads_card_recipe_and_weights_and_again_into_the_same_repository
     assert len(hub.commits) == 2
 
 
+def test_push_to_programs_is_json_alone_and_says_as_much(run, hub, push):
+    status, out, error = push(hub.url, "--json")
+    assert (status, error) == (0, "")
+    note, result = map(json.loads, out.splitlines())
+    folders = ", ".join(Recipe.model_validate(read_result(run).winner.recipe).models_read)
+    assert note["text"] == f"the recipe names folders of this machine: {folders}"
+    assert result == {"event": "result", "url": f"{hub.url}/org/name"}
+    status, out, error = push(hub.url, "--json", token="hf_wrong")
+    assert json.loads(out.splitlines()[-1]) == {
+        "event": "error",
+        "message": error.removeprefix("mergesearch: ").strip(),
+        "exit": status,
+    }
+
+
 def test_push_says_what_is_in_its_way(hub, push):
     refused, nobody = push(hub.url, token="hf_wrong"), push(hub.url, token="")
     unreachable = push("http://127.0.0.1:9")

@@ -44,18 +44,17 @@ def greedy(folder, text, tokens):
     return tokenizer.decode(written[0, prompt.shape[1] :], skip_special_tokens=True)
 
 
-def test_every_model_continues_the_prompts_greedily_behind_the_system_prompt(run, sampled):
-    prompts = ["abc=", "x?"]
-    status, event = sampled("--prompt", prompts[0], "--prompt", prompts[1], "--max-tokens", "4")
+def test_every_model_continues_the_prompts_greedily_as_they_are_shown_to_it(run, sampled):
+    status, event = sampled("--prompt", "abc=", "--prompt", "x?", "--max-tokens", "4")
     assert status == 0
-    assert [sample["prompt"] for sample in event["samples"]] == prompts
+    assert [sample["prompt"] for sample in event["samples"]] == ["babc=", "bx?"]
     spec = stored_spec(run)
     for sample in event["samples"]:
         said = {one["name"]: one["text"] for one in sample["responses"]}
         assert [*said] == ["base", "a", "b", "c", "winner"]
         folders = [spec.base_model, *spec.models, run / "checkpoint"]
         for folder, text in zip(folders, said.values(), strict=True):
-            assert text == greedy(folder, f"b{sample['prompt']}", 4)
+            assert text == greedy(folder, sample["prompt"], 4)
 
 
 def test_items_gained_and_lost_have_the_words_whose_worth_was_stored(run, sampled):
@@ -83,7 +82,7 @@ def test_prompts_and_items_are_kept_side_by_side(run, sampled):
     sampled("--items", "1")
     kept = read_samples(run, read_result(run))
     assert {sample.task is None for sample in kept} == {True, False}
-    assert [sample.prompt for sample in kept if sample.task is None] == ["abc"]
+    assert [sample.prompt for sample in kept if sample.task is None] == ["babc"]
 
 
 def test_in_a_pipe_there_are_plain_blocks_and_nothing_unprintable(run, capsys):
@@ -92,7 +91,7 @@ def test_in_a_pipe_there_are_plain_blocks_and_nothing_unprintable(run, capsys):
     out = capsys.readouterr().out
     assert "cost:" not in out  # nothing is searched
     assert "\x1b" not in out
-    assert "prompt:\n    a\\x1b[2J\nbase:\n" in out
+    assert "prompt:\n    ba\\x1b[2J\nbase:\n" in out
     assert "winner:\n" in out
 
 

@@ -1,5 +1,6 @@
 """What a run shows while it goes on: in a terminal, in a pipe, and to programs."""
 
+import io
 import json
 import os
 import pty
@@ -8,6 +9,7 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from types import SimpleNamespace
 
 import pytest
 from optuna.distributions import CategoricalDistribution, FloatDistribution
@@ -18,7 +20,8 @@ from search.cli import main
 from search.live import View, render
 from search.output import Racing
 from search.racing import Estimate
-from search.result import Result
+from search.result import Result, short_names
+from search.terminal import CUTTING, LEAST_TRIALS, NarrowingLive, Terminal
 
 BEST = create_trial(
     value=0.8831,
@@ -27,7 +30,7 @@ BEST = create_trial(
         "method": CategoricalDistribution(["ties"]),
         "scale": FloatDistribution(0, 1.5),
     },
-    user_attrs={"tasks": {"demo_sort": [0.9, 0.1], "demo_know\x1b[2J": [0.5, 0.1]}},
+    user_attrs={"tasks": {"demo_sort": [0.9, 0.1], "demo_know\x1b[2J": [0.5, 0.1]}, "items": 20},
 )
 BEST.number = 9
 VIEW = View(
@@ -52,7 +55,7 @@ def lines_of(view, width=80):
 def test_view_has_the_trials_the_best_and_those_at_work():
     text = "\n".join(lines_of(VIEW))
     assert "trial 23 of at most 100" in text
-    assert "at most 3 min left" in text
+    assert "about 3 min left" in text
     assert "believed 87.1 %, told 88.3 %, trial 9, ties at scale 0.75" in text
     assert "sort 90.0" in text
     assert "\x1b" not in text
@@ -74,6 +77,70 @@ def test_of_many_trials_at_work_four_are_shown():
     assert "trial 3" in text
     assert "trial 4" not in text
     assert "and 3 more" in text
+
+
+def test_a_name_is_short_where_nobody_else_in_the_table_is_called_so():
+    names = ["/here/math", "/here/base", "org/code", "/here/code"]
+    assert [*short_names(names, "/").values()] == ["math", "/here/base", "org/code", "/here/code"]
+
+
+class Rows:
+    """The rows of a terminal that breaks its lines when it is made narrower."""
+
+    def __init__(self):
+        self.rows = [""]  # the cursor is in the last of them
+
+    def narrow(self, width):
+        self.rows = [
+            row[start : start + width]
+            for row in self.rows
+            for start in range(0, max(1, len(row)), width)
+        ]
+
+    def write(self, text):
+        for code in re.findall(r"\x1b\[[?\d;]*[a-zA-Z]|[\r\n]|[^\x1b\r\n]+", text):
+            if code == "\x1b[1A":
+                self.rows.pop()
+            elif code == "\x1b[2K":
+                self.rows[-1] = ""
+            elif code == "\n":
+                self.rows.append("")
+            elif code[0] not in "\x1b\r":
+                self.rows[-1] += code
+
+
+def test_terminal_that_is_made_narrower_keeps_what_was_said_and_one_view(monkeypatch):
+    for name in CUTTING:
+        monkeypatch.delenv(name, raising=False)
+    rows = Rows()
+    with io.StringIO() as file:
+        console = Console(file=file, width=120, height=24, force_terminal=True, no_color=True)
+        live = NarrowingLive(render(VIEW), console=console, auto_refresh=False)
+        console.print("said before")
+        live.start(refresh=True)
+        for width in (120, 60, 50, 20, 100):
+            rows.write(file.getvalue())
+            file.seek(0)
+            file.truncate()
+            rows.narrow(width)
+            console.width = width
+            live.refresh()
+        rows.write(file.getvalue())
+    assert [row.rstrip() for row in rows.rows] == ["said before", *map(str.rstrip, lines_of(VIEW))]
+
+
+def test_time_left_is_said_when_there_is_a_pace_and_has_what_follows_the_search(monkeypatch):
+    clock = SimpleNamespace(perf_counter=iter(range(0, 100, 2)).__next__)
+    monkeypatch.setattr("search.terminal.time", clock)
+    with io.StringIO() as file:
+        terminal = Terminal(Console(file=file, width=200))
+        terminal.start(20, [], 500, 300)
+        for _ in range(LEAST_TRIALS):
+            terminal.block(20)
+            terminal.trial(BEST)
+        *before, last = file.getvalue().splitlines()
+    assert "left" not in "".join(before)
+    assert last.endswith("(about 50 s left)")  # 10 trials of 2 s, 300 items of 0.1 s
 
 
 def command(study, folder, *options):
