@@ -153,9 +153,16 @@ def test_help_fits_a_screen_and_ends_with_an_example(command, monkeypatch, capsy
     assert lines[-1].startswith(f"example: mergesearch {command or ''}")
 
 
-def test_nothing_heavy_is_imported_for_help():
-    heavy = "{'torch', 'lm_eval', 'optuna', 'rich', 'pydantic'}"
-    code = f"import sys, search.cli; sys.exit(bool({heavy} & set(sys.modules)))"
+@pytest.mark.parametrize(
+    ("modules", "heavy"),
+    [
+        ("search.cli", {"torch", "lm_eval", "optuna", "rich", "pydantic"}),
+        # with these, studies, models and tasks are checked
+        ("search.session, objectives.tasks", {"transformers", "optuna", "sqlalchemy", "scipy"}),
+    ],
+)
+def test_what_is_heavy_is_not_imported_for_help_and_before_checks(modules, heavy):
+    code = f"import sys, {modules}; assert not {heavy} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
