@@ -14,7 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ import numpy as np
 import psutil
 from rich.console import Console
 
-from landscape import Items, planted
+from landscape import Items, Landscape, planted
 from objectives.base import Answer, Item, Shown
 from objectives.items import SPLITS, Splits
 from search.bench import Bench, Machine, open_family, outline
@@ -253,7 +253,9 @@ def idle(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
     """The run's own loop over trials of uneven length, and the same ones in generations."""
     found: dict[str, Any] = {}
     for count in (2, 8):
-        items, bench = simulated(options)
+        counts = dict.fromkeys(SPLITS, 240)
+        search = {"trials": options.trials, "stop": False}
+        items, bench = simulated(planted(options.seed), options.seed, counts, search)
         crew = Simulated(count, items, options.seed)
         (folder / str(count)).mkdir()
         run = Run(folder / str(count), bench, crew, Terminal(Console(quiet=True)))
@@ -270,15 +272,29 @@ def idle(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
     return found
 
 
-def simulated(options: argparse.Namespace) -> tuple[dict[int, tuple[Items, int]], Bench]:
-    """Who answers each item, and the bench of a study of a planted landscape."""
-    landscape, generator = planted(options.seed), np.random.default_rng(options.seed)
+def simulated(
+    landscape: Landscape,
+    seed: int,
+    counts: Mapping[str, int],
+    search: Mapping[str, Any],
+    floors: Mapping[str, float | str] | None = None,
+) -> tuple[dict[int, tuple[Items, int]], Bench]:
+    """Who answers each item, and the bench of a landscape's study.
+
+    Args:
+        landscape: What is searched.
+        seed: Of the items.
+        counts: Items of each split.
+        search: The study's settings besides its methods.
+        floors: Its constraints.
+    """
+    generator = np.random.default_rng(seed)
     items: dict[int, tuple[Items, int]] = {}
     questions: list[Item] = []
     numbers: dict[str, tuple[int, ...]] = {}
     for split in SPLITS:
-        drawn, first = landscape.draw(240, generator), len(questions)
-        numbers[split] = tuple(range(first, first + 240))
+        drawn, first = landscape.draw(counts[split], generator), len(questions)
+        numbers[split] = tuple(range(first, first + counts[split]))
         for place, task in enumerate(drawn.tasks):
             items[first + place] = drawn, place
             questions.append(Item(task, f"{first + place:x}", place))
@@ -286,8 +302,11 @@ def simulated(options: argparse.Namespace) -> tuple[dict[int, tuple[Items, int]]
     study = {
         "base_model": space.base,
         "models": list(space.donors),
-        "search": {"methods": list(space.methods), "trials": options.trials, "stop": False},
-        "objective": {"tasks": [{"task": task} for task in landscape.weights]},
+        "search": {"methods": list(space.methods), **search},
+        "objective": {
+            "tasks": [{"task": task} for task in landscape.weights],
+            "constraints": dict(floors or {}),
+        },
     }
     spec = parse_study(study, Path(), "simulated")
     objective = Questions(questions, dict(landscape.weights))
