@@ -21,6 +21,7 @@ from search.spec import StudySpec
 ASKED: Final = 0.45  # share of the item evaluations that 100 trials take: others lose their races
 WRITTEN: Final = 0.5  # share of the tokens a model may write that it does
 OPERATIONS: Final = 100  # that a layer calls, each of which takes its time, however small it is
+WRITING: Final = 1300  # operations more for each token of a block, which are no layer's
 PASSES: Final = 2  # of the copies that a merge takes at least, methods being as they are
 PROPOSAL: Final = 0.3  # seconds to propose a trial and to store what comes of it
 SAMPLE: Final = 40  # items that speak for all
@@ -48,18 +49,20 @@ class Cost:
     Args:
         evaluations: Answers to single items, at most.
         seconds: With the usual share of them.
+        most: With all of them.
         disk: Bytes that are left, nearly all in the checkpoint.
     """
 
     evaluations: int
     seconds: float
+    most: float
     disk: int
 
     def __str__(self) -> str:
         return (
             f"cost: at most {self.evaluations:,} item evaluations, usually less than half of them; "
-            f"about {duration(self.seconds)} (within a factor of 3) and "
-            f"{max(1, round(self.disk / 2**20)):,} MiB of disk"
+            f"about {duration(self.seconds)} (within a factor of 3; if all are asked "
+            f"{duration(self.most)}) and {max(1, round(self.disk / 2**20)):,} MiB of disk"
         )
 
 
@@ -87,13 +90,15 @@ def estimate(bench: Bench, family: Family, machine: Machine, workers: int = 1) -
     texts = objective.block * len(written) / len(shown)
     block = forward(objective.block * sum(each.reads for each in shown) / len(shown))
     steps = WRITTEN * max((each.writes for each in written), default=0)
-    block += steps * forward(texts)
+    block += steps * (forward(texts) + WRITING * speed.operation)
     build = PASSES * (members + 1) * size / speed.bandwidth
     build += len(family.tensors) * OPERATIONS * speed.operation
-    seconds = (
-        ASKED * evaluations / objective.block * block + search.trials * (build + PROPOSAL)
-    ) / workers
-    return Cost(evaluations, seconds, size)
+
+    def seconds(asked: float) -> float:
+        scoring = asked * evaluations / objective.block * block
+        return (scoring + search.trials * (build + PROPOSAL)) / workers
+
+    return Cost(evaluations, seconds(ASKED), seconds(1), size)
 
 
 def concluding(spec: StudySpec, searched: float) -> int:
