@@ -14,7 +14,6 @@ from merge_engine.layout import layer_counts
 from merge_engine.plan import plan_merge
 from merge_engine.recipe import RecipeError, load_recipe
 from search.bench import Machine, model_dtype, open_family, outline, place_donors
-from search.cost import estimate
 from search.spec import load_study
 
 Plan = tuple[list[str], list[str]]  # lines, and notes
@@ -50,6 +49,8 @@ def check_study(file: Path, device: str) -> Plan:
     family = open_family(spec)
     dtype, machine = spec.dtype or model_dtype(family.reference), Machine(device)
     bench = outline(spec, family)
+    from search.cost import estimate  # and scipy
+
     space = bench.space
     searched = {name: d for name, d in space.distributions().items() if name != "method"}
     lines = [
