@@ -225,11 +225,18 @@ class Run:
         baselines = self.bench.space.baselines()
         with suppress(*FAILURES):  # it is said below whose they are
             self.scorer.ask(baselines.values(), "search", 1)
+        right = 0.0
         for name, recipe in baselines.items():
             try:
-                self.sheet(recipe, "search", 1)
+                right += self.sheet(recipe, "search", 1).mean
             except FAILURES as error:
                 raise StudyError(f"{name} alone: {error}") from error
+        if right == 0:
+            self.output.note(
+                f"neither the base nor a donor has one of the first {self.ends('search')[0]} "
+                "search items right; if they should, look at how the task asks them (its "
+                "doc_to_text, apply_chat_template)"
+            )
 
     @property
     def _turns(self) -> list[Turn]:

@@ -428,6 +428,19 @@ def test_mistake_is_named_in_one_line_and_nothing_is_written(
     assert tree(tmp_path) == before
 
 
+def test_study_whose_models_have_nothing_right_is_run_and_it_is_said(
+    zoo, tmp_path, monkeypatch, capsys
+):
+    rows = [{"question": f"{letter}?", "answer": letter} for letter in "ABCDEFGHIJKL"]  # unknown
+    furnish(tmp_path, zoo)
+    write("tasks/tell.jsonl", "".join(json.dumps(row) + "\n" for row in rows))(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    assert main(RUN.split()) == 0
+    assert "neither the base nor a donor has one of the first 4 search items" in (
+        " ".join(capsys.readouterr().out.split())
+    )
+
+
 def as_processes() -> dict[str, Any]:
     """Meet each mistake with a process of its own."""
     command = [
