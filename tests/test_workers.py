@@ -1,5 +1,6 @@
 """Several workers: what they do at once, what becomes of one that dies, and what a kill costs."""
 
+import contextlib
 import random
 import sqlite3
 import subprocess
@@ -232,10 +233,14 @@ def finished_in(run):
 
 def ray_workers(process):
     """The worker processes of a run."""
-    children = psutil.Process(process.pid).children(recursive=True)
-    named = [child for child in children if "ray::_Actor" in " ".join(child.cmdline()[:1])]
-    pids = {child.pid for child in named}
-    return [child for child in named if child.ppid() not in pids]  # what one starts has its name
+    named = {}
+    for child in psutil.Process(process.pid).children(recursive=True):
+        with contextlib.suppress(psutil.NoSuchProcess):  # it has just ended
+            if "ray::_Actor" in " ".join(child.cmdline()[:1]):
+                named[child.pid] = (child, child.ppid())
+    return [
+        child for child, parent in named.values() if parent not in named
+    ]  # its own have its name
 
 
 def test_ray_workers_and_the_coordinator_may_be_killed(study, tmp_path):
