@@ -238,9 +238,8 @@ def ray_workers(process):
         with contextlib.suppress(psutil.NoSuchProcess):  # it has just ended
             if "ray::_Actor" in " ".join(child.cmdline()[:1]):
                 named[child.pid] = (child, child.ppid())
-    return [
-        child for child, parent in named.values() if parent not in named
-    ]  # its own have its name
+    # what a worker starts has its name
+    return [child for child, parent in named.values() if parent not in named]
 
 
 def test_ray_workers_and_the_coordinator_may_be_killed(study, tmp_path):
