@@ -51,7 +51,7 @@ class Item:
 
 
 @dataclass(frozen=True)
-class Shown:
+class ItemSnapshot:
     """What decides an item's answer besides the model: it must not change during a study.
 
     Attributes:
@@ -72,7 +72,7 @@ class Shown:
 
 
 @dataclass(frozen=True)
-class Answer:
+class ItemResult:
     """What a model's answer to one item is worth.
 
     Attributes:
@@ -90,14 +90,14 @@ class Answer:
 
 
 @dataclass(frozen=True)
-class Said:
+class Response:
     """What a model says to an item, in words: untrusted text.
 
     Attributes:
         text: What it wrote, the answer it took, or how likely a given one is to it; None where
             that is not known.
         right: What it should have been; None where nothing is.
-        shown: What the model was shown, as ``Shown.prompt``; None where that is not known.
+        shown: What the model was shown, as ``ItemSnapshot.prompt``; None where that is not known.
     """
 
     text: str | None = None
@@ -119,10 +119,10 @@ class Objective(Protocol):
     def items(self) -> Sequence[Item]:
         """Every item there is; an item's number is its index here."""
 
-    def shown(self, items: Sequence[int]) -> list[Shown]:
+    def shown(self, items: Sequence[int]) -> list[ItemSnapshot]:
         """What a model is shown for the numbered items, to be compared when a study goes on."""
 
-    def score(self, model: nn.Module, items: Sequence[int]) -> list[Answer]:
+    def score(self, model: nn.Module, items: Sequence[int]) -> list[ItemResult]:
         """Ask ``model`` the numbered items.
 
         Args:
@@ -137,5 +137,5 @@ class Objective(Protocol):
             ObjectiveError: The model gave no usable answer to an item.
         """
 
-    def said(self, model: nn.Module, items: Sequence[int]) -> list[Said]:
-        """Ask as ``score`` does, for the words: one ``Said`` per item, in the order given."""
+    def said(self, model: nn.Module, items: Sequence[int]) -> list[Response]:
+        """Ask as ``score`` does, for the words: one ``Response`` per item, in the order given."""

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 import torch
 from torch import nn
 
-from objectives.base import Answer, Item, Objective, ObjectiveError, Said, Shown
-from objectives.tasks import reported
+from objectives.base import Item, ItemResult, ItemSnapshot, Objective, ObjectiveError, Response
+from objectives.harness.tasks import reported
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -65,12 +65,12 @@ class Plugin:
                 "'tasks'"
             )
 
-    def shown(self, items: Sequence[int]) -> list[Shown]:
+    def shown(self, items: Sequence[int]) -> list[ItemSnapshot]:
         """As the user's class says."""
         with reported(f"{self._where}: shown"):
             return list(self._own.shown(items))
 
-    def score(self, model: nn.Module, items: Sequence[int]) -> list[Answer]:
+    def score(self, model: nn.Module, items: Sequence[int]) -> list[ItemResult]:
         """As the user's class says.
 
         Raises:
@@ -87,10 +87,10 @@ class Plugin:
             )
         return answers
 
-    def said(self, model: nn.Module, items: Sequence[int]) -> list[Said]:
+    def said(self, model: nn.Module, items: Sequence[int]) -> list[Response]:
         """As the user's class says; nothing is known if it has no ``said``."""
         if not hasattr(self._own, "said"):
-            return [Said()] * len(items)
+            return [Response()] * len(items)
         with reported(f"{self._where}: said"), torch.no_grad():
             return list(self._own.said(model, items))
 
@@ -108,15 +108,15 @@ class Suite:
         self.items: Sequence[Item] = [item for part in parts for item in part.items]
         self._starts = [0, *itertools.accumulate(len(part.items) for part in parts)]
 
-    def shown(self, items: Sequence[int]) -> list[Shown]:
+    def shown(self, items: Sequence[int]) -> list[ItemSnapshot]:
         """As its parts say."""
         return self._each(items, lambda part, numbers: part.shown(numbers))
 
-    def score(self, model: nn.Module, items: Sequence[int]) -> list[Answer]:
+    def score(self, model: nn.Module, items: Sequence[int]) -> list[ItemResult]:
         """As its parts say."""
         return self._each(items, lambda part, numbers: part.score(model, numbers))
 
-    def said(self, model: nn.Module, items: Sequence[int]) -> list[Said]:
+    def said(self, model: nn.Module, items: Sequence[int]) -> list[Response]:
         """As its parts say."""
         return self._each(items, lambda part, numbers: part.said(model, numbers))
 
@@ -161,7 +161,7 @@ def find_class(path: str) -> Callable[..., object]:
 
 
 def _is_good(answer: object) -> bool:
-    return isinstance(answer, Answer) and math.isfinite(answer.value) and answer.tokens >= 0
+    return isinstance(answer, ItemResult) and math.isfinite(answer.value) and answer.tokens >= 0
 
 
 def _scaled(tasks: Mapping[str, float], weight: float) -> Mapping[str, float]:

@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from search.arguments import UsageError, make_parser
-from search.quiet import quiet
+from search.process import quiet
 
 if TYPE_CHECKING:
-    from search.output import Output
-    from search.runner import Run
+    from search.running.events import Output
+    from search.running.run import Run
 
 DEMO = Path(__file__).parent.parent / "studies" / "demo"
 STOPPED, BAD_INPUT, INTERRUPTED = 1, 2, 130
@@ -70,7 +70,7 @@ def _do(options: Any) -> None:
     """Run a command, its libraries kept quiet from before they are imported."""
     with quiet(lambda text: output.note(text), verbose=options.verbose):
         output = _output(options)
-        from merge_engine import cache
+        from merge_engine.models import statistics_cache as cache
 
         cache.own_limit()  # a wrong one is said now, and not by the first of many candidates
         # What tasks print on their own account is no event.
@@ -80,12 +80,12 @@ def _do(options: Any) -> None:
 
 def _output(options: Any) -> Output:
     if options.json:
-        from search.output import JsonLines
+        from search.running.events import JsonLines
 
         return JsonLines(sys.stdout)
     from rich.console import Console
 
-    from search.terminal import Terminal
+    from search.showing.terminal import Terminal
 
     piped = not sys.stdout.isatty()  # then no line is broken, and nothing moves
     return Terminal(Console(soft_wrap=piped, force_interactive=False if piped else None))
@@ -93,16 +93,16 @@ def _output(options: Any) -> Output:
 
 def _known(error: Exception) -> tuple[str, int] | None:
     """What to say of an error that is no fault of this program, and the exit code."""
-    from merge_engine.checkpoint import FULL
-    from merge_engine.recipe import RecipeError
+    from merge_engine.building.export import FULL
+    from merge_engine.recipe.recipe import MergeError
     from objectives.base import ObjectiveError, printable
-    from search.spec import StudyError
+    from search.study.spec import StudyError
 
-    if isinstance(error, RecipeError | ObjectiveError | StudyError):
+    if isinstance(error, MergeError | ObjectiveError | StudyError):
         return printable(str(error)), BAD_INPUT  # it may quote a file's or a model's own words
-    from search.storage import Stopped
+    from search.storing.store import Interrupted
 
-    if isinstance(error, Stopped):
+    if isinstance(error, Interrupted):
         return f"{error}; when that is mended, {AGAIN}", STOPPED
     if isinstance(error, OSError) and error.errno in FULL:
         where = f"{error.filename}: " if error.filename else ""
@@ -113,7 +113,7 @@ def _known(error: Exception) -> tuple[str, int] | None:
 def _demo(options: Any, output: Output) -> None:
     source = importlib.util.spec_from_file_location("zoo", DEMO / "zoo.py")
     if source is None or source.loader is None or not (DEMO / "zoo.py").is_file():
-        from search.spec import StudyError
+        from search.study.spec import StudyError
 
         raise StudyError(f"{DEMO} is missing: the demo runs from a clone of the repository")
     zoo = importlib.util.module_from_spec(source)
@@ -126,7 +126,7 @@ def _demo(options: Any, output: Output) -> None:
 
 def _run(options: Any, output: Output) -> None:
     from search.session import finish, work_on
-    from search.spec import load_study
+    from search.study.spec import load_study
 
     spec = load_study(options.study)
     changes = {"trials": options.trials, "seed": options.seed}
@@ -140,10 +140,10 @@ def _run(options: Any, output: Output) -> None:
 def _build(options: Any, output: Output) -> None:
     import torch
 
-    from merge_engine.builder import built_tensors
-    from merge_engine.checkpoint import Model, write_checkpoint
-    from merge_engine.plan import plan_merge
-    from merge_engine.recipe import load_recipe
+    from merge_engine.building.builder import built_tensors
+    from merge_engine.building.export import CheckpointFiles, write_checkpoint
+    from merge_engine.building.plan import plan_merge
+    from merge_engine.recipe.recipe import load_recipe
     from search.session import about, device_of
 
     recipe, notes = load_recipe(options.recipe)
@@ -152,17 +152,17 @@ def _build(options: Any, output: Output) -> None:
     with about(options.recipe):
         plan = plan_merge(recipe)
     tensors = built_tensors(plan, torch.device(device_of(options)))
-    write_checkpoint(tensors, options.out, shapes=plan.shapes(), model=Model.of(plan))
+    write_checkpoint(tensors, options.out, shapes=plan.shapes(), model=CheckpointFiles.of(plan))
     text = f"{options.out}: {len(plan.names)} tensors of {recipe.merge_method}"
     output.done(text, checkpoint=str(options.out), tensors=len(plan.names))
 
 
 def _score(options: Any, output: Output) -> None:
-    from search.bench import find_tasks, load_live, make_objective, make_splits
-    from search.conclusion import score_of
-    from search.selection import Sheet
+    from search.preparing.context import find_tasks, load_live, make_objective, make_splits
+    from search.racing.item_scores import ItemScores
+    from search.running.conclusion import score_of
     from search.session import about, device_of
-    from search.spec import load_study
+    from search.study.spec import load_study
 
     spec = load_study(options.study)
     with about(options.study):
@@ -175,7 +175,7 @@ def _score(options: Any, output: Output) -> None:
     items = [objective.items[number] for number in numbers]
     shown = objective.shown(numbers)
     answers = objective.score(model, numbers)
-    score = score_of(Sheet.of(items, answers, objective.tasks), spec.search.seed)
+    score = score_of(ItemScores.of(items, answers, objective.tasks), spec.search.seed)
     rows = [
         {
             "task": item.task,
@@ -192,10 +192,10 @@ def _score(options: Any, output: Output) -> None:
 
 
 def _init(options: Any, output: Output) -> None:
-    from merge_engine.donors import is_here
-    from search.init import all_or_nothing, write_study
-    from search.plan import check_study
+    from merge_engine.models.checkpoint import is_here
+    from search.preparing.check import check_study
     from search.session import device_of
+    from search.study.template import all_or_nothing, write_study
 
     base = _given([options.base] if options.base else None, "--base", "base model")[0]
     models = _given(options.models, "--models", "models to merge")
@@ -217,7 +217,7 @@ def _init(options: Any, output: Output) -> None:
 
 def _given(words: list[str] | None, option: str, what: str) -> list[str]:
     """An option's words; where it is missing they are asked for, if somebody is there."""
-    from search.spec import StudyError
+    from search.study.spec import StudyError
 
     if not words and sys.stdin.isatty():
         words = shlex.split(input(f"{what}: "))
@@ -227,8 +227,8 @@ def _given(words: list[str] | None, option: str, what: str) -> list[str]:
 
 
 def _check(options: Any, output: Output) -> None:
-    from merge_engine.recipe import load_yaml
-    from search.plan import check_recipe, check_study
+    from merge_engine.recipe.recipe import load_yaml
+    from search.preparing.check import check_recipe, check_study
     from search.session import about, device_of
 
     check = check_recipe if "merge_method" in load_yaml(options.file) else check_study
@@ -243,18 +243,18 @@ def _check(options: Any, output: Output) -> None:
 
 
 def _export(options: Any, output: Output) -> None:
-    from merge_engine.recipe import Recipe, RecipeError
-    from search.card import model_card
-    from search.conclusion import other_trial
-    from search.folder import check_folder
-    from search.result import read_result
-    from search.runner import find_trial, stored_spec
+    from merge_engine.recipe.recipe import MergeError, Recipe
+    from search.running.conclusion import other_trial
+    from search.running.run import find_trial, stored_spec
     from search.session import save_checkpoint, work_on
-    from search.spec import StudyError
-    from search.storage import Storage, Store
+    from search.showing.card import model_card
+    from search.storing.folder import check_folder
+    from search.storing.result import read_result
+    from search.storing.store import Storage, Store
+    from search.study.spec import StudyError
 
     if options.out.exists():
-        raise RecipeError(f"{options.out} exists; choose another folder or remove it")
+        raise MergeError(f"{options.out} exists; choose another folder or remove it")
     check_folder(options.out)
     spec, result = stored_spec(options.run, options.storage), read_result(options.run)
     won = Recipe.model_validate(result.winner.recipe) if result and options.trial is None else None
@@ -275,12 +275,12 @@ def _export(options: Any, output: Output) -> None:
 
 
 def _sample(options: Any, output: Output) -> None:
-    from objectives.tasks import PromptSpec
-    from search.responses import of_items, of_prompts
-    from search.result import read_result
-    from search.runner import stored_spec
+    from objectives.harness.tasks import PromptSpec
+    from search.running.run import stored_spec
+    from search.running.sampling import of_items, of_prompts
     from search.session import keep, work_on
-    from search.spec import StudyError
+    from search.storing.result import read_result
+    from search.study.spec import StudyError
 
     spec, result = stored_spec(options.run, options.storage), read_result(options.run)
     if result is None:
@@ -304,12 +304,12 @@ def _sample(options: Any, output: Output) -> None:
 
 
 def _push(options: Any, output: Output) -> None:
-    from merge_engine.recipe import Recipe
-    from search.card import push
-    from search.folder import CARD
-    from search.result import read_result
+    from merge_engine.recipe.recipe import Recipe
     from search.session import holds
-    from search.spec import StudyError
+    from search.showing.card import push
+    from search.storing.folder import CARD
+    from search.storing.result import read_result
+    from search.study.spec import StudyError
 
     run, result = options.run, read_result(options.run)
     if result is None:
@@ -324,11 +324,11 @@ def _push(options: Any, output: Output) -> None:
 
 
 def _report(options: Any, output: Output) -> None:
-    from search.folder import check_folder, is_held, replace_text
-    from search.report import make_report
-    from search.runner import stored_spec
-    from search.spec import StudyError
-    from search.storage import Storage, Store
+    from search.running.run import stored_spec
+    from search.showing.report import make_report
+    from search.storing.folder import check_folder, is_held, replace_text
+    from search.storing.store import Storage, Store
+    from search.study.spec import StudyError
 
     stored_spec(options.run, options.storage)
     file = options.out or options.run / "report.html"

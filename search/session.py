@@ -19,10 +19,10 @@ from typing import TYPE_CHECKING, Any, Final
 
 import torch
 
-from merge_engine.recipe import Recipe, RecipeError, load_recipe
+from merge_engine.recipe.recipe import MergeError, Recipe, load_recipe
 from objectives.base import ObjectiveError
-from search.bench import Bench, Machine, make_bench, open_family, outline
-from search.folder import (
+from search.preparing.context import Hardware, StudyContext, make_context, open_family, outline
+from search.storing.folder import (
     CARD,
     check_folder,
     check_run_folder,
@@ -31,14 +31,14 @@ from search.folder import (
     replace_text,
     set_aside,
 )
-from search.spec import StudyError, StudySpec
+from search.study.spec import StudyError, StudySpec
 
 if TYPE_CHECKING:
-    from search.output import Output
-    from search.responses import Sample
-    from search.result import Result
-    from search.runner import Run
-    from search.workers import Workers
+    from search.running.events import Output
+    from search.running.run import Run
+    from search.running.sampling import Sample
+    from search.running.workers import Workers
+    from search.storing.result import Result
 
 DRAW_EVERY: Final = 30.0  # seconds, to draw a run's page
 BELIEVE_EVERY: Final = 1.0  # and to say what is believed
@@ -50,7 +50,7 @@ def about(file: Path) -> Iterator[None]:
     """Begin what is wrong with what a study or a recipe says with its name, wherever it shows."""
     try:
         yield
-    except (RecipeError, ObjectiveError, StudyError) as error:
+    except (MergeError, ObjectiveError, StudyError) as error:
         if str(file) in str(error):
             raise
         raise type(error)(f"{file}: {error}") from error
@@ -99,8 +99,8 @@ def work_on(
         _check_storage(spec, folder, options.storage, new=new)
     # It checks everything, and nothing is written before.
     bench, workers = _crew(spec, getattr(options, "study", folder), options, output.plan)
-    from search.runner import Run
-    from search.storage import Storage, Store
+    from search.running.run import Run
+    from search.storing.store import Storage, Store
 
     try:
         if not folder.exists():  # no folder is made for donors that no recipe could be built of
@@ -118,8 +118,8 @@ def work_on(
 
 def _check_storage(spec: StudySpec, folder: Path, url: str | None, *, new: bool) -> None:
     """Refuse a database that does not let us in, or that has another study for this folder."""
-    from search.runner import check_run
-    from search.storage import Storage
+    from search.running.run import check_run
+    from search.storing.store import Storage
 
     storage = Storage.of(folder, url, new=new)
     storage.check()
@@ -128,7 +128,7 @@ def _check_storage(spec: StudySpec, folder: Path, url: str | None, *, new: bool)
 
 
 def _attempt(run: Run, work: Callable[[Run], None]) -> None:
-    from search.storage import DATABASE_ERRORS
+    from search.storing.store import DATABASE_ERRORS
 
     try:
         run.adopt()
@@ -143,24 +143,24 @@ def _attempt(run: Run, work: Callable[[Run], None]) -> None:
 
 def _crew(
     spec: StudySpec, file: Path, options: Any, say: Callable[[str], None]
-) -> tuple[Bench, Workers]:
+) -> tuple[StudyContext, Workers]:
     """The coordinator's bench, and who works for it: this process, or as many as were asked for.
 
     What is wrong with the study is said with ``file``.
     """
-    machine = Machine(device_of(options), options.memory, not options.no_compile)
+    machine = Hardware(device_of(options), options.memory, not options.no_compile)
     searching = "trials" in vars(options)
     if options.workers is None:
         with about(file):
-            bench = make_bench(spec, machine, say)
-        from search.cost import estimate
-        from search.workers import Here
+            bench = make_context(spec, machine, say)
+        from search.preparing.cost import estimate
+        from search.running.workers import LocalWorker
 
         if searching:
             say(str(estimate(bench, bench.builder.family, machine)))
-        return bench, Here(bench)
-    from search.cluster import Cluster, RayWorkers, import_ray
-    from search.cost import estimate
+        return bench, LocalWorker(bench)
+    from search.preparing.cost import estimate
+    from search.running.ray_workers import Cluster, RayWorkers, import_ray
 
     import_ray()  # before anything is prepared
     with about(file):
@@ -196,8 +196,8 @@ def _stopping(run: Run) -> Iterator[None]:
 
 def finish(run: Run, timeout: float) -> None:
     """Search, choose, export, report: each step finds what an earlier session has done."""
-    from search.card import model_card
-    from search.conclusion import conclude
+    from search.running.conclusion import conclude
+    from search.showing.card import model_card
 
     draw = _now_and_then(partial(_draw, run), DRAW_EVERY)
     believe = _now_and_then(partial(_believe, run), BELIEVE_EVERY)
@@ -242,8 +242,8 @@ def _believe(run: Run) -> None:
 
 def _sample_items(run: Run, result: Result) -> None:
     """Keep the words of a few items that were gained and lost, if there are none so far."""
-    from search.responses import ITEMS, of_items, read_samples
-    from search.workers import FAILURES
+    from search.running.sampling import ITEMS, of_items, read_samples
+    from search.running.workers import FAILURES
 
     if read_samples(run.folder, result):
         return
@@ -256,7 +256,7 @@ def _sample_items(run: Run, result: Result) -> None:
 
 def keep(run: Run, result: Result, samples: Sequence[Sample]) -> None:
     """Keep prompts, or items, in place of those before."""
-    from search.responses import FILE, Samples, read_samples
+    from search.running.sampling import FILE, Samples, read_samples
 
     kinds = {sample.task is None for sample in samples}
     others = [one for one in read_samples(run.folder, result) if (one.task is None) not in kinds]
@@ -266,7 +266,7 @@ def keep(run: Run, result: Result, samples: Sequence[Sample]) -> None:
 
 def _draw(run: Run) -> None:
     """Write the run's page. That it cannot be drawn is no reason to stop a run."""
-    from search.report import make_report
+    from search.showing.report import make_report
 
     try:
         page = make_report(run.folder, run.store, run.study)
@@ -283,7 +283,7 @@ def holds(checkpoint: Path, recipe: Recipe) -> bool:
 
 def save_checkpoint(run: Run, recipe: Recipe, out: Path, card: str) -> None:
     """Export a recipe, and say how its rebuilt answers compare with those in the database."""
-    from search.runner import export
+    from search.running.run import export
 
     run.output.stage(f"saving {out}")
     compared, differing, _ = export(run, recipe, out, card)

@@ -25,10 +25,10 @@ from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from merge_engine.builder import built_tensors
-from merge_engine.checkpoint import Model, write_checkpoint
-from merge_engine.plan import plan_merge
-from merge_engine.recipe import parse_recipe
+from merge_engine.building.builder import built_tensors
+from merge_engine.building.export import CheckpointFiles, write_checkpoint
+from merge_engine.building.plan import plan_merge
+from merge_engine.recipe.recipe import parse_recipe
 
 gc.freeze()  # what has been imported is no garbage, and need not be looked through again
 
@@ -105,7 +105,7 @@ def build_recipe(mapping: dict, out: Path) -> dict[str, torch.Tensor]:
     recipe, _ = parse_recipe(mapping, "r.yaml")
     plan = plan_merge(recipe)
     tensors = built_tensors(plan, torch.device("cpu"))
-    write_checkpoint(tensors, out, shapes=plan.shapes(), model=Model.of(plan))
+    write_checkpoint(tensors, out, shapes=plan.shapes(), model=CheckpointFiles.of(plan))
     return load_file(out / "model.safetensors")
 
 

@@ -13,7 +13,8 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Final
 
-from merge_engine.methods import linear, preparation, selection, task_vectors
+from merge_engine.methods import comparing as selection
+from merge_engine.methods import linear, preparation, task_vectors
 from merge_engine.methods.contract import Base, Elementwise, Linear, Method, Param
 
 __all__ = ["METHODS", "Base", "Elementwise", "Linear", "Method", "Param"]

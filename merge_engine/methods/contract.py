@@ -121,7 +121,7 @@ class Elementwise(Method):
         prepare: Makes the kernel's values of the parameters', if they differ.
         random: The kernel also takes ``noise``: for each donor uniform numbers of its shape.
         beside: Name of what the kernel also takes for each donor, a number for every element that
-            depends on donor and base alone: one of ``Family.beside``.
+            depends on donor and base alone: one of ``ModelSet.beside``.
     """
 
     kernel: Callable[..., Tensor]

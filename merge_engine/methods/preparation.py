@@ -13,8 +13,8 @@ from typing import Any, Final, Protocol
 
 from torch import Tensor
 
-from merge_engine.noise import LEVELS, level
-from merge_engine.statistics import EVERYTHING, NOTHING, Band, Magnitudes, Variances
+from merge_engine.numerics.noise import LEVELS, level
+from merge_engine.numerics.statistics import EVERYTHING, NOTHING, Band, Magnitudes, Variances
 
 
 class TaskVector(Protocol):

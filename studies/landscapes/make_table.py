@@ -27,10 +27,10 @@ from numpy.typing import NDArray
 from scipy.stats import qmc
 
 from objectives.base import Item
-from search.bench import Bench, Machine, make_bench
-from search.samplers import make_sampler
-from search.space import Point, Space
-from search.spec import load_study
+from search.preparing.context import Hardware, StudyContext, make_context
+from search.proposing.samplers import make_sampler
+from search.proposing.space import Point, Space
+from search.study.spec import load_study
 
 SAVE_EVERY = 5
 SOBOL = 1024  # points of the sequence: no method gets more
@@ -151,7 +151,7 @@ def plan(table: Table, sobol: int, searched: int) -> Iterator[Point]:
 
 
 def tabulate(
-    bench: Bench, table: Table, numbers: Sequence[int], file: Path, points: Iterable[Point]
+    bench: StudyContext, table: Table, numbers: Sequence[int], file: Path, points: Iterable[Point]
 ) -> None:
     """Build and ask every planned recipe that is not in the table yet."""
     known = {table.space.recipe(point).key for point in table.points}
@@ -183,7 +183,7 @@ def main() -> None:
     parser.add_argument("--per-task", type=int, default=260, help="items of each task, at most")
     parser.add_argument("--device", default="cpu")
     options = parser.parse_args()
-    bench = make_bench(load_study(options.study), Machine(options.device))
+    bench = make_context(load_study(options.study), Hardware(options.device))
     numbers = spread(bench.objective.items, options.per_task)
     items = [bench.objective.items[number] for number in numbers]
     table = Table(named(bench.space), bench.weights, items, [], [])

@@ -1,0 +1,1 @@
+"""A recipe into weights: plan, passes, the live model, the checkpoint."""

@@ -1,0 +1,219 @@
+"""A checkpoint on disk that anyone can load: weights, config, tokenizer, recipe.
+
+It is written under another name and renamed when whole, so a folder that exists is complete.
+Tensors go to their places in the files one by one: memory holds one, whatever the model's size.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import os
+import shutil
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from merge_engine.building.plan import Plan
+from merge_engine.models.checkpoint import Checkpoint
+from merge_engine.recipe.recipe import MergeError, Recipe
+
+SHARD_BYTES = 5_000_000_000
+FULL = (errno.ENOSPC, errno.EDQUOT)  # what a disk without room says
+TOKENIZER_FILES = (
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.*",
+    "merges.txt",
+    "chat_template*",
+)
+
+
+_DTYPE_NAMES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+
+
+@dataclass(frozen=True)
+class CheckpointFiles:
+    """What is around a checkpoint's weights.
+
+    Args:
+        like: The model whose files it gets: config, generation config, tokenizer.
+        recipe: Stored beside the weights as ``mergekit_config.yml``.
+        config: Another config than ``like``'s.
+        generation_config: Another generation config than ``like``'s.
+        tokenizer: Another tokenizer than ``like``'s.
+    """
+
+    like: Checkpoint
+    recipe: Recipe
+    config: Mapping[str, Any] | None = None
+    generation_config: Mapping[str, Any] | None = None
+    tokenizer: Any = None
+
+    @classmethod
+    def of(cls, plan: Plan) -> CheckpointFiles:
+        """What a plan says of it."""
+        return cls(
+            like=plan.reference,
+            recipe=plan.recipe,
+            config=plan.config,
+            generation_config=plan.generation_config,
+            tokenizer=plan.tokenizer,
+        )
+
+
+def write_checkpoint(
+    tensors: Iterable[tuple[str, Tensor]],
+    out: Path,
+    *,
+    shapes: Mapping[str, Tensor],
+    model: CheckpointFiles,
+    shard_bytes: int = SHARD_BYTES,
+) -> None:
+    """Write a model folder, tensor by tensor.
+
+    Args:
+        tensors: Names and values, in the dtype they are to have; read once, in any order.
+        out: The folder to make.
+        shapes: Tensors of the same shapes and dtypes, on the meta device for instance.
+        model: What else belongs into the folder.
+        shard_bytes: No file's tensors take more than this, unless a single one does.
+
+    Raises:
+        RecipeError: ``out`` exists, or cannot be made.
+        OSError: The disk is full, for instance; there is no ``out`` then.
+    """
+    if out.exists():
+        raise MergeError(f"{out} exists; choose another folder or remove it")
+    partial = out.with_name(out.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    made = [folder for folder in (partial, *partial.parents) if not folder.exists()]
+    try:
+        partial.mkdir(parents=True)
+    except OSError as error:
+        if error.errno in FULL:  # another folder may have no room either
+            raise
+        raise MergeError(f"{out}: {error.strerror}; choose another folder") from None
+    try:
+        _write_weights(tensors, shapes, partial, shard_bytes)
+        _write_others(model, shapes, partial)
+        partial.rename(out)
+    except BaseException as error:
+        shutil.rmtree(partial)
+        for folder in made[1:]:
+            with contextlib.suppress(OSError):  # somebody else has come to use it
+                folder.rmdir()
+        if isinstance(error, OSError) and error.errno is not None:  # a full disk names no file
+            raise OSError(error.errno, error.strerror, str(out)) from error
+        raise
+
+
+def _write_others(model: CheckpointFiles, shapes: Mapping[str, Tensor], folder: Path) -> None:
+    like = model.like
+    floats = [t.dtype for t in shapes.values() if t.dtype.is_floating_point] or [torch.float32]
+    config = dict(model.config or like.config) | {"dtype": str(floats[0]).removeprefix("torch.")}
+    config.pop("torch_dtype", None)  # the older name of the same key
+    _write_json(config, folder / "config.json")
+    if model.generation_config is not None:
+        _write_json(model.generation_config, folder / "generation_config.json")
+    elif (file := like.folder / "generation_config.json").is_file():
+        shutil.copyfile(file, folder / file.name)
+    if model.tokenizer is not None:
+        model.tokenizer.save_pretrained(folder)
+    else:
+        for file in (file for pattern in TOKENIZER_FILES for file in like.folder.glob(pattern)):
+            shutil.copyfile(file, folder / file.name)
+    (folder / "mergekit_config.yml").write_text(model.recipe.to_yaml(), encoding="utf-8")
+
+
+def _write_json(contents: Mapping[str, Any], file: Path) -> None:
+    file.write_text(json.dumps(contents, indent=2) + "\n", encoding="utf-8")
+
+
+def _write_weights(
+    tensors: Iterable[tuple[str, Tensor]],
+    shapes: Mapping[str, Tensor],
+    folder: Path,
+    shard_bytes: int,
+) -> None:
+    """Write the tensors into one file, or into shards with an index."""
+    shards = _shards(shapes, shard_bytes)
+    count = len(shards)
+    files = [
+        "model.safetensors" if count == 1 else f"model-{number:05d}-of-{count:05d}.safetensors"
+        for number in range(1, count + 1)
+    ]
+    places: dict[str, tuple[Path, int]] = {}
+    for file, names in zip(files, shards, strict=True):
+        places |= _write_header(folder / file, {name: shapes[name] for name in names})
+    for name, tensor in tensors:
+        path, offset = places.pop(name)
+        with path.open("r+b") as opened:
+            opened.seek(offset)
+            opened.write(_bytes(tensor, like=shapes[name]))
+    assert not places, f"{next(iter(places))} was announced and not given"
+    if count > 1:
+        weight_map = {n: file for file, names in zip(files, shards, strict=True) for n in names}
+        total = sum(tensor.nbytes for tensor in shapes.values())
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        _write_json(index, folder / "model.safetensors.index.json")
+
+
+def _shards(shapes: Mapping[str, Tensor], shard_bytes: int) -> list[list[str]]:
+    """The names that go into each file."""
+    shards: list[list[str]] = [[]]
+    size = 0
+    for name, tensor in shapes.items():
+        if shards[-1] and size + tensor.nbytes > shard_bytes:
+            shards.append([])
+            size = 0
+        shards[-1].append(name)
+        size += tensor.nbytes
+    return shards
+
+
+def _write_header(file: Path, shapes: Mapping[str, Tensor]) -> dict[str, tuple[Path, int]]:
+    """Begin a safetensors file; returns where in it the bytes of each tensor belong.
+
+    The format: the header's length in 8 bytes, the header in JSON, the tensors without gaps. Those
+    of wide numbers come first, so that each starts at a multiple of its numbers' width.
+    """
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for name in sorted(shapes, key=lambda name: -shapes[name].element_size()):
+        tensor, start = shapes[name], offset
+        offset += tensor.nbytes
+        header[name] = {
+            "dtype": _DTYPE_NAMES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [start, offset],
+        }
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    begin = 8 + len(text)
+    file.write_bytes(len(text).to_bytes(8, "little") + text)
+    os.truncate(file, begin + offset)
+    return {name: (file, begin + header[name]["data_offsets"][0]) for name in shapes}
+
+
+def _bytes(tensor: Tensor, like: Tensor) -> memoryview:
+    assert (tensor.shape, tensor.dtype) == (like.shape, like.dtype)
+    flat = tensor.detach().cpu().contiguous().reshape(-1)
+    return flat.view(torch.uint8).numpy().data

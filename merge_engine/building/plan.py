@@ -1,0 +1,253 @@
+"""From a recipe to what has to be done: for every tensor of the result, which tensors it is of.
+
+A recipe is a stack of parts, runs of layers with models and settings of their own; a recipe in the
+``models`` form is one part. What stands before the layers belongs to the first part, what comes
+after them to the last.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from merge_engine.models.checkpoint import Checkpoint, open_models
+from merge_engine.models.model_set import ModelSet
+from merge_engine.models.tensor_names import (
+    depth_in,
+    is_before_layers,
+    is_head_weight,
+    layer_counts,
+    place_of,
+)
+from merge_engine.models.vocabulary import (
+    Vocabulary,
+    load_tokenizer,
+    make_vocabulary,
+    with_chat_template,
+)
+from merge_engine.recipe.recipe import FlatPart, MergeError, Recipe
+
+_LAYER_COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
+
+
+@dataclass(frozen=True)
+class Part:
+    """A run of layers.
+
+    Args:
+        recipe: In the ``models`` form.
+        family: Its models, their tensors under the names they have in the result.
+    """
+
+    recipe: Recipe
+    family: ModelSet
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What ``build`` does.
+
+    Args:
+        recipe: As the user wrote it.
+        parts: In the order of the layers.
+        reference: The model whose tokenizer and other files the result gets.
+        config: The result's ``config.json``, but for the dtype.
+        generation_config: The result's, if it is not the reference's.
+        tokenizer: The result's, if it is not the reference's.
+    """
+
+    recipe: Recipe
+    parts: tuple[Part, ...]
+    reference: Checkpoint
+    config: Mapping[str, Any]
+    generation_config: Mapping[str, Any] | None = None
+    tokenizer: Any = None
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The tensors of the result."""
+        return tuple(name for part in self.parts for name in part.family.names)
+
+    def shapes(self) -> dict[str, torch.Tensor]:
+        """The result's tensors on the meta device: shapes and dtypes without numbers."""
+        return {
+            name: torch.empty(
+                info.shape, dtype=written_dtype(part.recipe, part.family, name), device="meta"
+            )
+            for part in self.parts
+            for name, info in part.family.tensors.items()
+        }
+
+
+def written_dtype(recipe: Recipe, family: ModelSet, name: str) -> torch.dtype:
+    """What a tensor is written as: the recipe's dtype, or what its models' promote to."""
+    stored = family.tensors[name].dtype
+    named = recipe.out_dtype or recipe.dtype
+    return getattr(torch, named) if named and stored.is_floating_point else stored
+
+
+def plan_merge(recipe: Recipe) -> Plan:
+    """Open a recipe's models and check that it can be built, before any weight is read.
+
+    Raises:
+        RecipeError: A model is missing or damaged, models do not fit one another, layers are not
+            there, or a parameter is missing or wrong.
+    """
+    checkpoints = open_models(recipe.models_read)
+    reference = checkpoints[recipe.models_read[0]]
+    vocabulary = tokenizer = None
+    if recipe.vocabulary is not None:
+        vocabulary = make_vocabulary(recipe.vocabulary, checkpoints, reference.model)
+        tokenizer = vocabulary.tokenizer
+    if recipe.chat_template:
+        tokenizer = tokenizer or load_tokenizer(reference)
+        tokenizer = with_chat_template(tokenizer, recipe, checkpoints)
+    parts = stack(recipe, checkpoints, vocabulary)
+    for part in parts:
+        for name in part.family.names:
+            part.recipe.values(name, part.family.depth(name), part.family.inputs[name])
+    config, generation = _config(recipe, reference, parts), None
+    if vocabulary:
+        config = vocabulary.resize(config)
+        generation = vocabulary.renumber(reference.generation_config)
+    return Plan(recipe, parts, reference, config, generation, tokenizer)
+
+
+def stack(
+    recipe: Recipe, checkpoints: Mapping[str, Checkpoint], rows: Vocabulary | None = None
+) -> tuple[Part, ...]:
+    """Say for every part of a recipe which tensors of which models it is of.
+
+    Raises:
+        RecipeError: The models' tensors do not fit one another, or layers are not there.
+    """
+    flat = recipe.parts
+    parts, start = [], 0
+    for number, part in enumerate(flat):
+        own = {model: checkpoints[model] for model in part.recipe.models_read}
+        if part.layers is None:
+            parts.append(Part(part.recipe, ModelSet(own, rows, part.recipe.base_model)))
+            continue
+        _check_ranges(part, own)
+        ends = (number == 0, number == len(flat) - 1)
+        wanted, depths = _numbered(own, part.layers, start, ends)
+        run = _Run(own, wanted, depths, rows, part.recipe.base_model)
+        parts.append(Part(part.recipe, run))
+        start += _length(part.layers)
+    return tuple(parts)
+
+
+class _Run(ModelSet):
+    """Some of the models' layers, under the numbers they have in the result."""
+
+    def __init__(
+        self,
+        checkpoints: Mapping[str, Checkpoint],
+        wanted: Mapping[str, Mapping[str, str]],
+        depths: Mapping[str, float],
+        rows: Vocabulary | None,
+        base: str | None,
+    ) -> None:
+        self.rows, self.base = rows, base
+        self._hold(checkpoints, wanted, depths)
+
+
+def _numbered(
+    checkpoints: Mapping[str, Checkpoint],
+    layers: Mapping[str, tuple[int, int]],
+    start: int,
+    ends: tuple[bool, bool],
+) -> tuple[dict[str, dict[str, str]], dict[str, float]]:
+    """The result's tensors of a run: each model's name of them, and their depth in the run.
+
+    Args:
+        checkpoints: The models.
+        layers: Which layers of each.
+        start: The number of the first one in the result.
+        ends: Is it the first run, is it the last?
+    """
+    wanted: dict[str, dict[str, str]] = {}
+    depths: dict[str, float] = {}
+    for model, (first, last) in layers.items():
+        for own in checkpoints[model].tensors:
+            place = place_of(own)
+            if place and first <= place.layer < last:
+                step = place.layer - first
+                name = f"{place.stack}{start + step}.{place.rest}"
+                depths[name] = depth_in(step, last - first)
+            elif place is None and ends[0 if is_before_layers(own) else 1]:
+                depths[name := own] = 0.0
+            else:
+                continue
+            wanted[name] = {m: _shifted(own, layers[m][0] - first) for m in layers}
+    return {name: wanted[name] for name in sorted(wanted)}, depths
+
+
+def _shifted(name: str, by: int) -> str:
+    place = place_of(name)
+    return f"{place.stack}{place.layer + by}.{place.rest}" if place else name
+
+
+def _length(layers: Mapping[str, tuple[int, int]]) -> int:
+    first, last = next(iter(layers.values()))
+    return last - first
+
+
+def _check_ranges(part: FlatPart, checkpoints: Mapping[str, Checkpoint]) -> None:
+    assert part.layers is not None
+    for model, (first, last) in part.layers.items():
+        counts = layer_counts(checkpoints[model].tensors)
+        if len(counts) != 1:
+            raise MergeError(
+                f"{part.place}: model {model!r} has {len(counts)} stacks of layers "
+                f"({', '.join(sorted(counts)) or 'none'}); slices need a model with one"
+            )
+        if last > (count := next(iter(counts.values()))):
+            raise MergeError(
+                f"{part.place}: layer_range [{first}, {last}] of {model!r} goes beyond its "
+                f"{count} layers; the last one is {count - 1}, so end at {count} or below"
+            )
+
+
+def _config(recipe: Recipe, reference: Checkpoint, parts: tuple[Part, ...]) -> dict[str, Any]:
+    """The reference's config with the result's layers, and untied where there is a head."""
+    config = dict(reference.config)
+    names = {name for part in parts for name in part.family.names}
+    if config.get("tie_word_embeddings") and any(map(is_head_weight, names)):
+        config["tie_word_embeddings"] = False
+    if recipe.parts[0].layers is None:
+        return config
+    inner = config.get("text_config")
+    if isinstance(inner, dict):
+        return config | {"text_config": _with_layers(inner, recipe, reference)}
+    return _with_layers(config, recipe, reference)
+
+
+def _with_layers(
+    config: Mapping[str, Any], recipe: Recipe, reference: Checkpoint
+) -> dict[str, Any]:
+    """A config with the result's number of layers, and with what it lists of each of them.
+
+    Raises:
+        RecipeError: The config does not say how many layers there are.
+    """
+    layers: list[int] = []  # the number of each in the reference, or else in the first source
+    for part in recipe.parts:
+        assert part.layers is not None
+        layers += range(*part.layers.get(reference.model, next(iter(part.layers.values()))))
+    changed = dict(config)
+    keys = [key for key in _LAYER_COUNTS if key in config]
+    if not keys:
+        raise MergeError(
+            f"model {reference.model!r}: config.json has none of {', '.join(_LAYER_COUNTS)}; "
+            "slices need to write the new number of layers there"
+        )
+    for key, value in config.items():
+        if key in keys:
+            changed[key] = len(layers)
+        elif isinstance(value, list) and "layer" in key and len(value) == config[keys[0]]:
+            changed[key] = [value[layer] for layer in layers if layer < len(value)]
+    return changed

@@ -1,0 +1,1 @@
+"""Model files, adapters, vocabularies, and the set of models that fit together."""

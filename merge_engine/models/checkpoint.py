@@ -1,0 +1,340 @@
+"""A model's checkpoint in safetensors, read tensor by tensor.
+
+A model is a folder or a hub id (``org/name`` or ``org/name@revision``), found through
+huggingface_hub's cache and downloaded if the cache lacks it. ``base+adapter`` is a model and what
+a LoRA adapter changes in it.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from merge_engine.models import statistics_cache as cache
+from merge_engine.models.lora import Adapter
+from merge_engine.models.tensor_names import input_embedding, is_head_weight, place_of
+from merge_engine.numerics.statistics import all_finite
+from merge_engine.recipe.recipe import MergeError
+
+HUB_FILES = ("*.safetensors", "*.json", "*.jinja", "*.txt", "*.model", "README.md")
+INDEX = "model.safetensors.index.json"
+_RECOMPUTED = ".rotary_emb.inv_freq"  # buffers that old checkpoints store; no model reads them
+_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+
+
+def is_hub_id(model: str) -> bool:
+    """Whether it reads like ``org/name`` or ``org/name@revision``."""
+    return re.fullmatch(r"[\w.-]+/[\w.-]+(@[\w./-]+)?", model) is not None
+
+
+def is_here(model: str) -> bool:
+    """Whether a model, or a model and its adapter, can be read without asking the hub."""
+    if Path(model).expanduser().is_dir():
+        return True
+    if "+" in model:
+        return all(map(is_here, model.split("+")))
+    from huggingface_hub import snapshot_download
+
+    name, _, revision = model.partition("@")
+    try:
+        folder = snapshot_download(name, revision=revision or None, local_files_only=True)
+    except OSError:
+        return False
+    return any(Path(folder).glob("*.safetensors"))
+
+
+def locate(model: str) -> Path:
+    """The folder of a model, from the hub's cache or the hub itself if it is an id.
+
+    Raises:
+        RecipeError: There is neither such a folder nor such a model.
+    """
+    if (folder := Path(model).expanduser()).is_dir():
+        return folder
+    if folder.is_file():
+        raise MergeError(f"model {model!r} is a file; name the folder it is in")
+    if not is_hub_id(model):
+        raise MergeError(
+            f"model {model!r}: no such folder, and not a hub id like org/name; check the path"
+        )
+    from huggingface_hub import snapshot_download
+
+    name, _, revision = model.partition("@")
+    try:
+        return Path(
+            snapshot_download(name, revision=revision or None, allow_patterns=list(HUB_FILES))
+        )
+    except Exception as error:  # the hub client raises some twenty kinds, all meaning "not got"
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
+        raise MergeError(
+            f"model {model!r}: no such folder, and not to be had from the hub ({reason}); check "
+            "its name and the connection, and log in with `hf auth login` if it is gated or private"
+        ) from None
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """Where a tensor lives and what it looks like, from the file's header."""
+
+    file: Path
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+
+class Checkpoint:
+    """One model's tensors on disk: headers are read at once, tensors when asked for."""
+
+    def __init__(self, model: str) -> None:
+        self.model = model
+        self.folder = locate(model)
+
+    @cached_property
+    def config(self) -> Mapping[str, Any]:
+        """The model's ``config.json``."""
+        return self._json("config.json")
+
+    @cached_property
+    def generation_config(self) -> Mapping[str, Any]:
+        """The model's ``generation_config.json``; empty if it has none."""
+        name = "generation_config.json"
+        return self._json(name) if (self.folder / name).is_file() else {}
+
+    def _json(self, name: str) -> Mapping[str, Any]:
+        file = self.folder / name
+        if not file.is_file():
+            raise MergeError(f"model {self.model!r}: no {name} in {self.folder}; {self._way_out}")
+        try:
+            found = json.loads(file.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise MergeError(f"{file}: damaged or cut short: {error}; fetch it again") from None
+        if not isinstance(found, dict):
+            raise MergeError(f"{file}: damaged: it is no mapping of keys; fetch it again")
+        return found
+
+    @cached_property
+    def _way_out(self) -> str:
+        """What to do about a folder that lacks a file of a model."""
+        if (self.folder / "adapter_config.json").is_file():
+            return f"it is an adapter: name it with its base, as 'BASE+{self.model}'"
+        if any(self.folder.glob("*.bin")):
+            return "it has only .bin files: convert it to safetensors"
+        return "fetch it again"
+
+    @cached_property
+    def tensors(self) -> Mapping[str, TensorInfo]:
+        """The tensors that make up the model, by name; an untied copy of a tied head left out."""
+        found: dict[str, TensorInfo] = {}
+        for file in self._files():
+            handle = self._open(file)
+            for name in handle.keys():  # noqa: SIM118  not a mapping
+                part = handle.get_slice(name)
+                dtype = _DTYPES.get(part.get_dtype())
+                if dtype is None:
+                    raise MergeError(
+                        f"{file}: {name!r} has the dtype {part.get_dtype()}, which is "
+                        "quantised; merge the full-precision model"
+                    )
+                found[name] = TensorInfo(file, tuple(part.get_shape()), dtype)
+        if lost := sorted(name for name in self._index if self._counts(name) and name not in found):
+            raise MergeError(
+                f"{self.folder / INDEX}: lists {lost[0]!r}, which {self._index[lost[0]]!r} lacks; "
+                "fetch both again"
+            )
+        return {name: info for name, info in sorted(found.items()) if self._counts(name)}
+
+    def _counts(self, name: str) -> bool:
+        """Whether a stored tensor is one of the model's own."""
+        tied = self.config.get("tie_word_embeddings", False)
+        return not name.endswith(_RECOMPUTED) and not (tied and name == "lm_head.weight")
+
+    def own_name(self, name: str) -> str | None:
+        """The model's tensor that does what ``name`` does elsewhere; None if it has none.
+
+        Where there is no head of its own, the embedding is the head.
+        """
+        if name in self.tensors:
+            return name
+        return input_embedding(self.tensors) if is_head_weight(name) else None
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """What tells the model's weights from any others, wherever they lie."""
+        return cache.fingerprint(self._files())
+
+    @property
+    def contents(self) -> str:
+        """The same, but that a copy of the model has the same one."""
+        return cache.fingerprint(self._files(), dated=False)
+
+    def ought_to_have(self, name: str) -> bool:
+        """Whether a tensor, if missing, leaves a gap: then the model is not whole.
+
+        A kind of tensor that none of its layers has, a bias or a head leaves none.
+        """
+        place = place_of(name)
+        if place is None:
+            return name.endswith("weight") and not is_head_weight(name)
+        return (place.stack, place.rest) in self._kinds
+
+    @cached_property
+    def _kinds(self) -> set[tuple[str, str]]:
+        places = (place_of(name) for name in self.tensors)
+        return {(place.stack, place.rest) for place in places if place}
+
+    def read(self, name: str) -> Tensor:
+        """The tensor as stored, on the CPU.
+
+        Raises:
+            RecipeError: It is not there or its bytes are not.
+        """
+        try:
+            tensor: Tensor = self._open(self.tensors[name].file).get_tensor(name)
+        except (KeyError, SafetensorError) as error:
+            raise MergeError(
+                f"model {self.model!r}: cannot read {name!r}: {error}; fetch it again"
+            ) from None
+        return tensor
+
+    def file_of(self, name: str) -> Path:
+        """The file that a tensor's numbers are from."""
+        return self.tensors[name].file
+
+    def read_dtype(self, name: str) -> torch.dtype:
+        """The dtype of what ``read`` gives."""
+        return self.tensors[name].dtype
+
+    def release(self) -> None:
+        """Close the files: until then the pages read so far count as this process's memory."""
+        self._handles.clear()
+
+    def _files(self) -> list[Path]:
+        if names := sorted(set(self._index.values())):
+            if missing := [name for name in names if not (self.folder / name).is_file()]:
+                raise MergeError(
+                    f"{self.folder / INDEX}: names {missing[0]!r}, which is missing; fetch it again"
+                )
+            return [self.folder / name for name in names]
+        if (single := self.folder / "model.safetensors").is_file():
+            return [single]
+        raise MergeError(
+            f"model {self.model!r}: no model.safetensors in {self.folder}; {self._way_out}"
+        )
+
+    @cached_property
+    def _index(self) -> Mapping[str, str]:
+        """The file of each tensor of a model in shards; empty if it is in one file."""
+        if not (self.folder / INDEX).is_file():
+            return {}
+        files = self._json(INDEX).get("weight_map")
+        if not (files and isinstance(files, dict) and all(type(f) is str for f in files.values())):
+            raise MergeError(
+                f"{self.folder / INDEX}: its 'weight_map' names no files; fetch it again"
+            )
+        return files
+
+    def _open(self, file: Path) -> Any:
+        if file not in self._handles:
+            try:
+                self._handles[file] = safe_open(file, framework="pt", device="cpu")
+            except (SafetensorError, OSError) as error:
+                raise MergeError(f"{file}: damaged or cut short: {error}; fetch it again") from None
+        return self._handles[file]
+
+    @cached_property
+    def _handles(self) -> dict[Path, Any]:
+        return {}
+
+
+class Adapted(Checkpoint):
+    """A model with a LoRA adapter, written ``base+adapter``; no merged copy is stored."""
+
+    def __init__(self, model: str, base: str, adapter: str) -> None:
+        """Open both.
+
+        Raises:
+            RecipeError: One cannot be used, or they do not belong together.
+        """
+        self.model = model
+        self.folder = locate(base)
+        self._adapter = Adapter(locate(adapter))
+        self._adapter.check({name: info.shape for name, info in self.tensors.items()}, base)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """That of the model and the adapter."""
+        return f"{super().fingerprint}+{cache.fingerprint(self._adapter.files)}"
+
+    @property
+    def contents(self) -> str:
+        """That of the model and the adapter."""
+        return f"{super().contents}+{cache.fingerprint(self._adapter.files, dated=False)}"
+
+    def read(self, name: str) -> Tensor:
+        """The tensor with its change, in float32 if it has one."""
+        return self._adapter.apply(name, super().read(name))
+
+    def file_of(self, name: str) -> Path:
+        """The adapter's if it changes the tensor, unless the model's own is not finite already."""
+        changed = self._adapter.changes(name) and all_finite(super().read(name))
+        return self._adapter.weights if changed else super().file_of(name)
+
+    def read_dtype(self, name: str) -> torch.dtype:
+        """As ``Checkpoint.read_dtype``."""
+        return torch.float32 if self._adapter.changes(name) else super().read_dtype(name)
+
+    def release(self) -> None:
+        """Close the files of both."""
+        super().release()
+        self._adapter.release()
+
+
+def open_model(model: str) -> Checkpoint:
+    """A model by its name: a folder, a hub id, or ``base+adapter``.
+
+    Raises:
+        RecipeError: It is missing or damaged.
+    """
+    if "+" not in model or Path(model).expanduser().is_dir():
+        return Checkpoint(model)
+    cuts = [match.start() for match in re.finditer(r"\+", model)]
+    cut = next((i for i in cuts if Path(model[:i]).expanduser().is_dir()), cuts[0])
+    return Adapted(model, model[:cut], model[cut + 1 :])
+
+
+def open_models(models: Iterable[str]) -> dict[str, Checkpoint]:
+    """Open models by name, in order, the headers of their files read.
+
+    Raises:
+        RecipeError: One is missing or damaged, or they are of different architectures.
+    """
+    checkpoints = {model: open_model(model) for model in models}
+    first, *others = checkpoints.values()
+    for other in others:
+        for key in ("architectures", "model_type"):
+            mine, theirs = first.config.get(key), other.config.get(key)
+            if mine and theirs and mine != theirs:
+                raise MergeError(
+                    f"models {first.model!r} and {other.model!r} are of different architectures: "
+                    f"{mine} against {theirs}; only models of one can be merged"
+                )
+    return checkpoints

@@ -1,0 +1,176 @@
+"""LoRA adapters as peft saves them: ``W + scale * B @ A``, formed when a tensor is read."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from merge_engine.recipe.recipe import MergeError
+
+_PREFIX = "base_model.model."
+# What changes the formula, and the only values with which it is the one above.
+_PLAIN: Mapping[str, tuple[object, ...]] = {
+    "peft_type": ("LORA",),
+    "fan_in_fan_out": (False, None),
+    "use_dora": (False, None),
+    "lora_bias": (False, None),
+    "use_qalora": (False, None),
+    "layer_replication": (None,),
+    "target_parameters": (None, []),
+    "init_lora_weights": (True, False, None, "gaussian", "orthogonal", "eva"),
+}
+
+
+@dataclass(frozen=True)
+class Update:
+    """A low-rank change of one weight.
+
+    Args:
+        down: Key of A in the adapter's file; (rank, in), of an embedding (rank, rows).
+        up: Key of B; (out, rank), of an embedding (columns, rank).
+        scale: Unitless factor of the product.
+        transposed: The product is the change of the weight's transpose, as for an embedding.
+    """
+
+    down: str
+    up: str
+    scale: float
+    transposed: bool
+
+
+class Adapter:
+    """An adapter's folder, its header read."""
+
+    def __init__(self, folder: Path) -> None:
+        """Open an adapter.
+
+        Raises:
+            RecipeError: It is damaged, or not a plain LoRA adapter.
+        """
+        self.folder = folder
+        self._config = self._read_config()
+        self.shapes = {key: tuple(self._file.get_slice(key).get_shape()) for key in self._keys}
+        self.updates: dict[str, Update] = {}
+        self.replaced: dict[str, str] = {}  # a tensor of the base: the key of what stands for it
+        for key in self._keys:
+            self._sort(key)
+
+    def check(self, shapes: Mapping[str, tuple[int, ...]], base: str) -> None:
+        """Compare with the tensors of the base it is to be added to.
+
+        Raises:
+            RecipeError: It changes a tensor that the base lacks or has in another shape.
+        """
+        trained = self._config.get("base_model_name_or_path")
+        hint = f"it was trained on {trained!r}; name that one before the '+'"
+        for name, mine in self._changed():
+            if name not in shapes:
+                raise MergeError(
+                    f"adapter {self.folder}: changes {name!r}, which is not in {base!r}; {hint}"
+                )
+            if mine != shapes[name]:
+                raise MergeError(
+                    f"adapter {self.folder}: changes {name!r} of shape {list(mine)}, which in "
+                    f"{base!r} has {list(shapes[name])}; {hint}"
+                )
+
+    @property
+    def files(self) -> tuple[Path, Path]:
+        """All that the change depends on."""
+        return self.folder / "adapter_config.json", self.weights
+
+    @property
+    def weights(self) -> Path:
+        """The file with A and B."""
+        return self.folder / "adapter_model.safetensors"
+
+    def changes(self, name: str) -> bool:
+        """Whether the base's tensor is another one with the adapter."""
+        return name in self.updates or name in self.replaced
+
+    def apply(self, name: str, weight: Tensor) -> Tensor:
+        """The base's tensor as the adapter changes it: float32 if it does."""
+        if name in self.replaced:
+            weight = self._file.get_tensor(self.replaced[name]).float()
+        if name not in self.updates:
+            return weight
+        update = self.updates[name]
+        down, up = (self._file.get_tensor(key).float() for key in (update.down, update.up))
+        product = up @ down
+        return weight.float().add(product.T if update.transposed else product, alpha=update.scale)
+
+    def release(self) -> None:
+        """Close the file."""
+        self.__dict__.pop("_file", None)
+
+    def _read_config(self) -> dict[str, Any]:
+        file = self.folder / "adapter_config.json"
+        try:
+            config = dict(json.loads(file.read_text(encoding="utf-8")))
+        except (OSError, ValueError) as error:
+            raise MergeError(f"{file}: {error}; expected a LoRA adapter as peft saves it") from None
+        for key, plain in _PLAIN.items():
+            if key in config and config[key] not in plain:
+                raise MergeError(
+                    f"{file}: {key} is {config[key]!r}, which cannot be added to a base here; "
+                    "merge the adapter with peft (merge_and_unload) and name the result"
+                )
+        return config
+
+    @cached_property
+    def _file(self) -> Any:
+        try:
+            return safe_open(self.weights, framework="pt", device="cpu")
+        except (SafetensorError, OSError) as error:
+            raise MergeError(
+                f"{self.weights}: missing, damaged or cut short: {error}; fetch it again"
+            ) from None
+
+    @cached_property
+    def _keys(self) -> list[str]:
+        return sorted(self._file.keys())
+
+    def _sort(self, key: str) -> None:
+        """Find out which tensor of the base a tensor of the adapter changes, and how."""
+        name = key.removeprefix(_PREFIX)
+        if match := re.fullmatch(r"(.*)\.lora_(embedding_)?A(?:\.weight)?", name):
+            module, embedding = match[1], bool(match[2])
+            up = key.replace(".lora_embedding_A", ".lora_embedding_B").replace(
+                ".lora_A.", ".lora_B."
+            )
+            if up not in self.shapes or len(self.shapes[key]) != 2:
+                raise MergeError(
+                    f"{self.weights}: {key!r} is not one of a pair of matrices; fetch it again"
+                )
+            ranks = self.shapes[key][0], self.shapes[up][-1]
+            if ranks[0] != ranks[1] or len(self.shapes[up]) != 2:
+                raise MergeError(
+                    f"{self.weights}: {key!r} and its B have ranks {ranks[0]} and {ranks[1]}; "
+                    "fetch it again"
+                )
+            scale = self._scale(module, self.shapes[key][0])
+            self.updates[f"{module}.weight"] = Update(key, up, scale, embedding)
+        elif not re.search(r"\.lora_(embedding_)?B(\.weight)?$", name):
+            self.replaced[name.replace(".base_layer.", ".")] = key
+
+    def _scale(self, module: str, rank: int) -> float:
+        patterns = self._config.get("alpha_pattern") or {}
+        alphas = [a for p, a in patterns.items() if re.match(rf"(.*\.)?({p})$", module)]
+        alpha = float(alphas[0] if alphas else self._config.get("lora_alpha", 8))
+        return alpha / (math.sqrt(rank) if self._config.get("use_rslora") else rank)
+
+    def _changed(self) -> Iterator[tuple[str, tuple[int, ...]]]:
+        """The base's tensors that are changed, and their shapes when the adapter was made."""
+        yield from ((name, self.shapes[key]) for name, key in self.replaced.items())
+        for name, update in self.updates.items():
+            shape = (self.shapes[update.up][0], self.shapes[update.down][1])
+            yield name, shape[::-1] if update.transposed else shape

@@ -1,0 +1,1 @@
+"""mergekit's YAML, both ways, and the value of each parameter for each tensor."""

@@ -1,0 +1,1 @@
+"""lm-eval's tasks: loaded, asked and judged as lm-eval does."""

@@ -1,0 +1,200 @@
+"""What a model is asked: the prompts of a task's whole split, built at once, and their tokens."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import logging
+from collections import Counter, defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, cast
+
+from lm_eval.api.instance import Instance
+from lm_eval.api.task import Task
+from lm_eval.models.utils import normalize_gen_kwargs
+
+from objectives.base import Item, ItemSnapshot, ObjectiveError
+from objectives.harness.tasks import LoadedTask, Metric, check_greedy, digest, reported
+
+if TYPE_CHECKING:
+    from lm_eval.models.huggingface import HFLM
+
+_LOG = logging.getLogger(__name__)
+
+# Where a task's data is, which may change; what it says is compared item by item.
+_WHEREABOUTS = ("metadata", "dataset_path", "dataset_name", "dataset_kwargs")
+
+
+@dataclass(frozen=True)
+class Prompting:
+    """How every task of a study is asked.
+
+    Attributes:
+        apply_chat_template: Through the tokenizer's chat template.
+        system_instruction: What a system prompt says, or, without a template, the text that
+            every prompt begins with.
+    """
+
+    apply_chat_template: bool = False
+    system_instruction: str | None = None
+
+
+PLAIN = Prompting()
+
+
+@dataclass(frozen=True)
+class Question:
+    """One document of one task: the requests made for it, and how they are judged."""
+
+    item: Item
+    task: Task
+    metric: Metric
+    requests: tuple[Instance, ...]
+
+    @property
+    def where(self) -> str:
+        """What an error names it by."""
+        return f"task {self.item.task!r}, doc {self.item.doc_id}"
+
+
+def build_questions(
+    loaded: LoadedTask, language_model: HFLM, prompting: Prompting = PLAIN
+) -> list[Question]:
+    """Build the requests of a task's whole split, as ``simple_evaluate`` does.
+
+    Raises:
+        ObjectiveError: They cannot be built, or lm-eval would fail on them in mid-study.
+    """
+    task, name, chat = loaded.task, loaded.name, prompting.apply_chat_template
+    with loaded.dice.thrown(), reported(f"task {name!r}: its prompts could not be built"):
+        task.build_all_requests(
+            system_instruction=prompting.system_instruction,
+            apply_chat_template=chat,
+            fewshot_as_multiturn=True,
+            chat_template=language_model.apply_chat_template if chat else None,
+            tokenizer_name=language_model.tokenizer_name if chat else "",
+        )
+    by_doc: dict[int, list[Instance]] = defaultdict(list)
+    for request in sorted(task.instances, key=lambda request: request.idx):
+        _check_request(name, request, language_model)
+        by_doc[cast("int", request.doc_id)].append(request)
+    return [
+        Question(loaded.items[doc_id], task, loaded.metric, tuple(by_doc[doc_id]))
+        for doc_id in sorted(by_doc)
+    ]
+
+
+def _check_request(name: str, request: Instance, language_model: HFLM) -> None:
+    """Refuse answers that are sampled, or leave no room for a prompt."""
+    if request.request_type != "generate_until":
+        return
+    settings = normalize_gen_kwargs(request.args[1], language_model.max_gen_toks)
+    check_greedy(name, settings)
+    if settings["max_gen_toks"] >= language_model.max_length:
+        raise ObjectiveError(
+            f"task {name!r}: max_gen_toks is {settings['max_gen_toks']} but the model "
+            f"holds {language_model.max_length} tokens; set a smaller max_gen_toks"
+        )
+
+
+def shown(questions: Sequence[Question], language_model: HFLM) -> list[ItemSnapshot]:
+    """What a model is given for some questions; says once how many prompts lose their beginning.
+
+    lm-eval would say so on each call, prompt by prompt.
+    """
+    rules: dict[str, str] = {}
+    cut: Counter[str] = Counter()
+    found = []
+    for question in questions:
+        name = question.item.task
+        if name not in rules:
+            rules[name] = _rules(question)
+        tokens = [_tokens(request, language_model) for request in question.requests]
+        pairs = zip(question.requests, tokens, strict=True)
+        cut[name] += any(_is_cut(request, each, language_model) for request, each in pairs)
+        found.append(
+            ItemSnapshot(
+                _prompt(question),
+                _gold(question),
+                digest(json.dumps(tokens)),
+                rules[name],
+                reads=_reads(tokens),
+                writes=max(_writes(request, language_model) for request in question.requests),
+            )
+        )
+    for name, count in cut.items():
+        if count:
+            _LOG.warning(
+                "task %r: %d of %d prompts do not fit in %d tokens and lose their beginning",
+                *(name, count, sum(q.item.task == name for q in questions)),
+                language_model.max_length,
+            )
+    return found
+
+
+def _tokens(request: Instance, language_model: HFLM) -> list[int]:
+    """The tokens of prompt and answer, as lm-eval encodes them."""
+    if request.request_type == "loglikelihood" and request.args[0]:
+        prompt, answer = language_model._encode_pair(*request.args)
+        return [*prompt, *answer]
+    text = request.args[1 if request.request_type == "loglikelihood" else 0]
+    return cast("list[int]", language_model.tok_encode(text))
+
+
+def _reads(tokens: Sequence[list[int]]) -> int:
+    """How many tokens a question's requests have, what they begin with alike counted once."""
+    columns = enumerate(zip(*tokens, strict=False))
+    shortest = min(map(len, tokens))
+    alike = next((place for place, column in columns if len(set(column)) > 1), shortest)
+    return sum(map(len, tokens)) - alike * (len(tokens) - 1)
+
+
+def _writes(request: Instance, language_model: HFLM) -> int:
+    """How many tokens a model may write for a request."""
+    if request.request_type != "generate_until":
+        return 0
+    settings = normalize_gen_kwargs(request.args[1], language_model.max_gen_toks)
+    return cast("int", settings["max_gen_toks"])
+
+
+def _is_cut(request: Instance, tokens: Sequence[int], language_model: HFLM) -> bool:
+    """Whether lm-eval drops the first tokens of this prompt."""
+    room: int = language_model.max_length
+    if request.request_type == "loglikelihood":
+        room += 1  # the last token of an answer is never fed to the model
+    elif request.request_type == "generate_until":
+        room -= _writes(request, language_model)
+    else:  # rolling: long texts are scored in windows
+        return False
+    return len(tokens) > room
+
+
+def _prompt(question: Question) -> str:
+    """The text of all its requests; of a choice, the prompt once and each answer to it."""
+    parts: list[str] = []
+    for request in question.requests:
+        texts = [json.dumps(part) if isinstance(part, dict) else part for part in request.args]
+        parts += [text for text in texts if text not in parts[:1]]
+    return "\n".join(parts)
+
+
+def _gold(question: Question) -> str:
+    doc = question.requests[0].doc
+    content = {"target": question.task.doc_to_target(doc), "row": doc}
+    return json.dumps(content, ensure_ascii=False, sort_keys=True, default=str)
+
+
+def _rules(question: Question) -> str:
+    """Hash of the task's file, the source of the functions it names, metric and filter."""
+    task, metric = question.task, question.metric
+    config = {key: value for key, value in task.dump_config().items() if key not in _WHEREABOUTS}
+    rules = [config, metric.name, metric.filter.name]
+    return digest(json.dumps(rules, sort_keys=True, default=_source))
+
+
+def _source(value: object) -> str:
+    """A function's source, or what something is: never its address, which is new every time."""
+    if inspect.isfunction(value):
+        return inspect.getsource(value)
+    return getattr(value, "__qualname__", type(value).__qualname__)

@@ -1,0 +1,1 @@
+"""The fast forward pass: token trees, greedy decoding, agreement with lm-eval."""

@@ -1,0 +1,1 @@
+"""From a study to live objects: models, tasks, memory and cost."""

@@ -1,0 +1,1 @@
+"""Which recipe is tried next: search space, encoding, Gaussian process, samplers."""

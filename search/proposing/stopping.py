@@ -1,0 +1,35 @@
+"""When a search is over before its trials are: what it may still gain could not be told anyway."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Final
+
+import numpy as np
+from optuna.trial import FrozenTrial, TrialState
+
+from search.proposing.gp import GAIN
+
+LAST: Final = 10  # proposals whose expected gains are averaged
+SHARE: Final = 0.05  # of the standard error that is too little to go on for
+
+
+def exhausted(trials: Sequence[FrozenTrial], items: int, share: float = SHARE) -> bool:
+    """Whether the last proposals were expected to gain too little for the select items to tell.
+
+    Only ``gp`` expects anything, and with one goal.
+
+    Args:
+        trials: Finished, in their order; the complete ones with their variance and items.
+        items: To select the winner on.
+        share: As SHARE.
+    """
+    trials = [trial for trial in trials if trial.state == TrialState.COMPLETE]
+    last = [trial.system_attrs.get(GAIN, np.inf) for trial in trials[-LAST:]]
+    return len(last) == LAST and bool(np.mean(last) < share * resolution(trials, items))
+
+
+def resolution(trials: Sequence[FrozenTrial], items: int) -> float:
+    """The standard error of a recipe's lead on so many items, from what complete trials say."""
+    of_one = [trial.user_attrs["variance"] * trial.user_attrs["items"] for trial in trials]
+    return float(np.sqrt(np.median(of_one) / items))

@@ -1,0 +1,1 @@
+"""How many items a candidate is evaluated on, and who is ahead: pure functions of scores."""

@@ -1,0 +1,1 @@
+"""For people and programs: terminal, JSON lines, report, model card, upload."""

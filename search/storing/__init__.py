@@ -1,0 +1,1 @@
+"""What survives a kill: run folder, database, trials, items, results."""

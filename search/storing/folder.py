@@ -1,0 +1,122 @@
+"""A run's folder: whether there can be one, who holds it, and what its files are called.
+
+What is wrong with it is said at once, so nothing that is slow to import is imported here.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Final
+
+from merge_engine.building.export import FULL
+from search.study.spec import StudyError
+
+DATABASE: Final = "study.db"  # in a run folder, unless there is a
+REMEMBERED: Final = "storage.json"  # with the URL of another one, and the study's name there
+CARD: Final = "README.md"  # in an exported folder
+_LOCK: Final = "lock"
+_ASIDE: Final = re.compile(r"old-(\d+)$")
+
+
+def check_folder(folder: Path) -> None:
+    """Refuse a folder that cannot be made or written into, before anything long starts.
+
+    Raises:
+        StudyError: Why, and what to do.
+    """
+    whole = folder.absolute()
+    there = next(path for path in (whole, *whole.parents) if path.exists())
+    if not there.is_dir():
+        reason = errno.EEXIST if there == whole else errno.ENOTDIR
+    elif os.access(there, os.W_OK):
+        return
+    else:
+        reason = errno.EROFS if os.statvfs(there).f_flag & os.ST_RDONLY else errno.EACCES
+    raise StudyError(f"{folder}: {os.strerror(reason)}; choose another folder")
+
+
+def check_run_folder(folder: Path) -> None:
+    """Refuse a folder in which no run can begin or go on.
+
+    Raises:
+        StudyError: It cannot be written, holds other files, or is at work.
+    """
+    check_folder(folder)
+    _check_ours(folder)
+    if is_held(folder):
+        raise _held(folder)
+
+
+def has_run(folder: Path) -> bool:
+    """Whether a run has begun in it."""
+    return any((folder / name).is_file() for name in (DATABASE, REMEMBERED))
+
+
+def _check_ours(run: Path) -> None:
+    if run.is_dir() and any(run.iterdir()) and not (has_run(run) or (run / _LOCK).exists()):
+        raise StudyError(f"{run} holds other files; choose an empty folder or a run to resume")
+
+
+@contextmanager
+def locked(run: Path) -> Iterator[None]:
+    """Hold the run folder for this process alone.
+
+    Raises:
+        StudyError: It cannot be made, holds other files, or another process has it.
+    """
+    try:
+        run.mkdir(parents=True, exist_ok=True)
+        _check_ours(run)
+        lock = (run / _LOCK).open("w")
+    except OSError as error:
+        if error.errno in FULL:
+            raise
+        raise StudyError(f"{run}: {error.strerror}; choose another folder") from None
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise _held(run) from None
+        yield
+
+
+def _held(run: Path) -> StudyError:
+    return StudyError(f"{run} is being worked on by another process; wait for it")
+
+
+def is_held(run: Path) -> bool:
+    """Whether a process is seen to hold the run folder."""
+    try:
+        with (run / _LOCK).open() as lock:
+            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
+    return False
+
+
+def set_aside(run: Path) -> None:
+    """Move a study and all it has left in a run folder into a folder of its own in there."""
+    left = [path for path in run.iterdir() if path.name != _LOCK and not _ASIDE.match(path.name)]
+    # Last what says that there is a study: until then it is all there.
+    left.sort(key=lambda path: path.name.startswith((DATABASE, REMEMBERED)))
+    if left:
+        taken = [int(match[1]) for path in run.iterdir() if (match := _ASIDE.match(path.name))]
+        aside = run / f"old-{max(taken, default=0) + 1}"
+        aside.mkdir()
+        for path in left:
+            path.rename(aside / path.name)
+
+
+def replace_text(file: Path, text: str) -> None:
+    """Write a file so that it is the old one or the new one, never half of it."""
+    partial = file.with_name(file.name + ".partial")
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(file)

@@ -1,0 +1,1 @@
+"""What is wanted: study.yaml read, checked once and frozen."""

@@ -1,0 +1,197 @@
+"""What a candidate costs: one JSON line for every method.
+
+python tests/bench_build.py [--millions 110] [--donors 3] [--methods ties,linear] [--no-oracle]
+
+Random weights of a Llama's shapes: bfloat16 donors, in memory unless ``--mapped``, built in place
+into a live bfloat16 model.
+``copy_fraction`` is the bytes of the donors read and the model written per second, over the bytes
+read and written per second by a plain copy of as much, measured before and after each method.
+``vs_mergekit`` is the time of mergekit's own kernels on the same tensors in memory, over ours.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+os.environ.setdefault("GOMP_SPINCOUNT", "0")
+
+import torch
+from mergekit.merge_methods import merge_tensors
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from merge_engine.building.builder import Builder
+from merge_engine.methods import METHODS, Base
+from merge_engine.models.model_set import ModelSet
+from merge_engine.recipe.recipe import Recipe
+
+SETTINGS = {"weight": 0.4, "density": 0.5, "gamma": 0.01, "epsilon": 0.1, "t": 0.5, "scale": 0.9}
+
+
+def make_models(folder: Path, millions: float, donors: int) -> list[str]:
+    """A base and donors of a Llama's shapes with so many parameters, in bfloat16."""
+    width = 768
+    layer = {"q": (width, width), "k": (width, width), "v": (width, width), "o": (width, width)}
+    layer |= {"gate": (4 * width, width), "up": (4 * width, width), "down": (width, 4 * width)}
+    layer |= {"input_norm": (width,), "post_norm": (width,)}
+    size = sum(torch.Size(shape).numel() for shape in layer.values())
+    shapes = {"model.embed_tokens.weight": (16_000, width)}
+    for number in range(max(1, round((millions * 1e6 - 16_000 * width) / size))):
+        shapes |= {f"model.layers.{number}.{name}.weight": s for name, s in layer.items()}
+    generator = torch.Generator().manual_seed(0)
+    base = {n: torch.randn(s, generator=generator) * 0.02 for n, s in shapes.items()}
+    for number in range(donors + 1):
+        path = folder / f"m{number}"
+        path.mkdir()
+        (path / "config.json").write_text("{}")
+        changed = {
+            n: (t + torch.randn(t.shape, generator=generator) * 1e-3 if number else t).bfloat16()
+            for n, t in base.items()
+        }
+        save_file(changed, path / "model.safetensors")
+    return [str(folder / f"m{number}") for number in range(donors + 1)]
+
+
+def recipe_for(method: str, models: Sequence[str]) -> Recipe:
+    """The method at ordinary settings over as many of the models as it takes."""
+    row = METHODS[method]
+    base, *donors = models
+    most = row.donors[1]
+    if row.base is Base.ENDPOINT:
+        donors = [base, donors[0]]
+    elif most is not None:
+        donors = donors[:most]
+    named = None if row.base is Base.INPUT else base
+    needed = {name: p for name, p in row.params.items() if p.default is None or name in SETTINGS}
+    own = {name: SETTINGS[name] for name, p in needed.items() if p.per_donor}
+    shared = {name: SETTINGS[name] for name, p in needed.items() if not p.per_donor and name == "t"}
+    return Recipe.model_validate(
+        {
+            "merge_method": method,
+            "base_model": named,
+            "models": [{"model": m, "parameters": own} for m in donors],
+            "parameters": shared,
+        }
+    )
+
+
+def live_model(family: ModelSet) -> nn.Module:
+    """A bfloat16 model with the family's tensors for parameters."""
+    root = nn.Module()
+    for name, info in family.tensors.items():
+        *path, own = name.split(".")
+        module = root
+        for part in path:
+            if part not in dict(module.named_children()):
+                module.add_module(part, nn.Module())
+            module = module.get_submodule(part)
+        parameter = nn.Parameter(torch.empty(info.shape, dtype=torch.bfloat16), requires_grad=False)
+        module.register_parameter(own, parameter)
+    return root
+
+
+def median_seconds(work: Callable[[], object], repeats: int) -> float:
+    """Median time of a call, the first not counted."""
+    work()
+    times = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        work()
+        times.append(time.perf_counter() - start)
+    return statistics.median(times)
+
+
+def copy_rate(source: Tensor, target: Tensor) -> float:
+    """Bytes read and written per second by a plain copy."""
+    return 2 * source.nbytes / median_seconds(lambda: target.copy_(source), 5)
+
+
+def oracle_seconds(recipe: Recipe, family: ModelSet, names: Sequence[str]) -> float:
+    """mergekit's kernels on tensors in memory, in the dtype they are stored in."""
+    order = ([recipe.base] if recipe.origin else []) + [s.model for s in recipe.donors]
+    if recipe.method.base is Base.ENDPOINT:
+        order = [recipe.base, *(s.model for s in recipe.donors)]
+    index = None if recipe.base is None else 0
+
+    def merge() -> None:
+        for name in names:
+            values = dict(recipe.values(name, 0.0))
+            if "lambda_" in values:
+                values["lambda"] = values.pop("lambda_")
+            parameters = {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
+            tensors = [family.read(model, name) for model in order]
+            merge_tensors(tensors, recipe.merge_method, parameters=parameters, base_index=index)
+
+    start = time.perf_counter()
+    merge()
+    return time.perf_counter() - start
+
+
+def measure(
+    method: str, models: Sequence[str], family: ModelSet, oracle: bool
+) -> dict[str, object]:
+    """One method's line."""
+    recipe = recipe_for(method, models)
+    names = family.names
+    builder = Builder(live_model(family), family)
+    start = time.perf_counter()
+    builder.build(recipe)
+    first = time.perf_counter() - start
+    model_bytes = 2 * family.parameters
+    read = len({*([recipe.origin] if recipe.origin else []), *(s.model for s in recipe.donors)})
+    read += recipe.method.base is Base.ENDPOINT
+    source = torch.empty(2 * model_bytes, dtype=torch.uint8).random_()
+    target = torch.empty_like(source)
+    before = copy_rate(source, target)
+    seconds = median_seconds(lambda: builder.build(recipe), 5)
+    rate = (before + copy_rate(source, target)) / 2
+    moved = (read + 1) * model_bytes
+    return {
+        "method": method,
+        "params_millions": round(model_bytes / 2e6, 1),
+        "donors": len(recipe.donors),
+        "seconds": round(seconds, 4),
+        "first_seconds": round(first, 2),
+        "gb_per_s": round(moved / seconds / 1e9, 2),
+        "copy_fraction": round(moved / seconds / rate, 3),
+        "vs_mergekit": round(oracle_seconds(recipe, family, names) / seconds, 1)
+        if oracle
+        else None,
+        "peak_mb": peak_mb(),
+        "compiled": family.stream.compiled,
+    }
+
+
+def peak_mb() -> int:
+    """The process's largest resident size so far."""
+    status = Path("/proc/self/status").read_text()
+    return int(status.split("VmHWM:")[1].split()[0]) // 1024
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--millions", type=float, default=110)
+    parser.add_argument("--donors", type=int, default=3)
+    parser.add_argument("--methods", default=",".join(METHODS))
+    parser.add_argument("--no-oracle", action="store_true")
+    parser.add_argument("--no-compile", action="store_true")
+    parser.add_argument("--mapped", action="store_true", help="donors are read from mapped files")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder, torch.no_grad():
+        os.environ["MERGESEARCH_CACHE"] = folder  # what is measured once is in first_seconds
+        models = make_models(Path(folder), options.millions, options.donors)
+        family = ModelSet(models, candidates=1 if options.no_compile else 100)
+        family.place(torch.device("cpu"), "disk" if options.mapped else "device")
+        for method in options.methods.split(","):
+            print(json.dumps(measure(method, models, family, not options.no_oracle)), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,220 @@
+"""How much of a front a search finds for its item evaluations: one JSON line per system.
+
+    python tests/bench_front.py [--systems front,nsga2] [--landscapes demo] [--seeds 10]
+        [--budget 8000]
+
+``demo`` is the demo's tabulated landscape with its tasks as goals, which hardly conflict;
+``conflict`` has two goals whose best recipes are far apart. ``front`` searches as a study with
+``search.front`` does, ``mean`` as one without, ``random`` by random points and all search items;
+``nsga2`` and ``ehvi`` are Optuna's NSGA-II and Gaussian process (expected hypervolume improvement),
+with our warm starts and all search items. All choose their front in the same way. ``volume`` is the
+share of the goals' box in which a point is beaten by the front's true values. The box of ``demo``
+lies between the worst donor's and the best tabulated value of each task, that of ``conflict``
+between floor and top.
+"""
+
+import argparse
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from itertools import product
+from typing import Literal, Protocol
+
+import numpy as np
+import optuna
+from optuna.samplers import BaseSampler, GPSampler, NSGAIISampler
+
+from landscape import LANDSCAPES, Bits, Floats, Items, Landscape, Planted, Tabulated
+from merge_engine.recipe.recipe import Recipe
+from replay import Candidate, Raced, Replay
+from rivals import StockFront
+from search.proposing.samplers import make_sampler
+from search.proposing.space import Point, Space
+from search.racing.pareto import believed_front, confirmed
+from search.racing.race import HOPE, Estimate
+
+FINALISTS = 8
+
+
+class Proposer(Protocol):
+    """Proposes a point, and is told what came of it."""
+
+    def ask(self) -> Point:
+        """The next point."""
+
+    def tell(self, told: Estimate, by_task: Mapping[str, Estimate]) -> None:
+        """What it is worth in the mean and in each task."""
+
+
+class Shipped:
+    """A sampler of ``search.proposing.samplers``, made anew for every trial as a run does."""
+
+    def __init__(self, name: str, front: bool, space: Space, seed: int) -> None:
+        self.name, self.front, self.space, self.seed = name, front, space, seed
+        self.study = optuna.create_study(direction="maximize")
+        for _, point in space.warm_starts():
+            self.study.enqueue_trial(point)
+        self.asked = 0
+
+    def ask(self) -> Point:
+        self.study.sampler = make_sampler(
+            self.name, self.space, self.seed, self.asked, front=self.front
+        )
+        self.asked += 1
+        self.trial = self.study.ask(self.space.distributions())
+        return self.trial.params
+
+    def tell(self, told: Estimate, by_task: Mapping[str, Estimate]) -> None:
+        self.trial.set_user_attr("variance", told.variance)
+        said = {task: [one.value, one.variance] for task, one in by_task.items()}
+        self.trial.set_user_attr("tasks", said)
+        self.study.tell(self.trial, told.value)
+
+
+@dataclass(frozen=True)
+class System:
+    """Who proposes, made from a space, a seed and the number of goals, and how all are asked.
+
+    ``raced`` for one goal or for a front; None asks everyone all search items.
+    """
+
+    proposer: Callable[[Space, int, int], Proposer]
+    raced: Literal["mean", "front"] | None = None
+
+
+def shipped(name: str, front: bool = False) -> Callable[[Space, int, int], Proposer]:
+    """A sampler of ours."""
+    return lambda space, seed, _: Shipped(name, front, space, seed)
+
+
+def stock(make: Callable[[int], BaseSampler]) -> Callable[[Space, int, int], Proposer]:
+    """One of Optuna's."""
+    return lambda space, seed, goals: StockFront(make, space, seed, goals)
+
+
+SYSTEMS = {
+    "front": System(shipped("gp", front=True), "front"),
+    "mean": System(shipped("gp"), "mean"),
+    "random": System(shipped("random")),
+    "nsga2": System(stock(lambda seed: NSGAIISampler(seed=seed, population_size=10))),
+    "ehvi": System(stock(lambda seed: GPSampler(seed=seed))),
+}
+
+
+class Goals(Protocol):
+    """A landscape with the truth about each of its goals."""
+
+    landscape: Landscape
+    box: tuple[Floats, Floats]
+
+    def truth(self, recipe: Recipe) -> Floats:
+        """The value in each goal."""
+
+
+class Demo:
+    """Tasks of the demo."""
+
+    def __init__(self, seed: int) -> None:
+        table = LANDSCAPES["demo"](seed)
+        assert isinstance(table, Tabulated)
+        self.landscape = self.table = table
+        donors = [table.space.baselines()[donor] for donor in table.space.donors]
+        known = np.array([self.truth(recipe) for recipe in table.recipes])
+        self.box = np.array([self.truth(r) for r in donors]).min(axis=0), known.max(axis=0)
+
+    def truth(self, recipe: Recipe) -> Floats:
+        answers, tasks = self.table.answers(recipe), self.table.tasks
+        return np.array([answers[tasks == task].mean() for task in self.table.weights])
+
+
+@dataclass(frozen=True)
+class ConflictItems:
+    """Items of either goal in turn."""
+
+    goals: tuple[Items, Items]
+    tasks: tuple[str, ...]
+
+    def answers(self, recipe: Recipe) -> Bits:
+        first = np.array(self.tasks) == self.tasks[0]
+        return np.where(first, *(goal.answers(recipe) for goal in self.goals))
+
+
+class Conflict:
+    """Two planted goals with the same methods, their tops mirrored."""
+
+    weights: Mapping[str, float] = {"x": 1.0, "y": 1.0}
+
+    def __init__(self, seed: int) -> None:
+        one = LANDSCAPES["planted"](seed)
+        assert isinstance(one, Planted)
+        centres = {m: (*(1.4 - np.array(at[:3])), *at[3:]) for m, at in one.centres.items()}
+        self.goals = one, replace(one, centres=centres, seed=seed + 1000)
+        self.space, self.landscape, self.best = one.space, self, one.best
+        self.box = np.full(2, one.floor), np.full(2, one.best)
+
+    def truth(self, recipe: Recipe) -> Floats:
+        return np.array([goal.truth(recipe) for goal in self.goals])
+
+    def draw(self, count: int, generator: np.random.Generator) -> ConflictItems:
+        one, other = (goal.draw(count, generator) for goal in self.goals)
+        return ConflictItems((one, other), ("x", "y") * (count // 2))
+
+
+PLACES = {"demo": Demo, "conflict": Conflict}
+
+
+def volume(front: Floats, low: Floats, high: Floats) -> float:
+    """The share of the box (tasks) that points of a front (n, tasks) beat."""
+    points = np.random.default_rng(0).uniform(low, high, (20_000, len(low)))
+    return float((points[:, None] <= front[None]).all(axis=2).any(axis=1).mean())
+
+
+def search(replay: Replay, system: str, budget: int) -> list[Candidate]:
+    """Search until the budget is spent, and the candidates' front on fresh items."""
+    space, weights, how = replay.space, replay.landscape.weights, SYSTEMS[system]
+    proposer = how.proposer(space, replay.seed, len(weights))
+    raced = Raced(hope=HOPE if how.raced else -1.0)
+    raced.start(replay)
+    raced.contest.front = how.raced == "front"
+    estimates: list[dict[str, list[float]]] = []
+    candidates = []
+    while replay.asked < budget:
+        point = proposer.ask()
+        candidate = replay.candidate(space.recipe(point))
+        candidate.point = point
+        (told,) = raced.race(replay, [candidate])
+        said = raced.contest.by_task(replay.ask(candidate, candidate.seen))
+        estimates.append({task: [one.value, one.variance] for task, one in said.items()})
+        candidates.append(candidate)
+        proposer.tell(told, said)
+    points = [candidate.point or {} for candidate in candidates]
+    known = {task: np.array([one[task] for one in estimates]) for task in estimates[0]}
+    places, beliefs = believed_front(space, points, known, FINALISTS)
+    chosen = [candidates[place] for place in places]
+    answers = np.array([replay.answers(candidate, "select") for candidate in chosen])
+    return [chosen[i] for i in confirmed(beliefs, replay.strata["select"], answers)]
+
+
+def main() -> None:
+    """Replay and print."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--systems", default=",".join(SYSTEMS))
+    parser.add_argument("--landscapes", default=",".join(PLACES))
+    parser.add_argument("--seeds", type=int, default=10)
+    parser.add_argument("--budget", type=int, default=8000)
+    options = parser.parse_args()
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    for place, system in product(options.landscapes.split(","), options.systems.split(",")):
+        volumes = []
+        for seed in range(options.seeds):
+            goals = PLACES[place](seed)
+            front = search(Replay(goals.landscape, seed), system, options.budget)
+            truth = np.array([goals.truth(candidate.recipe) for candidate in front])
+            volumes.append(volume(truth, *goals.box))
+        line = {"landscape": place, "system": system, "budget": options.budget}
+        quartiles = np.quantile(volumes, [0.25, 0.5, 0.75]).round(4).tolist()
+        print(json.dumps(line | {"seeds": options.seeds, "volume": quartiles}), flush=True)
+
+
+if __name__ == "__main__":
+    main()

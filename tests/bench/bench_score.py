@@ -1,0 +1,295 @@
+"""Scoring by ``Harness`` against ``simple_evaluate``: CPU seconds and tokens through the model.
+
+A llama of 55 M random weights and 32,768 words answers made-up documents. ``simple_evaluate`` has
+its tasks loaded already, batches of 32, float32 softmax and no bootstrap. One JSON line per task:
+
+    python tests/bench_score.py [--tasks long_answers,letters,...] [--device cuda --dtype bfloat16]
+
+``ratio`` is its CPU seconds through ours (wall seconds on a GPU), ``ratio_in_model_calls`` the
+same without what it does around its language model; ``overhead`` is our share outside the model's
+forward. The task ``growth`` gives as ``ratio`` the cost of an item among 2,000 to one among 100.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import itertools
+import json
+import logging
+import random
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+import yaml
+from lm_eval import simple_evaluate
+from lm_eval.models.huggingface import HFLM
+from lm_eval.tasks import TaskManager
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+from objectives.harness.harness import Harness
+from objectives.harness.tasks import TaskSpec, load_tasks
+
+LETTERS = "abcdefghijklmnopqrstuvwxyz012345"
+WORDS = ["".join(letters) for letters in itertools.product(LETTERS, repeat=3)]
+DRAW = random.Random(0)
+DOCUMENTS = {"long_answers": 40, "letters": 100, "five_shot": 40, "generation": 64}
+
+
+def words(least: int, most: int) -> str:
+    return " ".join(DRAW.choices(WORDS, k=DRAW.randint(least, most)))
+
+
+def document(task: str) -> dict[str, Any]:
+    question = words(10, 40) if task == "growth" else words(120, 280)
+    answers = ["aaa", "bbb", "ccc", "ddd"] if task in ("letters", "growth") else None
+    if task in ("five_shot", "generation"):
+        question = words(40, 80)
+    return {
+        "question": question,
+        "choices": answers or [words(8, 16) for _ in range(4)],
+        "gold": DRAW.randrange(4),
+    }
+
+
+def settings(task: str) -> dict[str, Any]:
+    metric = "exact_match" if task == "generation" else "acc"
+    shared = {
+        "task": task,
+        "dataset_path": "json",
+        "dataset_kwargs": {
+            "data_files": {part: f"{task}_{part}.jsonl" for part in ("test", "train")}
+        },
+        "test_split": "test",
+        "doc_to_text": "{{question}}",
+        "metric_list": [{"metric": metric, "aggregation": "mean", "higher_is_better": True}],
+    }
+    if task in ("five_shot", "generation"):
+        first = {"sampler": "first_n", "split": "train"}
+        shared |= {"training_split": "train", "num_fewshot": 5, "fewshot_config": first}
+    if task == "generation":
+        # one word in eleven has the letter, so texts end at different lengths
+        decoding = {"until": ["q"], "max_gen_toks": 32, "do_sample": False}
+        return shared | {
+            "output_type": "generate_until",
+            "doc_to_target": "{{choices[0]}}",
+            "generation_kwargs": decoding,
+        }
+    return shared | {
+        "output_type": "multiple_choice",
+        "doc_to_choice": "choices",
+        "doc_to_target": "gold",
+    }
+
+
+def write_task(folder: Path, task: str, count: int) -> None:
+    for part, rows in (("test", count), ("train", 8)):
+        lines = (json.dumps(document(task)) + "\n" for _ in range(rows))
+        (folder / f"{task}_{part}.jsonl").write_text("".join(lines))
+    (folder / f"{task}.yaml").write_text(yaml.safe_dump(settings(task)))
+
+
+def make_tokenizer() -> transformers.PreTrainedTokenizerFast:
+    vocabulary = {word: number for number, word in enumerate([*WORDS[:-2], "</s>", "<unk>"])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.decoder = decoders.Metaspace()
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, unk_token="<unk>", eos_token="</s>", pad_token="</s>"
+    )
+
+
+def make_model(device: str, dtype: str) -> transformers.PreTrainedModel:
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=len(WORDS),
+        hidden_size=512,
+        intermediate_size=1376,
+        num_hidden_layers=7,
+        num_attention_heads=8,
+        max_position_embeddings=2048,
+        bos_token_id=None,
+        eos_token_id=len(WORDS) - 2,
+        pad_token_id=len(WORDS) - 2,
+    )
+    model = transformers.LlamaForCausalLM(config).eval().to(device, getattr(torch, dtype))
+    for parameter in model.parameters():
+        if parameter.ndim == 2:
+            parameter.data.mul_(2.0)  # so that answers depend on questions
+    return model
+
+
+class Watched(HFLM):
+    """``HFLM`` that keeps its answers and the seconds it took for them."""
+
+    def __init__(self, clock: Callable[[], float], **given: Any) -> None:
+        super().__init__(**given)
+        self.clock = clock
+        self.seconds = 0.0
+        self.answers: dict[tuple[Any, ...], Any] = {}
+
+    def _watched(self, method: Callable[..., list[Any]], requests: Any) -> list[Any]:
+        start = self.clock()
+        answers = method(requests, disable_tqdm=True)
+        self.seconds += self.clock() - start
+        self.answers |= {str(r.args): a for r, a in zip(requests, answers, strict=True)}
+        return answers
+
+    def loglikelihood(self, requests, disable_tqdm=False):
+        return self._watched(super().loglikelihood, requests)
+
+    def generate_until(self, requests, disable_tqdm=False):
+        return self._watched(super().generate_until, requests)
+
+
+class Replayed:
+    """Answers once given, as a language model."""
+
+    def __init__(self, watched: Watched) -> None:
+        self.model = watched.model
+        self.answers = watched.answers
+
+    def loglikelihood(self, requests, disable_tqdm=False):
+        return [self.answers[str(request.args)] for request in requests]
+
+    def written(self, requests):
+        return [(text, 0) for text in self.loglikelihood(requests)]
+
+
+class Meter:
+    """Counts the tokens a model reads and the seconds of its forward."""
+
+    def __init__(self, model: torch.nn.Module, clock: Callable[[], float]) -> None:
+        self.tokens, self.seconds, self.clock = 0, 0.0, clock
+        model.get_input_embeddings().register_forward_hook(self._count)
+        model.register_forward_pre_hook(self._start)
+        model.register_forward_hook(self._stop)
+
+    def _count(self, module, read, embedded) -> None:
+        self.tokens += read[0].numel()
+
+    def _start(self, module, read) -> None:
+        self.began = self.clock()
+
+    def _stop(self, module, read, written) -> None:
+        self.seconds += self.clock() - self.began
+
+    def take(self) -> tuple[int, float]:
+        taken = self.tokens, self.seconds
+        self.tokens, self.seconds = 0, 0.0
+        return taken
+
+
+@contextlib.contextmanager
+def task_folder(task: str, count: int) -> Iterator[Path]:
+    with tempfile.TemporaryDirectory() as name, contextlib.chdir(name):
+        write_task(Path(name), task, count)
+        yield Path(name)
+
+
+def clock_of(device: str) -> Callable[[], float]:
+    def wall() -> float:
+        torch.cuda.synchronize()
+        return time.perf_counter()
+
+    return wall if device.startswith("cuda") else time.process_time
+
+
+def compare(task: str, model: transformers.PreTrainedModel, clock: Callable[[], float]) -> dict:
+    with task_folder(task, DOCUMENTS[task]) as folder:
+        tokenizer = make_tokenizer()
+        meter = Meter(model, clock)
+        stock = Watched(
+            clock, pretrained=model, tokenizer=tokenizer, batch_size=32, softmax_dtype="float32"
+        )
+        manager = TaskManager(include_defaults=False, include_path=str(folder))
+        loaded = list(manager.load([task])["tasks"].values())
+        meter.take()
+        start = clock()
+        simple_evaluate(
+            stock, tasks=loaded, task_manager=manager, bootstrap_iters=0, log_samples=False
+        )
+        before = clock() - start
+        tokens_before, _ = meter.take()
+        mine = load_tasks([TaskSpec(task)], [folder])
+        harness = Harness.prepare(mine, model=model, tokenizer=tokenizer)
+        items = range(len(harness.items))
+        harness.score(model, items)  # plans
+        trials = []
+        for _ in range(2):
+            meter.take()
+            start = clock()
+            values = harness.score(model, items)
+            trials.append((clock() - start, *meter.take()))
+        after, tokens_after, forward = min(trials)
+        ours = {str(r.args): r.resps[0] for q in harness._questions for r in q.requests}
+        replayed = Harness(harness.tasks, harness._questions, Replayed(stock))
+        theirs = replayed.score(model, items)
+    differences = [
+        abs(ours[key][0] - stock.answers[key][0]) for key in ours if task != "generation"
+    ]
+    return {
+        "task": task,
+        "ratio": round(before / after, 2),
+        "ratio_in_model_calls": round(stock.seconds / after, 2),
+        "items": len(items),
+        "items_differ": sum(a.value != b.value for a, b in zip(values, theirs, strict=True)),
+        "texts_differ": sum(ours[key] != stock.answers[key] for key in ours)
+        if task == "generation"
+        else None,
+        "max_loglik_difference": max(differences, default=None),
+        "tokens_before": tokens_before,
+        "tokens_after": tokens_after,
+        "seconds_before": round(before, 2),
+        "seconds_after": round(after, 2),
+        "overhead": round(1 - forward / after, 4),
+    }
+
+
+def growth(model: transformers.PreTrainedModel, clock: Callable[[], float]) -> dict:
+    with task_folder("growth", 2000) as folder:
+        tasks = load_tasks([TaskSpec("growth")], [folder])
+        harness = Harness.prepare(tasks, model=model, tokenizer=make_tokenizer())
+        meter = Meter(model, clock)
+        cost, read = {}, {}
+        for count in (100, 2000):
+            harness.score(model, range(count))  # plans
+            repeats = 5 if count == 100 else 1
+            meter.take()
+            start = clock()
+            for _ in range(repeats):
+                harness.score(model, range(count))
+            cost[count] = (clock() - start) / repeats / count
+            read[count] = meter.take()[0] // repeats
+    return {
+        "task": "growth",
+        "ratio": round(cost[2000] / cost[100], 3),
+        "items_differ": None,
+        "max_loglik_difference": None,
+        "tokens_before": read[100],
+        "tokens_after": read[2000],
+        "milliseconds_per_item": {count: round(1e3 * each, 2) for count, each in cost.items()},
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--tasks", default=",".join([*DOCUMENTS, "growth"]))
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--dtype", default="float32")
+    given = parser.parse_args()
+    logging.disable(logging.WARNING)
+    for task in given.tasks.split(","):
+        model = make_model(given.device, given.dtype)
+        clock = clock_of(given.device)
+        line = growth(model, clock) if task == "growth" else compare(task, model, clock)
+        print(json.dumps(line), flush=True)
+
+
+if __name__ == "__main__":
+    main()

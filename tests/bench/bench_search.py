@@ -1,0 +1,189 @@
+"""What a search finds for its item evaluations: one JSON line per landscape, system and budget.
+
+python tests/bench_search.py [--landscapes demo,planted] [--systems run,full] [--seeds 20]
+    [--first 0] [--budgets 5000,20000,60000] [--trials] [--jobs 2] [--runs]
+
+A budget counts every item evaluation that goes into the choice: the search's and the selector's.
+The test items that some systems ask once more, to report, are counted apart. With ``--trials`` a
+budget is a number of trials, the warm starts among them, whatever each of them costs. Lists are
+quartiles over the seeds; all values are in [0, 1].
+
+``regret`` is the best value known less the true value of what is exported; ``optimism`` what is
+reported of it less that truth, ``optimism_mean`` its mean; ``covered`` the share of 95 % intervals
+that hold the truth; ``reached`` the share of runs with 95 % of the way from the uniform average to
+the best; ``dropped`` the share of runs in which the truly best recipe tried, by half a point or
+more, is not among the finalists; ``better`` the share of verdicts that say so; ``method`` the
+share of runs whose recipe is of the best method, where that is known. ``--runs`` prints every run's
+own line, too.
+
+The rival ``cma-lucky`` needs ``pip install cma``.
+"""
+
+import argparse
+import json
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
+from functools import partial
+from itertools import product
+
+import numpy as np
+import optuna
+from optuna.samplers import CmaEsSampler, RandomSampler, TPESampler
+
+from landscape import LANDSCAPES, Landscape, Planted
+from replay import (
+    COUNTS,
+    Elected,
+    FixedItems,
+    FreshItems,
+    LuckyMaximum,
+    OptunaSampler,
+    Raced,
+    System,
+    run,
+)
+from rivals import Started, Stock, WeightsCma, WeightsGa
+from search.proposing.space import UNIFORM, Space
+
+Row = dict[str, object]
+AUTO = partial(OptunaSampler, "auto")
+RANDOM = partial(OptunaSampler, "random")
+TPE = partial(OptunaSampler, "tpe")
+GA7 = partial(WeightsGa, 7, "task_arithmetic")
+GA25 = partial(WeightsGa, 25, "task_arithmetic")
+STOCK_TPE = partial(Stock, lambda seed: TPESampler(seed=seed), ())
+STOCK_RANDOM = partial(Stock, lambda seed: RandomSampler(seed=seed), ())
+STOCK_CMAES = partial(Stock, lambda seed: CmaEsSampler(seed=seed), ("task_arithmetic",))
+
+
+class Depths(OptunaSampler):
+    """What ships, but that depth groups have the same weights throughout, or their own at once."""
+
+    def __init__(self, space: Space, seed: int, *, alike: bool) -> None:
+        never = (*space.stages[:1],) * 1000
+        super().__init__("auto", replace(space, stages=never if alike else ()), seed)
+
+
+SYSTEMS: Mapping[str, System] = {
+    "run": System(AUTO, Raced, Elected()),  # what ships
+    "full": System(AUTO, FixedItems, FreshItems()),  # everyone answers everything
+    "run-alike": System(partial(Depths, alike=True), Raced, Elected()),  # one weight in all depths
+    "run-apart": System(partial(Depths, alike=False), Raced, Elected()),  # from the first trial
+    "run-lucky": System(AUTO, Raced, LuckyMaximum()),
+    "full-lucky": System(AUTO, FixedItems, LuckyMaximum()),
+    "full-elected": System(AUTO, FixedItems, Elected()),
+    "tpe-raced": System(TPE, Raced, Elected()),
+    "cmaes-raced": System(partial(OptunaSampler, "cmaes"), Raced, Elected()),
+    "catcma-raced": System(partial(OptunaSampler, "catcma"), Raced, Elected()),
+    "random-raced": System(RANDOM, Raced, Elected()),
+    "tpe-lucky": System(TPE, FixedItems, LuckyMaximum(), baselines=False),
+    "random-lucky": System(RANDOM, FixedItems, LuckyMaximum(), baselines=False),
+    "random-fresh": System(RANDOM, FixedItems, FreshItems()),
+    "cma-lucky": System(
+        partial(WeightsCma, "task_arithmetic"),
+        partial(FixedItems, 100),
+        LuckyMaximum(),
+        baselines=False,
+    ),
+    "ga7-lucky": System(GA7, partial(FixedItems, 100), LuckyMaximum(), baselines=False),
+    "ga25-lucky": System(GA25, partial(FixedItems, 100), LuckyMaximum(), baselines=False),
+    "ga25-started": System(
+        partial(Started, GA25), partial(FixedItems, 100), LuckyMaximum(), baselines=False
+    ),
+    "stock-tpe": System(STOCK_TPE, FixedItems, LuckyMaximum(), baselines=False),
+    "stock-tpe-started": System(
+        partial(Started, STOCK_TPE), FixedItems, LuckyMaximum(), baselines=False
+    ),
+    "stock-random": System(STOCK_RANDOM, FixedItems, LuckyMaximum(), baselines=False),
+    "stock-cmaes": System(STOCK_CMAES, FixedItems, LuckyMaximum(), baselines=False),
+    "sobol": System(partial(OptunaSampler, "sobol"), FixedItems, FreshItems()),
+    "tpe": System(TPE, FixedItems, FreshItems()),
+}
+
+
+def runs(place: tuple[str, str], seed: int, budgets: Sequence[int], *, trials: bool) -> list[Row]:
+    """One run of a system on a landscape: a row per budget."""
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    landscape, system = LANDSCAPES[place[0]](seed), SYSTEMS[place[1]]
+    uniform = landscape.truth(landscape.space.baselines()[UNIFORM])
+    rows: list[Row] = []
+    ends = run(system, landscape, seed, budgets, trials=trials)
+    for budget, end in zip(sorted(budgets), ends, strict=True):
+        truth, said = landscape.truth(end.export.recipe), end.export.reported
+        rows.append(
+            {
+                "landscape": place[0],
+                "system": place[1],
+                "budget": budget,
+                "seed": seed,
+                "value": truth,
+                "regret": landscape.best - truth,
+                "optimism": said.mean - truth,
+                "covered": said.low <= truth <= said.high,
+                "reached": truth >= uniform + 0.95 * (landscape.best - uniform),
+                "dropped": end.dropped >= 0.005,
+                "better": end.export.verdict and end.export.verdict == "better",
+                "method": found_method(landscape, end.export.recipe.merge_method),
+                "recipes": end.recipes,
+                "asked": end.asked,
+                "tested": 0 if end.export.verdict is None else COUNTS["test"],
+            }
+        )
+    return rows
+
+
+def found_method(landscape: Landscape, method: str) -> bool | None:
+    """Whether it is the landscape's best method; None where that is not known or all are."""
+    if not isinstance(landscape, Planted) or len(set(landscape.heights.values())) == 1:
+        return None
+    return landscape.heights[method] == landscape.best
+
+
+def summary(rows: Sequence[Row]) -> Row:
+    """One row of a system's runs on a landscape within a budget."""
+    found: Row = {name: rows[0][name] for name in ("landscape", "system", "budget")}
+    found["seeds"] = len(rows)
+    for name in ("value", "regret", "optimism"):
+        found[name] = np.quantile([row[name] for row in rows], [0.25, 0.5, 0.75]).round(4).tolist()
+    found["optimism_mean"] = round(float(np.mean([row["optimism"] for row in rows])), 4)
+    for name in ("covered", "reached", "dropped", "better", "method"):
+        said = [row[name] for row in rows if row[name] is not None]
+        found[name] = round(float(np.mean(said)), 3) if said else None
+    for name in ("recipes", "asked", "tested"):
+        found[name] = int(np.median([row[name] for row in rows]))
+    return found
+
+
+def main() -> None:
+    """Replay and print."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--landscapes", default=",".join(LANDSCAPES))
+    parser.add_argument("--systems", default=",".join(SYSTEMS))
+    parser.add_argument("--seeds", type=int, default=20)
+    parser.add_argument("--first", type=int, default=0, help="of the seeds")
+    parser.add_argument("--budgets", default="5000,20000,60000")
+    parser.add_argument("--trials", action="store_true", help="budgets are numbers of trials")
+    parser.add_argument("--jobs", type=int, default=1, help="processes")
+    parser.add_argument("--runs", action="store_true", help="print every run, too")
+    options = parser.parse_args()
+    budgets = [int(budget) for budget in options.budgets.split(",")]
+    places = list(product(options.landscapes.split(","), options.systems.split(",")))
+    seeds = range(options.first, options.first + options.seeds)
+    work = [(place, seed) for place in places for seed in seeds]
+    gathered: dict[object, list[Row]] = defaultdict(list)
+    replayed = partial(runs, budgets=budgets, trials=options.trials)
+    with ProcessPoolExecutor(options.jobs) as pool:
+        for rows in pool.map(replayed, *zip(*work, strict=True)):
+            for row in rows:
+                same = gathered[row["landscape"], row["system"], row["budget"]]
+                same.append(row)
+                if options.runs:
+                    print(json.dumps(row), flush=True)
+                if len(same) == options.seeds:
+                    print(json.dumps(summary(same)), flush=True)
+
+
+if __name__ == "__main__":
+    main()

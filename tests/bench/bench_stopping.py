@@ -1,0 +1,83 @@
+"""What it costs and saves to stop a search early: one JSON line per landscape and rule.
+
+    python tests/bench_stopping.py [--landscapes null_flat,planted,demo] [--seeds 12] [--trials 300]
+
+Each search goes on to its last trial; what it would have exported is noted after fixed numbers of
+trials and where ``stopping`` with a share of the standard error would have ended it.
+``asked`` are item evaluations, the selection's among them; lists are quartiles over the seeds.
+"""
+
+import argparse
+import json
+from collections import defaultdict
+
+import numpy as np
+import optuna
+from optuna.trial import TrialState
+
+from landscape import LANDSCAPES, Landscape
+from replay import COUNTS, Elected, OptunaSampler, Raced, Replay
+from search.proposing.stopping import exhausted
+
+SHARES = (0.2, 0.1, 0.05, 0.03)
+FIXED = (60, 100, 200)
+
+End = tuple[int, int, float]  # trials, item evaluations, regret
+
+
+def ends(landscape: Landscape, seed: int, most: int) -> dict[str, End]:
+    """Where each rule ends one search."""
+    replay, racer = Replay(landscape, seed), Raced()
+    sampler = OptunaSampler("auto", landscape.space, seed)
+    racer.start(replay)
+    found: dict[str, End] = {}
+    left = {f"share {share:g}": share for share in SHARES}
+    for trials in range(1, most + 1):
+        point = sampler.ask()
+        candidate = replay.candidate(landscape.space.recipe(point))
+        (estimate,) = racer.race(replay, [candidate])
+        candidate.point, candidate.told = point, estimate
+        sampler.waiting[0].set_user_attr("items", candidate.seen)
+        sampler.tell(estimate)
+        told = sampler.study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+        over = [name for name, share in left.items() if exhausted(told, COUNTS["select"], share)]
+        if trials == most:
+            over = [*left]
+        if trials in (*FIXED, most):
+            over.append(f"{trials} trials")
+        if over:
+            export = Elected().select(replay)
+            regret = landscape.best - landscape.truth(export.recipe)
+            found |= dict.fromkeys(over, (trials, replay.asked + export.asked, regret))
+            left = {name: share for name, share in left.items() if name not in over}
+    return found
+
+
+def main() -> None:
+    """Replay and print."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--landscapes", default="null_flat,planted,demo")
+    parser.add_argument("--seeds", type=int, default=12)
+    parser.add_argument("--trials", type=int, default=300)
+    options = parser.parse_args()
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    for name in options.landscapes.split(","):
+        gathered: dict[str, list[End]] = defaultdict(list)
+        for seed in range(options.seeds):
+            for rule, end in ends(LANDSCAPES[name](seed), seed, options.trials).items():
+                gathered[rule].append(end)
+        for rule, of_seeds in gathered.items():
+            trials, asked, regret = np.quantile(of_seeds, [0.25, 0.5, 0.75], axis=0).T
+            row = {
+                "landscape": name,
+                "rule": rule,
+                "trials": trials.tolist(),
+                "asked": asked.tolist(),
+                "regret": regret.round(4).tolist(),
+                "regret_mean": round(float(np.mean([end[2] for end in of_seeds])), 4),
+            }
+            print(json.dumps(row), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,368 @@
+"""Searches replayed on a landscape: samplers, racers and selectors in any combination.
+
+A sampler proposes points and is told an estimate of each. A racer decides how many blocks of the
+search items the candidates of a cohort answer. A selector picks the recipe to export and says how
+good it is. They share a ``Replay``, which hands out answers and counts them.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Literal, Protocol
+
+import numpy as np
+import optuna
+
+from landscape import Floats, Items, Landscape
+from merge_engine.recipe.recipe import Recipe
+from objectives.items import Split, blocks
+from objectives.scores import Interval, bootstrap, score_interval
+from search.proposing.gp import believed
+from search.proposing.samplers import make_sampler
+from search.proposing.space import UNIFORM, Point, Space
+from search.racing.item_scores import SELECT_SHARE, ItemScores, verdict
+from search.racing.race import HOPE, PANEL, Estimate, JointPosterior, Race, Strata, elect
+
+COUNTS = {"search": 240, "select": 200, "test": 360}
+BLOCK = 20
+
+
+@dataclass
+class Candidate:
+    """A recipe and how many search items it has answered; equal recipes are one candidate."""
+
+    recipe: Recipe
+    point: Point | None = None
+    seen: int = 0
+    told: Estimate | None = None
+    answers: dict[str, Floats] = field(default_factory=dict)
+
+
+class Replay:
+    """One run's landscape and items, and what has been asked of them.
+
+    Args:
+        landscape: What is searched.
+        seed: Of the items.
+    """
+
+    def __init__(self, landscape: Landscape, seed: int) -> None:
+        self.landscape, self.space, self.seed = landscape, landscape.space, seed
+        generator = np.random.default_rng((seed, 1))
+        self.items: dict[str, Items] = {
+            split: landscape.draw(count, generator) for split, count in COUNTS.items()
+        }
+        self.ends = {
+            split: [block[-1] + 1 for block in blocks(range(count), BLOCK)]
+            for split, count in COUNTS.items()
+        }
+        self.candidates: dict[str, Candidate] = {}
+        self.asked = 0
+        self.strata = {
+            split: Strata(items.tasks, landscape.weights) for split, items in self.items.items()
+        }
+
+    def candidate(self, recipe: Recipe) -> Candidate:
+        """The recipe's one candidate."""
+        return self.candidates.setdefault(recipe.key, Candidate(recipe))
+
+    def ask(self, candidate: Candidate, count: int) -> Floats:
+        """The answers to the first ``count`` search items; those asked before cost nothing."""
+        self.asked += max(0, count - candidate.seen)
+        candidate.seen = max(candidate.seen, count)
+        return self.answers(candidate, "search")[:count]
+
+    def estimate(self, values: Floats) -> Estimate:
+        """Weighted task mean of numbers for the first search items, and its variance."""
+        return self.strata["search"].estimate(values)
+
+    def sheet(self, candidate: Candidate, split: Split) -> ItemScores:
+        """All answers to a split, for selectors, who say themselves what that costs."""
+        answers = tuple(self.answers(candidate, split).tolist())
+        return ItemScores(answers, self.items[split].tasks, self.landscape.weights)
+
+    def complete(self) -> dict[str, Candidate]:
+        """Candidates with all search items."""
+        return {key: c for key, c in self.candidates.items() if c.seen == COUNTS["search"]}
+
+    def answers(self, candidate: Candidate, split: Split) -> Floats:
+        """Its answers to all of a split, uncounted."""
+        if split not in candidate.answers:
+            answers = self.items[split].answers(candidate.recipe)
+            candidate.answers[split] = answers.astype(np.float64)
+        return candidate.answers[split]
+
+
+class Sampler(Protocol):
+    """Proposes points."""
+
+    def ask(self) -> Point:
+        """The next point; several may be asked for before the first is told."""
+
+    def tell(self, estimate: Estimate) -> None:
+        """What came of the point asked first of those not told yet."""
+
+
+class Racer(Protocol):
+    """Decides how many items candidates answer."""
+
+    cohort: int  # candidates raced against one another
+
+    def start(self, replay: Replay) -> None:
+        """Ask what there is before the search: base, donors and their average."""
+
+    def race(self, replay: Replay, candidates: Sequence[Candidate]) -> list[Estimate]:
+        """Ask the candidates and estimate their values."""
+
+
+@dataclass(frozen=True)
+class Export:
+    """What a system ends with.
+
+    Args:
+        recipe: Its choice.
+        reported: What it says of it.
+        asked: Items that were asked to choose.
+        verdict: Whether it beats the donors.
+        finalists: Whom it chose among, if not among all.
+    """
+
+    recipe: Recipe
+    reported: Interval
+    asked: int
+    verdict: Literal["better", "not better"] | None = None
+    finalists: tuple[Recipe, ...] = ()
+
+
+class Selector(Protocol):
+    """Picks the recipe to export. It does not change what the search goes on with."""
+
+    def cost(self, replay: Replay) -> int:
+        """Item evaluations it may need to decide."""
+
+    def select(self, replay: Replay) -> Export:
+        """The choice, and what it says of it."""
+
+
+class OptunaSampler:
+    """A sampler of ``search.proposing.samplers``, made anew for every trial as a run does."""
+
+    def __init__(self, name: str, space: Space, seed: int) -> None:
+        self.name, self.space, self.seed = name, space, seed
+        self.study = optuna.create_study(direction="maximize")
+        self.waiting: list[optuna.Trial] = []
+        self.asked = 0
+        for _, point in space.warm_starts():
+            self.study.enqueue_trial(point)
+
+    def ask(self) -> Point:
+        self.study.sampler = make_sampler(self.name, self.space, self.seed, self.asked)
+        self.asked += 1
+        trial = self.study.ask(self.space.distributions())
+        self.waiting.append(trial)
+        return trial.params
+
+    def tell(self, estimate: Estimate) -> None:
+        trial = self.waiting.pop(0)
+        trial.set_user_attr("variance", estimate.variance)
+        self.study.tell(trial, estimate.value)
+
+
+@dataclass
+class FixedItems:
+    """Every candidate answers the first ``count`` search items."""
+
+    count: int = COUNTS["search"]
+    cohort: int = 1
+
+    def start(self, replay: Replay) -> None:
+        for recipe in replay.space.baselines().values():
+            replay.ask(replay.candidate(recipe), self.count)
+
+    def race(self, replay: Replay, candidates: Sequence[Candidate]) -> list[Estimate]:
+        return [replay.estimate(replay.ask(c, self.count)) for c in candidates]
+
+
+@dataclass
+class Raced:
+    """As a run does: the donors among themselves, then one candidate after another."""
+
+    hope: float = HOPE
+    panel: int = PANEL
+    cohort: int = field(default=1, init=False)
+
+    def start(self, replay: Replay) -> None:
+        self.contest = Race(replay.strata["search"], self.hope, self.panel)
+        known = replay.space.baselines()
+        for recipe in known.values():
+            replay.ask(replay.candidate(recipe), BLOCK)
+        donors = [replay.candidate(known[donor]) for donor in replay.space.donors]
+        ends = replay.ends["search"]
+        best = elect(
+            JointPosterior.vague(len(donors)),
+            self.contest.strata,
+            lambda some, end: np.stack([replay.ask(donors[one], end) for one in some]),
+            ends,
+        )
+        self.contest.finish(replay.ask(donors[best], ends[-1]))
+
+    def race(self, replay: Replay, candidates: Sequence[Candidate]) -> list[Estimate]:
+        return [self._race(replay, candidate) for candidate in candidates]
+
+    def _race(self, replay: Replay, candidate: Candidate) -> Estimate:
+        for end in replay.ends["search"]:
+            answers = replay.ask(candidate, end)
+            if end >= candidate.seen and not self.contest.hopeful(answers):
+                break
+        return self.contest.finish(answers)
+
+
+class LuckyMaximum:
+    """The highest mean that was seen is the winner, and that mean is the result."""
+
+    def cost(self, replay: Replay) -> int:
+        return 0
+
+    def select(self, replay: Replay) -> Export:
+        told = [c for c in replay.candidates.values() if c.told]
+        most = max(candidate.seen for candidate in told)
+        finished = [candidate for candidate in told if candidate.seen == most]
+        winner = max(finished, key=lambda candidate: candidate.told.value)
+        answers = replay.ask(winner, most).tolist()
+        tasks = replay.items["search"].tasks[:most]
+        return Export(winner.recipe, bootstrap(answers, tasks, replay.landscape.weights), 0)
+
+
+@dataclass(frozen=True)
+class FreshItems:
+    """The best few on fresh items, all of them; the winner tested once on others."""
+
+    finalists: int = 8
+
+    def cost(self, replay: Replay) -> int:
+        return COUNTS["select"] * (self.finalists + len(replay.space.donors))
+
+    def select(self, replay: Replay) -> Export:
+        searched = {key: replay.sheet(c, "search") for key, c in replay.complete().items()}
+        best = sorted(searched, key=lambda key: -searched[key].mean)[: self.finalists]
+        known = replay.candidates
+        both = {key: searched[key] + replay.sheet(known[key], "select") for key in best}
+        winner = known[max(both, key=lambda key: both[key].mean)]
+        return tested(replay, winner, self.cost(replay))
+
+
+@dataclass(frozen=True)
+class Elected:
+    """As a run does: those believed in most are raced on fresh items."""
+
+    finalists: int = 8
+    share: float = SELECT_SHARE
+
+    def cost(self, replay: Replay) -> int:
+        return int(self.share * replay.asked)
+
+    def select(self, replay: Replay) -> Export:
+        told = [(c, c.told) for c in replay.candidates.values() if c.told]
+        belief = believed(
+            replay.space,
+            [candidate.point or {} for candidate, _ in told],
+            np.array([estimate.value for _, estimate in told]),
+            np.array([estimate.variance for _, estimate in told]),
+        )
+        best = np.argsort(-belief.means, kind="stable")[: self.finalists].tolist()
+        asked: dict[int, int] = {}
+
+        def ask(some: Sequence[int], end: int) -> Floats:
+            asked.update(dict.fromkeys(some, end))
+            of_some = [replay.answers(told[best[one]][0], "select") for one in some]
+            return np.stack(of_some)[:, :end]
+
+        strata, ends = replay.strata["select"], replay.ends["select"]
+        winner = elect(belief[best], strata, ask, ends, budget=self.cost(replay))
+        export = tested(replay, told[best[winner]][0], sum(asked.values()))
+        return replace(export, finalists=tuple(told[place][0].recipe for place in best))
+
+
+def tested(replay: Replay, winner: Candidate, asked: int) -> Export:
+    """The winner and its donors on the test items."""
+    test = replay.sheet(winner, "test")
+    rivals = [
+        test.minus(replay.sheet(replay.candidate(recipe), "test"), replay.seed)
+        for name, recipe in replay.space.baselines().items()
+        if name != UNIFORM
+    ]
+    reported = score_interval(test.answers, test.tasks, test.weights, seed=replay.seed)
+    return Export(winner.recipe, reported, asked, verdict(rivals))
+
+
+@dataclass(frozen=True)
+class System:
+    """A search: who proposes, who decides how much is asked, who picks.
+
+    Args:
+        sampler: Made from a space and a seed.
+        racer: Made for every run.
+        selector: Has no state.
+        baselines: Base, donors and average are asked first.
+    """
+
+    sampler: Callable[[Space, int], Sampler]
+    racer: Callable[[], Racer]
+    selector: Selector
+    baselines: bool = True
+
+
+@dataclass(frozen=True)
+class End:
+    """Where a run stands when its budget is spent: item evaluations and recipes so far.
+
+    ``dropped`` is how much better than every finalist the best recipe tried truly is.
+    """
+
+    export: Export
+    asked: int
+    recipes: int
+    dropped: float
+
+
+def run(
+    system: System, landscape: Landscape, seed: int, budgets: Sequence[int], *, trials: bool = False
+) -> list[End]:
+    """Search, and at each budget, ascending, export as if it were the end.
+
+    Args:
+        system: That searches.
+        landscape: What is searched.
+        seed: Of the system and of the items.
+        budgets: In item evaluations.
+        trials: Budgets are numbers of trials instead.
+    """
+    replay = Replay(landscape, seed)
+    sampler, racer = system.sampler(landscape.space, seed), system.racer()
+    if system.baselines:
+        racer.start(replay)
+    ends: list[End] = []
+    tried = 0
+    for budget in sorted(budgets):
+        while (tried if trials else replay.asked + system.selector.cost(replay)) < budget:
+            points = [sampler.ask() for _ in range(racer.cohort)]
+            candidates = [replay.candidate(landscape.space.recipe(point)) for point in points]
+            tried += len(points)
+            for candidate, point, estimate in zip(
+                candidates, points, racer.race(replay, candidates), strict=True
+            ):
+                candidate.point, candidate.told = point, estimate
+                sampler.tell(estimate)
+        export = system.selector.select(replay)
+        asked, recipes = replay.asked + export.asked, len(replay.candidates)
+        ends.append(End(export, asked, recipes, dropped(replay, export)))
+    return ends
+
+
+def dropped(replay: Replay, export: Export) -> float:
+    """How much better than every finalist the best recipe tried truly is."""
+    told = [candidate.recipe for candidate in replay.candidates.values() if candidate.told]
+    best, best_left = (
+        max(map(replay.landscape.truth, recipes), default=0.0)
+        for recipes in (told, export.finalists or told)
+    )
+    return best - best_left

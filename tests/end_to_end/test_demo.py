@@ -1,0 +1,101 @@
+"""The demo, whole: it trains its family, finds a better model, and what it says of it is true."""
+
+import contextlib
+import json
+import sqlite3
+from pathlib import Path
+
+import lm_eval
+import pytest
+import torch
+import yaml
+from lm_eval.models.huggingface import HFLM
+from lm_eval.tasks import TaskManager
+from mergekit.config import MergeConfiguration
+from mergekit.merge import MergeOptions, run_merge
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from merge_engine.recipe.recipe import load_recipe
+from search.cli import DEMO, main
+from search.preparing.context import Hardware, make_context
+from search.storing.folder import DATABASE
+from search.storing.result import Result
+from search.study.spec import load_study
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("demo") / "run"
+    assert main(["demo", "--out", str(folder), "--device", "cpu"]) == 0
+    return folder
+
+
+def test_winner_beats_every_donor_and_the_average_by_far_on_fresh_items(run):
+    result = Result.model_validate_json((run / "result.json").read_text())
+    winner = result.winner.test.mean
+    assert result.verdict == "better"
+    assert result.difference_to_best_donor.ci95[0] > 0
+    assert winner >= max(donor.test.mean for donor in result.donors.values()) + 0.15
+    assert winner >= result.uniform.test.mean + 0.25
+    assert abs(result.search_score - winner) < 0.1
+
+
+def test_exported_checkpoint_gives_lm_eval_the_answers_in_the_database(run):
+    model = AutoModelForCausalLM.from_pretrained(run / "checkpoint")
+    language_model = HFLM(
+        pretrained=model,
+        tokenizer=AutoTokenizer.from_pretrained(run / "checkpoint"),
+        batch_size=64,
+        softmax_dtype="float32",
+    )
+    tasks = [f"demo_{name}" for name in ("sort", "rev", "know", "inc")]
+    with contextlib.chdir(DEMO / "tasks"):  # where the tasks' relative files are
+        found = lm_eval.simple_evaluate(
+            language_model,
+            tasks=tasks,
+            task_manager=TaskManager(include_defaults=False, include_path=str(DEMO / "tasks")),
+            bootstrap_iters=0,
+        )["samples"]
+    metric = {task: "acc" if task == "demo_know" else "exact_match" for task in tasks}
+    theirs = {
+        (task, sample["doc_id"]): sample[metric[task]] for task in tasks for sample in found[task]
+    }
+    mine = stored_answers(run)
+    assert len(mine) >= 380, "all test items, and a block of the search's at least"
+    assert {item: theirs[item] for item in mine} == mine
+
+
+def stored_answers(run: Path) -> dict[tuple[str, int], float]:
+    """The winner's answers to every item it was asked."""
+    bench = make_context(load_study(DEMO / "study.yaml"), Hardware("cpu"))
+    key = load_recipe(run / "recipe.yaml")[0].key
+    answers = {}
+    with sqlite3.connect(run / DATABASE) as database:
+        for split in ("search", "select", "test"):
+            rows = database.execute(
+                "select answers from mergesearch_answers where recipe = ? and split = ? "
+                "order by block",
+                (key, split),
+            )
+            values = [value for (text,) in rows for value in json.loads(text)]
+            numbers = getattr(bench.splits, split)
+            items = [bench.objective.items[number] for number in numbers]
+            asked = zip(items, values, strict=False)  # the first ones: it may have lost its race
+            answers |= {(item.task, item.doc_id): value for item, value in asked}
+    return answers
+
+
+@pytest.mark.oracle
+def test_mergekit_makes_the_same_weights_of_the_exported_recipe(run, tmp_path):
+    mapping = yaml.safe_load((run / "recipe.yaml").read_text())
+    options = MergeOptions(quiet=True, write_model_card=False)
+    run_merge(MergeConfiguration.model_validate(mapping), str(tmp_path / "theirs"), options)
+    theirs = load_file(tmp_path / "theirs" / "model.safetensors")
+    mine = load_file(run / "checkpoint" / "model.safetensors")
+    assert mine.keys() == theirs.keys()
+    for name, tensor in mine.items():
+        assert tensor.dtype == torch.float32
+        assert (tensor - theirs[name]).abs().max() <= 1e-6 * tensor.abs().max()

@@ -1,0 +1,111 @@
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from merge_engine.building.export import CheckpointFiles, write_checkpoint
+from merge_engine.models.checkpoint import Checkpoint
+from merge_engine.recipe.recipe import MergeError, Recipe, load_recipe
+
+
+@pytest.fixture
+def source(zoo):
+    return Checkpoint(str(zoo / "a"))
+
+
+@pytest.fixture
+def recipe(zoo):
+    models = [{"model": str(zoo / "a"), "parameters": {"weight": 1.0}}]
+    return Recipe.model_validate({"merge_method": "linear", "models": models})
+
+
+@pytest.mark.parametrize("shard_bytes", [10**9, 30_000])
+def test_what_is_written_loads_in_transformers_as_it_was(source, recipe, tmp_path, shard_bytes):
+    tensors = [(name, source.read(name).bfloat16()) for name in source.tensors]
+    out = tmp_path / "out"
+    model = CheckpointFiles(like=source, recipe=recipe)
+    write_checkpoint(tensors, out, shapes=dict(tensors), model=model, shard_bytes=shard_bytes)
+    assert len(list(out.glob("*.safetensors"))) == 1 if shard_bytes > 10**8 else 3
+    model = AutoModelForCausalLM.from_pretrained(out)
+    assert model.dtype == torch.bfloat16
+    live = model.state_dict()
+    assert all(torch.equal(live[name], tensor) for name, tensor in tensors)
+    assert AutoTokenizer.from_pretrained(out)("abc")["input_ids"]
+    assert (out / "generation_config.json").exists()
+    assert load_recipe(out / "mergekit_config.yml")[0] == recipe
+    assert json.loads((out / "config.json").read_text())["dtype"] == "bfloat16"
+
+
+def test_interrupted_write_leaves_no_folder_that_looks_whole(source, recipe, tmp_path):
+    def failing():
+        yield "model.norm.weight", source.read("model.norm.weight")
+        raise OSError("no space left on device")
+
+    shapes = {name: source.read(name) for name in source.tensors}
+    model = CheckpointFiles(like=source, recipe=recipe)
+    with pytest.raises(OSError, match="no space"):
+        write_checkpoint(failing(), tmp_path / "out", shapes=shapes, model=model)
+    assert not list(tmp_path.iterdir())
+
+
+def test_existing_folder_is_not_overwritten(source, recipe, tmp_path):
+    with pytest.raises(MergeError, match="exists; choose another folder"):
+        write_checkpoint([], tmp_path, shapes={}, model=CheckpointFiles(like=source, recipe=recipe))
+
+
+def test_tensors_of_every_width_and_shape_come_back(source, recipe, tmp_path):
+    dtypes = (torch.bool, torch.int8, torch.bfloat16, torch.float64, torch.int64, torch.float16)
+    tensors = {f"t{i}": torch.arange(3).to(dtype) for i, dtype in enumerate(dtypes)}
+    tensors |= {"scalar": torch.tensor(2.0), "empty": torch.empty(0, 4), "é": torch.ones(2, 1).T}
+    model = CheckpointFiles(like=source, recipe=recipe)
+    write_checkpoint(reversed(tensors.items()), tmp_path / "out", shapes=tensors, model=model)
+    read = load_file(tmp_path / "out" / "model.safetensors")
+    assert read.keys() == tensors.keys()
+    assert all(torch.equal(read[name], tensor) for name, tensor in tensors.items())
+
+
+PEAKS = """
+import sys
+from pathlib import Path
+from search.cli import main
+peaks = []
+for folder in sys.argv[1:]:
+    main(["build", folder + "/r.yaml", folder + "/out", "--device", "cpu"])
+    status = Path("/proc/self/status").read_text().split()
+    peaks.append(status[status.index("VmHWM:") + 1])
+print(*peaks)
+"""
+
+
+def write_models(folder, layers):
+    """A recipe of two models with 4 MiB per layer."""
+    for number, name in enumerate("ab"):
+        (folder / name).mkdir(parents=True)
+        config = {"architectures": ["LlamaForCausalLM"], "num_hidden_layers": layers}
+        (folder / name / "config.json").write_text(json.dumps(config))
+        weights = {
+            f"model.layers.{i}.mlp.up_proj.weight": torch.full((1024, 1024), i + 0.5 + number)
+            for i in range(layers)
+        }
+        save_file(weights, folder / name / "model.safetensors")
+    (folder / "r.yaml").write_text(
+        "merge_method: ties\nbase_model: a\nparameters: {weight: 0.5}\nmodels: [{model: b}]\n"
+    )
+    return str(folder)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_peak_memory_of_a_build_does_not_grow_with_the_layers(tmp_path):
+    folders = [write_models(tmp_path / str(layers), layers) for layers in (12, 48)]
+    # What malloc keeps for later is not counted: every tensor is given back when it is freed.
+    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "1000000"}
+    command = [sys.executable, "-c", PEAKS, *folders]
+    result = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
+    few, many = map(int, result.stdout.splitlines()[-1].split())
+    assert many <= 1.1 * few

@@ -1,0 +1,321 @@
+"""What is computed once per donor: the same from the disk, and never somebody else's."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from merge_engine.models import statistics_cache as cache
+from merge_engine.models.checkpoint import Checkpoint, open_model
+from merge_engine.models.model_set import ModelSet
+from merge_engine.numerics.packing import TensorPack
+from merge_engine.numerics.statistics import Magnitudes, Variances
+from search.cli import main
+
+NAME = "model.layers.0.mlp.up_proj.weight"
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("MERGESEARCH_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    """A base and two donors with one tensor of 90,000 elements, enough to be kept on disk."""
+    generator = torch.Generator().manual_seed(0)
+    paths = []
+    for name in ("base", "a", "b"):
+        path = tmp_path_factory.mktemp("models") / name
+        path.mkdir()
+        (path / "config.json").write_text("{}")
+        save_file({NAME: torch.randn(300, 300, generator=generator)}, path / "model.safetensors")
+        paths.append(str(path))
+    return paths
+
+
+def files(folder):
+    return [path for path in folder.rglob("*") if path.is_file()]
+
+
+def replace(file, contents):
+    file.unlink()  # what has the old one mapped keeps it
+    file.write_bytes(contents)
+
+
+def forbidden(*_):
+    raise AssertionError("measured again")
+
+
+def measured(models):
+    family = ModelSet(models)
+    base, *donors = models
+    return {
+        "magnitudes": family.magnitudes(NAME, donors[0], base).tensors(),
+        "variances": family.variances(NAME, tuple(donors), base).tensors(),
+        "gram": {"": family.gram(NAME, tuple(donors), base)},
+        "gram of rows": {"": family.gram(NAME, tuple(donors), None, dim=-1)},
+    }
+
+
+def assert_same(one, other):
+    for kind, tensors in one.items():
+        assert tensors.keys() == other[kind].keys()
+        assert all(torch.equal(tensor, other[kind][name]) for name, tensor in tensors.items())
+
+
+def test_second_family_measures_nothing(models, folder, monkeypatch):
+    first = measured(models)
+    assert len(files(folder)) == 4
+    assert all(file.suffix == ".safetensors" for file in files(folder))
+    monkeypatch.setattr(Magnitudes, "of", forbidden)
+    monkeypatch.setattr(Variances, "of", forbidden)
+    monkeypatch.setattr("merge_engine.models.model_set._gram", forbidden)
+    assert_same(first, measured(models))
+
+
+def test_each_statistic_has_its_own_file(models, folder):
+    family = ModelSet(models)
+    base, one, other = models
+    family.magnitudes(NAME, one, base)
+    family.magnitudes(NAME, other, base)
+    family.gram(NAME, (one, other), base)
+    family.gram(NAME, (other, one), base)
+    family.gram(NAME, (one, other, base), None)
+    assert len(files(folder)) == 5
+
+
+def test_what_is_as_large_as_the_weights_is_kept_for_studies_alone(models, folder, monkeypatch):
+    base, donor, _ = models
+    delta = ModelSet(models).read(donor, NAME) - ModelSet(models).read(base, NAME)
+    order = delta.abs().argsort(dim=1, stable=True).argsort(dim=1)
+    page = TensorPack({NAME: tuple(delta.shape)})
+    kinds = ("shares", "taken")
+    first = [ModelSet(models).beside(kind, page, donor, base) for kind in kinds]
+    assert not files(folder)
+    study = ModelSet(models, candidates=2)
+    for kind, once in zip(kinds, first, strict=True):
+        assert torch.equal(study.beside(kind, page, donor, base), once)
+    assert len(files(folder)) == 2
+    monkeypatch.setattr("merge_engine.models.model_set.row_ranks", forbidden)
+    again = ModelSet(models, candidates=2).beside("shares", page, donor, base)
+    assert torch.equal(again, (order / (delta.shape[1] - 1)).half())
+
+
+def test_small_tensors_are_measured_each_time(zoo, folder):
+    family = ModelSet([str(zoo / "base"), str(zoo / "a")])
+    family.magnitudes(NAME, str(zoo / "a"), str(zoo / "base"))
+    assert not files(folder)
+
+
+@pytest.mark.parametrize("damage", [b"", b"nonsense", b"\x10" * 5000])
+def test_damaged_file_is_measured_again(models, folder, damage):
+    first = measured(models)
+    for file in files(folder):
+        replace(file, damage)
+    assert_same(first, measured(models))
+    assert all(file.read_bytes() != damage for file in files(folder))
+
+
+def test_file_cut_short_is_measured_again(models, folder):
+    first = measured(models)
+    for file in files(folder):
+        replace(file, file.read_bytes()[:-4])
+    assert_same(first, measured(models))
+
+
+def test_folder_that_cannot_be_written_is_harmless(models, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("in the way")
+    monkeypatch.setenv("MERGESEARCH_CACHE", str(tmp_path / "file" / "cache"))
+    first = measured(models)
+    assert_same(first, measured(models))
+
+
+def test_failed_write_leaves_nothing(models, folder, monkeypatch):
+    def full(_tensors, file):
+        Path(file).write_bytes(b"half")
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(cache, "save_file", full)
+    measured(models)
+    assert not files(folder)
+
+
+def test_folder_is_the_users_cache_unless_named(monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", "/x")
+    assert cache.folder() != Path("/x/mergesearch")
+    monkeypatch.delenv("MERGESEARCH_CACHE")
+    assert cache.folder() == Path("/x/mergesearch")
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    assert cache.folder() == Path.home() / ".cache" / "mergesearch"
+
+
+def test_fingerprint_is_that_of_the_weights(models, tmp_path):
+    path = tmp_path / "copy"
+    shutil.copytree(models[1], path)
+    weights = path / "model.safetensors"
+    time = weights.stat().st_mtime_ns
+    assert Checkpoint(str(path)).fingerprint == Checkpoint(models[1]).fingerprint
+    (path / "config.json").write_text(json.dumps({"model_type": "llama"}))
+    assert Checkpoint(str(path)).fingerprint == Checkpoint(models[1]).fingerprint
+
+    tensors = load_file(weights)
+    tensors[NAME] += 1e-3
+    save_file(tensors, weights)
+    os.utime(weights, ns=(time, time))  # the bytes alone differ
+    assert Checkpoint(str(path)).fingerprint != Checkpoint(models[1]).fingerprint
+    changed = Checkpoint(str(path)).fingerprint
+    os.utime(weights, ns=(time + 1, time + 1))
+    assert Checkpoint(str(path)).fingerprint != changed
+
+
+def test_header_counts_where_no_piece_does(models, tmp_path):
+    path = tmp_path / "renamed"
+    shutil.copytree(models[1], path)
+    tensors = load_file(path / "model.safetensors")
+    time = (path / "model.safetensors").stat().st_mtime_ns
+    save_file({NAME.replace("up", "go"): tensors[NAME]}, path / "model.safetensors")
+    os.utime(path / "model.safetensors", ns=(time, time))
+    assert Checkpoint(str(path)).fingerprint != Checkpoint(models[1]).fingerprint
+
+
+def test_adapter_is_part_of_the_fingerprint(models, tmp_path):
+    path = tmp_path / "adapter"
+    path.mkdir()
+    key = "base_model.model." + NAME.removesuffix(".weight")
+    pair = {f"{key}.lora_A.weight": torch.ones(2, 300), f"{key}.lora_B.weight": torch.ones(300, 2)}
+    save_file(pair, path / "adapter_model.safetensors")
+    seen = {Checkpoint(models[0]).fingerprint}
+    for alpha in (2, 4):
+        (path / "adapter_config.json").write_text(
+            json.dumps({"peft_type": "LORA", "lora_alpha": alpha})
+        )
+        seen.add(open_model(f"{models[0]}+{path}").fingerprint)
+    assert len(seen) == 3
+
+
+# The limit
+
+PLACES = [f"{number:x}" * 40 for number in range(6)]
+
+
+def stored(folder, names, size=1000):
+    """Files of the cache of so many bytes, each older than the next."""
+    places = []
+    for age, name in enumerate(reversed(names)):
+        place = folder / name[:2] / f"{name}.safetensors"
+        place.parent.mkdir(parents=True, exist_ok=True)
+        place.write_bytes(bytes(size))
+        os.utime(place, (1e9 - age, 1e9 - age))
+        places.append(place)
+    return places[::-1]
+
+
+def test_least_recently_used_files_are_removed_until_the_limit_holds(folder, monkeypatch):
+    places = stored(folder, PLACES)
+    monkeypatch.setenv("MERGESEARCH_CACHE_LIMIT", "3500")
+    assert cache.trim() == 3500
+    assert [place.exists() for place in places] == [False, False, False, True, True, True]
+    cache.trim()
+    assert len(files(folder)) == 3
+
+
+def test_hit_makes_a_file_the_last_to_go(folder, monkeypatch):
+    places = stored(folder, PLACES)
+    places[0].unlink()
+    tensor = {"x": torch.ones(3)}
+    save_file(tensor, places[0])
+    os.utime(places[0], (1, 1))
+    assert torch.equal(cache.kept(places[0], forbidden)["x"], tensor["x"])
+    monkeypatch.setenv("MERGESEARCH_CACHE_LIMIT", "100")
+    cache.trim()
+    assert files(folder) == [places[0]]
+
+
+def test_nothing_but_the_caches_own_files_is_counted_or_removed(folder, monkeypatch):
+    (place,) = stored(folder, PLACES[:1])
+    left = place.with_name(f"{place.name}.x1y2.partial")  # of a process that was killed
+    place.rename(left)
+    others = [folder / "notes.txt", folder / "00" / "model.safetensors"]
+    for other in others:
+        other.write_bytes(bytes(5000))
+    monkeypatch.setenv("MERGESEARCH_CACHE_LIMIT", "1000")
+    cache.trim()
+    assert left.exists()
+    monkeypatch.setenv("MERGESEARCH_CACHE_LIMIT", "999")
+    cache.trim()
+    assert sorted(files(folder)) == sorted(others)
+
+
+@pytest.mark.parametrize(
+    ("free", "held", "expected"),
+    [(10**13, 0, 20 << 30), (10**9, 10**9, 2 * 10**8), (0, 0, 0), (0, 10**9, 10**8)],
+)
+def test_limit_is_a_tenth_of_the_room_and_20_gib_at_most(folder, monkeypatch, free, held, expected):
+    usage = shutil.disk_usage("/")._replace(free=free)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _folder: usage)
+    assert cache.limit(held) == expected
+    monkeypatch.setenv("MERGESEARCH_CACHE_LIMIT", "2GiB")
+    assert cache.limit(held) == 2 << 30
+
+
+@pytest.mark.parametrize("wrong", ["lots", "-1GB", "inf", "nan", "5XB"])
+def test_wrong_limit_is_refused_before_any_work(monkeypatch, capsys, tmp_path, wrong):
+    monkeypatch.setenv("MERGESEARCH_CACHE_LIMIT", wrong)
+    assert main(["check", str(tmp_path / "no.yaml")]) == 2
+    assert f"$MERGESEARCH_CACHE_LIMIT: {wrong!r} is no size" in capsys.readouterr().err
+
+
+def test_folder_is_measured_at_first_and_once_in_a_64th_of_the_limit(folder, monkeypatch):
+    measured_at, trim = [], cache.trim
+    monkeypatch.setattr(cache, "trim", lambda: measured_at.append(len(files(folder))) or trim())
+    tensor = {"x": torch.zeros(1000, dtype=torch.uint8)}
+    digests = [f"{number:040x}" for number in range(30)]
+    places = [folder / digest[:2] / f"{digest}.safetensors" for digest in digests]
+    cache.kept(places[0], lambda: tensor)
+    size = places[0].stat().st_size
+    monkeypatch.setenv("MERGESEARCH_CACHE_LIMIT", str(10 * size * cache.LOOKS))
+    monkeypatch.setattr(cache, "_left", {})
+    for place in places[1:]:
+        cache.kept(place, lambda: tensor)
+    assert measured_at == [1, 2, 12, 22]
+
+
+def test_statistics_stay_within_the_limit_and_are_right_without_their_files(
+    models, folder, monkeypatch
+):
+    first = measured(models)
+    sizes = [file.stat().st_size for file in files(folder)]
+    shutil.rmtree(folder)
+    monkeypatch.setattr(cache, "_left", {})
+    monkeypatch.setenv("MERGESEARCH_CACHE_LIMIT", str(max(sizes)))
+    assert_same(first, measured(models))
+    assert (
+        0 < sum(file.stat().st_size for file in files(folder)) <= max(sizes) * (1 + 1 / cache.LOOKS)
+    )
+    monkeypatch.setenv("MERGESEARCH_CACHE_LIMIT", "0")
+    monkeypatch.setattr(cache, "_left", {})
+    shutil.rmtree(folder)
+    assert_same(first, measured(models))
+    assert not files(folder)
+
+
+def test_files_that_others_remove_meanwhile_are_no_error(folder, monkeypatch):
+    places = stored(folder, PLACES)
+    stat, gone = Path.stat, set(places[:2])
+
+    def raced(path, **options):
+        if path in gone:
+            path.unlink()
+            gone.remove(path)
+        return stat(path, **options)
+
+    monkeypatch.setattr(Path, "stat", raced)
+    monkeypatch.setenv("MERGESEARCH_CACHE_LIMIT", "2000")
+    cache.trim()
+    assert sorted(files(folder)) == sorted(places[4:])

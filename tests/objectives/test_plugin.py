@@ -1,0 +1,124 @@
+"""A user's own objective is checked where it meets ours, and errors name it."""
+
+from __future__ import annotations
+
+import math
+import re
+from pathlib import Path
+
+import pytest
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from objectives.base import Item, ItemResult, ItemSnapshot, ObjectiveError
+from objectives.plugin import Plugin, PluginSpec, Suite
+
+
+class Fixed:
+    """Answers each item with a value given beforehand."""
+
+    def __init__(self, model, tokenizer, name="fixed", values=(0.0, 1.0, 0.5), weight=4.0):
+        self.tasks = {name: weight}
+        self.items = [Item(name, f"{name}{place}", place) for place in range(len(values))]
+        self.values = values
+
+    def shown(self, items):
+        return [ItemSnapshot(f"item {number}", "") for number in items]
+
+    def score(self, model, items):
+        return [ItemResult(self.values[number]) for number in items]
+
+
+class Unscored:
+    def __init__(self, model, tokenizer):
+        self.tasks, self.items = {}, []
+
+
+class Short(Fixed):
+    def score(self, model, items):
+        return [ItemResult(1.0)]
+
+
+class Bare(Fixed):
+    def score(self, model, items):
+        return [self.values[number] for number in items]
+
+
+class Raising(Fixed):
+    def score(self, model, items):
+        raise KeyError("missing")
+
+
+def plugin(made, **options):
+    return Plugin(PluginSpec(f"{__name__}:{made}", options, 2.0), None, None)
+
+
+def test_objectives_in_a_suite_keep_their_own_items_in_any_order():
+    first, second = plugin("Fixed", name="a"), plugin("Fixed", name="b", values=(0.25, 0.75))
+    suite = Suite([first, second])
+    assert suite.tasks == {"a": 2.0, "b": 2.0}
+    assert [item.task for item in suite.items] == ["a", "a", "a", "b", "b"]
+    answers = suite.score(None, [4, 0, 3, 1])
+    assert [answer.value for answer in answers] == [0.75, 0.0, 0.25, 1.0]
+    assert [each.prompt for each in suite.shown([4, 0])] == ["item 1", "item 0"]
+
+
+def test_a_task_in_two_objectives_is_refused():
+    with pytest.raises(ObjectiveError, match="'fixed' is listed twice"):
+        Suite([plugin("Fixed"), plugin("Fixed")])
+
+
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [
+        ("no_colon", "write it as package.module:Class"),
+        ("no_such_module:Class", "No module named 'no_such_module'; install it, or put its folder"),
+        (f"{__name__}:Nothing", "has no Nothing"),
+        (f"{__name__}:__name__", "is a str, not a class"),
+        (f"{__name__}:Unscored", "has no shown, score; see objectives.base.Objective"),
+    ],
+)
+def test_a_name_that_is_no_objective_is_refused(path, message):
+    with pytest.raises(ObjectiveError, match=message):
+        Plugin(PluginSpec(path), None, None)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("Fixed", {"wieght": 3}, "could not be made: TypeError: .*wieght"),
+        ("Fixed", {"weight": 0}, "give at least one, each a positive weight"),
+    ],
+)
+def test_options_that_do_not_fit_are_refused(name, options, message):
+    with pytest.raises(ObjectiveError, match=message):
+        plugin(name, **options)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("Short", {}, "gave 1 answers to 2 items"),
+        ("Bare", {}, "one of them 0.0; give one objectives.base.Answer"),
+        ("Fixed", {"values": (math.nan, 1.0)}, "one of them Answer.value=nan"),
+        ("Raising", {}, "score: KeyError: 'missing'"),
+    ],
+)
+def test_answers_that_are_none_fail_the_model(name, options, message):
+    with pytest.raises(ObjectiveError, match=message):
+        plugin(name, **options).score(None, [0, 1])
+
+
+def test_readmes_objective_scores_a_model(zoo, tmp_path, monkeypatch):
+    page = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    (tmp_path / "my_module.py").write_text(code)
+    (tmp_path / "pairs.tsv").write_text("aab\tzzz\nzzz\taab\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    model = AutoModelForCausalLM.from_pretrained(zoo / "base").eval()
+    tokenizer = AutoTokenizer.from_pretrained(zoo / "base")
+    spec = PluginSpec("my_module:Grammar", {"file": str(tmp_path / "pairs.tsv")})
+    objective = Plugin(spec, model, tokenizer)
+    first, turned = objective.score(model, [0, 1])
+    assert first.margin == -turned.margin != 0
+    assert first.value + turned.value == 1
+    assert [each.gold for each in objective.shown([0, 1])] == ["aab", "zzz"]

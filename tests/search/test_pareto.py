@@ -1,0 +1,148 @@
+"""Several goals: the front, who is on it, and a search that looks for it."""
+
+import numpy as np
+import optuna
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
+
+from search.cli import main
+from search.proposing.samplers import make_sampler
+from search.proposing.space import Space
+from search.racing.item_scores import COST
+from search.racing.pareto import believed_front, confirmed, leading, nondominated, widest
+from search.racing.race import JointPosterior, Strata
+from search.storing.folder import DATABASE
+from search.storing.result import Result
+from search.storing.store import Store
+
+SPACE = Space("base", ("a", "b"), ("task_arithmetic",), (0.0, 1.0), {})
+
+
+@given(arrays(float, (12, 3), elements=st.integers(0, 4)))
+def test_front_holds_whom_nobody_beats_and_beats_or_equals_all_others(values):
+    front = nondominated(values)
+    for place, row in enumerate(values):
+        beaten = any((o >= row).all() and (o > row).any() for o in values)
+        assert (place in front) != beaten
+
+
+def test_thinned_front_covers_nearly_what_the_whole_does():
+    x = np.linspace(0, 1, 60)
+    arc = np.stack([np.cos(x * np.pi / 2), np.sin(x * np.pi / 2)], axis=1)
+    kept = widest(arc, 12)
+    assert len(kept) == len(set(kept)) == 12
+    points = np.random.default_rng(0).random((2000, 2))
+    covered, whole = (
+        (points[:, None] <= some[None]).all(axis=2).any(axis=1).mean() for some in (arc[kept], arc)
+    )
+    assert covered > 0.93 * whole
+    assert widest(arc[:5], 9) == [0, 1, 2, 3, 4]
+
+
+@given(arrays(float, (12, 3), elements=st.integers(0, 4)), st.integers(3, 15))
+def test_of_many_the_best_in_each_goal_are_kept_and_of_few_all(values, most):
+    kept = leading(values, most)
+    assert kept == sorted(set(kept))
+    assert len(kept) == min(most, 12)
+    assert (values[kept].max(axis=0) == values.max(axis=0)).all()
+
+
+def values_at(scale):
+    """Two goals, best at either end: what one point scores."""
+    return {"x": [1 - (scale - 0.2) ** 2, 1e-6], "y": [1 - (scale - 0.8) ** 2, 1e-6]}
+
+
+def searched(front, count=40):
+    """Scales a study proposes after its warm starts."""
+    study = optuna.create_study(direction="maximize")
+    for _, point in SPACE.warm_starts():
+        study.enqueue_trial(point)
+    for number in range(count):
+        study.sampler = make_sampler("gp", SPACE, 0, number, front=front)
+        trial = study.ask(SPACE.distributions())
+        tasks = values_at(trial.params["scale"])
+        trial.set_user_attr("tasks", tasks)
+        trial.set_user_attr("variance", 1e-6)
+        study.tell(trial, (tasks["x"][0] + tasks["y"][0]) / 2)
+    return np.array([trial.params["scale"] for trial in study.trials[-20:]])
+
+
+def test_search_for_the_front_proposes_all_along_it_and_for_the_mean_at_one_place():
+    along, at_once = searched(front=True), searched(front=False)
+    inside = along[(along > 0.15) & (along < 0.85)]
+    assert len(inside) > 14
+    assert np.ptp(inside) > 0.4
+    assert len({int(10 * scale) for scale in inside}) >= 4
+    assert np.median(np.abs(at_once - 0.5)) < 0.1
+
+
+def test_front_is_that_of_what_is_believed_and_fresh_items_correct_it():
+    scales = np.linspace(0, 1, 11)
+    points = [SPACE.point("task_arithmetic", (scale, scale)) for scale in scales]
+    estimates = {t: np.array([values_at(scale)[t] for scale in scales]) for t in ("x", "y")}
+    front, beliefs = believed_front(SPACE, points, estimates, most=20)
+    assert scales[front] == pytest.approx([0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8])
+    unsure = {task: JointPosterior(one.means, np.eye(len(front))) for task, one in beliefs.items()}
+    strata = Strata(("x", "y") * 50, {"x": 1.0, "y": 1.0})
+    answers = np.zeros((len(front), 100))
+    answers[2] = 1.0  # the third is right wherever the others are wrong
+    assert confirmed(unsure, strata, answers) == [2]
+
+
+def test_run_for_the_front_tests_its_recipes_and_running_again_changes_nothing(
+    make_study, tmp_path, capsys
+):
+    study = make_study(tmp_path, search__front=True, search__trials=14)
+    command = ["run", str(study), "--out", str(tmp_path / "run"), "--device", "cpu"]
+    assert main(command) == 0
+    first = Result.model_validate_json((tmp_path / "run" / "result.json").read_text())
+    assert first.front
+    assert len({one.trial for one in first.front}) == len(first.front)
+    assert all(set(one.test.tasks) == {"pick", "tell"} for one in first.front)
+    assert first.times_tested == 1
+    assert "none of these beats another on every task" in capsys.readouterr().out
+    assert main(command) == 0
+    again = Result.model_validate_json((tmp_path / "run" / "result.json").read_text())
+    assert again.front == first.front
+    assert again.item_evaluations == first.item_evaluations
+
+
+def test_run_with_cost_as_a_goal_proposes_tests_and_shows_it(make_study, tmp_path, capsys):
+    study = make_study(tmp_path, search__front=True, search__cost=True, search__trials=16)
+    tell = tmp_path / "tasks" / "tell.yaml"
+    longer = {"until": [*"aeiou"], "max_gen_toks": 6, "do_sample": False}
+    tell.write_text(
+        yaml.safe_dump(yaml.safe_load(tell.read_text()) | {"generation_kwargs": longer})
+    )
+    run = tmp_path / "run"
+    assert main(["run", str(study), "--out", str(run), "--device", "cpu"]) == 0
+    result = Result.model_validate_json((run / "result.json").read_text())
+    store = Store(run / DATABASE)
+    tells = [item.task == "tell" for item in store.items() if item.split == "search"]
+    for trial in store.study().trials:
+        blocks = store.answers(trial.user_attrs["recipe"], "search")
+        answers = [answer for number in sorted(blocks) for answer in blocks[number]]
+        counts = [a.tokens for a, tell in zip(answers, tells, strict=False) if tell]
+        assert all(0 < count <= 6 for count in counts)
+        assert sum(counts) == sum(answer.tokens for answer in answers)
+        if len(answers) == len(tells):
+            assert trial.user_attrs["tasks"][COST][0] == pytest.approx(-np.mean(counts))
+    assert len({one.test.tokens for one in result.front}) > 1
+    assert "tokens" in capsys.readouterr().out
+
+
+def test_cost_is_refused_alone_and_where_nothing_is_written(make_study, tmp_path, capsys):
+    assert main(["check", str(make_study(tmp_path / "a", search__cost=True))]) == 2
+    assert "search.cost is a goal beside others" in capsys.readouterr().err
+    choices = {"objective__tasks": [{"task": "pick"}], "objective__max_mean_tokens": 9}
+    assert main(["check", str(make_study(tmp_path / "b", **choices))]) == 2
+    assert "no task has a model write" in capsys.readouterr().err
+
+
+def test_front_is_refused_to_a_sampler_of_one_goal(make_study, tmp_path, capsys):
+    study = make_study(tmp_path, search__front=True, search__sampler="tpe")
+    assert main(["check", str(study)]) == 2
+    assert "search.front: the sampler 'tpe' looks for one goal alone" in capsys.readouterr().err

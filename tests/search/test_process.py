@@ -1,0 +1,28 @@
+"""Libraries say nothing unless they are let; our own warnings become notes."""
+
+import logging
+import warnings
+
+from search.process import quiet
+
+
+def test_own_warnings_are_notes_once_and_those_of_others_are_nothing(capfd):
+    notes = []
+    with quiet(notes.append):
+        for _ in range(2):
+            logging.getLogger("objectives.inference.fast_hflm").warning("halved to %d", 4)
+            logging.getLogger("lm_eval.tasks").warning("defaulting to acc")
+            warnings.warn("old", FutureWarning, stacklevel=1)
+    assert notes == ["halved to 4"]
+    assert capfd.readouterr() == ("", "")
+
+
+def test_what_was_set_is_set_back():
+    def settings():
+        names = (None, "merge_engine", "objectives", "search")
+        return [list(logging.getLogger(name).handlers) for name in names], warnings.filters[:]
+
+    before = settings()
+    with quiet(print):
+        assert settings() != before
+    assert settings() == before

@@ -1,0 +1,501 @@
+"""A run on real tasks and real models: what it leaves, and what a kill costs it."""
+
+import json
+import os
+import shutil
+import signal
+import sqlite3
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+import yaml
+from optuna.trial import TrialState
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from merge_engine.recipe.recipe import load_recipe
+from objectives.scores import task_means
+from search.cli import main
+from search.preparing.context import Hardware, make_context
+from search.running.workers import LocalWorker
+from search.storing.folder import DATABASE
+from search.storing.result import Result
+from search.storing.store import Store
+from search.study.spec import load_study
+
+
+def trials_of(run):
+    return Store(run / DATABASE).study().get_trials(deepcopy=False)
+
+
+def decisions(run):
+    return [(trial.number, trial.params, trial.value) for trial in trials_of(run)]
+
+
+def answers_of(run):
+    with sqlite3.connect(run / DATABASE) as database:
+        return sorted(
+            database.execute("select recipe, split, block, answers from mergesearch_answers")
+        )
+
+
+@pytest.fixture(scope="module")
+def finished(make_study, tmp_path_factory):
+    """A study's file and the folder of its finished run."""
+    folder = tmp_path_factory.mktemp("finished")
+    study = make_study(folder)
+    assert main(["run", str(study), "--out", str(folder / "run"), "--device", "cpu"]) == 0
+    return study, folder / "run"
+
+
+def test_run_leaves_result_recipe_and_checkpoint(finished, zoo):
+    _, run = finished
+    result = Result.model_validate_json((run / "result.json").read_text())
+    recipe, _ = load_recipe(run / "recipe.yaml")
+    assert recipe.model_dump(mode="json") == result.winner.recipe
+    assert recipe.dtype == "float32"
+    assert recipe.out_dtype == "float32"
+    assert recipe.base_model
+    assert result.trials == 16
+    assert set(result.donors) == {str(zoo / name) for name in "abc"}
+    assert set(result.winner.test.tasks) == {"pick", "tell"}
+    assert result.times_tested == 1
+    assert sorted(path.name for path in (run / "checkpoint").iterdir()) == [
+        "README.md",
+        "config.json",
+        "generation_config.json",
+        "mergekit_config.yml",
+        "model.safetensors",
+        "tokenizer.json",
+        "tokenizer_config.json",
+    ]
+
+
+def test_checkpoint_holds_the_recipe_built_again(finished):
+    study, run = finished
+    bench = make_context(load_study(study), Hardware("cpu"))
+    bench.builder.build(load_recipe(run / "recipe.yaml")[0])
+    saved = AutoModelForCausalLM.from_pretrained(run / "checkpoint").state_dict()
+    assert all(torch.equal(tensor, saved[name]) for name, tensor in bench.builder.tensors())
+
+
+def test_candidates_answer_the_same_first_items_and_splits_are_disjoint(finished):
+    study, run = finished
+    bench = make_context(load_study(study), Hardware("cpu"))
+    keys = {
+        split: {bench.objective.items[number].key for number in getattr(bench.splits, split)}
+        for split in ("search", "select", "test")
+    }
+    assert [len(found) for found in keys.values()] == [24, 16, 24]
+    assert len(set.union(*keys.values())) == 64
+    searched = [row for row in answers_of(run) if row[1] == "search"]
+    assert {len(json.loads(answers)) for _, _, _, answers in searched} == {8}
+    blocks = {recipe: [b for r, _, b, _ in searched if r == recipe] for recipe, *_ in searched}
+    assert all(numbers == list(range(len(numbers))) for numbers in blocks.values())
+    counts = {len(numbers) for numbers in blocks.values()}
+    assert max(counts) == 3
+    assert min(counts) == 1  # somebody was stopped
+    told = {trial.user_attrs["recipe"]: trial.user_attrs["items"] for trial in trials_of(run)}
+    donors = {recipe.key for recipe in bench.space.baselines().values()}  # raced by themselves
+    assert all(told[recipe] == 8 * len(blocks[recipe]) for recipe in told.keys() - donors)
+
+
+def test_warm_starts_come_first_and_base_scores_as_the_base(finished, zoo):
+    study, run = finished
+    starts = [trial.user_attrs.get("start") for trial in trials_of(run)]
+    assert starts[0] == "base"
+    assert str(zoo / "b") in starts
+    bench = make_context(
+        load_study(study), Hardware("cpu")
+    )  # holds the base as loaded by transformers
+    alone = bench.objective.score(bench.builder.model, bench.splits.search)
+    stored = [row for row in answers_of(run) if row[1] == "search"]
+    key = bench.space.baselines()[str(zoo / "base")].key
+    answers = [a for row in stored if row[0] == key for a in json.loads(row[3])]
+    assert answers == [answer.value for answer in alone]
+
+
+def test_running_again_changes_nothing_and_asks_nothing(finished):
+    study, run = finished
+    before, result = answers_of(run), json.loads((run / "result.json").read_text())
+    written = (run / "checkpoint" / "model.safetensors").stat().st_mtime_ns
+    assert main(["run", str(study), "--out", str(run), "--device", "cpu"]) == 0
+    assert answers_of(run) == before
+    assert (run / "checkpoint" / "model.safetensors").stat().st_mtime_ns == written
+    again = json.loads((run / "result.json").read_text())
+    assert {**again, "seconds": 0} == {**result, "seconds": 0}
+
+
+def test_same_seed_makes_the_same_decisions_and_another_seed_others(finished, tmp_path):
+    study, run = finished
+    for seed, folder in ((0, tmp_path / "same"), (1, tmp_path / "other")):
+        options = ["--trials", "14", "--seed", str(seed), "--device", "cpu"]
+        assert main(["run", str(study), "--out", str(folder), *options]) == 0
+    assert decisions(tmp_path / "same") == decisions(run)[:14]
+    assert decisions(tmp_path / "other") != decisions(run)[:14]
+
+
+def test_killed_run_goes_on_as_if_nothing_had_happened(finished, tmp_path):
+    study, whole = finished
+    run = tmp_path / "run"
+    command = [sys.executable, "-m", "search.cli", "run", str(study), "--out", str(run)]
+    command += ["--device", "cpu"]
+    for wanted in (20, 26):  # blocks of answers after which it is shot
+        with subprocess.Popen(command, stdout=subprocess.DEVNULL, env=os.environ) as process:
+            while process.poll() is None and _blocks(run) < wanted:
+                time.sleep(0.005)
+            process.send_signal(signal.SIGKILL)
+    assert 0 < len([t for t in trials_of(run) if t.state == TrialState.COMPLETE]) < 16
+    assert main(command[3:]) == 0
+    assert decisions(run) == decisions(whole)
+    assert answers_of(run) == answers_of(whole)
+    assert (run / "recipe.yaml").read_text() == (whole / "recipe.yaml").read_text()
+
+
+def test_interrupted_run_finishes_its_block_and_goes_on(finished, tmp_path, monkeypatch, capfd):
+    study, whole = finished
+    run, asked, ask = tmp_path / "run", [], LocalWorker.next
+
+    def interrupted(self):
+        asked.append(0)
+        if len(asked) in times:
+            signal.raise_signal(signal.SIGINT)
+        return ask(self)
+
+    monkeypatch.setattr(LocalWorker, "next", interrupted)
+    command = ["run", str(study), "--out", str(run), "--device", "cpu"]
+    times = (20,)
+    assert main(command) == 130
+    assert len(answers_of(run)) == len(asked) == 20
+    error = capfd.readouterr().err
+    assert "stopping after this block" in error
+    assert "the same command goes on from here" in error
+    times = ()
+    assert main(command) == 0
+    assert decisions(run) == decisions(whole)
+    assert answers_of(run) == answers_of(whole)
+
+
+@pytest.fixture
+def heeded():
+    """A process that was started in the background may ignore interrupts."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("heeded")
+def test_second_interrupt_stops_within_the_block(finished, tmp_path, monkeypatch):
+    study, _ = finished
+    asked = []
+
+    def interrupted(self):
+        asked.append(0)
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(LocalWorker, "next", interrupted)
+    assert main(["run", str(study), "--out", str(tmp_path / "run"), "--device", "cpu"]) == 130
+    assert asked == [0]
+    assert not answers_of(tmp_path / "run")
+
+
+def test_force_new_sets_the_old_study_aside(finished, make_study, tmp_path):
+    _, whole = finished
+    run = tmp_path / "run"
+    shutil.copytree(whole, run)
+    other = make_study(tmp_path / "other", search__trials=2, search__methods=["task_arithmetic"])
+    command = ["run", str(other), "--out", str(run), "--device", "cpu"]
+    assert main(command) == 2
+    assert main([*command, "--force-new"]) == 0
+    assert len(trials_of(run)) >= 2
+    assert decisions(run / "old-1") == decisions(whole)
+    assert (run / "old-1" / "recipe.yaml").read_text() == (whole / "recipe.yaml").read_text()
+    assert main([*command, "--force-new"]) == 0
+    assert (run / "old-2" / DATABASE).is_file()
+
+
+def _blocks(run):
+    try:
+        return len(answers_of(run))
+    except sqlite3.Error:  # not made yet
+        return 0
+
+
+def test_winner_of_an_earlier_run_is_tried_again(finished, make_study, tmp_path):
+    _, earlier = finished
+    winner, _ = load_recipe(earlier / "recipe.yaml")
+    study = make_study(tmp_path, search__start=[str(earlier)], search__trials=14)
+    run = tmp_path / "run"
+    assert main(["run", str(study), "--out", str(run), "--device", "cpu"]) == 0
+    (again,) = [trial for trial in trials_of(run) if trial.user_attrs.get("start") == "start 1"]
+    assert again.user_attrs["recipe"] == winner.key
+    assert again.state == TrialState.COMPLETE
+
+
+def test_run_whose_time_is_up_concludes_and_goes_on_as_if_it_had_not(finished, tmp_path, capsys):
+    study, run = finished
+    command = ["run", str(study), "--out", str(tmp_path / "run"), "--device", "cpu"]
+    assert main([*command, "--timeout", "0.001s"]) == 0
+    early = Result.model_validate_json((tmp_path / "run" / "result.json").read_text())
+    assert early.trials == 1
+    out = capsys.readouterr().out
+    assert "1/16  trial 0" in out, "without a terminal there is a line for every trial"
+    assert "the time is up" in out
+    assert "\x1b" not in out
+    assert main(command) == 0
+    assert decisions(tmp_path / "run") == decisions(run)
+
+
+def test_another_study_is_refused_with_the_difference(finished, tmp_path, capsys):
+    study, run = finished
+    changed = yaml.safe_load(study.read_text())
+    changed["search"]["methods"].remove("ties")
+    other = study.with_name("other.yaml")
+    other.write_text(yaml.safe_dump(changed))
+    assert main(["run", str(other), "--out", str(run), "--device", "cpu"]) == 2
+    assert "search.methods was ['task_arithmetic', 'ties'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("file", "old", "new", "message"),
+    [
+        ("pick.jsonl", "=", ":", "its prompt was "),
+        ("tell.jsonl", '"answer": "', '"answer": "z', "its right answer or row of data was "),
+        ("pick.yaml", "doc_to_text: question", "doc_to_text: 'Q {{question}}'", "prompt was "),
+        ("tell.yaml", "max_gen_toks: 1", "max_gen_toks: 2", "its prompt was "),
+        (
+            "tell.yaml",
+            "- metric: exact_match",
+            "- ignore_case: true\n  metric: exact_match",
+            "its task's way of asking or judging changed",
+        ),
+    ],
+)
+def test_changed_tasks_are_refused_with_the_difference(finished, capsys, file, old, new, message):
+    study, run = finished
+    data = study.parent / "tasks" / file
+    before = data.read_text()
+    assert old in before
+    data.write_text(before.replace(old, new))
+    try:
+        assert main(["run", str(study), "--out", str(run), "--device", "cpu"]) == 2
+    finally:
+        data.write_text(before)
+    error = capsys.readouterr().err
+    assert "the tasks' items have changed since the run began: task '" in error
+    assert message in error
+
+
+def test_changed_weights_are_refused_and_copied_ones_are_not(make_study, zoo, tmp_path, capsys):
+    models = shutil.copytree(zoo, tmp_path / "zoo")
+    named = {"base_model": str(models / "base"), "models": [str(models / name) for name in "ab"]}
+    study = make_study(tmp_path, **named, search__trials=1)
+    command = ["run", str(study), "--out", str(tmp_path / "run"), "--device", "cpu"]
+    assert main(command) == 0
+    file = models / "b" / "model.safetensors"
+    file.write_bytes(file.read_bytes())
+    assert main(command) == 0
+    save_file({name: 1.5 * tensor for name, tensor in load_file(file).items()}, file)
+    capsys.readouterr()
+    assert main(command) == 2
+    error = capsys.readouterr().err
+    assert f"the weights of {models / 'b'} have changed since the run began" in error
+    assert "--force-new" in error
+
+
+@pytest.mark.parametrize(("changed", "code"), [(1, 0), (8, 2)])
+def test_checkpoint_may_answer_otherwise_by_rounding_alone(
+    finished, tmp_path, capsys, changed, code
+):
+    run = shutil.copytree(finished[1], tmp_path / "run")
+    winner = load_recipe(run / "recipe.yaml")[0].key
+    where = f"where recipe = '{winner}' and split = 'test' and block = 0"
+    with sqlite3.connect(run / DATABASE) as database:
+        [(stored,)] = database.execute(f"select answers from mergesearch_answers {where}")
+        values = json.loads(stored)
+        values[:changed] = [1.0 - value for value in values[:changed]]
+        update = f"update mergesearch_answers set answers = ? {where}"
+        database.execute(update, [json.dumps(values)])
+    out = tmp_path / "again"
+    assert main(["export", str(run), str(out), "--device", "cpu"]) == code
+    said = capsys.readouterr()
+    assert out.exists() == (code == 0)
+    if code:
+        assert f"answers {changed} of" in said.err
+        assert "--force-new" in said.err
+    else:
+        assert "the others differ as rounding does" in said.out
+
+
+def test_rows_of_a_data_file_may_be_reordered_during_a_run(finished):
+    study, run = finished
+    data = study.parent / "tasks" / "pick.jsonl"
+    before, answers = data.read_text(), answers_of(run)
+    data.write_text("\n".join(reversed(before.splitlines())) + "\n")
+    try:
+        assert main(["run", str(study), "--out", str(run), "--device", "cpu"]) == 0
+    finally:
+        data.write_text(before)
+    assert answers_of(run) == answers
+
+
+def test_margins_are_stored_beside_the_values(finished):
+    _, run = finished
+    store = Store(run / DATABASE)
+    key = next(iter(store.recipes("test")))
+    blocks = store.answers(key, "test").values()
+    items = [item for item in store.items() if item.split == "test"]
+    answers = [answer for block in blocks for answer in block]
+    for item, answer in zip(items, answers, strict=True):
+        assert (answer.margin is None) == (item.task == "tell")
+        if answer.margin is not None:
+            assert (answer.margin > 0) == (answer.value == 1)
+        assert answer.tokens == (item.task == "tell")  # whose answers are one token long
+
+
+def test_a_database_of_another_version_is_refused(finished, tmp_path, capsys):
+    study, run = finished
+    other = tmp_path / "run"
+    other.mkdir()
+    shutil.copy(run / DATABASE, other)
+    with sqlite3.connect(other / DATABASE) as database:
+        database.execute("alter table mergesearch_answers drop column margins")
+    assert main(["run", str(study), "--out", str(other), "--device", "cpu"]) == 2
+    assert "made by another version of mergesearch" in capsys.readouterr().err
+
+
+JUDGE = """
+def judge(doc, results):
+    if doc["question"][0] in "abcdef":
+        raise ValueError("no \\x1b[31m way")
+    return {"exact_match": float(results[0] == doc["answer"])}
+"""
+
+
+def test_answers_that_cannot_be_judged_are_recorded_and_the_run_goes_on(
+    make_study, tmp_path, capsys
+):
+    study = make_study(tmp_path, search__trials=6)
+    (tmp_path / "tasks" / "judge.py").write_text(JUDGE)
+    with (tmp_path / "tasks" / "tell.yaml").open("a") as file:
+        file.write("process_results: !function judge.judge\n")
+    assert main(["run", str(study), "--out", str(tmp_path / "run"), "--device", "cpu"]) == 0
+    out = capsys.readouterr().out
+    assert "answers could not be judged and count 0, the first: ValueError: no" in out
+    assert "\x1b[31m" not in out
+    told = [trial for trial in trials_of(tmp_path / "run") if trial.state == TrialState.COMPLETE]
+    noted = [trial.user_attrs["faults"] for trial in told]
+    assert len(noted) == 6
+    assert all("answers not judged, e.g. tell: ValueError: no" in note for note in noted)
+
+
+def test_a_task_of_which_nothing_can_be_judged_ends_the_study(make_study, tmp_path, capsys):
+    study = make_study(tmp_path, search__trials=6)
+    (tmp_path / "tasks" / "judge.py").write_text("def judge(doc, results):\n    raise KeyError(1)")
+    with (tmp_path / "tasks" / "tell.yaml").open("a") as file:
+        file.write("process_results: !function judge.judge\n")
+    assert main(["run", str(study), "--out", str(tmp_path / "run"), "--device", "cpu"]) == 2
+    assert "task 'tell': no answer can be judged: KeyError: 1" in capsys.readouterr().err
+
+
+OWN = """
+import hashlib
+
+import torch
+
+from objectives.base import Answer, Item, Shown
+
+
+class Loud:
+    tasks = {"loud": 1.0}
+
+    def __init__(self, model, tokenizer, size):
+        self.items = [Item("loud", hashlib.sha256(bytes([n])).hexdigest(), n) for n in range(size)]
+
+    def shown(self, items):
+        return [Shown(f"token {number}", "") for number in items]
+
+    def score(self, model, items):
+        row = model.lm_head.weight.norm(dim=1).sigmoid()
+        return [Answer(row[number % len(row)].item()) for number in items]
+"""
+
+
+def test_tasks_texts_and_an_own_objective_make_one_study(make_study, tmp_path, monkeypatch):
+    (tmp_path / "own_loud.py").write_text(OWN)
+    (tmp_path / "notes.txt").write_text("\n".join(f"{n:03} abc def" for n in range(40)))
+    monkeypatch.syspath_prepend(tmp_path)
+    tasks = [
+        {"task": "pick"},
+        {"text": "notes.txt", "unit": "line", "weight": 2.0},
+        {"objective": "own_loud:Loud", "options": {"size": 30}},
+    ]
+    items = {"search": 16, "select": 8, "test": 16}
+    changes = {"objective__tasks": tasks, "objective__items": items, "search__trials": 6}
+    study, run = make_study(tmp_path, **changes), tmp_path / "run"
+    assert main(["run", str(study), "--out", str(run), "--device", "cpu"]) == 0
+    result = Result.model_validate_json((run / "result.json").read_text())
+    assert set(result.winner.test.tasks) == {"pick", "notes", "loud"}
+    assert result.trials == 6
+    assert all(0 < result.winner.test.tasks[task] < 1 for task in ("notes", "loud"))
+
+
+def donor_with(zoo, folder, norm):
+    """Donor c with another final norm."""
+    shutil.copytree(zoo / "c", folder)
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.norm.weight"] = torch.full_like(tensors["model.norm.weight"], norm)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    return str(folder)
+
+
+def test_failed_trial_is_told_and_the_search_goes_on(make_study, zoo, tmp_path):
+    large = donor_with(zoo, tmp_path / "large", 1000.0)  # times 100 it is more than float16 holds
+    changes = {"dtype": "float16", "search__scale": [0, 100], "search__trials": 20}
+    study = make_study(tmp_path, models=[str(zoo / "a"), large], **changes)
+    assert main(["run", str(study), "--out", str(tmp_path / "run"), "--device", "cpu"]) == 0
+    failed = [t for t in trials_of(tmp_path / "run") if t.state == TrialState.FAIL]
+    assert failed
+    errors = [trial.user_attrs["error"] for trial in failed]
+    assert any("'model.norm.weight' has NaN or Inf" in error for error in errors)
+    result = json.loads((tmp_path / "run" / "result.json").read_text())
+    assert result["failed_trials"] == len(failed)
+    assert result["trials"] == 20 - len(failed)
+
+
+def test_floors_decide_who_wins_and_may_follow_the_base_on_the_same_items(
+    make_study, tmp_path, zoo, capsys
+):
+    study = make_study(tmp_path, objective__constraints={"pick": "base - 0.4", "tell": 0.06})
+    run = tmp_path / "run"
+    assert main(["run", str(study), "--out", str(run), "--device", "cpu"]) == 0
+    store = Store(run / DATABASE)
+    tasks = [item.task for item in store.items() if item.split == "search"]
+    base = make_context(load_study(study), Hardware("cpu")).space.baselines()[str(zoo / "base")]
+    of_base, missed = searched(store, base.key), {}
+    for trial in trials_of(run):
+        own = searched(store, trial.user_attrs["recipe"])
+        asked = slice(trial.user_attrs["items"])
+        mine, theirs = (task_means(some[asked], tasks[asked]) for some in (own, of_base))
+        short = max(0.0, theirs["pick"] - 0.4 - mine["pick"]) + max(0.0, 0.06 - mine["tell"])
+        missed[trial.number] = trial.constraints["floors"]
+        assert missed[trial.number] == pytest.approx(short)
+    assert any(missed.values())  # the floors are not for nothing
+    assert not all(missed.values())
+    result = json.loads((run / "result.json").read_text())
+    assert missed[result["winner"]["trial"]] == 0
+    of_base = result["base"]["test"]["tasks"]["pick"]
+    assert result["floors"] == {"tell": 0.06, "pick": pytest.approx(of_base - 0.4)}
+    said = f"Floors on the test items: tell {100 * result['winner']['test']['tasks']['tell']:.1f}"
+    pages = [(run / page).read_text() for page in ("report.html", "checkpoint/README.md")]
+    assert all(said in page for page in (capsys.readouterr().out, *pages))
+
+
+def searched(store, recipe):
+    """A recipe's answers to the search items it was asked."""
+    blocks = store.answers(recipe, "search")
+    return [answer.value for number in sorted(blocks) for answer in blocks[number]]

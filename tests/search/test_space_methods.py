@@ -1,0 +1,118 @@
+"""Every method of the table can be searched: any point gives a recipe that is legal and builds."""
+
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from optuna.distributions import CategoricalDistribution
+
+from merge_engine.building.builder import merged_tensors
+from merge_engine.methods import METHODS
+from merge_engine.models.model_set import ModelSet
+from merge_engine.recipe.recipe import parse_recipe
+from search.proposing.space import Space
+from search.study.spec import allowed_methods, followers, parse_study
+
+DONORS = ("a", "b", "c")
+TASKS = {"tasks": ["t"]}
+
+
+def space_of(root: Path, methods=None, **search) -> Space:
+    search |= {"methods": list(methods)} if methods else {}
+    mapping = {"base_model": str(root / "base"), "models": [str(root / name) for name in DONORS]}
+    spec = parse_study(mapping | {"search": search, "objective": TASKS}, Path(), where="test")
+    return Space.of(spec, ("layers.0.", "layers.1.", "layers.2."), "float32")
+
+
+def point_at(space: Space, method: str, draw) -> dict:
+    return {
+        name: method if isinstance(axis, CategoricalDistribution) else draw(axis.low, axis.high)
+        for name, axis in space.distributions().items()
+    }
+
+
+def test_a_study_that_names_no_method_gets_all_but_the_one_that_changes_nothing():
+    assert set(allowed_methods("abc")) == set(METHODS)
+    assert set(space_of(Path("/zoo")).methods) == set(METHODS) - {"passthrough"}
+
+
+@pytest.mark.oracle
+@pytest.mark.filterwarnings("ignore:numpy.core is deprecated")  # mergekit's own imports
+@pytest.mark.parametrize("layer_groups", [1, 2])
+@pytest.mark.parametrize("method", allowed_methods("abc"))
+@settings(max_examples=15)
+@given(data=st.data())
+def test_every_point_is_a_legal_recipe(method, layer_groups, data):
+    from mergekit.config import MergeConfiguration
+
+    space = space_of(Path("/zoo"), METHODS, layer_groups=layer_groups)
+    point = point_at(space, method, lambda low, high: data.draw(st.floats(low, high)))
+    recipe = space.recipe(point)
+    mapping = yaml.safe_load(recipe.to_yaml())
+    parsed, notes = parse_recipe(mapping, where="test")
+    assert parsed == recipe
+    assert all(note.endswith(f"changes nothing in {method}") for note in notes)
+    values = recipe.values("model.layers.1.mlp.up_proj.weight", 0.5)
+    if "della" in method:
+        for density, half in zip(values["density"], values["epsilon"], strict=True):
+            assert density >= 1 or 0 < density - half <= density + half < 1
+    MergeConfiguration.model_validate(mapping)  # mergekit's own reading of the file
+
+
+@pytest.mark.parametrize("own_study", [True, False])
+@pytest.mark.parametrize("method", allowed_methods("abc"))
+def test_a_point_builds(zoo, method, own_study):
+    space = space_of(zoo, [method] if own_study else None)
+    generator = torch.Generator().manual_seed(len(method))
+    point = point_at(
+        space,
+        method,
+        lambda low, high: low + (high - low) * torch.rand(1, generator=generator).item(),
+    )
+    recipe = space.recipe(point)
+    family = ModelSet(recipe.models_read)
+    for _, tensor in merged_tensors(recipe, family, torch.device("cpu")):
+        assert tensor.isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("method", "base", "models"),
+    [
+        ("nuslerp", "/zoo/base", ["/zoo/a", "/zoo/c"]),
+        ("slerp", "/zoo/a", ["/zoo/a", "/zoo/c"]),
+        ("nearswap", "/zoo/base", ["/zoo/c"]),
+        ("arcee_fusion", "/zoo/base", ["/zoo/c"]),
+        ("passthrough", None, ["/zoo/c"]),
+        ("karcher", None, ["/zoo/a", "/zoo/b", "/zoo/c"]),
+        ("sce", "/zoo/base", ["/zoo/a", "/zoo/b", "/zoo/c"]),
+    ],
+)
+def test_methods_of_few_models_take_the_donors_that_weigh_most(method, base, models):
+    space = space_of(Path("/zoo"))
+    recipe = space.recipe(space.point(method, (0.5, 0.1, 0.9)))
+    assert recipe.base_model == base
+    assert [source.model for source in recipe.models] == models
+
+
+def test_nuslerp_goes_as_far_as_the_mixture_says():
+    space = space_of(Path("/zoo"))
+    first, second = space.recipe(space.point("nuslerp", (0.5, 0.1, 0.9))).values("x", 0)["weight"]
+    assert second / (first + second) == pytest.approx(0.9 / 1.4)
+
+
+def test_epsilon_is_as_wide_as_the_density_leaves_room_for():
+    space = space_of(Path("/zoo"), ["della"], density=0.95, epsilon=0.3)
+    values = space.recipe(space.point("della", (1.0, 1.0, 1.0))).values("x", 0)
+    assert values["epsilon"] == (0.049999,) * 3 or values["epsilon"] == (0.049998,) * 3
+
+
+def test_one_name_of_two_meanings_follows_the_method_that_searches_it():
+    assert followers("epsilon", ["della", "ram"]) == ("della",)
+    assert followers("epsilon", ["ram", "ramplus_tl"]) == ("ram", "ramplus_tl")
+    both = space_of(Path("/zoo"), ["della", "ram"])
+    assert both.recipe(both.point("ram", (1.0,) * 3)).values("x", 0) == {"epsilon": 1e-5}
+    alone = space_of(Path("/zoo"), ["ram"], epsilon=2e-4)
+    assert alone.recipe(alone.point("ram", (1.0,) * 3)).values("x", 0) == {"epsilon": 2e-4}

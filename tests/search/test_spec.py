@@ -1,0 +1,159 @@
+import sys
+
+import pytest
+import yaml
+
+from search.study.spec import CMA_SAMPLERS, BelowBase, StudyError, StudySpec, TaskVector, load_study
+
+
+def test_study_of_the_design_is_read_with_absolute_paths(make_study, tmp_path, zoo):
+    spec = load_study(make_study(tmp_path))
+    assert spec.base_model == str(zoo / "base")
+    assert spec.objective.include_path == (tmp_path / "tasks",)
+    assert spec.objective.tasks[1].weight == 2.0
+    assert spec.search.sampler == "auto"
+
+
+def test_folders_count_from_the_study_file(make_study, tmp_path, zoo):
+    (tmp_path / "models").symlink_to(zoo)
+    models = {"base_model": "models/base", "models": ["models/a"], "search": {}}
+    spec = load_study(make_study(tmp_path, **models))
+    assert spec.models == (str(zoo / "a"),)
+
+
+def test_methods_default_to_all_the_donors_allow(make_study, tmp_path, zoo):
+    file = make_study(tmp_path, search={}, models=[str(zoo / "a")])
+    assert "model_stock" not in load_study(file).search.methods
+    assert "ties" in load_study(file).search.methods
+
+
+def test_number_fixes_and_range_searches(make_study, tmp_path):
+    search = {"methods": ["ties"], "scale": 1.0, "density": [0.2, 0.9], "normalize": True}
+    spec = load_study(make_study(tmp_path, search=search))
+    assert spec.search.scale == (1.0, 1.0)
+    assert spec.search.ranges == {"density": (0.2, 0.9), "normalize": (1.0, 1.0)}
+
+
+@pytest.mark.parametrize("sampler", CMA_SAMPLERS)
+def test_sampler_whose_package_is_missing_names_the_extra(
+    make_study, tmp_path, monkeypatch, sampler
+):
+    file = make_study(tmp_path, search__sampler=sampler, objective__constraints={})
+    assert load_study(file).search.sampler == sampler
+    monkeypatch.setitem(sys.modules, "cmaes", None)  # as if it was not installed
+    with pytest.raises(StudyError, match=r"pip install 'mergesearch\[cmaes\]'"):
+        load_study(file)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"serach": {}}, "unknown key 'serach'; did you mean 'search'"),
+        ({"search__trails": 5}, "search: unknown key 'trails'; did you mean 'trials'"),
+        ({"search__densty": 0.5}, "search: unknown key 'densty'; did you mean 'density'"),
+        (
+            {"search__methods": ["tise"]},
+            "search.methods: unknown method 'tise'; did you mean 'ties'",
+        ),
+        ({"search__methods": "ties"}, "search.methods has to be a list"),
+        ({"search__sampler": "tep"}, "search.sampler: unknown sampler 'tep'; did you mean 'tpe'"),
+        ({"search__density": [0.9, 0.2]}, r"search.density: \[0.9, 0.2\] is not a range within"),
+        ({"search__start": ["no.yaml"]}, "search.start: .*no.yaml is no recipe, and no run that"),
+        ({"search__sampler": "cmaes", "objective__constraints": {"pick": 0.1}}, "no floors; use"),
+        ({"search__sampler": "grid", "search__scale": 1}, "a grid needs a range of scale"),
+        ({"search__density": 3}, r"search.density: \[3, 3\] is not a range within \[0, 1\]"),
+        ({"search__trials": 0}, "search.trials: Input should be greater than 0"),
+        ({"objective__task": []}, "objective: unknown key 'task'; did you mean 'tasks'"),
+        ({"objective__tasks": []}, "objective.tasks: Tuple should have at least 1 item"),
+        ({"objective__tasks": [{"taks": "x"}]}, r"objective.tasks\[0\]: unknown key 'taks'"),
+        ({"objective__tasks": [{"text": "no/*.txt"}]}, r"tasks\[0\]: no file .*no/\*.txt"),
+        ({"objective__tasks": [{"text": "x", "metric": "acc"}]}, r"tasks\[0\]: unknown key 'me"),
+        ({"objective__tasks": [{"objective": 1}]}, r"tasks\[0\]: objective: Input should be"),
+        ({"objective__tasks": [3]}, r"tasks\[0\] has to be a name or a mapping, got 3"),
+        ({"objective__tasks": "pick"}, "objective.tasks has to be a list, got 'pick'"),
+        ({"objective__items__tests": 5}, "objective.items: unknown key 'tests'"),
+        ({"objective__include_path": "nowhere"}, "objective.include_path: no folder .*nowhere"),
+        ({"models": []}, "models: Tuple should have at least 1 item"),
+        ({"models": "a"}, "models: "),
+        ({"dtype": "int8"}, "dtype: Input should be"),
+        ({"objective__constraints": {"pick": "bas - 1"}}, "a floor is a number, or one like 'base"),
+        ({"objective": [1]}, "'objective' has to be a mapping"),
+    ],
+)
+def test_wrong_study_is_refused_with_place_and_fix(make_study, tmp_path, changes, message):
+    with pytest.raises(StudyError, match=message):
+        load_study(make_study(tmp_path, **changes))
+
+
+def test_text_files_are_found_from_the_study_and_named_after_themselves(make_study, tmp_path):
+    (tmp_path / "books").mkdir()
+    for name in ("b.txt", "a.txt"):
+        (tmp_path / "books" / name).write_text("text")
+    tasks = [{"text": "books/*.txt"}, {"text": "books/a.txt", "name": "one", "unit": "line"}]
+    first, second = load_study(make_study(tmp_path, objective__tasks=tasks)).objective.tasks
+    assert first.name == "books"
+    assert first.text == (tmp_path / "books" / "a.txt", tmp_path / "books" / "b.txt")
+    assert (second.name, second.unit) == ("one", "line")
+
+
+def test_code_of_others_is_off_unless_asked_for(make_study, tmp_path):
+    spec = load_study(make_study(tmp_path))
+    assert not spec.trust_remote_code
+    assert not spec.objective.unsafe_code
+
+
+def test_model_named_twice_is_refused(make_study, tmp_path, zoo):
+    with pytest.raises(StudyError, match="is named twice"):
+        load_study(make_study(tmp_path, models=[str(zoo / "a"), str(zoo / "a")]))
+
+
+@pytest.mark.parametrize(
+    ("models", "search", "message"),
+    [
+        (
+            [{"model": "a", "minu": "b"}],
+            {},
+            "unknown key 'minu'; did you mean 'minus'",
+        ),
+        (["c", {"model": "a"}], {}, r"models\[1\]: minus: Field required"),
+        ([{"model": "a", "minus": 1}], {}, r"models\[0\]: minus: Input should be a valid string"),
+        ([{"model": "a", "minus": "a"}], {}, "'a - a' is named twice"),
+        (["a", {"model": "a", "minus": "base"}], {}, "'a' is named twice"),
+        ([{"model": "a", "minus": "b"}], {"methods": ["ties"]}, "ties works on each model's own"),
+        ([{"model": "a", "minus": "b"}], {"normalize": True}, "cannot be normalized"),
+    ],
+)
+def test_difference_that_cannot_be_added_is_refused(make_study, tmp_path, models, search, message):
+    changes = {"base_model": "base", "models": models, "search": search}
+    with pytest.raises(StudyError, match=message):
+        load_study(make_study(tmp_path, **changes))
+
+
+def test_difference_is_a_donor_of_task_arithmetic(make_study, tmp_path, zoo):
+    models = [str(zoo / "c"), {"model": str(zoo / "a"), "minus": str(zoo / "b")}]
+    spec = load_study(make_study(tmp_path, models=models, search={}))
+    assert spec.models[1] == TaskVector(model=str(zoo / "a"), minus=str(zoo / "b"))
+    assert spec.beside_base == tuple(str(zoo / name) for name in "cab")
+    assert spec.search.methods == ("task_arithmetic",)
+    assert StudySpec.model_validate(spec.model_dump(mode="json")) == spec
+
+
+def test_floors_are_numbers_or_follow_the_base(make_study, tmp_path):
+    floors = {"pick": "base - 0.02", "tell": 0.5}
+    constraints = load_study(
+        make_study(tmp_path, objective__constraints=floors)
+    ).objective.constraints
+    assert constraints == {"pick": BelowBase(margin=0.02), "tell": 0.5}
+
+
+def test_method_that_needs_more_donors_is_refused(make_study, tmp_path, zoo):
+    changes = {"models": [str(zoo / "a")], "search__methods": ["model_stock"]}
+    with pytest.raises(StudyError, match="model_stock needs 2 models or more, got 1"):
+        load_study(make_study(tmp_path, **changes))
+
+
+def test_missing_parts_are_named(tmp_path):
+    file = tmp_path / "study.yaml"
+    file.write_text(yaml.safe_dump({"base_model": "a/b", "models": ["a/c"], "search": {}}))
+    with pytest.raises(StudyError, match=r"objective.tasks: Tuple should have"):
+        load_study(file)
