@@ -94,7 +94,7 @@ def _output(options: Any) -> Output:
 def _known(error: Exception) -> tuple[str, int] | None:
     """What to say of an error that is no fault of this program, and the exit code."""
     from merge_engine.building.export import FULL
-    from merge_engine.recipe.recipe import MergeError
+    from merge_engine.errors import MergeError
     from objectives.base import ObjectiveError, printable
     from search.study.spec import StudyError
 
@@ -243,7 +243,8 @@ def _check(options: Any, output: Output) -> None:
 
 
 def _export(options: Any, output: Output) -> None:
-    from merge_engine.recipe.recipe import MergeError, Recipe
+    from merge_engine.errors import MergeError
+    from merge_engine.recipe.recipe import Recipe
     from search.running.conclusion import other_trial
     from search.running.run import find_trial, stored_spec
     from search.session import save_checkpoint, work_on

@@ -12,12 +12,13 @@ from torch import Tensor, nn
 
 from merge_engine.building.merging import brought, merge_page
 from merge_engine.building.plan import Part, Plan, stack, written_dtype
+from merge_engine.errors import MergeError
 from merge_engine.methods import Base
 from merge_engine.models.model_set import ModelSet
 from merge_engine.models.tensor_names import is_head_weight, layer_counts
 from merge_engine.numerics.packing import TensorPack
 from merge_engine.numerics.statistics import all_finite
-from merge_engine.recipe.recipe import MergeError, Recipe
+from merge_engine.recipe.recipe import Recipe
 
 Read = Callable[[str], Tensor]  # a model's tensor, on the device
 

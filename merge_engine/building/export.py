@@ -20,8 +20,9 @@ import torch
 from torch import Tensor
 
 from merge_engine.building.plan import Plan
+from merge_engine.errors import MergeError
 from merge_engine.models.checkpoint import Checkpoint
-from merge_engine.recipe.recipe import MergeError, Recipe
+from merge_engine.recipe.recipe import Recipe
 
 SHARD_BYTES = 5_000_000_000
 FULL = (errno.ENOSPC, errno.EDQUOT)  # what a disk without room says

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from merge_engine.errors import MergeError
 from merge_engine.methods import Base, Elementwise, Linear, Method
 from merge_engine.methods.contract import Values
 from merge_engine.methods.linear import sum_of_task_vectors, weighted_sum
@@ -24,7 +25,7 @@ from merge_engine.models.model_set import ModelSet
 from merge_engine.numerics.noise import Noise, key_of
 from merge_engine.numerics.packing import TensorPack
 from merge_engine.numerics.statistics import Magnitudes, Variances, row_width
-from merge_engine.recipe.recipe import MergeError, Recipe
+from merge_engine.recipe.recipe import Recipe
 
 
 def merge_page(out: Tensor, recipe: Recipe, page: TensorPack, family: ModelSet) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from merge_engine.errors import MergeError
 from merge_engine.models.checkpoint import Checkpoint, open_models
 from merge_engine.models.model_set import ModelSet
 from merge_engine.models.tensor_names import (
@@ -28,7 +29,7 @@ from merge_engine.models.vocabulary import (
     make_vocabulary,
     with_chat_template,
 )
-from merge_engine.recipe.recipe import FlatPart, MergeError, Recipe
+from merge_engine.recipe.recipe import FlatPart, Recipe
 
 _LAYER_COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 

@@ -19,11 +19,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from merge_engine.errors import MergeError
 from merge_engine.models import statistics_cache as cache
 from merge_engine.models.lora import Adapter
 from merge_engine.models.tensor_names import input_embedding, is_head_weight, place_of
 from merge_engine.numerics.statistics import all_finite
-from merge_engine.recipe.recipe import MergeError
 
 HUB_FILES = ("*.safetensors", "*.json", "*.jinja", "*.txt", "*.model", "README.md")
 INDEX = "model.safetensors.index.json"

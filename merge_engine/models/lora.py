@@ -14,7 +14,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from merge_engine.recipe.recipe import MergeError
+from merge_engine.errors import MergeError
 
 _PREFIX = "base_model.model."
 # What changes the formula, and the only values with which it is the one above.

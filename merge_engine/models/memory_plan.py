@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Literal
 import psutil
 import torch
 
+from merge_engine.errors import MergeError
 from merge_engine.numerics.packing import ROWS, WIDTH
-from merge_engine.recipe.recipe import MergeError
 
 if TYPE_CHECKING:
     from merge_engine.models.checkpoint import TensorInfo

@@ -19,6 +19,7 @@ from typing import Any, Protocol, TypeVar
 import torch
 from torch import Tensor
 
+from merge_engine.errors import MergeError
 from merge_engine.models import statistics_cache as cache
 from merge_engine.models.checkpoint import Checkpoint, TensorInfo, open_models
 from merge_engine.models.tensor_names import depth_in, is_vocabulary, layer_counts, place_of
@@ -34,7 +35,6 @@ from merge_engine.numerics.statistics import (
     row_width,
     salient,
 )
-from merge_engine.recipe.recipe import MergeError
 
 WORTH_KEEPING = 65_536  # elements from which on reading a statistic is quicker than measuring it
 

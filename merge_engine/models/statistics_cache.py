@@ -26,8 +26,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from merge_engine.errors import MergeError
 from merge_engine.models.memory_plan import parse_size
-from merge_engine.recipe.recipe import MergeError
 
 FORMAT = 2  # to be raised when a statistic is computed or stored in another way
 PIECE = 1 << 16  # bytes

@@ -18,9 +18,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from merge_engine.errors import MergeError
 from merge_engine.models.checkpoint import Checkpoint, locate
 from merge_engine.models.tensor_names import input_embedding
-from merge_engine.recipe.recipe import MergeError, Recipe, Tokenizer, TokenOfModel, ZeroRow
+from merge_engine.recipe.recipe import Recipe, Tokenizer, TokenOfModel, ZeroRow
 
 CHATML = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + "

@@ -7,11 +7,10 @@ noted; a key that nobody knows is refused with the nearest known one.
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Annotated, Any, Literal, NamedTuple
@@ -27,32 +26,10 @@ from pydantic import (
     model_validator,
 )
 
+from merge_engine.errors import MergeError, check_keys, first_error, suggestion
 from merge_engine.methods import METHODS, Base, Elementwise, Method
 from merge_engine.methods.contract import Values
 from merge_engine.recipe.settings import Setting, dump_setting, parse_setting, value_at
-
-
-class MergeError(ValueError):
-    """A recipe, or a model it names, that cannot be used; the message says where and what to do."""
-
-
-def suggestion(name: str, known: Iterable[str]) -> str:
-    """``; did you mean 'x'?`` if a known name is near, else the list of them."""
-    names = sorted(known)
-    near = difflib.get_close_matches(name, names, n=1)
-    return f"; did you mean {near[0]!r}?" if near else f"; known: {', '.join(names)}"
-
-
-def check_keys(where: str, keys: Iterable[object], known: Iterable[str], kind: str = "key") -> None:
-    """Refuse a mapping's first key, or a list's first word, that is not known.
-
-    Raises:
-        RecipeError: Names it, where it stands, and the nearest known one.
-    """
-    for key in keys:
-        if key not in (names := tuple(known)):
-            raise MergeError(f"{where}: unknown {kind} {key!r}{suggestion(str(key), names)}")
-
 
 Settings = dict[
     str, Annotated[Setting, BeforeValidator(parse_setting), PlainSerializer(dump_setting)]
@@ -516,14 +493,6 @@ def _without_residual_weights(mapping: Mapping[str, Any]) -> tuple[dict[str, Any
     stripped = strip(dict(mapping))
     changed = stripped != mapping
     return stripped, ["residual_weight changes nothing, in mergekit neither"] * changed
-
-
-def first_error(error: ValidationError) -> str:
-    """The first of pydantic's complaints in one line: where, what, what was got."""
-    first = error.errors()[0]
-    place = ".".join(str(part) for part in first["loc"])
-    said = first["msg"].replace("valid tuple", "list")  # as YAML calls it
-    return f"{place}: {said} (got {first['input']!r})"
 
 
 def _with_flat_parameters(

@@ -15,11 +15,12 @@ from typing import TYPE_CHECKING, cast
 import torch
 
 from merge_engine.building.builder import Builder
+from merge_engine.errors import MergeError, check_keys
 from merge_engine.models.checkpoint import Checkpoint
 from merge_engine.models.memory_plan import plan_memory
 from merge_engine.models.model_set import ModelSet
 from merge_engine.models.vocabulary import check_tokenizer, load_tokenizer
-from merge_engine.recipe.recipe import MergeError, check_keys, load_recipe
+from merge_engine.recipe.recipe import load_recipe
 from objectives.base import Item, Objective, ObjectiveError
 from objectives.items import Splits, split_items
 from search.study.spec import OwnObjective, StudyError, StudySpec, Task, Text

@@ -20,8 +20,9 @@ import numpy as np
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution
 from scipy.optimize import nnls
 
+from merge_engine.errors import MergeError
 from merge_engine.methods import METHODS, Base, Param
-from merge_engine.recipe.recipe import MergeError, Recipe, load_recipe
+from merge_engine.recipe.recipe import Recipe, load_recipe
 from search.proposing.encoding import Floats, without_trifles
 from search.study.spec import (
     StudySpec,

@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING, Final, NamedTuple, Protocol
 import torch
 
 from merge_engine.building.export import CheckpointFiles, write_checkpoint
-from merge_engine.recipe.recipe import MergeError, Recipe
+from merge_engine.errors import MergeError
+from merge_engine.recipe.recipe import Recipe
 from objectives.base import ItemResult, ObjectiveError, Response
 from search.preparing.context import LiveContext, make_prompts
 from search.storing.folder import CARD

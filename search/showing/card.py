@@ -19,8 +19,9 @@ from huggingface_hub import (
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from huggingface_hub.utils._validators import validate_repo_id
 
+from merge_engine.errors import MergeError
 from merge_engine.models.checkpoint import locate
-from merge_engine.recipe.recipe import MergeError, Recipe
+from merge_engine.recipe.recipe import Recipe
 from objectives.base import printable
 from search.storing.folder import CARD
 from search.storing.result import Difference, Result, Score, package_versions, short_names

@@ -10,7 +10,7 @@ from typing import Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from merge_engine.recipe.recipe import first_error
+from merge_engine.errors import first_error
 from objectives.scores import Interval
 from search.study.spec import StudyError
 

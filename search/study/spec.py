@@ -21,8 +21,9 @@ from pydantic import (
     ValidationError,
 )
 
+from merge_engine.errors import MergeError, check_keys, first_error
 from merge_engine.methods import METHODS, Base, Param
-from merge_engine.recipe.recipe import DtypeName, MergeError, check_keys, first_error, load_yaml
+from merge_engine.recipe.recipe import DtypeName, load_yaml
 
 # These add up task vectors as they are; the others trim or compare each model's own.
 OF_DIFFERENCES: Final = ("task_arithmetic",)

@@ -5,8 +5,9 @@ from mergekit.merge_methods import merge_state_dicts
 from transformers import AutoModelForCausalLM
 
 from merge_engine.building.builder import Builder
+from merge_engine.errors import MergeError
 from merge_engine.models.model_set import ModelSet
-from merge_engine.recipe.recipe import MergeError, Recipe
+from merge_engine.recipe.recipe import Recipe
 
 
 def load(folder, dtype=torch.float32):

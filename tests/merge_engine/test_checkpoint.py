@@ -4,10 +4,10 @@ import shutil
 import pytest
 import torch
 
+from merge_engine.errors import MergeError
 from merge_engine.models.checkpoint import Checkpoint
 from merge_engine.models.model_set import ModelSet
 from merge_engine.models.tensor_names import place_of
-from merge_engine.recipe.recipe import MergeError
 
 
 def copy_of(folder, tmp_path):

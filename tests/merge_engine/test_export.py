@@ -9,8 +9,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from merge_engine.building.export import CheckpointFiles, write_checkpoint
+from merge_engine.errors import MergeError
 from merge_engine.models.checkpoint import Checkpoint
-from merge_engine.recipe.recipe import MergeError, Recipe, load_recipe
+from merge_engine.recipe.recipe import Recipe, load_recipe
 
 
 @pytest.fixture

@@ -3,10 +3,11 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from merge_engine.building.builder import Builder
+from merge_engine.errors import MergeError
 from merge_engine.models import memory_plan as memory
 from merge_engine.models.memory_plan import parse_size, plan_memory
 from merge_engine.models.model_set import ModelSet
-from merge_engine.recipe.recipe import MergeError, Recipe
+from merge_engine.recipe.recipe import Recipe
 from search.cli import main
 
 

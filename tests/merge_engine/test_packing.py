@@ -9,12 +9,13 @@ from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 
 from merge_engine.building.builder import Builder
+from merge_engine.errors import MergeError
 from merge_engine.methods import METHODS, Base
 from merge_engine.models.model_set import ModelSet
 from merge_engine.numerics.kernel_runner import KernelRunner
 from merge_engine.numerics.noise import halves, key_of, uniform, weyl
 from merge_engine.numerics.packing import ROWS, WIDTH, TensorPack
-from merge_engine.recipe.recipe import MergeError, parse_recipe
+from merge_engine.recipe.recipe import parse_recipe
 
 BASE = "model.embed_tokens.weight"
 needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="there is no C++ compiler")

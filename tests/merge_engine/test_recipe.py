@@ -1,7 +1,8 @@
 import pytest
 import yaml
 
-from merge_engine.recipe.recipe import MergeError, load_recipe, parse_recipe
+from merge_engine.errors import MergeError
+from merge_engine.recipe.recipe import load_recipe, parse_recipe
 
 TASK_ARITHMETIC = {
     "merge_method": "task_arithmetic",

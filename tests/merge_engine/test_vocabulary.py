@@ -11,8 +11,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 
 from merge_engine.building.builder import Builder
 from merge_engine.building.plan import plan_merge
+from merge_engine.errors import MergeError
 from merge_engine.models.model_set import ModelSet
-from merge_engine.recipe.recipe import MergeError, load_recipe, parse_recipe
+from merge_engine.recipe.recipe import load_recipe, parse_recipe
 
 ENDS = ["<eos>", "<pad>", "<unk>"]
 TOKENS = {  # of the base, and of two donors in other orders, each with tokens of its own
