@@ -126,7 +126,7 @@ def _demo(options: Any, output: Output) -> None:
 
 def _run(options: Any, output: Output) -> None:
     from search.session import finish, work_on
-    from search.study.spec import load_study
+    from search.study.reading import load_study
 
     spec = load_study(options.study)
     changes = {"trials": options.trials, "seed": options.seed}
@@ -162,7 +162,7 @@ def _score(options: Any, output: Output) -> None:
     from search.racing.item_scores import ItemScores
     from search.running.conclusion import score_of
     from search.session import about, device_of
-    from search.study.spec import load_study
+    from search.study.reading import load_study
 
     spec = load_study(options.study)
     with about(options.study):

@@ -15,7 +15,7 @@ from merge_engine.models.checkpoint import Checkpoint, TensorInfo
 from merge_engine.models.tensor_names import layer_counts
 from merge_engine.recipe.recipe import load_recipe
 from search.preparing.context import Hardware, model_dtype, open_family, outline, place_donors
-from search.study.spec import load_study
+from search.study.reading import load_study
 
 Plan = tuple[list[str], list[str]]  # lines, and notes
 

@@ -279,7 +279,7 @@ def make_splits(spec: StudySpec, items: Sequence[Item], tasks: Mapping[str, floa
 def open_family(spec: StudySpec, *, compiled: bool = True) -> ModelSet:
     """The study's models, base first."""
     candidates = spec.search.trials if compiled else 0
-    return ModelSet([spec.base_model, *spec.beside_base], candidates=candidates)
+    return ModelSet([spec.base_model, *spec.models_but_base], candidates=candidates)
 
 
 def place_donors(family: ModelSet, dtype: str, machine: Hardware) -> tuple[str, str]:

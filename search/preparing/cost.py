@@ -104,7 +104,7 @@ def estimate(bench: StudyContext, family: ModelSet, machine: Hardware, workers: 
 def concluding(spec: StudySpec, searched: float) -> int:
     """How many item evaluations follow, at most, those of a search."""
     counts, finalists = spec.objective.items, spec.search.finalists
-    winners, compared = (finalists if spec.search.front else 1), len(spec.beside_base) + 2
+    winners, compared = (finalists if spec.search.front else 1), len(spec.models_but_base) + 2
     return (
         min(math.ceil(SELECT_SHARE * searched), finalists * counts.select)
         + (winners + compared) * counts.test

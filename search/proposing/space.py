@@ -24,14 +24,8 @@ from merge_engine.errors import MergeError
 from merge_engine.methods import METHODS, Base, Param
 from merge_engine.recipe.recipe import Recipe, load_recipe
 from search.proposing.encoding import Floats, without_trifles
-from search.study.spec import (
-    StudySpec,
-    TaskVector,
-    beside_base,
-    followers,
-    searchable,
-    task_vectors,
-)
+from search.study.parameters import followers, searchable
+from search.study.spec import ModelDifference, StudySpec, as_differences, models_but_base
 
 Point = Mapping[str, Any]
 UNIFORM = "uniform average"
@@ -59,7 +53,7 @@ class Space:
     """
 
     base: str
-    donors: tuple[str | TaskVector, ...]
+    donors: tuple[str | ModelDifference, ...]
     methods: tuple[str, ...]
     scale: tuple[float, float]
     ranges: Mapping[str, tuple[float, float]]
@@ -96,12 +90,12 @@ class Space:
     @cached_property
     def models(self) -> tuple[str, ...]:
         """The m models of which a recipe gives weights."""
-        return beside_base(self.base, self.donors)
+        return models_but_base(self.base, self.donors)
 
     @cached_property
     def _signs(self) -> Floats:
         """What each donor adds of each model, (k, m): 1, 0, or -1 for one that it subtracts."""
-        vectors = task_vectors(self.base, self.donors)
+        vectors = as_differences(self.base, self.donors)
         return np.array(
             [[float(m == one.model) - (m == one.minus) for m in self.models] for one in vectors]
         )

@@ -146,7 +146,7 @@ def conclude(run: Run) -> tuple[Result, Recipe]:
         verdict=verdict([intervals[name] for name in baselines if name != UNIFORM]),
         winner=tested_winner(run, choice.candidate),
         front=members,
-        donors={model: found[model] for model in run.spec.beside_base},
+        donors={model: found[model] for model in run.spec.models_but_base},
         floors=run.floors({"test": winner}),
         base=found[run.spec.base_model],
         uniform=found[UNIFORM],

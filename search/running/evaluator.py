@@ -15,11 +15,10 @@ from typing import Final, NamedTuple
 
 from merge_engine.recipe.recipe import Recipe
 from objectives.base import ItemResult, ObjectiveError
-from objectives.items import SPLITS, blocks
+from objectives.items import SPLITS, Split, blocks
 from search.preparing.context import StudyContext
 from search.running.workers import EvalJob, ExportCheck, WorkerDied, Workers
 from search.storing.store import Store
-from search.study.spec import Split
 
 DEATHS: Final = 2  # of workers, after which a recipe is asked no more
 

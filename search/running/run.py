@@ -22,6 +22,7 @@ from optuna.study import Study
 from optuna.trial import FrozenTrial, Trial, TrialState
 
 from merge_engine.recipe.recipe import Recipe
+from objectives.items import Split
 from search.preparing.context import StudyContext
 from search.preparing.cost import ASKED, concluding
 from search.proposing.gp import MODELLED, believed, rank
@@ -36,7 +37,7 @@ from search.running.workers import FAILURES, ExportCheck, Workers
 from search.storing.folder import DATABASE, has_run
 from search.storing.snapshot import difference, freeze
 from search.storing.store import Storage, Store
-from search.study.spec import BelowBase, Split, StudyError, StudySpec
+from search.study.spec import BelowBase, StudyError, StudySpec
 
 
 def check_run(folder: Path, spec: StudySpec, storage: Storage) -> None:
@@ -324,7 +325,7 @@ class Run:
         by_task = race.by_task(self.goals(sheet))
         trial.set_user_attr("tasks", {task: [*astuple(one)] for task, one in by_task.items()})
         trial.set_user_attr("told", len(self.finished()))
-        if self.spec.objective.is_limited:
+        if self.spec.objective.has_constraints:
             trial.set_constraint("floors", missed)
         self._told(self.study.tell(trial, estimate.value))
 
@@ -336,7 +337,7 @@ class Run:
 
     def best_donor(self) -> str:
         """The donor that is believed to be best after a race among the donors."""
-        donors = self.spec.beside_base
+        donors = self.spec.models_but_base
         recipes = self.bench.space.baselines()
 
         def ask(some: Sequence[int], items: int) -> Floats:

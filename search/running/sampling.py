@@ -179,7 +179,7 @@ def shown(text: str) -> str:
 def _models(run: Run, result: Result) -> list[_Model]:
     """The base, the donors, and last the winner."""
     recipes = run.bench.space.baselines()
-    names = {run.spec.base_model: "base"} | short_names(run.spec.beside_base, "/")
+    names = {run.spec.base_model: "base"} | short_names(run.spec.models_but_base, "/")
     models = [_Model(name, model, recipes[model]) for model, name in names.items()]
     winner = Recipe.model_validate(result.winner.recipe)
     return [*models, _Model("winner", f"trial {result.winner.trial}", winner)]

@@ -73,7 +73,7 @@ def model_card(
         eval_results=_eval_results(test) if test else None,
         **_shared(list(found.values())),
     )
-    names = short_names(spec.beside_base, "/")
+    names = short_names(spec.models_but_base, "/")
     card = ModelCard.from_template(
         data,
         template_str=TEMPLATE.read_text(encoding="utf-8"),

@@ -124,7 +124,7 @@ class RunFacts:
         )
         self.complete = [trial for trial in self.trials if trial.state == TrialState.COMPLETE]
         self.failed = [trial for trial in self.trials if trial.state == TrialState.FAIL]
-        self.names = short_names(self.spec.beside_base, "/") | {UNIFORM: "uniform"}
+        self.names = short_names(self.spec.models_but_base, "/") | {UNIFORM: "uniform"}
         self.names[self.spec.base_model] = "base"
 
         # Runs of versions before this one have neither.

@@ -14,7 +14,8 @@ import yaml
 
 from merge_engine.models.checkpoint import is_hub_id
 from objectives.base import ObjectiveError
-from search.study.spec import ItemCounts, Search, StudyError, load_study
+from search.study.reading import load_study
+from search.study.spec import ItemCounts, SearchSpec, StudyError
 
 QUESTIONS: Final = ("question", "prompt", "input")  # what a field of a JSONL file may be called
 ANSWERS: Final = ("answer", "target", "output", "label")
@@ -160,8 +161,8 @@ def write_study(
     text = STUDY.format(
         base=_plain(named[0]),
         models="\n".join(f"  - {_plain(model)}" for model in named[1:]),
-        scale=list(Search.model_fields["scale"].default),
-        trials=trials or Search.model_fields["trials"].default,
+        scale=list(SearchSpec.model_fields["scale"].default),
+        trials=trials or SearchSpec.model_fields["trials"].default,
         include_path=f"[{', '.join(map(_plain, include_path))}]",
         tasks="\n".join(f"    - {{task: {_plain(name)}, weight: 1.0}}" for name in names),
         task=_plain(names[0]),

@@ -30,7 +30,7 @@ from objectives.base import Item
 from search.preparing.context import Hardware, StudyContext, make_context
 from search.proposing.samplers import make_sampler
 from search.proposing.space import Point, Space
-from search.study.spec import load_study
+from search.study.reading import load_study
 
 SAVE_EVERY = 5
 SOBOL = 1024  # points of the sequence: no method gets more

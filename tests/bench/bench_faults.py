@@ -34,7 +34,7 @@ from search.running.workers import EvalJob, EvalReply, LocalWorker
 from search.showing.terminal import Terminal
 from search.storing.folder import DATABASE
 from search.storing.store import Store
-from search.study.spec import load_study, parse_study
+from search.study.reading import load_study, parse_study
 
 STUDY = DEMO / "study.yaml"
 Row = tuple[Any, ...]

@@ -35,7 +35,7 @@ from search.showing.report import make_report
 from search.showing.terminal import Terminal
 from search.storing.folder import DATABASE
 from search.storing.store import Store
-from search.study.spec import parse_study
+from search.study.reading import parse_study
 
 BLOCK = 20
 

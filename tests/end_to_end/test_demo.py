@@ -21,7 +21,7 @@ from search.cli import DEMO, main
 from search.preparing.context import Hardware, make_context
 from search.storing.folder import DATABASE
 from search.storing.result import Result
-from search.study.spec import load_study
+from search.study.reading import load_study
 
 pytestmark = pytest.mark.slow
 

@@ -19,7 +19,8 @@ from search.proposing.space import Space
 from search.storing.folder import DATABASE
 from search.storing.result import Result
 from search.storing.store import Store
-from search.study.spec import TaskVector, load_study
+from search.study.reading import load_study
+from search.study.spec import ModelDifference
 
 STUDIES = Path(__file__).parents[2] / "studies"
 READY = sorted(file.parent.name for file in STUDIES.glob("*/tiny.yaml"))
@@ -67,7 +68,7 @@ def test_mergekit_makes_the_same_of_the_recipe(zoo, mergekits, tmp_path):
 def built_with(zoo, alpha, beta):
     """Base + alpha (a - b) + beta (c - base): the recipe and its weights."""
     base, *others = (str(zoo / name) for name in ("base", *"abc"))
-    donors = (TaskVector(model=others[0], minus=others[1]), others[2])
+    donors = (ModelDifference(model=others[0], minus=others[1]), others[2])
     space = Space(base, donors, ("task_arithmetic",), (0.0, 1.5), {})
     recipe = space.recipe(space.point("task_arithmetic", (alpha, beta)))
     model = LlamaForCausalLM.from_pretrained(base, dtype=torch.float32)

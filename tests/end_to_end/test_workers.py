@@ -23,7 +23,7 @@ from search.showing.terminal import Terminal
 from search.storing.folder import DATABASE
 from search.storing.snapshot import freeze
 from search.storing.store import Store
-from search.study.spec import load_study
+from search.study.reading import load_study
 
 
 class Crew:

@@ -11,7 +11,7 @@ from merge_engine.methods import METHODS, Elementwise, Linear
 from merge_engine.methods.contract import Param
 from merge_engine.recipe.recipe import Recipe, parse_recipe
 from search.proposing.space import Space
-from search.study.spec import parse_study
+from search.study.reading import parse_study
 
 PAGE = (Path(__file__).parents[2] / "merge_engine/methods/README.md").read_text("utf-8")
 SECTIONS = dict(re.findall(r"^### `(\w+)`\n(.*?)(?=^##|\Z)", PAGE, re.DOTALL | re.MULTILINE))

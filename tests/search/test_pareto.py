@@ -134,15 +134,13 @@ def test_run_with_cost_as_a_goal_proposes_tests_and_shows_it(make_study, tmp_pat
     assert "tokens" in capsys.readouterr().out
 
 
-def test_cost_is_refused_alone_and_where_nothing_is_written(make_study, tmp_path, capsys):
-    assert main(["check", str(make_study(tmp_path / "a", search__cost=True))]) == 2
-    assert "search.cost is a goal beside others" in capsys.readouterr().err
+def test_limit_on_tokens_is_refused_where_none_are_written(make_study, tmp_path, capsys):
     choices = {"objective__tasks": [{"task": "pick"}], "objective__max_mean_tokens": 9}
-    assert main(["check", str(make_study(tmp_path / "b", **choices))]) == 2
+    assert main(["check", str(make_study(tmp_path, **choices))]) == 2
     assert "no task has a model write" in capsys.readouterr().err
 
 
-def test_front_is_refused_to_a_sampler_of_one_goal(make_study, tmp_path, capsys):
+def test_front_is_refused_to_a_sampler_of_one_objective(make_study, tmp_path, capsys):
     study = make_study(tmp_path, search__front=True, search__sampler="tpe")
     assert main(["check", str(study)]) == 2
-    assert "search.front: the sampler 'tpe' looks for one goal alone" in capsys.readouterr().err
+    assert "search.front: the sampler 'tpe' has one objective, the mean" in capsys.readouterr().err

@@ -24,7 +24,7 @@ from search.running.workers import LocalWorker
 from search.storing.folder import DATABASE
 from search.storing.result import Result
 from search.storing.store import Store
-from search.study.spec import load_study
+from search.study.reading import load_study
 
 
 def trials_of(run):

@@ -11,7 +11,7 @@ from merge_engine.errors import MergeError
 from merge_engine.recipe.recipe import parse_recipe
 from search.proposing.gp import GAIN, GaussianSampler
 from search.proposing.space import STAGE, UNIFORM, Space, _mixture, _sticks, coarse_to_fine
-from search.study.spec import TaskVector
+from search.study.spec import ModelDifference
 
 DONORS = ("a", "b", "c")
 METHODS = ("task_arithmetic", "ties", "dare_linear", "dare_ties", "linear", "slerp", "model_stock")
@@ -186,7 +186,7 @@ def test_single_donor_has_a_scale_and_no_mixture():
 
 
 def differences(**changes):
-    vectors = (TaskVector(model="a", minus="b"), "c", TaskVector(model="base", minus="c"))
+    vectors = (ModelDifference(model="a", minus="b"), "c", ModelDifference(model="base", minus="c"))
     return space(donors=vectors, methods=("task_arithmetic",), ranges={}, **changes)
 
 

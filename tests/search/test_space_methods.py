@@ -14,7 +14,8 @@ from merge_engine.methods import METHODS
 from merge_engine.models.model_set import ModelSet
 from merge_engine.recipe.recipe import parse_recipe
 from search.proposing.space import Space
-from search.study.spec import allowed_methods, followers, parse_study
+from search.study.parameters import allowed_methods, followers
+from search.study.reading import parse_study
 
 DONORS = ("a", "b", "c")
 TASKS = {"tasks": ["t"]}

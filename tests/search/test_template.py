@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from search.cli import main
-from search.study.spec import load_study
+from search.study.reading import load_study
 
 WRITTEN = {"question": "abc?", "answer": "a"}
 CHOSEN = {"input": "abc ", "choices": ["a", "b", "c"]}

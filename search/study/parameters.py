@@ -1,0 +1,52 @@
+"""Which methods, and which of their parameters, a study can search."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Final
+
+from merge_engine.methods import METHODS, Base, Param
+from search.study.spec import ModelDifference
+
+# The methods that add task vectors unchanged, and so can add a difference of any two models; the
+# others trim or compare each model's own task vector.
+DIFFERENCE_METHODS: Final = ("task_arithmetic",)
+
+
+def allowed_methods(donors: Sequence[object]) -> tuple[str, ...]:
+    """Return every method that can merge these donors."""
+    differ = any(isinstance(donor, ModelDifference) for donor in donors)
+    return tuple(
+        name
+        for name in (DIFFERENCE_METHODS if differ else METHODS)
+        if METHODS[name].donors[0] <= len(donors)
+        and (METHODS[name].donors[1] != 2 or len(donors) >= 2)
+    )
+
+
+def searchable(methods: Iterable[str]) -> dict[str, Param]:
+    """Return the parameters of these methods that a study can fix or search, by name.
+
+    ``weight``, ``lambda`` and slerp's ``t`` are not among them: they follow from the study's scale
+    and mixture. Nor is passthrough's ``scale``, whose name is the study's.
+    """
+    found: dict[str, Param] = {}
+    for method in methods:
+        row = METHODS[method]
+        derived = {"weight", "lambda", "scale"} | ({"t"} if row.base is Base.ENDPOINT else set())
+        for name, param in row.params.items():
+            new = name not in found or found[name].search is None
+            if param.effect and name not in derived and new:
+                found[name] = param
+    return found
+
+
+def followers(name: str, methods: Iterable[str]) -> tuple[str, ...]:
+    """Return the methods whose parameter of this name takes the study's value.
+
+    Some methods mean different things by one name (``epsilon`` of della and of ram). The value is
+    then for those with a range to search in METHODS; the others keep their default.
+    """
+    having = tuple(method for method in methods if name in searchable((method,)))
+    searched = tuple(m for m in having if METHODS[m].params[name].search is not None)
+    return searched or having

@@ -1,0 +1,256 @@
+"""study.yaml to ``StudySpec``: paths made absolute, defaults filled in, contradictions refused."""
+
+from __future__ import annotations
+
+import glob
+import importlib.util
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from merge_engine.errors import MergeError, check_keys, first_error
+from merge_engine.methods import METHODS
+from merge_engine.recipe.recipe import load_yaml
+from search.study.parameters import DIFFERENCE_METHODS, allowed_methods, searchable
+from search.study.sampler_table import SAMPLERS, find_sampler
+from search.study.spec import (
+    ENTRIES,
+    ItemCounts,
+    ModelDifference,
+    ObjectiveSpec,
+    OwnObjective,
+    SearchSpec,
+    StudyError,
+    StudySpec,
+    Task,
+    Text,
+    as_differences,
+)
+
+
+def load_study(path: Path) -> StudySpec:
+    """Read a study file; its relative paths count from the file's own folder.
+
+    Raises:
+        StudyError: What is wrong, where, and what to do.
+    """
+    try:
+        return parse_study(load_yaml(path), path.parent, where=str(path))
+    except MergeError as error:
+        raise StudyError(str(error)) from None
+
+
+def parse_study(mapping: Mapping[str, Any], folder: Path, where: str) -> StudySpec:
+    """Check a study given as a mapping; ``load_study`` without the file.
+
+    Args:
+        mapping: The YAML's content.
+        folder: Relative paths count from it.
+        where: Begins every error message.
+
+    Raises:
+        StudyError, MergeError: What is wrong, where, and what to do.
+    """
+    if "merge_method" in mapping:
+        raise StudyError(
+            f"{where}: 'merge_method' makes it a recipe and no study; `mergesearch build` merges it"
+        )
+    blocks = {name: _block(mapping, name, where) for name in ("search", "objective")}
+    check_keys(where, mapping, StudySpec.model_fields)
+    check_keys(f"{where}: objective", blocks["objective"], ObjectiveSpec.model_fields)
+    models = mapping.get("models")
+    if isinstance(models, list):
+        models = [_donor(model, folder, f"{where}: models[{i}]") for i, model in enumerate(models)]
+    donors = models if isinstance(models, list) else []
+    blocks["search"] = _search(blocks["search"], donors, folder, where)
+    blocks["objective"] = _objective(blocks["objective"], folder, where)
+    base = _model(mapping.get("base_model"), folder)
+    try:
+        spec = StudySpec.model_validate(
+            dict(mapping) | blocks | {"base_model": base, "models": models}
+        )
+    except ValidationError as error:
+        raise StudyError(f"{where}: {first_error(error)}") from None
+    _check(spec, where)
+    return spec
+
+
+# Normalising: from what the user may write to what the models of ``spec`` take.
+
+
+def _block(mapping: Mapping[str, Any], name: str, where: str) -> dict[str, Any]:
+    block = mapping.get(name) or {}
+    if not isinstance(block, dict):
+        raise StudyError(f"{where}: {name!r} has to be a mapping, got {block!r}")
+    return dict(block)
+
+
+def _model(model: object, folder: Path) -> object:
+    """Return a model's absolute folder, or its hub id; BASE+ADAPTER is resolved part by part."""
+    if isinstance(model, str) and (folder / model).expanduser().is_dir():
+        return str((folder / model).expanduser().resolve())
+    if isinstance(model, str) and "+" in model:
+        return "+".join(str(_model(part, folder)) for part in model.split("+"))
+    return model
+
+
+def _donor(donor: object, folder: Path, where: str) -> object:
+    if not isinstance(donor, dict):
+        return _model(donor, folder)
+    check_keys(where, donor, ModelDifference.model_fields)
+    try:
+        return ModelDifference.model_validate(
+            {key: _model(name, folder) for key, name in donor.items()}
+        )
+    except ValidationError as error:
+        raise StudyError(f"{where}: {first_error(error)}") from None
+
+
+def _search(
+    raw: dict[str, Any], donors: Sequence[object], folder: Path, where: str
+) -> dict[str, Any]:
+    """Return the search block with parameters gathered under ``ranges`` and methods filled in."""
+    # Not passthrough: every donor is evaluated as it is anyway, to compare with.
+    raw.setdefault("methods", [name for name in allowed_methods(donors) if name != "passthrough"])
+    methods = raw["methods"]
+    if not isinstance(methods, list | tuple):
+        raise StudyError(f"{where}: search.methods has to be a list, got {methods!r}")
+    check_keys(f"{where}: search.methods", methods, METHODS, "method")
+    own = set(SearchSpec.model_fields) - {"ranges"}
+    check_keys(f"{where}: search", raw, {*own, *searchable(methods)})
+    ranges = {name: value for name, value in raw.items() if name not in own}
+    kept = {name: value for name, value in raw.items() if name in own}
+    return kept | {"ranges": ranges, "start": _paths(raw.get("start"), folder)}
+
+
+def _objective(raw: dict[str, Any], folder: Path, where: str) -> dict[str, Any]:
+    entries = raw.get("tasks") or []
+    if not isinstance(entries, list | tuple):
+        raise StudyError(f"{where}: objective.tasks has to be a list, got {entries!r}")
+    raw["tasks"] = [
+        _entry(entry, folder, f"{where}: objective.tasks[{index}]")
+        for index, entry in enumerate(entries)
+    ]
+    if isinstance(items := raw.get("items"), dict):
+        check_keys(f"{where}: objective.items", items, ItemCounts.model_fields)
+    raw["include_path"] = _paths(raw.get("include_path"), folder)
+    return raw
+
+
+def _paths(raw: Any, folder: Path) -> list[Path]:
+    """Return one path or several as absolute ones."""
+    return [(folder / path).resolve() for path in ([raw] if isinstance(raw, str) else raw or [])]
+
+
+def _entry(raw: object, folder: Path, where: str) -> Task | Text | OwnObjective:
+    """Return an entry of the task list; its first key among ``ENTRIES`` says of which kind."""
+    entry = {"task": raw} if isinstance(raw, str) else raw
+    if not isinstance(entry, dict):
+        raise StudyError(f"{where} has to be a name or a mapping, got {raw!r}")
+    kind = next((kind for kind in ENTRIES if kind in entry), "task")
+    check_keys(where, entry, ENTRIES[kind].model_fields)
+    if kind == "text":
+        entry = {"name": _text_name(entry["text"]), **entry}
+        entry["text"] = _text_files(entry["text"], folder, where)
+    try:
+        return ENTRIES[kind].model_validate(entry)
+    except ValidationError as error:
+        raise StudyError(f"{where}: {first_error(error)}") from None
+
+
+def _text_files(raw: object, folder: Path, where: str) -> list[Path]:
+    """Return the files of paths and patterns, in the order given, each pattern's sorted."""
+    files = []
+    for pattern in [raw] if isinstance(raw, str) else raw if isinstance(raw, list) else []:
+        found = sorted(glob.glob(str(folder / str(pattern)), recursive=True))
+        if not (found := [name for name in found if Path(name).is_file()]):
+            raise StudyError(f"{where}: no file {folder / str(pattern)}")
+        files += [Path(name).resolve() for name in found]
+    return files
+
+
+def _text_name(raw: object) -> str:
+    """Return ``books`` for both ``books/*.txt`` and ``books.txt``."""
+    path = Path(str(raw[0] if isinstance(raw, list) and raw else raw))
+    return path.parent.name if "*" in path.name else path.stem
+
+
+# Checks across keys, which no single model of ``spec`` can make.
+
+
+def _check(spec: StudySpec, where: str) -> None:
+    _check_donors(spec, where)
+    _check_sampler(spec, where)
+    for path in spec.search.start:
+        if not (path / "recipe.yaml" if path.is_dir() else path).is_file():
+            raise StudyError(f"{where}: search.start: {path} is no recipe, and no run that has one")
+    _check_range(where, "scale", spec.search.scale, (0.0, 100.0))
+    known = searchable(spec.search.methods)
+    for name, bounds in spec.search.ranges.items():
+        _check_range(where, name, bounds, (0, 1) if known[name].kind is bool else known[name].valid)
+    for path in spec.objective.include_path:
+        if not path.is_dir():
+            raise StudyError(f"{where}: objective.include_path: no folder {path}")
+
+
+def _check_donors(spec: StudySpec, where: str) -> None:
+    """Check that donors differ, and that the methods can merge them."""
+    differences = as_differences(spec.base_model, spec.models)
+    for donor, one in zip(spec.models, differences, strict=True):
+        if one.model == one.minus or differences.count(one) > 1:
+            raise StudyError(f"{where}: models: {str(donor)!r} is named twice; name it once")
+    differ = any(isinstance(donor, ModelDifference) for donor in spec.models)
+    for method in spec.search.methods:
+        if differ and method not in DIFFERENCE_METHODS:
+            raise StudyError(
+                f"{where}: search.methods: {method} works on each model's own task vector and "
+                f"cannot add a difference (minus) of two; use {', '.join(DIFFERENCE_METHODS)}"
+            )
+        if method not in allowed_methods(spec.models):
+            raise StudyError(
+                f"{where}: search.methods: {method} needs {METHODS[method].donors[0]} models or "
+                f"more, got {len(spec.models)}; leave it out or add models"
+            )
+    if differ and "normalize" in spec.search.ranges:
+        raise StudyError(
+            f"{where}: search.normalize: the weights of a difference (minus) sum to zero and "
+            "cannot be normalized; leave it out"
+        )
+
+
+def _check_sampler(spec: StudySpec, where: str) -> None:
+    """Check that the sampler is known, installed, and fits what is searched."""
+    search, name = spec.search, spec.search.sampler
+    if (entry := find_sampler(name)) is None:
+        check_keys(f"{where}: search.sampler", [name], SAMPLERS, "sampler")
+        return
+    if entry.needs and not importlib.util.find_spec(entry.needs):
+        raise StudyError(
+            f"{where}: search.sampler: {name} needs the package {entry.needs}; "
+            f"pip install 'mergesearch[{entry.needs}]'"
+        )
+    if name == "grid" and len(set(search.scale)) == 1:
+        raise StudyError(f"{where}: search.sampler: a grid needs a range of scale, like [0, 1]")
+    if search.front and not entry.many_objectives:
+        able = [other for other, row in SAMPLERS.items() if row.many_objectives]
+        raise StudyError(
+            f"{where}: search.front: the sampler {name!r} has one objective, the mean; "
+            f"use one of {', '.join(able)}"
+        )
+    if spec.objective.has_constraints and not entry.constraints:
+        raise StudyError(
+            f"{where}: objective.constraints: the sampler {name!r} ignores constraints; use 'auto'"
+        )
+
+
+def _check_range(
+    where: str, name: str, bounds: tuple[float, float], valid: tuple[float, float]
+) -> None:
+    low, high = bounds
+    if not valid[0] <= low <= high <= valid[1]:
+        raise StudyError(
+            f"{where}: search.{name}: [{low:g}, {high:g}] is not a range within "
+            f"[{valid[0]:g}, {valid[1]:g}]"
+        )
