@@ -8,13 +8,13 @@ import itertools
 import math
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from typing import TYPE_CHECKING, TypeVar, cast
 
 import torch
 from torch import nn
 
 from objectives.base import Item, ItemResult, ItemSnapshot, Objective, ObjectiveError, Response
+from objectives.entries import PluginEntry
 from objectives.harness.tasks import reported
 
 if TYPE_CHECKING:
@@ -25,39 +25,23 @@ _T = TypeVar("_T")
 _NEEDED = ("tasks", "items", "shown", "score")
 
 
-@dataclass(frozen=True)
-class PluginSpec:
-    """A class of the user's as an entry of a study's task list.
-
-    Attributes:
-        objective: ``package.module:Class``. The class is called with the live model and its
-            tokenizer, and with ``options`` by name; what it makes follows ``Objective``.
-        options: Its own settings.
-        weight: In the study's mean, divided over its tasks in proportion to their own weights.
-    """
-
-    objective: str
-    options: Mapping[str, Any] = field(default_factory=dict)
-    weight: float = 1.0
-
-
 class Plugin:
     """The user's objective with all that it says checked, since nobody else has read it."""
 
     def __init__(
-        self, spec: PluginSpec, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+        self, entry: PluginEntry, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
     ) -> None:
-        self._where = f"objective {spec.objective!r}"
-        make = find_class(spec.objective)
+        self._where = f"objective {entry.objective!r}"
+        make = find_class(entry.objective)
         with reported(f"{self._where} could not be made"):
-            own = make(model, tokenizer, **spec.options)
+            own = make(model, tokenizer, **entry.options)
         if missing := [name for name in _NEEDED if not hasattr(own, name)]:
             raise ObjectiveError(
                 f"{self._where} has no {', '.join(missing)}; see objectives.base.Objective"
             )
         self._own = cast("Objective", own)
         with reported(f"{self._where}: its tasks and items cannot be read"):
-            self.tasks = _scaled(self._own.tasks, spec.weight)
+            self.tasks = _scaled(self._own.tasks, entry.weight)
             self.items: Sequence[Item] = tuple(self._own.items)
         if strangers := sorted({item.task for item in self.items} - self.tasks.keys()):
             raise ObjectiveError(

@@ -276,7 +276,7 @@ def _export(options: Any, output: Output) -> None:
 
 
 def _sample(options: Any, output: Output) -> None:
-    from objectives.harness.tasks import PromptSpec
+    from objectives.entries import PromptEntry
     from search.running.run import stored_spec
     from search.running.sampling import of_items, of_prompts
     from search.session import keep, work_on
@@ -289,7 +289,7 @@ def _sample(options: Any, output: Output) -> None:
 
     def ask(run: Run) -> None:
         if options.prompt:
-            prompts = PromptSpec(tuple(options.prompt), options.max_tokens)
+            prompts = PromptEntry(prompts=tuple(options.prompt), max_tokens=options.max_tokens)
             samples = of_prompts(run, result, prompts)
         else:
             samples = of_items(run, result, options.items)

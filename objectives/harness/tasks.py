@@ -10,12 +10,11 @@ import difflib
 import hashlib
 import json
 import logging
-import math
 import random
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import datasets  # type: ignore[import-untyped]  # published without types
 import numpy as np
@@ -31,74 +30,16 @@ from lm_eval.tasks._index import Entry, Kind
 from lm_eval.tasks._yaml_loader import load_yaml
 
 from objectives.base import Item, ObjectiveError
+from objectives.entries import PromptEntry, TaskEntry, TextEntry
 from objectives.harness.quiet import quiet
 from objectives.harness.task_index import LM_EVAL_TASKS, find_registered, named_by, registered_names
 
+PROMPTS = "prompt"  # name of the task that prompts make
 PREFERRED_METRICS = ("acc", "exact_match")
 
 # Aggregations of (log-likelihood, bytes or words) per item. An item's value is then
 # exp(log-likelihood per unit): a probability, so higher is better and its range is [0, 1].
 PER_UNIT = (weighted_perplexity, bits_per_byte)
-
-
-@dataclass(frozen=True)
-class TaskSpec:
-    """One entry of a study's task list.
-
-    Attributes:
-        task: Name of an lm-eval task, group or tag.
-        metric: The metric, or ``"metric,filter"``. None takes the task's only usable metric, or
-            of several ``acc``, else ``exact_match``, else the first the task lists. Without a
-            filter, the task's first filter is meant.
-        weight: In the study's mean, of any scale; a group's or tag's is divided equally over its
-            tasks.
-        num_fewshot: Examples in the prompt; None keeps the task's own number.
-    """
-
-    task: str
-    metric: str | None = None
-    weight: float = 1.0
-    num_fewshot: int | None = None
-
-
-@dataclass(frozen=True)
-class TextSpec:
-    """Texts to be predicted, as an entry of a study's task list.
-
-    An item is worth its probability per byte, ``exp(log-likelihood / bytes)``: one over its byte
-    perplexity. Longer texts than the model holds are scored in windows, as lm-eval does.
-
-    Attributes:
-        name: What the task is called.
-        files: Plain UTF-8 text; blank items are left out.
-        unit: What one item is: a whole file, a paragraph (blank lines between them) or a line.
-        weight: In the study's mean, of any scale.
-    """
-
-    name: str
-    files: tuple[Path, ...]
-    unit: Literal["document", "paragraph", "line"] = "paragraph"
-    weight: float = 1.0
-
-
-@dataclass(frozen=True)
-class PromptSpec:
-    """Prompts to be continued greedily, as the only entry of a task list: nothing is right.
-
-    Attributes:
-        prompts: One or more.
-        max_tokens: To be written for each at most.
-        name: What the task is called.
-        weight: Of no account.
-    """
-
-    prompts: tuple[str, ...]
-    max_tokens: int
-    name: str = "prompt"
-    weight: float = 1.0
-
-
-Spec = TaskSpec | TextSpec | PromptSpec
 
 
 @dataclass(frozen=True)
@@ -224,21 +165,6 @@ def _inside_folder_of(entry: Entry) -> contextlib.AbstractContextManager[None]:
     return contextlib.chdir(entry.yaml_path.parent)
 
 
-def _check_specs(specs: Sequence[Spec], include_path: Sequence[Path]) -> None:
-    """Refuse what no task manager has to be asked about."""
-    if not specs:
-        raise ObjectiveError("tasks: the list is empty; name one or more")
-    for spec in specs:
-        name = spec.task if isinstance(spec, TaskSpec) else spec.name
-        if not 0 < spec.weight < math.inf:
-            raise ObjectiveError(
-                f"task {name!r}: weight is {spec.weight}; make it a positive number"
-            )
-    for folder in include_path:
-        if not folder.is_dir():
-            raise ObjectiveError(f"include_path: {folder} is not a folder; check the path")
-
-
 def task_manager(
     names: Sequence[str], include_path: Sequence[Path], *, unsafe_code: bool
 ) -> TaskManager:
@@ -312,14 +238,17 @@ def name_in(file: Path) -> str:
 
 
 def load_tasks(
-    specs: Sequence[Spec], include_path: Sequence[Path] = (), *, unsafe_code: bool = False
+    entries: Sequence[TaskEntry | TextEntry],
+    include_path: Sequence[Path] = (),
+    *,
+    unsafe_code: bool = False,
 ) -> list[LoadedTask]:
     """Find and load a study's tasks, and check of them what can be checked without a model.
 
     Global random states are left as found.
 
     Args:
-        specs: The study's tasks; each leaf task may occur once.
+        entries: The study's tasks; each leaf task may occur once.
         include_path: Folders with task YAMLs, searched before lm-eval's own tasks. A task's
             relative files are looked for beside its YAML.
         unsafe_code: Tasks that run code the model wrote are let through; they run it here.
@@ -327,28 +256,41 @@ def load_tasks(
     Raises:
         ObjectiveError: A task, metric, folder or data file is unknown or not usable.
     """
-    _check_specs(specs, include_path)
+    if not entries:
+        raise ObjectiveError("tasks: the list is empty; name one or more")
+    for folder in include_path:
+        if not folder.is_dir():
+            raise ObjectiveError(f"include_path: {folder} is not a folder; check the path")
     loaded: dict[str, LoadedTask] = {}
     with quiet(logging.WARNING):
-        names = [spec.task for spec in specs if isinstance(spec, TaskSpec)]
+        names = [entry.task for entry in entries if isinstance(entry, TaskEntry)]
         manager = task_manager(names, include_path, unsafe_code=unsafe_code)
-        for spec in specs:
+        for entry in entries:
             dice = TaskRandomState()
             with dice.thrown():
-                tasks = _load(spec, manager)
+                tasks = _load(entry, manager)
             if twice := loaded.keys() & tasks.keys():
                 raise ObjectiveError(
                     f"task {min(twice)!r} is listed twice; give each task one entry"
                 )
             for name, task in tasks.items():
-                weight = spec.weight / len(tasks)
-                wanted = spec if isinstance(spec, TaskSpec) else TaskSpec(name)
+                weight = entry.weight / len(tasks)
+                wanted = entry if isinstance(entry, TaskEntry) else TaskEntry(task=name)
                 metric = _prepared(name, task, wanted)
                 loaded[name] = LoadedTask(name, task, metric, weight, _items(name, task), dice)
     return list(loaded.values())
 
 
-def _prepared(name: str, task: Task, wanted: TaskSpec) -> Metric:
+def load_prompts(entry: PromptEntry) -> LoadedTask:
+    """Return prompts as a task named "prompt"; see ``load_tasks``."""
+    dice = TaskRandomState()
+    with quiet(logging.WARNING), dice.thrown():
+        task = ConfigurableTask(config=_prompt_task(entry))
+    metric = _prepared(PROMPTS, task, TaskEntry(task=PROMPTS))
+    return LoadedTask(PROMPTS, task, metric, 1.0, _items(PROMPTS, task), dice)
+
+
+def _prepared(name: str, task: Task, wanted: TaskEntry) -> Metric:
     """Give a task its settings, and refuse one that cannot be asked or compared."""
     if getattr(task, "MULTIMODAL", False):
         raise ObjectiveError(f"task {name!r} needs more than text; leave it out")
@@ -393,29 +335,28 @@ def _items(name: str, task: Task) -> tuple[Item, ...]:
         )
 
 
-def _load(spec: Spec, manager: TaskManager) -> dict[str, Task]:
-    if isinstance(spec, TaskSpec):
-        tasks: dict[str, Task] = manager.load([spec.task])["tasks"]
-        for name, task in tasks.items():
-            # a Python task may say so only once it is there
-            if getattr(task, "UNSAFE_CODE", False) and not manager._factory._unsafe_code:
-                raise _unsafe(name)
-        if not tasks:
-            raise ObjectiveError(f"task {spec.task!r} is a group without tasks; leave it out")
-        return tasks
-    with reported(f"task {spec.name!r} could not be loaded"):
-        config = _text_task(spec) if isinstance(spec, TextSpec) else _prompt_task(spec)
-        return {spec.name: ConfigurableTask(config=config)}
+def _load(entry: TaskEntry | TextEntry, manager: TaskManager) -> dict[str, Task]:
+    if isinstance(entry, TextEntry):
+        with reported(f"task {entry.name!r} could not be loaded"):
+            return {entry.name: ConfigurableTask(config=_text_task(entry))}
+    tasks: dict[str, Task] = manager.load([entry.task])["tasks"]
+    for name, task in tasks.items():
+        # a Python task may say so only once it is there
+        if getattr(task, "UNSAFE_CODE", False) and not manager._factory._unsafe_code:
+            raise _unsafe(name)
+    if not tasks:
+        raise ObjectiveError(f"task {entry.task!r} is a group without tasks; leave it out")
+    return tasks
 
 
-def _text_task(spec: TextSpec) -> dict[str, Any]:
+def _text_task(entry: TextEntry) -> dict[str, Any]:
     """lm-eval's own configuration of a perplexity task."""
     return {
-        "task": spec.name,
+        "task": entry.name,
         "dataset_path": "text",
         "dataset_kwargs": {
-            "data_files": {"test": [str(file) for file in spec.files]},
-            "sample_by": spec.unit,
+            "data_files": {"test": [str(file) for file in entry.text]},
+            "sample_by": entry.unit,
         },
         "test_split": "test",
         "process_docs": _not_blank,
@@ -426,17 +367,17 @@ def _text_task(spec: TextSpec) -> dict[str, Any]:
     }
 
 
-def _prompt_task(spec: PromptSpec) -> dict[str, Any]:
+def _prompt_task(entry: PromptEntry) -> dict[str, Any]:
     """lm-eval's own configuration of a generation task."""
-    rows = [{"prompt": prompt} for prompt in spec.prompts]
+    rows = [{"prompt": prompt} for prompt in entry.prompts]
     return {
-        "task": spec.name,
+        "task": PROMPTS,
         "custom_dataset": lambda: {"test": datasets.Dataset.from_list(rows)},
         "test_split": "test",
         "output_type": "generate_until",
         "doc_to_text": "prompt",
         "doc_to_target": "",
-        "generation_kwargs": {"until": [], "max_gen_toks": spec.max_tokens, "do_sample": False},
+        "generation_kwargs": {"until": [], "max_gen_toks": entry.max_tokens, "do_sample": False},
         "metric_list": [{"metric": "exact_match", "aggregation": "mean", "higher_is_better": True}],
     }
 
@@ -453,7 +394,7 @@ def _unsafe(name: str) -> ObjectiveError:
 
 
 def _choose_metric(where: str, task: Task, wanted: str | None) -> Metric:
-    """The metric to use and its filter; ``TaskSpec.metric`` has the rule."""
+    """The metric to use and its filter; ``TaskEntry.metric`` has the rule."""
     name, _, filter_name = (wanted or "").partition(",")
     refused = {metric: _why_not(task, metric) for metric in task.aggregation()}
     usable = [metric for metric, reason in refused.items() if reason is None]

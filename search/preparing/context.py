@@ -8,7 +8,7 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
@@ -22,14 +22,15 @@ from merge_engine.models.model_set import ModelSet
 from merge_engine.models.vocabulary import check_tokenizer, load_tokenizer
 from merge_engine.recipe.recipe import load_recipe
 from objectives.base import Item, Objective, ObjectiveError
+from objectives.entries import PluginEntry, PromptEntry
 from objectives.items import Splits, split_items
-from search.study.spec import OwnObjective, StudyError, StudySpec, Task, Text
+from search.study.spec import StudyError, StudySpec
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
     from objectives.harness.harness import Harness
-    from objectives.harness.tasks import LoadedTask, PromptSpec, TaskSpec, TextSpec
+    from objectives.harness.tasks import LoadedTask
     from search.proposing.space import Space
 
 
@@ -176,16 +177,16 @@ def find_tasks(spec: StudySpec) -> list[LoadedTask]:
     from objectives.harness.tasks import load_tasks
     from objectives.plugin import find_class
 
-    wanted, specs = spec.objective, []
+    wanted, entries = spec.objective, []
     for entry in wanted.tasks:
-        if isinstance(entry, OwnObjective):
+        if isinstance(entry, PluginEntry):
             find_class(entry.objective)
         else:
-            specs.append(_task_spec(entry))
-    if not specs:
+            entries.append(entry)
+    if not entries:
         return []
-    tasks = load_tasks(specs, wanted.include_path, unsafe_code=wanted.unsafe_code)
-    if len(specs) == len(wanted.tasks):
+    tasks = load_tasks(entries, wanted.include_path, unsafe_code=wanted.unsafe_code)
+    if len(entries) == len(wanted.tasks):
         items = [item for task in tasks for item in task.items]
         make_splits(spec, items, {task.name: task.weight for task in tasks})
     return tasks
@@ -195,29 +196,29 @@ def make_objective(
     spec: StudySpec, tasks: Sequence[LoadedTask], model: PreTrainedModel, checkpoint: Checkpoint
 ) -> Objective:
     """What the study asks, prepared for a live model, with the checkpoint's tokenizer."""
-    from objectives.plugin import Plugin, PluginSpec, Suite
+    from objectives.plugin import Plugin, Suite
 
     tokenizer = _tokenizer(spec, checkpoint)
     parts: list[Objective] = []
     if tasks:
         parts.append(_harness(spec, tasks, model, tokenizer))
     parts += [
-        Plugin(PluginSpec(entry.objective, entry.options, entry.weight), model, tokenizer)
+        Plugin(entry, model, tokenizer)
         for entry in spec.objective.tasks
-        if isinstance(entry, OwnObjective)
+        if isinstance(entry, PluginEntry)
     ]
     return parts[0] if len(parts) == 1 else Suite(parts)
 
 
-def make_prompts(bench: LiveContext, prompts: PromptSpec) -> Objective:
+def make_prompts(bench: LiveContext, prompts: PromptEntry) -> Objective:
     """Prompts, prepared as a study's tasks are; a short model keeps half its room for them."""
-    from objectives.harness.tasks import load_tasks
+    from objectives.harness.tasks import load_prompts
 
     tokenizer = _tokenizer(bench.spec, bench.builder.family.reference)
     model = cast("PreTrainedModel", bench.builder.model)  # as make_bench has loaded it
     room = getattr(model.config, "max_position_embeddings", 2 * prompts.max_tokens) // 2
-    prompts = replace(prompts, max_tokens=min(prompts.max_tokens, room))
-    harness = _harness(bench.spec, load_tasks([prompts]), model, tokenizer)
+    prompts = prompts.model_copy(update={"max_tokens": min(prompts.max_tokens, room)})
+    harness = _harness(bench.spec, [load_prompts(prompts)], model, tokenizer)
     harness.shown(range(len(prompts.prompts)))  # it warns of those that lose their beginning
     return harness
 
@@ -247,14 +248,6 @@ def _harness(
         batch_size=wanted.batch_size,
         prompting=Prompting(wanted.apply_chat_template, wanted.system_instruction),
     )
-
-
-def _task_spec(entry: Task | Text) -> TaskSpec | TextSpec:
-    from objectives.harness.tasks import TaskSpec, TextSpec
-
-    if isinstance(entry, Task):
-        return TaskSpec(entry.task, entry.metric, entry.weight, entry.num_fewshot)
-    return TextSpec(entry.name, entry.text, entry.unit, entry.weight)
 
 
 def make_splits(spec: StudySpec, items: Sequence[Item], tasks: Mapping[str, float]) -> Splits:

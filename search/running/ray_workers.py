@@ -19,7 +19,7 @@ import torch
 
 from merge_engine.recipe.recipe import Recipe
 from objectives.base import ItemResult, Response
-from objectives.harness.tasks import PromptSpec
+from objectives.entries import PromptEntry
 from search.preparing.context import Hardware, make_context
 from search.process import quiet
 from search.running.workers import FAILURES, EvalJob, EvalReply, ExportCheck, Worker, WorkerDied
@@ -83,7 +83,7 @@ class _Actor:
     ) -> ExportCheck:
         return self.worker.save(recipe, asked, out, card)
 
-    def say(self, recipe: Recipe, asked: Sequence[int] | PromptSpec) -> list[Response]:
+    def say(self, recipe: Recipe, asked: Sequence[int] | PromptEntry) -> list[Response]:
         return self.worker.say(recipe, asked)
 
     def look_through(self) -> None:
@@ -180,7 +180,7 @@ class RayWorkers:
         )
         return saved
 
-    def say(self, recipe: Recipe, asked: Sequence[int] | PromptSpec) -> list[Response]:
+    def say(self, recipe: Recipe, asked: Sequence[int] | PromptEntry) -> list[Response]:
         """As ``Worker.say``, by the first."""
         said: list[Response] = self._by_first(lambda actor: actor.say.remote(recipe, asked))
         return said

@@ -20,7 +20,7 @@ from search.showing.charts import shortened
 from search.storing.result import Result, read_json, short_names
 
 if TYPE_CHECKING:
-    from objectives.harness.tasks import PromptSpec
+    from objectives.entries import PromptEntry
     from search.running.run import Run
 
 FILE = "samples.json"
@@ -82,7 +82,7 @@ class _Model(NamedTuple):
     recipe: Recipe
 
 
-def of_prompts(run: Run, result: Result, prompts: PromptSpec) -> list[Sample]:
+def of_prompts(run: Run, result: Result, prompts: PromptEntry) -> list[Sample]:
     """What base, donors and winner write to prompts, which are shown as the models see them.
 
     Raises:

@@ -26,7 +26,7 @@ from search.storing.folder import CARD
 from search.study.spec import StudyError
 
 if TYPE_CHECKING:
-    from objectives.harness.tasks import PromptSpec
+    from objectives.entries import PromptEntry
 
 ROUNDED: Final = 0.02  # of the answers may be others by rounding, and no more
 FAILURES: Final = (MergeError, ObjectiveError)  # the candidate's own: the search goes on
@@ -95,7 +95,7 @@ class Workers(Protocol):
     ) -> ExportCheck:
         """As ``Worker.save``, by any of them while all are idle."""
 
-    def say(self, recipe: Recipe, asked: Sequence[int] | PromptSpec) -> list[Response]:
+    def say(self, recipe: Recipe, asked: Sequence[int] | PromptEntry) -> list[Response]:
         """As ``Worker.say``, by any of them while all are idle."""
 
     def look_through(self) -> None:
@@ -134,17 +134,17 @@ class Worker:
             answers = self.bench.objective.score(self.bench.builder.model, job.items)
         return EvalReply(answers, built - start, time.perf_counter() - built)
 
-    def say(self, recipe: Recipe, asked: Sequence[int] | PromptSpec) -> list[Response]:
+    def say(self, recipe: Recipe, asked: Sequence[int] | PromptEntry) -> list[Response]:
         """What a recipe's model says, in words, to items of the study or to prompts.
 
         Raises:
             RecipeError: The recipe cannot be built.
             ObjectiveError: The model it makes gives no usable answer, or a prompt cannot be asked.
         """
-        from objectives.harness.tasks import PromptSpec
+        from objectives.entries import PromptEntry
 
         with _room_needed():
-            if isinstance(asked, PromptSpec):
+            if isinstance(asked, PromptEntry):
                 objective, items = self._prompts(asked), [*range(len(asked.prompts))]
             else:
                 objective, items = self.bench.objective, [*asked]
@@ -245,7 +245,7 @@ class LocalWorker:
         """As ``Worker.save``."""
         return self._worker.save(recipe, asked, out, card)
 
-    def say(self, recipe: Recipe, asked: Sequence[int] | PromptSpec) -> list[Response]:
+    def say(self, recipe: Recipe, asked: Sequence[int] | PromptEntry) -> list[Response]:
         """As ``Worker.say``."""
         return self._worker.say(recipe, asked)
 

@@ -13,19 +13,16 @@ from pydantic import ValidationError
 from merge_engine.errors import MergeError, check_keys, first_error
 from merge_engine.methods import METHODS
 from merge_engine.recipe.recipe import load_yaml
+from objectives.entries import ENTRY_KINDS, Entry
 from search.study.parameters import DIFFERENCE_METHODS, allowed_methods, searchable
 from search.study.sampler_table import SAMPLERS, find_sampler
 from search.study.spec import (
-    ENTRIES,
     ItemCounts,
     ModelDifference,
     ObjectiveSpec,
-    OwnObjective,
     SearchSpec,
     StudyError,
     StudySpec,
-    Task,
-    Text,
     as_differences,
 )
 
@@ -144,18 +141,18 @@ def _paths(raw: Any, folder: Path) -> list[Path]:
     return [(folder / path).resolve() for path in ([raw] if isinstance(raw, str) else raw or [])]
 
 
-def _entry(raw: object, folder: Path, where: str) -> Task | Text | OwnObjective:
-    """Return an entry of the task list; its first key among ``ENTRIES`` says of which kind."""
+def _entry(raw: object, folder: Path, where: str) -> Entry:
+    """Return an entry of the task list; its first key among ``ENTRY_KINDS`` says of which kind."""
     entry = {"task": raw} if isinstance(raw, str) else raw
     if not isinstance(entry, dict):
         raise StudyError(f"{where} has to be a name or a mapping, got {raw!r}")
-    kind = next((kind for kind in ENTRIES if kind in entry), "task")
-    check_keys(where, entry, ENTRIES[kind].model_fields)
+    kind = next((kind for kind in ENTRY_KINDS if kind in entry), "task")
+    check_keys(where, entry, ENTRY_KINDS[kind].model_fields)
     if kind == "text":
         entry = {"name": _text_name(entry["text"]), **entry}
         entry["text"] = _text_files(entry["text"], folder, where)
     try:
-        return ENTRIES[kind].model_validate(entry)
+        return ENTRY_KINDS[kind].model_validate(entry)
     except ValidationError as error:
         raise StudyError(f"{where}: {first_error(error)}") from None
 

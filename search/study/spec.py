@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated, Any, Final, Literal
+from typing import Annotated
 
 from pydantic import (
     BaseModel,
@@ -19,6 +19,7 @@ from pydantic import (
 )
 
 from merge_engine.recipe.recipe import DtypeName
+from objectives.entries import Entry
 
 
 class StudyError(ValueError):
@@ -54,39 +55,6 @@ def _parse_floor(raw: object) -> object:
 Floor = Annotated[float | BelowBase, BeforeValidator(_parse_floor)]
 
 
-class Task(_Frozen):
-    """An lm-eval task: its name, the metric to use and its weight in the study's mean."""
-
-    task: str
-    metric: str | None = None
-    weight: PositiveFloat = 1.0
-    num_fewshot: NonNegativeInt | None = None
-
-
-class Text(_Frozen):
-    """Plain text to be predicted: files, or patterns like ``books/*.txt``, and what an item is."""
-
-    text: tuple[Path, ...] = Field(min_length=1)
-    name: str = Field(min_length=1)
-    unit: Literal["document", "paragraph", "line"] = "paragraph"
-    weight: PositiveFloat = 1.0
-
-
-class OwnObjective(_Frozen):
-    """A class of the user's, as ``package.module:Class``, and its options."""
-
-    objective: str
-    options: dict[str, Any] = Field(default_factory=dict)
-    weight: PositiveFloat = 1.0
-
-
-ENTRIES: Final[dict[str, type[Task | Text | OwnObjective]]] = {
-    "task": Task,
-    "text": Text,
-    "objective": OwnObjective,
-}
-
-
 class ItemCounts(_Frozen):
     """Number of items of each split, over all tasks: to search, to select the winner, to test."""
 
@@ -111,7 +79,7 @@ class ObjectiveSpec(_Frozen):
         block: Items that are evaluated between two decisions of a race.
     """
 
-    tasks: tuple[Task | Text | OwnObjective, ...] = Field(min_length=1)
+    tasks: tuple[Entry, ...] = Field(min_length=1)
     include_path: tuple[Path, ...] = ()
     items: ItemCounts = ItemCounts()
     constraints: dict[str, Floor] = Field(default_factory=dict)

@@ -14,6 +14,7 @@ import yaml
 
 from merge_engine.models.checkpoint import is_hub_id
 from objectives.base import ObjectiveError
+from objectives.entries import TaskEntry
 from search.study.reading import load_study
 from search.study.spec import ItemCounts, SearchSpec, StudyError
 
@@ -220,11 +221,11 @@ def _task(task: str, folder: Path, write: Write) -> tuple[str, Path | None]:
 
 def _items(names: Sequence[str], include_path: Sequence[Path]) -> tuple[list[str], ItemCounts, str]:
     """How many items for what: ours by default, or the same shares of those there are."""
-    from objectives.harness.tasks import TaskSpec, load_tasks
+    from objectives.harness.tasks import load_tasks
 
     wanted = ItemCounts()
     try:
-        tasks = load_tasks([TaskSpec(name) for name in names], include_path)
+        tasks = load_tasks([TaskEntry(task=name) for name in names], include_path)
     except ObjectiveError as error:
         if not isinstance(error.__cause__, ConnectionError):
             raise

@@ -25,8 +25,9 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from objectives.entries import TaskEntry
 from objectives.harness.harness import Harness
-from objectives.harness.tasks import TaskSpec, load_tasks
+from objectives.harness.tasks import load_tasks
 from tiny_models import (
     MODELS,
     Evaluated,
@@ -93,7 +94,7 @@ def compare(model: PreTrainedModel, tasks: list[Any], tolerance: float) -> dict[
 
 def grown(model: PreTrainedModel, folder: Path) -> int:
     """Items whose value in growing blocks is another one than all at once."""
-    tasks = load_tasks([TaskSpec(task) for task in PREDICTED], [folder])
+    tasks = load_tasks([TaskEntry(task=task) for task in PREDICTED], [folder])
     harness = Harness.prepare(tasks, model=model, tokenizer=chat_tokenizer(), batch_size=8)
     whole = [answer.value for answer in harness.score(model, range(ENDS[-1]))]
     parts = [

@@ -32,8 +32,9 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
+from objectives.entries import TaskEntry
 from objectives.harness.harness import Harness
-from objectives.harness.tasks import TaskSpec, load_tasks
+from objectives.harness.tasks import load_tasks
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz012345"
 WORDS = ["".join(letters) for letters in itertools.product(LETTERS, repeat=3)]
@@ -216,7 +217,7 @@ def compare(task: str, model: transformers.PreTrainedModel, clock: Callable[[], 
         )
         before = clock() - start
         tokens_before, _ = meter.take()
-        mine = load_tasks([TaskSpec(task)], [folder])
+        mine = load_tasks([TaskEntry(task=task)], [folder])
         harness = Harness.prepare(mine, model=model, tokenizer=tokenizer)
         items = range(len(harness.items))
         harness.score(model, items)  # plans
@@ -253,7 +254,7 @@ def compare(task: str, model: transformers.PreTrainedModel, clock: Callable[[], 
 
 def growth(model: transformers.PreTrainedModel, clock: Callable[[], float]) -> dict:
     with task_folder("growth", 2000) as folder:
-        tasks = load_tasks([TaskSpec("growth")], [folder])
+        tasks = load_tasks([TaskEntry(task="growth")], [folder])
         harness = Harness.prepare(tasks, model=model, tokenizer=make_tokenizer())
         meter = Meter(model, clock)
         cost, read = {}, {}

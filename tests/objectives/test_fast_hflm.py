@@ -15,8 +15,9 @@ from hypothesis import strategies as st
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 
+from objectives.entries import TaskEntry
 from objectives.harness.harness import Harness
-from objectives.harness.tasks import TaskSpec, load_tasks
+from objectives.harness.tasks import load_tasks
 from objectives.inference.agreement import Modes
 from objectives.inference.fast_hflm import plain_length
 from objectives.inference.token_tree import (
@@ -162,7 +163,7 @@ def test_the_model_reads_a_question_once_for_all_its_answers():
 def test_a_text_is_encoded_once_for_what_is_shown_and_for_every_score(folder):
     model = make_model()
     tokenizer = make_tokenizer()
-    tasks = load_tasks([TaskSpec("choice_shots")], [folder])
+    tasks = load_tasks([TaskEntry(task="choice_shots")], [folder])
     harness = Harness.prepare(tasks, model=model, tokenizer=tokenizer)
     items = range(len(harness.items))
     harness.shown(items)

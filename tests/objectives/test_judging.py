@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from objectives.base import ItemResult, ObjectiveError, printable
-from objectives.harness.tasks import TextSpec
+from objectives.entries import TextEntry
 from tiny_tasks import (
     ANSWER,
     CHOICE,
@@ -127,7 +127,7 @@ def test_margin_of_a_predicted_text_is_its_loglikelihood(folder, model):
 def test_texts_are_worth_their_probability_per_byte(folder, model, tmp_path):
     texts = ["one two\nthree", "four", "five six seven eight nine ten " * 20]
     (tmp_path / "a.txt").write_text(f"{texts[0]}\n\n{texts[1]}\n\n\n\n{texts[2]}\n")
-    harness = prepare(folder, model, TextSpec("a", (tmp_path / "a.txt",), "paragraph", 2.0))
+    harness = prepare(folder, model, TextEntry(text=(tmp_path / "a.txt",), name="a", weight=2.0))
     answers = harness.score(model, everything(harness))
     assert harness.tasks == {"a": 2.0}
     logliks = [question.requests[0].resps[0] for question in harness._questions]
@@ -147,7 +147,7 @@ def test_an_item_is_a_document_a_paragraph_or_a_line(folder, model, tmp_path, un
     (tmp_path / "1.txt").write_text("first\nsecond\n\nthird\n")
     (tmp_path / "2.txt").write_text("fourth\n\n\n")
     files = (tmp_path / "1.txt", tmp_path / "2.txt")
-    assert len(prepare(folder, model, TextSpec("t", files, unit)).items) == items
+    assert len(prepare(folder, model, TextEntry(text=files, name="t", unit=unit)).items) == items
 
 
 def test_perplexity_of_a_registered_kind_of_task_is_taken_item_by_item(folder, model):

@@ -10,7 +10,8 @@ import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from objectives.base import Item, ItemResult, ItemSnapshot, ObjectiveError
-from objectives.plugin import Plugin, PluginSpec, Suite
+from objectives.entries import PluginEntry
+from objectives.plugin import Plugin, Suite
 
 
 class Fixed:
@@ -49,7 +50,9 @@ class Raising(Fixed):
 
 
 def plugin(made, **options):
-    return Plugin(PluginSpec(f"{__name__}:{made}", options, 2.0), None, None)
+    return Plugin(
+        PluginEntry(objective=f"{__name__}:{made}", options=options, weight=2.0), None, None
+    )
 
 
 def test_objectives_in_a_suite_keep_their_own_items_in_any_order():
@@ -79,7 +82,7 @@ def test_a_task_in_two_objectives_is_refused():
 )
 def test_a_name_that_is_no_objective_is_refused(path, message):
     with pytest.raises(ObjectiveError, match=message):
-        Plugin(PluginSpec(path), None, None)
+        Plugin(PluginEntry(objective=path), None, None)
 
 
 @pytest.mark.parametrize(
@@ -116,7 +119,7 @@ def test_readmes_objective_scores_a_model(zoo, tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
     model = AutoModelForCausalLM.from_pretrained(zoo / "base").eval()
     tokenizer = AutoTokenizer.from_pretrained(zoo / "base")
-    spec = PluginSpec("my_module:Grammar", {"file": str(tmp_path / "pairs.tsv")})
+    spec = PluginEntry(objective="my_module:Grammar", options={"file": str(tmp_path / "pairs.tsv")})
     objective = Plugin(spec, model, tokenizer)
     first, turned = objective.score(model, [0, 1])
     assert first.margin == -turned.margin != 0

@@ -12,8 +12,9 @@ import yaml
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from objectives.entries import TaskEntry
 from objectives.harness.harness import Harness
-from objectives.harness.tasks import TaskSpec, load_tasks
+from objectives.harness.tasks import load_tasks
 
 CHARACTERS = [chr(code) for code in range(32, 127)] + ["\n"]
 ROWS = 24
@@ -131,7 +132,7 @@ def model():
 
 
 def prepare(folder, model, *specs, **settings):
-    specs = [TaskSpec(spec) if isinstance(spec, str) else spec for spec in specs]
+    specs = [TaskEntry(task=spec) if isinstance(spec, str) else spec for spec in specs]
     settings = {"tokenizer": make_tokenizer(), "batch_size": 8} | settings
     tasks = load_tasks(specs, [folder], unsafe_code=settings.pop("unsafe_code", False))
     return Harness.prepare(tasks, model=model, **settings)
