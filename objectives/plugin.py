@@ -67,7 +67,7 @@ class Plugin:
             raise ObjectiveError(
                 f"{self._where}: score gave {len(answers)} answers to {len(items)} items"
                 f"{', one of them ' if wrong else ''}{''.join(wrong[:1])}; give one "
-                "objectives.base.Answer with a finite value, and no tokens below 0, per item"
+                "objectives.base.ItemResult with a finite value, and no tokens below 0, per item"
             )
         return answers
 
