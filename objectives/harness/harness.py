@@ -37,6 +37,7 @@ from objectives.harness.judging import JUDGE_SECONDS, NAN, judge, said_of
 from objectives.harness.prompts import PLAIN, Prompting, Question, build_questions, shown
 from objectives.harness.quiet import quiet
 from objectives.harness.tasks import LoadedTask
+from objectives.inference.agreement import settle_modes
 from objectives.inference.fast_hflm import FastHFLM
 
 
@@ -88,6 +89,7 @@ class Harness:
                 batch_size=batch_size,
                 max_length=max_length,
             )
+            settle_modes(language_model)
         with quiet(logging.WARNING):
             questions = [
                 question

@@ -14,41 +14,19 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from random import Random
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
 import torch
 from transformers import DynamicCache, PreTrainedModel
 
+from objectives.inference.fast_hflm import FastHFLM
+from objectives.inference.modes import Decoding, Modes
 from objectives.inference.token_tree import Request, Tokens, common_length
-
-if TYPE_CHECKING:
-    from objectives.inference.fast_hflm import FastHFLM
 
 _LOG = logging.getLogger(__name__)
 
 _DECODED = 4  # tokens
 _LEAST_LENGTH = 12  # tokens a model must hold for the questions to have their shapes
-
-
-@dataclass(frozen=True)
-class Modes:
-    """The ways of asking a model that gave lm-eval's answers.
-
-    Attributes:
-        scoring: Log-likelihoods by our own batches at all; without it nothing is.
-        kept: Logits only where they are needed.
-        tail: The last layer's MLP there alone, too.
-        tree: Answers as branches of one row.
-        prefix: A common beginning read once.
-        generation: Our own greedy decoding.
-    """
-
-    scoring: bool = False
-    kept: bool = False
-    tail: bool = False
-    tree: bool = False
-    prefix: bool = False
-    generation: bool = False
 
 
 _WAYS: Final = {
@@ -59,21 +37,6 @@ _WAYS: Final = {
     "prefix": "a common beginning read once",
     "generation": "own decoding",
 }
-
-
-@dataclass(frozen=True)
-class Decoding:
-    """How prompts are continued.
-
-    Attributes:
-        max_tokens: The most tokens, at least one.
-        stops: A text ends where one of these comes up.
-        lookback: Tokens in which the last of them would be found.
-    """
-
-    max_tokens: int
-    stops: tuple[str, ...] = ()
-    lookback: int = 1
 
 
 def settle_modes(language_model: FastHFLM) -> None:

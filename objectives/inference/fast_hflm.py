@@ -14,8 +14,8 @@ again it has the same values to the bit. Asked in other company a request can di
 shape of a batch does to rounding, as it does in lm-eval itself.
 
 Not every model can be asked this way: some attend by other rules than a mask, some keep a state.
-Each way is therefore tried against ``HFLM`` on the model at hand when it is wrapped, and left off
-where it differs by more than rounding (``objectives.inference.agreement``).
+``objectives.inference.agreement.settle_modes`` therefore tries each way against ``HFLM`` on the
+model at hand, and leaves off those that differ by more than rounding; until then all are off.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedConfig
 
 from objectives.base import ObjectiveError
-from objectives.inference.agreement import Decoding, Modes, settle_modes
+from objectives.inference.modes import Decoding, Modes
 from objectives.inference.token_tree import (
     Request,
     Tokens,
@@ -157,8 +157,7 @@ class FastHFLM(HFLM):  # type: ignore[misc]  # lm-eval is published without type
         on_cpu = self.device.type == "cpu"
         self._read = batch_size * (TOKENS_PER_SEQUENCE_ON_CPU if on_cpu else TOKENS_PER_SEQUENCE)
         self._tail = last_mlp(self.model)
-        self.modes = Modes()  # none until tried
-        settle_modes(self)
+        self.modes = Modes()  # none until ``settle_modes`` tries them
 
     def halve_batches(self) -> None:
         """Ask in smaller batches from here on.

@@ -18,8 +18,8 @@ from lm_eval.models.huggingface import HFLM
 from objectives.entries import TaskEntry
 from objectives.harness.harness import Harness
 from objectives.harness.tasks import load_tasks
-from objectives.inference.agreement import Modes
 from objectives.inference.fast_hflm import plain_length
+from objectives.inference.modes import Modes
 from objectives.inference.token_tree import (
     Request,
     common_length,

@@ -14,6 +14,7 @@ from lm_eval import simple_evaluate
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
+from objectives.inference.agreement import settle_modes
 from objectives.inference.fast_hflm import FastHFLM
 from tiny_tasks import (
     ANSWER,
@@ -70,7 +71,9 @@ def stock(model, **settings):
 
 def fast(model, **settings):
     settings = {"tokenizer": chat_tokenizer(), "batch_size": 8} | settings
-    return FastHFLM(pretrained=model, **settings)
+    language_model = FastHFLM(pretrained=model, **settings)
+    settle_modes(language_model)
+    return language_model
 
 
 def chat_tokenizer() -> transformers.PreTrainedTokenizerFast:
