@@ -143,7 +143,7 @@ def _build(options: Any, output: Output) -> None:
     from merge_engine.building.builder import built_tensors
     from merge_engine.building.export import CheckpointFiles, write_checkpoint
     from merge_engine.building.plan import plan_merge
-    from merge_engine.recipe.recipe import load_recipe
+    from merge_engine.recipe.recipe_file import load_recipe
     from search.session import about, device_of
 
     recipe, notes = load_recipe(options.recipe)
@@ -227,7 +227,7 @@ def _given(words: list[str] | None, option: str, what: str) -> list[str]:
 
 
 def _check(options: Any, output: Output) -> None:
-    from merge_engine.recipe.recipe import load_yaml
+    from merge_engine.schema import load_yaml
     from search.preparing.check import check_recipe, check_study
     from search.session import about, device_of
 

@@ -20,7 +20,8 @@ from typing import TYPE_CHECKING, Any, Final
 import torch
 
 from merge_engine.errors import MergeError
-from merge_engine.recipe.recipe import Recipe, load_recipe
+from merge_engine.recipe.recipe import Recipe
+from merge_engine.recipe.recipe_file import load_recipe
 from objectives.base import ObjectiveError
 from search.preparing.context import Hardware, StudyContext, make_context, open_family, outline
 from search.storing.folder import (

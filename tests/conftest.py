@@ -28,7 +28,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from merge_engine.building.builder import built_tensors
 from merge_engine.building.export import CheckpointFiles, write_checkpoint
 from merge_engine.building.plan import plan_merge
-from merge_engine.recipe.recipe import parse_recipe
+from merge_engine.recipe.recipe_file import parse_recipe
 
 gc.freeze()  # what has been imported is no garbage, and need not be looked through again
 

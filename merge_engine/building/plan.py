@@ -203,12 +203,12 @@ def _check_ranges(part: FlatPart, checkpoints: Mapping[str, Checkpoint]) -> None
         counts = layer_counts(checkpoints[model].tensors)
         if len(counts) != 1:
             raise MergeError(
-                f"{part.place}: model {model!r} has {len(counts)} stacks of layers "
+                f"{part.path}: model {model!r} has {len(counts)} stacks of layers "
                 f"({', '.join(sorted(counts)) or 'none'}); slices need a model with one"
             )
         if last > (count := next(iter(counts.values()))):
             raise MergeError(
-                f"{part.place}: layer_range [{first}, {last}] of {model!r} goes beyond its "
+                f"{part.path}: layer_range [{first}, {last}] of {model!r} goes beyond its "
                 f"{count} layers; the last one is {count - 1}, so end at {count} or below"
             )
 

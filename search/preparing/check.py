@@ -13,7 +13,7 @@ from merge_engine.building.plan import plan_merge
 from merge_engine.errors import MergeError
 from merge_engine.models.checkpoint import Checkpoint, TensorInfo
 from merge_engine.models.tensor_names import layer_counts
-from merge_engine.recipe.recipe import load_recipe
+from merge_engine.recipe.recipe_file import load_recipe
 from search.preparing.context import Hardware, model_dtype, open_family, outline, place_donors
 from search.study.reading import load_study
 

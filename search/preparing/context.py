@@ -20,7 +20,7 @@ from merge_engine.models.checkpoint import Checkpoint
 from merge_engine.models.memory_plan import plan_memory
 from merge_engine.models.model_set import ModelSet
 from merge_engine.models.vocabulary import check_tokenizer, load_tokenizer
-from merge_engine.recipe.recipe import load_recipe
+from merge_engine.recipe.recipe_file import load_recipe
 from objectives.base import Item, Objective, ObjectiveError
 from objectives.entries import PluginEntry, PromptEntry
 from objectives.items import Splits, split_items

@@ -22,7 +22,8 @@ from scipy.optimize import nnls
 
 from merge_engine.errors import MergeError
 from merge_engine.methods import METHODS, Base, Param
-from merge_engine.recipe.recipe import Recipe, load_recipe
+from merge_engine.recipe.recipe import Recipe
+from merge_engine.recipe.recipe_file import load_recipe
 from search.proposing.encoding import Floats, without_trifles
 from search.study.parameters import followers, searchable
 from search.study.spec import ModelDifference, StudySpec, as_differences, models_but_base

@@ -12,9 +12,8 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
-from pydantic import BaseModel, ConfigDict
-
 from merge_engine.recipe.recipe import Recipe
+from merge_engine.schema import FrozenModel
 from objectives.base import printable
 from search.showing.charts import shortened
 from search.storing.result import Result, read_json, short_names
@@ -28,11 +27,7 @@ ITEMS = 6  # gained, and as many lost, that are asked for
 MOST = 1500  # letters shown of a text
 
 
-class _Frozen(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class ModelResponse(_Frozen):
+class ModelResponse(FrozenModel):
     """What a model wrote or chose, and what that was worth if it is an item's answer."""
 
     name: str
@@ -46,7 +41,7 @@ class ModelResponse(_Frozen):
         return self.name if self.value is None else f"{self.name} ({self.value:.3g})"
 
 
-class Sample(_Frozen):
+class Sample(FrozenModel):
     """A prompt, and what each model says to it; untrusted text.
 
     ``task`` and ``item`` (a row of the task's data) are those of a test item, which the winner
@@ -66,7 +61,7 @@ class Sample(_Frozen):
         return "prompt" if self.task is None else f"{self.task}, item {self.item}: {self.change}"
 
 
-class Samples(_Frozen):
+class Samples(FrozenModel):
     """What a run keeps of them: ``trial`` is the winner's."""
 
     version: Literal[1] = 1

@@ -8,9 +8,10 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, Field, ValidationError
 
 from merge_engine.errors import first_error
+from merge_engine.schema import FrozenModel
 from objectives.scores import Interval
 from search.study.spec import StudyError
 
@@ -20,11 +21,7 @@ OTHERS = ("base", "uniform", "winner")  # who stands beside the donors in a tabl
 Kind = TypeVar("Kind", bound=BaseModel)
 
 
-class _Frozen(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class Score(_Frozen):
+class Score(FrozenModel):
     """A model on the test items: weighted mean with its 95 % interval, and each task's mean.
 
     ``tokens``: the mean number it wrote for an item; None where no task has it write.
@@ -36,7 +33,7 @@ class Score(_Frozen):
     tokens: float | None = None
 
 
-class Difference(_Frozen):
+class Difference(FrozenModel):
     """The winner less another model on the same test items."""
 
     mean: float
@@ -48,7 +45,7 @@ class Difference(_Frozen):
         return cls(mean=interval.mean, ci95=(interval.low, interval.high))
 
 
-class Baseline(_Frozen):
+class Baseline(FrozenModel):
     """A model the winner is compared with."""
 
     test: Score
@@ -66,7 +63,7 @@ class DonorDifference(Difference):
     items_to_decide: int | None
 
 
-class Winner(_Frozen):
+class Winner(FrozenModel):
     """The chosen recipe, the trial that first proposed it, and how it tests."""
 
     recipe: dict[str, Any]
@@ -74,7 +71,7 @@ class Winner(_Frozen):
     test: Score
 
 
-class Seconds(_Frozen):
+class Seconds(FrozenModel):
     """Where the time went; ``total`` counts every session of the run."""
 
     build: float
@@ -83,7 +80,7 @@ class Seconds(_Frozen):
     total: float
 
 
-class Result(_Frozen):
+class Result(FrozenModel):
     """What a run found.
 
     ``search_score`` is what the winner was told to be worth, on items it was chosen for, and
@@ -100,9 +97,9 @@ class Result(_Frozen):
     version: Literal[1] = 1
     verdict: Literal["better", "not better"]
     winner: Winner
-    front: list[Winner] = []
+    front: list[Winner] = Field(default=[])
     donors: dict[str, Baseline]
-    floors: dict[str, float] = {}
+    floors: dict[str, float] = Field(default={})
     base: Baseline
     uniform: Baseline
     difference_to_best_donor: DonorDifference

@@ -12,7 +12,7 @@ from pydantic import ValidationError
 
 from merge_engine.errors import MergeError, check_keys, first_error
 from merge_engine.methods import METHODS
-from merge_engine.recipe.recipe import load_yaml
+from merge_engine.schema import load_yaml
 from objectives.entries import ENTRY_KINDS, Entry
 from search.study.parameters import DIFFERENCE_METHODS, allowed_methods, searchable
 from search.study.sampler_table import SAMPLERS, find_sampler

@@ -8,9 +8,7 @@ from pathlib import Path
 from typing import Annotated
 
 from pydantic import (
-    BaseModel,
     BeforeValidator,
-    ConfigDict,
     Field,
     NonNegativeFloat,
     NonNegativeInt,
@@ -18,7 +16,7 @@ from pydantic import (
     PositiveInt,
 )
 
-from merge_engine.recipe.recipe import DtypeName
+from merge_engine.schema import DtypeName, FrozenModel
 from objectives.entries import Entry
 
 
@@ -33,11 +31,7 @@ Range = Annotated[
 ]
 
 
-class _Frozen(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class BelowBase(_Frozen):
+class BelowBase(FrozenModel):
     """A lower bound on a task's mean: the base model's on the same items, less ``margin``."""
 
     margin: NonNegativeFloat
@@ -55,7 +49,7 @@ def _parse_floor(raw: object) -> object:
 Floor = Annotated[float | BelowBase, BeforeValidator(_parse_floor)]
 
 
-class ItemCounts(_Frozen):
+class ItemCounts(FrozenModel):
     """Number of items of each split, over all tasks: to search, to select the winner, to test."""
 
     search: PositiveInt = 200
@@ -63,7 +57,7 @@ class ItemCounts(_Frozen):
     test: PositiveInt = 400
 
 
-class ObjectiveSpec(_Frozen):
+class ObjectiveSpec(FrozenModel):
     """What is evaluated, and how.
 
     Attributes:
@@ -96,7 +90,7 @@ class ObjectiveSpec(_Frozen):
         return bool(self.constraints) or self.max_mean_tokens is not None
 
 
-class ModelDifference(_Frozen):
+class ModelDifference(FrozenModel):
     """A donor that is the difference of two models: what ``model`` has learned beyond ``minus``."""
 
     model: str
@@ -106,7 +100,7 @@ class ModelDifference(_Frozen):
         return f"{self.model} - {self.minus}"
 
 
-class SearchSpec(_Frozen):
+class SearchSpec(FrozenModel):
     """What is searched, and how.
 
     Attributes:
@@ -139,7 +133,7 @@ class SearchSpec(_Frozen):
     seed: NonNegativeInt = 0
 
 
-class StudySpec(_Frozen):
+class StudySpec(FrozenModel):
     """A whole study.
 
     Attributes:

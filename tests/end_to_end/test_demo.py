@@ -16,7 +16,7 @@ from mergekit.merge import MergeOptions, run_merge
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from merge_engine.recipe.recipe import load_recipe
+from merge_engine.recipe.recipe_file import load_recipe
 from search.cli import DEMO, main
 from search.preparing.context import Hardware, make_context
 from search.storing.folder import DATABASE

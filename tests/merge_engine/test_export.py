@@ -11,7 +11,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from merge_engine.building.export import CheckpointFiles, write_checkpoint
 from merge_engine.errors import MergeError
 from merge_engine.models.checkpoint import Checkpoint
-from merge_engine.recipe.recipe import Recipe, load_recipe
+from merge_engine.recipe.recipe import Recipe
+from merge_engine.recipe.recipe_file import load_recipe
 
 
 @pytest.fixture

@@ -22,7 +22,8 @@ from merge_engine.numerics import kernel_runner as stream_module
 from merge_engine.numerics.kernel_runner import CHUNK, PAYS, KernelRunner, compiling_pays
 from merge_engine.numerics.noise import LEVELS, key_of, level, uniform
 from merge_engine.numerics.packing import WIDTH, TensorPack
-from merge_engine.recipe.recipe import Recipe, parse_recipe
+from merge_engine.recipe.recipe import Recipe
+from merge_engine.recipe.recipe_file import parse_recipe
 
 SHAPES = [(1,), (2,), (1_000,), (401, 50), (200_001,)]
 # dare_ties and breadcrumbs are made of parts that two others of these have, too.

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 
 from merge_engine.errors import MergeError
 from merge_engine.models.checkpoint import open_model
-from merge_engine.recipe.recipe import load_recipe
+from merge_engine.recipe.recipe_file import load_recipe
 
 KINDS = {
     "plain": {"r": 4, "lora_alpha": 16, "target_modules": ["q_proj", "v_proj"]},

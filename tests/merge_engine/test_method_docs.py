@@ -9,7 +9,8 @@ import yaml
 
 from merge_engine.methods import METHODS, Elementwise, Linear
 from merge_engine.methods.contract import Param
-from merge_engine.recipe.recipe import Recipe, parse_recipe
+from merge_engine.recipe.recipe import Recipe
+from merge_engine.recipe.recipe_file import parse_recipe
 from search.proposing.space import Space
 from search.study.reading import parse_study
 

@@ -17,7 +17,8 @@ from merge_engine.building.builder import merge_tensor, merged_tensors
 from merge_engine.errors import MergeError
 from merge_engine.methods import METHODS, Base, Elementwise
 from merge_engine.numerics.noise import key_of, uniform
-from merge_engine.recipe.recipe import Recipe, parse_recipe
+from merge_engine.recipe.recipe import Recipe
+from merge_engine.recipe.recipe_file import parse_recipe
 
 # rms(e)/rms(w) and max|e|/max|w| against mergekit in float32: twice its own distance from float64.
 TOLERANCES = {

@@ -15,7 +15,7 @@ from merge_engine.models.model_set import ModelSet
 from merge_engine.numerics.kernel_runner import KernelRunner
 from merge_engine.numerics.noise import halves, key_of, uniform, weyl
 from merge_engine.numerics.packing import ROWS, WIDTH, TensorPack
-from merge_engine.recipe.recipe import parse_recipe
+from merge_engine.recipe.recipe_file import parse_recipe
 
 BASE = "model.embed_tokens.weight"
 needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="there is no C++ compiler")

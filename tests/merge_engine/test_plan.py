@@ -12,7 +12,7 @@ from merge_engine.building.builder import Builder
 from merge_engine.building.plan import plan_merge
 from merge_engine.errors import MergeError
 from merge_engine.models.model_set import ModelSet
-from merge_engine.recipe.recipe import parse_recipe
+from merge_engine.recipe.recipe_file import parse_recipe
 
 
 def assert_equal(mine, theirs, atol=1e-6):

@@ -118,9 +118,9 @@ def test_recipe_as_written_agrees_with_mergekit_as_written_to_its_16_bit_error(h
 def test_flat_keys_are_said(tmp_path, capsys):
     built(STOCK, tmp_path)
     said = " ".join(capsys.readouterr().out.split())
-    assert "normalize: False stands at the top level, where mergekit ignores it" in said
+    assert "normalize: False is at the top level, where mergekit ignores it" in said
     assert "model_stock has no parameter 'normalize'; no effect" in said
-    assert "int8_mask: True stands at the top level" in said
+    assert "int8_mask: True is at the top level" in said
 
 
 @pytest.mark.usefixtures("hub")

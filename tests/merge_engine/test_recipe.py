@@ -2,7 +2,7 @@ import pytest
 import yaml
 
 from merge_engine.errors import MergeError
-from merge_engine.recipe.recipe import load_recipe, parse_recipe
+from merge_engine.recipe.recipe_file import load_recipe, parse_recipe
 
 TASK_ARITHMETIC = {
     "merge_method": "task_arithmetic",
@@ -49,8 +49,8 @@ def test_key_tells_recipes_apart_but_not_the_dtype_of_mergekits_arithmetic():
 def test_flat_parameters_are_applied_and_said():
     recipe, notes = parsed(normalize=True, int8_mask=True)
     assert recipe.values("x", 0.0)["normalize"] is True
-    assert any("normalize: True stands at the top level" in note for note in notes)
-    assert any("'int8_mask' changes nothing" in note for note in notes)
+    assert any("normalize: True is at the top level" in note for note in notes)
+    assert any("'int8_mask' has no effect" in note for note in notes)
 
 
 def test_settings_under_parameters_win_over_flat_ones():
@@ -69,7 +69,7 @@ def test_a_models_own_setting_wins_unless_it_does_not_match():
 def test_shared_parameters_do_not_come_from_a_model():
     recipe, notes = parsed(models=[{"model": "a", "parameters": {"weight": 1, "lambda": 0.1}}])
     assert recipe.values("x", 0.0)["lambda_"] == 1.0
-    assert any("'lambda' counts only under the recipe's own" in note for note in notes)
+    assert any("'lambda' is read only from the recipe's own" in note for note in notes)
 
 
 def test_numbers_written_as_words_are_numbers():

@@ -11,7 +11,7 @@ from torch import Tensor
 from in_memory import InMemory
 from merge_engine.building.builder import merge_tensor
 from merge_engine.numerics.statistics import NOTHING, TABLE, Band, Magnitudes
-from merge_engine.recipe.recipe import parse_recipe
+from merge_engine.recipe.recipe_file import parse_recipe
 
 DEVICE = torch.device("cpu")
 DENSITIES = [0.003, 0.1, 0.31, 0.5, 0.77, 0.95, 0.999]

@@ -13,7 +13,7 @@ from merge_engine.building.builder import Builder
 from merge_engine.building.plan import plan_merge
 from merge_engine.errors import MergeError
 from merge_engine.models.model_set import ModelSet
-from merge_engine.recipe.recipe import load_recipe, parse_recipe
+from merge_engine.recipe.recipe_file import load_recipe, parse_recipe
 
 ENDS = ["<eos>", "<pad>", "<unk>"]
 TOKENS = {  # of the base, and of two donors in other orders, each with tokens of its own
@@ -181,7 +181,7 @@ def test_chat_template_is_written_to_the_tokenizer(
     ("changes", "message"),
     [
         ({"tokenizer_source": "union", "tokenizer": {}}, "both tokenizer and tokenizer_source"),
-        ({"tokenizer": "union"}, "a word is for tokenizer_source"),
+        ({"tokenizer": "union"}, "to name a source only, use tokenizer_source"),
         ({"tokenizer": {"sorce": "union"}}, "unknown key 'sorce'; did you mean 'source'"),
         ({"tokenizer": {"tokens": {"a": {"forced": 1}}}}, "unknown key 'forced'; did you mean"),
         ({"tokenizer": {"tokens": {"a": {"source": "no"}}}}, "'no' is none of the recipe's"),

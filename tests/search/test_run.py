@@ -16,7 +16,7 @@ from optuna.trial import TrialState
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from merge_engine.recipe.recipe import load_recipe
+from merge_engine.recipe.recipe_file import load_recipe
 from objectives.scores import task_means
 from search.cli import main
 from search.preparing.context import Hardware, make_context

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from merge_engine.errors import MergeError
-from merge_engine.recipe.recipe import parse_recipe
+from merge_engine.recipe.recipe_file import parse_recipe
 from search.proposing.gp import GAIN, GaussianSampler
 from search.proposing.space import STAGE, UNIFORM, Space, _mixture, _sticks, coarse_to_fine
 from search.study.spec import ModelDifference

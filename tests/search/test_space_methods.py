@@ -12,7 +12,7 @@ from optuna.distributions import CategoricalDistribution
 from merge_engine.building.builder import merged_tensors
 from merge_engine.methods import METHODS
 from merge_engine.models.model_set import ModelSet
-from merge_engine.recipe.recipe import parse_recipe
+from merge_engine.recipe.recipe_file import parse_recipe
 from search.proposing.space import Space
 from search.study.parameters import allowed_methods, followers
 from search.study.reading import parse_study
@@ -55,7 +55,7 @@ def test_every_point_is_a_legal_recipe(method, layer_groups, data):
     mapping = yaml.safe_load(recipe.to_yaml())
     parsed, notes = parse_recipe(mapping, where="test")
     assert parsed == recipe
-    assert all(note.endswith(f"changes nothing in {method}") for note in notes)
+    assert all(note.endswith(f"has no effect in {method}") for note in notes)
     values = recipe.values("model.layers.1.mlp.up_proj.weight", 0.5)
     if "della" in method:
         for density, half in zip(values["density"], values["epsilon"], strict=True):
