@@ -1,8 +1,10 @@
-"""What an objective is: numbered items, and an answer per item for a live model."""
+"""The ``Objective`` protocol: numbered items, and a result per item for a live model."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import contextlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
@@ -11,10 +13,10 @@ if TYPE_CHECKING:
 
 
 def printable(text: str) -> str:
-    r"""Untrusted text as a terminal may show it: what is not printable is spelled out.
+    r"""Return untrusted text with every unprintable character escaped, for terminals and logs.
 
     A model can write escape sequences that move the cursor or retitle the window. Line breaks are
-    spelled out as well (``\n``), so that one message stays one line.
+    escaped as well (``\n``), so that one message stays one line.
     """
     return "".join(
         letter if letter.isprintable() else letter.encode("unicode_escape").decode()
@@ -23,64 +25,96 @@ def printable(text: str) -> str:
 
 
 class ObjectiveError(ValueError):
-    """Bad input to an objective: the message says where, what was got and what to do.
+    """Bad input to an objective; the message says where, what was found and what to do.
 
-    It may quote what a model or a data file says, so it is made printable.
+    It may quote a model's response or a data file, so it is made printable.
     """
 
     def __init__(self, message: str) -> None:
         super().__init__(printable(message))
 
 
+@contextlib.contextmanager
+def objective_errors(where: str) -> Iterator[None]:
+    """Turn whatever a task's file or a user's code raises into an ``ObjectiveError``.
+
+    Args:
+        where: What the message begins with.
+    """
+    try:
+        yield
+    except ObjectiveError:
+        raise
+    except Exception as error:
+        raise ObjectiveError(f"{where}: {type(error).__name__}: {error}") from error
+
+
 @dataclass(frozen=True)
 class Item:
-    """One question of one task. Its number is its place in ``Objective.items``.
+    """One document of one task. Its number is its index in ``Objective.items``.
 
     Attributes:
-        task: Name of the task it is scored under.
-        key: Hex hash of what is asked and what is right; equal keys are the same question, even
+        task: Name of the task it counts for.
+        key: Hex hash of question and target; items with equal keys are the same question, even
             in two tasks or twice in one.
         doc_id: Row of the task's evaluation split, counted from 0.
-        written: Whether a model writes its answer, and the length of what it writes counts.
+        generated: Whether the model generates the answer, so that its length in tokens counts.
     """
 
     task: str
     key: str
     doc_id: int
-    written: bool = False
+    generated: bool = False
 
 
 @dataclass(frozen=True)
 class ItemSnapshot:
-    """What decides an item's answer besides the model: it must not change during a study.
+    """Model-independent inputs of an item, stored with a run.
+
+    A resumed run refuses items whose ``full_prompt``, ``gold``, ``encoding`` or ``rules`` differ.
 
     Attributes:
-        prompt: All the text a model is shown for it, answers to choose from included.
-        gold: What is right, and the row of data it comes from.
-        encoding: Hash of the tokens a model is given.
-        rules: Hash of how the task asks and judges.
-        reads: How many tokens a model reads for it, where that is known.
-        writes: How many it may write. Both are to reckon with, and may change.
+        prompt: Text of the prompt, with the choices where there are some.
+        gold: Target, and the row of data it comes from.
+        encoding: Hash of the token ids.
+        rules: Hash of how the task builds prompts and scores responses.
+        settings: Generation settings as JSON; "" where nothing is generated.
+        input_tokens: Tokens of the prompts, a shared beginning counted once; 0 if unknown.
+        max_new_tokens: Limit of a response in tokens; 0 where nothing is generated.
     """
 
     prompt: str
     gold: str
     encoding: str = ""
     rules: str = ""
-    reads: int = 0
-    writes: int = 0
+    settings: str = ""
+    input_tokens: int = 0
+    max_new_tokens: int = 0
+
+    @property
+    def full_prompt(self) -> str:
+        """The prompt and, on a last line, the generation settings: what a run stores."""
+        return f"{self.prompt}\n{self.settings}" if self.settings else self.prompt
+
+
+def without_settings(full_prompt: str) -> str:
+    """Return the prompt of a stored ``ItemSnapshot.full_prompt``."""
+    prompt, _, last = full_prompt.rpartition("\n")
+    with contextlib.suppress(ValueError):
+        return prompt if isinstance(json.loads(last), dict) else full_prompt
+    return full_prompt
 
 
 @dataclass(frozen=True)
 class ItemResult:
-    """What a model's answer to one item is worth.
+    """Score of a model's answer to one item.
 
     Attributes:
         value: In the unit of the task's own metric; higher is better.
         margin: The same on a continuous scale, where the task has one: it shows a small change
             that leaves ``value`` as it is. Log-likelihoods are natural.
-        fault: Why the answer could not be judged, as printable text; ``value`` is then 0.
-        tokens: How many tokens the model wrote for it, those that ended its texts included.
+        fault: Why the answer could not be scored, as printable text; ``value`` is then 0.
+        tokens: Tokens that the model generated, end-of-text included.
     """
 
     value: float
@@ -91,24 +125,24 @@ class ItemResult:
 
 @dataclass(frozen=True)
 class Response:
-    """What a model says to an item, in words: untrusted text.
+    """Text of a model's answer to an item; untrusted.
 
     Attributes:
-        text: What it wrote, the answer it took, or how likely a given one is to it; None where
-            that is not known.
-        right: What it should have been; None where nothing is.
-        shown: What the model was shown, as ``ItemSnapshot.prompt``; None where that is not known.
+        text: Generated text, the chosen answer, or the log-likelihood of a given one; None if
+            unknown.
+        target: Correct answer; None where there is none.
+        prompt: ``ItemSnapshot.prompt``; None if unknown.
     """
 
     text: str | None = None
-    right: str | None = None
-    shown: str | None = None
+    target: str | None = None
+    prompt: str | None = None
 
 
 class Objective(Protocol):
-    """Scores a live model on some of a benchmark's items; never sees a recipe.
+    """Evaluates a live model on some of a benchmark's items; never sees a recipe.
 
-    ``said`` may be left out of a class of one's own.
+    A user's own class may leave ``respond`` out.
     """
 
     @property
@@ -117,25 +151,25 @@ class Objective(Protocol):
 
     @property
     def items(self) -> Sequence[Item]:
-        """Every item there is; an item's number is its index here."""
+        """All items; an item's number is its index here."""
 
-    def shown(self, items: Sequence[int]) -> list[ItemSnapshot]:
-        """What a model is shown for the numbered items, to be compared when a study goes on."""
+    def snapshots(self, items: Sequence[int]) -> list[ItemSnapshot]:
+        """Return the inputs of the numbered items, to be compared when a run is resumed."""
 
     def score(self, model: nn.Module, items: Sequence[int]) -> list[ItemResult]:
-        """Ask ``model`` the numbered items.
+        """Evaluate ``model`` on the numbered items.
 
         Args:
             model: The live model, in evaluation mode and without gradients.
             items: Item numbers, in any order.
 
         Returns:
-            One answer per item, in the order given; a task's score is the mean of its items'
+            One result per item, in the order given; a task's score is the mean of its items'
             values.
 
         Raises:
             ObjectiveError: The model gave no usable answer to an item.
         """
 
-    def said(self, model: nn.Module, items: Sequence[int]) -> list[Response]:
-        """Ask as ``score`` does, for the words: one ``Response`` per item, in the order given."""
+    def respond(self, model: nn.Module, items: Sequence[int]) -> list[Response]:
+        """Return the text of the model's answers: one ``Response`` per item, in the order given."""

@@ -13,16 +13,23 @@ from typing import TYPE_CHECKING, TypeVar, cast
 import torch
 from torch import nn
 
-from objectives.base import Item, ItemResult, ItemSnapshot, Objective, ObjectiveError, Response
+from objectives.base import (
+    Item,
+    ItemResult,
+    ItemSnapshot,
+    Objective,
+    ObjectiveError,
+    Response,
+    objective_errors,
+)
 from objectives.entries import PluginEntry
-from objectives.harness.tasks import reported
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 _T = TypeVar("_T")
 
-_NEEDED = ("tasks", "items", "shown", "score")
+_NEEDED = ("tasks", "items", "snapshots", "score")
 
 
 class Plugin:
@@ -33,14 +40,14 @@ class Plugin:
     ) -> None:
         self._where = f"objective {entry.objective!r}"
         make = find_class(entry.objective)
-        with reported(f"{self._where} could not be made"):
+        with objective_errors(f"{self._where} could not be made"):
             own = make(model, tokenizer, **entry.options)
         if missing := [name for name in _NEEDED if not hasattr(own, name)]:
             raise ObjectiveError(
                 f"{self._where} has no {', '.join(missing)}; see objectives.base.Objective"
             )
         self._own = cast("Objective", own)
-        with reported(f"{self._where}: its tasks and items cannot be read"):
+        with objective_errors(f"{self._where}: its tasks and items cannot be read"):
             self.tasks = _scaled(self._own.tasks, entry.weight)
             self.items: Sequence[Item] = tuple(self._own.items)
         if strangers := sorted({item.task for item in self.items} - self.tasks.keys()):
@@ -49,10 +56,10 @@ class Plugin:
                 "'tasks'"
             )
 
-    def shown(self, items: Sequence[int]) -> list[ItemSnapshot]:
+    def snapshots(self, items: Sequence[int]) -> list[ItemSnapshot]:
         """As the user's class says."""
-        with reported(f"{self._where}: shown"):
-            return list(self._own.shown(items))
+        with objective_errors(f"{self._where}: snapshots"):
+            return list(self._own.snapshots(items))
 
     def score(self, model: nn.Module, items: Sequence[int]) -> list[ItemResult]:
         """As the user's class says.
@@ -60,7 +67,7 @@ class Plugin:
         Raises:
             ObjectiveError: It raised, or did not give one finite answer per item.
         """
-        with reported(f"{self._where}: score"), torch.no_grad():
+        with objective_errors(f"{self._where}: score"), torch.no_grad():
             answers = list(self._own.score(model, items))
         wrong = [repr(answer) for answer in answers if not _is_good(answer)]
         if wrong or len(answers) != len(items):
@@ -71,12 +78,12 @@ class Plugin:
             )
         return answers
 
-    def said(self, model: nn.Module, items: Sequence[int]) -> list[Response]:
-        """As the user's class says; nothing is known if it has no ``said``."""
-        if not hasattr(self._own, "said"):
+    def respond(self, model: nn.Module, items: Sequence[int]) -> list[Response]:
+        """As the user's class says; nothing is known if it has no ``respond``."""
+        if not hasattr(self._own, "respond"):
             return [Response()] * len(items)
-        with reported(f"{self._where}: said"), torch.no_grad():
-            return list(self._own.said(model, items))
+        with objective_errors(f"{self._where}: respond"), torch.no_grad():
+            return list(self._own.respond(model, items))
 
 
 class Suite:
@@ -92,17 +99,17 @@ class Suite:
         self.items: Sequence[Item] = [item for part in parts for item in part.items]
         self._starts = [0, *itertools.accumulate(len(part.items) for part in parts)]
 
-    def shown(self, items: Sequence[int]) -> list[ItemSnapshot]:
+    def snapshots(self, items: Sequence[int]) -> list[ItemSnapshot]:
         """As its parts say."""
-        return self._each(items, lambda part, numbers: part.shown(numbers))
+        return self._each(items, lambda part, numbers: part.snapshots(numbers))
 
     def score(self, model: nn.Module, items: Sequence[int]) -> list[ItemResult]:
         """As its parts say."""
         return self._each(items, lambda part, numbers: part.score(model, numbers))
 
-    def said(self, model: nn.Module, items: Sequence[int]) -> list[Response]:
+    def respond(self, model: nn.Module, items: Sequence[int]) -> list[Response]:
         """As its parts say."""
-        return self._each(items, lambda part, numbers: part.said(model, numbers))
+        return self._each(items, lambda part, numbers: part.respond(model, numbers))
 
     def _each(
         self, items: Sequence[int], ask: Callable[[Objective, Sequence[int]], list[_T]]

@@ -173,7 +173,7 @@ def _score(options: Any, output: Output) -> None:
         splits = make_splits(spec, objective.items, objective.tasks)
     numbers = getattr(splits, options.split)
     items = [objective.items[number] for number in numbers]
-    shown = objective.shown(numbers)
+    shown = objective.snapshots(numbers)
     answers = objective.score(model, numbers)
     score = score_of(ItemScores.of(items, answers, objective.tasks), spec.search.seed)
     rows = [

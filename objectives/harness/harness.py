@@ -33,8 +33,8 @@ from torch import nn
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from objectives.base import Item, ItemResult, ItemSnapshot, ObjectiveError, Response
-from objectives.harness.judging import JUDGE_SECONDS, NAN, judge, said_of
-from objectives.harness.prompts import PLAIN, Prompting, Question, build_questions, shown
+from objectives.harness.judging import JUDGE_SECONDS, NAN, judge, response_of
+from objectives.harness.prompts import PLAIN, Prompting, Question, build_questions, snapshots
 from objectives.harness.quiet import quiet
 from objectives.harness.tasks import LoadedTask
 from objectives.inference.agreement import settle_modes
@@ -98,9 +98,9 @@ class Harness:
             ]
         return cls({loaded.name: loaded.weight for loaded in tasks}, questions, language_model)
 
-    def shown(self, items: Sequence[int]) -> list[ItemSnapshot]:
-        """What a model is shown for the numbered items; see ``Objective.shown``."""
-        return shown([self._questions[number] for number in items], self._language_model)
+    def snapshots(self, items: Sequence[int]) -> list[ItemSnapshot]:
+        """What a model is shown for the numbered items; see ``Objective.snapshots``."""
+        return snapshots([self._questions[number] for number in items], self._language_model)
 
     def score(self, model: nn.Module, items: Sequence[int]) -> list[ItemResult]:
         """Ask the model the numbered items; see ``Objective.score``.
@@ -114,22 +114,22 @@ class Harness:
         with quiet(logging.ERROR):
             judged = judge(list(wanted.values()), self.judge_seconds)
         answers = {
-            number: replace(answer, tokens=next(tokens)) if question.item.written else answer
+            number: replace(answer, tokens=next(tokens)) if question.item.generated else answer
             for (number, question), answer in zip(wanted.items(), judged, strict=True)
         }
         return [answers[number] for number in items]
 
-    def said(self, model: nn.Module, items: Sequence[int]) -> list[Response]:
-        """Ask the model the numbered items, for the words; see ``Objective.said``.
+    def respond(self, model: nn.Module, items: Sequence[int]) -> list[Response]:
+        """Ask the model the numbered items, for the words; see ``Objective.respond``.
 
         Raises:
             ObjectiveError: As ``score``.
         """
         wanted, _ = self._ask(model, items)
-        said = {number: said_of(question) for number, question in wanted.items()}
+        said = {number: response_of(question) for number, question in wanted.items()}
         return [
-            replace(said[number], shown=each.prompt)
-            for number, each in zip(items, self.shown(items), strict=True)
+            replace(said[number], prompt=each.prompt)
+            for number, each in zip(items, self.snapshots(items), strict=True)
         ]
 
     def _ask(self, model: nn.Module, items: Sequence[int]) -> tuple[dict[int, Question], list[int]]:
@@ -146,8 +146,8 @@ class Harness:
                     f"score: item {number} does not exist; there are {len(self._questions)}"
                 )
         wanted = {number: self._questions[number] for number in items}
-        written = [question for question in wanted.values() if question.item.written]
-        predicted = [question for question in wanted.values() if not question.item.written]
+        written = [question for question in wanted.values() if question.item.generated]
+        predicted = [question for question in wanted.values() if not question.item.generated]
         with quiet(logging.ERROR), _plain_decoding(model):  # cut prompts were reported once
             self._answer(predicted)
             with _numbers_alone(model):

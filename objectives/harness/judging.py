@@ -27,9 +27,9 @@ import torch
 from lm_eval.api.task import ConfigurableTask
 from numpy.typing import NDArray
 
-from objectives.base import ItemResult, ObjectiveError, Response, printable
+from objectives.base import ItemResult, ObjectiveError, Response, objective_errors, printable
 from objectives.harness.prompts import Question
-from objectives.harness.tasks import PER_UNIT, reported
+from objectives.harness.tasks import PER_UNIT
 
 JUDGE_SECONDS = 30.0  # for one item; MATH takes up to 15 s to give up on a formula by itself
 NAN = "a model that was sound elsewhere needs a wider dtype in the study (bfloat16, float32)"
@@ -83,7 +83,7 @@ def answer_of(question: Question) -> ItemResult:
     return ItemResult(_number(value, metrics, question), _margin(question, results))
 
 
-def said_of(question: Question) -> Response:
+def response_of(question: Question) -> Response:
     """The responses now in a question's requests, in words.
 
     Raises:
@@ -91,8 +91,8 @@ def said_of(question: Question) -> Response:
     """
     _check_numbers(question)
     responses = [request.resps[0] for request in question.requests]
-    with reported(f"{question.where}: what is right cannot be told"):
-        if question.item.written:
+    with objective_errors(f"{question.where}: what is right cannot be told"):
+        if question.item.generated:
             return Response("\n".join(responses), _target(question))
         if question.task.OUTPUT_TYPE == "multiple_choice":
             choices = question.task.doc_to_choice(question.requests[0].doc)
@@ -194,7 +194,7 @@ def _is_built_in(question: Question) -> bool:
 
 def _is_untrusted(question: Question) -> bool:
     """Whether judging it reads what a model wrote, or runs a task's own code."""
-    return question.item.written or not _is_built_in(question)
+    return question.item.generated or not _is_built_in(question)
 
 
 def _judge_apart(questions: Sequence[Question], seconds: float) -> list[ItemResult]:

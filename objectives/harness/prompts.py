@@ -14,8 +14,8 @@ from lm_eval.api.instance import Instance
 from lm_eval.api.task import Task
 from lm_eval.models.utils import normalize_gen_kwargs
 
-from objectives.base import Item, ItemSnapshot, ObjectiveError
-from objectives.harness.tasks import LoadedTask, Metric, check_greedy, digest, reported
+from objectives.base import Item, ItemSnapshot, ObjectiveError, objective_errors
+from objectives.harness.tasks import LoadedTask, Metric, check_greedy, digest
 
 if TYPE_CHECKING:
     from lm_eval.models.huggingface import HFLM
@@ -67,7 +67,7 @@ def build_questions(
         ObjectiveError: They cannot be built, or lm-eval would fail on them in mid-study.
     """
     task, name, chat = loaded.task, loaded.name, prompting.apply_chat_template
-    with loaded.dice.thrown(), reported(f"task {name!r}: its prompts could not be built"):
+    with loaded.dice.thrown(), objective_errors(f"task {name!r}: its prompts could not be built"):
         task.build_all_requests(
             system_instruction=prompting.system_instruction,
             apply_chat_template=chat,
@@ -98,7 +98,7 @@ def _check_request(name: str, request: Instance, language_model: HFLM) -> None:
         )
 
 
-def shown(questions: Sequence[Question], language_model: HFLM) -> list[ItemSnapshot]:
+def snapshots(questions: Sequence[Question], language_model: HFLM) -> list[ItemSnapshot]:
     """What a model is given for some questions; says once how many prompts lose their beginning.
 
     lm-eval would say so on each call, prompt by prompt.
@@ -113,14 +113,17 @@ def shown(questions: Sequence[Question], language_model: HFLM) -> list[ItemSnaps
         tokens = [_tokens(request, language_model) for request in question.requests]
         pairs = zip(question.requests, tokens, strict=True)
         cut[name] += any(_is_cut(request, each, language_model) for request, each in pairs)
+        prompt, settings = _prompt_and_settings(question)
+        limits = [_max_new_tokens(request, language_model) for request in question.requests]
         found.append(
             ItemSnapshot(
-                _prompt(question),
-                _gold(question),
-                digest(json.dumps(tokens)),
-                rules[name],
-                reads=_reads(tokens),
-                writes=max(_writes(request, language_model) for request in question.requests),
+                prompt=prompt,
+                gold=_gold(question),
+                encoding=digest(json.dumps(tokens)),
+                rules=rules[name],
+                settings=settings,
+                input_tokens=_reads(tokens),
+                max_new_tokens=max(limits),
             )
         )
     for name, count in cut.items():
@@ -150,8 +153,8 @@ def _reads(tokens: Sequence[list[int]]) -> int:
     return sum(map(len, tokens)) - alike * (len(tokens) - 1)
 
 
-def _writes(request: Instance, language_model: HFLM) -> int:
-    """How many tokens a model may write for a request."""
+def _max_new_tokens(request: Instance, language_model: HFLM) -> int:
+    """Return the limit of a response in tokens; 0 where nothing is generated."""
     if request.request_type != "generate_until":
         return 0
     settings = normalize_gen_kwargs(request.args[1], language_model.max_gen_toks)
@@ -164,19 +167,24 @@ def _is_cut(request: Instance, tokens: Sequence[int], language_model: HFLM) -> b
     if request.request_type == "loglikelihood":
         room += 1  # the last token of an answer is never fed to the model
     elif request.request_type == "generate_until":
-        room -= _writes(request, language_model)
+        room -= _max_new_tokens(request, language_model)
     else:  # rolling: long texts are scored in windows
         return False
     return len(tokens) > room
 
 
-def _prompt(question: Question) -> str:
-    """The text of all its requests; of a choice, the prompt once and each answer to it."""
+def _prompt_and_settings(question: Question) -> tuple[str, str]:
+    """Return the text of all requests and the generation settings, "" where there are none.
+
+    A multiple choice has its prompt once and every choice.
+    """
     parts: list[str] = []
     for request in question.requests:
         texts = [json.dumps(part) if isinstance(part, dict) else part for part in request.args]
         parts += [text for text in texts if text not in parts[:1]]
-    return "\n".join(parts)
+    generated = len(question.requests) == 1 and isinstance(question.requests[0].args[-1], dict)
+    settings = parts.pop() if generated else ""
+    return "\n".join(parts), settings
 
 
 def _gold(question: Question) -> str:

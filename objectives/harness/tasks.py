@@ -29,7 +29,7 @@ from lm_eval.tasks._factory import TaskFactory
 from lm_eval.tasks._index import Entry, Kind
 from lm_eval.tasks._yaml_loader import load_yaml
 
-from objectives.base import Item, ObjectiveError
+from objectives.base import Item, ObjectiveError, objective_errors
 from objectives.entries import PromptEntry, TaskEntry, TextEntry
 from objectives.harness.quiet import quiet
 from objectives.harness.task_index import LM_EVAL_TASKS, find_registered, named_by, registered_names
@@ -126,7 +126,7 @@ class _BesideItsYaml(TaskFactory):  # type: ignore[misc]  # lm-eval is published
         if (entry.cfg or {}).get("unsafe_code") and not self._unsafe_code:
             raise _unsafe(entry.name)
         where = f"task {entry.name!r} ({entry.yaml_path})"
-        with _inside_folder_of(entry), reported(f"{where} could not be loaded"):
+        with _inside_folder_of(entry), objective_errors(f"{where} could not be loaded"):
             try:
                 return super()._build_task(entry, overrides)
             except datasets.exceptions.DatasetGenerationError as error:
@@ -327,17 +327,19 @@ def _is_written(task: Task) -> bool:
 
 def _items(name: str, task: Task) -> tuple[Item, ...]:
     """The task's items, as the splits see them."""
-    written = _is_written(task)
-    with reported(f"task {name!r}: its items could not be read"), TaskRandomState().thrown():
+    with (
+        objective_errors(f"task {name!r}: its items could not be read"),
+        TaskRandomState().thrown(),
+    ):
         return tuple(
-            Item(name, _content_key(task, document), row, written=written)
+            Item(name, _content_key(task, document), row, generated=_is_written(task))
             for row, document in enumerate(task.eval_docs)
         )
 
 
 def _load(entry: TaskEntry | TextEntry, manager: TaskManager) -> dict[str, Task]:
     if isinstance(entry, TextEntry):
-        with reported(f"task {entry.name!r} could not be loaded"):
+        with objective_errors(f"task {entry.name!r} could not be loaded"):
             return {entry.name: ConfigurableTask(config=_text_task(entry))}
     tasks: dict[str, Task] = manager.load([entry.task])["tasks"]
     for name, task in tasks.items():
@@ -446,14 +448,3 @@ def _content_key(task: Task, doc: Mapping[str, Any]) -> str:
     content = [task.doc_to_text(doc), choices, task.doc_to_target(doc)]
     text = json.dumps(content, ensure_ascii=False, sort_keys=True, default=str)
     return digest(text)
-
-
-@contextlib.contextmanager
-def reported(where: str) -> Iterator[None]:
-    """Blame a task's own file and code, which may raise anything, on the task."""
-    try:
-        yield
-    except ObjectiveError:
-        raise
-    except Exception as error:
-        raise ObjectiveError(f"{where}: {type(error).__name__}: {error}") from error

@@ -219,7 +219,7 @@ def make_prompts(bench: LiveContext, prompts: PromptEntry) -> Objective:
     room = getattr(model.config, "max_position_embeddings", 2 * prompts.max_tokens) // 2
     prompts = prompts.model_copy(update={"max_tokens": min(prompts.max_tokens, room)})
     harness = _harness(bench.spec, [load_prompts(prompts)], model, tokenizer)
-    harness.shown(range(len(prompts.prompts)))  # it warns of those that lose their beginning
+    harness.snapshots(range(len(prompts.prompts)))  # it warns of those that lose their beginning
     return harness
 
 
@@ -260,7 +260,7 @@ def make_splits(spec: StudySpec, items: Sequence[Item], tasks: Mapping[str, floa
     if not items:
         raise ObjectiveError("objective.tasks: the tasks have no items")
     counted = spec.search.cost or spec.objective.max_mean_tokens is not None
-    if counted and not any(item.written for item in items):
+    if counted and not any(item.generated for item in items):
         raise StudyError(
             "search.cost, objective.max_mean_tokens: no task has a model write, so that no tokens "
             "can be counted; leave them out"

@@ -85,11 +85,11 @@ def estimate(bench: StudyContext, family: ModelSet, machine: Hardware, workers: 
         work = 2 * family.parameters * tokens / speed.flops
         return max(work, size / speed.bandwidth) + layers * OPERATIONS * speed.operation
 
-    shown = bench.objective.shown(bench.splits.search[:SAMPLE])
-    written = [each for each in shown if each.writes]
+    shown = bench.objective.snapshots(bench.splits.search[:SAMPLE])
+    written = [each for each in shown if each.max_new_tokens]
     texts = objective.block * len(written) / len(shown)
-    block = forward(objective.block * sum(each.reads for each in shown) / len(shown))
-    steps = WRITTEN * max((each.writes for each in written), default=0)
+    block = forward(objective.block * sum(each.input_tokens for each in shown) / len(shown))
+    steps = WRITTEN * max((each.max_new_tokens for each in written), default=0)
     block += steps * (forward(texts) + WRITING * speed.operation)
     build = PASSES * (members + 1) * size / speed.bandwidth
     build += len(family.tensors) * OPERATIONS * speed.operation

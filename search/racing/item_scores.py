@@ -44,7 +44,7 @@ class ItemScores:
             tuple(answer.value for answer in answers),
             tuple(item.task for item in items),
             weights,
-            tuple(answer.tokens if item.written else None for item, answer in pairs),
+            tuple(answer.tokens if item.generated else None for item, answer in pairs),
         )
 
     def __add__(self, other: ItemScores) -> ItemScores:
@@ -86,7 +86,7 @@ class ItemScores:
 
 def tasks_with_cost(items: Sequence[Item]) -> list[str]:
     """The task of each item, and ``COST`` behind that of each written one."""
-    return [t for item in items for t in ((item.task, COST) if item.written else (item.task,))]
+    return [t for item in items for t in ((item.task, COST) if item.generated else (item.task,))]
 
 
 def shortfall(sheet: ItemScores, floors: Mapping[str, float], most: float | None = None) -> float:

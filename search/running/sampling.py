@@ -87,7 +87,7 @@ def of_prompts(run: Run, result: Result, prompts: PromptEntry) -> list[Sample]:
     said = [run.workers.say(one.recipe, prompts) for one in models]
     return [
         Sample(
-            prompt=question(of_prompt[0].shown or ""),
+            prompt=of_prompt[0].prompt or "",
             responses=[
                 ModelResponse(name=one.name, model=one.model, text=words.text)
                 for one, words in zip(models, of_prompt, strict=True)
@@ -109,7 +109,7 @@ def of_items(run: Run, result: Result, count: int) -> list[Sample]:
     if not places:
         return []
     numbers = [run.bench.splits.test[place] for place in places]
-    prompts = [question(shown.prompt) for shown in run.bench.objective.shown(numbers)]
+    prompts = [each.prompt for each in run.bench.objective.snapshots(numbers)]
     said = [run.workers.say(one.recipe, numbers) for one in models]
     samples = []
     for at, place in enumerate(places):
@@ -125,7 +125,7 @@ def of_items(run: Run, result: Result, count: int) -> list[Sample]:
                 task=item.task,
                 item=item.doc_id,
                 change="gained" if after[place] > before[place] else "lost",
-                right=said[-1][at].right,
+                right=said[-1][at].target,
             )
             samples.append(sample)
     return samples
@@ -158,12 +158,6 @@ def read_samples(folder: Path, result: Result) -> list[Sample]:
     """
     kept = read_json(folder / FILE, Samples)
     return kept.samples if kept and kept.trial == result.winner.trial else []
-
-
-def question(prompt: str) -> str:
-    """An item's prompt without the settings a model writes with, which are its last line."""
-    asked, _, last = prompt.rpartition("\n")
-    return asked if last.startswith("{") and '"until"' in last else prompt
 
 
 def shown(text: str) -> str:

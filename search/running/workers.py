@@ -149,7 +149,7 @@ class Worker:
             else:
                 objective, items = self.bench.objective, [*asked]
             self._build(recipe)
-            return objective.said(self.bench.builder.model, items)
+            return objective.respond(self.bench.builder.model, items)
 
     def _build(self, recipe: Recipe) -> None:
         builder = self.bench.builder

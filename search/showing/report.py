@@ -23,13 +23,14 @@ from optuna.study import Study
 from optuna.trial import FrozenTrial, TrialState
 
 from merge_engine.recipe.recipe import Recipe
+from objectives.base import without_settings
 from objectives.scores import Interval, paired_bootstrap, score_interval
 from search.proposing.encoding import Candidates, RecipeEncoding
 from search.proposing.gp import Data, Posterior, fitted, observation, one_thread
 from search.proposing.space import UNIFORM, Space
 from search.racing.item_scores import ItemScores
 from search.racing.race import Floats
-from search.running.sampling import question, read_samples, shown
+from search.running.sampling import read_samples, shown
 from search.showing.charts import Axis, Chart, IntervalRow, intervals, shortened
 from search.storing.result import Difference, Result, Score, read_result, short_names
 from search.storing.snapshot import FrozenItem
@@ -434,7 +435,7 @@ def _changes(facts: RunFacts, donor: Recipe, winner: Recipe) -> list[Change]:
     answers = [facts.answers(recipe.key, "test") for recipe in (donor, winner)]
     both = zip(facts.items["test"], *answers, strict=True)
     changes = [
-        Change(item.task, item.doc_id, shortened(question(item.prompt), 240), before, after)
+        Change(item.task, item.doc_id, shortened(without_settings(item.prompt), 240), before, after)
         for item, before, after in both
         if before != after
     ]

@@ -40,7 +40,7 @@ class FrozenItem:
 def freeze(objective: Objective, splits: Splits) -> list[FrozenItem]:
     """The items of all splits, each split in scoring order."""
     numbers = [(split, number) for split in SPLITS for number in getattr(splits, split)]
-    shown = objective.shown([number for _, number in numbers])
+    shown = objective.snapshots([number for _, number in numbers])
     split_of = [(split, objective.items[number]) for split, number in numbers]
     return [
         FrozenItem(split, item.task, item.doc_id, item.key, **_aspects(each))
@@ -68,7 +68,7 @@ def difference(
         place = numbers.get((old.task, old.key), numbers.get((old.task, old.doc_id), -1))
         if place < 0:
             changed.append(f"task {old.task!r} has no item {old.doc_id} any more")
-        elif what := _what(old, _aspects(objective.shown([place])[0])):
+        elif what := _what(old, _aspects(objective.snapshots([place])[0])):
             changed.append(f"task {old.task!r}, item {old.doc_id}: {what}")
     if not changed:
         return "the tasks have other items besides, so the splits would be dealt anew"
@@ -78,7 +78,10 @@ def difference(
 
 def _aspects(shown: ItemSnapshot) -> dict[str, str]:
     """What must not change of it."""
-    return {aspect: getattr(shown, aspect) for aspect in _ASPECTS}
+    return {
+        aspect: shown.full_prompt if aspect == "prompt" else getattr(shown, aspect)
+        for aspect in _ASPECTS
+    }
 
 
 def _content(item: FrozenItem) -> dict[str, Any]:

@@ -245,7 +245,7 @@ class Questions:
     def __init__(self, items: Sequence[Item], weights: dict[str, float]) -> None:
         self.items, self.tasks = items, weights
 
-    def shown(self, items: Sequence[int]) -> list[ItemSnapshot]:
+    def snapshots(self, items: Sequence[int]) -> list[ItemSnapshot]:
         return [ItemSnapshot(str(number), "") for number in items]
 
 

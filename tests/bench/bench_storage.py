@@ -47,7 +47,7 @@ class Questions:
         self.items = [Item(task, f"{place:x}", place) for place, task in enumerate(tasks)]
         self.tasks = weights
 
-    def shown(self, items: Any) -> list[ItemSnapshot]:
+    def snapshots(self, items: Any) -> list[ItemSnapshot]:
         return [ItemSnapshot(str(number), "") for number in items]
 
 

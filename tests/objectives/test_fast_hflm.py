@@ -166,11 +166,11 @@ def test_a_text_is_encoded_once_for_what_is_shown_and_for_every_score(folder):
     tasks = load_tasks([TaskEntry(task="choice_shots")], [folder])
     harness = Harness.prepare(tasks, model=model, tokenizer=tokenizer)
     items = range(len(harness.items))
-    harness.shown(items)
+    harness.snapshots(items)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(HFLM, "tok_encode", lambda *_, **__: pytest.fail("encoded again"))
         assert harness.score(model, items) == harness.score(model, items)
-        harness.shown(items)
+        harness.snapshots(items)
 
 
 def test_answers_follow_weights_written_in_place():

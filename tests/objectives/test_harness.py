@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
 import math
 import random
@@ -15,7 +16,7 @@ from lm_eval import simple_evaluate
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
-from objectives.base import ObjectiveError
+from objectives.base import ObjectiveError, without_settings
 from objectives.entries import TaskEntry
 from objectives.harness.prompts import Prompting
 from objectives.items import split_items
@@ -152,7 +153,7 @@ def test_a_group_shares_its_weight_over_its_tasks(folder, model):
 
 def test_prompts_that_do_not_fit_are_reported_once(folder, model, caplog):
     harness = prepare(folder, model, "answer", "choice", max_length=18)
-    harness.shown(everything(harness))
+    harness.snapshots(everything(harness))
     assert caplog.messages[0].startswith("task 'answer': ")
     assert caplog.messages[0].endswith("do not fit in 18 tokens and lose their beginning")
     reported = len(caplog.messages)
@@ -330,3 +331,14 @@ def test_batches_too_large_for_memory_are_halved_and_it_is_said(folder, caplog):
     model.model.layers[0].mlp.register_forward_pre_hook(lambda module, _: fill(module, always))
     with pytest.raises(ObjectiveError, match="no memory to ask one sequence"):
         harness.score(model, everything(harness))
+
+
+def test_snapshots_keep_the_prompt_apart_from_the_generation_settings(folder, model):
+    harness = prepare(folder, model, "answer", "choice")
+    generated, chosen = harness.snapshots([0, ROWS])
+    prompt, settings = harness._questions[0].requests[0].args
+    assert (generated.prompt, json.loads(generated.settings)) == (prompt, settings)
+    assert generated.full_prompt == f"{prompt}\n{json.dumps(settings)}"
+    assert chosen.settings == ""
+    for snapshot in (generated, chosen):
+        assert without_settings(snapshot.full_prompt) == snapshot.prompt

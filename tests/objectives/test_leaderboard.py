@@ -141,8 +141,8 @@ def test_family_has_lm_evals_own_values(family, tmp_path, monkeypatch):
     assert [answer.value for answer in answers] == theirs
     assert {answer.fault for answer in answers} == {None}
     assert len(set(theirs)) > 1, "the test would pass on a constant"
-    shown = [each.prompt for each in harness.shown(everything(harness))]
+    shown = [each.prompt for each in harness.snapshots(everything(harness))]
     sent = [sample["arguments"][0][0] for sample in samples]
     assert all(prompt.startswith(text) for prompt, text in zip(shown, sent, strict=True))
-    rows = [json.loads(each.gold)["row"] for each in harness.shown(everything(harness))]
+    rows = [json.loads(each.gold)["row"] for each in harness.snapshots(everything(harness))]
     assert rows == [sample["doc"] for sample in samples]

@@ -65,7 +65,7 @@ def sent_by_lm_eval(folder, task):
 
 
 def prompts(harness, numbers):
-    return [each.prompt for each in harness.shown(numbers)]
+    return [each.prompt for each in harness.snapshots(numbers)]
 
 
 def changed_model(factor=-1.0):
@@ -139,7 +139,7 @@ def test_f_data_shuffled_when_loaded_is_judged_by_the_row_that_was_asked(folder,
         answers = harness.score(model, everything(harness))
     finally:
         datasets.enable_caching()
-    assert harness.shown(everything(harness)) == again.shown(everything(again))
+    assert harness.snapshots(everything(harness)) == again.snapshots(everything(again))
     for question, answer in zip(harness._questions, answers, strict=True):
         logliks = [request.resps[0][0] for request in question.requests]
         gold = question.requests[0].doc["gold"]

@@ -22,7 +22,7 @@ class Fixed:
         self.items = [Item(name, f"{name}{place}", place) for place in range(len(values))]
         self.values = values
 
-    def shown(self, items):
+    def snapshots(self, items):
         return [ItemSnapshot(f"item {number}", "") for number in items]
 
     def score(self, model, items):
@@ -62,7 +62,7 @@ def test_objectives_in_a_suite_keep_their_own_items_in_any_order():
     assert [item.task for item in suite.items] == ["a", "a", "a", "b", "b"]
     answers = suite.score(None, [4, 0, 3, 1])
     assert [answer.value for answer in answers] == [0.75, 0.0, 0.25, 1.0]
-    assert [each.prompt for each in suite.shown([4, 0])] == ["item 1", "item 0"]
+    assert [each.prompt for each in suite.snapshots([4, 0])] == ["item 1", "item 0"]
 
 
 def test_a_task_in_two_objectives_is_refused():
@@ -77,7 +77,7 @@ def test_a_task_in_two_objectives_is_refused():
         ("no_such_module:Class", "No module named 'no_such_module'; install it, or put its folder"),
         (f"{__name__}:Nothing", "has no Nothing"),
         (f"{__name__}:__name__", "is a str, not a class"),
-        (f"{__name__}:Unscored", "has no shown, score; see objectives.base.Objective"),
+        (f"{__name__}:Unscored", "has no snapshots, score; see objectives.base.Objective"),
     ],
 )
 def test_a_name_that_is_no_objective_is_refused(path, message):
@@ -124,4 +124,4 @@ def test_readmes_objective_scores_a_model(zoo, tmp_path, monkeypatch):
     first, turned = objective.score(model, [0, 1])
     assert first.margin == -turned.margin != 0
     assert first.value + turned.value == 1
-    assert [each.gold for each in objective.shown([0, 1])] == ["aab", "zzz"]
+    assert [each.gold for each in objective.snapshots([0, 1])] == ["aab", "zzz"]

@@ -81,7 +81,11 @@ def test_tokens_beyond_the_limit_are_missed_as_a_share_and_items_not_written_do_
 
 
 def test_cost_stands_behind_each_written_answer():
-    items = [Item("x", "0", 0, written=True), Item("y", "1", 1), Item("x", "2", 2, written=True)]
+    items = [
+        Item("x", "0", 0, generated=True),
+        Item("y", "1", 1),
+        Item("x", "2", 2, generated=True),
+    ]
     some = ItemScores.of(
         items, [ItemResult(1.0, tokens=7), ItemResult(0.5), ItemResult(0.0, tokens=9)], WEIGHTS
     )

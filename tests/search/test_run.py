@@ -416,7 +416,7 @@ class Loud:
     def __init__(self, model, tokenizer, size):
         self.items = [Item("loud", hashlib.sha256(bytes([n])).hexdigest(), n) for n in range(size)]
 
-    def shown(self, items):
+    def snapshots(self, items):
         return [Shown(f"token {number}", "") for number in items]
 
     def score(self, model, items):
