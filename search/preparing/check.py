@@ -15,6 +15,7 @@ from merge_engine.models.checkpoint import Checkpoint, TensorInfo
 from merge_engine.models.tensor_names import layer_counts
 from merge_engine.recipe.recipe_file import load_recipe
 from search.preparing.context import Hardware, model_dtype, open_family, outline, place_donors
+from search.proposing.starts import warm_starts
 from search.study.reading import load_study
 
 Plan = tuple[list[str], list[str]]  # lines, and notes
@@ -53,11 +54,11 @@ def check_study(file: Path, device: str) -> Plan:
     from search.preparing.cost import estimate  # and scipy
 
     space = bench.space
-    searched = {name: d for name, d in space.distributions().items() if name != "method"}
+    searched = {name: d for name, d in space.distributions.items() if name != "method"}
     lines = [
         f"study: {spec.search.trials} trials of {', '.join(spec.search.methods)}",
         f"searched: {', '.join(searched) or 'the method alone'}; "
-        f"{len(space.warm_starts())} warm starts first",
+        f"{len(warm_starts(space))} warm starts first",
         *_models(family.tensors, family.checkpoints),
         *place_donors(family, dtype, machine),
     ]

@@ -24,6 +24,7 @@ from merge_engine.recipe.recipe_file import load_recipe
 from objectives.base import Item, Objective, ObjectiveError
 from objectives.entries import PluginEntry, PromptEntry
 from objectives.items import Splits, split_items
+from search.proposing.starts import warm_starts
 from search.study.spec import StudyError, StudySpec
 
 if TYPE_CHECKING:
@@ -343,8 +344,8 @@ def _matter(spec: StudySpec, family: ModelSet, dtype: str) -> tuple[Space, list[
     tasks = find_tasks(spec)
     from search.proposing.space import Space
 
-    space = Space.of(spec, family.layer_filters, dtype)
-    space.warm_starts()  # one of the user's may be none of the study's
+    space = Space.from_spec(spec, family.layer_filters, dtype)
+    warm_starts(space)  # one of the user's may be none of the study's
     return space, tasks
 
 

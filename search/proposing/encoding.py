@@ -9,21 +9,19 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from optuna.distributions import FloatDistribution
 
 from merge_engine.methods import METHODS, Base
+from search.proposing.mixture import zero_small_weights
+from search.proposing.space import Point, Space
+from search.racing.race import Floats
 
-if TYPE_CHECKING:
-    from search.proposing.space import Point, Space
-
-Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 Bits = NDArray[np.bool_]
-TRIFLE = 0.1
 
 
 @dataclass(frozen=True)
@@ -106,12 +104,12 @@ class RecipeEncoding:
             for name, share in zip(self.searched, one.values[0].tolist(), strict=True)
         }
         weights = one.weights[0][list(self.unit_of)]
-        point = space.point_of(space.methods[one.method[0]], weights.tolist(), values)
+        point = space.point_by_unit(space.methods[one.method[0]], weights.tolist(), values)
         return {  # rounding may have led out of a range
             name: min(max(point[name], of.low), of.high)
             if isinstance(of, FloatDistribution)
             else point[name]
-            for name, of in space.distributions().items()
+            for name, of in space.distributions.items()
         }
 
     def random(self, count: int, generator: np.random.Generator) -> Candidates:
@@ -124,7 +122,7 @@ class RecipeEncoding:
         scale = generator.uniform(*self.space.scale, (count, units, 1))
         return Candidates(
             generator.integers(len(self.space.methods), size=count),
-            without_trifles(k * scale * shares / shares.sum(axis=2, keepdims=True)),
+            zero_small_weights(k * scale * shares / shares.sum(axis=2, keepdims=True)),
             generator.random((count, len(self.searched))),
         )
 
@@ -170,7 +168,7 @@ class RecipeEncoding:
 
     def _allowed(self, weights: Floats) -> Floats:
         """Weights near these, at or above zero, whose mean is in the space's scale."""
-        weights = without_trifles(np.maximum(weights, 0.0))
+        weights = zero_small_weights(np.maximum(weights, 0.0))
         scale = weights.mean(axis=2, keepdims=True)
         even = np.where(scale > 0, weights / np.where(scale > 0, scale, 1.0), 1.0)
         allowed: Floats = even * np.clip(scale, *self.space.scale)
@@ -178,24 +176,13 @@ class RecipeEncoding:
 
     @cached_property
     def _active(self) -> list[list[bool]]:
-        followed = [self.space.active(method) for method in self.space.methods]
+        followed = [self.space.params_of(method) for method in self.space.methods]
         return [[name in names for name in self.searched] for names in followed]
 
     @cached_property
     def _defaults(self) -> Floats:
         ranges = [(self.space.default(name), *self.space.ranges[name]) for name in self.searched]
         return np.array([(default - low) / (high - low) for default, low, high in ranges])
-
-
-def without_trifles(weights: Floats) -> Floats:
-    """Weights of k donors (..., k) with those under ``TRIFLE`` of their mean at zero, same sum.
-
-    So leaving a donor out is no matter of chance.
-    """
-    kept = np.where(weights < TRIFLE * weights.mean(axis=-1, keepdims=True), 0.0, weights)
-    totals = kept.sum(axis=-1, keepdims=True)
-    scaled: Floats = kept * weights.sum(axis=-1, keepdims=True) / np.where(totals > 0, totals, 1.0)
-    return scaled
 
 
 def effective(method: str, weights: Floats) -> Floats:

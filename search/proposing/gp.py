@@ -23,7 +23,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from functools import cache, cached_property, lru_cache
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from optuna.distributions import BaseDistribution
@@ -37,11 +37,9 @@ from scipy.spatial.distance import cdist
 from scipy.special import ndtr
 from threadpoolctl import ThreadpoolController
 
-from search.proposing.encoding import Bits, Candidates, Floats, Ints, RecipeEncoding
-from search.racing.race import JointPosterior
-
-if TYPE_CHECKING:
-    from search.proposing.space import Point, Space
+from search.proposing.encoding import Bits, Candidates, Ints, RecipeEncoding
+from search.proposing.space import Point, Space
+from search.racing.race import Floats, JointPosterior
 
 GAIN = "gain"  # a trial's attribute: what it was expected to improve upon the best
 VARIANCE = 0.001  # of a trial that does not say: 250 items, half of them right
@@ -364,7 +362,7 @@ class GaussianSampler(BaseSampler):
         trial: FrozenTrial,  # noqa: ARG002
     ) -> dict[str, BaseDistribution]:
         """All of it."""
-        return self.space.distributions()
+        return dict(self.space.distributions)
 
     def sample_independent(
         self,
@@ -385,7 +383,9 @@ class GaussianSampler(BaseSampler):
         """The next point."""
         trials = study.get_trials(deepcopy=False)  # at once: a database takes its time
         complete = [known for known in trials if known.state == TrialState.COMPLETE]
-        self.places = RecipeEncoding(self.space, self.space.groups(len(complete) - self.startup))
+        self.places = RecipeEncoding(
+            self.space, self.space.shared_units(len(complete) - self.startup)
+        )
         if len(complete) < self.startup:
             return self._shared() if self.places.groups else {}
         running = [known for known in trials if known.state == TrialState.RUNNING]

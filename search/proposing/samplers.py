@@ -34,6 +34,7 @@ from optuna.study import Study
 from optuna.trial import FrozenTrial, TrialState
 
 from search.proposing.gp import GaussianSampler, rank
+from search.proposing.starts import warm_starts
 
 if TYPE_CHECKING:
     from search.proposing.space import Space
@@ -76,7 +77,7 @@ class Turn:
     @cached_property
     def starts(self) -> int:
         """How many warm starts there are."""
-        return len(self.space.warm_starts())
+        return len(warm_starts(self.space))
 
 
 class _Told(BaseSampler):
@@ -115,7 +116,7 @@ class _Tpe(_Told, TPESampler):
             multivariate=True,
             constant_liar=False,
         )
-        known = turn.space.distributions()
+        known = turn.space.distributions
         self._known = {name: of for name, of in sorted(known.items()) if not of.single()}
 
 
@@ -144,7 +145,7 @@ class _CatCma(_Whole):
     DRAWN = "catcma"  # a trial's attribute: its numbers as they were drawn, some beyond their range
 
     def __init__(self, turn: Turn) -> None:
-        self._known, self._methods = turn.space.distributions(), turn.space.methods
+        self._known, self._methods = turn.space.distributions, turn.space.methods
         self._numbers, self._seed = _numbers(turn.space), turn.own_seed
 
     def sample_relative(
@@ -186,7 +187,7 @@ class _CatCma(_Whole):
 
 def _numbers(space: Space) -> dict[str, FloatDistribution]:
     """What is searched besides the method."""
-    known = space.distributions()
+    known = space.distributions
     return {name: of for name, of in known.items() if isinstance(of, FloatDistribution)}
 
 
@@ -194,7 +195,7 @@ class _Given(_Whole):
     """Proposes one point."""
 
     def __init__(self, turn: Turn, point: dict[str, Any]) -> None:
-        self._known, self._point = turn.space.distributions(), point
+        self._known, self._point = turn.space.distributions, point
 
     def sample_relative(
         self,
@@ -213,7 +214,7 @@ def _sobol(turn: Turn) -> BaseSampler:
     """Spread evenly: one scrambled Sobol' sequence for all trials."""
     from scipy.stats.qmc import Sobol  # slow to import
 
-    known = turn.space.distributions()
+    known = turn.space.distributions
     sequence = Sobol(len(known), rng=turn.seed)
     if turn.after_starts:  # forward by none is an error
         sequence.fast_forward(turn.after_starts)

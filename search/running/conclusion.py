@@ -11,7 +11,7 @@ from optuna.trial import TrialState
 from merge_engine.recipe.recipe import Recipe
 from objectives.scores import score_interval
 from search.proposing.gp import MODELLED
-from search.proposing.space import UNIFORM
+from search.proposing.starts import UNIFORM, baselines
 from search.racing.item_scores import (
     SELECT_SHARE,
     ItemScores,
@@ -125,14 +125,14 @@ def conclude(run: Run) -> tuple[Result, Recipe]:
     """
     choice = choose(run)
     recipe, best_donor = choice.candidate.recipe, run.best_donor()
-    baselines = run.bench.space.baselines()
+    inputs = baselines(run.bench.space)
     front = find_front(run) if run.spec.search.front else []
     run.output.stage("asking the winner and what it was made from the test items")
-    tested = [recipe, *(one.recipe for one in front), *baselines.values()]
+    tested = [recipe, *(one.recipe for one in front), *inputs.values()]
     run.scorer.ask(tested, "test")
     winner = run.sheet(recipe, "test")
     members = [tested_winner(run, candidate) for candidate in front]
-    compared = {name: run.sheet(baseline, "test") for name, baseline in baselines.items()}
+    compared = {name: run.sheet(baseline, "test") for name, baseline in inputs.items()}
     seed = run.spec.search.seed
     intervals = {name: winner.minus(sheet, seed) for name, sheet in compared.items()}
     found = {
@@ -143,7 +143,7 @@ def conclude(run: Run) -> tuple[Result, Recipe]:
     asked, scoring = run.store.scored()
     states = [trial.state for trial in run.finished()]
     result = Result(
-        verdict=verdict([intervals[name] for name in baselines if name != UNIFORM]),
+        verdict=verdict([intervals[name] for name in inputs if name != UNIFORM]),
         winner=tested_winner(run, choice.candidate),
         front=members,
         donors={model: found[model] for model in run.spec.models_but_base},

@@ -26,8 +26,10 @@ from objectives.items import Split
 from search.preparing.context import StudyContext
 from search.preparing.cost import ASKED, concluding
 from search.proposing.gp import MODELLED, believed, rank
+from search.proposing.recipes import to_recipe
 from search.proposing.samplers import make_sampler
 from search.proposing.space import Space
+from search.proposing.starts import baselines, warm_starts
 from search.proposing.stopping import exhausted
 from search.racing.item_scores import COST, ItemScores, shortfall, tasks_with_cost
 from search.racing.race import Floats, JointPosterior, Race, Strata, elect
@@ -88,7 +90,7 @@ class Candidate:
     @cached_property
     def recipe(self) -> Recipe:
         """What the trial proposed; there may be thousands that nobody asks for."""
-        return self.space.recipe(self.trial.params)
+        return to_recipe(self.space, self.trial.params)
 
     @property
     def value(self) -> float:
@@ -149,7 +151,7 @@ class Run:
         _check_same(self.folder, self.study, self.spec)
         self._adopt_items()
         self._adopt_models()
-        keys = {name: recipe.key for name, recipe in self.bench.space.baselines().items()}
+        keys = {name: recipe.key for name, recipe in baselines(self.bench.space).items()}
         self.study.set_user_attr("baselines", keys)  # for who has no bench, as a report
         self.study.set_user_attr("weights", self.bench.weights)
         self.study.set_user_attr("spec", self.spec.model_dump(mode="json"))
@@ -223,11 +225,11 @@ class Run:
         Raises:
             StudyError: One does not work.
         """
-        baselines = self.bench.space.baselines()
+        inputs = baselines(self.bench.space)
         with suppress(*FAILURES):  # it is said below whose they are
-            self.scorer.ask(baselines.values(), "search", 1)
+            self.scorer.ask(inputs.values(), "search", 1)
         right = 0.0
-        for name, recipe in baselines.items():
+        for name, recipe in inputs.items():
             try:
                 right += self.sheet(recipe, "search", 1).mean
             except FAILURES as error:
@@ -264,7 +266,7 @@ class Run:
     def _begin(self) -> Turn:
         """The next trial, before it is asked anything."""
         trial = self._ask()
-        recipe = self.bench.space.recipe(trial.params)
+        recipe = to_recipe(self.bench.space, trial.params)
         trial.set_user_attr("recipe", recipe.key)
         return Turn(trial, recipe, ItemScores((), (), self.bench.weights))
 
@@ -338,7 +340,7 @@ class Run:
     def best_donor(self) -> str:
         """The donor that is believed to be best after a race among the donors."""
         donors = self.spec.models_but_base
-        recipes = self.bench.space.baselines()
+        recipes = baselines(self.bench.space)
 
         def ask(some: Sequence[int], items: int) -> Floats:
             return self.answers([recipes[donors[one]] for one in some], "search", items)
@@ -352,7 +354,7 @@ class Run:
         """The race as the finished trials have left it; the best donor is there first."""
         race = Race(self.strata_of_goals("search"), front=self.spec.search.front)
         best = self.best_donor()
-        recipe = self.bench.space.baselines()[best]
+        recipe = baselines(self.bench.space)[best]
         sheet = self.sheet(recipe, "search")
         self._report_faults(best, recipe)
         # Floors may follow the base: it is asked all items here, while nobody else is at work.
@@ -392,7 +394,7 @@ class Run:
     def sheet_of(self, trial: FrozenTrial) -> ItemScores:
         """What a trial was told on."""
         return self.sheet(
-            self.bench.space.recipe(trial.params), "search", trial.user_attrs["items"]
+            to_recipe(self.bench.space, trial.params), "search", trial.user_attrs["items"]
         )
 
     def strata(self, split: Split) -> Strata:
@@ -412,7 +414,7 @@ class Run:
         constraints = self.spec.objective.constraints
         floors = {task: f for task, f in constraints.items() if isinstance(f, float)}
         if below := {t: f for t, f in constraints.items() if isinstance(f, BelowBase)}:
-            base = self.bench.space.baselines()[self.spec.base_model]
+            base = baselines(self.bench.space)[self.spec.base_model]
             same = [self.sheet(base, split, len(one.answers)) for split, one in asked.items()]
             means = sum(same, start=ItemScores((), (), self.bench.weights)).by_task
             floors |= {
@@ -494,7 +496,7 @@ class Run:
         Raises:
             StudyError: There is no such trial.
         """
-        return self.bench.space.recipe(find_trial(self.folder, self.study, number).params)
+        return to_recipe(self.bench.space, find_trial(self.folder, self.study, number).params)
 
     def seconds(self) -> Mapping[str, float]:
         """Time of all sessions so far: ask, build and total."""
@@ -523,7 +525,7 @@ class Run:
         self.study.sampler = make_sampler(
             search.sampler, self.bench.space, search.seed, number, front=search.front
         )
-        distributions = self.bench.space.distributions()
+        distributions = dict(self.bench.space.distributions)
         if running:
             trial = Trial(self.study, running[0]._trial_id)
             for name, distribution in distributions.items():
@@ -535,7 +537,7 @@ class Run:
 
     def _enqueue_warm_starts(self) -> None:
         known = {trial.user_attrs.get("start") for trial in self.study.get_trials(deepcopy=False)}
-        for label, point in self.bench.space.warm_starts():
+        for label, point in warm_starts(self.bench.space):
             if label not in known:
                 self.study.enqueue_trial(point, user_attrs={"start": label})
 

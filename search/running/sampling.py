@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 from merge_engine.recipe.recipe import Recipe
 from merge_engine.schema import FrozenModel
 from objectives.base import printable
+from search.proposing.starts import baselines
 from search.showing.charts import shortened
 from search.storing.result import Result, read_json, short_names
 
@@ -167,7 +168,7 @@ def shown(text: str) -> str:
 
 def _models(run: Run, result: Result) -> list[_Model]:
     """The base, the donors, and last the winner."""
-    recipes = run.bench.space.baselines()
+    recipes = baselines(run.bench.space)
     names = {run.spec.base_model: "base"} | short_names(run.spec.models_but_base, "/")
     models = [_Model(name, model, recipes[model]) for model, name in names.items()]
     winner = Recipe.model_validate(result.winner.recipe)

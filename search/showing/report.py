@@ -27,7 +27,8 @@ from objectives.base import without_settings
 from objectives.scores import Interval, paired_bootstrap, score_interval
 from search.proposing.encoding import Candidates, RecipeEncoding
 from search.proposing.gp import Data, Posterior, fitted, observation, one_thread
-from search.proposing.space import UNIFORM, Space
+from search.proposing.space import Space
+from search.proposing.starts import UNIFORM, baselines
 from search.racing.item_scores import ItemScores
 from search.racing.race import Floats
 from search.running.sampling import read_samples, shown
@@ -153,7 +154,7 @@ class RunFacts:
         """What was searched; its recipes are the run's if there is a result."""
         search = self.spec.search.model_copy(update={"start": ()})  # the files may be gone
         dtype = self.result.winner.recipe["out_dtype"] if self.result else "float32"
-        return Space.of(self.spec.model_copy(update={"search": search}), (), dtype)
+        return Space.from_spec(self.spec.model_copy(update={"search": search}), (), dtype)
 
     @cached_property
     def evaluations(self) -> dict[int, int]:
@@ -299,11 +300,11 @@ class Change(NamedTuple):
 def _outcome(facts: RunFacts, result: Result) -> dict[str, Any]:
     """What the test items said."""
     winner, best = Recipe.model_validate(result.winner.recipe), result.difference_to_best_donor
-    recipes, own = facts.space.baselines(), facts.tested(winner)
-    baselines = {facts.spec.base_model: result.base, **result.donors, UNIFORM: result.uniform}
+    recipes, own = baselines(facts.space), facts.tested(winner)
+    inputs = {facts.spec.base_model: result.base, **result.donors, UNIFORM: result.uniform}
     rows = [
         _row(facts.names[model], model, it.test, facts.tested(recipes[model]), (it.difference, own))
-        for model, it in baselines.items()
+        for model, it in inputs.items()
     ]
     rows.append(_row("winner", f"trial {result.winner.trial}", result.winner.test, own))
     front = [

@@ -28,8 +28,10 @@ from scipy.stats import qmc
 
 from objectives.base import Item
 from search.preparing.context import Hardware, StudyContext, make_context
+from search.proposing.recipes import to_recipe
 from search.proposing.samplers import make_sampler
 from search.proposing.space import Point, Space
+from search.proposing.starts import warm_starts
 from search.study.reading import load_study
 
 SAVE_EVERY = 5
@@ -57,7 +59,7 @@ class Table:
 
     def save(self, file: Path) -> None:
         """Write the table; a kill leaves the old one or the new one."""
-        recipes = [self.space.recipe(point).model_dump(mode="json") for point in self.points]
+        recipes = [to_recipe(self.space, point).model_dump(mode="json") for point in self.points]
         new = file.with_suffix(".new.npz")
         np.savez_compressed(
             new,
@@ -114,7 +116,7 @@ def spread(items: Sequence[Item], per_task: int) -> list[int]:
 
 def sobol_point(space: Space, method: str, number: int) -> Point:
     """The Sobol point of this number in a method's space."""
-    ranges = space.distributions()
+    ranges = dict(space.distributions)
     del ranges["method"]
     shares = dict(zip(ranges, qmc.Sobol(len(ranges), rng=0).random(SOBOL)[number], strict=True))
     floats = {name: r.low + shares[name] * (r.high - r.low) for name, r in ranges.items()}
@@ -123,7 +125,7 @@ def sobol_point(space: Space, method: str, number: int) -> Point:
 
 def searched_point(table: Table, method: str, seed: int) -> Point:
     """What TPE proposes for a method after all that is tabulated of it."""
-    ranges: dict[str, Any] = table.space.distributions()
+    ranges: dict[str, Any] = dict(table.space.distributions)
     ranges["method"] = optuna.distributions.CategoricalDistribution([method])
     trials = [
         optuna.create_trial(params=dict(point), distributions=ranges, value=value)
@@ -138,7 +140,7 @@ def searched_point(table: Table, method: str, seed: int) -> Point:
 
 def plan(table: Table, sobol: int, searched: int) -> Iterator[Point]:
     """Yield points as long as methods lack them, one of each method in turn."""
-    yield from (point for _, point in table.space.warm_starts())
+    yield from (point for _, point in warm_starts(table.space))
     for number in range(sobol):
         for method in table.space.methods:
             yield sobol_point(table.space, method, number)
@@ -154,12 +156,12 @@ def tabulate(
     bench: StudyContext, table: Table, numbers: Sequence[int], file: Path, points: Iterable[Point]
 ) -> None:
     """Build and ask every planned recipe that is not in the table yet."""
-    known = {table.space.recipe(point).key for point in table.points}
+    known = {to_recipe(table.space, point).key for point in table.points}
     for point in points:
-        key = table.space.recipe(point).key
+        key = to_recipe(table.space, point).key
         if key in known:
             continue
-        bench.builder.build(bench.space.recipe(point))
+        bench.builder.build(to_recipe(bench.space, point))
         answered = bench.objective.score(bench.builder.model, numbers)
         answers = np.array([answer.value for answer in answered])
         if not np.isin(answers, (0, 1)).all():

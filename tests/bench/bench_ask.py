@@ -17,7 +17,9 @@ import numpy as np
 import optuna
 
 from landscape import LANDSCAPES
+from search.proposing.recipes import to_recipe
 from search.proposing.samplers import make_sampler
+from search.proposing.starts import warm_starts
 from search.storing.store import Store
 
 
@@ -30,14 +32,14 @@ def milliseconds(study: optuna.Study, sampler: str, trials: int) -> np.ndarray:
     """Wall and CPU time that a trial takes besides its scoring."""
     landscape, luck = LANDSCAPES["demo"](0), np.random.default_rng(0)
     spent = np.zeros(2)
-    for _, point in landscape.space.warm_starts():
+    for _, point in warm_starts(landscape.space):
         study.enqueue_trial(point)
     for number in range(trials):
         start = clock()
         study.sampler = make_sampler(sampler, landscape.space, 0, number)
-        trial = study.ask(landscape.space.distributions())
+        trial = study.ask(landscape.space.distributions)
         spent += clock() - start
-        value = landscape.truth(landscape.space.recipe(trial.params))
+        value = landscape.truth(to_recipe(landscape.space, trial.params))
         start = clock()
         trial.set_user_attr("variance", 0.02**2)
         study.tell(trial, value + 0.02 * luck.standard_normal())

@@ -27,6 +27,8 @@ from objectives.base import Item, ItemResult, ItemSnapshot
 from objectives.items import SPLITS, Splits
 from search.cli import DEMO, main
 from search.preparing.context import Hardware, StudyContext, open_family, outline
+from search.proposing.recipes import to_recipe
+from search.proposing.starts import warm_starts
 from search.running.evaluator import Evaluator
 from search.running.ray_workers import RayWorkers
 from search.running.run import Run
@@ -177,7 +179,7 @@ def throughput(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
     """Two workers of one thread each against one of them, with the same recipes to ask."""
     spec = load_study(STUDY)
     bench = outline(spec, open_family(spec))
-    recipes = [bench.space.recipe(point) for _, point in bench.space.warm_starts()[:6]]
+    recipes = [to_recipe(bench.space, point) for _, point in warm_starts(bench.space)[:6]]
     crew = RayWorkers(spec, Hardware("cpu"), count=2)
     rates: dict[int, list[float]] = {2: [], 1: []}
     for number in range(9):

@@ -28,8 +28,10 @@ from landscape import LANDSCAPES, Bits, Floats, Items, Landscape, Planted, Tabul
 from merge_engine.recipe.recipe import Recipe
 from replay import Candidate, Raced, Replay
 from rivals import StockFront
+from search.proposing.recipes import to_recipe
 from search.proposing.samplers import make_sampler
 from search.proposing.space import Point, Space
+from search.proposing.starts import baselines, warm_starts
 from search.racing.pareto import believed_front, confirmed
 from search.racing.race import HOPE, Estimate
 
@@ -52,7 +54,7 @@ class Shipped:
     def __init__(self, name: str, front: bool, space: Space, seed: int) -> None:
         self.name, self.front, self.space, self.seed = name, front, space, seed
         self.study = optuna.create_study(direction="maximize")
-        for _, point in space.warm_starts():
+        for _, point in warm_starts(space):
             self.study.enqueue_trial(point)
         self.asked = 0
 
@@ -61,7 +63,7 @@ class Shipped:
             self.name, self.space, self.seed, self.asked, front=self.front
         )
         self.asked += 1
-        self.trial = self.study.ask(self.space.distributions())
+        self.trial = self.study.ask(self.space.distributions)
         return self.trial.params
 
     def tell(self, told: Estimate, by_task: Mapping[str, Estimate]) -> None:
@@ -118,7 +120,7 @@ class Demo:
         table = LANDSCAPES["demo"](seed)
         assert isinstance(table, Tabulated)
         self.landscape = self.table = table
-        donors = [table.space.baselines()[donor] for donor in table.space.donors]
+        donors = [baselines(table.space)[donor] for donor in table.space.donors]
         known = np.array([self.truth(recipe) for recipe in table.recipes])
         self.box = np.array([self.truth(r) for r in donors]).min(axis=0), known.max(axis=0)
 
@@ -180,7 +182,7 @@ def search(replay: Replay, system: str, budget: int) -> list[Candidate]:
     candidates = []
     while replay.asked < budget:
         point = proposer.ask()
-        candidate = replay.candidate(space.recipe(point))
+        candidate = replay.candidate(to_recipe(space, point))
         candidate.point = point
         (told,) = raced.race(replay, [candidate])
         said = raced.contest.by_task(replay.ask(candidate, candidate.seen))

@@ -45,7 +45,8 @@ from replay import (
     run,
 )
 from rivals import Started, Stock, WeightsCma, WeightsGa
-from search.proposing.space import UNIFORM, Space
+from search.proposing.space import Space
+from search.proposing.starts import UNIFORM, baselines
 
 Row = dict[str, object]
 AUTO = partial(OptunaSampler, "auto")
@@ -107,7 +108,7 @@ def runs(place: tuple[str, str], seed: int, budgets: Sequence[int], *, trials: b
     """One run of a system on a landscape: a row per budget."""
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     landscape, system = LANDSCAPES[place[0]](seed), SYSTEMS[place[1]]
-    uniform = landscape.truth(landscape.space.baselines()[UNIFORM])
+    uniform = landscape.truth(baselines(landscape.space)[UNIFORM])
     rows: list[Row] = []
     ends = run(system, landscape, seed, budgets, trials=trials)
     for budget, end in zip(sorted(budgets), ends, strict=True):

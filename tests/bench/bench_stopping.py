@@ -17,6 +17,7 @@ from optuna.trial import TrialState
 
 from landscape import LANDSCAPES, Landscape
 from replay import COUNTS, Elected, OptunaSampler, Raced, Replay
+from search.proposing.recipes import to_recipe
 from search.proposing.stopping import exhausted
 
 SHARES = (0.2, 0.1, 0.05, 0.03)
@@ -34,7 +35,7 @@ def ends(landscape: Landscape, seed: int, most: int) -> dict[str, End]:
     left = {f"share {share:g}": share for share in SHARES}
     for trials in range(1, most + 1):
         point = sampler.ask()
-        candidate = replay.candidate(landscape.space.recipe(point))
+        candidate = replay.candidate(to_recipe(landscape.space, point))
         (estimate,) = racer.race(replay, [candidate])
         candidate.point, candidate.told = point, estimate
         sampler.waiting[0].set_user_attr("items", candidate.seen)

@@ -27,7 +27,9 @@ from objectives.base import Item, ItemResult, ItemSnapshot
 from objectives.items import SPLITS, Splits
 from search.preparing.context import StudyContext
 from search.proposing.gp import fitted
+from search.proposing.recipes import to_recipe
 from search.proposing.space import Space
+from search.proposing.starts import warm_starts
 from search.running.conclusion import conclude
 from search.running.run import Run
 from search.running.workers import EvalJob, EvalReply
@@ -99,24 +101,24 @@ def write(file: Path, bench: StudyContext, trials: int) -> None:
     def add(table: str, *row: Any) -> None:
         rows.setdefault(table, []).append(row)
 
-    warm = len(bench.space.warm_starts())
+    warm = len(warm_starts(bench.space))
     for number in range(trials):
         values = (generator.random(size) < generator.uniform(0.2, 0.6)).astype(float)
         point, recipe, of = drawn(bench.space, generator), f"recipe {number}", number + 1
         noted = {"recipe": recipe, "variance": 0.24 / size, "items": size, "told": number}
         noted["tasks"] = {task: [0.5, 0.001] for task in weights}
         if number < warm:
-            noted["start"] = bench.space.warm_starts()[number][0]
-            point = bench.space.warm_starts()[number][1]
+            noted["start"] = warm_starts(bench.space)[number][0]
+            point = warm_starts(bench.space)[number][1]
         add("trials", of, number, 1, "COMPLETE", *2 * ["2026-01-01 00:00:00.000000"])
         add("trial_values", None, of, 0, float(values @ share / sum(weights.values())), "FINITE")
-        for name, distribution in bench.space.distributions().items():
+        for name, distribution in bench.space.distributions.items():
             value = distribution.to_internal_repr(point[name])
             add("trial_params", None, of, name, value, distribution_to_json(distribution))
         for key, attribute in noted.items():
             add("trial_user_attributes", None, of, key, json.dumps(attribute))
         add("trial_system_attributes", None, of, "gain", "1.0")
-        key = bench.space.recipe(point).key
+        key = to_recipe(bench.space, point).key
         for block in range(0, size, BLOCK):
             asked = json.dumps(values[block : block + BLOCK].tolist())
             none = json.dumps([None] * BLOCK)
@@ -134,7 +136,7 @@ def drawn(space: Space, generator: np.random.Generator) -> dict[str, Any]:
         name: of.choices[generator.integers(len(of.choices))]
         if isinstance(of, CategoricalDistribution)
         else generator.uniform(of.low, of.high)
-        for name, of in space.distributions().items()
+        for name, of in space.distributions.items()
     }
 
 

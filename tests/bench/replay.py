@@ -17,8 +17,10 @@ from merge_engine.recipe.recipe import Recipe
 from objectives.items import Split, blocks
 from objectives.scores import Interval, bootstrap, score_interval
 from search.proposing.gp import believed
+from search.proposing.recipes import to_recipe
 from search.proposing.samplers import make_sampler
-from search.proposing.space import UNIFORM, Point, Space
+from search.proposing.space import Point, Space
+from search.proposing.starts import UNIFORM, baselines, warm_starts
 from search.racing.item_scores import SELECT_SHARE, ItemScores, verdict
 from search.racing.race import HOPE, PANEL, Estimate, JointPosterior, Race, Strata, elect
 
@@ -151,13 +153,13 @@ class OptunaSampler:
         self.study = optuna.create_study(direction="maximize")
         self.waiting: list[optuna.Trial] = []
         self.asked = 0
-        for _, point in space.warm_starts():
+        for _, point in warm_starts(space):
             self.study.enqueue_trial(point)
 
     def ask(self) -> Point:
         self.study.sampler = make_sampler(self.name, self.space, self.seed, self.asked)
         self.asked += 1
-        trial = self.study.ask(self.space.distributions())
+        trial = self.study.ask(self.space.distributions)
         self.waiting.append(trial)
         return trial.params
 
@@ -175,7 +177,7 @@ class FixedItems:
     cohort: int = 1
 
     def start(self, replay: Replay) -> None:
-        for recipe in replay.space.baselines().values():
+        for recipe in baselines(replay.space).values():
             replay.ask(replay.candidate(recipe), self.count)
 
     def race(self, replay: Replay, candidates: Sequence[Candidate]) -> list[Estimate]:
@@ -192,7 +194,7 @@ class Raced:
 
     def start(self, replay: Replay) -> None:
         self.contest = Race(replay.strata["search"], self.hope, self.panel)
-        known = replay.space.baselines()
+        known = baselines(replay.space)
         for recipe in known.values():
             replay.ask(replay.candidate(recipe), BLOCK)
         donors = [replay.candidate(known[donor]) for donor in replay.space.donors]
@@ -287,7 +289,7 @@ def tested(replay: Replay, winner: Candidate, asked: int) -> Export:
     test = replay.sheet(winner, "test")
     rivals = [
         test.minus(replay.sheet(replay.candidate(recipe), "test"), replay.seed)
-        for name, recipe in replay.space.baselines().items()
+        for name, recipe in baselines(replay.space).items()
         if name != UNIFORM
     ]
     reported = score_interval(test.answers, test.tasks, test.weights, seed=replay.seed)
@@ -345,7 +347,7 @@ def run(
     for budget in sorted(budgets):
         while (tried if trials else replay.asked + system.selector.cost(replay)) < budget:
             points = [sampler.ask() for _ in range(racer.cohort)]
-            candidates = [replay.candidate(landscape.space.recipe(point)) for point in points]
+            candidates = [replay.candidate(to_recipe(landscape.space, point)) for point in points]
             tried += len(points)
             for candidate, point, estimate in zip(
                 candidates, points, racer.race(replay, candidates), strict=True

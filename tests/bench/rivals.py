@@ -15,6 +15,7 @@ from optuna.samplers import BaseSampler
 from landscape import Floats
 from replay import Estimate, Sampler
 from search.proposing.space import Point, Space
+from search.proposing.starts import warm_starts
 
 
 class WeightsCma:
@@ -63,7 +64,7 @@ class Stock:
         self.waiting: list[optuna.Trial] = []
 
     def ask(self) -> Point:
-        self.waiting.append(self.study.ask(self.space.distributions()))
+        self.waiting.append(self.study.ask(self.space.distributions))
         return self.waiting[-1].params
 
     def tell(self, estimate: Estimate) -> None:
@@ -75,7 +76,7 @@ class Started:
 
     def __init__(self, make: Callable[[Space, int], Sampler], space: Space, seed: int) -> None:
         self.rival = make(space, seed)
-        self.starts = [point for _, point in space.warm_starts()]
+        self.starts = [point for _, point in warm_starts(space)]
         self.asked = self.told = 0
 
     def ask(self) -> Point:
@@ -178,11 +179,11 @@ class StockFront:
     ) -> None:
         self.space = space
         self.study = optuna.create_study(directions=["maximize"] * goals, sampler=make(seed))
-        for _, point in space.warm_starts():
+        for _, point in warm_starts(space):
             self.study.enqueue_trial(point)
 
     def ask(self) -> Point:
-        self.trial = self.study.ask(self.space.distributions())
+        self.trial = self.study.ask(self.space.distributions)
         return self.trial.params
 
     def tell(self, told: Estimate, by_task: Mapping[str, Estimate]) -> None:

@@ -17,7 +17,9 @@ from replay import (
     System,
     run,
 )
+from search.proposing.recipes import to_recipe
 from search.proposing.samplers import RANDOM_STARTUP, make_sampler
+from search.proposing.starts import baselines, warm_starts
 from search.racing.race import Race
 
 
@@ -29,10 +31,11 @@ def some_recipes(landscape, count):
     generator = np.random.default_rng(0)
     space = landscape.space
     return [
-        space.recipe(
+        to_recipe(
+            space,
             space.point(
                 generator.choice(space.methods), tuple(generator.uniform(0.2, 1.5, 3)), density=0.7
-            )
+            ),
         )
         for _ in range(count)
     ]
@@ -65,7 +68,7 @@ def test_best_recipe_of_a_planted_landscape_is_in_its_space():
         *weights, density = (*landscape.centres[method], 1.0)[:4]
         point = landscape.space.point(method, weights, density=density)
         assert landscape.space.contains(point)
-        assert landscape.truth(landscape.space.recipe(point)) == pytest.approx(landscape.best)
+        assert landscape.truth(to_recipe(landscape.space, point)) == pytest.approx(landscape.best)
 
 
 def test_near_recipes_answer_more_alike_than_far_ones():
@@ -73,7 +76,7 @@ def test_near_recipes_answer_more_alike_than_far_ones():
     items = landscape.draw(20_000, np.random.default_rng(0))
 
     def answers(*weights):
-        return items.answers(landscape.space.recipe(landscape.space.point("ties", weights)))
+        return items.answers(to_recipe(landscape.space, landscape.space.point("ties", weights)))
 
     here, near, far = answers(0.7, 0.7, 0.7), answers(0.71, 0.7, 0.7), answers(1.2, 0.2, 0.7)
     assert np.corrcoef(here, near)[0, 1] > np.corrcoef(here, far)[0, 1] > 0.5
@@ -83,14 +86,14 @@ def test_near_recipes_answer_more_alike_than_far_ones():
 def test_nothing_beats_the_best_donor_of_a_null_landscape(seed):
     for name in ("null_donor", "null_flat"):
         landscape = LANDSCAPES[name](seed)
-        donors = [landscape.truth(recipe) for recipe in landscape.space.baselines().values()]
+        donors = [landscape.truth(recipe) for recipe in baselines(landscape.space).values()]
         assert max(donors) == pytest.approx(landscape.best)
 
 
 def test_table_answers_what_was_tabulated(table):
     for recipe, answers in list(zip(table.recipes, table.table, strict=True))[::20]:
         assert (table.answers(recipe) == answers).all()
-    assert {r.key for r in table.space.baselines().values()} <= {r.key for r in table.recipes}
+    assert {r.key for r in baselines(table.space).values()} <= {r.key for r in table.recipes}
 
 
 def test_surrogate_is_right_about_good_recipes_it_has_not_seen(table):
@@ -104,8 +107,8 @@ def test_surrogate_is_right_about_good_recipes_it_has_not_seen(table):
 
 def test_recipes_that_merge_alike_are_at_one_place(table):
     space = table.space
-    average = space.recipe(space.point("linear", (1.0, 1.0, 1.0)))
-    sums = space.recipe(space.point("task_arithmetic", (1 / 3, 1 / 3, 1 / 3)))
+    average = to_recipe(space, space.point("linear", (1.0, 1.0, 1.0)))
+    sums = to_recipe(space, space.point("task_arithmetic", (1 / 3, 1 / 3, 1 / 3)))
     assert coordinates(space, average) == pytest.approx(coordinates(space, sums), abs=1e-5)
 
 
@@ -177,14 +180,14 @@ def test_replayed_sampler_proposes_what_a_run_proposes():
     """As ``Run`` asks: warm starts enqueued, a sampler made anew for every trial."""
     space = planted(0).space
     study = optuna.create_study(direction="maximize")
-    for _, point in space.warm_starts():
+    for _, point in warm_starts(space):
         study.enqueue_trial(point)
     sampler, replay = auto(space, 5), Replay(planted(0), 0)
-    for number in range(len(space.warm_starts()) + RANDOM_STARTUP + 5):
+    for number in range(len(warm_starts(space)) + RANDOM_STARTUP + 5):
         study.sampler = make_sampler("auto", space, 5, number)
-        trial = study.ask(space.distributions())
+        trial = study.ask(space.distributions)
         assert sampler.ask() == trial.params
-        candidate = replay.candidate(space.recipe(trial.params))
+        candidate = replay.candidate(to_recipe(space, trial.params))
         estimate = replay.estimate(replay.ask(candidate, COUNTS["search"]))
         sampler.tell(estimate)
         trial.set_user_attr("variance", estimate.variance)

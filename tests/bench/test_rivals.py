@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from landscape import planted
 from replay import FixedItems, LuckyMaximum, System, run
 from rivals import Started, Stock, WeightsGa
+from search.proposing.starts import warm_starts
 
 SPACE = planted(0).space
 TPE = partial(Stock, lambda seed: optuna.samplers.TPESampler(seed=seed), ())
@@ -52,6 +53,6 @@ def test_genetic_rival_begins_with_tenths_and_improves_its_population():
 
 def test_a_started_rival_tries_the_warm_starts_first_and_then_what_it_would_have():
     started, alone = Started(TPE, SPACE, 4), TPE(SPACE, 4)
-    points = [started.ask() for _ in range(len(SPACE.warm_starts()) + 3)]
-    assert points[:-3] == [point for _, point in SPACE.warm_starts()]
+    points = [started.ask() for _ in range(len(warm_starts(SPACE)) + 3)]
+    assert points[:-3] == [point for _, point in warm_starts(SPACE)]
     assert points[-3:] == [alone.ask() for _ in range(3)]

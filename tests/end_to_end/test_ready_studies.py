@@ -15,7 +15,9 @@ from merge_engine.building.builder import Builder
 from merge_engine.models.model_set import ModelSet
 from objectives.harness.tasks import task_manager
 from search.cli import main
+from search.proposing.recipes import to_recipe
 from search.proposing.space import Space
+from search.proposing.starts import warm_starts
 from search.storing.folder import DATABASE
 from search.storing.result import Result
 from search.storing.store import Store
@@ -43,7 +45,7 @@ def test_twin_asks_what_its_study_asks(name):
 
 def test_published_recipe_is_the_alpha_it_is_said_to_be():
     spec = load_study(STUDIES / "alpha" / "study.yaml")
-    label, point = Space.of(spec, (), "float16").warm_starts()[-1]
+    label, point = warm_starts(Space.from_spec(spec, (), "float16"))[-1]
     assert label == "start 1"
     assert point["scale"] == pytest.approx(0.3)
 
@@ -70,7 +72,7 @@ def built_with(zoo, alpha, beta):
     base, *others = (str(zoo / name) for name in ("base", *"abc"))
     donors = (ModelDifference(model=others[0], minus=others[1]), others[2])
     space = Space(base, donors, ("task_arithmetic",), (0.0, 1.5), {})
-    recipe = space.recipe(space.point("task_arithmetic", (alpha, beta)))
+    recipe = to_recipe(space, space.point("task_arithmetic", (alpha, beta)))
     model = LlamaForCausalLM.from_pretrained(base, dtype=torch.float32)
     Builder(model, ModelSet([base, *others])).build(recipe)
     return recipe, model.state_dict()

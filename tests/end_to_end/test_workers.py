@@ -16,6 +16,8 @@ from rich.console import Console
 
 from search.cli import main
 from search.preparing.context import Hardware, make_context, open_family, outline
+from search.proposing.recipes import to_recipe
+from search.proposing.starts import warm_starts
 from search.running.conclusion import conclude
 from search.running.run import Run
 from search.running.workers import FAILURES, Worker, WorkerDied
@@ -102,7 +104,7 @@ def test_answers_are_those_that_one_worker_gives(done):
     run, _, crew = done
     worker = Worker(crew.workers[0].bench)
     for trial in told(run)[::5]:
-        recipe = run.bench.space.recipe(trial.params)
+        recipe = to_recipe(run.bench.space, trial.params)
         worker.bench.builder.build(recipe)
         asked = worker.bench.splits.search[: trial.user_attrs["items"]]
         alone = worker.bench.objective.score(worker.bench.builder.model, asked)
@@ -189,7 +191,7 @@ def test_worker_that_dies_is_replaced_and_its_block_asked_again(three, tmp_path)
 def test_candidate_that_kills_two_workers_is_set_aside(three, tmp_path):
     crew = Crew(three)
     run = run_of(tmp_path / "run", crew)
-    bad = run.bench.space.recipe(run.bench.space.warm_starts()[6][1])
+    bad = to_recipe(run.bench.space, warm_starts(run.bench.space)[6][1])
     crew.deadly = lambda job: job.recipe == bad
     run.search()
     states = {trial.user_attrs["recipe"]: trial.state for trial in run.finished()}

@@ -11,6 +11,7 @@ from merge_engine.methods import METHODS, Elementwise, Linear
 from merge_engine.methods.contract import Param
 from merge_engine.recipe.recipe import Recipe
 from merge_engine.recipe.recipe_file import parse_recipe
+from search.proposing.recipes import to_recipe
 from search.proposing.space import Space
 from search.study.reading import parse_study
 
@@ -37,7 +38,7 @@ def space_of(method: str) -> Space:
         "search": {"methods": [method]},
         "objective": {"tasks": ["t"]},
     }
-    return Space.of(parse_study(mapping, Path(), where="test"), (), "float32")
+    return Space.from_spec(parse_study(mapping, Path(), where="test"), (), "float32")
 
 
 def value(of: object) -> str:
@@ -58,7 +59,7 @@ def legal(param: Param) -> str:
 def searched(space: Space, name: str, param: Param) -> str:
     (method,) = space.methods
     points = [space.point(method, weights) for weights in ((0.2, 0.6), (1.0, 0.4))]
-    one, other = (space.recipe(point).values("x", 0.0) for point in points)
+    one, other = (to_recipe(space, point).values("x", 0.0) for point in points)
     key = f"{name}_" if name == "lambda" else name
     if not param.effect:
         return "no effect"

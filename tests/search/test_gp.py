@@ -23,8 +23,10 @@ from search.proposing.gp import (
     modelled,
     rung,
 )
+from search.proposing.recipes import to_recipe
 from search.proposing.samplers import RANDOM_STARTUP
 from search.proposing.space import Space
+from search.proposing.starts import warm_starts
 
 METHODS = (
     "task_arithmetic",
@@ -107,7 +109,7 @@ def test_recipes_are_equal_where_places_are(one, other):
     places = RecipeEncoding(SPACE)
     both = places.population([one, other | {"method": one["method"]}])
     same = np.allclose(*places.of(both), atol=1e-5)
-    keys = {SPACE.recipe(places.point(both[[i]])).key for i in range(2)}
+    keys = {to_recipe(SPACE, places.point(both[[i]])).key for i in range(2)}
     assert same == (len(keys) == 1)
 
 
@@ -139,9 +141,9 @@ def proposals(count, floor=None):
     landscape = planted(1)
     sampler = OptunaSampler("gp", landscape.space, 0)
     points = []
-    for _ in range(len(landscape.space.warm_starts()) + RANDOM_STARTUP + count):
+    for _ in range(len(warm_starts(landscape.space)) + RANDOM_STARTUP + count):
         points.append(sampler.ask())
-        recipe = landscape.space.recipe(points[-1])
+        recipe = to_recipe(landscape.space, points[-1])
         if floor:
             sampler.waiting[-1].set_constraint("floor", floor(points[-1]))
         sampler.tell(Estimate(landscape.truth(recipe), 1e-6))
@@ -150,7 +152,9 @@ def proposals(count, floor=None):
 
 def test_exact_values_lead_to_the_best_recipe_without_trying_any_twice():
     landscape, points = proposals(30)
-    recipes = {recipe.key: recipe for recipe in map(landscape.space.recipe, points)}
+    recipes = {
+        recipe.key: recipe for recipe in (to_recipe(landscape.space, point) for point in points)
+    }
     assert len(recipes) == len(points)
     assert max(map(landscape.truth, recipes.values())) > landscape.best - 0.01
 
@@ -163,10 +167,10 @@ def test_recipes_that_miss_a_floor_are_avoided():
 def test_waiting_trials_are_not_proposed_again():
     landscape, _ = proposals(1)
     sampler = OptunaSampler("gp", landscape.space, 0)
-    for _ in range(len(landscape.space.warm_starts()) + RANDOM_STARTUP):
-        recipe = landscape.space.recipe(sampler.ask())
+    for _ in range(len(warm_starts(landscape.space)) + RANDOM_STARTUP):
+        recipe = to_recipe(landscape.space, sampler.ask())
         sampler.tell(Estimate(landscape.truth(recipe), 1e-4))
-    keys = {landscape.space.recipe(sampler.ask()).key for _ in range(6)}
+    keys = {to_recipe(landscape.space, sampler.ask()).key for _ in range(6)}
     assert len(keys) == 6
 
 

@@ -11,6 +11,7 @@ from hypothesis.extra.numpy import arrays
 from search.cli import main
 from search.proposing.samplers import make_sampler
 from search.proposing.space import Space
+from search.proposing.starts import warm_starts
 from search.racing.item_scores import COST
 from search.racing.pareto import believed_front, confirmed, leading, nondominated, widest
 from search.racing.race import JointPosterior, Strata
@@ -58,11 +59,11 @@ def values_at(scale):
 def searched(front, count=40):
     """Scales a study proposes after its warm starts."""
     study = optuna.create_study(direction="maximize")
-    for _, point in SPACE.warm_starts():
+    for _, point in warm_starts(SPACE):
         study.enqueue_trial(point)
     for number in range(count):
         study.sampler = make_sampler("gp", SPACE, 0, number, front=front)
-        trial = study.ask(SPACE.distributions())
+        trial = study.ask(SPACE.distributions)
         tasks = values_at(trial.params["scale"])
         trial.set_user_attr("tasks", tasks)
         trial.set_user_attr("variance", 1e-6)

@@ -235,7 +235,7 @@ def model():
     study = optuna.create_study(direction="maximize", sampler=RandomSampler(seed=0))
     generator = np.random.default_rng(0)
     for _ in range(60):
-        trial = study.ask(SPACE.distributions())
+        trial = study.ask(SPACE.distributions)
         trial.set_user_attr("variance", 1e-4)
         worse = 0.2 * (trial.params["method"] == "ties")
         value = 0.9 - (trial.params["scale"] - 0.5) ** 2 - worse

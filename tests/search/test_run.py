@@ -20,6 +20,7 @@ from merge_engine.recipe.recipe_file import load_recipe
 from objectives.scores import task_means
 from search.cli import main
 from search.preparing.context import Hardware, make_context
+from search.proposing.starts import baselines
 from search.running.workers import LocalWorker
 from search.storing.folder import DATABASE
 from search.storing.result import Result
@@ -99,7 +100,7 @@ def test_candidates_answer_the_same_first_items_and_splits_are_disjoint(finished
     assert max(counts) == 3
     assert min(counts) == 1  # somebody was stopped
     told = {trial.user_attrs["recipe"]: trial.user_attrs["items"] for trial in trials_of(run)}
-    donors = {recipe.key for recipe in bench.space.baselines().values()}  # raced by themselves
+    donors = {recipe.key for recipe in baselines(bench.space).values()}  # raced by themselves
     assert all(told[recipe] == 8 * len(blocks[recipe]) for recipe in told.keys() - donors)
 
 
@@ -113,7 +114,7 @@ def test_warm_starts_come_first_and_base_scores_as_the_base(finished, zoo):
     )  # holds the base as loaded by transformers
     alone = bench.objective.score(bench.builder.model, bench.splits.search)
     stored = [row for row in answers_of(run) if row[1] == "search"]
-    key = bench.space.baselines()[str(zoo / "base")].key
+    key = baselines(bench.space)[str(zoo / "base")].key
     answers = [a for row in stored if row[0] == key for a in json.loads(row[3])]
     assert answers == [answer.value for answer in alone]
 
@@ -475,7 +476,7 @@ def test_floors_decide_who_wins_and_may_follow_the_base_on_the_same_items(
     assert main(["run", str(study), "--out", str(run), "--device", "cpu"]) == 0
     store = Store(run / DATABASE)
     tasks = [item.task for item in store.items() if item.split == "search"]
-    base = make_context(load_study(study), Hardware("cpu")).space.baselines()[str(zoo / "base")]
+    base = baselines(make_context(load_study(study), Hardware("cpu")).space)[str(zoo / "base")]
     of_base, missed = searched(store, base.key), {}
     for trial in trials_of(run):
         own = searched(store, trial.user_attrs["recipe"])

@@ -7,11 +7,12 @@ from optuna.trial import Trial
 
 from search.proposing.samplers import RANDOM_STARTUP, make_sampler
 from search.proposing.space import Space
+from search.proposing.starts import warm_starts
 from search.storing.store import Store
 from search.study.sampler_table import SAMPLERS
 
 SPACE = Space("base", ("a", "b"), ("task_arithmetic", "ties"), (0.0, 1.0), {"density": (0.1, 1.0)})
-STARTS = len(SPACE.warm_starts())
+STARTS = len(warm_starts(SPACE))
 
 
 def asked(name, count, killed=False, database=None):
@@ -24,7 +25,7 @@ def asked(name, count, killed=False, database=None):
         database: Where the study is; for the last four trials it is opened again.
     """
     study = optuna.create_study(direction="maximize") if database is None else opened(database)
-    for _, point in SPACE.warm_starts():
+    for _, point in warm_starts(SPACE):
         study.enqueue_trial(point)
     for number in range(count):
         if database and number == count - 4:
@@ -34,7 +35,7 @@ def asked(name, count, killed=False, database=None):
         if killed:
             study.sampler = make_sampler(name, SPACE, 3, number)
             trial = Trial(study, trial._trial_id)
-        for parameter, distribution in SPACE.distributions().items():
+        for parameter, distribution in SPACE.distributions.items():
             trial._suggest(parameter, distribution)
         study.tell(trial, trial.params["scale"] - trial.params["mix_1"] ** 2)
     return [trial.params for trial in study.trials]

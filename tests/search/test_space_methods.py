@@ -13,6 +13,7 @@ from merge_engine.building.builder import merged_tensors
 from merge_engine.methods import METHODS
 from merge_engine.models.model_set import ModelSet
 from merge_engine.recipe.recipe_file import parse_recipe
+from search.proposing.recipes import to_recipe
 from search.proposing.space import Space
 from search.study.parameters import allowed_methods, followers
 from search.study.reading import parse_study
@@ -25,13 +26,13 @@ def space_of(root: Path, methods=None, **search) -> Space:
     search |= {"methods": list(methods)} if methods else {}
     mapping = {"base_model": str(root / "base"), "models": [str(root / name) for name in DONORS]}
     spec = parse_study(mapping | {"search": search, "objective": TASKS}, Path(), where="test")
-    return Space.of(spec, ("layers.0.", "layers.1.", "layers.2."), "float32")
+    return Space.from_spec(spec, ("layers.0.", "layers.1.", "layers.2."), "float32")
 
 
 def point_at(space: Space, method: str, draw) -> dict:
     return {
         name: method if isinstance(axis, CategoricalDistribution) else draw(axis.low, axis.high)
-        for name, axis in space.distributions().items()
+        for name, axis in space.distributions.items()
     }
 
 
@@ -51,7 +52,7 @@ def test_every_point_is_a_legal_recipe(method, layer_groups, data):
 
     space = space_of(Path("/zoo"), METHODS, layer_groups=layer_groups)
     point = point_at(space, method, lambda low, high: data.draw(st.floats(low, high)))
-    recipe = space.recipe(point)
+    recipe = to_recipe(space, point)
     mapping = yaml.safe_load(recipe.to_yaml())
     parsed, notes = parse_recipe(mapping, where="test")
     assert parsed == recipe
@@ -73,7 +74,7 @@ def test_a_point_builds(zoo, method, own_study):
         method,
         lambda low, high: low + (high - low) * torch.rand(1, generator=generator).item(),
     )
-    recipe = space.recipe(point)
+    recipe = to_recipe(space, point)
     family = ModelSet(recipe.models_read)
     for _, tensor in merged_tensors(recipe, family, torch.device("cpu")):
         assert tensor.isfinite().all()
@@ -93,20 +94,22 @@ def test_a_point_builds(zoo, method, own_study):
 )
 def test_methods_of_few_models_take_the_donors_that_weigh_most(method, base, models):
     space = space_of(Path("/zoo"))
-    recipe = space.recipe(space.point(method, (0.5, 0.1, 0.9)))
+    recipe = to_recipe(space, space.point(method, (0.5, 0.1, 0.9)))
     assert recipe.base_model == base
     assert [source.model for source in recipe.models] == models
 
 
 def test_nuslerp_goes_as_far_as_the_mixture_says():
     space = space_of(Path("/zoo"))
-    first, second = space.recipe(space.point("nuslerp", (0.5, 0.1, 0.9))).values("x", 0)["weight"]
+    first, second = to_recipe(space, space.point("nuslerp", (0.5, 0.1, 0.9))).values("x", 0)[
+        "weight"
+    ]
     assert second / (first + second) == pytest.approx(0.9 / 1.4)
 
 
 def test_epsilon_is_as_wide_as_the_density_leaves_room_for():
     space = space_of(Path("/zoo"), ["della"], density=0.95, epsilon=0.3)
-    values = space.recipe(space.point("della", (1.0, 1.0, 1.0))).values("x", 0)
+    values = to_recipe(space, space.point("della", (1.0, 1.0, 1.0))).values("x", 0)
     assert values["epsilon"] == (0.049999,) * 3 or values["epsilon"] == (0.049998,) * 3
 
 
@@ -114,6 +117,6 @@ def test_one_name_of_two_meanings_follows_the_method_that_searches_it():
     assert followers("epsilon", ["della", "ram"]) == ("della",)
     assert followers("epsilon", ["ram", "ramplus_tl"]) == ("ram", "ramplus_tl")
     both = space_of(Path("/zoo"), ["della", "ram"])
-    assert both.recipe(both.point("ram", (1.0,) * 3)).values("x", 0) == {"epsilon": 1e-5}
+    assert to_recipe(both, both.point("ram", (1.0,) * 3)).values("x", 0) == {"epsilon": 1e-5}
     alone = space_of(Path("/zoo"), ["ram"], epsilon=2e-4)
-    assert alone.recipe(alone.point("ram", (1.0,) * 3)).values("x", 0) == {"epsilon": 2e-4}
+    assert to_recipe(alone, alone.point("ram", (1.0,) * 3)).values("x", 0) == {"epsilon": 2e-4}

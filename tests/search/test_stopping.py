@@ -4,11 +4,13 @@ import optuna
 from optuna.trial import TrialState
 
 from landscape import planted
+from search.proposing.recipes import to_recipe
 from search.proposing.samplers import RANDOM_STARTUP, make_sampler
+from search.proposing.starts import warm_starts
 from search.proposing.stopping import LAST, exhausted
 
 LANDSCAPE = planted(1)
-STARTS = LANDSCAPE.space.warm_starts()
+STARTS = warm_starts(LANDSCAPE.space)
 ITEMS = 240
 MOST = 100
 
@@ -26,10 +28,10 @@ def stopped(share):
         study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,)), ITEMS
     ):
         study.sampler = make_sampler("gp", space, 0, len(values))
-        trial = study.ask(space.distributions())
+        trial = study.ask(space.distributions)
         trial.set_user_attr("variance", 0.02**2)
         trial.set_user_attr("items", ITEMS)
-        values.append(LANDSCAPE.truth(space.recipe(trial.params)))
+        values.append(LANDSCAPE.truth(to_recipe(space, trial.params)))
         study.tell(trial, share * values[-1])
     return values
 
