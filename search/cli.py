@@ -158,7 +158,8 @@ def _build(options: Any, output: Output) -> None:
 
 
 def _score(options: Any, output: Output) -> None:
-    from search.preparing.context import find_tasks, load_live, make_objective, make_splits
+    from search.preparing.models import load_scored, load_study_tokenizer
+    from search.preparing.tasks import bind_tasks, plan_tasks
     from search.racing.item_scores import ItemScores
     from search.running.conclusion import score_of
     from search.session import about, device_of
@@ -166,11 +167,11 @@ def _score(options: Any, output: Output) -> None:
 
     spec = load_study(options.study)
     with about(options.study):
-        tasks = find_tasks(spec)
-    model, base = load_live(spec, options.model, device_of(options))
+        tasks = plan_tasks(spec)
+    model, base = load_scored(spec, options.model, device_of(options))
     with about(options.study):
-        objective = make_objective(spec, tasks, model, base)
-        splits = make_splits(spec, objective.items, objective.tasks)
+        tokenizer = load_study_tokenizer(spec, base)
+        objective, splits = bind_tasks(spec, tasks, model, tokenizer)
     numbers = getattr(splits, options.split)
     items = [objective.items[number] for number in numbers]
     shown = objective.snapshots(numbers)
@@ -231,10 +232,9 @@ def _check(options: Any, output: Output) -> None:
     from search.preparing.check import check_recipe, check_study
     from search.session import about, device_of
 
-    check = check_recipe if "merge_method" in load_yaml(options.file) else check_study
-    device = device_of(options)
+    is_recipe, device = "merge_method" in load_yaml(options.file), device_of(options)
     with about(options.file):
-        plan, notes = check(options.file, device)
+        plan, notes = check_recipe(options.file) if is_recipe else check_study(options.file, device)
     for note in notes:
         output.note(note)
     for line in plan:

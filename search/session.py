@@ -23,7 +23,9 @@ from merge_engine.errors import MergeError
 from merge_engine.recipe.recipe import Recipe
 from merge_engine.recipe.recipe_file import load_recipe
 from objectives.base import ObjectiveError
-from search.preparing.context import Hardware, StudyContext, make_context, open_family, outline
+from search.preparing.context import StudyContext, load, load_outline, plan_study
+from search.preparing.cost import describe_cost
+from search.preparing.models import Hardware
 from search.storing.folder import (
     CARD,
     check_folder,
@@ -36,6 +38,7 @@ from search.storing.folder import (
 from search.study.spec import StudyError, StudySpec
 
 if TYPE_CHECKING:
+    from merge_engine.models.memory_plan import MemoryPlan
     from search.running.events import Output
     from search.running.run import Run
     from search.running.sampling import Sample
@@ -144,7 +147,7 @@ def _attempt(run: Run, work: Callable[[Run], None]) -> None:
 
 
 def _crew(
-    spec: StudySpec, file: Path, options: Any, say: Callable[[str], None]
+    spec: StudySpec, file: Path, options: Any, say: Callable[[str | MemoryPlan], None]
 ) -> tuple[StudyContext, Workers]:
     """The coordinator's bench, and who works for it: this process, or as many as were asked for.
 
@@ -154,22 +157,21 @@ def _crew(
     searching = "trials" in vars(options)
     if options.workers is None:
         with about(file):
-            bench = make_context(spec, machine, say)
-        from search.preparing.cost import estimate
+            plan = plan_study(spec, compiled=machine.compiled)
+            bench = load(plan, machine, say)
         from search.running.workers import LocalWorker
 
         if searching:
-            say(str(estimate(bench, bench.builder.family, machine)))
+            say(describe_cost(plan))
         return bench, LocalWorker(bench)
-    from search.preparing.cost import estimate
     from search.running.ray_workers import Cluster, RayWorkers, import_ray
 
     import_ray()  # before anything is prepared
     with about(file):
-        family = open_family(spec)
-        outlined = outline(spec, family)
-    if searching and machine.builds_on.type == "cpu":  # else the workers' GPUs are unknown here
-        say(str(estimate(outlined, family, machine, options.workers)))
+        plan = plan_study(spec)
+        outlined = load_outline(plan)
+    if searching:
+        say(describe_cost(plan))
     count, gpus = options.workers, options.gpus_per_worker
     cluster = Cluster(options.ray_address, options.verbose)
     return outlined, RayWorkers(spec, machine, count=count, gpus=gpus, cluster=cluster, say=say)

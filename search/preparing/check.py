@@ -1,4 +1,4 @@
-"""What ``check`` says: can a file be used, and what would using it take? Reads no weights."""
+"""What ``check`` prints of a study or a recipe: what using it would take. Reads no weights."""
 
 from __future__ import annotations
 
@@ -14,18 +14,20 @@ from merge_engine.errors import MergeError
 from merge_engine.models.checkpoint import Checkpoint, TensorInfo
 from merge_engine.models.tensor_names import layer_counts
 from merge_engine.recipe.recipe_file import load_recipe
-from search.preparing.context import Hardware, model_dtype, open_family, outline, place_donors
-from search.proposing.starts import warm_starts
+from objectives.items import SPLITS
+from search.preparing.context import load_outline, plan_study
+from search.preparing.cost import describe_cost
+from search.preparing.models import Hardware, model_dtype
 from search.study.reading import load_study
 
-Plan = tuple[list[str], list[str]]  # lines, and notes
+Report = tuple[list[str], list[str]]  # lines, and notes
 
 
-def check_recipe(file: Path, _device: str) -> Plan:
+def check_recipe(file: Path) -> Report:
     """Validate a recipe with the headers of its models.
 
     Raises:
-        RecipeError: It cannot be built.
+        MergeError: It cannot be built.
     """
     recipe, notes = load_recipe(file)
     plan = plan_merge(recipe)
@@ -37,44 +39,41 @@ def check_recipe(file: Path, _device: str) -> Plan:
         for model, checkpoint in part.family.checkpoints.items()
     }
     if recipe.vocabulary is None:
-        notes += _tokenizers(plan.reference, checkpoints.values())
-    return lines + _models(plan.shapes(), checkpoints), notes
+        notes += _vocabulary_notes(plan.reference, checkpoints.values())
+    return lines + _describe_models(plan.shapes(), checkpoints), notes
 
 
-def check_study(file: Path, device: str) -> Plan:
+def check_study(file: Path, device: str) -> Report:
     """Validate a study with the headers of its models and the items of its tasks.
 
     Raises:
-        StudyError, RecipeError, ObjectiveError: It cannot be run.
+        StudyError, MergeError, ObjectiveError: It cannot be run.
     """
     spec = load_study(file)
-    family = open_family(spec)
-    dtype, machine = spec.dtype or model_dtype(family.reference), Hardware(device)
-    bench = outline(spec, family)
-    from search.preparing.cost import estimate  # and scipy
-
-    space = bench.space
-    searched = {name: d for name, d in space.distributions.items() if name != "method"}
+    plan = plan_study(spec)
+    memory = plan.place_donors(Hardware(device))
+    context, models = load_outline(plan), plan.model_set
+    searched = [name for name in plan.space.distributions if name != "method"]
     lines = [
         f"study: {spec.search.trials} trials of {', '.join(spec.search.methods)}",
-        f"searched: {', '.join(searched) or 'the method alone'}; "
-        f"{len(warm_starts(space))} warm starts first",
-        *_models(family.tensors, family.checkpoints),
-        *place_donors(family, dtype, machine),
+        f"searched: {', '.join(searched) or 'the method alone'}; {plan.starts} warm starts first",
+        *_describe_models(models.tensors, models.checkpoints),
+        str(memory),
+        plan.kernels,
     ]
-    for split, wanted in spec.objective.items.model_dump().items():
-        tasks = bench.tasks_of(split)
+    for split in SPLITS:
+        tasks = context.tasks_of(split)
         counted = ", ".join(f"{task} {tasks.count(task)}" for task in dict.fromkeys(tasks))
-        lines.append(f"{split}: {wanted} items ({counted})")
-    lines.append(str(estimate(bench, family, machine)))
-    return lines, _tokenizers(family.reference, family.checkpoints.values())
+        lines.append(f"{split}: {len(tasks)} items ({counted})")
+    lines.append(describe_cost(plan))
+    return lines, _vocabulary_notes(models.reference, models.checkpoints.values())
 
 
-def _models(
+def _describe_models(
     tensors: Mapping[str, TensorInfo] | Mapping[str, torch.Tensor],
     checkpoints: Mapping[str, Checkpoint],
 ) -> list[str]:
-    """The models and their shape."""
+    """Return lines with the models' folders and their common shape."""
     size = sum(prod(info.shape) for info in tensors.values())
     layers = max(layer_counts(tensors).values(), default=0)
     return [
@@ -83,8 +82,8 @@ def _models(
     ]
 
 
-def _tokenizers(reference: Checkpoint, checkpoints: Iterable[Checkpoint]) -> list[str]:
-    """Notes on models whose tokens are not the reference's: their embeddings are merged as is."""
+def _vocabulary_notes(reference: Checkpoint, checkpoints: Iterable[Checkpoint]) -> list[str]:
+    """Return a note on each model with another vocabulary than the reference's."""
     expected = _vocabulary(reference)
     return [
         f"model {checkpoint.model!r} has another vocabulary than {reference.model!r}; rows "
@@ -95,6 +94,7 @@ def _tokenizers(reference: Checkpoint, checkpoints: Iterable[Checkpoint]) -> lis
 
 
 def _vocabulary(checkpoint: Checkpoint) -> object:
+    """Return the content of a fast tokenizer's vocabulary, None where there is none."""
     file = checkpoint.folder / "tokenizer.json"
     if not file.is_file():
         return None

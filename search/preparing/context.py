@@ -1,72 +1,95 @@
-"""The bench a study works at: live model, donors, items and space, all checked before any work.
+"""From a study to live objects: a plan of all that can fail, then what it takes to evaluate.
 
-transformers and lm-eval take seconds to import: that is done when the donors have been checked.
+``plan_study`` reads headers and tasks; ``load`` adds the live model, ``load_outline`` a model
+without weights, for a coordinator whose workers have the live ones.
 """
 
 from __future__ import annotations
 
-import importlib.util
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
-import torch
-
 from merge_engine.building.builder import Builder
-from merge_engine.errors import MergeError, check_keys
-from merge_engine.models.checkpoint import Checkpoint
-from merge_engine.models.memory_plan import plan_memory
+from merge_engine.models.memory_plan import MemoryPlan, plan_memory
 from merge_engine.models.model_set import ModelSet
-from merge_engine.models.vocabulary import check_tokenizer, load_tokenizer
-from merge_engine.recipe.recipe_file import load_recipe
-from objectives.base import Item, Objective, ObjectiveError
-from objectives.entries import PluginEntry, PromptEntry
-from objectives.items import Splits, split_items
+from merge_engine.models.vocabulary import check_tokenizer
+from objectives.base import Item, Objective
+from objectives.items import Split, Splits
+from search.preparing.models import (
+    Hardware,
+    load_model,
+    load_study_tokenizer,
+    load_without_weights,
+    study_dtype,
+    torch_dtype,
+)
+from search.preparing.tasks import TaskPlan, bind_prompts, bind_tasks, plan_tasks
+from search.proposing.space import Space
 from search.proposing.starts import warm_starts
-from search.study.spec import StudyError, StudySpec
+from search.study.spec import StudySpec
 
 if TYPE_CHECKING:
-    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel
 
-    from objectives.harness.harness import Harness
-    from objectives.harness.tasks import LoadedTask
-    from search.proposing.space import Space
+    from objectives.entries import PromptEntry
 
 
 @dataclass(frozen=True)
-class Hardware:
-    """What a run may use.
+class StudyPlan:
+    """All of a study that is known without weights and without transformers.
 
-    Args:
-        device: Where the live model is; "auto": spread over all GPUs.
-        memory: Bytes at the most; None: what is free.
-        compiled: Kernels may be compiled, where that pays.
-        sharers: How many workers share its memory.
+    Attributes:
+        spec: The study.
+        model_set: The base and the donors: their headers, aligned.
+        dtype: Name of the live model's dtype.
+        tasks: Tasks and items.
+        space: The recipes that are searched.
+        starts: Number of warm starts.
     """
 
-    device: str
-    memory: int | None = None
-    compiled: bool = True
-    sharers: int = 1
+    spec: StudySpec
+    model_set: ModelSet
+    dtype: str
+    tasks: TaskPlan
+    space: Space
+    starts: int
 
     @property
-    def builds_on(self) -> torch.device:
-        """Where statistics of the donors are worked out."""
-        return torch.device("cuda" if self.device == "auto" else self.device)
+    def kernels(self) -> str:
+        """How merges are run, as a line for the user."""
+        compiled = self.model_set.stream.compiled
+        how = "compiled once, one pass a candidate" if compiled else "run in chunks"
+        return f"kernels: {how} ({self.model_set.parameters / 1e6:.1f} M parameters)"
+
+    def place_donors(self, hardware: Hardware) -> MemoryPlan:
+        """Decide where the donors live while candidates are built.
+
+        Raises:
+            MergeError: The live model does not fit.
+        """
+        plan = plan_memory(
+            self.model_set.tensors,
+            len(self.model_set.checkpoints),
+            torch_dtype(self.dtype),
+            hardware.device,
+            hardware.memory,
+            hardware.sharers,
+        )
+        self.model_set.place(hardware.builds_on, plan.tier)
+        return plan
 
 
 @dataclass(frozen=True)
 class StudyContext:
-    """All that is made once for a study.
+    """Everything of a study that is made once and needs no live model.
 
-    Args:
+    Attributes:
         spec: The study.
-        objective: Knows the items.
-        splits: Which items are for what.
+        objective: The items, and how they are scored.
+        splits: Item numbers of each split.
         space: The recipes that are searched.
-        models: What tells the weights of each model from others, by its name.
+        models: Content hash of each model's weights, by its name.
     """
 
     spec: StudySpec
@@ -80,301 +103,95 @@ class StudyContext:
         """Weight of each task in the study's mean."""
         return dict(self.objective.tasks)
 
-    def items_of(self, split: str) -> list[Item]:
-        """The items of a split, in scoring order."""
+    def items_of(self, split: Split) -> list[Item]:
+        """Return the items of a split, in scoring order."""
         return [self.objective.items[number] for number in getattr(self.splits, split)]
 
-    def tasks_of(self, split: str) -> list[str]:
-        """The task of each of them."""
+    def tasks_of(self, split: Split) -> list[str]:
+        """Return the task name of each item of a split, in scoring order."""
         return [item.task for item in self.items_of(split)]
 
 
 @dataclass(frozen=True)
 class LiveContext(StudyContext):
-    """One with a live model, which the objective can ask.
+    """A study's objects with a live model, so that candidates can be evaluated.
 
-    Args:
+    Attributes:
         builder: Writes recipes into the live model.
     """
 
     builder: Builder
 
 
-def torch_dtype(name: str) -> torch.dtype:
-    """The torch dtype of a name such as "bfloat16"."""
-    return getattr(torch, name)  # type: ignore[no-any-return]
-
-
-def model_dtype(checkpoint: Checkpoint) -> str:
-    """The name of the dtype that most of a checkpoint's numbers have."""
-    sizes: dict[str, int] = {}
-    for info in checkpoint.tensors.values():
-        name = str(info.dtype).removeprefix("torch.")
-        sizes[name] = sizes.get(name, 0) + torch.Size(info.shape).numel()
-    return max(sizes, key=lambda name: sizes[name])
-
-
-def load_model(
-    checkpoint: Checkpoint, dtype: str, device: str, *, trust_remote_code: bool = False
-) -> PreTrainedModel:
-    """A checkpoint as a live model in evaluation mode."""
-    from transformers import AutoModelForCausalLM
-
-    with own_code_refused(checkpoint):
-        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-            checkpoint.folder,
-            dtype=torch_dtype(dtype),
-            device_map=device,
-            trust_remote_code=trust_remote_code,
-        )
-    model.eval()
-    return model
-
-
-@contextmanager
-def own_code_refused(checkpoint: Checkpoint) -> Iterator[None]:
-    """Say what to do about a model that brings code of its own."""
-    try:
-        yield
-    except MergeError:
-        raise
-    except ValueError as error:
-        if "trust_remote_code" not in str(error):
-            reason = str(error).split(". ")[0].splitlines()[0]
-            raise StudyError(
-                f"{checkpoint.folder}: transformers cannot use it: {reason}; correct its "
-                "config.json, or update transformers"
-            ) from error
-        raise StudyError(
-            f"model {checkpoint.model!r} brings Python code of its own; read it, and if you trust "
-            "it, set trust_remote_code: true in the study"
-        ) from error
-
-
-def load_live(spec: StudySpec, model: str, device: str) -> tuple[PreTrainedModel, Checkpoint]:
-    """A checkpoint, hub id or recipe file as a live model in the study's dtype.
-
-    Returns:
-        The model, and the study's base: whoever is scored uses its tokenizer.
-    """
-    base = Checkpoint(spec.base_model)
-    dtype = spec.dtype or model_dtype(base)
-    trusted = spec.trust_remote_code
-    if not model.endswith((".yaml", ".yml")):
-        return load_model(Checkpoint(model), dtype, device, trust_remote_code=trusted), base
-    recipe, _ = load_recipe(Path(model))
-    family = ModelSet(recipe.models_read)
-    live = load_model(family.reference, dtype, device, trust_remote_code=trusted)
-    Builder(live, family).build(recipe)
-    return live, base
-
-
-def find_tasks(spec: StudySpec) -> list[LoadedTask]:
-    """Load the study's tasks and check all that takes no model; classes of its own come later.
-
-    Raises:
-        ObjectiveError: A task or a class cannot be used, or there are too few items.
-    """
-    from objectives.harness.tasks import load_tasks
-    from objectives.plugin import find_class
-
-    wanted, entries = spec.objective, []
-    for entry in wanted.tasks:
-        if isinstance(entry, PluginEntry):
-            find_class(entry.objective)
-        else:
-            entries.append(entry)
-    if not entries:
-        return []
-    tasks = load_tasks(entries, wanted.include_path, unsafe_code=wanted.unsafe_code)
-    if len(entries) == len(wanted.tasks):
-        items = [item for task in tasks for item in task.items]
-        make_splits(spec, items, {task.name: task.weight for task in tasks})
-    return tasks
-
-
-def make_objective(
-    spec: StudySpec, tasks: Sequence[LoadedTask], model: PreTrainedModel, checkpoint: Checkpoint
-) -> Objective:
-    """What the study asks, prepared for a live model, with the checkpoint's tokenizer."""
-    from objectives.plugin import Plugin, Suite
-
-    tokenizer = _tokenizer(spec, checkpoint)
-    parts: list[Objective] = []
-    if tasks:
-        parts.append(_harness(spec, tasks, model, tokenizer))
-    parts += [
-        Plugin(entry, model, tokenizer)
-        for entry in spec.objective.tasks
-        if isinstance(entry, PluginEntry)
-    ]
-    return parts[0] if len(parts) == 1 else Suite(parts)
-
-
-def make_prompts(bench: LiveContext, prompts: PromptEntry) -> Objective:
-    """Prompts, prepared as a study's tasks are; a short model keeps half its room for them."""
-    from objectives.harness.tasks import load_prompts
-
-    tokenizer = _tokenizer(bench.spec, bench.builder.family.reference)
-    model = cast("PreTrainedModel", bench.builder.model)  # as make_bench has loaded it
-    room = getattr(model.config, "max_position_embeddings", 2 * prompts.max_tokens) // 2
-    prompts = prompts.model_copy(update={"max_tokens": min(prompts.max_tokens, room)})
-    harness = _harness(bench.spec, [load_prompts(prompts)], model, tokenizer)
-    harness.snapshots(range(len(prompts.prompts)))  # it warns of those that lose their beginning
-    return harness
-
-
-def _tokenizer(spec: StudySpec, checkpoint: Checkpoint) -> PreTrainedTokenizerBase:
-    with own_code_refused(checkpoint):
-        found: PreTrainedTokenizerBase = load_tokenizer(
-            checkpoint, trust_remote_code=spec.trust_remote_code
-        )
-    return found
-
-
-def _harness(
-    spec: StudySpec,
-    tasks: Sequence[LoadedTask],
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-) -> Harness:
-    from objectives.harness.harness import Harness
-    from objectives.harness.prompts import Prompting
-
-    wanted = spec.objective
-    return Harness.prepare(
-        tasks,
-        model=model,
-        tokenizer=tokenizer,
-        batch_size=wanted.batch_size,
-        prompting=Prompting(wanted.apply_chat_template, wanted.system_instruction),
-    )
-
-
-def make_splits(spec: StudySpec, items: Sequence[Item], tasks: Mapping[str, float]) -> Splits:
-    """The study's items, dealt to search, select and test.
-
-    Raises:
-        StudyError, ObjectiveError: What the study says of them does not fit.
-    """
-    check_keys("objective.constraints", spec.objective.constraints, tasks, "task")
-    if not items:
-        raise ObjectiveError("objective.tasks: the tasks have no items")
-    counted = spec.search.cost or spec.objective.max_mean_tokens is not None
-    if counted and not any(item.generated for item in items):
-        raise StudyError(
-            "search.cost, objective.max_mean_tokens: no task has a model write, so that no tokens "
-            "can be counted; leave them out"
-        )
-    counts = spec.objective.items.model_dump()
-    return split_items(items, tasks, counts, spec.search.seed)
-
-
-def open_family(spec: StudySpec, *, compiled: bool = True) -> ModelSet:
-    """The study's models, base first."""
-    candidates = spec.search.trials if compiled else 0
-    return ModelSet([spec.base_model, *spec.models_but_base], candidates=candidates)
-
-
-def place_donors(family: ModelSet, dtype: str, machine: Hardware) -> tuple[str, str]:
-    """Decide where the donors live, and say that and how kernels are run.
-
-    Raises:
-        RecipeError: There is no room.
-    """
-    members = len(family.checkpoints)
-    plan = plan_memory(
-        family.tensors, members, torch_dtype(dtype), machine.device, machine.memory, machine.sharers
-    )
-    family.place(machine.builds_on, plan.tier)
-    how = "compiled once, one pass a candidate" if family.stream.compiled else "run in chunks"
-    return str(plan), f"kernels: {how} ({family.parameters / 1e6:.1f} M parameters)"
-
-
-def outline(spec: StudySpec, family: ModelSet) -> StudyContext:
+def plan_study(spec: StudySpec, *, compiled: bool = True) -> StudyPlan:
     """Check everything that headers and tasks can tell, without weights and without a device.
-
-    Raises:
-        RecipeError, ObjectiveError: A model or a task cannot be used.
-    """
-    dtype = spec.dtype or model_dtype(family.reference)
-    space, tasks = _matter(spec, family, dtype)
-    from transformers import AutoModelForCausalLM
-
-    config = _config(spec, family.reference)
-    with torch.device("meta"):  # tasks are prepared for a model; this one has no weights
-        model = AutoModelForCausalLM.from_config(
-            config, dtype=torch_dtype(dtype), trust_remote_code=spec.trust_remote_code
-        )
-    return StudyContext(*_asked(spec, model, family, space, tasks))
-
-
-def make_context(
-    spec: StudySpec, machine: Hardware, say: Callable[[str], None] = lambda _: None
-) -> LiveContext:
-    """Check everything and load the one live model.
 
     Args:
         spec: The study.
-        machine: What may be used.
-        say: Is told the plan before anything is loaded.
+        compiled: Merge kernels may be compiled, where that pays.
 
     Raises:
-        RecipeError, ObjectiveError: A model or a task cannot be used, or there is no room.
+        MergeError, ObjectiveError, StudyError: A model, task or warm start cannot be used.
     """
-    family = open_family(spec, compiled=machine.compiled)
-    dtype = spec.dtype or model_dtype(family.reference)
-    space, tasks = _matter(spec, family, dtype)
-    for line in place_donors(family, dtype, machine):
-        say(line)
-    trusted = spec.trust_remote_code
-    model = load_model(family.reference, dtype, machine.device, trust_remote_code=trusted)
-    return LiveContext(*_asked(spec, model, family, space, tasks), Builder(model, family))
+    models = ModelSet(
+        [spec.base_model, *spec.models_but_base], candidates=spec.search.trials if compiled else 0
+    )
+    dtype = study_dtype(spec, models.reference)
+    check_tokenizer(models.reference)
+    tasks = plan_tasks(spec)
+    space = Space.from_spec(spec, models.layer_filters, dtype)
+    return StudyPlan(spec, models, dtype, tasks, space, starts=len(warm_starts(space)))
 
 
-def _matter(spec: StudySpec, family: ModelSet, dtype: str) -> tuple[Space, list[LoadedTask]]:
-    """The recipes and the tasks of a study.
+def load(
+    plan: StudyPlan,
+    hardware: Hardware,
+    say: Callable[[MemoryPlan | str], None] = lambda _: None,
+) -> LiveContext:
+    """Place the donors, load the one live model and prepare the prompts for it.
 
-    What is wrong there, or with the tokenizer, is said at once: importing transformers takes
-    seconds, and loading models longer.
+    Args:
+        plan: The study's.
+        hardware: What may be used.
+        say: Receives the memory plan and how merges are run, before anything is loaded.
+
+    Raises:
+        MergeError, ObjectiveError, StudyError: The model does not fit, or it, its tokenizer or a
+            prompt cannot be used.
     """
-    check_tokenizer(family.reference)
-    if not _has_folder(family.reference.config.get("model_type")):
-        _config(spec, family.reference)  # no architecture that is known, it may be
-    tasks = find_tasks(spec)
-    from search.proposing.space import Space
-
-    space = Space.from_spec(spec, family.layer_filters, dtype)
-    warm_starts(space)  # one of the user's may be none of the study's
-    return space, tasks
+    say(plan.place_donors(hardware))
+    say(plan.kernels)
+    reference, trusted = plan.model_set.reference, plan.spec.trust_remote_code
+    model = load_model(reference, plan.dtype, hardware.device, trust_remote_code=trusted)
+    outline = _bind(plan, model)
+    return LiveContext(**vars(outline), builder=Builder(model, plan.model_set))
 
 
-def _config(spec: StudySpec, checkpoint: Checkpoint) -> PretrainedConfig:
-    from transformers import AutoConfig
+def load_outline(plan: StudyPlan) -> StudyContext:
+    """Prepare the prompts with a model that has no weights: nothing can be evaluated with it.
 
-    with own_code_refused(checkpoint):
-        config: PretrainedConfig = AutoConfig.from_pretrained(
-            checkpoint.folder, trust_remote_code=spec.trust_remote_code
-        )
-    return config
-
-
-def _has_folder(model_type: object) -> bool:
-    """Whether transformers has code in a folder of that name; to see it, nothing is imported."""
-    package = importlib.util.find_spec("transformers")
-    folders = package.submodule_search_locations if package else None
-    return any((Path(folder) / "models" / str(model_type)).is_dir() for folder in folders or ())
+    Raises:
+        MergeError, ObjectiveError, StudyError: The model, its tokenizer or a prompt cannot be used.
+    """
+    reference, trusted = plan.model_set.reference, plan.spec.trust_remote_code
+    return _bind(plan, load_without_weights(reference, plan.dtype, trust_remote_code=trusted))
 
 
-def _asked(
-    spec: StudySpec,
-    model: PreTrainedModel,
-    family: ModelSet,
-    space: Space,
-    tasks: Sequence[LoadedTask],
-) -> tuple[StudySpec, Objective, Splits, Space, Mapping[str, str]]:
-    """What is asked of whom."""
-    objective = make_objective(spec, tasks, model, family.reference)
-    models = {name: model.contents for name, model in family.checkpoints.items()}
-    splits = make_splits(spec, objective.items, objective.tasks)
-    return spec, objective, splits, space, models
+def load_prompts(context: LiveContext, prompts: PromptEntry) -> Objective:
+    """Prepare prompts for the live model, as the study's tasks are prepared.
+
+    Raises:
+        ObjectiveError: They cannot be prepared.
+    """
+    tokenizer = load_study_tokenizer(context.spec, context.builder.family.reference)
+    model = cast("PreTrainedModel", context.builder.model)  # as ``load`` has made it
+    return bind_prompts(context.spec, prompts, model, tokenizer)
+
+
+def _bind(plan: StudyPlan, model: PreTrainedModel) -> StudyContext:
+    """Prepare the study's prompts and own objectives for a model."""
+    reference = plan.model_set.reference
+    tokenizer = load_study_tokenizer(plan.spec, reference)
+    objective, splits = bind_tasks(plan.spec, plan.tasks, model, tokenizer)
+    hashes = {name: model.contents for name, model in plan.model_set.checkpoints.items()}
+    return StudyContext(plan.spec, objective, splits, plan.space, hashes)

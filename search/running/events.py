@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TextIO
 if TYPE_CHECKING:
     from optuna.trial import FrozenTrial
 
+    from merge_engine.models.memory_plan import MemoryPlan
     from search.racing.race import Estimate
     from search.running.sampling import Sample
     from search.storing.result import Result, Score
@@ -41,7 +42,7 @@ class RaceProgress:
 class Output(Protocol):
     """Hears of a command's events as they happen."""
 
-    def plan(self, line: str) -> None:
+    def plan(self, line: str | MemoryPlan) -> None:
         """What will be where, before anything is loaded."""
 
     def note(self, text: str) -> None:
@@ -122,9 +123,9 @@ class JsonLines:
         self._file = file
         self._tally = Tally()
 
-    def plan(self, line: str) -> None:
+    def plan(self, line: str | MemoryPlan) -> None:
         """A line of it."""
-        self._print("plan", text=line)
+        self._print("plan", text=str(line))
 
     def note(self, text: str) -> None:
         """Its text."""

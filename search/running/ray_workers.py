@@ -17,10 +17,12 @@ from typing import Any, Final
 
 import torch
 
+from merge_engine.models.memory_plan import MemoryPlan
 from merge_engine.recipe.recipe import Recipe
 from objectives.base import ItemResult, Response
 from objectives.entries import PromptEntry
-from search.preparing.context import Hardware, make_context
+from search.preparing.context import load, plan_study
+from search.preparing.models import Hardware
 from search.process import quiet
 from search.running.workers import FAILURES, EvalJob, EvalReply, ExportCheck, Worker, WorkerDied
 from search.study.spec import StudyError, StudySpec
@@ -58,15 +60,16 @@ class _Actor:
         """The machine it is on."""
         return str(import_ray().get_runtime_context().get_node_id())
 
-    def load(self, spec: StudySpec, machine: Hardware, threads: int) -> list[str]:
-        """Make its bench; returns the plan in words."""
+    def load(self, spec: StudySpec, hardware: Hardware, threads: int) -> list[MemoryPlan | str]:
+        """Load the study; returns the memory plan and how merges are run."""
         torch.set_num_threads(threads)
-        lines: list[str] = []
+        said: list[MemoryPlan | str] = []
         try:
-            self.worker = Worker(make_context(spec, machine, lines.append))
+            plan = plan_study(spec, compiled=hardware.compiled)
+            self.worker = Worker(load(plan, hardware, said.append))
         except FAILURES as error:  # it is no candidate's
             raise StudyError(str(error)) from error
-        return lines
+        return said
 
     def ask(self, job: EvalJob) -> EvalReply:
         reply = self.worker.ask(job)
@@ -113,7 +116,7 @@ class RayWorkers:
         count: int,
         gpus: float | None = None,
         cluster: Cluster | None = None,
-        say: Callable[[str], None] = lambda _: None,
+        say: Callable[[str | MemoryPlan], None] = lambda _: None,
     ) -> None:
         self.count = count
         self._ray = import_ray()

@@ -24,7 +24,7 @@ from optuna.trial import FrozenTrial, Trial, TrialState
 from merge_engine.recipe.recipe import Recipe
 from objectives.items import Split
 from search.preparing.context import StudyContext
-from search.preparing.cost import ASKED, concluding
+from search.preparing.cost import RACED, concluding_evaluations
 from search.proposing.gp import MODELLED, believed, rank
 from search.proposing.recipes import to_recipe
 from search.proposing.samplers import make_sampler
@@ -192,7 +192,7 @@ class Run:
         """
         evaluations = sum(self.store.scored()[0].values())
         total, items = self.spec.search.trials, self.spec.objective.items.search
-        after = concluding(self.spec, ASKED * total * items)
+        after = concluding_evaluations(self.spec, RACED * total * items)
         self.output.start(total, self.finished(), evaluations, after)
         self._enqueue_warm_starts()
         self._try_baselines()

@@ -21,7 +21,7 @@ from merge_engine.building.export import CheckpointFiles, write_checkpoint
 from merge_engine.errors import MergeError
 from merge_engine.recipe.recipe import Recipe
 from objectives.base import ItemResult, ObjectiveError, Response
-from search.preparing.context import LiveContext, make_prompts
+from search.preparing.context import LiveContext, load_prompts
 from search.storing.folder import CARD
 from search.study.spec import StudyError
 
@@ -118,7 +118,7 @@ class Worker:
 
     def __init__(self, bench: LiveContext) -> None:
         self.bench = bench
-        self._prompts = cache(partial(make_prompts, bench))
+        self._prompts = cache(partial(load_prompts, bench))
 
     def ask(self, job: EvalJob) -> EvalReply:
         """Do a job; a recipe that is still in the live model is not built again.

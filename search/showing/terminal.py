@@ -26,6 +26,7 @@ from rich.segment import ControlType
 from rich.table import Table
 from rich.text import Text
 
+from merge_engine.models.memory_plan import MemoryPlan
 from objectives.base import printable
 from search.running.events import RaceProgress, Tally, duration, say_stopping
 from search.running.sampling import Sample, shown
@@ -73,11 +74,11 @@ class Terminal:
         self._after = 0  # item evaluations that follow the search
         self._told = deque[float](maxlen=LATEST_TRIALS)  # when this session's trials were
 
-    def plan(self, line: str) -> None:
+    def plan(self, line: str | MemoryPlan) -> None:
         """A line of it."""
-        self._say(line)
-        if line.startswith("memory: "):
-            self._view = replace(self._view, memory=line.removeprefix("memory: "))
+        self._say(str(line))
+        if isinstance(line, MemoryPlan):
+            self._view = replace(self._view, memory=str(line).removeprefix("memory: "))
 
     def note(self, text: str) -> None:
         """In a colour."""

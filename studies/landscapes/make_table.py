@@ -27,7 +27,8 @@ from numpy.typing import NDArray
 from scipy.stats import qmc
 
 from objectives.base import Item
-from search.preparing.context import Hardware, StudyContext, make_context
+from search.preparing.context import StudyContext, load, plan_study
+from search.preparing.models import Hardware
 from search.proposing.recipes import to_recipe
 from search.proposing.samplers import make_sampler
 from search.proposing.space import Point, Space
@@ -185,7 +186,7 @@ def main() -> None:
     parser.add_argument("--per-task", type=int, default=260, help="items of each task, at most")
     parser.add_argument("--device", default="cpu")
     options = parser.parse_args()
-    bench = make_context(load_study(options.study), Hardware(options.device))
+    bench = load(plan_study(load_study(options.study)), Hardware(options.device))
     numbers = spread(bench.objective.items, options.per_task)
     items = [bench.objective.items[number] for number in numbers]
     table = Table(named(bench.space), bench.weights, items, [], [])

@@ -26,7 +26,8 @@ from landscape import Items, Landscape, planted
 from objectives.base import Item, ItemResult, ItemSnapshot
 from objectives.items import SPLITS, Splits
 from search.cli import DEMO, main
-from search.preparing.context import Hardware, StudyContext, open_family, outline
+from search.preparing.context import StudyContext, load_outline, plan_study
+from search.preparing.models import Hardware
 from search.proposing.recipes import to_recipe
 from search.proposing.starts import warm_starts
 from search.running.evaluator import Evaluator
@@ -178,7 +179,7 @@ def _name(process: psutil.Process) -> str:
 def throughput(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
     """Two workers of one thread each against one of them, with the same recipes to ask."""
     spec = load_study(STUDY)
-    bench = outline(spec, open_family(spec))
+    bench = load_outline(plan_study(spec))
     recipes = [to_recipe(bench.space, point) for _, point in warm_starts(bench.space)[:6]]
     crew = RayWorkers(spec, Hardware("cpu"), count=2)
     rates: dict[int, list[float]] = {2: [], 1: []}

@@ -18,7 +18,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from merge_engine.recipe.recipe_file import load_recipe
 from search.cli import DEMO, main
-from search.preparing.context import Hardware, make_context
+from search.preparing.context import load, plan_study
+from search.preparing.models import Hardware
 from search.storing.folder import DATABASE
 from search.storing.result import Result
 from search.study.reading import load_study
@@ -70,7 +71,7 @@ def test_exported_checkpoint_gives_lm_eval_the_answers_in_the_database(run):
 
 def stored_answers(run: Path) -> dict[tuple[str, int], float]:
     """The winner's answers to every item it was asked."""
-    bench = make_context(load_study(DEMO / "study.yaml"), Hardware("cpu"))
+    bench = load(plan_study(load_study(DEMO / "study.yaml")), Hardware("cpu"))
     key = load_recipe(run / "recipe.yaml")[0].key
     answers = {}
     with sqlite3.connect(run / DATABASE) as database:

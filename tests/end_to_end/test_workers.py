@@ -15,7 +15,8 @@ from optuna.trial import TrialState
 from rich.console import Console
 
 from search.cli import main
-from search.preparing.context import Hardware, make_context, open_family, outline
+from search.preparing.context import load, load_outline, plan_study
+from search.preparing.models import Hardware
 from search.proposing.recipes import to_recipe
 from search.proposing.starts import warm_starts
 from search.running.conclusion import conclude
@@ -66,7 +67,7 @@ def study(make_study, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def three(study):
-    return [Worker(make_context(load_study(study), Hardware("cpu"))) for _ in range(3)]
+    return [Worker(load(plan_study(load_study(study)), Hardware("cpu"))) for _ in range(3)]
 
 
 def run_of(folder, crew):
@@ -204,7 +205,7 @@ def test_candidate_that_kills_two_workers_is_set_aside(three, tmp_path):
 def test_outline_without_weights_shows_the_same_items(study, done):
     run, _, _ = done
     spec = load_study(study)
-    bench = outline(spec, open_family(spec))
+    bench = load_outline(plan_study(spec))
     assert bench.splits == run.bench.splits
     assert bench.space == run.bench.space
     assert freeze(bench.objective, bench.splits) == run.store.items()

@@ -19,7 +19,8 @@ from transformers import AutoModelForCausalLM
 from merge_engine.recipe.recipe_file import load_recipe
 from objectives.scores import task_means
 from search.cli import main
-from search.preparing.context import Hardware, make_context
+from search.preparing.context import load, plan_study
+from search.preparing.models import Hardware
 from search.proposing.starts import baselines
 from search.running.workers import LocalWorker
 from search.storing.folder import DATABASE
@@ -77,7 +78,7 @@ def test_run_leaves_result_recipe_and_checkpoint(finished, zoo):
 
 def test_checkpoint_holds_the_recipe_built_again(finished):
     study, run = finished
-    bench = make_context(load_study(study), Hardware("cpu"))
+    bench = load(plan_study(load_study(study)), Hardware("cpu"))
     bench.builder.build(load_recipe(run / "recipe.yaml")[0])
     saved = AutoModelForCausalLM.from_pretrained(run / "checkpoint").state_dict()
     assert all(torch.equal(tensor, saved[name]) for name, tensor in bench.builder.tensors())
@@ -85,7 +86,7 @@ def test_checkpoint_holds_the_recipe_built_again(finished):
 
 def test_candidates_answer_the_same_first_items_and_splits_are_disjoint(finished):
     study, run = finished
-    bench = make_context(load_study(study), Hardware("cpu"))
+    bench = load(plan_study(load_study(study)), Hardware("cpu"))
     keys = {
         split: {bench.objective.items[number].key for number in getattr(bench.splits, split)}
         for split in ("search", "select", "test")
@@ -109,8 +110,8 @@ def test_warm_starts_come_first_and_base_scores_as_the_base(finished, zoo):
     starts = [trial.user_attrs.get("start") for trial in trials_of(run)]
     assert starts[0] == "base"
     assert str(zoo / "b") in starts
-    bench = make_context(
-        load_study(study), Hardware("cpu")
+    bench = load(
+        plan_study(load_study(study)), Hardware("cpu")
     )  # holds the base as loaded by transformers
     alone = bench.objective.score(bench.builder.model, bench.splits.search)
     stored = [row for row in answers_of(run) if row[1] == "search"]
@@ -476,7 +477,7 @@ def test_floors_decide_who_wins_and_may_follow_the_base_on_the_same_items(
     assert main(["run", str(study), "--out", str(run), "--device", "cpu"]) == 0
     store = Store(run / DATABASE)
     tasks = [item.task for item in store.items() if item.split == "search"]
-    base = baselines(make_context(load_study(study), Hardware("cpu")).space)[str(zoo / "base")]
+    base = baselines(load(plan_study(load_study(study)), Hardware("cpu")).space)[str(zoo / "base")]
     of_base, missed = searched(store, base.key), {}
     for trial in trials_of(run):
         own = searched(store, trial.user_attrs["recipe"])

@@ -1,0 +1,160 @@
+"""Checkpoints as transformers models and tokenizers, on the hardware that a run may use.
+
+transformers takes seconds to import, so each function that needs it imports it: what is wrong with
+a study is found before.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from merge_engine.building.builder import Builder
+from merge_engine.errors import MergeError
+from merge_engine.models.checkpoint import Checkpoint
+from merge_engine.models.model_set import ModelSet
+from merge_engine.models.vocabulary import load_tokenizer
+from merge_engine.recipe.recipe_file import load_recipe
+from search.study.spec import StudyError, StudySpec
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """The device and memory that one worker may use.
+
+    Attributes:
+        device: Of the live model; "auto": spread over all GPUs.
+        memory: Limit in bytes; None: what is free.
+        compiled: Kernels may be compiled, where that pays.
+        sharers: Number of workers that share the host's memory.
+    """
+
+    device: str
+    memory: int | None = None
+    compiled: bool = True
+    sharers: int = 1
+
+    @property
+    def builds_on(self) -> torch.device:
+        """Device on which candidates are merged and the donors' statistics computed."""
+        return torch.device("cuda" if self.device == "auto" else self.device)
+
+
+def torch_dtype(name: str) -> torch.dtype:
+    """Return the torch dtype of a name such as "bfloat16"."""
+    return getattr(torch, name)  # type: ignore[no-any-return]
+
+
+def model_dtype(checkpoint: Checkpoint) -> str:
+    """Return the name of the dtype that most of a checkpoint's numbers have."""
+    sizes: dict[str, int] = {}
+    for info in checkpoint.tensors.values():
+        name = str(info.dtype).removeprefix("torch.")
+        sizes[name] = sizes.get(name, 0) + torch.Size(info.shape).numel()
+    return max(sizes, key=lambda name: sizes[name])
+
+
+def study_dtype(spec: StudySpec, reference: Checkpoint) -> str:
+    """Return the name of the dtype in which a study's candidates are evaluated and exported."""
+    return spec.dtype or model_dtype(reference)
+
+
+def load_model(
+    checkpoint: Checkpoint, dtype: str, device: str, *, trust_remote_code: bool = False
+) -> PreTrainedModel:
+    """Load a checkpoint as a live model in evaluation mode.
+
+    Raises:
+        StudyError: transformers cannot use it, or it needs ``trust_remote_code``.
+    """
+    from transformers import AutoModelForCausalLM
+
+    with _explained(checkpoint):
+        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+            checkpoint.folder,
+            dtype=torch_dtype(dtype),
+            device_map=device,
+            trust_remote_code=trust_remote_code,
+        )
+    model.eval()
+    return model
+
+
+def load_without_weights(
+    checkpoint: Checkpoint, dtype: str, *, trust_remote_code: bool = False
+) -> PreTrainedModel:
+    """Make a checkpoint's model on the meta device, which holds no numbers.
+
+    Raises:
+        StudyError: transformers cannot use it, or it needs ``trust_remote_code``.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    with _explained(checkpoint):
+        config = AutoConfig.from_pretrained(checkpoint.folder, trust_remote_code=trust_remote_code)
+    with torch.device("meta"):
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(
+            config, dtype=torch_dtype(dtype), trust_remote_code=trust_remote_code
+        )
+    return model
+
+
+def load_study_tokenizer(spec: StudySpec, checkpoint: Checkpoint) -> PreTrainedTokenizerBase:
+    """Load a checkpoint's tokenizer as the study allows.
+
+    Raises:
+        MergeError, StudyError: It cannot be used, or needs ``trust_remote_code``.
+    """
+    with _explained(checkpoint):
+        tokenizer: PreTrainedTokenizerBase = load_tokenizer(
+            checkpoint, trust_remote_code=spec.trust_remote_code
+        )
+    return tokenizer
+
+
+def load_scored(spec: StudySpec, model: str, device: str) -> tuple[PreTrainedModel, Checkpoint]:
+    """Load a checkpoint, hub id or recipe file as a live model in the study's dtype.
+
+    Returns:
+        The model, and the study's base, whose tokenizer every model is scored with.
+
+    Raises:
+        MergeError, StudyError: It cannot be loaded or built.
+    """
+    base = Checkpoint(spec.base_model)
+    dtype, trusted = study_dtype(spec, base), spec.trust_remote_code
+    if not model.endswith((".yaml", ".yml")):
+        return load_model(Checkpoint(model), dtype, device, trust_remote_code=trusted), base
+    recipe, _ = load_recipe(Path(model))
+    models = ModelSet(recipe.models_read)
+    live = load_model(models.reference, dtype, device, trust_remote_code=trusted)
+    Builder(live, models).build(recipe)
+    return live, base
+
+
+@contextmanager
+def _explained(checkpoint: Checkpoint) -> Iterator[None]:
+    """Turn transformers' complaints about a checkpoint into one sentence that says what to do."""
+    try:
+        yield
+    except MergeError:
+        raise
+    except ValueError as error:
+        if "trust_remote_code" in str(error):
+            raise StudyError(
+                f"model {checkpoint.model!r} brings Python code of its own; read it, and if you "
+                "trust it, set trust_remote_code: true in the study"
+            ) from error
+        reason = str(error).split(". ")[0].splitlines()[0]
+        raise StudyError(
+            f"{checkpoint.folder}: transformers cannot use it: {reason}; correct its "
+            "config.json, or update transformers"
+        ) from error

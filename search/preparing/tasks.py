@@ -1,0 +1,144 @@
+"""A study's tasks: loaded and split without a model, then bound to one.
+
+lm-eval takes seconds to import, so each function that needs it imports it: what is wrong with the
+models is found before.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from merge_engine.errors import check_keys
+from objectives.base import Item, Objective, ObjectiveError
+from objectives.entries import PluginEntry, PromptEntry
+from objectives.items import Splits, split_items
+from search.study.spec import StudyError, StudySpec
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from objectives.harness.harness import Harness
+    from objectives.harness.tasks import LoadedTask
+
+
+@dataclass(frozen=True)
+class TaskPlan:
+    """What is known of a study's tasks before there is a model.
+
+    Attributes:
+        loaded: lm-eval's tasks and the texts, with their items; own objectives come with a model.
+        items: All items of ``loaded``.
+        splits: None where own objectives have items besides.
+    """
+
+    loaded: tuple[LoadedTask, ...]
+    items: tuple[Item, ...]
+    splits: Splits | None
+
+
+def plan_tasks(spec: StudySpec) -> TaskPlan:
+    """Load a study's tasks and split their items.
+
+    Raises:
+        ObjectiveError: A task or a class cannot be used, or there are too few items.
+        StudyError, MergeError: The study's constraints do not fit the tasks.
+    """
+    from objectives.harness.tasks import load_tasks
+    from objectives.plugin import find_class
+
+    wanted = spec.objective
+    entries = [entry for entry in wanted.tasks if not isinstance(entry, PluginEntry)]
+    for entry in wanted.tasks:
+        if isinstance(entry, PluginEntry):
+            find_class(entry.objective)
+    if not entries:
+        return TaskPlan((), (), None)
+    loaded = load_tasks(entries, wanted.include_path, unsafe_code=wanted.unsafe_code)
+    items = tuple(item for task in loaded for item in task.items)
+    splits = None
+    if len(entries) == len(wanted.tasks):
+        splits = _split(spec, items, {task.name: task.weight for task in loaded})
+    return TaskPlan(tuple(loaded), items, splits)
+
+
+def bind_tasks(
+    spec: StudySpec, tasks: TaskPlan, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+) -> tuple[Objective, Splits]:
+    """Prepare a study's prompts, and own objectives, for a live model.
+
+    Raises:
+        ObjectiveError: They cannot be prepared, or there are too few items.
+        StudyError, MergeError: The study's constraints do not fit the tasks.
+    """
+    from objectives.plugin import Plugin, Suite
+
+    parts: list[Objective] = []
+    if tasks.loaded:
+        parts.append(_harness(spec, tasks.loaded, model, tokenizer))
+    parts += [
+        Plugin(entry, model, tokenizer)
+        for entry in spec.objective.tasks
+        if isinstance(entry, PluginEntry)
+    ]
+    objective = parts[0] if len(parts) == 1 else Suite(parts)
+    splits = tasks.splits
+    if splits is None or tuple(objective.items) != tasks.items:  # a document may have no request
+        splits = _split(spec, objective.items, objective.tasks)
+    return objective, splits
+
+
+def bind_prompts(
+    spec: StudySpec,
+    prompts: PromptEntry,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+) -> Objective:
+    """Prepare prompts to be continued as the study's tasks are prepared.
+
+    A continuation takes half of the model's context at most.
+
+    Raises:
+        ObjectiveError: They cannot be prepared.
+    """
+    from objectives.harness.tasks import load_prompts
+
+    half = getattr(model.config, "max_position_embeddings", 2 * prompts.max_tokens) // 2
+    prompts = prompts.model_copy(update={"max_tokens": min(prompts.max_tokens, half)})
+    harness = _harness(spec, [load_prompts(prompts)], model, tokenizer)
+    harness.snapshots(range(len(prompts.prompts)))  # warns of prompts that lose their beginning
+    return harness
+
+
+def _harness(
+    spec: StudySpec,
+    tasks: Sequence[LoadedTask],
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+) -> Harness:
+    from objectives.harness.harness import Harness
+    from objectives.harness.prompts import Prompting
+
+    wanted = spec.objective
+    return Harness.prepare(
+        tasks,
+        model=model,
+        tokenizer=tokenizer,
+        batch_size=wanted.batch_size,
+        prompting=Prompting(wanted.apply_chat_template, wanted.system_instruction),
+    )
+
+
+def _split(spec: StudySpec, items: Sequence[Item], tasks: Mapping[str, float]) -> Splits:
+    """Return the items of each split, once what the study says of the tasks is known to fit."""
+    check_keys("objective.constraints", spec.objective.constraints, tasks, "task")
+    if not items:
+        raise ObjectiveError("objective.tasks: the tasks have no items")
+    limited = spec.objective.max_mean_tokens is not None
+    if limited and not any(item.generated for item in items):
+        raise StudyError(
+            "objective.max_mean_tokens: no task has a model write, so that no tokens can be "
+            "counted; leave it out"
+        )
+    return split_items(items, tasks, spec.objective.items.model_dump(), spec.search.seed)
