@@ -16,10 +16,10 @@ from typing import Any, NamedTuple
 
 import pytest
 import yaml
-from conftest import make_llama
 
 from search.cli import main
 from search.study.template import task_yaml
+from tiny_llama import make_llama
 
 RUN = "run study.yaml --out run --device cpu"
 CHECK, BUILD = "check study.yaml --device cpu", "build recipe.yaml out --device cpu"

@@ -3,7 +3,6 @@
 import json
 
 import pytest
-from conftest import tiny_tokenizer
 from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
@@ -14,6 +13,7 @@ from search.running.sampling import MOST, changed, read_samples, shown
 from search.storing.folder import DATABASE
 from search.storing.result import read_result
 from search.storing.store import Store
+from tiny_llama import tiny_tokenizer
 
 
 @pytest.fixture(scope="module")
