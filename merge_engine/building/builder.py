@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 import torch
 from torch import Tensor, nn
 
-from merge_engine.building.merging import brought, merge_page
+from merge_engine.building.merging import merge_pack, to_device
 from merge_engine.building.plan import Part, Plan, stack, written_dtype
 from merge_engine.errors import MergeError
 from merge_engine.methods import Base
@@ -50,7 +50,7 @@ def merge_into(out: Tensor, recipe: Recipe, name: str, family: ModelSet) -> None
     """
 
     def read(model: str) -> Tensor:
-        return brought(family.read(model, name), out.device)
+        return to_device(family.read(model, name), out.device)
 
     inputs = family.inputs.get(name, {})
     lacking = bool(inputs) and any(model not in inputs for model in recipe.models_read)
@@ -62,7 +62,7 @@ def merge_into(out: Tensor, recipe: Recipe, name: str, family: ModelSet) -> None
     if lacking and _too_few(recipe):
         out.copy_(read(recipe.models_read[0]))
         return
-    merge_page(out, recipe, TensorPack({name: tuple(out.shape)}), family)
+    merge_pack(out, recipe, TensorPack({name: tuple(out.shape)}), family)
 
 
 def _of_holders(recipe: Recipe, name: str, inputs: Mapping[str, str]) -> Recipe:
@@ -183,7 +183,7 @@ class Builder:
         whole = parts[0].family is self.family  # else layers are stacked as no donor has them
         done: list[torch.cuda.Event] = []
         for page, matrix in self._pages if whole else ():
-            merge_page(matrix, parts[0].recipe, page, self.family)
+            merge_pack(matrix, parts[0].recipe, page, self.family)
             if matrix.is_cuda:  # the copies of one page may be ahead of it, not those of all
                 done.append(torch.cuda.current_stream(matrix.device).record_event())
                 if len(done) > 1:

@@ -1,7 +1,7 @@
-"""One pass over the donors: what a recipe says of some tensors, worked out and written.
+"""Merging by a recipe: one pass over the models for one tensor, or for a pack of tensors at once.
 
-A page is merged as a whole: its tensors' coefficients, bounds and keys become columns with one
-number a row. A single tensor is a page of its own.
+In a pack the coefficients, bounds and keys of its k tensors become columns with one number per row.
+A single tensor is a pack of its own.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from merge_engine.errors import MergeError
-from merge_engine.methods import Base, Elementwise, Linear, Method
-from merge_engine.methods.contract import Values
+from merge_engine.methods import Base, Elementwise, Linear
+from merge_engine.methods.contract import KernelValues, Number, Parameters, Values
 from merge_engine.methods.linear import sum_of_task_vectors, weighted_sum
 from merge_engine.methods.preparation import UNBOUNDED
 from merge_engine.methods.task_vectors import kept_masses
@@ -28,191 +28,216 @@ from merge_engine.numerics.statistics import Magnitudes, Variances, row_width
 from merge_engine.recipe.recipe import Recipe
 
 
-def merge_page(out: Tensor, recipe: Recipe, page: TensorPack, family: ModelSet) -> None:
-    """Merge tensors that all of a recipe's models have, rounded once where they are written.
+@dataclass(frozen=True)
+class _Merge:
+    """A recipe, the tensors that one pass merges, and the models they are read from.
 
     Args:
-        out: The page's matrix, or of a page of one tensor that tensor: contiguous, a float dtype.
-        recipe: What to merge.
-        page: Which tensors.
-        family: The models.
+        recipe: In the ``models`` form.
+        pack: The k tensors.
+        models: The models.
+        device: Where the result is written.
+        values: The method's parameters for each tensor.
+    """
+
+    recipe: Recipe
+    pack: TensorPack
+    models: ModelSet
+    device: torch.device
+    values: Sequence[Values]
+
+    def read(self, model: str) -> Tensor:
+        """Return a model's tensors, packed, on the device."""
+        return to_device(self.models.matrix(model, self.pack), self.device)
+
+    @property
+    def base(self) -> str:
+        """The base model, which every elementwise method has."""
+        assert self.recipe.base is not None
+        return self.recipe.base
+
+    def column(self, numbers: Tensor) -> Number:
+        """Return numbers (k,) of the tensors as a column (rows, 1), or that of a single tensor."""
+        if len(numbers) == 1:
+            return numbers.item()
+        return self.pack.column(numbers.to(self.device))
+
+    def refused(self, index: int, error: ValueError) -> MergeError:
+        """Return the error of a method's function with the names of method and tensor."""
+        return MergeError(f"{self.recipe.merge_method} of {self.pack.names[index]!r}: {error}")
+
+
+def merge_pack(out: Tensor, recipe: Recipe, pack: TensorPack, models: ModelSet) -> None:
+    """Merge tensors that all models of a recipe have, and round once, on writing.
+
+    Args:
+        out: The packed result, or of a pack of one tensor that tensor: contiguous, a float dtype.
+        recipe: In the ``models`` form.
+        pack: The tensors.
+        models: The models.
 
     Raises:
-        RecipeError: The recipe's numbers do not work for a tensor; the message names it.
+        MergeError: The parameters do not work for a tensor; the message names it.
     """
-    values = _values(recipe, page, family)
+    merge = _Merge(recipe, pack, models, out.device, _values(recipe, pack, models))
     method = recipe.method
-    if len(values) > 1 and not _agree(method, values):
-        for name in page.names:
-            merge_page(page.view(out, name), recipe, TensorPack({name: page.shapes[name]}), family)
+    if len(pack.names) > 1 and not _fits_one_pass(merge):
+        for name in pack.names:
+            merge_pack(pack.view(out, name), recipe, TensorPack({name: pack.shapes[name]}), models)
     elif isinstance(method, Elementwise):
-        _write_elementwise(out, recipe, page, values, family)
+        _write_elementwise(out, method, merge)
     elif isinstance(method, Linear):
-        if (dim := _dim(method, values[0])) is None or not out.dim():
-            _write_sum(out, recipe, page, values, family)
+        dim = _row_dim(method, merge.values[0])
+        if dim is None or not out.dim():
+            _write_sum(out, method, merge)
         else:
-            _write_rows(out, recipe, page, values[0], dim, family)
+            _write_sum_by_row(out, method, merge, dim)
 
 
-def _values(recipe: Recipe, page: TensorPack, family: ModelSet) -> list[Values]:
-    """The method's parameters for each tensor; those of the first for all if none can differ."""
+def _values(recipe: Recipe, pack: TensorPack, models: ModelSet) -> list[Values]:
+    """Return the method's parameters for each tensor; worked out once if they cannot differ."""
     if recipe.is_uniform:
-        return [recipe.values(page.names[0], 0.0)] * len(page.names)
+        return [recipe.values(pack.names[0], 0.0)] * len(pack.names)
     return [
-        recipe.values(name, family.depth(name), family.inputs.get(name, {})) for name in page.names
+        recipe.values(name, models.depth(name), models.inputs.get(name, {})) for name in pack.names
     ]
 
 
-def brought(tensor: Tensor, device: torch.device) -> Tensor:
-    """A tensor on a device.
+def _fits_one_pass(merge: _Merge) -> bool:
+    """Return whether all tensors of a pack can be merged by one call of one kernel."""
+    method = merge.recipe.method
+    if isinstance(method, Linear):
+        return all(_row_dim(method, each) is None for each in merge.values)
+    flags = [name for name, each in merge.values[0].items() if isinstance(each, bool)]
+    return all(each[name] == merge.values[0][name] for each in merge.values for name in flags)
 
-    What lies in pinned memory is copied to a GPU beside what the GPU does meanwhile: the next
-    tensors are on their way while a kernel still writes the last ones.
+
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """Return a tensor on a device.
+
+    Pinned memory is copied to a GPU on a stream of its own, so that the next tensors are copied
+    while a kernel still writes the last ones.
     """
     if device.type != "cuda" or not tensor.is_pinned():
         return tensor.to(device)
-    work, copies = torch.cuda.current_stream(device), _copies(device)
+    work, copies = torch.cuda.current_stream(device), _copy_stream(device)
     with torch.cuda.stream(copies):
-        there = tensor.to(device, non_blocking=True)
+        copied = tensor.to(device, non_blocking=True)
     work.wait_stream(copies)
-    there.record_stream(work)  # its memory is not to be given away before that has read it
-    return there
+    copied.record_stream(work)  # keeps its memory from being reused before `work` has read it
+    return copied
 
 
 @functools.cache
-def _copies(device: torch.device) -> torch.cuda.Stream:
+def _copy_stream(device: torch.device) -> torch.cuda.Stream:
     return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
 
-def _agree(method: Method, values: Sequence[Values]) -> bool:
-    """Whether tensors can be merged in one pass: of one kernel, so with the same flags."""
-    if isinstance(method, Linear):
-        return all(_dim(method, each) is None for each in values)
-    flags = [{k: v for k, v in each.items() if isinstance(v, bool)} for each in values]
-    return all(each == flags[0] for each in flags)
+# Linear methods
 
 
-def _refused(recipe: Recipe, name: str, error: ValueError) -> MergeError:
-    return MergeError(f"{recipe.merge_method} of {name!r}: {error}")
-
-
-# The linear family
-
-
-def _dim(method: Linear, values: Values) -> int | None:
-    return method.dim(**{option: values[option] for option in method.layout})
+def _row_dim(method: Linear, values: Values) -> int | None:
+    """Return the dimension along which rows have their own coefficients, if they do."""
+    return method.dim(**{name: values[name] for name in method.layout})
 
 
 def _merged_models(recipe: Recipe) -> tuple[str, ...]:
-    """The models that have a coefficient, in the order of the method's arguments."""
+    """Return the models that have a coefficient, in the order of the coefficients."""
     models = tuple(source.model for source in recipe.donors)
     if recipe.method.base is Base.ENDPOINT and recipe.base is not None:
         return (recipe.base, *models)
     return models
 
 
-def _write_sum(
-    out: Tensor, recipe: Recipe, page: TensorPack, values: Sequence[Values], family: ModelSet
-) -> None:
-    """The linear family's one pass; a model whose coefficients are all zero is not read."""
-    models = _merged_models(recipe)
-    factors = _factors(recipe, page, values, family)  # (k, n)
-    used = [place for place in range(len(models)) if bool(factors[:, place].any())]
-    # One undiminished task vector is summed up as the donor itself, which it is bit for bit.
-    itself = len(used) == 1 and bool((factors[:, used] == 1).all())
-    origin = None if itself else recipe.origin
-
-    def read(model: str) -> Tensor:
-        return brought(family.matrix(model, page), out.device)
-
+def _write_sum(out: Tensor, method: Linear, merge: _Merge) -> None:
+    """Write a weighted sum; a model whose coefficients are all zero is not read."""
+    models, origin = _merged_models(merge.recipe), merge.recipe.origin
+    factors = _factors(method, merge)  # (k, n)
+    used = [index for index in range(len(models)) if bool(factors[:, index].any())]
     if not used:
-        out.copy_(read(origin).view(out.shape)) if origin else out.zero_()
+        out.copy_(merge.read(origin).view(out.shape)) if origin else out.zero_()
         return
-    columns = [_column(page, factors[:, place].float(), out.device) for place in used]
-    family.stream.write(
+    if len(used) == 1 and bool((factors[:, used] == 1).all()):
+        origin = None  # one task vector with coefficient 1: the donor itself, bit for bit
+    columns = [merge.column(factors[:, index].float()) for index in used]
+    merge.models.stream.write(
         out,
         sum_of_task_vectors if origin else weighted_sum,
-        (read(origin) if origin else None, [read(models[place]) for place in used]),
+        (merge.read(origin) if origin else None, [merge.read(models[index]) for index in used]),
         {"factor": columns},
     )
 
 
-def _factors(
-    recipe: Recipe, page: TensorPack, values: Sequence[Values], family: ModelSet
-) -> Tensor:
-    """Each tensor's coefficients, (k, n) float64: one call for all tensors of equal parameters."""
-    method, models = recipe.method, _merged_models(recipe)
-    assert isinstance(method, Linear)
-    grams = family.grams(page.names, models, recipe.origin) if method.gram else None
-    factors = torch.empty(len(values), len(models), dtype=torch.float64)
-    alike: dict[tuple[Any, ...], list[int]] = defaultdict(list)
-    for place, each in enumerate(values):
-        alike[tuple(each.items())].append(place)
-    for key, places in alike.items():
-        options = {name: value for name, value in key if name not in method.layout}
+def _factors(method: Linear, merge: _Merge) -> Tensor:
+    """Return each tensor's coefficients, (k, n) float64; one call for equal parameters."""
+    models, names = _merged_models(merge.recipe), merge.pack.names
+    grams = merge.models.grams(names, models, merge.recipe.origin) if method.gram else None
+    factors = torch.empty(len(names), len(models), dtype=torch.float64)
+    groups: dict[tuple[Any, ...], list[int]] = defaultdict(list)
+    for index, each in enumerate(merge.values):
+        groups[tuple(each.items())].append(index)
+    for values, indices in groups.items():
+        options = {name: value for name, value in values if name not in method.layout}
         try:
-            factors[places] = method.coefficients(
-                None if grams is None else grams[places], **options
+            factors[indices] = method.coefficients(
+                None if grams is None else grams[indices], **options
             )
         except ValueError as error:
-            raise _refused(recipe, page.names[places[0]], error) from error
+            raise merge.refused(indices[0], error) from error
     return factors
 
 
-def _write_rows(  # of one tensor, so by name
-    out: Tensor, recipe: Recipe, page: TensorPack, values: Values, dim: int, family: ModelSet
-) -> None:
-    """The linear family with coefficients of their own for every row of a page's one tensor."""
-    method, models, (name,) = recipe.method, _merged_models(recipe), page.names
-    assert isinstance(method, Linear)
-    options = {option: value for option, value in values.items() if option not in method.layout}
-    gram = family.gram(name, models, recipe.origin, dim) if method.gram else None
+def _write_sum_by_row(out: Tensor, method: Linear, merge: _Merge, dim: int) -> None:
+    """Write a weighted sum of one tensor with coefficients of their own for every row."""
+    models, origin, (name,) = _merged_models(merge.recipe), merge.recipe.origin, merge.pack.names
+    options = {name: each for name, each in merge.values[0].items() if name not in method.layout}
+    gram = merge.models.gram(name, models, origin, dim) if method.gram else None
     factors = method.coefficients(gram, **options)  # (rows, n)
-    tensors = [brought(family.read(model, name), out.device) for model in models]
-    base = brought(family.read(recipe.origin, name), out.device) if recipe.origin else None
+    tensors = [to_device(merge.models.read(model, name), out.device) for model in models]
     by_row = [_along(c, out.shape, dim).to(out.device) for c in factors.float().unbind(-1)]
-    kernel = sum_of_task_vectors if recipe.origin else weighted_sum
-    out.copy_(kernel(base, tensors, factor=by_row))  # type: ignore[arg-type]  # None or not
+    if origin:
+        base = to_device(merge.models.read(origin, name), out.device)
+        out.copy_(sum_of_task_vectors(base, tensors, factor=by_row))
+    else:
+        out.copy_(weighted_sum(None, tensors, factor=by_row))
 
 
 def _along(factors: Tensor, shape: Sequence[int], dim: int) -> Tensor:
-    """One factor for each row along ``dim``, in the order of ``ModelSet.gram``, to multiply by."""
+    """Shape one factor per row along ``dim``, in the order of ``gram``, to multiply a tensor by."""
     sizes = list(shape)
     sizes[dim], sizes[-1] = sizes[-1], 1
     return factors.reshape(sizes).transpose(dim, -1)
 
 
-# The elementwise family
+# Elementwise methods
 
 
 @dataclass(frozen=True)
 class _TaskVector:
-    """What a donor changes in one tensor, for preparations to ask of."""
+    """A donor's task vector in one tensor, for preparations (``contract.TaskVector``)."""
 
-    family: ModelSet
+    models: ModelSet
     name: str
     base: str
     donor: str
-    seed: int
-    place: int  # the donor's, among the recipe's
+    key: int  # of the donor's random mask
 
     @property
     def magnitudes(self) -> Magnitudes:
-        return self.family.magnitudes(self.name, self.donor, self.base)
+        return self.models.magnitudes(self.name, self.donor, self.base)
 
-    def stretch(self, chance: int) -> float:
-        key = key_of(self.seed, self.name, self.place)
-        masses = self.family.masses(self.name, self.donor, self.base, key)
-        return _restoring(float(masses[-1]), float(masses[chance]))
+    def rescale_factor(self, chance: int) -> float:
+        masses = self.models.masses(self.name, self.donor, self.base, self.key)
+        return _norm_ratio(float(masses[-1]), float(masses[chance]))
 
 
-def _restoring(before: float, after: float) -> float:
+def _norm_ratio(before: float, after: float) -> float:
     return before / after if min(before, after) >= 1e-7 else 1.0
 
 
 @dataclass(frozen=True)
 class _TaskVectors:
-    """What the donors change in one tensor, for preparations to ask of."""
+    """The donors' task vectors in one tensor, for preparations (``contract.TaskVectors``)."""
 
     members: tuple[_TaskVector, ...]
     width: int
@@ -227,119 +252,107 @@ class _TaskVectors:
     def variances(self) -> Variances:
         first, *_ = self.members
         donors = tuple(member.donor for member in self.members)
-        return first.family.variances(first.name, donors, first.base)
+        return first.models.variances(first.name, donors, first.base)
 
     def overlaps(self, epsilon: float) -> Tensor:
         first, *_ = self.members
         donors = tuple(member.donor for member in self.members)
-        return first.family.overlaps(first.name, donors, first.base, epsilon)
+        return first.models.overlaps(first.name, donors, first.base, epsilon)
 
 
-def _write_elementwise(
-    out: Tensor, recipe: Recipe, page: TensorPack, values: Sequence[Values], family: ModelSet
-) -> None:
-    method, device = recipe.method, out.device
-    assert isinstance(method, Elementwise)
-    assert recipe.base is not None
-    used = _weighted(recipe, values)
-    base = brought(family.matrix(recipe.base, page), device)
+def _write_elementwise(out: Tensor, method: Elementwise, merge: _Merge) -> None:
+    recipe = merge.recipe
+    parameters = [Parameters.from_values(each) for each in merge.values]
+    used = _used_donors(len(recipe.donors), parameters)
+    base = merge.read(merge.base)
     if not used or not out.numel():
         out.copy_(base.view(out.shape))
         return
-    models = [recipe.donors[place].model for place in used]
-    wanted = _joined(page, _prepared(recipe, page, values, used, family), device)
+    kernel_values = _prepared(method, merge, parameters, used)
+    scalars, per_donor = _joined(merge, kernel_values)
     noise = None
-    if wanted.pop("draws", method.random):
-        noise = page.noise(recipe.seed, used, device, even=not method.random)
-    donors = [brought(family.matrix(model, page), device) for model in models]
-    if method.beside:
-        beside = [family.beside(method.beside, page, model, recipe.base) for model in models]
-        wanted[method.beside] = [brought(each, device) for each in beside]
-    if wanted.pop("restored", False):
-        stretches = _stretches(page, (base, donors), wanted, noise, family)
-        wanted["factor"] = [f * s for f, s in zip(wanted["factor"], stretches, strict=True)]
-    family.stream.write(out, method.kernel, (base, donors), wanted, noise)
+    if method.random or any(each.has_ties for each in kernel_values):
+        noise = merge.pack.noise(recipe.seed, used, merge.device, even=not method.random)
+    models = [recipe.donors[index].model for index in used]
+    inputs = base, [merge.read(model) for model in models]
+    if stat := method.elementwise_stat:
+        found = [merge.models.beside(stat, merge.pack, model, merge.base) for model in models]
+        per_donor[stat] = [to_device(each, merge.device) for each in found]
+    if any(each.rescales for each in kernel_values):
+        ratios = _rescale_factors(merge, inputs, per_donor, noise)
+        per_donor["factor"] = [f * r for f, r in zip(per_donor["factor"], ratios, strict=True)]
+    merge.models.stream.write(out, method.kernel, inputs, {**scalars, **per_donor}, noise)
 
 
-def _weighted(recipe: Recipe, values: Sequence[Values]) -> tuple[int, ...]:
-    """The places of the donors that count in any of the tensors: nobody has to read the others."""
-    weights: list[Any] = [each.get("weight", (1,) * len(recipe.donors)) for each in values]
-    return tuple(i for i in range(len(recipe.donors)) if any(weight[i] for weight in weights))
+def _used_donors(count: int, parameters: Sequence[Parameters]) -> tuple[int, ...]:
+    """Return the indices of the donors with a weight in any tensor; the others are not read."""
+    weights = [each.per_donor.get("weight", (1,) * count) for each in parameters]
+    return tuple(index for index in range(count) if any(weight[index] for weight in weights))
 
 
 def _prepared(
-    recipe: Recipe,
-    page: TensorPack,
-    values: Sequence[Values],
-    used: Sequence[int],
-    family: ModelSet,
-) -> list[dict[str, Any]]:
-    """The kernel's values for each tensor."""
-    method, base = recipe.method, recipe.base
-    assert isinstance(method, Elementwise)
-    assert base is not None
-    donors = recipe.donors
-    members = [(place, donors[place].model) for place in used]
+    method: Elementwise, merge: _Merge, parameters: Sequence[Parameters], used: Sequence[int]
+) -> list[KernelValues]:
+    """Return the kernel's values for each tensor."""
+    recipe, pack = merge.recipe, merge.pack
     found = []
-    for name, each in zip(page.names, values, strict=True):
-        own: dict[str, Any] = {
-            key: tuple(value[place] for place in used) if isinstance(value, tuple) else value
-            for key, value in each.items()
-        }
-        if method.prepare is not None:
-            deltas = tuple(
-                _TaskVector(family, name, base, model, recipe.seed, place)
-                for place, model in members
+    for index, name in enumerate(pack.names):
+        own = parameters[index].of_donors(used)
+        if method.prepare is None:
+            found.append(KernelValues(own.shared, own.per_donor))
+            continue
+        deltas = tuple(
+            _TaskVector(
+                merge.models,
+                name,
+                merge.base,
+                recipe.donors[donor].model,
+                key_of(recipe.seed, name, donor),
             )
-            try:
-                own = method.prepare(own, _TaskVectors(deltas, row_width(page.shapes[name])))
-            except MergeError:
-                raise  # of a model: it says which
-            except ValueError as error:
-                raise _refused(recipe, name, error) from error
-        found.append(own)
+            for donor in used
+        )
+        try:
+            found.append(method.prepare(own, _TaskVectors(deltas, row_width(pack.shapes[name]))))
+        except MergeError:
+            raise  # of a model, which the message names
+        except ValueError as error:
+            raise merge.refused(index, error) from error
     return found
 
 
 def _joined(
-    page: TensorPack, prepared: Sequence[dict[str, Any]], device: torch.device
-) -> dict[str, Any]:
-    """Values of each tensor as values for the page."""
-    names = {name: None for each in prepared for name in each}  # in order
-    return {
-        name: _joint(page, [each.get(name, UNBOUNDED.get(name)) for each in prepared], device)
-        for name in names
+    merge: _Merge, kernel_values: Sequence[KernelValues]
+) -> tuple[dict[str, Number], dict[str, list[Number]]]:
+    """Join the kernel's values of each tensor to those of the pack: scalars, and per donor."""
+
+    def column(numbers: Sequence[float]) -> Number:
+        dtype = torch.int32 if all(isinstance(each, int) for each in numbers) else torch.float32
+        return merge.column(torch.tensor(numbers, dtype=dtype))
+
+    scalars = {
+        name: column([each.scalars[name] for each in kernel_values])
+        for name in kernel_values[0].scalars
     }
+    per_donor = {}
+    for name in dict.fromkeys(name for each in kernel_values for name in each.per_donor):
+        lists = [
+            each.per_donor.get(name) or (UNBOUNDED[name],) * len(each.per_donor["low"])
+            for each in kernel_values
+        ]
+        per_donor[name] = [column(numbers) for numbers in zip(*lists, strict=True)]
+    return scalars, per_donor
 
 
-def _joint(page: TensorPack, values: list[Any], device: torch.device) -> Any:
-    """Flags as one, which is set if any is; tuples as lists; numbers as ``_column`` has them."""
-    if isinstance(values[0], bool):
-        return any(values)
-    if any(isinstance(value, tuple) for value in values):
-        count = next(len(value) for value in values if isinstance(value, tuple))
-        each = [value if isinstance(value, tuple) else (value,) * count for value in values]
-        return [_joint(page, list(numbers), device) for numbers in zip(*each, strict=True)]
-    dtype = torch.int32 if all(isinstance(value, int) for value in values) else torch.float32
-    return _column(page, torch.tensor(values, dtype=dtype), device)
-
-
-def _column(page: TensorPack, numbers: Tensor, device: torch.device) -> Any:
-    """Numbers (k,) of the tensors as a column (rows, 1), or of a single tensor as it is."""
-    return numbers.item() if len(numbers) == 1 else page.column(numbers.to(device))
-
-
-def _stretches(
-    page: TensorPack,
+def _rescale_factors(
+    merge: _Merge,
     inputs: tuple[Tensor, Sequence[Tensor]],
-    values: dict[str, Any],
+    per_donor: dict[str, list[Number]],
     noise: Noise | None,
-    family: ModelSet,
-) -> list[Any]:
-    """What gives each task vector the norm back that it has before its mask, (k,) a donor."""
-    names = ("chance", "spread", "shares")
-    sums = family.stream.sums(kept_masses, inputs, {n: values[n] for n in names}, noise)
-    masses = page.sums(sums).tolist()  # n before the masks and n after, of k tensors
+) -> list[Number]:
+    """Return what restores each task vector's L1 norm under its mask, (k,) for each donor."""
+    values = {name: per_donor[name] for name in ("chance", "spread", "rank_share")}
+    sums = merge.models.stream.sums(kept_masses, inputs, values, noise)
+    masses = merge.pack.sums(sums).tolist()  # n before the masks and n after, of k tensors
     pairs = zip(masses[: len(masses) // 2], masses[len(masses) // 2 :], strict=True)
-    columns = [[_restoring(*both) for both in zip(*pair, strict=True)] for pair in pairs]
-    return [_column(page, torch.tensor(each), inputs[0].device) for each in columns]
+    ratios = [[_norm_ratio(*both) for both in zip(*pair, strict=True)] for pair in pairs]
+    return [merge.column(torch.tensor(each)) for each in ratios]

@@ -1,9 +1,9 @@
-"""The one table of merge methods. A new method is one pure function and one row.
+"""METHODS, the table of merge methods. A new method is one pure function and one row.
 
-The YAML checks, the search space and the contract tests all read this table. ``linear`` holds the
-kernels whose result is a weighted sum, ``task_vectors`` those that make task vectors sparse one by
-one, ``selection`` those that choose elements by comparing models; ``preparation`` works out what
-kernels need to know of whole task vectors.
+The YAML checks, the search space, the page README.md and the contract tests read this table.
+``contract`` has its types; ``linear`` the weighted sums; ``task_vectors`` the kernels that sparsify
+task vectors; ``comparing`` those that compare models element by element; ``preparation`` computes
+kernels' values from parameters and statistics of whole task vectors.
 """
 
 from __future__ import annotations
@@ -13,8 +13,7 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Final
 
-from merge_engine.methods import comparing as selection
-from merge_engine.methods import linear, preparation, task_vectors
+from merge_engine.methods import comparing, linear, preparation, task_vectors
 from merge_engine.methods.contract import Base, Elementwise, Linear, Method, Param
 
 __all__ = ["METHODS", "Base", "Elementwise", "Linear", "Method", "Param"]
@@ -28,7 +27,7 @@ _NO_EFFECT = Param(bool, False, effect=False)
 
 
 def _task_vector_params(*, normalize: bool, rescale: bool) -> dict[str, Param]:
-    """The parameters that mergekit's task-vector methods share; two defaults differ."""
+    """Return the parameters that task-vector methods have in common; two defaults differ."""
     return {
         "weight": _WEIGHT,
         "density": _DENSITY,
@@ -150,7 +149,7 @@ METHODS: Final[Mapping[str, Method]] = MappingProxyType(
         "della_linear": Elementwise(
             kernel=task_vectors.della_linear,
             prepare=preparation.della_linear,
-            beside="shares",
+            elementwise_stat="rank_share",
             base=Base.ORIGIN,
             donors=(0, None),
             params={**_task_vector_params(normalize=False, rescale=True), "epsilon": _EPSILON},
@@ -160,7 +159,7 @@ METHODS: Final[Mapping[str, Method]] = MappingProxyType(
         "della": Elementwise(
             kernel=task_vectors.della,
             prepare=preparation.della,
-            beside="shares",
+            elementwise_stat="rank_share",
             base=Base.ORIGIN,
             donors=(0, None),
             params={**_task_vector_params(normalize=True, rescale=True), "epsilon": _EPSILON},
@@ -184,7 +183,7 @@ METHODS: Final[Mapping[str, Method]] = MappingProxyType(
             paper="https://arxiv.org/abs/2312.06795",
         ),
         "sce": Elementwise(
-            kernel=selection.sce,
+            kernel=comparing.sce,
             prepare=preparation.sce,
             base=Base.ORIGIN,
             donors=(0, None),
@@ -195,14 +194,14 @@ METHODS: Final[Mapping[str, Method]] = MappingProxyType(
             paper="https://arxiv.org/abs/2408.07990",
         ),
         "ram": Elementwise(
-            kernel=selection.ram,
+            kernel=comparing.ram,
             base=Base.ORIGIN,
             donors=(0, None),
             params={"epsilon": _UNCHANGED},
             paper="https://arxiv.org/abs/2601.13572",
         ),
         "ramplus_tl": Elementwise(
-            kernel=selection.ramplus_tl,
+            kernel=comparing.ramplus_tl,
             prepare=preparation.ramplus_tl,
             base=Base.ORIGIN,
             donors=(0, None),
@@ -214,15 +213,15 @@ METHODS: Final[Mapping[str, Method]] = MappingProxyType(
             paper="https://arxiv.org/abs/2601.13572",
         ),
         "nearswap": Elementwise(
-            kernel=selection.nearswap,
+            kernel=comparing.nearswap,
             base=Base.ORIGIN,
             donors=(1, 1),
             params={"t": Param(float, valid=(0.0, math.inf), search=(0.0, 0.002))},
             paper="https://huggingface.co/alchemonaut/QuartetAnemoi-70B-t0.0001",
         ),
         "arcee_fusion": Elementwise(
-            kernel=selection.arcee_fusion,
-            beside="taken",
+            kernel=comparing.arcee_fusion,
+            elementwise_stat="salience_mask",
             base=Base.ORIGIN,
             donors=(1, 1),
             params={},

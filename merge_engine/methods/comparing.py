@@ -1,7 +1,7 @@
-"""The elementwise methods that choose by comparing: donors with each other, or one with the base.
+"""Kernels that choose elements by comparing donors with each other, or a donor with the base.
 
-Every kernel computes in float32, returns float32 and leaves its inputs as they are. Shapes: a
-tensor of any shape ``s``, n donors.
+Kernels compute in float32, return float32 and do not change their inputs. Notation: n donors,
+tensors of any shape ``s``.
 """
 
 from __future__ import annotations
@@ -11,7 +11,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from merge_engine.methods.task_vectors import Number, Numbers, elected_sign, task_vectors
+from merge_engine.methods.contract import Number, Numbers
+from merge_engine.methods.task_vectors import elected_sign, task_vectors
 from merge_engine.numerics.statistics import variance
 
 
@@ -24,7 +25,7 @@ def sce(
     low_share: Number,
     noise: Sequence[Tensor] | None = None,
 ) -> Tensor:
-    """Select where the donors differ most, weigh them by their change, erase minority signs.
+    """Select the elements where the donors differ most, weight by change, erase minority signs.
 
     With d_i the task vectors where the variance over the donors is largest, zero elsewhere:
     ``w_i = mean(d_i^2) / sum_j mean(d_j^2)``, uniform if that sum is below 1e-6, and
@@ -34,11 +35,11 @@ def sce(
     Args:
         base: The base model's tensor, (*s).
         donors: n tensors, (*s).
-        weight: The n factors w_i.
-        low: The smallest variance that is selected.
-        low_share: Chance to select an element exactly at ``low``.
-        noise: n times the same uniform numbers in [0, 1), (*s), which choose among those; None:
-            all are selected.
+        weight: The n weights w_i.
+        low: The smallest selected variance.
+        low_share: Chance to select an element exactly at ``low``, in LEVELS.
+        noise: n times the same uniform numbers in [0, LEVELS), (*s), which choose among elements
+            at ``low``; None: all of them are selected.
 
     Source: Wan et al. 2024, https://arxiv.org/abs/2408.07990
     """
@@ -58,12 +59,12 @@ def sce(
 
 
 def ram(base: Tensor, donors: Sequence[Tensor], *, epsilon: Number) -> Tensor:
-    """Average each element over the donors that changed it, by more than ``epsilon``.
+    """Average each element over the donors that changed it by more than ``epsilon``.
 
     Args:
         base: The base model's tensor, (*s).
         donors: n tensors, (*s).
-        epsilon: Largest change that counts as none.
+        epsilon: Largest change that counts as unchanged.
 
     Source: Yuan et al. 2026, https://arxiv.org/abs/2601.13572
     """
@@ -74,16 +75,17 @@ def ram(base: Tensor, donors: Sequence[Tensor], *, epsilon: Number) -> Tensor:
 def ramplus_tl(
     base: Tensor, donors: Sequence[Tensor], *, factor: Numbers, epsilon: Number
 ) -> Tensor:
-    """``ram`` with stronger elements that one donor alone changed.
+    """Apply ``ram`` with larger changes of the elements that one donor alone changed.
 
-    Donor i's are multiplied by ``1 + r clip(shared_i / unique_i, 0, alpha)``, counting its changed
-    elements in this tensor that others changed, too, and those that none did.
+    Those of donor i are multiplied by ``1 + r clip(shared_i / unique_i, 0, alpha)``, where
+    ``unique_i`` counts the elements of this tensor that it alone changed, and ``shared_i`` those
+    that other donors changed, too.
 
     Args:
         base: The base model's tensor, (*s).
         donors: n tensors, (*s).
-        factor: Of each donor's own elements.
-        epsilon: Largest change that counts as none.
+        factor: Each donor's factor of the elements that it alone changed.
+        epsilon: Largest change that counts as unchanged.
 
     Source: Yuan et al. 2026, https://arxiv.org/abs/2601.13572; per tensor as in mergekit
     """
@@ -101,19 +103,19 @@ def _active(delta: Tensor, epsilon: Number) -> Tensor:
 
 
 def _changed(deltas: Sequence[Tensor]) -> Tensor:
-    """How many donors changed each element, (*s), float32."""
+    """Count the donors that changed each element, (*s) float32."""
     return sum(((delta != 0).float() for delta in deltas), torch.zeros_like(deltas[0]))
 
 
 def nearswap(base: Tensor, donors: Sequence[Tensor], *, t: float) -> Tensor:
-    """Go from the base towards the donor, by t at the most: the donor itself where it is near.
+    """Move each element from the base towards the donor, by ``t`` at the most.
 
     ``base + w (donor - base)`` with ``w = clip(t / max(|donor - base|, 1e-6), 0, 1)``.
 
     Args:
         base: The base model's tensor, (*s).
         donors: One tensor, (*s).
-        t: Longest way of an element, in the units of the weights.
+        t: Largest change of an element, in the units of the weights.
 
     Source: alchemonaut 2024, https://huggingface.co/alchemonaut/QuartetAnemoi-70B-t0.0001
     """
@@ -123,19 +125,21 @@ def nearswap(base: Tensor, donors: Sequence[Tensor], *, t: float) -> Tensor:
     return torch.lerp(start, end, share)
 
 
-def arcee_fusion(base: Tensor, donors: Sequence[Tensor], *, taken: Sequence[Tensor]) -> Tensor:
-    """Take the donor's elements that matter most, leave the others at the base.
+def arcee_fusion(
+    base: Tensor, donors: Sequence[Tensor], *, salience_mask: Sequence[Tensor]
+) -> Tensor:
+    """Take the donor's most salient elements, and the base's elsewhere.
 
-    Which those are, ``statistics.salient`` says. Its quartiles are those of all elements: mergekit
-    estimates them from a random million in larger tensors, which makes its result depend on a seed
-    and agrees with this one up to sampling error.
+    ``statistics.salient`` defines salience. Its quartiles are over all elements; mergekit estimates
+    them from a random million in larger tensors, so its result depends on a seed and agrees with
+    this one up to sampling error.
 
     Args:
         base: The base model's tensor, (*s).
         donors: One tensor, (*s).
-        taken: One mask, (*s) bool.
+        salience_mask: One mask, (*s) bool.
 
     Source: Arcee AI's mergekit, https://www.arcee.ai
     """
-    (donor,), (mask,) = donors, taken
+    (donor,), (mask,) = donors, salience_mask
     return torch.where(mask, donor.float(), base.float())

@@ -1,27 +1,30 @@
-"""What a row of the METHODS table says of a method."""
+"""The types of the METHODS table: methods, their parameters, and what their functions are given."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
+from typing import Protocol
 
 from torch import Tensor
 
-from merge_engine.methods.preparation import Prepare
+from merge_engine.numerics.statistics import Magnitudes, Variances
 
 Value = float | int | bool
-Values = Mapping[str, Value | tuple[Value, ...]]  # one per tensor, or one per donor
+Values = Mapping[str, Value | tuple[Value, ...]]  # by argument name; a tuple: one per donor
+Number = float | Tensor  # as a tensor () it is no constant, so a new value compiles nothing anew
+Numbers = Sequence[Number] | Tensor  # n of them
 
 
 class Base(Enum):
-    """What the base model is to a method."""
+    """The role of the base model in a method."""
 
-    ORIGIN = "origin"  # task vectors start from it
-    OPTIONAL = "optional"  # the same if it is named; else the tensors themselves are merged
-    ENDPOINT = "endpoint"  # one of the models that are merged, and it comes first
-    INPUT = "input"  # nothing special: named, it is one more model with settings of its own
+    ORIGIN = "origin"  # task vectors are relative to it
+    OPTIONAL = "optional"  # the same if it is given; else the tensors themselves are merged
+    ENDPOINT = "endpoint"  # the first of the merged models
+    INPUT = "input"  # if given, one more merged model with parameters of its own
 
 
 @dataclass(frozen=True)
@@ -29,12 +32,12 @@ class Param:
     """One parameter of a method.
 
     Args:
-        kind: Its type. Words of YAML ("1e-2", "false") are converted as far as they are exact.
-        default: None if it has to be given.
+        kind: Its type. Words of YAML ("1e-2", "false") are converted if that is exact.
+        default: None if the parameter is required.
         per_donor: One value for each donor, else one for each tensor.
-        valid: The closed range of legal values.
-        search: The range a study searches when the user names none; None: the default is kept.
-        effect: False if it is accepted because mergekit has it, and changes nothing.
+        valid: Closed range of legal values.
+        search: Range a study searches unless the user gives one; None: the default is kept.
+        effect: False if mergekit has the parameter, but it has no effect.
     """
 
     kind: type[float] | type[int] | type[bool]
@@ -45,10 +48,10 @@ class Param:
     effect: bool = True
 
     def typed(self, value: object) -> Value:
-        """``value`` as this parameter's type.
+        """Convert a value to the parameter's type.
 
         Raises:
-            ValueError: It is of another type, or outside the legal range.
+            ValueError: The value is of another type, or outside the legal range.
         """
         number = _boolean(value) if self.kind is bool else self._number(value)
         if not self.valid[0] <= number <= self.valid[1]:
@@ -74,15 +77,109 @@ def _boolean(value: object) -> bool:
     return known[word]
 
 
-@dataclass(frozen=True, kw_only=True)
-class Method:
-    """A merge method, as the rest of the system has to know it.
+@dataclass(frozen=True)
+class Parameters:
+    """A method's parameters for one tensor, by argument name.
 
     Args:
-        base: What the base model is to it.
-        donors: Fewest and most models besides the base task vectors start from (None: no limit).
-        params: Its parameters by mergekit's names.
-        paper: Where it is from.
+        shared: One value for all donors.
+        per_donor: n values, one for each donor.
+    """
+
+    shared: Mapping[str, Value]
+    per_donor: Mapping[str, tuple[Value, ...]]
+
+    @classmethod
+    def from_values(cls, values: Values) -> Parameters:
+        """Separate the values for all donors from those for each."""
+        return cls(
+            {name: value for name, value in values.items() if not isinstance(value, tuple)},
+            {name: value for name, value in values.items() if isinstance(value, tuple)},
+        )
+
+    def of_donors(self, indices: Sequence[int]) -> Parameters:
+        """Return the parameters of some of the donors."""
+        chosen = {
+            name: tuple(values[index] for index in indices)
+            for name, values in self.per_donor.items()
+        }
+        return Parameters(self.shared, chosen)
+
+
+@dataclass(frozen=True)
+class KernelValues:
+    """A kernel's numbers for one tensor, by argument name.
+
+    Args:
+        scalars: One number for the tensor.
+        per_donor: n numbers, one for each donor.
+        has_ties: Some of several elements of equal magnitude are to be kept, so the kernel needs
+            noise even if its method is not random.
+        rescales: ``factor`` is still to be multiplied by what restores each task vector's L1 norm
+            under the mask.
+    """
+
+    scalars: Mapping[str, float]
+    per_donor: Mapping[str, tuple[float, ...]]
+    has_ties: bool = False
+    rescales: bool = False
+
+
+class TaskVector(Protocol):
+    """One donor's task vector in one tensor: the statistics that preparations use."""
+
+    @property
+    def magnitudes(self) -> Magnitudes:
+        """Order statistics of the elements' magnitudes."""
+
+    def rescale_factor(self, chance: int) -> float:
+        """Return the ratio of the L1 norms before and after the donor's random mask.
+
+        Args:
+            chance: Chance of every element to be kept, in LEVELS.
+
+        Returns:
+            The ratio; 1 where either norm is below 1e-7.
+        """
+
+
+class TaskVectors(Protocol):
+    """The task vectors of n donors in one tensor."""
+
+    def __len__(self) -> int:
+        """Return the number of donors."""
+
+    def __iter__(self) -> Iterator[TaskVector]:
+        """Iterate over the donors' task vectors, in order."""
+
+    @property
+    def width(self) -> int:
+        """Number of elements in a row (``row_width``)."""
+
+    @property
+    def variances(self) -> Variances:
+        """Order statistics of the elements' variances over the donors."""
+
+    def overlaps(self, epsilon: float) -> Tensor:
+        """Count the elements that each donor changes by more than ``epsilon``.
+
+        Returns:
+            (2, n) float64: those no other donor changes, and those another one changes, too.
+        """
+
+
+Prepare = Callable[[Parameters, TaskVectors], KernelValues]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Method:
+    """A merge method.
+
+    Args:
+        base: The role of the base model.
+        donors: Least and most models, besides an ORIGIN base; None: no limit.
+        params: Its parameters, by mergekit's names.
+        paper: Link to its source.
     """
 
     base: Base
@@ -96,13 +193,12 @@ class Linear(Method):
     """A method whose result is a weighted sum of its inputs.
 
     Args:
-        coefficients: ``coefficients(gram, **values)`` gives the factor of each task vector if the
-            task vectors start from a base, else of each tensor: (n,), or (rows, n).
-        gram: Whether they need the inner products of what they are the factors of.
-        layout: Names of the parameters that say along what the inner products run; the
-            coefficients are not told.
-        dim: ``dim(**layout)`` is the dimension along which every row has inner products, and so
-            coefficients, of its own; None: there is one product over the whole tensor.
+        coefficients: ``coefficients(gram, **values)`` returns the coefficient of each task vector
+            if there is an origin, else of each tensor: (n,), or (rows, n).
+        gram: Whether the coefficients depend on the inputs' inner products.
+        layout: Names of the parameters of ``dim``, which ``coefficients`` does not take.
+        dim: ``dim(**layout)`` returns the dimension along which inner products run, so that each
+            row has its own coefficients; None: they run over the whole tensor.
     """
 
     coefficients: Callable[..., Tensor]
@@ -113,18 +209,18 @@ class Linear(Method):
 
 @dataclass(frozen=True, kw_only=True)
 class Elementwise(Method):
-    """A method that works element by element, so on any stretch of flattened tensors.
+    """A method whose result at an element depends on the inputs there, given their statistics.
 
     Args:
-        kernel: ``kernel(base, donors, **values)`` gives the merged tensor in float32; it can be
-            given any stretch of the flattened tensors.
-        prepare: Makes the kernel's values of the parameters', if they differ.
-        random: The kernel also takes ``noise``: for each donor uniform numbers of its shape.
-        beside: Name of what the kernel also takes for each donor, a number for every element that
-            depends on donor and base alone: one of ``ModelSet.beside``.
+        kernel: ``kernel(base, donors, **values)`` returns the merged tensor in float32, for any
+            part of the flattened tensors.
+        prepare: Computes the kernel's values from the parameters; None: they are the same.
+        random: The kernel takes ``noise``: uniform numbers of each donor's shape.
+        elementwise_stat: Name of a statistic of donor and base with a number for every element,
+            which the kernel takes for each donor: ``rank_share`` or ``salience_mask``.
     """
 
     kernel: Callable[..., Tensor]
     prepare: Prepare | None = None
     random: bool = False
-    beside: str | None = None
+    elementwise_stat: str | None = None

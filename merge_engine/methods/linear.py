@@ -1,10 +1,11 @@
-"""The linear family: the merged tensor is a weighted sum, so a method is only its coefficients.
+"""Linear methods: the merged tensor is a weighted sum, so a method is only its coefficients.
 
-Where task vectors start from a base the coefficients are theirs,
-``out = base + sum_i c_i (donor_i - base)``; otherwise the tensors' own, ``out = sum_i c_i x_i``. A
-kernel sees the Gram matrix of the one or the other at the most, never the tensors, and works in
-float64. Leading dimensions ``r`` of the Gram matrix (one per row or column of the tensor, in the
-filter-wise forms) are those of the coefficients.
+With an origin they are the coefficients of task vectors, ``out = base + sum_i c_i (donor_i -
+base)``; without one those of the tensors, ``out = sum_i c_i x_i``. A method computes them in
+float64 from its parameters and the Gram matrix of the task vectors or tensors.
+
+Notation: n inputs; Gram matrix (*r, n, n) and coefficients (*r, n), where ``r`` is empty, or the
+number of rows (or columns) of the tensor in the forms that treat each on its own.
 """
 
 from __future__ import annotations
@@ -15,13 +16,15 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-LERP_COSINE = 0.9995  # slerp's own switch: above it the arc is a straight line
-COLINEAR = 2.0**-24  # nuslerp's, of sin^2: below it a float32 cosine is rounded to one
-ROUNDING = 1e-7  # a sum of unit vectors that is shorter has no direction but that of rounding
+from merge_engine.methods.contract import Numbers
+
+LERP_COSINE = 0.9995  # above it slerp interpolates along a straight line, as in mergekit
+COLINEAR = 2.0**-24  # the same for nuslerp, in sin^2: a float32 cosine is rounded to one
+ROUNDING = 1e-7  # the direction of a shorter sum of unit vectors is that of rounding errors
 
 
 def linear(_gram: None, *, weight: Sequence[float], normalize: bool) -> Tensor:
-    """Average: ``c_i = w_i / sum_j w_j``, or ``c_i = w_i`` if not ``normalize``.
+    """Average the tensors: ``c_i = w_i / sum_j w_j``, or ``c_i = w_i`` if not ``normalize``.
 
     Raises:
         ValueError: The weights sum to zero, so the average is undefined.
@@ -35,14 +38,14 @@ def linear(_gram: None, *, weight: Sequence[float], normalize: bool) -> Tensor:
 
 
 def slerp(gram: Tensor, *, t: float) -> Tensor:
-    """Walk the arc from the first tensor (t = 0) to the second (t = 1).
+    """Interpolate along the arc from the first tensor (t = 0) to the second (t = 1).
 
     With ``cos W = G_01 / sqrt(G_00 G_11)``: ``(sin((1-t)W), sin(tW)) / sin W``; the straight line
     ``(1-t, t)`` where the two are nearly parallel. One that is zero counts as orthogonal.
 
     Args:
         gram: Inner products of the two tensors, (*r, 2, 2).
-        t: Where to stop; unitless, outside [0, 1] it extrapolates.
+        t: Position on the arc, unitless; outside [0, 1] it extrapolates.
 
     Returns:
         Coefficients, (*r, 2).
@@ -71,7 +74,7 @@ def task_arithmetic(
 
 
 def passthrough(_gram: None, *, scale: Sequence[float]) -> Tensor:
-    """One model as it is, or times a number: ``c = scale``.
+    """Take one model as it is, or times a number: ``c = scale``.
 
     Source: Goddard et al. 2024, https://arxiv.org/abs/2403.13257
     """
@@ -79,7 +82,7 @@ def passthrough(_gram: None, *, scale: Sequence[float]) -> Tensor:
 
 
 def nuslerp(gram: Tensor, *, weight: Sequence[float]) -> Tensor:
-    """``slerp`` by weights, to ``t = w_1 / (w_0 + w_1)``, between task vectors if there is a base.
+    """Apply ``slerp`` at ``t = w_1 / (w_0 + w_1)``, between task vectors if there is a base.
 
     Weights that cancel out give ``t = 1/2``. The straight line ``(1-t, t)`` only where a float32
     cosine would be one.
@@ -104,9 +107,9 @@ def nuslerp(gram: Tensor, *, weight: Sequence[float]) -> Tensor:
 
 
 def nuslerp_dim(*, nuslerp_flatten: bool, nuslerp_row_wise: bool) -> int | None:
-    """Along what ``nuslerp`` walks its arcs: each stored column if ``nuslerp_row_wise``.
+    """Return the dimension of ``nuslerp``'s arcs: along stored columns if ``nuslerp_row_wise``.
 
-    The names are mergekit's; they speak of a weight matrix as its transpose.
+    The parameters have mergekit's names, which refer to the transposed weight matrix.
     """
     if nuslerp_flatten:
         return None
@@ -116,7 +119,7 @@ def nuslerp_dim(*, nuslerp_flatten: bool, nuslerp_row_wise: bool) -> int | None:
 def multislerp(
     gram: Tensor, *, weight: Sequence[float], normalize_weights: bool, eps: float
 ) -> Tensor:
-    """Walk on the sphere to the weighted mean of directions, ``m = sum_i w_i x_i / |x_i|``.
+    """Interpolate on the sphere to the weighted mean of directions, ``m = sum_i w_i x_i / |x_i|``.
 
     The result has m's direction and the length ``sum_i w_i |x_i|``: with ``a_i = w_i / (|x_i| +
     eps)`` it is ``c_i = a_i sum_j w_j |x_j| / sqrt(a' G a)``. mergekit's further step in the
@@ -126,10 +129,10 @@ def multislerp(
         gram: Inner products, (*r, n, n).
         weight: n weights.
         normalize_weights: Make them sum to one.
-        eps: Added to the lengths; where m is shorter, two tensors are mixed along a straight line.
+        eps: Added to the lengths; where m is shorter, two tensors are interpolated linearly.
 
     Returns:
-        Coefficients, (*r, n); one tensor is returned as it is, tensors of zeros only stay zero.
+        Coefficients, (*r, n); 1 for a single tensor, 0 where all tensors are zero.
 
     Raises:
         ValueError: The weights sum to zero, or the directions of more than two tensors cancel out.
@@ -152,18 +155,18 @@ def multislerp(
 
 
 def karcher(gram: Tensor, *, max_iter: int, tol: float) -> Tensor:
-    """The mean on the sphere: the direction with the least squared angles to all the tensors.
+    """Take the Karcher mean on the sphere: the direction of least squared angles to the tensors.
 
-    From the mean of unit vectors u_i on, step to the mean of their logarithms: with
+    Starting from the mean of unit vectors u_i, step to the mean of their logarithms: with
     ``cos A_i = u_i . m``, ``T = mean_i A_i / sin A_i (u_i - cos A_i m)`` and
     ``m <- cos|T| m + sin|T| T / |T|``. The length is the mean of the tensors' lengths. All vectors
     are combinations of the u_i and are kept as their coefficients.
 
     Args:
         gram: Inner products, (*r, n, n).
-        max_iter: Most steps.
-        tol: Angles and steps below it (radians) are none; tensors shorter than it have no say in
-            the direction, nor have those opposite to m, which point nowhere from there.
+        max_iter: Largest number of steps.
+        tol: Smallest angle and step (radians); tensors shorter than ``tol`` or opposite to m,
+            whose logarithm is undefined, do not contribute to the direction.
 
     Returns:
         Coefficients, (*r, n).
@@ -182,13 +185,13 @@ def karcher(gram: Tensor, *, max_iter: int, tol: float) -> Tensor:
 
 
 def _karcher_direction(cosines: Tensor, known: Tensor, max_iter: int, tol: float) -> Tensor:
-    """Coefficients (*r, n) of the unit vectors' mean.
+    """Return the coefficients (*r, n) of the mean of unit vectors.
 
     Args:
-        cosines: Of the vectors with each other, (*r, n, n).
-        known: Which of them count, (*r, n).
-        max_iter: Most steps.
-        tol: As of ``karcher``.
+        cosines: Inner products of the unit vectors, (*r, n, n).
+        known: Which of them contribute, (*r, n).
+        max_iter: As in ``karcher``.
+        tol: As in ``karcher``.
     """
 
     def times(vector: Tensor) -> Tensor:
@@ -246,7 +249,7 @@ def model_stock(gram: Tensor) -> Tensor:
 
 
 def model_stock_dim(*, filter_wise: bool) -> int | None:
-    """Along what ``model_stock`` takes its angles: over each row if ``filter_wise``."""
+    """Return the dimension of ``model_stock``'s angles: along each row if ``filter_wise``."""
     return -1 if filter_wise else None
 
 
@@ -254,18 +257,16 @@ def _norms(gram: Tensor) -> Tensor:
     return gram.diagonal(dim1=-2, dim2=-1).clamp_min(0).sqrt()  # (*r, n)
 
 
-def weighted_sum(_base: None, tensors: Sequence[Tensor], *, factor: Sequence[Tensor]) -> Tensor:
-    """``sum_i c_i x_i``: n tensors (*s) and n factors that broadcast to them; (*s), float32."""
+def weighted_sum(_base: None, tensors: Sequence[Tensor], *, factor: Numbers) -> Tensor:
+    """Return ``sum_i c_i x_i``, (*s) float32, of n tensors (*s) and n factors that broadcast."""
     total = tensors[0].float() * factor[0]
     for tensor, c in zip(tensors[1:], factor[1:], strict=True):
         total = total + tensor.float() * c
     return total
 
 
-def sum_of_task_vectors(
-    base: Tensor, donors: Sequence[Tensor], *, factor: Sequence[Tensor]
-) -> Tensor:
-    """``base + sum_i c_i (donor_i - base)``; the base is added last, to round it once."""
+def sum_of_task_vectors(base: Tensor, donors: Sequence[Tensor], *, factor: Numbers) -> Tensor:
+    """Return ``base + sum_i c_i (donor_i - base)``; the base is added last, to round it once."""
     start = base.float()
     total = torch.zeros_like(start)
     for donor, c in zip(donors, factor, strict=True):

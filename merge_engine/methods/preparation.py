@@ -1,90 +1,30 @@
-"""From a recipe's parameters to a kernel's: what has to be known of whole task vectors first.
+"""Preparations: a method's parameters and statistics of whole task vectors to its kernel's values.
 
-A density becomes bounds on magnitudes, ``rescale`` a factor, and ``normalize`` of a plain sum is
-taken into ``lambda``. A preparation maps parameters, by their argument names, to the kernel's.
+A density becomes bounds on magnitudes or a chance, ``rescale`` becomes a factor, and ``normalize``
+of a plain sum becomes part of that factor.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from types import MappingProxyType
-from typing import Any, Final, Protocol
+from typing import Final
 
-from torch import Tensor
-
+from merge_engine.methods.contract import KernelValues, Parameters, TaskVector, TaskVectors
 from merge_engine.numerics.noise import LEVELS, level
-from merge_engine.numerics.statistics import EVERYTHING, NOTHING, Band, Magnitudes, Variances
+from merge_engine.numerics.statistics import EVERYTHING, NOTHING, Band
 
-
-class TaskVector(Protocol):
-    """One donor's change to one tensor, as far as a preparation may ask of it."""
-
-    @property
-    def magnitudes(self) -> Magnitudes:
-        """The order statistics of its elements."""
-
-    def stretch(self, chance: int) -> float:
-        """What gives its L1 norm back to the elements drawn with a chance; 1 without a norm.
-
-        Args:
-            chance: Of every element, in LEVELS.
-        """
-
-
-class TaskVectors(Protocol):
-    """What the donors change in one tensor, one by one and together."""
-
-    def __len__(self) -> int:
-        """How many there are."""
-
-    def __iter__(self) -> Iterator[TaskVector]:
-        """Each of them."""
-
-    @property
-    def width(self) -> int:
-        """Elements of a row, as ``row_width`` has it."""
-
-    @property
-    def variances(self) -> Variances:
-        """Where they differ, and how much they change there."""
-
-    def overlaps(self, epsilon: float) -> Tensor:
-        """How many elements each changes by more than ``epsilon``: alone, and with others, (2, n).
-
-        float64.
-        """
-
-
-# What a tensor without an upper bound has where it is merged beside one that has a bound.
+# Upper bound of a tensor that has none, where it is merged in one pass with tensors that have one.
 UNBOUNDED: Final[Mapping[str, float]] = MappingProxyType({"high": math.inf, "high_share": 0})
-Values = Mapping[str, Any]
-Prepare = Callable[[Values, TaskVectors], dict[str, Any]]
 
 
-def summed(values: Values) -> dict[str, Any]:
-    """A plain sum's factors in one for each donor; weights that cancel out divide nothing."""
-    rest = {name: value for name, value in values.items() if name not in _OF_A_SUM}
-    total = sum(values["weight"])
-    scale = values["lambda_"]
-    if values["normalize"] and abs(total) >= 1e-8:
-        scale = scale / total
-    return rest | {"factor": tuple(factor * scale for factor in values["factor"])}
-
-
-_OF_A_SUM = ("weight", "normalize", "lambda_")
-
-
-def elected(values: Values) -> dict[str, Any]:
-    """Of a sum with a sign election: the weights are for ``normalize`` alone."""
-    dropped = ("normalize",) if values["normalize"] else ("normalize", "weight")
-    return {name: value for name, value in values.items() if name not in dropped}
-
-
-def ties(values: Values, deltas: TaskVectors) -> dict[str, Any]:
-    """The ``max(1, int(density * numel))`` elements of largest magnitude; all from density 1 on."""
-    settings = zip(deltas, values["density"], strict=True)
-    return elected(_banded(values, [_largest(delta, density) for delta, density in settings]))
+def ties(parameters: Parameters, deltas: TaskVectors) -> KernelValues:
+    """Keep the ``max(1, int(density * numel))`` elements of largest magnitude."""
+    settings = zip(deltas, parameters.per_donor["density"], strict=True)
+    bands = [_largest(delta, density) for delta, density in settings]
+    return _elected(parameters, _banded(parameters, bands))
 
 
 def _largest(delta: TaskVector, density: float) -> Band:
@@ -95,20 +35,23 @@ def _largest(delta: TaskVector, density: float) -> Band:
     return delta.magnitudes.band(size - kept, kept)
 
 
-def breadcrumbs_ties(values: Values, deltas: TaskVectors) -> dict[str, Any]:
-    """``int(density * numel)`` elements below the ``gamma`` largest, as far as those leave room."""
-    return elected(_trimmed(values, deltas))
+def breadcrumbs_ties(parameters: Parameters, deltas: TaskVectors) -> KernelValues:
+    """Drop the ``int(gamma * numel)`` largest elements and keep the ``int(density * numel)`` next.
+
+    Fewer of the largest are dropped where the rest would be too few.
+    """
+    return _elected(parameters, _trimmed(parameters, deltas))
 
 
-def breadcrumbs(values: Values, deltas: TaskVectors) -> dict[str, Any]:
-    """``breadcrumbs_ties`` for a plain sum."""
-    return summed(_trimmed(values, deltas))
+def breadcrumbs(parameters: Parameters, deltas: TaskVectors) -> KernelValues:
+    """Keep what ``breadcrumbs_ties`` keeps, for a plain sum."""
+    return _summed(parameters, _trimmed(parameters, deltas))
 
 
-def _trimmed(values: Values, deltas: TaskVectors) -> dict[str, Any]:
-    settings = zip(deltas, values["density"], values["gamma"], strict=True)
-    bands = [_middle(delta, density, gamma) for delta, density, gamma in settings]
-    return _banded({name: value for name, value in values.items() if name != "gamma"}, bands)
+def _trimmed(parameters: Parameters, deltas: TaskVectors) -> KernelValues:
+    per_donor = parameters.per_donor
+    settings = zip(deltas, per_donor["density"], per_donor["gamma"], strict=True)
+    return _banded(parameters, [_middle(*setting) for setting in settings])
 
 
 def _middle(delta: TaskVector, density: float, gamma: float) -> Band:
@@ -119,56 +62,81 @@ def _middle(delta: TaskVector, density: float, gamma: float) -> Band:
     return delta.magnitudes.band(max(0, size - kept - int(gamma * size)), kept)
 
 
-def dare_ties(values: Values, deltas: TaskVectors) -> dict[str, Any]:
-    """Chances, and the factors that restore the L1 norm under this recipe's masks."""
-    return elected(_drawn(values, deltas))
+def _all_or_none(density: float) -> Band | None:
+    if density >= 1:
+        return EVERYTHING
+    return NOTHING if density <= 0 else None
 
 
-def dare_linear(values: Values, deltas: TaskVectors) -> dict[str, Any]:
-    """``dare_ties`` for a plain sum."""
-    return summed(_drawn(values, deltas))
+def _banded(parameters: Parameters, bands: Sequence[Band]) -> KernelValues:
+    """Return each donor's bounds on magnitudes, and its factor."""
+    rescale = parameters.shared["rescale"]
+    per_donor: dict[str, tuple[float, ...]] = {
+        "low": tuple(band.low for band in bands),
+        "low_share": tuple(level(band.low_share) for band in bands),
+        "factor": tuple(
+            weight * (band.stretch if rescale else 1.0)
+            for weight, band in zip(parameters.per_donor["weight"], bands, strict=True)
+        ),
+    }
+    if any(band.high < math.inf for band in bands):
+        per_donor["high"] = tuple(band.high for band in bands)
+        per_donor["high_share"] = tuple(level(band.high_share) for band in bands)
+    return KernelValues({}, per_donor, has_ties=any(band.tied for band in bands))
 
 
-def _drawn(values: Values, deltas: TaskVectors) -> dict[str, Any]:
-    rest = {name: value for name, value in values.items() if name not in ("density", "rescale")}
-    chances = tuple(level(density) for density in values["density"])
-    factors = [
-        weight * (delta.stretch(chance) if values["rescale"] and 0 < chance < LEVELS else 1.0)
-        for delta, weight, chance in zip(deltas, values["weight"], chances, strict=True)
-    ]
-    return rest | {"chance": chances, "factor": tuple(factors)}
+def dare_ties(parameters: Parameters, deltas: TaskVectors) -> KernelValues:
+    """Return each donor's chance, and the factor that restores its L1 norm under its mask."""
+    return _elected(parameters, _drawn(parameters, deltas))
 
 
-def della(values: Values, deltas: TaskVectors) -> dict[str, Any]:
-    """The chance of each row's smallest element and how much better the largest one's is.
+def dare_linear(parameters: Parameters, deltas: TaskVectors) -> KernelValues:
+    """Return the chances and factors of ``dare_ties``, for a plain sum."""
+    return _summed(parameters, _drawn(parameters, deltas))
+
+
+def _drawn(parameters: Parameters, deltas: TaskVectors) -> KernelValues:
+    chances = tuple(level(density) for density in parameters.per_donor["density"])
+    rescale = parameters.shared["rescale"]
+    factors = tuple(
+        weight * (delta.rescale_factor(chance) if rescale and 0 < chance < LEVELS else 1.0)
+        for delta, weight, chance in zip(
+            deltas, parameters.per_donor["weight"], chances, strict=True
+        )
+    )
+    return KernelValues({}, {"chance": chances, "factor": factors})
+
+
+def della(parameters: Parameters, deltas: TaskVectors) -> KernelValues:
+    """Return the chance of a row's smallest element, and its distance to that of the largest.
 
     Raises:
-        ValueError: A chance would leave (0, 1).
+        ValueError: A chance is outside (0, 1).
     """
-    return elected(_drawn_by_rank(values, deltas))
+    return _elected(parameters, _drawn_by_rank(parameters, deltas))
 
 
-def della_linear(values: Values, deltas: TaskVectors) -> dict[str, Any]:
-    """``della`` for a plain sum."""
-    return summed(_drawn_by_rank(values, deltas))
+def della_linear(parameters: Parameters, deltas: TaskVectors) -> KernelValues:
+    """Return the chances of ``della``, for a plain sum."""
+    return _summed(parameters, _drawn_by_rank(parameters, deltas))
 
 
-def _drawn_by_rank(values: Values, deltas: TaskVectors) -> dict[str, Any]:
+def _drawn_by_rank(parameters: Parameters, deltas: TaskVectors) -> KernelValues:
+    per_donor = parameters.per_donor
     chances = [
         _chances(density, epsilon if deltas.width > 1 else 0.0)
-        for density, epsilon in zip(values["density"], values["epsilon"], strict=True)
+        for density, epsilon in zip(per_donor["density"], per_donor["epsilon"], strict=True)
     ]
-    settings = ("density", "epsilon", "rescale")
-    return {name: value for name, value in values.items() if name not in settings} | {
+    values = {
         "chance": tuple(LEVELS * chance for chance, _ in chances),
         "spread": tuple(LEVELS * spread for _, spread in chances),
-        "factor": values["weight"],
-        "restored": values["rescale"],
+        "factor": per_donor["weight"],
     }
+    return KernelValues({}, values, rescales=bool(parameters.shared["rescale"]))
 
 
 def _chances(density: float, epsilon: float) -> tuple[float, float]:
-    """Lowest chance, and the highest less the lowest; no rank matters from 1 on and at 0."""
+    """Return the lowest chance and its distance to the highest; 0 apart at densities 0 and 1."""
     if density >= 1 or density <= 0:
         return density, 0.0
     if density - epsilon <= 0 or density + epsilon >= 1:
@@ -178,43 +146,44 @@ def _chances(density: float, epsilon: float) -> tuple[float, float]:
     return density - epsilon, 2 * epsilon
 
 
-def sce(values: Values, deltas: TaskVectors) -> dict[str, Any]:
-    """The smallest variance that is selected, and the donors' factors."""
-    band, change = deltas.variances.largest(values["select_topk"])
+def _summed(parameters: Parameters, values: KernelValues) -> KernelValues:
+    """Multiply the factors of a plain sum by ``lambda``, over the weights' sum if ``normalize``.
+
+    Weights that cancel out divide nothing.
+    """
+    scale = parameters.shared["lambda_"]
+    total = sum(parameters.per_donor["weight"])
+    if parameters.shared["normalize"] and abs(total) >= 1e-8:
+        scale = scale / total
+    factors = tuple(factor * scale for factor in values.per_donor["factor"])
+    return replace(values, per_donor={**values.per_donor, "factor": factors})
+
+
+def _elected(parameters: Parameters, values: KernelValues) -> KernelValues:
+    """Add the values of a sum with sign election: ``lambda``, and weights if ``normalize``."""
+    weight = {"weight": parameters.per_donor["weight"]} if parameters.shared["normalize"] else {}
+    return replace(
+        values,
+        scalars={"lambda_": parameters.shared["lambda_"]},
+        per_donor={**values.per_donor, **weight},
+    )
+
+
+def sce(parameters: Parameters, deltas: TaskVectors) -> KernelValues:
+    """Return the smallest variance that is selected, and the donors' weights."""
+    band, change = deltas.variances.largest(parameters.shared["select_topk"])
     total = float(change.sum())
-    # mergekit's own switch. It is on for most fine-tunes' tensors: their changes are small.
+    # mergekit's own switch; on for most fine-tuned tensors, whose changes are small.
     weight = (change / total).tolist() if total >= 1e-6 else [1 / len(deltas)] * len(deltas)
-    found = {"weight": tuple(weight), "low": band.low, "low_share": level(band.low_share)}
-    return found | {"draws": band.tied}
+    scalars = {"low": band.low, "low_share": level(band.low_share)}
+    return KernelValues(scalars, {"weight": tuple(weight)}, has_ties=band.tied)
 
 
-def ramplus_tl(values: Values, deltas: TaskVectors) -> dict[str, Any]:
-    """The factors of what one donor alone changed."""
-    alone, shared = deltas.overlaps(values["epsilon"])
-    # With no element of its own a donor's factor multiplies nothing: any divisor will do.
-    ratio = shared / alone.clamp_min(max(1.0, values["epsilon"]))
-    factor = 1 + values["r"] * ratio.clamp(0, values["alpha"])
-    return {"epsilon": values["epsilon"], "factor": tuple(factor.tolist())}
-
-
-def _all_or_none(density: float) -> Band | None:
-    if density >= 1:
-        return EVERYTHING
-    return NOTHING if density <= 0 else None
-
-
-def _banded(values: Values, bands: Sequence[Band]) -> dict[str, Any]:
-    rest = {name: value for name, value in values.items() if name not in ("density", "rescale")}
-    found: dict[str, Any] = rest | {
-        "low": tuple(band.low for band in bands),
-        "low_share": tuple(level(band.low_share) for band in bands),
-        "factor": tuple(
-            weight * (band.stretch if values["rescale"] else 1.0)
-            for weight, band in zip(values["weight"], bands, strict=True)
-        ),
-        "draws": any(band.tied for band in bands),
-    }
-    if any(band.high < math.inf for band in bands):
-        found["high"] = tuple(band.high for band in bands)
-        found["high_share"] = tuple(level(band.high_share) for band in bands)
-    return found
+def ramplus_tl(parameters: Parameters, deltas: TaskVectors) -> KernelValues:
+    """Return the factor of the elements that one donor alone changed, for each donor."""
+    epsilon, r, alpha = (parameters.shared[name] for name in ("epsilon", "r", "alpha"))
+    alone, shared = deltas.overlaps(epsilon)
+    # A donor without elements of its own: its factor multiplies nothing, so any divisor will do.
+    ratio = shared / alone.clamp_min(max(1.0, epsilon))
+    factor = 1 + r * ratio.clamp(0, alpha)
+    return KernelValues({"epsilon": epsilon}, {"factor": tuple(factor.tolist())})

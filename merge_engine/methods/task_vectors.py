@@ -1,9 +1,11 @@
-"""The elementwise family: task vectors are made sparse one by one, then put together.
+"""Kernels that sparsify each donor's task vector and add what is left of them.
 
-Every kernel computes in float32, returns float32 and leaves its inputs as they are. Shapes: a
-tensor of any shape ``s``, n donors; a per-donor parameter is a sequence of n numbers. Which
-magnitudes are kept, and what restores a norm, is worked out before (``preparation``): every kernel
-can then be run over any stretch of a tensor on its own.
+Kernels compute in float32, return float32 and do not change their inputs. Which magnitudes are kept
+and what restores a norm is computed before (``preparation``), so a kernel can be run over any part
+of a flattened tensor.
+
+Notation: n donors; tensors of any shape ``s``; ``Numbers`` are n numbers, one per donor. Chances
+and noise are in LEVELS: a chance of LEVELS is certainty.
 """
 
 from __future__ import annotations
@@ -13,11 +15,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-Number = (
-    float | Tensor
-)  # a tensor () is no constant to a compiler, so other values need no new code
-Numbers = Sequence[float] | Tensor  # n of them
-_NEXT = 1 + 2.0**-23  # times a float32: a larger one, by a step or two
+from merge_engine.methods.contract import Number, Numbers
+
+_NEXT = 1 + 2.0**-23  # times a float32: the next larger one, or the one after it
 
 
 def ties(
@@ -33,21 +33,21 @@ def ties(
     lambda_: Number,
     noise: Sequence[Tensor] | None = None,
 ) -> Tensor:
-    """Trim each task vector to a band of magnitudes, elect a sign, merge what agrees with it.
+    """Trim each task vector to a band of magnitudes, elect a sign, add what has that sign.
 
     Args:
         base: The base model's tensor, (*s).
         donors: n tensors, (*s).
-        factor: n factors of what is kept; they weigh the election too.
-        low: n magnitudes; what is below is dropped.
-        low_share: n chances to keep an element exactly at ``low``, in LEVELS.
-        high: n magnitudes; what is not below is dropped. None: nothing is too large.
-        high_share: n chances to keep an element exactly at ``high``, in LEVELS.
-        weight: n weights: the result is divided by those that agree, element by element (the
-            paper's mean). None: it is not.
+        factor: Factors of the kept elements, before the election.
+        low: Magnitudes below which elements are dropped.
+        low_share: Chances to keep an element exactly at ``low``.
+        high: Magnitudes from which on elements are dropped. None: no upper bound.
+        high_share: Chances to keep an element exactly at ``high``.
+        weight: Weights; each element is divided by the sum of those whose donors have the elected
+            sign (the paper's mean). None: no division.
         lambda_: Factor of the merged task vector.
-        noise: n tensors of uniform numbers in [0, LEVELS), (*s), which choose among equals; None:
-            all those at ``low`` are kept and none of those at ``high``.
+        noise: n tensors of uniform numbers in [0, LEVELS), (*s), which choose among elements at a
+            bound; None: those at ``low`` are kept and those at ``high`` dropped.
 
     Source: Yadav et al. 2023, https://arxiv.org/abs/2306.01708
     """
@@ -68,7 +68,7 @@ def breadcrumbs(
     high_share: Numbers | None = None,
     noise: Sequence[Tensor] | None = None,
 ) -> Tensor:
-    """Trim each task vector to a band of magnitudes and add them up; the arguments of ``ties``.
+    """Trim each task vector to a band of magnitudes and add them; arguments as in ``ties``.
 
     Source: Davari and Belilovsky 2023, https://arxiv.org/abs/2312.06795
     """
@@ -86,13 +86,13 @@ def dare_linear(
     chance: Numbers,
     noise: Sequence[Tensor],
 ) -> Tensor:
-    """Drop elements of each task vector at random, stretch the rest, add them up.
+    """Drop elements of each task vector at random, rescale the rest, add the task vectors.
 
     Args:
         base: The base model's tensor, (*s).
         donors: n tensors, (*s).
-        factor: n factors of what is kept.
-        chance: n chances for an element to be kept, in LEVELS.
+        factor: Factors of the kept elements.
+        chance: Chances of an element to be kept.
         noise: n tensors of uniform numbers in [0, LEVELS), (*s); an element is kept if its number
             is below its chance.
 
@@ -112,7 +112,7 @@ def dare_ties(
     lambda_: Number,
     noise: Sequence[Tensor],
 ) -> Tensor:
-    """``dare_linear`` with the sign election of ``ties``, and its arguments."""
+    """Apply ``dare_linear`` with the sign election of ``ties``, and its arguments."""
     thinned = _thinned(base, donors, chance, noise)
     return base.float() + lambda_ * _consensus(thinned, factor, weight)
 
@@ -122,32 +122,30 @@ def della_linear(
     donors: Sequence[Tensor],
     *,
     factor: Numbers,
-    shares: Sequence[Tensor],
+    rank_share: Sequence[Tensor],
     chance: Numbers,
     spread: Numbers,
     noise: Sequence[Tensor],
 ) -> Tensor:
-    """``dare_linear`` with better chances for the larger elements of every row.
+    """Apply ``dare_linear`` with higher chances for the larger elements of each row.
 
-    An element of rank r among the n of its row (0 is the smallest) is kept with the chance
-    ``density - epsilon + 2 epsilon r / (n - 1)``; an element alone in its row with ``density``. The
-    ranks are all there, sorted once per donor; their shares have 11 bits, so that a chance is off
-    by ``2 epsilon 2**-12`` at the most.
+    An element of rank r among the m of its row (0 is the smallest) is kept with the chance
+    ``density - epsilon + 2 epsilon r / (m - 1)``; an element alone in its row with ``density``.
+    ``r / (m - 1)`` has 11 bits, so a chance is off by ``2 epsilon 2**-12`` at the most.
 
     Args:
-        base: The base model's tensor, (*s); of one dimension it is one row, of more a row runs
-            along the second.
+        base: The base model's tensor, (*s): one row, or rows along the second dimension.
         donors: n tensors, (*s).
-        factor: n factors of what is kept.
-        shares: n tensors, (*s) float16: ``r / (n - 1)`` of each element.
-        chance: n chances for the smallest element of a row, ``density - epsilon``, in LEVELS.
-        spread: n numbers, how much better the chance of the largest is, ``2 epsilon``, in LEVELS.
+        factor: Factors of the kept elements.
+        rank_share: n tensors, (*s) float16: ``r / (m - 1)`` of each element.
+        chance: Chances of the smallest element of a row, ``density - epsilon``.
+        spread: By how much the chance of the largest element is higher, ``2 epsilon``.
         noise: n tensors of uniform numbers in [0, LEVELS), (*s); an element is kept if its number
             is below its chance.
 
     Source: Deep et al. 2024, https://arxiv.org/abs/2406.11617
     """
-    thinned = _thinned(base, donors, _by_rank(shares, chance, spread), noise)
+    thinned = _thinned(base, donors, _by_rank(rank_share, chance, spread), noise)
     return base.float() + _weighted(thinned, factor)
 
 
@@ -156,30 +154,30 @@ def della(
     donors: Sequence[Tensor],
     *,
     factor: Numbers,
-    shares: Sequence[Tensor],
+    rank_share: Sequence[Tensor],
     chance: Numbers,
     spread: Numbers,
     weight: Numbers | None = None,
     lambda_: Number,
     noise: Sequence[Tensor],
 ) -> Tensor:
-    """``della_linear`` with the sign election of ``ties``, and its arguments."""
-    thinned = _thinned(base, donors, _by_rank(shares, chance, spread), noise)
+    """Apply ``della_linear`` with the sign election of ``ties``, and its arguments."""
+    thinned = _thinned(base, donors, _by_rank(rank_share, chance, spread), noise)
     return base.float() + lambda_ * _consensus(thinned, factor, weight)
 
 
 def task_vectors(base: Tensor, donors: Sequence[Tensor]) -> list[Tensor]:
-    """``donor - base`` for each donor, float32."""
+    """Return ``donor - base`` for each donor, float32."""
     return [donor.float() - base.float() for donor in donors]
 
 
 def _above(
     deltas: Sequence[Tensor], low: Numbers, share: Numbers, noise: Sequence[Tensor] | None
 ) -> list[Tensor]:
-    """Zero what is smaller than each bound; what is at the bound stays with a chance."""
+    """Zero elements of magnitude below each bound; at the bound, keep them with a chance."""
     kept = []
-    for place, (delta, bound, chance) in enumerate(zip(deltas, low, share, strict=True)):
-        least = bound if noise is None else torch.where(noise[place] < chance, bound, bound * _NEXT)
+    for index, (delta, bound, chance) in enumerate(zip(deltas, low, share, strict=True)):
+        least = bound if noise is None else torch.where(noise[index] < chance, bound, bound * _NEXT)
         kept.append(torch.where(delta.abs() >= least, delta, 0.0))
     return kept
 
@@ -187,10 +185,10 @@ def _above(
 def _below(
     deltas: Sequence[Tensor], high: Numbers, share: Numbers, noise: Sequence[Tensor] | None
 ) -> list[Tensor]:
-    """Zero what is not smaller than each bound; what is at the bound stays with a chance."""
+    """Zero elements of magnitude from each bound on; at the bound, keep them with a chance."""
     kept = []
-    for place, (delta, bound, chance) in enumerate(zip(deltas, high, share, strict=True)):
-        end = bound if noise is None else torch.where(noise[place] < chance, bound * _NEXT, bound)
+    for index, (delta, bound, chance) in enumerate(zip(deltas, high, share, strict=True)):
+        end = bound if noise is None else torch.where(noise[index] < chance, bound * _NEXT, bound)
         kept.append(torch.where(delta.abs() < end, delta, 0.0))
     return kept
 
@@ -205,8 +203,9 @@ def _thinned(
     return [torch.where(drawn < p, delta, 0.0) for delta, p, drawn in settings]
 
 
-def _by_rank(shares: Sequence[Tensor], chance: Numbers, spread: Numbers) -> list[Tensor]:
-    settings = zip(shares, chance, spread, strict=True)
+def _by_rank(rank_share: Sequence[Tensor], chance: Numbers, spread: Numbers) -> list[Tensor]:
+    """Return the chance of every element."""
+    settings = zip(rank_share, chance, spread, strict=True)
     return [least + share.float() * more for share, least, more in settings]
 
 
@@ -214,26 +213,26 @@ def kept_masses(
     base: Tensor,
     donors: Sequence[Tensor],
     *,
-    shares: Sequence[Tensor],
+    rank_share: Sequence[Tensor],
     chance: Numbers,
     spread: Numbers,
     noise: Sequence[Tensor],
 ) -> Tensor:
-    """L1 norms of n task vectors, and of what ``della`` keeps of them, row by row.
+    """Return the L1 norms of n task vectors, and of what ``della`` keeps of them, row by row.
 
     Args:
-        base: The base model's tensors, (rows, width).
-        donors: n of that shape.
-        shares: As of ``della``, and so are the others.
-        chance: Of the smallest elements.
-        spread: How much better the largest one's chance is.
-        noise: Which element is kept.
+        base: Rows of the base model's tensors, (rows, width).
+        donors: n tensors, (rows, width).
+        rank_share: As in ``della_linear``.
+        chance: As in ``della_linear``.
+        spread: As in ``della_linear``.
+        noise: As in ``della_linear``.
 
     Returns:
-        (2 n, rows) float32.
+        (2 n, rows) float32: the n norms, then the n norms of what is kept.
     """
     sizes = [delta.abs() for delta in task_vectors(base, donors)]
-    settings = zip(sizes, _by_rank(shares, chance, spread), noise, strict=True)
+    settings = zip(sizes, _by_rank(rank_share, chance, spread), noise, strict=True)
     kept = [torch.where(drawn < p, size, 0.0) for size, p, drawn in settings]
     return torch.stack([part.sum(-1) for part in (*sizes, *kept)])
 
@@ -248,10 +247,9 @@ def _weighted(deltas: Sequence[Tensor], factor: Numbers) -> Tensor:
 def _consensus(deltas: Sequence[Tensor], factor: Numbers, weight: Numbers | None) -> Tensor:
     """Sum the task vectors that have the elected sign, element by element.
 
-    The sign with the larger mass is elected, plus on a tie: it is that of the sum. So the elected
-    mass is half of the sum's size and the sum of the sizes, exactly so where all agree. If there
-    are weights, it is divided by those that agree; where they cancel out, or nobody agrees, it
-    stays as it is.
+    Elected is the sign with the larger mass, plus on a tie: that of the sum. So the elected mass is
+    ``(|sum_i d_i| + sum_i |d_i|) / 2``, exactly where all signs agree. With weights it is divided
+    by the sum of those whose donors have the elected sign, unless that sum is zero.
     """
     scaled = [delta * c for delta, c in zip(deltas, factor, strict=True)]
     total = sizes = torch.zeros_like(scaled[0])
@@ -267,5 +265,5 @@ def _consensus(deltas: Sequence[Tensor], factor: Numbers, weight: Numbers | None
 
 
 def elected_sign(total: Tensor) -> Tensor:
-    """The sign of the larger mass, given the sum of both: 1 or -1, plus on a tie."""
+    """Return the sign of a sum (*s), 1 or -1; 1 where it is zero."""
     return torch.where(total >= 0, 1.0, -1.0)

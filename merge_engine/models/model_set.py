@@ -312,8 +312,8 @@ class ModelSet:
         """What a method takes for every element of a donor, laid as ``matrix`` lays the donor.
 
         Args:
-            kind: "shares": where each magnitude stands in its row of the task vector, from 0, the
-                smallest, to 1, float16; "taken": which elements are ``salient``, bool.
+            kind: "rank_share": where each magnitude stands in its row of the task vector, from 0,
+                the smallest, to 1, float16; "salience_mask": which elements are ``salient``, bool.
             page: Of which tensors.
             donor: Whose.
             base: What it is compared with.
@@ -331,7 +331,7 @@ class ModelSet:
 
     @cached_property
     def _by_element(self) -> dict[str, Callable[[str, str, str], Tensor]]:
-        return {"shares": self._shares, "taken": self._salient}
+        return {"rank_share": self._shares, "salience_mask": self._salient}
 
     def _shares(self, name: str, donor: str, base: str) -> Tensor:
         def measure() -> dict[str, Tensor]:

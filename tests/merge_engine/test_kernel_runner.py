@@ -230,7 +230,7 @@ def test_kept_masses_are_sums_under_the_same_mask(path, size, request):
     change = (donor - base).double().abs()
     page = page_of(size)
     noise = page.noise(0, (0,), base.device, even=False)
-    values = {"shares": [shares], "chance": [0.3 * LEVELS], "spread": [0.2 * LEVELS]}
+    values = {"rank_share": [shares], "chance": [0.3 * LEVELS], "spread": [0.2 * LEVELS]}
     sums = stream.sums(kept_masses, (base, [donor]), values, noise)
     (before,), (after,) = page.sums(sums).tolist()
     kept = uniform(key_of(0, "x", 0), (size,)) * LEVELS < 0.3 * LEVELS + shares.float() * (

@@ -95,7 +95,7 @@ def test_what_is_as_large_as_the_weights_is_kept_for_studies_alone(models, folde
     delta = ModelSet(models).read(donor, NAME) - ModelSet(models).read(base, NAME)
     order = delta.abs().argsort(dim=1, stable=True).argsort(dim=1)
     page = TensorPack({NAME: tuple(delta.shape)})
-    kinds = ("shares", "taken")
+    kinds = ("rank_share", "salience_mask")
     first = [ModelSet(models).beside(kind, page, donor, base) for kind in kinds]
     assert not files(folder)
     study = ModelSet(models, candidates=2)
@@ -103,7 +103,7 @@ def test_what_is_as_large_as_the_weights_is_kept_for_studies_alone(models, folde
         assert torch.equal(study.beside(kind, page, donor, base), once)
     assert len(files(folder)) == 2
     monkeypatch.setattr("merge_engine.models.model_set.row_ranks", forbidden)
-    again = ModelSet(models, candidates=2).beside("shares", page, donor, base)
+    again = ModelSet(models, candidates=2).beside("rank_share", page, donor, base)
     assert torch.equal(again, (order / (delta.shape[1] - 1)).half())
 
 
