@@ -177,7 +177,7 @@ class Harness:
         while True:
             with contextlib.suppress(torch.OutOfMemoryError):  # what it held is let go of here
                 if request_type == "generate_until":
-                    return self._language_model.written(requests)
+                    return self._language_model.generate_counted(requests)
                 ask = getattr(self._language_model, request_type)
                 return [(response, 0) for response in ask(requests, disable_tqdm=True)]
             self._language_model.halve_batches()

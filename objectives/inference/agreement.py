@@ -1,10 +1,10 @@
-"""Which of the fast ways of asking a model give lm-eval's answers: tried, not guessed.
+"""Which shortcuts of the forward pass reproduce lm-eval's scores on a model: measured, not assumed.
 
-A way is tried on a few made-up questions of the shapes it is for, in random tokens of the model's
-own vocabulary. It is taken if its log-likelihoods are as near to ``HFLM``'s as rounding allows, in
-16 bits judged by how ``HFLM`` itself differs between batches of one and of many, and if what is
-decoded is what the model's own logits choose, near ties apart. The trial is as sharp as the model
-is: where context hardly moves a model's answers, a wrong way can pass, and hardly matters.
+Each shortcut is tried on a few made-up questions of random tokens whose shapes it applies to. It is
+kept if its log-likelihoods differ from ``HFLM``'s by no more than rounding (in 16 bits judged by
+how much ``HFLM`` itself differs between batches of one and of many), and if decoding generates the
+tokens that the model's own logits prefer, near ties apart. The test is as sharp as the model is:
+where context hardly changes a model's scores a wrong shortcut can pass, and hardly matters.
 """
 
 from __future__ import annotations
@@ -19,156 +19,166 @@ from typing import Final
 import torch
 from transformers import DynamicCache, PreTrainedModel
 
+from objectives.inference.decoding import StopCriteria
 from objectives.inference.fast_hflm import FastHFLM
-from objectives.inference.modes import Decoding, Modes
+from objectives.inference.loglikelihood import Loglikelihood
+from objectives.inference.modes import Modes
 from objectives.inference.token_tree import Request, Tokens, common_length
 
 _LOG = logging.getLogger(__name__)
 
-_DECODED = 4  # tokens
-_LEAST_LENGTH = 12  # tokens a model must hold for the questions to have their shapes
+_GENERATED_TOKENS = 4
+_MIN_LENGTH = 12  # tokens a model must accept for the questions to have their shapes
 
-
-_WAYS: Final = {
-    "scoring": "batches by length",
-    "kept": "logits at answers alone",
-    "tail": "its last MLP at answers alone",
-    "tree": "answers as branches of one row",
-    "prefix": "a common beginning read once",
-    "generation": "own decoding",
+_SHORTCUTS: Final = {  # by field of Modes, each tried with those kept before it
+    "scoring": "batches ordered by length",
+    "sparse_logits": "logits at answer tokens only",
+    "sparse_mlp": "the last MLP at answer tokens only",
+    "tree": "answers as branches of one token tree",
+    "prefix": "shared prefixes computed once",
+    "generation": "batched greedy decoding",
 }
 
 
 def settle_modes(language_model: FastHFLM) -> None:
-    """Try each way on the model and set ``modes``; a warning names each one left off."""
-    language_model.modes = Modes()
+    """Try each shortcut on the model and set ``modes`` to those that agree with ``HFLM``.
+
+    A warning names each shortcut that is left off, and why.
+    """
+    language_model.use_modes(Modes())
     if language_model.model.device.type == "meta":
-        return  # without weights there is nothing to try, and nothing will be asked
-    if language_model.backend != "causal" or language_model.max_length < _LEAST_LENGTH:
-        _LOG.warning("this model is asked by lm-eval's own code: it is no decoder of texts")
+        return  # without weights there is nothing to try, and nothing will be evaluated
+    if language_model.backend != "causal" or language_model.max_length < _MIN_LENGTH:
+        _LOG.warning(
+            "evaluated by lm-eval's own code, which is slower: not a causal language model of %d "
+            "tokens or more",
+            _MIN_LENGTH,
+        )
         return
-    stock = _Stock.ask(language_model)
-    for name, way in _WAYS.items():
-        if name in ("tree", "prefix") and _keeps_a_state(language_model.model):
-            _LOG.warning("this model is asked without %s: it keeps a state", way)
+    reference = _Reference.measure(language_model)
+    for name, shortcut in _SHORTCUTS.items():
+        if name in ("tree", "prefix") and _is_recurrent(language_model.model):
+            _leave_off(shortcut, "the model carries a recurrent state")
             continue
         agreed = language_model.modes
-        language_model.modes = replace(agreed, **{name: True})
-        agree = stock.texts_agree if name == "generation" else stock.scores_agree
+        language_model.use_modes(replace(agreed, **{name: True}))
+        compare = reference.compare_texts if name == "generation" else reference.compare_scores
         try:
-            problem = agree(language_model)
-        except Exception as error:  # a model may raise anything at what it does not know
+            problem = compare(language_model)
+        except Exception as error:  # a model may raise anything at inputs it does not support
             problem = f"{type(error).__name__}: {error}".splitlines()[0]
         if problem is None:
             continue
-        language_model.modes = agreed
-        _LOG.warning("this model is asked without %s: %s", way, problem)
+        language_model.use_modes(agreed)
+        _leave_off(shortcut, problem)
         if name == "scoring":
             return
 
 
-def _keeps_a_state(model: PreTrainedModel) -> bool:
-    """Whether layers pass on what they read in order, whatever a mask says."""
+def _leave_off(shortcut: str, reason: str) -> None:
+    _LOG.warning("evaluated without %s, which is slower: %s", shortcut, reason)
+
+
+def _is_recurrent(model: PreTrainedModel) -> bool:
+    """Whether layers carry a state from token to token, which no attention mask resets."""
     cache = DynamicCache(config=model.config)
     return any(getattr(cache, "is_linear", []))
 
 
 @dataclass(frozen=True)
-class _Stock:
-    """What HFLM answers.
+class _Reference:
+    """``HFLM``'s scores of the made-up questions.
 
     Attributes:
         requests: The questions.
-        answers: To each, asked alone.
-        allowed: By how much a log-likelihood may differ from it, in nats.
+        scores: ``HFLM``'s log-likelihoods, each request in a batch of its own.
+        tolerance: Largest difference of a log-likelihood that counts as rounding, in nats.
     """
 
     requests: list[Request]
-    answers: list[tuple[float, bool]]
-    allowed: float
+    scores: list[Loglikelihood]
+    tolerance: float
 
     @classmethod
-    def ask(cls, language_model: FastHFLM) -> _Stock:
+    def measure(cls, language_model: FastHFLM) -> _Reference:
         requests = _questions(language_model)
-        asked = [
-            (None, request.tokens[: 1 - len(request.answer) or None], request.answer)
-            for request in requests
+        in_tokens = [(None, request.context, request.targets) for request in requests]
+        scores = [
+            language_model.stock_loglikelihoods([each], disable_tqdm=True)[0] for each in in_tokens
         ]
-        alone = [language_model.stock_scores([request])[0] for request in asked]
-        noise = _largest_difference(language_model.stock_scores(asked), alone)
-        largest = max((abs(value) for value, _ in alone if not math.isnan(value)), default=0.0)
+        batched = language_model.stock_loglikelihoods(in_tokens, disable_tqdm=True)
+        noise = _largest_difference(batched, scores)
+        largest = max((abs(value) for value, _ in scores if not math.isnan(value)), default=0.0)
         softmax = 32 * torch.finfo(torch.float32).eps * largest
         model = torch.finfo(language_model.model.dtype).eps * largest
-        # a model that differs from itself by more than rounding sees the padding of its batch
-        return cls(requests, alone, softmax + model / 4 + min(4 * noise, model))
+        # a model that differs from itself by more than rounding is affected by padding
+        return cls(requests, scores, softmax + model / 4 + min(4 * noise, model))
 
-    def scores_agree(self, language_model: FastHFLM) -> str | None:
-        """What is wrong with the log-likelihoods of the present modes, if anything is."""
-        found = language_model.answers(self.requests)
-        difference = _largest_difference(found, self.answers)
-        if difference > self.allowed:
-            return f"a log-likelihood differs by {difference:.2g}, more than {self.allowed:.2g}"
+    def compare_scores(self, language_model: FastHFLM) -> str | None:
+        """Say how log-likelihoods of the present modes disagree; None if they agree."""
+        scores = language_model.scorer.score_requests(self.requests)
+        difference = _largest_difference(scores, self.scores)
+        if difference > self.tolerance:
+            return f"a log-likelihood differs by {difference:.2g}, more than {self.tolerance:.2g}"
         # in 16 bits rounding decides between near ties, in lm-eval too
         exact = language_model.model.dtype == torch.float32
-        if exact and any(o[1] != t[1] for o, t in zip(found, self.answers, strict=True)):
+        if exact and any(o[1] != t[1] for o, t in zip(scores, self.scores, strict=True)):
             return "another answer is the greedy one"
         return None
 
-    def texts_agree(self, language_model: FastHFLM) -> str | None:
-        """The same for what is decoded."""
-        prompts = list({request.origin: request.tokens for request in self.requests}.values())
-        decoded = language_model.continued(prompts, Decoding(_DECODED))
-        for prompt, ours in zip(prompts, decoded, strict=True):
-            gap = _decoding_gap(language_model, prompt, ours)
-            if gap > self.allowed:
-                return f"a decoded token is {gap:.2g} less likely than the greedy one"
+    def compare_texts(self, language_model: FastHFLM) -> str | None:
+        """Say how tokens generated in the present modes disagree; None if they agree."""
+        prompts = list({request.group: request.inputs for request in self.requests}.values())
+        generated = language_model.decoder.continue_prompts(
+            prompts, StopCriteria(_GENERATED_TOKENS)
+        )
+        for prompt, tokens in zip(prompts, generated, strict=True):
+            gap = _logit_gap(language_model, prompt, tokens)
+            if gap > self.tolerance:
+                return f"a generated token's logit is {gap:.2g} below the greedy token's"
         return None
 
 
-def _largest_difference(
-    ours: Sequence[tuple[float, bool]], theirs: Sequence[tuple[float, bool]]
-) -> float:
-    """The largest difference of log-likelihoods; a NaN differs from all but a NaN."""
-    differences = (abs(one - other) for (one, _), (other, _) in zip(ours, theirs, strict=True))
-    nans = (
-        math.isnan(one) != math.isnan(other)
-        for (one, _), (other, _) in zip(ours, theirs, strict=True)
-    )
-    return math.inf if any(nans) else max(d for d in (*differences, 0.0) if not math.isnan(d))
+def _largest_difference(ours: Sequence[Loglikelihood], theirs: Sequence[Loglikelihood]) -> float:
+    """Return the largest difference of log-likelihoods; infinity where only one is NaN."""
+    pairs = [(one, other) for (one, _), (other, _) in zip(ours, theirs, strict=True)]
+    if any(math.isnan(one) != math.isnan(other) for one, other in pairs):
+        return math.inf
+    differences = [abs(one - other) for one, other in pairs]  # NaN for two NaN or two infinities
+    return max((each for each in differences if not math.isnan(each)), default=0.0)
 
 
 def _questions(language_model: FastHFLM) -> list[Request]:
-    """Four questions that begin alike, their answers long, short and the model's own choice."""
+    """Return requests of four questions with one prefix: random, greedy and long answers."""
     draw = Random(0)
     vocabulary = language_model.model.get_input_embeddings().num_embeddings
     size = min(24, language_model.max_length // 3)
 
-    def words(count: int) -> Tokens:
+    def random_tokens(count: int) -> Tokens:
         return tuple(draw.randrange(vocabulary) for _ in range(count))
 
-    beginning = words(size)
+    prefix = random_tokens(size)
     requests: list[Request] = []
-    for origin in range(4):
-        context = beginning + words(1 + origin * size // 6)
-        chosen = (_greedy_token(language_model, context),)
-        for answer in (words(1), chosen, chosen + words(size // 4)):
-            whole = context + answer
-            requests.append(Request(len(requests), origin, whole[:-1], answer))
+    for group in range(4):
+        context = prefix + random_tokens(1 + group * size // 6)
+        greedy = (_greedy_token(language_model, context),)
+        for answer in (random_tokens(1), greedy, greedy + random_tokens(size // 4)):
+            requests.append(Request(len(requests), group, (context + answer)[:-1], answer))
     return requests
 
 
 @torch.no_grad()
 def _last_logits(language_model: FastHFLM, tokens: Sequence[int]) -> torch.Tensor:
-    read = torch.tensor([tokens], device=language_model.device)
-    return language_model.model(read).logits[0, -1].float()  # type: ignore[no-any-return]
+    inputs = torch.tensor([tokens], device=language_model.device)
+    return language_model.model(inputs).logits[0, -1].float()  # type: ignore[no-any-return]
 
 
 def _greedy_token(language_model: FastHFLM, tokens: Sequence[int]) -> int:
     return int(_last_logits(language_model, tokens).argmax())
 
 
-def _decoding_gap(language_model: FastHFLM, prompt: Tokens, ours: Sequence[int]) -> float:
-    """How much less likely our first other token is than the one the model's logits choose."""
+def _logit_gap(language_model: FastHFLM, prompt: Tokens, ours: Sequence[int]) -> float:
+    """Return by how much the first token that is not the greedy one has a smaller logit."""
     theirs: list[int] = []
     while len(theirs) < len(ours) and ours[: len(theirs)] == theirs:
         theirs.append(_greedy_token(language_model, (*prompt, *theirs)))

@@ -1,4 +1,4 @@
-"""Which shortcuts of the fast forward pass a model is evaluated with, and decoding's limits."""
+"""Which shortcuts of the fast forward pass are on for a model."""
 
 from __future__ import annotations
 
@@ -7,35 +7,20 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Modes:
-    """The ways of asking a model that gave lm-eval's answers.
+    """Shortcuts that are on; with all of them off, lm-eval's own code evaluates the model.
 
     Attributes:
-        scoring: Log-likelihoods by our own batches at all; without it nothing is.
-        kept: Logits only where they are needed.
-        tail: The last layer's MLP there alone, too.
-        tree: Answers as branches of one row.
-        prefix: A common beginning read once.
-        generation: Our own greedy decoding.
+        scoring: Log-likelihoods in batches of our own; the next four require it.
+        sparse_logits: Logits only at positions that predict a target token.
+        sparse_mlp: The last layer's MLP only at those positions.
+        tree: The answers to one question as branches of one token tree.
+        prefix: Keys and values of a shared prefix computed once.
+        generation: Greedy decoding in batches that finished texts leave.
     """
 
     scoring: bool = False
-    kept: bool = False
-    tail: bool = False
+    sparse_logits: bool = False
+    sparse_mlp: bool = False
     tree: bool = False
     prefix: bool = False
     generation: bool = False
-
-
-@dataclass(frozen=True)
-class Decoding:
-    """How prompts are continued.
-
-    Attributes:
-        max_tokens: The most tokens, at least one.
-        stops: A text ends where one of these comes up.
-        lookback: Tokens in which the last of them would be found.
-    """
-
-    max_tokens: int
-    stops: tuple[str, ...] = ()
-    lookback: int = 1

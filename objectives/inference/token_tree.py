@@ -1,14 +1,13 @@
-"""Token sequences that begin alike, laid out so that what they share is read once.
+"""Prefix trees of token sequences, so that a model computes a shared beginning once.
 
-The answers to one question continue one prompt. Read as one *row*, the prompt stands there once
-and the answers are branches behind it: a row is the prefix tree of its sequences, its nodes in
-preorder. A token may look at the tokens above it in the tree alone, and because the order is
-preorder that is one comparison: ``q`` is below ``k`` where ``k <= q < end[k]``. Answers of one
-letter need no branch at all, and sequences that differ early (Winogrande's two contexts) simply
-branch early.
+The answers to one question share a prompt. They are laid out as one *token tree*: the prefix tree
+of their sequences, its nodes in preorder, read by the model as one row of a batch. A token attends
+to itself and its ancestors only, and in preorder that is one comparison: node ``q`` may attend to
+``k`` iff ``k <= q < subtree_ends[k]``. Answers of a single token add no node at all, and sequences
+that differ early (Winogrande's two contexts) branch early.
 
-What many rows begin with, examples shown before each question for instance, is taken off them as
-a *prefix*, read once for all.
+A beginning that many trees share, such as few-shot examples, is cut off as a *prefix* whose keys
+and values are computed once for all of them.
 """
 
 from __future__ import annotations
@@ -18,214 +17,235 @@ from collections.abc import Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Generic, Protocol, TypeVar
 
-# a prefix is worth a pass of its own if it is read for several rows and a good part of them
-_SHARERS = 4
-_SAVING = 0.25
+# a prefix costs a forward pass of its own: at least so many rows must share it, and it must save
+# at least this share of their tokens
+_MIN_SHARING_ROWS = 4
+_MIN_SAVING = 0.25
 
-# keys and values of earlier tokens take less room than the tokens now read
-_HELD_PER_READ = 8
+# cached keys and values of a token take less memory than the activations of a token being read
+_CACHED_PER_READ = 8
 
 Tokens = tuple[int, ...]
 
 
 @dataclass(frozen=True)
 class Request:
-    """A log-likelihood that is asked for.
+    """A log-likelihood to compute.
 
     Attributes:
-        number: Its place in the caller's list.
-        origin: Requests of one origin, the answers to one question, may share a row.
-        tokens: What the model reads: prompt and answer without the last token.
-        answer: The tokens to be predicted, the last one behind the last of ``tokens``.
+        index: Index in the caller's list.
+        group: Requests of one group, the answers to one question, may share a tree.
+        inputs: What the model reads: context and continuation without its last token.
+        targets: Tokens of the continuation; the last ``len(targets)`` inputs predict them.
+        task: Prefixes are shared within a task only.
     """
 
-    number: int
-    origin: Hashable
-    tokens: Tokens
-    answer: Tokens
+    index: int
+    group: Hashable
+    inputs: Tokens
+    targets: Tokens
+    task: Hashable = None
+
+    @classmethod
+    def truncated(
+        cls,
+        context: Sequence[int],
+        continuation: Sequence[int],
+        max_length: int,
+        *,
+        index: int,
+        group: Hashable,
+        task: Hashable = None,
+    ) -> Request:
+        """Return a request that loses the beginning of inputs longer than ``max_length``."""
+        sequence = (*context, *continuation)[-(max_length + 1) :]
+        return cls(index, group, sequence[:-1], tuple(continuation), task)
+
+    @property
+    def context(self) -> Tokens:
+        """The inputs before the first target."""
+        return self.inputs[: len(self.inputs) + 1 - len(self.targets)]
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """Where in a row a request's tokens are predicted: node ``nodes[i]`` predicts ``tokens[i]``."""
+    """Nodes of a tree that predict a request's targets: ``nodes[i]`` predicts ``targets[i]``."""
 
-    number: int
+    index: int
     nodes: Tokens
-    tokens: Tokens
+    targets: Tokens
 
 
 @dataclass(frozen=True)
 class TokenTree:
-    """The prefix tree of a few sequences, one entry per node, in preorder.
+    """The prefix tree of a few sequences; one entry per node, in preorder.
 
     Attributes:
-        tokens: The tokens.
-        depths: How many tokens are above each, those of a prefix taken off included.
-        ends: The node behind the last one below it.
-        answers: What is predicted where.
-        trunk: How many tokens come before the first branch and the first prediction.
+        tokens: Token of each node.
+        positions: Position of each node in its sequence, a cut-off prefix included.
+        subtree_ends: One past the last descendant of each node.
+        predictions: Which nodes predict which targets.
+        trunk_length: Number of nodes before the first branch and the first prediction.
     """
 
     tokens: Tokens
-    depths: Tokens
-    ends: Tokens
-    answers: tuple[Prediction, ...]
-    trunk: int
+    positions: Tokens
+    subtree_ends: Tokens
+    predictions: tuple[Prediction, ...]
+    trunk_length: int
 
     def __len__(self) -> int:
         return len(self.tokens)
 
     @property
-    def head(self) -> Tokens:
-        """The tokens that may be taken off as a prefix."""
-        return self.tokens[: self.trunk]
-
-    @property
-    def depth(self) -> int:
-        """Tokens in the longest sequence."""
-        return max(self.depths) + 1
+    def trunk(self) -> Tokens:
+        """Tokens that may be cut off as a prefix."""
+        return self.tokens[: self.trunk_length]
 
     @property
     def is_chain(self) -> bool:
-        """Whether it has no branches."""
-        return all(end == len(self) for end in self.ends)
+        """Whether the tree has no branches."""
+        return all(end == len(self) for end in self.subtree_ends)
 
-    def behind(self, prefix: int) -> TokenTree:
-        """The row without its first ``prefix`` tokens, at most ``trunk``."""
+    def without_prefix(self, length: int) -> TokenTree:
+        """Return the tree without its first ``length`` nodes, at most ``trunk_length``."""
         return TokenTree(
-            self.tokens[prefix:],
-            self.depths[prefix:],
-            tuple(end - prefix for end in self.ends[prefix:]),
+            self.tokens[length:],
+            self.positions[length:],
+            tuple(end - length for end in self.subtree_ends[length:]),
             tuple(
-                replace(answer, nodes=tuple(node - prefix for node in answer.nodes))
-                for answer in self.answers
+                replace(prediction, nodes=tuple(node - length for node in prediction.nodes))
+                for prediction in self.predictions
             ),
-            self.trunk - prefix,
+            self.trunk_length - length,
         )
 
 
-class Headed(Protocol):
-    """Something that may begin like others."""
+class Row(Protocol):
+    """A row of a batch, whose trunk may be shared with other rows."""
 
     @property
-    def head(self) -> Tokens:
-        """The tokens that may be taken off as a prefix."""
+    def trunk(self) -> Tokens:
+        """Tokens that may be cut off as a prefix."""
         ...
 
     def __len__(self) -> int: ...
 
 
-R = TypeVar("R", bound=Headed)
+R = TypeVar("R", bound=Row)
 
 
 @dataclass(frozen=True)
-class Shared(Generic[R]):
-    """Rows that begin with ``prefix``, which is still on them."""
+class PrefixGroup(Generic[R]):
+    """Rows that begin with ``prefix``, which they still contain."""
 
     prefix: Tokens
     rows: tuple[R, ...]
 
 
 def common_length(first: Sequence[int], second: Sequence[int]) -> int:
-    """How many tokens two sequences have in common at their beginning."""
+    """Return the length of the longest common prefix of two sequences."""
     for length, (one, other) in enumerate(zip(first, second, strict=False)):
         if one != other:
             return length
     return min(len(first), len(second))
 
 
-def make_row(requests: Iterable[Request]) -> TokenTree:
-    """Lay requests out in one row."""
+def build_tree(requests: Iterable[Request]) -> TokenTree:
+    """Build the prefix tree of the requests' inputs."""
     tokens: list[int] = []
-    depths: list[int] = []
+    positions: list[int] = []
     ends: list[int] = []
-    answers = []
-    path: list[int] = []  # the nodes of the sequence before
-    before: Tokens | None = None
-    trunk: int | None = None
-    for request in sorted(requests, key=lambda request: request.tokens):
-        if before is not None:
-            shared = common_length(before, request.tokens)
-            trunk = shared if trunk is None else min(trunk, shared)
+    predictions = []
+    path: list[int] = []  # nodes of the previous sequence
+    previous: Tokens | None = None
+    branch: int | None = None  # length of the shortest common prefix so far
+    for request in sorted(requests, key=lambda request: request.inputs):
+        if previous is not None:
+            shared = common_length(previous, request.inputs)
+            branch = shared if branch is None else min(branch, shared)
             for node in path[shared:]:
                 ends[node] = len(tokens)
             del path[shared:]
-        for token in request.tokens[len(path) :]:
-            depths.append(len(path))
+        for token in request.inputs[len(path) :]:
+            positions.append(len(path))
             path.append(len(tokens))
             tokens.append(token)
             ends.append(0)
-        nodes = tuple(path[-len(request.answer) :])
-        answers.append(Prediction(request.number, nodes, request.answer))
-        before = request.tokens
+        nodes = tuple(path[-len(request.targets) :])
+        predictions.append(Prediction(request.index, nodes, request.targets))
+        previous = request.inputs
     for node in path:
         ends[node] = len(tokens)
-    first = min(answer.nodes[0] for answer in answers)
-    trunk = first if trunk is None else min(first, trunk)
-    return TokenTree(tuple(tokens), tuple(depths), tuple(ends), tuple(answers), trunk)
+    first = min(prediction.nodes[0] for prediction in predictions)
+    trunk_length = first if branch is None else min(first, branch)
+    return TokenTree(tuple(tokens), tuple(positions), tuple(ends), tuple(predictions), trunk_length)
 
 
-def make_rows(requests: Iterable[Request], tree_tokens: float) -> list[TokenTree]:
-    """One row per origin, or one per sequence where the tree or a sequence would be too long.
+def build_trees(requests: Iterable[Request], max_tokens: float) -> list[TokenTree]:
+    """Build one tree per group, or one per sequence where the group's tree would be too long.
 
     Args:
         requests: In any order.
-        tree_tokens: The most tokens of a row with branches; 0 for none at all.
+        max_tokens: Most nodes of a tree with branches; 0 allows no branches.
     """
-    by_origin: dict[Hashable, list[Request]] = defaultdict(list)
+    by_group: dict[Hashable, list[Request]] = defaultdict(list)
     for request in requests:
-        by_origin[request.origin].append(request)
-    rows: list[TokenTree] = []
-    for of_origin in by_origin.values():
-        row = make_row(of_origin)
-        rows += [row] if row.is_chain or len(row) <= tree_tokens else _chains(of_origin)
-    return rows
+        by_group[request.group].append(request)
+    trees: list[TokenTree] = []
+    for group in by_group.values():
+        tree = build_tree(group)
+        trees += [tree] if tree.is_chain or len(tree) <= max_tokens else _chains(group)
+    return trees
 
 
 def _chains(requests: Iterable[Request]) -> Iterator[TokenTree]:
     by_sequence: dict[Tokens, list[Request]] = defaultdict(list)
     for request in requests:
-        by_sequence[request.tokens].append(request)
-    return map(make_row, by_sequence.values())
+        by_sequence[request.inputs].append(request)
+    return map(build_tree, by_sequence.values())
 
 
-def share_prefixes(rows: Iterable[R]) -> Iterator[Shared[R]]:
-    """Group rows by a beginning that is worth reading once; the last group may have none.
+def group_by_prefix(rows: Iterable[R]) -> Iterator[PrefixGroup[R]]:
+    """Group rows by a common prefix worth a pass of its own; the last group may have none.
 
-    In sorted order the rows that share a beginning are neighbours, so what most of them share is
-    on the middle one.
+    In sorted order the rows that share a prefix are neighbours, so a prefix that most of them
+    share is one of the middle row.
     """
-    rest = sorted(rows, key=lambda row: row.head)
-    while len(rest) >= _SHARERS:
-        middle = rest[len(rest) // 2].head
-        lengths = [common_length(middle, row.head) for row in rest]
+    rest = sorted(rows, key=lambda row: row.trunk)
+    while len(rest) >= _MIN_SHARING_ROWS:
+        middle = rest[len(rest) // 2].trunk
+        lengths = [common_length(middle, row.trunk) for row in rest]
         best = max(set(lengths), key=lambda length: length * (_at_least(length, lengths) - 1))
-        sharers = [row for row, length in zip(rest, lengths, strict=True) if length >= best]
-        saved = best * (len(sharers) - 1)
-        if len(sharers) < _SHARERS or saved < _SAVING * sum(map(len, sharers)):
+        sharing = [row for row, length in zip(rest, lengths, strict=True) if length >= best]
+        saved = best * (len(sharing) - 1)
+        if len(sharing) < _MIN_SHARING_ROWS or saved < _MIN_SAVING * sum(map(len, sharing)):
             break
-        yield Shared(middle[:best], tuple(sharers))
+        yield PrefixGroup(middle[:best], tuple(sharing))
         rest = [row for row, length in zip(rest, lengths, strict=True) if length < best]
     if rest:
-        yield Shared((), tuple(rest))
+        yield PrefixGroup((), tuple(rest))
 
 
 def _at_least(length: int, lengths: Iterable[int]) -> int:
     return sum(other >= length for other in lengths)
 
 
-def in_batches(rows: Iterable[R], read: int, held: int = 0) -> Iterator[list[R]]:
-    """Cut rows into batches, longest first, so that too large a batch fails at once.
+def batches_by_length(
+    rows: Iterable[R], tokens_per_batch: int, cached_tokens: int = 0
+) -> Iterator[list[R]]:
+    """Cut rows into batches, longest first, so that a batch too large for memory fails at once.
 
     Args:
-        rows: What a forward pass reads, without any prefix.
-        read: Tokens a pass may read, padding included.
-        held: Tokens of each row whose keys and values are held besides those read: a prefix,
-            and what will be generated.
+        rows: Rows of a forward pass, without their prefix.
+        tokens_per_batch: Most tokens of a batch, padding included.
+        cached_tokens: Tokens of each row whose keys and values are cached besides its own: the
+            prefix, and what will be generated.
     """
     rest = sorted(rows, key=len, reverse=True)
     while rest:
         longest = len(rest[0])
-        size = max(1, min(read // longest, _HELD_PER_READ * read // (held + longest)))
+        fitting = _CACHED_PER_READ * tokens_per_batch // (cached_tokens + longest)
+        size = max(1, min(tokens_per_batch // longest, fitting))
         yield rest[:size]
         rest = rest[size:]

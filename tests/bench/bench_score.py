@@ -158,7 +158,7 @@ class Replayed:
     def loglikelihood(self, requests, disable_tqdm=False):
         return [self.answers[str(request.args)] for request in requests]
 
-    def written(self, requests):
+    def generate_counted(self, requests):
         return [(text, 0) for text in self.loglikelihood(requests)]
 
 

@@ -10,24 +10,14 @@ from dataclasses import fields, replace
 import pytest
 import torch
 import transformers
-from hypothesis import given
-from hypothesis import strategies as st
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 
 from objectives.entries import TaskEntry
 from objectives.harness.harness import Harness
 from objectives.harness.tasks import load_tasks
-from objectives.inference.fast_hflm import plain_length
+from objectives.inference.forward import plain_length
 from objectives.inference.modes import Modes
-from objectives.inference.token_tree import (
-    Request,
-    common_length,
-    in_batches,
-    make_row,
-    make_rows,
-    share_prefixes,
-)
 from tiny_models import (
     MODELS,
     evaluated,
@@ -250,7 +240,7 @@ def test_a_text_says_how_many_tokens_it_took(changes):
         stops = {"stop_strings": [*until, "</s>"], "tokenizer": tokenizer}
         alone = model.generate(prompt, **settings, **stops)
         lengths.append(alone.shape[1] - prompt.shape[1])
-    found = fast(model).written(requests)
+    found = fast(model).generate_counted(requests)
     assert [count for _, count in found] == lengths
     assert [text for text, _ in found] == texts(stock(model), requests)
     assert len(set(lengths)) > 2
@@ -274,7 +264,7 @@ def test_a_model_with_a_state_is_asked_without_branches_and_prefixes(caplog):
     assert ours.modes.scoring
     assert not ours.modes.tree
     assert not ours.modes.prefix
-    assert "without answers as branches of one row" in caplog.text
+    assert "without answers as branches of one token tree" in caplog.text
     assert difference(scores(ours, questions(4)), scores(stock(model), questions(4))) < 1e-4
 
 
@@ -284,7 +274,7 @@ def test_a_model_that_sees_what_follows_is_left_to_lm_eval(caplog):
         layer.self_attn.is_causal = False
     ours = fast(model)
     assert ours.modes == Modes()
-    assert "without batches by length" in caplog.text
+    assert "without batches ordered by length" in caplog.text
     assert scores(ours, questions(4)) == scores(stock(model), questions(4))
     assert texts(ours, prompts(3)) == texts(stock(model), prompts(3))
 
@@ -293,7 +283,7 @@ def test_a_model_that_sees_what_follows_is_left_to_lm_eval(caplog):
 def test_without_any_one_way_answers_are_the_same(way):
     model = make_model()
     ours, theirs = fast(model), stock(model)
-    ours.modes = replace(ours.modes, **{way: False})
+    ours.use_modes(replace(ours.modes, **{way: False}))
     assert difference(scores(ours, questions()), scores(theirs, questions())) < 1e-4
     assert texts(ours, prompts()) == texts(theirs, prompts())
 
@@ -308,7 +298,7 @@ def test_a_model_that_encodes_first_is_left_to_lm_eval(caplog):
     ).eval()
     ours, theirs = fast(model, max_length=256), stock(model, max_length=256)
     assert ours.modes == Modes()
-    assert "no decoder of texts" in caplog.text
+    assert "not a causal language model" in caplog.text
     assert scores(ours, questions(8)) == scores(theirs, questions(8))
     assert texts(ours, prompts(3)) == texts(theirs, prompts(3))
 
@@ -352,60 +342,3 @@ def test_simple_evaluate_gives_every_item_the_same_value(folder, chat):
         assert ours.pop(key) == pytest.approx(theirs.pop(key), rel=1e-5)
     assert ours == theirs
     assert len(theirs) >= 100
-
-
-SEQUENCES = st.lists(
-    st.tuples(
-        st.lists(st.integers(0, 2), min_size=1, max_size=6),
-        st.lists(st.integers(0, 2), min_size=1, max_size=4),
-    ),
-    min_size=1,
-    max_size=6,
-)
-
-
-def requests_of(sequences):
-    return [
-        Request(number, "one question", (*context, *answer)[:-1], tuple(answer))
-        for number, (context, answer) in enumerate(sequences)
-    ]
-
-
-@given(SEQUENCES)
-def test_a_row_holds_each_sequence_on_the_path_to_its_answer(sequences):
-    requests = requests_of(sequences)
-    row = make_row(requests)
-    prefixes = {r.tokens[:end] for r in requests for end in range(1, len(r.tokens) + 1)}
-    assert len(row) == len(prefixes), "a token is read once for all that share it"
-    for answer in row.answers:
-        request = requests[answer.number]
-        above = [k for k in range(len(row)) if k <= answer.nodes[-1] < row.ends[k]]
-        assert tuple(row.tokens[k] for k in above) == request.tokens
-        assert [row.depths[k] for k in above] == list(range(len(request.tokens)))
-        assert answer.nodes == tuple(above[-len(request.answer) :])
-        assert answer.tokens == request.answer
-        assert request.tokens[: row.trunk] == row.head
-    behind = row.behind(row.trunk)
-    assert len(behind) == len(row) - row.trunk > 0
-    assert make_row(requests[:1]).is_chain
-
-
-def test_a_row_that_would_be_too_long_is_one_row_per_sequence():
-    requests = requests_of([([1, 2], [0, 1, 2]), ([1, 2], [2, 1, 0]), ([1, 2], [2, 1, 1])])
-    assert [len(row) for row in make_rows(requests, 100)] == [6]
-    assert [len(row) for row in make_rows(requests, 5)] == [4, 4]
-
-
-def test_what_most_rows_begin_with_is_shared_and_each_row_is_in_one_group():
-    rows = [make_row(requests_of([([7] * 20 + [number], [1])])) for number in range(6)]
-    others = [make_row(requests_of([([8, number], [1])])) for number in range(3)]
-    groups = list(share_prefixes([*rows, *others]))
-    assert [(group.prefix, len(group.rows)) for group in groups] == [((7,) * 20, 6), ((), 3)]
-    assert common_length([1, 2, 3], [1, 2]) == 2
-
-
-def test_batches_go_from_long_to_short_within_their_tokens():
-    rows = [make_row(requests_of([(list(range(length)), [1])])) for length in (3, 9, 4, 8, 30)]
-    batches = list(in_batches(rows, 20))
-    assert [[len(row) for row in batch] for batch in batches] == [[30], [9, 8], [4, 3]]
-    assert [len(batch) for batch in in_batches(rows, 20, held=80)] == [1, 1, 1, 1, 1]

@@ -326,10 +326,10 @@ def test_batches_too_large_for_memory_are_halved_and_it_is_said(folder, caplog):
     with caplog.at_level(logging.WARNING, "objectives.inference.fast_hflm"):
         found = harness.score(model, everything(harness))
     assert [answer.value for answer in found] == [answer.value for answer in expected]
-    assert "out of memory: asked in batches of" in caplog.text
+    assert "out of memory: batch size halved to" in caplog.text
     always = (torch.zeros(6, 1),)
     model.model.layers[0].mlp.register_forward_pre_hook(lambda module, _: fill(module, always))
-    with pytest.raises(ObjectiveError, match="no memory to ask one sequence"):
+    with pytest.raises(ObjectiveError, match="not enough memory for a batch of one sequence"):
         harness.score(model, everything(harness))
 
 

@@ -1,0 +1,145 @@
+"""Forward passes of a causal language model that compute logits only where they are used."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import math
+from collections.abc import Iterator
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
+
+from objectives.inference.modes import Modes
+from objectives.inference.token_tree import Tokens
+
+
+class ModelRunner:
+    """Runs forward passes of one live model.
+
+    Nothing that depends on weights outlives a call, so weights may be rewritten between calls.
+
+    Args:
+        model: The model.
+        device: Device of the model's inputs.
+        autocast_dtype: Dtype of ``torch.autocast``; None leaves it off.
+        tokens_per_batch: Most tokens of a batch, padding included.
+
+    Attributes:
+        modes: Shortcuts that are on; none at first.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        device: torch.device,
+        *,
+        autocast_dtype: torch.dtype | None,
+        tokens_per_batch: int,
+    ) -> None:
+        self.model = model
+        self.device = device
+        self.tokens_per_batch = tokens_per_batch
+        self.modes = Modes()
+        self._autocast_dtype = autocast_dtype
+        self._last_mlp = last_mlp(model)
+
+    def empty_cache(self) -> DynamicCache:
+        """Return a cache without keys and values."""
+        return DynamicCache(config=self.model.config)
+
+    def cache_prefix(self, prefix: Tokens) -> DynamicCache | None:
+        """Return keys and values of a prefix, for one row; None without a prefix."""
+        if not prefix:
+            return None
+        cache = self.empty_cache()
+        self.next_token_logits(torch.tensor([prefix], device=self.device), past_key_values=cache)
+        return cache
+
+    def next_token_logits(self, tokens: Tensor, **settings: Any) -> Tensor:
+        """Return logits at the last of tokens (b, t), of shape (b, vocabulary)."""
+        if self.modes.sparse_logits:
+            settings["logits_to_keep"] = 1
+        used = torch.zeros_like(tokens, dtype=torch.bool)
+        used[:, -1] = True
+        return self._logits(tokens, used, use_cache=True, **settings)[:, -1]
+
+    def logits_at(self, used: Tensor, tokens: Tensor, **settings: Any) -> Tensor:
+        """Return logits where ``used`` (b, t) is True, of shape (used.sum(), vocabulary)."""
+        if self.modes.sparse_logits:
+            return self._logits(tokens, used, logits_to_keep=used, **settings)
+        return self._logits(tokens, used, **settings)[used]
+
+    def _logits(self, tokens: Tensor, used: Tensor, **settings: Any) -> Tensor:
+        """Return the model's logits of tokens (b, t), valid where ``used`` (b, t) is True."""
+        autocast = torch.autocast(
+            self.device.type,
+            dtype=self._autocast_dtype,
+            enabled=self._autocast_dtype is not None,
+        )
+        mlp = self._last_mlp if self.modes.sparse_mlp and tokens.shape[1] > 1 else None
+        with autocast, only_at(mlp, used) if mlp is not None else contextlib.nullcontext():
+            return cast("Tensor", self.model(tokens, **settings).logits)
+
+
+def plain_length(config: PreTrainedConfig) -> float:
+    """Return the longest sequence with full causal attention and constant position embeddings.
+
+    Beyond a sliding window or an attention chunk a token no longer attends to all before it, and
+    some rotary embeddings change for all tokens once a sequence exceeds the original length.
+    """
+    text = config.get_text_config(decoder=True)
+    limits = [getattr(text, name, None) for name in ("sliding_window", "attention_chunk_size")]
+    rope = getattr(text, "rope_parameters", None) or {}
+    limits += [
+        settings.get("original_max_position_embeddings")
+        for settings in (rope, *(own for own in rope.values() if isinstance(own, dict)))
+        if settings.get("rope_type") in ("dynamic", "longrope")
+    ]
+    return min((limit for limit in limits if limit), default=math.inf)
+
+
+def last_mlp(model: torch.nn.Module) -> torch.nn.Module | None:
+    """Return the last layer's MLP; None where the model names none as most models do."""
+    layers = [module for module in model.modules() if isinstance(module, torch.nn.ModuleList)]
+    last = max(layers, key=len, default=[None])[-1]
+    return getattr(last, "mlp", None) or getattr(last, "feed_forward", None)
+
+
+@contextlib.contextmanager
+def only_at(module: torch.nn.Module, used: Tensor) -> Iterator[None]:
+    """Apply a position-wise module only where ``used`` (b, t) is True.
+
+    Elsewhere its output is 0; after the last layer nothing reads it.
+    """
+
+    def gather(_: torch.nn.Module, given: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return (given[0][used][None],)  # (1, m, d)
+
+    def scatter(_: torch.nn.Module, __: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        full = output.new_zeros(*used.shape, output.shape[-1])  # (b, t, d)
+        return full.masked_scatter_(used[..., None], output)
+
+    hooks = module.register_forward_pre_hook(gather), module.register_forward_hook(scatter)
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def repeat_cache(cache: DynamicCache, rows: int) -> DynamicCache:
+    """Return a one-row cache expanded to ``rows`` rows, without copying keys and values.
+
+    A layer that reads on concatenates them with its own into a new tensor.
+    """
+    layers: list[Any] = [copy.copy(layer) for layer in cache.layers]
+    for layer in layers:
+        if layer.is_initialized:
+            layer.keys = layer.keys.expand(rows, *layer.keys.shape[1:])  # (rows, heads, t, d)
+            layer.values = layer.values.expand(rows, *layer.values.shape[1:])
+    repeated = copy.copy(cache)
+    repeated.layers = layers
+    return repeated

@@ -1,0 +1,207 @@
+"""Log-likelihoods of continuations, computed over token trees behind shared prefixes.
+
+Shapes: b rows of t tokens in a batch, m positions that predict anything, n target tokens (n > m
+where answers of a question differ in their last token alone).
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Hashable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+
+from objectives.inference.forward import ModelRunner, plain_length, repeat_cache
+from objectives.inference.token_tree import (
+    Request,
+    Tokens,
+    TokenTree,
+    batches_by_length,
+    build_trees,
+    group_by_prefix,
+)
+
+_SOFTMAX_ROWS = 1024  # positions whose log-softmax is in memory at once
+
+Loglikelihood = tuple[float, bool]  # its value in nats, and whether greedy decoding gives the text
+
+
+@dataclass(frozen=True)
+class TreeBatch:
+    """Token trees padded on the right, and what they predict.
+
+    Attributes:
+        tokens: (b, t).
+        positions: (b, t), position of each token in its sequence.
+        subtree_ends: (b, t), see ``TokenTree``; None where plain causal attention is the same.
+        predicting: (b, t), True at the m positions that predict a target.
+        sources: (n), which of the m positions predicts each target.
+        targets: (n), the target tokens.
+        target_counts: (request index, number of its targets), in the order of ``targets``.
+    """
+
+    tokens: Tensor
+    positions: Tensor
+    subtree_ends: Tensor | None
+    predicting: Tensor
+    sources: Tensor
+    targets: Tensor
+    target_counts: tuple[tuple[int, int], ...]
+
+
+@dataclass(frozen=True)
+class PrefixBatches:
+    """Batches whose rows all follow one prefix."""
+
+    prefix: Tokens
+    batches: tuple[TreeBatch, ...]
+
+
+class LoglikelihoodScorer:
+    """Plans batches for log-likelihood requests and evaluates them.
+
+    Args:
+        runner: Forward passes of the model.
+        softmax_dtype: Dtype of the log-softmax; None takes the logits'.
+    """
+
+    def __init__(self, runner: ModelRunner, softmax_dtype: torch.dtype | None) -> None:
+        self._runner = runner
+        self._softmax_dtype = softmax_dtype
+
+    def plan(self, requests: Iterable[Request]) -> tuple[PrefixBatches, ...]:
+        """Lay requests out in batches, grouped by prefix.
+
+        Sequences that the model would not read with plain causal attention get rows of their own.
+        """
+        plain = plain_length(self._runner.model.config)
+        by_task: dict[Hashable, list[Request]] = defaultdict(list)
+        beyond = []
+        for request in requests:
+            if len(request.inputs) > plain:
+                beyond.append(request)
+            else:
+                by_task[request.task].append(request)
+        modes = self._runner.modes
+        planned: list[PrefixBatches] = []
+        for of_task in by_task.values():
+            trees = build_trees(of_task, self._runner.tokens_per_batch if modes.tree else 0)
+            planned += self._grouped(trees) if modes.prefix else [self._batched((), trees)]
+        return (*planned, self._batched((), build_trees(beyond, 0)))
+
+    def _grouped(self, trees: Sequence[TokenTree]) -> Iterator[PrefixBatches]:
+        without: list[TokenTree] = []
+        for group in group_by_prefix(trees):
+            if group.prefix:
+                yield self._batched(group.prefix, group.rows)
+            else:
+                without += group.rows
+        yield self._batched((), without)
+
+    def _batched(self, prefix: Tokens, trees: Iterable[TokenTree]) -> PrefixBatches:
+        rest = [tree.without_prefix(len(prefix)) for tree in trees]
+        batches = batches_by_length(rest, self._runner.tokens_per_batch, len(prefix))
+        return PrefixBatches(prefix, tuple(_pad(rows, self._runner.device) for rows in batches))
+
+    def score_requests(self, requests: Sequence[Request]) -> list[Loglikelihood]:
+        """Return the requests' log-likelihoods, by request index."""
+        return self.score(self.plan(requests), len(requests))
+
+    @torch.no_grad()
+    def score(self, plan: Iterable[PrefixBatches], count: int) -> list[Loglikelihood]:
+        """Return the log-likelihoods of ``count`` planned requests, by request index."""
+        scores: list[Loglikelihood] = [(math.nan, False)] * count
+        for group in plan:
+            cache = self._runner.cache_prefix(group.prefix) if group.batches else None
+            for batch in group.batches:
+                logits = self._logits(batch, len(group.prefix), cache)  # (m, vocabulary)
+                log_probs, greedy = _target_log_probs(logits, batch, self._softmax_dtype)
+                start = 0
+                for index, length in batch.target_counts:
+                    own = slice(start, start + length)
+                    scores[index] = (float(log_probs[own].sum()), bool(greedy[own].all()))
+                    start += length
+        return scores
+
+    def _logits(self, batch: TreeBatch, prefix: int, cache: DynamicCache | None) -> Tensor:
+        """Return logits at the batch's predicting positions, (m, vocabulary)."""
+        settings: dict[str, Any] = {"use_cache": cache is not None}
+        if cache is not None:
+            settings["past_key_values"] = repeat_cache(cache, len(batch.tokens))
+        if batch.subtree_ends is not None:
+            dtype = self._runner.model.dtype
+            settings["attention_mask"] = _tree_mask(batch.subtree_ends, prefix, dtype)
+            settings["position_ids"] = batch.positions
+        return self._runner.logits_at(batch.predicting, batch.tokens, **settings)
+
+
+def _pad(rows: Sequence[TokenTree], device: torch.device) -> TreeBatch:
+    """Return trees as the rows of one batch."""
+    shape = (len(rows), max(map(len, rows)))
+    tokens = torch.zeros(shape, dtype=torch.long)
+    positions = torch.zeros(shape, dtype=torch.long)
+    # padding attends to itself: a softmax over nothing would be NaN
+    ends = torch.arange(1, shape[1] + 1).repeat(len(rows), 1)
+    predicting = torch.zeros(shape, dtype=torch.bool)
+    for number, row in enumerate(rows):
+        tokens[number, : len(row)] = torch.tensor(row.tokens)
+        positions[number, : len(row)] = torch.tensor(row.positions)
+        ends[number, : len(row)] = torch.tensor(row.subtree_ends)
+        for prediction in row.predictions:
+            predicting[number, list(prediction.nodes)] = True
+    source = predicting.flatten().cumsum(0).reshape(shape) - 1
+    predictions = [(number, each) for number, row in enumerate(rows) for each in row.predictions]
+    causal = all(row.is_chain and row.positions[0] == 0 for row in rows)
+    return TreeBatch(
+        tokens=tokens.to(device),
+        positions=positions.to(device),
+        subtree_ends=None if causal else ends.to(device),
+        predicting=predicting.to(device),
+        sources=torch.cat([source[n, list(each.nodes)] for n, each in predictions]).to(device),
+        targets=torch.tensor([t for _, each in predictions for t in each.targets], device=device),
+        target_counts=tuple((each.index, len(each.targets)) for _, each in predictions),
+    )
+
+
+def _tree_mask(subtree_ends: Tensor, prefix: int, dtype: torch.dtype) -> Tensor:
+    """Return the additive attention mask (b, 1, t, prefix + t) of trees behind a prefix.
+
+    It is 0 where a node may attend, the prefix included, and the dtype's lowest number elsewhere.
+    """
+    rows, length = subtree_ends.shape
+    node = torch.arange(length, device=subtree_ends.device)
+    key, query = node[None, None, :], node[None, :, None]
+    hidden = (key > query) | (query >= subtree_ends[:, None, :])  # (b, t, t)
+    mask = torch.zeros(rows, length, prefix + length, dtype=dtype, device=node.device)
+    mask[:, :, prefix:].masked_fill_(hidden, torch.finfo(dtype).min)
+    return mask[:, None]
+
+
+def _target_log_probs(
+    logits: Tensor, batch: TreeBatch, dtype: torch.dtype | None
+) -> tuple[Tensor, Tensor]:
+    """Return each target's log-probability and whether it is the argmax, both (n), on the CPU.
+
+    Args:
+        logits: (m, vocabulary), at the batch's predicting positions.
+        batch: Which position predicts which target.
+        dtype: Dtype of the log-softmax.
+    """
+    sources = batch.sources
+    log_probs = torch.empty(len(sources), dtype=dtype or logits.dtype, device=logits.device)
+    greedy = torch.zeros(len(sources), dtype=torch.bool, device=logits.device)
+    for first in range(0, len(logits), _SOFTMAX_ROWS):
+        part = logits[first : first + _SOFTMAX_ROWS]
+        chosen = ((sources >= first) & (sources < first + len(part))).nonzero()[:, 0]
+        rows, targets = sources[chosen] - first, batch.targets[chosen]
+        part_log_probs = part.log_softmax(-1, dtype=dtype)  # (m', vocabulary)
+        log_probs[chosen] = part_log_probs[rows, targets]
+        # argmax takes six times as long as amax and matters only where a target has the maximum
+        largest = (log_probs[chosen] == part_log_probs.amax(-1)[rows]).nonzero()[:, 0]
+        greedy[chosen[largest]] = part_log_probs[rows[largest]].argmax(-1) == targets[largest]
+    return log_probs.cpu(), greedy.cpu()
