@@ -70,9 +70,9 @@ def _do(options: Any) -> None:
     """Run a command, its libraries kept quiet from before they are imported."""
     with quiet(lambda text: output.note(text), verbose=options.verbose):
         output = _output(options)
-        from merge_engine.models import statistics_cache as cache
+        from merge_engine.models.statistics_cache import user_limit
 
-        cache.own_limit()  # a wrong one is said now, and not by the first of many candidates
+        user_limit()  # a wrong one is said now, and not by the first of many candidates
         # What tasks print on their own account is no event.
         with redirect_stdout(sys.stderr) if options.json else nullcontext():
             COMMANDS[options.command](options, output)
@@ -143,6 +143,7 @@ def _build(options: Any, output: Output) -> None:
     from merge_engine.building.builder import built_tensors
     from merge_engine.building.export import CheckpointFiles, write_checkpoint
     from merge_engine.building.plan import plan_merge
+    from merge_engine.numerics.kernel_runner import configure_compiler
     from merge_engine.recipe.recipe_file import load_recipe
     from search.session import about, device_of
 
@@ -151,6 +152,8 @@ def _build(options: Any, output: Output) -> None:
         output.note(note)
     with about(options.recipe):
         plan = plan_merge(recipe)
+    if any(part.family.runner.compiled for part in plan.parts):
+        configure_compiler()
     tensors = built_tensors(plan, torch.device(device_of(options)))
     write_checkpoint(tensors, options.out, shapes=plan.shapes(), model=CheckpointFiles.of(plan))
     text = f"{options.out}: {len(plan.names)} tensors of {recipe.merge_method}"
@@ -193,7 +196,7 @@ def _score(options: Any, output: Output) -> None:
 
 
 def _init(options: Any, output: Output) -> None:
-    from merge_engine.models.checkpoint import is_here
+    from merge_engine.models.checkpoint import is_local
     from search.preparing.check import check_study
     from search.session import device_of
     from search.study.template import all_or_nothing, write_study
@@ -203,7 +206,7 @@ def _init(options: Any, output: Output) -> None:
     tasks = _given(options.tasks, "--tasks", "tasks or .jsonl files")
     with all_or_nothing() as write:
         notes = write_study(options.out, base, models, tasks, options.trials, write)
-        away = [model for model in (base, *models) if not is_here(model)]
+        away = [model for model in (base, *models) if not is_local(model)]
         plan, more = ([], []) if away else check_study(options.out, device_of(options))
     if away:
         more = [f"not on this machine: {', '.join(away)}; check fetches them and prints the plan"]

@@ -158,7 +158,7 @@ class Builder:
 
     def _laid_out(self) -> Iterator[tuple[TensorPack, Tensor]]:
         """Move the live model's tensors to where they lie in the donors' pages."""
-        for page in self.family.pages:
+        for page in self.family.placement.packs:
             live = [self._targets.get(name) for name in page.names]
             kinds = {(each.dtype, each.device) if each is not None else None for each in live}
             if len(kinds) == 1 and (kind := kinds.pop()) and kind[0].is_floating_point:
@@ -169,12 +169,18 @@ class Builder:
                 yield page, matrix
 
     @torch.no_grad()
-    def build(self, recipe: Recipe) -> None:
-        """Write the recipe's weights into the model, in place.
+    def build(self, recipe: Recipe, *, force: bool = False) -> None:
+        """Write a recipe's weights into the model, in place, unless it has them already.
+
+        Args:
+            recipe: What to build.
+            force: Build it even if it was built last.
 
         Raises:
             RecipeError: It cannot be built; the model is then of no recipe.
         """
+        if not force and self.loaded is not None and self.loaded.key == recipe.key:
+            return
         self.loaded = None  # a failed build leaves parts of two recipes: never score it
         self.version += 1
         parts = self._parts(recipe)

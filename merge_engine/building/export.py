@@ -21,7 +21,7 @@ from torch import Tensor
 
 from merge_engine.building.plan import Plan
 from merge_engine.errors import MergeError
-from merge_engine.models.checkpoint import Checkpoint
+from merge_engine.models.checkpoint import DTYPES, Checkpoint
 from merge_engine.recipe.recipe import Recipe
 
 SHARD_BYTES = 5_000_000_000
@@ -34,20 +34,7 @@ TOKENIZER_FILES = (
     "merges.txt",
     "chat_template*",
 )
-
-
-_DTYPE_NAMES = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.int64: "I64",
-    torch.int32: "I32",
-    torch.int16: "I16",
-    torch.int8: "I8",
-    torch.uint8: "U8",
-    torch.bool: "BOOL",
-}
+_DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 @dataclass(frozen=True)

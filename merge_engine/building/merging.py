@@ -23,8 +23,9 @@ from merge_engine.methods.preparation import UNBOUNDED
 from merge_engine.methods.task_vectors import kept_masses
 from merge_engine.models.model_set import ModelSet
 from merge_engine.numerics.noise import Noise, key_of
+from merge_engine.numerics.order_statistics import Magnitudes, Variances
 from merge_engine.numerics.packing import TensorPack
-from merge_engine.numerics.statistics import Magnitudes, Variances, row_width
+from merge_engine.numerics.statistics import row_width
 from merge_engine.recipe.recipe import Recipe
 
 
@@ -48,7 +49,7 @@ class _Merge:
 
     def read(self, model: str) -> Tensor:
         """Return a model's tensors, packed, on the device."""
-        return to_device(self.models.matrix(model, self.pack), self.device)
+        return to_device(self.models.placement.packed(model, self.pack), self.device)
 
     @property
     def base(self) -> str:
@@ -160,7 +161,7 @@ def _write_sum(out: Tensor, method: Linear, merge: _Merge) -> None:
     if len(used) == 1 and bool((factors[:, used] == 1).all()):
         origin = None  # one task vector with coefficient 1: the donor itself, bit for bit
     columns = [merge.column(factors[:, index].float()) for index in used]
-    merge.models.stream.write(
+    merge.models.runner.write(
         out,
         sum_of_task_vectors if origin else weighted_sum,
         (merge.read(origin) if origin else None, [merge.read(models[index]) for index in used]),
@@ -171,7 +172,9 @@ def _write_sum(out: Tensor, method: Linear, merge: _Merge) -> None:
 def _factors(method: Linear, merge: _Merge) -> Tensor:
     """Return each tensor's coefficients, (k, n) float64; one call for equal parameters."""
     models, names = _merged_models(merge.recipe), merge.pack.names
-    grams = merge.models.grams(names, models, merge.recipe.origin) if method.gram else None
+    grams = (
+        merge.models.measurements.grams(names, models, merge.recipe.origin) if method.gram else None
+    )
     factors = torch.empty(len(names), len(models), dtype=torch.float64)
     groups: dict[tuple[Any, ...], list[int]] = defaultdict(list)
     for index, each in enumerate(merge.values):
@@ -191,7 +194,7 @@ def _write_sum_by_row(out: Tensor, method: Linear, merge: _Merge, dim: int) -> N
     """Write a weighted sum of one tensor with coefficients of their own for every row."""
     models, origin, (name,) = _merged_models(merge.recipe), merge.recipe.origin, merge.pack.names
     options = {name: each for name, each in merge.values[0].items() if name not in method.layout}
-    gram = merge.models.gram(name, models, origin, dim) if method.gram else None
+    gram = merge.models.measurements.gram(name, models, origin, dim) if method.gram else None
     factors = method.coefficients(gram, **options)  # (rows, n)
     tensors = [to_device(merge.models.read(model, name), out.device) for model in models]
     by_row = [_along(c, out.shape, dim).to(out.device) for c in factors.float().unbind(-1)]
@@ -224,10 +227,10 @@ class _TaskVector:
 
     @property
     def magnitudes(self) -> Magnitudes:
-        return self.models.magnitudes(self.name, self.donor, self.base)
+        return self.models.measurements.magnitudes(self.name, self.donor, self.base)
 
     def rescale_factor(self, chance: int) -> float:
-        masses = self.models.masses(self.name, self.donor, self.base, self.key)
+        masses = self.models.measurements.masses(self.name, self.donor, self.base, self.key)
         return _norm_ratio(float(masses[-1]), float(masses[chance]))
 
 
@@ -252,12 +255,12 @@ class _TaskVectors:
     def variances(self) -> Variances:
         first, *_ = self.members
         donors = tuple(member.donor for member in self.members)
-        return first.models.variances(first.name, donors, first.base)
+        return first.models.measurements.variances(first.name, donors, first.base)
 
     def overlaps(self, epsilon: float) -> Tensor:
         first, *_ = self.members
         donors = tuple(member.donor for member in self.members)
-        return first.models.overlaps(first.name, donors, first.base, epsilon)
+        return first.models.measurements.overlaps(first.name, donors, first.base, epsilon)
 
 
 def _write_elementwise(out: Tensor, method: Elementwise, merge: _Merge) -> None:
@@ -276,12 +279,15 @@ def _write_elementwise(out: Tensor, method: Elementwise, merge: _Merge) -> None:
     models = [recipe.donors[index].model for index in used]
     inputs = base, [merge.read(model) for model in models]
     if stat := method.elementwise_stat:
-        found = [merge.models.beside(stat, merge.pack, model, merge.base) for model in models]
+        found = [
+            merge.models.measurements.elementwise(stat, merge.pack, model, merge.base)
+            for model in models
+        ]
         per_donor[stat] = [to_device(each, merge.device) for each in found]
     if any(each.rescales for each in kernel_values):
         ratios = _rescale_factors(merge, inputs, per_donor, noise)
         per_donor["factor"] = [f * r for f, r in zip(per_donor["factor"], ratios, strict=True)]
-    merge.models.stream.write(out, method.kernel, inputs, {**scalars, **per_donor}, noise)
+    merge.models.runner.write(out, method.kernel, inputs, {**scalars, **per_donor}, noise)
 
 
 def _used_donors(count: int, parameters: Sequence[Parameters]) -> tuple[int, ...]:
@@ -351,7 +357,7 @@ def _rescale_factors(
 ) -> list[Number]:
     """Return what restores each task vector's L1 norm under its mask, (k,) for each donor."""
     values = {name: per_donor[name] for name in ("chance", "spread", "rank_share")}
-    sums = merge.models.stream.sums(kept_masses, inputs, values, noise)
+    sums = merge.models.runner.sums(kept_masses, inputs, values, noise)
     masses = merge.pack.sums(sums).tolist()  # n before the masks and n after, of k tensors
     pairs = zip(masses[: len(masses) // 2], masses[len(masses) // 2 :], strict=True)
     ratios = [[_norm_ratio(*both) for both in zip(*pair, strict=True)] for pair in pairs]

@@ -15,13 +15,13 @@ import torch
 
 from merge_engine.errors import MergeError
 from merge_engine.models.checkpoint import Checkpoint, open_models
-from merge_engine.models.model_set import ModelSet
+from merge_engine.models.model_set import AlignedTensors, Layout, ModelSet
 from merge_engine.models.tensor_names import (
     depth_in,
     is_before_layers,
     is_head_weight,
     layer_counts,
-    place_of,
+    layer_position,
 )
 from merge_engine.models.vocabulary import (
     Vocabulary,
@@ -130,66 +130,58 @@ def stack(
     for number, part in enumerate(flat):
         own = {model: checkpoints[model] for model in part.recipe.models_read}
         if part.layers is None:
-            parts.append(Part(part.recipe, ModelSet(own, rows, part.recipe.base_model)))
+            parts.append(_part(part.recipe, own, None, rows))
             continue
         _check_ranges(part, own)
         ends = (number == 0, number == len(flat) - 1)
-        wanted, depths = _numbered(own, part.layers, start, ends)
-        run = _Run(own, wanted, depths, rows, part.recipe.base_model)
-        parts.append(Part(part.recipe, run))
+        parts.append(_part(part.recipe, own, _layout(own, part.layers, start, ends), rows))
         start += _length(part.layers)
     return tuple(parts)
 
 
-class _Run(ModelSet):
-    """Some of the models' layers, under the numbers they have in the result."""
-
-    def __init__(
-        self,
-        checkpoints: Mapping[str, Checkpoint],
-        wanted: Mapping[str, Mapping[str, str]],
-        depths: Mapping[str, float],
-        rows: Vocabulary | None,
-        base: str | None,
-    ) -> None:
-        self.rows, self.base = rows, base
-        self._hold(checkpoints, wanted, depths)
+def _part(
+    recipe: Recipe,
+    checkpoints: Mapping[str, Checkpoint],
+    layout: Layout | None,
+    rows: Vocabulary | None,
+) -> Part:
+    return Part(recipe, ModelSet(AlignedTensors(checkpoints, layout, rows, recipe.base_model)))
 
 
-def _numbered(
+def _layout(
     checkpoints: Mapping[str, Checkpoint],
     layers: Mapping[str, tuple[int, int]],
     start: int,
     ends: tuple[bool, bool],
-) -> tuple[dict[str, dict[str, str]], dict[str, float]]:
-    """The result's tensors of a run: each model's name of them, and their depth in the run.
+) -> Layout:
+    """Return the result's tensors of a run of layers.
 
     Args:
         checkpoints: The models.
         layers: Which layers of each.
-        start: The number of the first one in the result.
-        ends: Is it the first run, is it the last?
+        start: Number of the first one in the result.
+        ends: Whether the run is the first, and whether it is the last.
     """
     wanted: dict[str, dict[str, str]] = {}
     depths: dict[str, float] = {}
     for model, (first, last) in layers.items():
         for own in checkpoints[model].tensors:
-            place = place_of(own)
-            if place and first <= place.layer < last:
-                step = place.layer - first
-                name = f"{place.stack}{start + step}.{place.rest}"
+            position = layer_position(own)
+            if position and first <= position.layer < last:
+                step = position.layer - first
+                name = f"{position.stack}{start + step}.{position.rest}"
                 depths[name] = depth_in(step, last - first)
-            elif place is None and ends[0 if is_before_layers(own) else 1]:
+            elif position is None and ends[0 if is_before_layers(own) else 1]:
                 depths[name := own] = 0.0
             else:
                 continue
             wanted[name] = {m: _shifted(own, layers[m][0] - first) for m in layers}
-    return {name: wanted[name] for name in sorted(wanted)}, depths
+    return Layout({name: wanted[name] for name in sorted(wanted)}, depths)
 
 
 def _shifted(name: str, by: int) -> str:
-    place = place_of(name)
-    return f"{place.stack}{place.layer + by}.{place.rest}" if place else name
+    position = layer_position(name)
+    return f"{position.stack}{position.layer + by}.{position.rest}" if position else name
 
 
 def _length(layers: Mapping[str, tuple[int, int]]) -> int:

@@ -10,7 +10,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-from merge_engine.numerics.statistics import Magnitudes, Variances
+from merge_engine.numerics.order_statistics import Magnitudes, Variances
 
 Value = float | int | bool
 Values = Mapping[str, Value | tuple[Value, ...]]  # by argument name; a tuple: one per donor

@@ -14,7 +14,7 @@ from typing import Final
 
 from merge_engine.methods.contract import KernelValues, Parameters, TaskVector, TaskVectors
 from merge_engine.numerics.noise import LEVELS, level
-from merge_engine.numerics.statistics import EVERYTHING, NOTHING, Band
+from merge_engine.numerics.order_statistics import EVERYTHING, NOTHING, Band
 
 # Upper bound of a tensor that has none, where it is merged in one pass with tensors that have one.
 UNBOUNDED: Final[Mapping[str, float]] = MappingProxyType({"high": math.inf, "high_share": 0})
@@ -75,7 +75,7 @@ def _banded(parameters: Parameters, bands: Sequence[Band]) -> KernelValues:
         "low": tuple(band.low for band in bands),
         "low_share": tuple(level(band.low_share) for band in bands),
         "factor": tuple(
-            weight * (band.stretch if rescale else 1.0)
+            weight * (band.rescale if rescale else 1.0)
             for weight, band in zip(parameters.per_donor["weight"], bands, strict=True)
         ),
     }

@@ -1,15 +1,15 @@
-"""A model's checkpoint in safetensors, read tensor by tensor.
+"""Checkpoints in safetensors: headers first, then tensor by tensor.
 
 A model is a folder or a hub id (``org/name`` or ``org/name@revision``), found through
-huggingface_hub's cache and downloaded if the cache lacks it. ``base+adapter`` is a model and what
-a LoRA adapter changes in it.
+huggingface_hub's cache and downloaded if the cache lacks it. ``base+adapter`` is a model with
+a LoRA adapter.
 """
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -18,17 +18,18 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
+from typing_extensions import override
 
 from merge_engine.errors import MergeError
-from merge_engine.models import statistics_cache as cache
+from merge_engine.models.fingerprint import fingerprint
 from merge_engine.models.lora import Adapter
-from merge_engine.models.tensor_names import input_embedding, is_head_weight, place_of
+from merge_engine.models.tensor_names import input_embedding, is_head_weight, layer_position
 from merge_engine.numerics.statistics import all_finite
 
 HUB_FILES = ("*.safetensors", "*.json", "*.jinja", "*.txt", "*.model", "README.md")
 INDEX = "model.safetensors.index.json"
 _RECOMPUTED = ".rotary_emb.inv_freq"  # buffers that old checkpoints store; no model reads them
-_DTYPES = {
+DTYPES: Mapping[str, torch.dtype] = {  # by their names in safetensors headers
     "F64": torch.float64,
     "F32": torch.float32,
     "F16": torch.float16,
@@ -40,19 +41,20 @@ _DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
+Reader = Callable[[str], Tensor]  # from a name, of a model or of a tensor, to a tensor
 
 
 def is_hub_id(model: str) -> bool:
-    """Whether it reads like ``org/name`` or ``org/name@revision``."""
+    """Whether a string has the form ``org/name`` or ``org/name@revision``."""
     return re.fullmatch(r"[\w.-]+/[\w.-]+(@[\w./-]+)?", model) is not None
 
 
-def is_here(model: str) -> bool:
-    """Whether a model, or a model and its adapter, can be read without asking the hub."""
+def is_local(model: str) -> bool:
+    """Whether a model, or a model and its adapter, can be read without a download."""
     if Path(model).expanduser().is_dir():
         return True
     if "+" in model:
-        return all(map(is_here, model.split("+")))
+        return all(map(is_local, model.split("+")))
     from huggingface_hub import snapshot_download
 
     name, _, revision = model.partition("@")
@@ -64,10 +66,10 @@ def is_here(model: str) -> bool:
 
 
 def locate(model: str) -> Path:
-    """The folder of a model, from the hub's cache or the hub itself if it is an id.
+    """Return the folder of a model; one named by a hub id is downloaded unless it is cached.
 
     Raises:
-        RecipeError: There is neither such a folder nor such a model.
+        MergeError: There is neither such a folder nor such a model.
     """
     if (folder := Path(model).expanduser()).is_dir():
         return folder
@@ -94,7 +96,7 @@ def locate(model: str) -> Path:
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """Where a tensor lives and what it looks like, from the file's header."""
+    """A tensor's file, shape and dtype, from the file's header."""
 
     file: Path
     shape: tuple[int, ...]
@@ -102,11 +104,20 @@ class TensorInfo:
 
 
 class Checkpoint:
-    """One model's tensors on disk: headers are read at once, tensors when asked for."""
+    """One model's files. The header of each is read once, tensors every time.
 
-    def __init__(self, model: str) -> None:
+    Args:
+        model: Name of the model.
+        folder: Where its files are; None: where ``locate`` finds it.
+
+    Raises:
+        MergeError: There is no such model.
+    """
+
+    def __init__(self, model: str, folder: Path | None = None) -> None:
         self.model = model
-        self.folder = locate(model)
+        self.folder = folder or locate(model)
+        self._handles: dict[Path, Any] = {}  # open files
 
     @cached_property
     def config(self) -> Mapping[str, Any]:
@@ -122,18 +133,20 @@ class Checkpoint:
     def _json(self, name: str) -> Mapping[str, Any]:
         file = self.folder / name
         if not file.is_file():
-            raise MergeError(f"model {self.model!r}: no {name} in {self.folder}; {self._way_out}")
+            raise MergeError(f"model {self.model!r}: no {name} in {self.folder}; {self._advice}")
         try:
             found = json.loads(file.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             raise MergeError(f"{file}: damaged or cut short: {error}; fetch it again") from None
         if not isinstance(found, dict):
-            raise MergeError(f"{file}: damaged: it is no mapping of keys; fetch it again")
+            raise MergeError(
+                f"{file}: damaged: expected a mapping of keys to values; fetch it again"
+            )
         return found
 
     @cached_property
-    def _way_out(self) -> str:
-        """What to do about a folder that lacks a file of a model."""
+    def _advice(self) -> str:
+        """What to do about a folder that lacks one of a model's files."""
         if (self.folder / "adapter_config.json").is_file():
             return f"it is an adapter: name it with its base, as 'BASE+{self.model}'"
         if any(self.folder.glob("*.bin")):
@@ -142,35 +155,35 @@ class Checkpoint:
 
     @cached_property
     def tensors(self) -> Mapping[str, TensorInfo]:
-        """The tensors that make up the model, by name; an untied copy of a tied head left out."""
+        """The model's tensors by name, sorted; a stored copy of a tied head is left out."""
         found: dict[str, TensorInfo] = {}
         for file in self._files():
             handle = self._open(file)
             for name in handle.keys():  # noqa: SIM118  not a mapping
                 part = handle.get_slice(name)
-                dtype = _DTYPES.get(part.get_dtype())
+                dtype = DTYPES.get(part.get_dtype())
                 if dtype is None:
                     raise MergeError(
                         f"{file}: {name!r} has the dtype {part.get_dtype()}, which is "
                         "quantised; merge the full-precision model"
                     )
                 found[name] = TensorInfo(file, tuple(part.get_shape()), dtype)
-        if lost := sorted(name for name in self._index if self._counts(name) and name not in found):
+        if lost := sorted(name for name in self._index if self._is_own(name) and name not in found):
             raise MergeError(
                 f"{self.folder / INDEX}: lists {lost[0]!r}, which {self._index[lost[0]]!r} lacks; "
                 "fetch both again"
             )
-        return {name: info for name, info in sorted(found.items()) if self._counts(name)}
+        return {name: info for name, info in sorted(found.items()) if self._is_own(name)}
 
-    def _counts(self, name: str) -> bool:
-        """Whether a stored tensor is one of the model's own."""
+    def _is_own(self, name: str) -> bool:
+        """Whether a stored tensor is part of the model."""
         tied = self.config.get("tie_word_embeddings", False)
         return not name.endswith(_RECOMPUTED) and not (tied and name == "lm_head.weight")
 
-    def own_name(self, name: str) -> str | None:
-        """The model's tensor that does what ``name`` does elsewhere; None if it has none.
+    def name_in(self, name: str) -> str | None:
+        """Return the model's own name of a tensor that other models have; None if it lacks it.
 
-        Where there is no head of its own, the embedding is the head.
+        The head of a model with tied embeddings is its embedding.
         """
         if name in self.tensors:
             return name
@@ -178,34 +191,35 @@ class Checkpoint:
 
     @cached_property
     def fingerprint(self) -> str:
-        """What tells the model's weights from any others, wherever they lie."""
-        return cache.fingerprint(self._files())
+        """Identifies the model's weights; a copy of the files has another fingerprint."""
+        return fingerprint(self._files())
 
     @property
-    def contents(self) -> str:
-        """The same, but that a copy of the model has the same one."""
-        return cache.fingerprint(self._files(), dated=False)
+    def content_hash(self) -> str:
+        """Identifies the model's weights; a copy of the files has the same hash."""
+        return fingerprint(self._files(), dated=False)
 
-    def ought_to_have(self, name: str) -> bool:
-        """Whether a tensor, if missing, leaves a gap: then the model is not whole.
+    def must_have(self, name: str) -> bool:
+        """Whether the model is incomplete without a tensor.
 
-        A kind of tensor that none of its layers has, a bias or a head leaves none.
+        It is not without a bias, a head, or a kind of tensor that none of its layers has.
         """
-        place = place_of(name)
-        if place is None:
+        position = layer_position(name)
+        if position is None:
             return name.endswith("weight") and not is_head_weight(name)
-        return (place.stack, place.rest) in self._kinds
+        return (position.stack, position.rest) in self._layer_kinds
 
     @cached_property
-    def _kinds(self) -> set[tuple[str, str]]:
-        places = (place_of(name) for name in self.tensors)
-        return {(place.stack, place.rest) for place in places if place}
+    def _layer_kinds(self) -> set[tuple[str, str]]:
+        """Stack and name within the layer of every tensor in a layer."""
+        positions = (layer_position(name) for name in self.tensors)
+        return {(position.stack, position.rest) for position in positions if position}
 
     def read(self, name: str) -> Tensor:
-        """The tensor as stored, on the CPU.
+        """Read a tensor as stored, on the CPU.
 
         Raises:
-            RecipeError: It is not there or its bytes are not.
+            MergeError: The tensor is missing, or its file is damaged.
         """
         try:
             tensor: Tensor = self._open(self.tensors[name].file).get_tensor(name)
@@ -216,15 +230,15 @@ class Checkpoint:
         return tensor
 
     def file_of(self, name: str) -> Path:
-        """The file that a tensor's numbers are from."""
+        """Return the file that a tensor's values come from."""
         return self.tensors[name].file
 
     def read_dtype(self, name: str) -> torch.dtype:
-        """The dtype of what ``read`` gives."""
+        """Return the dtype of what ``read`` returns."""
         return self.tensors[name].dtype
 
     def release(self) -> None:
-        """Close the files: until then the pages read so far count as this process's memory."""
+        """Close the files: until then what was read of them counts as this process's memory."""
         self._handles.clear()
 
     def _files(self) -> list[Path]:
@@ -237,18 +251,19 @@ class Checkpoint:
         if (single := self.folder / "model.safetensors").is_file():
             return [single]
         raise MergeError(
-            f"model {self.model!r}: no model.safetensors in {self.folder}; {self._way_out}"
+            f"model {self.model!r}: no model.safetensors in {self.folder}; {self._advice}"
         )
 
     @cached_property
     def _index(self) -> Mapping[str, str]:
-        """The file of each tensor of a model in shards; empty if it is in one file."""
+        """File of each tensor of a sharded model; empty if it is in one file."""
         if not (self.folder / INDEX).is_file():
             return {}
         files = self._json(INDEX).get("weight_map")
         if not (files and isinstance(files, dict) and all(type(f) is str for f in files.values())):
             raise MergeError(
-                f"{self.folder / INDEX}: its 'weight_map' names no files; fetch it again"
+                f"{self.folder / INDEX}: its 'weight_map' is no mapping of tensors to "
+                "files; fetch it again"
             )
         return files
 
@@ -260,59 +275,54 @@ class Checkpoint:
                 raise MergeError(f"{file}: damaged or cut short: {error}; fetch it again") from None
         return self._handles[file]
 
-    @cached_property
-    def _handles(self) -> dict[Path, Any]:
-        return {}
-
 
 class Adapted(Checkpoint):
-    """A model with a LoRA adapter, written ``base+adapter``; no merged copy is stored."""
+    """A model with a LoRA adapter, named ``base+adapter``; no merged copy is stored.
+
+    Raises:
+        MergeError: The model or the adapter cannot be used, or they do not fit each other.
+    """
 
     def __init__(self, model: str, base: str, adapter: str) -> None:
-        """Open both.
-
-        Raises:
-            RecipeError: One cannot be used, or they do not belong together.
-        """
-        self.model = model
-        self.folder = locate(base)
+        super().__init__(model, locate(base))
         self._adapter = Adapter(locate(adapter))
         self._adapter.check({name: info.shape for name, info in self.tensors.items()}, base)
 
     @cached_property
+    @override
     def fingerprint(self) -> str:
-        """That of the model and the adapter."""
-        return f"{super().fingerprint}+{cache.fingerprint(self._adapter.files)}"
+        return f"{super().fingerprint}+{fingerprint(self._adapter.files)}"
 
     @property
-    def contents(self) -> str:
-        """That of the model and the adapter."""
-        return f"{super().contents}+{cache.fingerprint(self._adapter.files, dated=False)}"
+    @override
+    def content_hash(self) -> str:
+        return f"{super().content_hash}+{fingerprint(self._adapter.files, dated=False)}"
 
+    @override
     def read(self, name: str) -> Tensor:
-        """The tensor with its change, in float32 if it has one."""
         return self._adapter.apply(name, super().read(name))
 
+    @override
     def file_of(self, name: str) -> Path:
-        """The adapter's if it changes the tensor, unless the model's own is not finite already."""
+        # NaN in the model's own tensor is not the adapter's fault.
         changed = self._adapter.changes(name) and all_finite(super().read(name))
         return self._adapter.weights if changed else super().file_of(name)
 
+    @override
     def read_dtype(self, name: str) -> torch.dtype:
-        """As ``Checkpoint.read_dtype``."""
         return torch.float32 if self._adapter.changes(name) else super().read_dtype(name)
 
+    @override
     def release(self) -> None:
-        """Close the files of both."""
         super().release()
         self._adapter.release()
 
 
 def open_model(model: str) -> Checkpoint:
-    """A model by its name: a folder, a hub id, or ``base+adapter``.
+    """Open a model by its name: a folder, a hub id, or ``base+adapter``.
 
     Raises:
-        RecipeError: It is missing or damaged.
+        MergeError: It is missing or damaged.
     """
     if "+" not in model or Path(model).expanduser().is_dir():
         return Checkpoint(model)
@@ -322,10 +332,10 @@ def open_model(model: str) -> Checkpoint:
 
 
 def open_models(models: Iterable[str]) -> dict[str, Checkpoint]:
-    """Open models by name, in order, the headers of their files read.
+    """Open models by name, in order.
 
     Raises:
-        RecipeError: One is missing or damaged, or they are of different architectures.
+        MergeError: One is missing or damaged, or they are of different architectures.
     """
     checkpoints = {model: open_model(model) for model in models}
     first, *others = checkpoints.values()

@@ -1,4 +1,4 @@
-"""LoRA adapters as peft saves them: ``W + scale * B @ A``, formed when a tensor is read."""
+"""LoRA adapters as peft saves them: ``W + scale * B @ A``, computed when a tensor is read."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import math
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +16,8 @@ from torch import Tensor
 from merge_engine.errors import MergeError
 
 _PREFIX = "base_model.model."
-# What changes the formula, and the only values with which it is the one above.
-_PLAIN: Mapping[str, tuple[object, ...]] = {
+# Settings that change the formula, and the values with which it is the one above.
+_SUPPORTED: Mapping[str, tuple[object, ...]] = {
     "peft_type": ("LORA",),
     "fan_in_fan_out": (False, None),
     "use_dora": (False, None),
@@ -48,27 +47,33 @@ class Update:
 
 
 class Adapter:
-    """An adapter's folder, its header read."""
+    """A LoRA adapter: which tensors of its base it changes, and how.
+
+    Attributes:
+        shapes: Of the adapter's own tensors, by key.
+        updates: Low-rank changes, by the name of the base's tensor.
+        replaced: Keys of tensors that replace the base's, by the name of the base's tensor.
+
+    Raises:
+        MergeError: It is damaged, or not a plain LoRA adapter.
+    """
 
     def __init__(self, folder: Path) -> None:
-        """Open an adapter.
-
-        Raises:
-            RecipeError: It is damaged, or not a plain LoRA adapter.
-        """
         self.folder = folder
+        self._handle: Any = None  # the open file
         self._config = self._read_config()
-        self.shapes = {key: tuple(self._file.get_slice(key).get_shape()) for key in self._keys}
+        file = self._open()
+        self.shapes = {key: tuple(file.get_slice(key).get_shape()) for key in sorted(file.keys())}
         self.updates: dict[str, Update] = {}
-        self.replaced: dict[str, str] = {}  # a tensor of the base: the key of what stands for it
-        for key in self._keys:
-            self._sort(key)
+        self.replaced: dict[str, str] = {}
+        for key in self.shapes:
+            self._add(key)
 
     def check(self, shapes: Mapping[str, tuple[int, ...]], base: str) -> None:
-        """Compare with the tensors of the base it is to be added to.
+        """Compare with the tensors of a base.
 
         Raises:
-            RecipeError: It changes a tensor that the base lacks or has in another shape.
+            MergeError: It changes a tensor that the base lacks or has in another shape.
         """
         trained = self._config.get("base_model_name_or_path")
         hint = f"it was trained on {trained!r}; name that one before the '+'"
@@ -85,32 +90,32 @@ class Adapter:
 
     @property
     def files(self) -> tuple[Path, Path]:
-        """All that the change depends on."""
+        """The files that the changes depend on."""
         return self.folder / "adapter_config.json", self.weights
 
     @property
     def weights(self) -> Path:
-        """The file with A and B."""
+        """The file with the matrices A and B."""
         return self.folder / "adapter_model.safetensors"
 
     def changes(self, name: str) -> bool:
-        """Whether the base's tensor is another one with the adapter."""
+        """Whether the adapter changes a tensor of its base."""
         return name in self.updates or name in self.replaced
 
     def apply(self, name: str, weight: Tensor) -> Tensor:
-        """The base's tensor as the adapter changes it: float32 if it does."""
+        """Return the base's tensor with the adapter's change: float32 if there is one."""
         if name in self.replaced:
-            weight = self._file.get_tensor(self.replaced[name]).float()
+            weight = self._open().get_tensor(self.replaced[name]).float()
         if name not in self.updates:
             return weight
         update = self.updates[name]
-        down, up = (self._file.get_tensor(key).float() for key in (update.down, update.up))
+        down, up = (self._open().get_tensor(key).float() for key in (update.down, update.up))
         product = up @ down
         return weight.float().add(product.T if update.transposed else product, alpha=update.scale)
 
     def release(self) -> None:
         """Close the file."""
-        self.__dict__.pop("_file", None)
+        self._handle = None
 
     def _read_config(self) -> dict[str, Any]:
         file = self.folder / "adapter_config.json"
@@ -118,29 +123,26 @@ class Adapter:
             config = dict(json.loads(file.read_text(encoding="utf-8")))
         except (OSError, ValueError) as error:
             raise MergeError(f"{file}: {error}; expected a LoRA adapter as peft saves it") from None
-        for key, plain in _PLAIN.items():
-            if key in config and config[key] not in plain:
+        for key, supported in _SUPPORTED.items():
+            if key in config and config[key] not in supported:
                 raise MergeError(
                     f"{file}: {key} is {config[key]!r}, which cannot be added to a base here; "
                     "merge the adapter with peft (merge_and_unload) and name the result"
                 )
         return config
 
-    @cached_property
-    def _file(self) -> Any:
-        try:
-            return safe_open(self.weights, framework="pt", device="cpu")
-        except (SafetensorError, OSError) as error:
-            raise MergeError(
-                f"{self.weights}: missing, damaged or cut short: {error}; fetch it again"
-            ) from None
+    def _open(self) -> Any:
+        if self._handle is None:
+            try:
+                self._handle = safe_open(self.weights, framework="pt", device="cpu")
+            except (SafetensorError, OSError) as error:
+                raise MergeError(
+                    f"{self.weights}: missing, damaged or cut short: {error}; fetch it again"
+                ) from None
+        return self._handle
 
-    @cached_property
-    def _keys(self) -> list[str]:
-        return sorted(self._file.keys())
-
-    def _sort(self, key: str) -> None:
-        """Find out which tensor of the base a tensor of the adapter changes, and how."""
+    def _add(self, key: str) -> None:
+        """Record which tensor of the base a tensor of the adapter changes, and how."""
         name = key.removeprefix(_PREFIX)
         if match := re.fullmatch(r"(.*)\.lora_(embedding_)?A(?:\.weight)?", name):
             module, embedding = match[1], bool(match[2])
@@ -169,7 +171,7 @@ class Adapter:
         return alpha / (math.sqrt(rank) if self._config.get("use_rslora") else rank)
 
     def _changed(self) -> Iterator[tuple[str, tuple[int, ...]]]:
-        """The base's tensors that are changed, and their shapes when the adapter was made."""
+        """Yield the base's tensors that are changed, with their shapes in training."""
         yield from ((name, self.shapes[key]) for name, key in self.replaced.items())
         for name, update in self.updates.items():
             shape = (self.shapes[update.up][0], self.shapes[update.down][1])

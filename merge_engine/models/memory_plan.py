@@ -1,4 +1,4 @@
-"""Where the donors live while candidates are built, planned from what is free and said beforehand.
+"""Where the donors live while candidates are built, planned from the memory that is free.
 
 They stay on the device that builds (on a CPU: in memory) if they fit beside the live model, else,
 for a GPU, in pinned host memory, else they are mapped from disk, and what the system's page cache
@@ -8,34 +8,35 @@ cannot hold is read again for every candidate.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import psutil
 import torch
+from pydantic import ByteSize, TypeAdapter, ValidationError
 
 from merge_engine.errors import MergeError
+from merge_engine.models.checkpoint import TensorInfo
 from merge_engine.numerics.packing import ROWS, WIDTH
 
-if TYPE_CHECKING:
-    from merge_engine.models.checkpoint import TensorInfo
-
 Tier = Literal["device", "pinned", "disk"]
-SPARE = 0.7  # of what is free: activations, allocators and caches need the rest
-PLACES = {"device": "kept there", "pinned": "in pinned host memory", "disk": "mapped from disk"}
+USABLE = 0.7  # of what is free: activations, allocators and caches need the rest
+_TIERS = {"device": "kept there", "pinned": "in pinned host memory", "disk": "mapped from disk"}
+_SIZE = re.compile(r"\s*\d*\.?\d+\s*[a-z]*\s*", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """What a study needs, in bytes, and where the donors go.
+    """Memory that a study needs, in bytes, and where the donors live.
 
     Args:
         device: Where the live model is.
-        live: The live model.
-        work: Most that one tensor's merge needs besides: float32 copies of the largest.
-        donors: All members as they are stored.
-        free: On the device, or what the user allows of it.
+        live: Of the live model.
+        work: Most that merging one tensor takes besides: float32 copies of the largest.
+        donors: Of all models as they are stored.
+        free: Free on the device, or what the user allows of it.
         tier: Where the donors live.
     """
 
@@ -48,9 +49,9 @@ class MemoryPlan:
 
     def __str__(self) -> str:
         return (
-            f"memory: {_gib(self.live)} for the live model and up to {_gib(self.work)} for merging "
-            f"its largest tensor, of {_gib(self.free)} free on {self.device}; "
-            f"{_gib(self.donors)} of models {PLACES[self.tier]}"
+            f"memory: {_text(self.live)} for the live model and up to {_text(self.work)} for "
+            f"merging its largest tensor, of {_text(self.free)} free on {self.device}; "
+            f"{_text(self.donors)} of models {_TIERS[self.tier]}"
         )
 
 
@@ -62,25 +63,25 @@ def plan_memory(
     limit: int | None = None,
     sharers: int = 1,
 ) -> MemoryPlan:
-    """Plan from what is free now.
+    """Plan from the memory that is free now.
 
     Args:
-        tensors: The family's.
-        members: How many models it has.
+        tensors: Shapes and dtypes of one model's tensors.
+        members: Number of models.
         dtype: Of the live model.
         device: Where the live model is to be; "auto": on all GPUs together.
-        limit: Bytes to use at the most, instead of all that is free.
-        sharers: How many processes plan for the same host at once.
+        limit: Bytes to use at most; None: all that is free.
+        sharers: Number of processes that share the host.
 
     Raises:
-        RecipeError: The live model and the work on it do not fit.
+        MergeError: The live model and merging its largest tensor do not fit.
     """
     sizes = {name: math.prod(info.shape) for name, info in tensors.items()}
     live = sum(sizes.values()) * dtype.itemsize
     donors = members * sum(sizes[name] * info.dtype.itemsize for name, info in tensors.items())
     largest = max(sizes.values(), default=0)
     on_cpu = device != "auto" and torch.device(device).type == "cpu"
-    if not on_cpu:  # where donors may be copied to, page by page
+    if not on_cpu:  # donors may be copied there pack by pack
         largest = max(largest, min(sum(sizes.values()), ROWS * WIDTH))
     work = 4 * (members + 2) * largest
     most = limit if limit is not None else 1 << 62
@@ -88,42 +89,32 @@ def plan_memory(
     free = on_host if on_cpu else min(_free(device), most)
     if live + work > free:
         raise MergeError(
-            f"memory: the live model takes {_gib(live)} and merging its largest tensor "
-            f"{_gib(work)}, but {_gib(free)} are free on {device}; choose another --device or "
+            f"memory: the live model takes {_text(live)} and merging its largest tensor "
+            f"{_text(work)}, but {_text(free)} are free on {device}; choose another --device or "
             "--memory, a smaller dtype, or fewer models"
         )
     tier: Tier = "disk"
-    if device != "auto" and live + work + donors <= SPARE * free:
+    if device != "auto" and live + work + donors <= USABLE * free:
         tier = "device"
-    elif not on_cpu and donors <= SPARE * on_host:
+    elif not on_cpu and donors <= USABLE * on_host:
         tier = "pinned"
     return MemoryPlan(device, live, work, donors, free, tier)
 
 
 def parse_size(text: str) -> int:
-    """Bytes of a size such as "24GB", "512 MiB" or "1e9".
+    """Return the bytes of a size such as "24GB" or "512 MiB".
 
     Raises:
         ValueError: It is no such size.
     """
-    units = {"": 0, "b": 0, "k": 1, "m": 2, "g": 3, "t": 4}
-    word = text.strip().lower().replace(" ", "")
-    number = word.rstrip("bikmgt")
-    unit = word[len(number) :]
-    power = units.get(unit[:1])
-    if power is None or unit[1:] not in ("", "b", "ib"):
-        raise ValueError(f"{text!r} is no size; write it like 24GB or 512MiB")
     try:
-        size = float(number) * (1024 if "i" in unit else 1000) ** power
-    except ValueError:
-        size = math.nan
-    if not 0 <= size < math.inf:
-        raise ValueError(f"{text!r} is no size; write it like 24GB or 512MiB")
-    return int(size)
+        return TypeAdapter(ByteSize).validate_python(text if _SIZE.fullmatch(text) else "")
+    except ValidationError:
+        raise ValueError(f"{text!r} is no size; write it like 24GB or 512MiB") from None
 
 
 def _free(device: str) -> int:
-    """Bytes free on a device."""
+    """Return the bytes free on a device; "auto": on all GPUs."""
     if device == "auto":
         return sum(_free(f"cuda:{number}") for number in range(torch.cuda.device_count()))
     if torch.device(device).type == "cuda":
@@ -131,5 +122,5 @@ def _free(device: str) -> int:
     return int(psutil.virtual_memory().available)
 
 
-def _gib(size: int) -> str:
-    return f"{size / 2**30:.1f} GiB" if size >= 2**29 else f"{size / 2**20:.0f} MiB"
+def _text(size: int) -> str:
+    return ByteSize(size).human_readable(separator=" ")

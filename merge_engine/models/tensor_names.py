@@ -1,4 +1,4 @@
-"""What a tensor's name says: its layer, and on which side of the layers it stands."""
+"""What a tensor's name tells: its layer, or whether it is an embedding or a head."""
 
 from __future__ import annotations
 
@@ -12,41 +12,41 @@ _INPUT_EMBEDDING = re.compile(r"(^|\.)(embed_tokens|wte|embed_in|word_embeddings
 _HEAD = re.compile(r"(^|\.)(lm_head|embed_out)\.(weight|bias)$")
 
 
-class Place(NamedTuple):
-    """A tensor inside a layer; its name is ``f"{stack}{layer}.{rest}"``."""
+class LayerPosition(NamedTuple):
+    """Position of a tensor in a stack of layers; its name is ``f"{stack}{layer}.{rest}"``."""
 
     stack: str
     layer: int
     rest: str
 
 
-def place_of(name: str) -> Place | None:
-    """Where in the layers a tensor stands; None outside of them."""
+def layer_position(name: str) -> LayerPosition | None:
+    """Return the layer that a tensor belongs to; None outside of the layers."""
     match = _LAYER.fullmatch(name)
-    return Place(match[1], int(match[2]), match[3]) if match else None
+    return LayerPosition(match[1], int(match[2]), match[3]) if match else None
 
 
 def layer_counts(names: Iterable[str]) -> dict[str, int]:
-    """How many layers each stack has that these tensors' names tell of."""
+    """Return the number of layers of each stack that occurs in the tensors' names."""
     counts: dict[str, int] = {}
     for name in names:
-        if place := place_of(name):
-            counts[place.stack] = max(counts.get(place.stack, 0), place.layer + 1)
+        if position := layer_position(name):
+            counts[position.stack] = max(counts.get(position.stack, 0), position.layer + 1)
     return counts
 
 
 def depth_in(layer: int, count: int) -> float:
-    """Where a layer stands among ``count``: 0 the first, 1 the last, and 1 the only one."""
+    """Return the relative depth of a layer among ``count``: 0 first, 1 last, 1 the only one."""
     return layer / (count - 1) if count > 1 else 1.0
 
 
 def is_before_layers(name: str) -> bool:
-    """Whether a tensor outside the layers feeds them (embeddings) or else comes after them."""
+    """Whether a tensor outside the layers is an input embedding, and not applied after them."""
     return bool(_INPUT_SIDE.search(name))
 
 
 def is_head_weight(name: str) -> bool:
-    """Whether a tensor turns vectors into logits."""
+    """Whether a tensor is the weight of the output head."""
     return bool(_HEAD.search(name)) and name.endswith("weight")
 
 
@@ -56,5 +56,5 @@ def is_vocabulary(name: str) -> bool:
 
 
 def input_embedding(names: Iterable[str]) -> str | None:
-    """The tensor that turns tokens into vectors, which a tied head shares."""
+    """Return the name of the input embedding, which a tied head shares; None if there is none."""
     return next((name for name in names if _INPUT_EMBEDDING.search(name)), None)

@@ -1,8 +1,8 @@
-"""One pass: a kernel run over rows of numbers and written straight into the result.
+"""Run a kernel over rows of numbers, in one pass, and write the result in place.
 
 Compiled, the kernel, the casts and the noise become one loop that reads every input once and writes
 the output once. Without a compiler, or where compiling would cost more than it saves, the same
-functions run in chunks small enough that what is between two steps stays in the cache.
+functions run in chunks small enough that intermediate results stay in the cache.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ T = TypeVar("T")
 _LOG = logging.getLogger(__name__)
 Kernel = Callable[..., Tensor]
 CHUNK = 1 << 16
-PAYS = 2_000_000_000  # merged numbers from which on compiling (some seconds, once) is worth it
-# Every intermediate result is wanted in registers: one that inductor keeps in memory, as it does
-# with those used often, also halves how many 16-bit numbers it takes at a time.
+PAYS = 2_000_000_000  # merged parameters from which on compiling (some seconds, once) pays
+# Every intermediate result should stay in a register: one that inductor keeps in memory, as it does
+# with those used often, also halves how many 16-bit numbers it processes at a time.
 _OPTIONS: dict[str, str | int | bool | Callable[..., Any]] = {
     "realize_opcount_threshold": 1 << 20,
     "realize_reads_threshold": 1 << 20,
@@ -35,27 +35,36 @@ _OPTIONS: dict[str, str | int | bool | Callable[..., Any]] = {
 
 
 def compiling_pays(parameters: int, candidates: int) -> bool:
-    """Whether so many candidates of so many parameters should be merged by compiled kernels."""
+    """Whether that many candidates of that many parameters should be merged by compiled kernels."""
     can = torch.cuda.is_available() or shutil.which("g++") is not None
     return can and parameters * candidates >= PAYS
 
 
-class KernelRunner:
-    """Runs kernels over rows of WIDTH numbers: pages, or any tensor, cut into rows and a rest.
+def configure_compiler() -> None:
+    """Set what compiled kernels need of this process; call it once, before the first one runs.
 
-    A kernel's other values are numbers, for the whole tensor or one a row, (rows, 1); n of either;
-    flags; and n tensors with a number for every element, of which a kernel gets the same stretch.
+    Sets torch's ``recompile_limit`` and a warnings filter.
+    """
+    # Kernels, numbers of donors and dtypes share one compiled function, of more variants than 8.
+    torch._dynamo.config.recompile_limit = max(256, torch._dynamo.config.recompile_limit)
+    # Rank shares are of one 16-bit type and weights may be of the other: this is intended.
+    warnings.filterwarnings("ignore", message="bf16 and fp16 are mixed")
+
+
+class KernelRunner:
+    """Runs kernels over rows of WIDTH numbers: packs, or any tensor, cut into rows and a rest.
+
+    A kernel's values are numbers, for the whole tensor or one a row, (rows, 1); lists of n of
+    either; flags; and lists of n tensors with a number for every element, of which a kernel gets
+    the same part as of the donors.
 
     Args:
-        compiled: Through ``torch.compile``; else in chunks.
+        compiled: Run through ``torch.compile`` (see ``configure_compiler``); else in chunks.
     """
 
     def __init__(self, compiled: bool) -> None:
         self.compiled = compiled
-        if compiled:  # kernels, numbers of donors and dtypes share one function: more than its 8
-            torch._dynamo.config.recompile_limit = max(256, torch._dynamo.config.recompile_limit)
-            # Shares are of one 16-bit type and weights may be of the other, which is meant.
-            warnings.filterwarnings("ignore", message="bf16 and fp16 are mixed")
+        self._compiled_kernels: dict[tuple[object, Kernel], Callable[..., Any]] = {}
 
     def write(
         self,
@@ -68,13 +77,13 @@ class KernelRunner:
         """Write ``kernel(base, donors, **values)`` into ``out``, rounded to its dtype.
 
         Args:
-            out: Contiguous, any shape; what it is rounded to.
+            out: Contiguous, any shape.
             kernel: Works on any rows of the tensors.
             inputs: The base, if the kernel has one, and the donors, of ``out``'s shape.
-            values: The kernel's other arguments, as the class has them.
-            noise: If the kernel takes noise, what it follows from.
+            values: The kernel's other arguments, as the class describes them.
+            noise: Defines the noise, if the kernel takes noise.
         """
-        self._each(_write, kernel, _Rows.of(inputs, values, noise, out.view(-1)))
+        self._each(_write, kernel, _Rows.flatten(inputs, values, noise, out.view(-1)))
 
     def sums(
         self,
@@ -83,18 +92,18 @@ class KernelRunner:
         values: Mapping[str, Any],
         noise: Noise | None = None,
     ) -> Tensor:
-        """What a kernel adds up along each row.
+        """Return sums along each row.
 
         Args:
-            kernel: Gives k sums for each of some rows, (k, rows).
-            inputs: As of ``write``.
-            values: As of ``write``.
-            noise: As of ``write``.
+            kernel: Returns k sums for each of some rows, (k, rows).
+            inputs: As in ``write``.
+            values: As in ``write``.
+            noise: As in ``write``.
 
         Returns:
-            (k, rows) float64, for every row of WIDTH elements and the rest.
+            (k, rows) float64, of every row of WIDTH elements and the rest.
         """
-        found = self._each(_measure, kernel, _Rows.of(inputs, values, noise, None))
+        found = self._each(_measure, kernel, _Rows.flatten(inputs, values, noise, None))
         return torch.cat(found, 1) if found else torch.zeros(1, 0, dtype=torch.float64)
 
     def _each(
@@ -103,9 +112,9 @@ class KernelRunner:
         kernel: Kernel,
         whole: _Rows,
     ) -> list[T]:
-        """Run over all rows: compiled if that is wanted and there is more than one, or in chunks.
+        """Run over all rows: in chunks, or compiled where there is more than one row.
 
-        A compiler would make one row a case of its own, and the rest is never more than one.
+        The compiler would specialise on a single row, which the rest of a tensor always is.
         """
         done: list[T] = []
         for rows in whole.split():
@@ -121,16 +130,18 @@ class KernelRunner:
             done += [run(*chunk.arguments()) for chunk in rows.chunks()]
         return done
 
-    @functools.cache  # noqa: B019  one Stream lives as long as its family
     def _compiled(
         self, make: Callable[[Kernel], Callable[..., T]], kernel: Kernel
     ) -> Callable[..., T]:
-        return torch.compile(make(kernel), dynamic=True, options=_OPTIONS)
+        if (make, kernel) not in self._compiled_kernels:
+            compiled = torch.compile(make(kernel), dynamic=True, options=_OPTIONS)
+            self._compiled_kernels[make, kernel] = compiled
+        return self._compiled_kernels[make, kernel]
 
 
 @dataclass(frozen=True)
 class _Rows:
-    """Rows of all that one call is about: (rows, width) each, and one number a row (rows, 1)."""
+    """Rows of a call's output, inputs and values: (rows, width) each, or (rows, 1)."""
 
     out: Tensor | None
     base: Tensor | None
@@ -139,14 +150,14 @@ class _Rows:
     noise: Noise | None
 
     @classmethod
-    def of(
+    def flatten(
         cls,
         inputs: tuple[Tensor | None, Sequence[Tensor]],
         values: Mapping[str, Any],
         noise: Noise | None,
         out: Tensor | None,
     ) -> _Rows:
-        """Everything flattened, as one long row; numbers as tensors, no constants to a compiler."""
+        """Flatten all to one long row; numbers become tensors, not constants to a compiler."""
         base, donors = inputs
         device = donors[0].device
         return cls(
@@ -162,7 +173,7 @@ class _Rows:
         return self.donors[0].shape[0]
 
     def split(self) -> Iterator[_Rows]:
-        """The one long row as rows of WIDTH and the rest, as far as there are any."""
+        """Yield the long row as rows of WIDTH, and the rest, if there are any."""
         size = self.donors[0].shape[1]
         count, rest = divmod(size, WIDTH)
         if count:
@@ -173,14 +184,14 @@ class _Rows:
             yield self._map(lambda tensor: tensor[:, count * WIDTH :], slice(count, None))
 
     def chunks(self) -> Iterator[_Rows]:
-        """A few rows at a time."""
+        """Yield a few rows at a time."""
         step = max(1, CHUNK // WIDTH)
         for start in range(0, self.count, step):
             part = slice(start, start + step)
             yield self._map(lambda tensor, part=part: tensor[part], part)  # type: ignore[misc]
 
     def _map(self, cut: Callable[[Tensor], Tensor], rows: slice) -> _Rows:
-        """Tensors by element through ``cut``, of what there is one number a row the ``rows``."""
+        """Apply ``cut`` to what is elementwise; take ``rows`` of what has a number a row."""
         wide = self.donors[0].shape[1]
 
         def part(value: Any) -> Any:
@@ -199,7 +210,7 @@ class _Rows:
         )
 
     def arguments(self) -> tuple[Any, ...]:
-        """What a kernel's runner takes."""
+        """Return the arguments of ``_write`` and ``_measure``'s functions."""
         noise = None
         if self.noise is not None:
             columns = _columns(self.donors[0].shape[1], self.donors[0].device)
@@ -240,7 +251,7 @@ def _run(
 
 
 def _tensors(value: Any, size: int, device: torch.device) -> Any:
-    """A kernel's value with its numbers as tensors of 32 bits and what is by element as one row."""
+    """Return a kernel's value with numbers as 32-bit tensors and elementwise tensors as one row."""
     if isinstance(value, bool) or value is None:
         return value
     if isinstance(value, list | tuple):

@@ -1,4 +1,4 @@
-"""Random numbers that depend on a key and a position, and on nothing else.
+"""Counter-based random numbers: functions of a key and a position, and of nothing else.
 
 A mask drawn from a stream changes when tensors are merged in another order, in other chunks or on
 another device. A counter-based generator has no stream: number ``i`` of a key is a hash of both.
@@ -8,8 +8,8 @@ the key before the mixer's first multiplication and the other before its second.
 integer arithmetic throughout, which vectorises where 64-bit products do not, and exact, so a CPU
 and a GPU, eager or compiled, draw the same bits.
 
-A number has 16 bits. That is as fine as the tables of magnitudes, far finer than what a random mask
-deviates from its density by, and coarse enough to know beforehand what any mask keeps
+A number has 16 bits. That is as fine as the tables of magnitudes, far finer than a random mask's
+deviation from its density, and coarse enough to tabulate what the mask of any density keeps
 (``masses_below``).
 """
 
@@ -27,18 +27,18 @@ LEVELS = 1 << 16  # numbers are multiples of 1 / LEVELS
 BLOCK = 1 << 31  # positions that an int32 can count; every further block has a key of its own
 _FACTORS = (0x7FEB352D, 0x846CA68B - (1 << 32))  # of lowbias32, as signed numbers
 _GOLDEN = 0x9E3779B9 - (1 << 32)  # of 2**32
-_PIECE = 1 << 20  # numbers drawn at a time, so that what is between two steps stays in the cache
+_PIECE = 1 << 20  # numbers drawn at a time, so that intermediate results stay in the cache
 
 
 @dataclass(frozen=True)
 class Noise:
-    """What a kernel's noise over rows of numbers follows from.
+    """Positions and keys that define a kernel's noise over rows of numbers.
 
     Args:
         first: Position of each row's first number in its tensor, modulo BLOCK, through ``weyl``,
             (rows, 1) int32.
         keys: For each donor the two halves of its key, each () or (rows, 1) int32.
-        even: The numbers have only to be even, not random: one sequence for all donors.
+        even: One evenly spread sequence for all donors will do, instead of random numbers.
     """
 
     first: Tensor
@@ -46,7 +46,7 @@ class Noise:
     even: bool = False
 
     def rows(self, part: slice) -> Noise:
-        """The noise of some of the rows."""
+        """Return the noise of some of the rows."""
         keys = tuple((_cut(low, part), _cut(high, part)) for low, high in self.keys)
         return Noise(self.first[part], keys, self.even)
 
@@ -56,20 +56,20 @@ def _cut(column: Tensor, part: slice) -> Tensor:
 
 
 def drawn(noise: Noise, columns: Tensor) -> list[Tensor]:
-    """The numbers of each donor: (rows, width) int32, in [0, LEVELS).
+    """Return each donor's numbers, (rows, width) int32 in [0, LEVELS).
 
     Args:
-        noise: Of which rows.
-        columns: Places within a row through ``weyl``, (width,) int32.
+        noise: Defines the numbers.
+        columns: Positions within a row through ``weyl``, (width,) int32.
     """
-    places = noise.first + columns  # the sequence is linear
+    positions = noise.first + columns  # ``weyl`` is linear
     if noise.even:  # the key moves the whole of it, so that tensors do not all start alike
-        return [spread(places + noise.keys[0][0])] * len(noise.keys)
-    return [hashed(places, low, high) for low, high in noise.keys]
+        return [spread(positions + noise.keys[0][0])] * len(noise.keys)
+    return [hashed(positions, low, high) for low, high in noise.keys]
 
 
 def weyl(positions: Tensor) -> Tensor:
-    """Positions times the golden ratio, modulo 2**32: int32, as they are.
+    """Multiply int32 positions by the golden ratio, modulo 2**32.
 
     Multiples of the golden ratio modulo 1 fall into any interval as often as its length says, to a
     few of them (Weyl 1916).
@@ -78,20 +78,20 @@ def weyl(positions: Tensor) -> Tensor:
 
 
 def key_of(seed: int, tensor: str, donor: int) -> int:
-    """The generator's 64-bit key for one tensor of one donor (its place among the donors)."""
+    """Return the 64-bit key of one tensor of one donor (its index among the recipe's donors)."""
     digest = hashlib.blake2b(f"{seed}/{donor}/{tensor}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little", signed=True)
 
 
 def uniform(key: int, shape: Sequence[int], device: torch.device | str = "cpu") -> Tensor:
-    """Numbers in [0, 1) on a grid of 1 / LEVELS: shape ``shape``, float32."""
+    """Draw numbers in [0, 1) on a grid of 1 / LEVELS: shape ``shape``, float32."""
     return uniform_at(key, 0, int(torch.Size(shape).numel()), device).reshape(tuple(shape))
 
 
 def uniform_at(key: int, start: int, count: int, device: torch.device | str = "cpu") -> Tensor:
-    """The numbers at the flat positions ``[start, start + count)``, (count,).
+    """Draw the numbers of ``uniform`` at the flat positions ``[start, start + count)``, (count,).
 
-    They are those that ``uniform`` has there, so a tensor may be worked through in chunks.
+    A tensor can thus be processed in chunks.
     """
     numbers = torch.empty(count, dtype=torch.float32, device=device)
     done = 0
@@ -105,7 +105,7 @@ def uniform_at(key: int, start: int, count: int, device: torch.device | str = "c
 
 
 def halves(key: int, block: int = 0) -> tuple[int, int]:
-    """Two int32 keys for the mixer, from a 64-bit key and the block of 2**31 positions.
+    """Return two int32 keys for the mixer, from a 64-bit key and a block of 2**31 positions.
 
     Neighbouring keys would be one sequence with its numbers swapped in pairs, were they not spread
     over all 64 bits first (SplitMix64's finaliser, https://doi.org/10.1145/2660193.2660195).
@@ -118,51 +118,51 @@ def halves(key: int, block: int = 0) -> tuple[int, int]:
     return _signed(mixed & 0xFFFFFFFF), _signed(mixed >> 32)
 
 
-def hashed(places: Tensor, low: int | Tensor, high: int | Tensor) -> Tensor:
-    """The top 16 bits of ``lowbias32(place ^ low)``, with ``high`` taken in halfway.
+def hashed(positions: Tensor, low: int | Tensor, high: int | Tensor) -> Tensor:
+    """Return the top 16 bits of ``lowbias32(position ^ low)``, with ``high`` mixed in halfway.
 
     The mixer's last step changes the lower bits alone and is left out.
 
     Args:
-        places: Positions within one block, through ``weyl``, int32.
+        positions: Within one block, through ``weyl``, int32.
         low: First half of the key, as ``halves`` gives it; as a tensor of int32 it is no constant
             to a compiler.
         high: Second half.
 
     Returns:
-        Numbers in [0, LEVELS), int32, of the shape of ``places``. They stay whole: to compare
-        them is far cheaper than to convert them.
+        Numbers in [0, LEVELS), int32, of the shape of ``positions``. They stay integers:
+        comparing them is far cheaper than converting them.
     """
-    bits = places ^ low
+    bits = positions ^ low
     bits = (bits ^ _shifted(bits, 16)) * _FACTORS[0]
     bits = (bits ^ _shifted(bits, 15) ^ high) * _FACTORS[1]
     return _shifted(bits, 16)
 
 
-def spread(places: Tensor) -> Tensor:
-    """Numbers in [0, LEVELS) as even as can be, at a fraction of the cost of ``hashed``.
+def spread(positions: Tensor) -> Tensor:
+    """Return evenly spread numbers in [0, LEVELS), at a fraction of the cost of ``hashed``.
 
-    They are for choosing a share of equal elements.
+    They serve to keep a share of equal elements.
 
     Args:
-        places: Of the elements, through ``weyl``, int32.
+        positions: Of the elements, through ``weyl``, int32.
     """
-    return _shifted(places, 16)
+    return _shifted(positions, 16)
 
 
 def level(chance: float) -> int:
-    """How many of the LEVELS numbers an element with a chance is kept for."""
+    """Return the number below which an element of that chance is kept, 0 to LEVELS."""
     return round(chance * LEVELS)
 
 
 def masses_below(magnitudes: Tensor, key: int) -> Tensor:
-    """For each level k the sum of the magnitudes whose number is below ``k / LEVELS``.
+    """Sum, for each level k, the magnitudes whose random number is below ``k / LEVELS``.
 
-    What a random mask of any density keeps of a donor is thus known without drawing it.
+    This tabulates what a random mask of any density keeps of a donor.
 
     Args:
         magnitudes: Not negative, any shape, on any device.
-        key: Of the numbers.
+        key: Of the random numbers.
 
     Returns:
         (LEVELS + 1,) float64, on the CPU. Summed as whole numbers, so every machine has the same.
@@ -182,7 +182,7 @@ def masses_below(magnitudes: Tensor, key: int) -> Tensor:
 
 
 def _shifted(bits: Tensor, count: int) -> Tensor:
-    """Logical right shift; torch's own keeps the sign."""
+    """Shift right logically; torch's own shift keeps the sign."""
     return (bits >> count) & ((1 << (32 - count)) - 1)
 
 

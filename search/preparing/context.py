@@ -21,6 +21,7 @@ from search.preparing.models import (
     load_model,
     load_study_tokenizer,
     load_without_weights,
+    open_model_set,
     study_dtype,
     torch_dtype,
 )
@@ -58,7 +59,7 @@ class StudyPlan:
     @property
     def kernels(self) -> str:
         """How merges are run, as a line for the user."""
-        compiled = self.model_set.stream.compiled
+        compiled = self.model_set.runner.compiled
         how = "compiled once, one pass a candidate" if compiled else "run in chunks"
         return f"kernels: {how} ({self.model_set.parameters / 1e6:.1f} M parameters)"
 
@@ -133,8 +134,8 @@ def plan_study(spec: StudySpec, *, compiled: bool = True) -> StudyPlan:
     Raises:
         MergeError, ObjectiveError, StudyError: A model, task or warm start cannot be used.
     """
-    models = ModelSet(
-        [spec.base_model, *spec.models_but_base], candidates=spec.search.trials if compiled else 0
+    models = open_model_set(
+        [spec.base_model, *spec.models_but_base], spec.search.trials if compiled else 0
     )
     dtype = study_dtype(spec, models.reference)
     check_tokenizer(models.reference)
@@ -193,5 +194,5 @@ def _bind(plan: StudyPlan, model: PreTrainedModel) -> StudyContext:
     reference = plan.model_set.reference
     tokenizer = load_study_tokenizer(plan.spec, reference)
     objective, splits = bind_tasks(plan.spec, plan.tasks, model, tokenizer)
-    hashes = {name: model.contents for name, model in plan.model_set.checkpoints.items()}
+    hashes = {name: model.content_hash for name, model in plan.model_set.checkpoints.items()}
     return StudyContext(plan.spec, objective, splits, plan.space, hashes)

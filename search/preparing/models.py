@@ -6,7 +6,7 @@ a study is found before.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +19,7 @@ from merge_engine.errors import MergeError
 from merge_engine.models.checkpoint import Checkpoint
 from merge_engine.models.model_set import ModelSet
 from merge_engine.models.vocabulary import load_tokenizer
+from merge_engine.numerics.kernel_runner import configure_compiler
 from merge_engine.recipe.recipe_file import load_recipe
 from search.study.spec import StudyError, StudySpec
 
@@ -120,6 +121,18 @@ def load_study_tokenizer(spec: StudySpec, checkpoint: Checkpoint) -> PreTrainedT
     return tokenizer
 
 
+def open_model_set(models: Sequence[str], candidates: int = 1) -> ModelSet:
+    """Open models of which candidates are built, compiling kernels if that pays.
+
+    Raises:
+        MergeError: A model cannot be used, or is not of the others' shape.
+    """
+    model_set = ModelSet.open(models, candidates)
+    if model_set.runner.compiled:
+        configure_compiler()
+    return model_set
+
+
 def load_scored(spec: StudySpec, model: str, device: str) -> tuple[PreTrainedModel, Checkpoint]:
     """Load a checkpoint, hub id or recipe file as a live model in the study's dtype.
 
@@ -134,7 +147,7 @@ def load_scored(spec: StudySpec, model: str, device: str) -> tuple[PreTrainedMod
     if not model.endswith((".yaml", ".yml")):
         return load_model(Checkpoint(model), dtype, device, trust_remote_code=trusted), base
     recipe, _ = load_recipe(Path(model))
-    models = ModelSet(recipe.models_read)
+    models = open_model_set(recipe.models_read)
     live = load_model(models.reference, dtype, device, trust_remote_code=trusted)
     Builder(live, models).build(recipe)
     return live, base

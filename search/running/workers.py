@@ -129,7 +129,7 @@ class Worker:
         """
         start = time.perf_counter()
         with _room_needed():
-            self._build(job.recipe)
+            self.bench.builder.build(job.recipe)
             built = time.perf_counter()
             answers = self.bench.objective.score(self.bench.builder.model, job.items)
         return EvalReply(answers, built - start, time.perf_counter() - built)
@@ -148,13 +148,8 @@ class Worker:
                 objective, items = self._prompts(asked), [*range(len(asked.prompts))]
             else:
                 objective, items = self.bench.objective, [*asked]
-            self._build(recipe)
+            self.bench.builder.build(recipe)
             return objective.respond(self.bench.builder.model, items)
-
-    def _build(self, recipe: Recipe) -> None:
-        builder = self.bench.builder
-        if builder.loaded is None or builder.loaded.key != recipe.key:
-            builder.build(recipe)
 
     def save(
         self,
@@ -179,7 +174,8 @@ class Worker:
                 not what was scored.
         """
         builder = self.bench.builder
-        builder.loaded = None
+        with _room_needed():
+            builder.build(recipe, force=True)
         pairs = [
             (new.value, old.value)
             for job, answers in asked
@@ -194,8 +190,6 @@ class Worker:
                 "than it did, so it is not saved: models, packages or the machine have changed; "
                 "restore them, or begin anew with --force-new"
             )
-        if builder.loaded is None:
-            builder.build(recipe)
         model = CheckpointFiles(like=builder.family.reference, recipe=recipe)
         write_checkpoint(builder.tensors(), out, shapes=dict(builder.tensors()), model=model)
         (out / CARD).write_text(card, encoding="utf-8")
@@ -251,7 +245,7 @@ class LocalWorker:
 
     def look_through(self) -> None:
         """Read all donors."""
-        self._worker.bench.builder.family.look_through()
+        self._worker.bench.builder.family.check_finite()
 
     def close(self) -> None:
         """Nothing is held but memory."""

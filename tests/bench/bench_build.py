@@ -149,7 +149,7 @@ def measure(
     source = torch.empty(2 * model_bytes, dtype=torch.uint8).random_()
     target = torch.empty_like(source)
     before = copy_rate(source, target)
-    seconds = median_seconds(lambda: builder.build(recipe), 5)
+    seconds = median_seconds(lambda: builder.build(recipe, force=True), 5)
     rate = (before + copy_rate(source, target)) / 2
     moved = (read + 1) * model_bytes
     return {
@@ -164,7 +164,7 @@ def measure(
         if oracle
         else None,
         "peak_mb": peak_mb(),
-        "compiled": family.stream.compiled,
+        "compiled": family.runner.compiled,
     }
 
 
@@ -187,7 +187,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder, torch.no_grad():
         os.environ["MERGESEARCH_CACHE"] = folder  # what is measured once is in first_seconds
         models = make_models(Path(folder), options.millions, options.donors)
-        family = ModelSet(models, candidates=1 if options.no_compile else 100)
+        family = ModelSet.open(models, candidates=1 if options.no_compile else 100)
         family.place(torch.device("cpu"), "disk" if options.mapped else "device")
         for method in options.methods.split(","):
             print(json.dumps(measure(method, models, family, not options.no_oracle)), flush=True)

@@ -74,7 +74,7 @@ def built_with(zoo, alpha, beta):
     space = Space(base, donors, ("task_arithmetic",), (0.0, 1.5), {})
     recipe = to_recipe(space, space.point("task_arithmetic", (alpha, beta)))
     model = LlamaForCausalLM.from_pretrained(base, dtype=torch.float32)
-    Builder(model, ModelSet([base, *others])).build(recipe)
+    Builder(model, ModelSet.open([base, *others])).build(recipe)
     return recipe, model.state_dict()
 
 

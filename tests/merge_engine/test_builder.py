@@ -26,7 +26,7 @@ def recipe_for(zoo, method="task_arithmetic", parameters=None, **weights):
 
 @pytest.fixture
 def builder(zoo):
-    family = ModelSet(str(zoo / name) for name in ("base", "a", "b", "c"))
+    family = ModelSet.open(str(zoo / name) for name in ("base", "a", "b", "c"))
     return Builder(load(zoo / "base"), family)
 
 

@@ -13,13 +13,19 @@ from torch._dynamo.utils import counters
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from in_memory import InMemory
+from in_memory import in_memory
 from merge_engine.building.builder import merge_into
 from merge_engine.methods import METHODS, Base
 from merge_engine.methods.linear import weighted_sum
 from merge_engine.methods.task_vectors import breadcrumbs, dare_linear, kept_masses
 from merge_engine.numerics import kernel_runner as stream_module
-from merge_engine.numerics.kernel_runner import CHUNK, PAYS, KernelRunner, compiling_pays
+from merge_engine.numerics.kernel_runner import (
+    CHUNK,
+    PAYS,
+    KernelRunner,
+    compiling_pays,
+    configure_compiler,
+)
 from merge_engine.numerics.noise import LEVELS, key_of, level, uniform
 from merge_engine.numerics.packing import WIDTH, TensorPack
 from merge_engine.recipe.recipe import Recipe
@@ -61,6 +67,7 @@ def chunked() -> KernelRunner:
 def compiled() -> Iterator[KernelRunner]:
     """One for all tests, so that nothing is compiled twice."""
     with torch._dynamo.config.patch(recompile_limit=256):
+        configure_compiler()
         yield KernelRunner(compiled=True)
 
 
@@ -98,7 +105,7 @@ def recipe_of(method: str, weights: tuple[float, ...] = (0.4, 1.1)) -> Recipe:
 
 def merged(method: str, tensors: list[Tensor], stream: KernelRunner, dtype: torch.dtype) -> Tensor:
     out = torch.full(tensors[0].shape, torch.nan, dtype=dtype)
-    merge_into(out, recipe_of(method), "x", InMemory(tensors, stream))
+    merge_into(out, recipe_of(method), "x", in_memory(tensors, stream))
     return out
 
 
@@ -246,7 +253,7 @@ def test_results_are_written_where_they_are_to_be(method, chunked):
     before = [tensor.clone() for tensor in tensors]
     buffer = torch.full((3, 30, 20), torch.nan)
     place = buffer.data_ptr()
-    merge_into(buffer[1], recipe_of(method), "x", InMemory(tensors, chunked))
+    merge_into(buffer[1], recipe_of(method), "x", in_memory(tensors, chunked))
     assert buffer.data_ptr() == place
     assert torch.equal(buffer[1], merged(method, tensors, chunked, torch.float32))
     assert bool(buffer[[0, 2]].isnan().all())
@@ -280,9 +287,9 @@ def test_a_tensor_without_elements_stays_without(method, chunked):
 def test_a_candidate_makes_no_tensor_of_the_size_of_its_result(method, chunked):
     tensors = make_tensors(3, (400, 1_000), dtype=torch.bfloat16)
     out = torch.empty(400, 1_000, dtype=torch.bfloat16)
-    family = InMemory(tensors, chunked)
+    family = in_memory(tensors, chunked)
     merge_into(out, recipe_of(method), "x", family)  # what is worked out once for a study
-    known = [found for found in family._known.values() if torch.is_tensor(found)]
+    known = [found for found in family.measurements.kept.values() if torch.is_tensor(found)]
     with Allocations(out, *tensors, *known) as made:
         merge_into(out, recipe_of(method, weights=(0.7, 0.2)), "x", family)
     assert 0 < made.most <= CHUNK

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from mergekit.merge_methods import merge_tensors, registered_methods
 from torch import Tensor
 
-from in_memory import InMemory
+from in_memory import in_memory
 from merge_engine.building.builder import merge_tensor, merged_tensors
 from merge_engine.errors import MergeError
 from merge_engine.methods import METHODS, Base, Elementwise
@@ -84,7 +84,7 @@ class Case:
         return recipe
 
     def merged(self) -> Tensor:
-        return merge_tensor(self.recipe, "x", InMemory(self.tensors), DEVICE)
+        return merge_tensor(self.recipe, "x", in_memory(self.tensors), DEVICE)
 
     def oracle(self, **options) -> Tensor:
         parameters = {**{k: list(v) for k, v in self.per_donor.items()}, **self.shared}
@@ -533,7 +533,7 @@ def test_result_is_of_the_recipes_dtype_where_mergekit_writes_float32(method):
     case = plain(method, make_tensors(3, (8, 6), 0, torch.bfloat16))
     assert case.oracle(dtype=torch.bfloat16).dtype == torch.float32
     recipe = case.recipe.model_copy(update={"dtype": "bfloat16"})
-    ((_, mine),) = merged_tensors(recipe, InMemory(case.tensors), DEVICE)
+    ((_, mine),) = merged_tensors(recipe, in_memory(case.tensors), DEVICE)
     assert mine.dtype == torch.bfloat16
 
 

@@ -97,9 +97,9 @@ def recipe_of(zoo, method, filtered):
 
 
 def built(zoo, recipe, tier, stream=None, dtype=torch.float32):
-    family = ModelSet([str(zoo / name) for name in ("base", "a", "b", "c")], candidates=2)
+    names = [str(zoo / name) for name in ("base", "a", "b", "c")]
+    family = ModelSet.open(names, candidates=2, runner=stream or KernelRunner(compiled=False))
     family.place(torch.device("cpu"), tier)
-    family.stream = stream or KernelRunner(compiled=False)
     model = AutoModelForCausalLM.from_pretrained(zoo / "base", dtype=dtype)
     builder = Builder(model, family)
     builder.build(recipe)
@@ -150,7 +150,7 @@ def test_a_recipe_that_cannot_be_merged_is_refused_by_tensor(zoo):
 def test_random_masks_of_a_page_are_those_of_its_seed(zoo):
     recipe = recipe_of(zoo, "dare_linear", filtered=False)
     base, *_ = (dict(built(zoo, recipe, "device").tensors()),)
-    family = ModelSet([str(zoo / name) for name in ("base", "a", "b", "c")])
+    family = ModelSet.open([str(zoo / name) for name in ("base", "a", "b", "c")])
     start = family.read(str(zoo / "base"), BASE)
     changed = base[BASE] != start
     masks = [uniform(key_of(recipe.seed, BASE, place), start.shape) < 0.4 for place in range(3)]

@@ -198,7 +198,7 @@ def test_base_that_is_no_source_of_a_slice_is_refused(names):
 
 
 def test_live_model_of_other_depth_is_refused(names):
-    family = ModelSet(names.values())
+    family = ModelSet.open(names.values())
     live = AutoModelForCausalLM.from_pretrained(names["base"])
     recipe, _ = parse_recipe(passthrough_stack(names), "r.yaml")
     with pytest.raises(MergeError, match="the merge has 6 layers and the live model 3"):
@@ -211,7 +211,7 @@ def test_live_model_is_built_from_slices_of_its_depth(names, tmp_path, build):
         source | {"layer_range": [2, 3]} for source in mapping["slices"][1]["sources"]
     ]
     live = AutoModelForCausalLM.from_pretrained(names["base"])
-    Builder(live, ModelSet(names.values())).build(parse_recipe(mapping, "r.yaml")[0])
+    Builder(live, ModelSet.open(names.values())).build(parse_recipe(mapping, "r.yaml")[0])
     built = build(mapping, tmp_path / "mine")
     assert all(torch.equal(tensor, built[name]) for name, tensor in live.state_dict().items())
 
@@ -271,7 +271,7 @@ def test_config_says_untied_if_there_is_a_head(tied, tmp_path, build):
 def test_live_model_with_a_tied_head_takes_no_other_head(tied):
     live = AutoModelForCausalLM.from_pretrained(tied["base"])
     with pytest.raises(MergeError, match=r"has 'lm_head.weight', which the live model ties"):
-        Builder(live, ModelSet(tied.values()))
+        Builder(live, ModelSet.open(tied.values()))
 
 
 @pytest.fixture
@@ -334,8 +334,10 @@ def test_number_that_is_none_leaves_a_live_model_of_no_recipe(names, tmp_path, m
     tensors["model.norm.weight"][3] = number
     save_file(tensors, model / "model.safetensors", {"format": "pt"})
     mapping = two_models(names | {"b": str(model)}, a=1, b=1)
-    live = Builder(AutoModelForCausalLM.from_pretrained(names["a"]), ModelSet([*names.values()]))
-    live.family = ModelSet([names["base"], names["a"], str(model)])
+    live = Builder(
+        AutoModelForCausalLM.from_pretrained(names["a"]), ModelSet.open([*names.values()])
+    )
+    live.family = ModelSet.open([names["base"], names["a"], str(model)])
     with pytest.raises(MergeError, match=r"broken/model.safetensors: 'model.norm.weight' has NaN"):
         live.build(parse_recipe(mapping, "r")[0])
     assert live.loaded is None

@@ -9,11 +9,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from merge_engine.models import statistics_cache as cache
+from merge_engine.models import statistics_cache
 from merge_engine.models.checkpoint import Checkpoint, open_model
 from merge_engine.models.model_set import ModelSet
+from merge_engine.models.statistics_cache import CHECKS, StatisticsCache, default_folder
+from merge_engine.numerics.order_statistics import Magnitudes, Variances
 from merge_engine.numerics.packing import TensorPack
-from merge_engine.numerics.statistics import Magnitudes, Variances
 from search.cli import main
 
 NAME = "model.layers.0.mlp.up_proj.weight"
@@ -53,13 +54,13 @@ def forbidden(*_):
 
 
 def measured(models):
-    family = ModelSet(models)
+    family = ModelSet.open(models)
     base, *donors = models
     return {
-        "magnitudes": family.magnitudes(NAME, donors[0], base).tensors(),
-        "variances": family.variances(NAME, tuple(donors), base).tensors(),
-        "gram": {"": family.gram(NAME, tuple(donors), base)},
-        "gram of rows": {"": family.gram(NAME, tuple(donors), None, dim=-1)},
+        "magnitudes": family.measurements.magnitudes(NAME, donors[0], base).tensors(),
+        "variances": family.measurements.variances(NAME, tuple(donors), base).tensors(),
+        "gram": {"": family.measurements.gram(NAME, tuple(donors), base)},
+        "gram of rows": {"": family.measurements.gram(NAME, tuple(donors), None, dim=-1)},
     }
 
 
@@ -75,41 +76,42 @@ def test_second_family_measures_nothing(models, folder, monkeypatch):
     assert all(file.suffix == ".safetensors" for file in files(folder))
     monkeypatch.setattr(Magnitudes, "of", forbidden)
     monkeypatch.setattr(Variances, "of", forbidden)
-    monkeypatch.setattr("merge_engine.models.model_set._gram", forbidden)
+    monkeypatch.setattr("merge_engine.models.measurements.gram_by_row", forbidden)
     assert_same(first, measured(models))
 
 
 def test_each_statistic_has_its_own_file(models, folder):
-    family = ModelSet(models)
+    family = ModelSet.open(models)
     base, one, other = models
-    family.magnitudes(NAME, one, base)
-    family.magnitudes(NAME, other, base)
-    family.gram(NAME, (one, other), base)
-    family.gram(NAME, (other, one), base)
-    family.gram(NAME, (one, other, base), None)
+    family.measurements.magnitudes(NAME, one, base)
+    family.measurements.magnitudes(NAME, other, base)
+    family.measurements.gram(NAME, (one, other), base)
+    family.measurements.gram(NAME, (other, one), base)
+    family.measurements.gram(NAME, (one, other, base), None)
     assert len(files(folder)) == 5
 
 
 def test_what_is_as_large_as_the_weights_is_kept_for_studies_alone(models, folder, monkeypatch):
     base, donor, _ = models
-    delta = ModelSet(models).read(donor, NAME) - ModelSet(models).read(base, NAME)
+    delta = ModelSet.open(models).read(donor, NAME) - ModelSet.open(models).read(base, NAME)
     order = delta.abs().argsort(dim=1, stable=True).argsort(dim=1)
     page = TensorPack({NAME: tuple(delta.shape)})
     kinds = ("rank_share", "salience_mask")
-    first = [ModelSet(models).beside(kind, page, donor, base) for kind in kinds]
+    first = [ModelSet.open(models).measurements.elementwise(k, page, donor, base) for k in kinds]
     assert not files(folder)
-    study = ModelSet(models, candidates=2)
+    study = ModelSet.open(models, candidates=2).measurements
     for kind, once in zip(kinds, first, strict=True):
-        assert torch.equal(study.beside(kind, page, donor, base), once)
+        assert torch.equal(study.elementwise(kind, page, donor, base), once)
     assert len(files(folder)) == 2
-    monkeypatch.setattr("merge_engine.models.model_set.row_ranks", forbidden)
-    again = ModelSet(models, candidates=2).beside("rank_share", page, donor, base)
+    monkeypatch.setattr("merge_engine.models.measurements.row_ranks", forbidden)
+    study = ModelSet.open(models, candidates=2).measurements
+    again = study.elementwise("rank_share", page, donor, base)
     assert torch.equal(again, (order / (delta.shape[1] - 1)).half())
 
 
 def test_small_tensors_are_measured_each_time(zoo, folder):
-    family = ModelSet([str(zoo / "base"), str(zoo / "a")])
-    family.magnitudes(NAME, str(zoo / "a"), str(zoo / "base"))
+    family = ModelSet.open([str(zoo / "base"), str(zoo / "a")])
+    family.measurements.magnitudes(NAME, str(zoo / "a"), str(zoo / "base"))
     assert not files(folder)
 
 
@@ -141,18 +143,18 @@ def test_failed_write_leaves_nothing(models, folder, monkeypatch):
         Path(file).write_bytes(b"half")
         raise OSError("No space left on device")
 
-    monkeypatch.setattr(cache, "save_file", full)
+    monkeypatch.setattr(statistics_cache, "save_file", full)
     measured(models)
     assert not files(folder)
 
 
 def test_folder_is_the_users_cache_unless_named(monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", "/x")
-    assert cache.folder() != Path("/x/mergesearch")
+    assert default_folder() != Path("/x/mergesearch")
     monkeypatch.delenv("MERGESEARCH_CACHE")
-    assert cache.folder() == Path("/x/mergesearch")
+    assert default_folder() == Path("/x/mergesearch")
     monkeypatch.delenv("XDG_CACHE_HOME")
-    assert cache.folder() == Path.home() / ".cache" / "mergesearch"
+    assert default_folder() == Path.home() / ".cache" / "mergesearch"
 
 
 def test_fingerprint_is_that_of_the_weights(models, tmp_path):
@@ -219,9 +221,9 @@ def stored(folder, names, size=1000):
 def test_least_recently_used_files_are_removed_until_the_limit_holds(folder, monkeypatch):
     places = stored(folder, PLACES)
     monkeypatch.setenv("MERGESEARCH_CACHE_LIMIT", "3500")
-    assert cache.trim() == 3500
+    assert StatisticsCache().trim() == 3500
     assert [place.exists() for place in places] == [False, False, False, True, True, True]
-    cache.trim()
+    StatisticsCache().trim()
     assert len(files(folder)) == 3
 
 
@@ -231,9 +233,9 @@ def test_hit_makes_a_file_the_last_to_go(folder, monkeypatch):
     tensor = {"x": torch.ones(3)}
     save_file(tensor, places[0])
     os.utime(places[0], (1, 1))
-    assert torch.equal(cache.kept(places[0], forbidden)["x"], tensor["x"])
+    assert torch.equal(StatisticsCache().load_or_make(places[0], forbidden)["x"], tensor["x"])
     monkeypatch.setenv("MERGESEARCH_CACHE_LIMIT", "100")
-    cache.trim()
+    StatisticsCache().trim()
     assert files(folder) == [places[0]]
 
 
@@ -245,10 +247,10 @@ def test_nothing_but_the_caches_own_files_is_counted_or_removed(folder, monkeypa
     for other in others:
         other.write_bytes(bytes(5000))
     monkeypatch.setenv("MERGESEARCH_CACHE_LIMIT", "1000")
-    cache.trim()
+    StatisticsCache().trim()
     assert left.exists()
     monkeypatch.setenv("MERGESEARCH_CACHE_LIMIT", "999")
-    cache.trim()
+    StatisticsCache().trim()
     assert sorted(files(folder)) == sorted(others)
 
 
@@ -259,9 +261,9 @@ def test_nothing_but_the_caches_own_files_is_counted_or_removed(folder, monkeypa
 def test_limit_is_a_tenth_of_the_room_and_20_gib_at_most(folder, monkeypatch, free, held, expected):
     usage = shutil.disk_usage("/")._replace(free=free)
     monkeypatch.setattr(shutil, "disk_usage", lambda _folder: usage)
-    assert cache.limit(held) == expected
+    assert StatisticsCache().limit(held) == expected
     monkeypatch.setenv("MERGESEARCH_CACHE_LIMIT", "2GiB")
-    assert cache.limit(held) == 2 << 30
+    assert StatisticsCache().limit(held) == 2 << 30
 
 
 @pytest.mark.parametrize("wrong", ["lots", "-1GB", "inf", "nan", "5XB"])
@@ -272,17 +274,19 @@ def test_wrong_limit_is_refused_before_any_work(monkeypatch, capsys, tmp_path, w
 
 
 def test_folder_is_measured_at_first_and_once_in_a_64th_of_the_limit(folder, monkeypatch):
-    measured_at, trim = [], cache.trim
-    monkeypatch.setattr(cache, "trim", lambda: measured_at.append(len(files(folder))) or trim())
+    measured_at, trim = [], StatisticsCache.trim
+    monkeypatch.setattr(
+        StatisticsCache, "trim", lambda self: measured_at.append(len(files(folder))) or trim(self)
+    )
     tensor = {"x": torch.zeros(1000, dtype=torch.uint8)}
     digests = [f"{number:040x}" for number in range(30)]
     places = [folder / digest[:2] / f"{digest}.safetensors" for digest in digests]
-    cache.kept(places[0], lambda: tensor)
+    StatisticsCache().load_or_make(places[0], lambda: tensor)
     size = places[0].stat().st_size
-    monkeypatch.setenv("MERGESEARCH_CACHE_LIMIT", str(10 * size * cache.LOOKS))
-    monkeypatch.setattr(cache, "_left", {})
+    monkeypatch.setenv("MERGESEARCH_CACHE_LIMIT", str(10 * size * CHECKS))
+    cache = StatisticsCache()
     for place in places[1:]:
-        cache.kept(place, lambda: tensor)
+        cache.load_or_make(place, lambda: tensor)
     assert measured_at == [1, 2, 12, 22]
 
 
@@ -292,14 +296,10 @@ def test_statistics_stay_within_the_limit_and_are_right_without_their_files(
     first = measured(models)
     sizes = [file.stat().st_size for file in files(folder)]
     shutil.rmtree(folder)
-    monkeypatch.setattr(cache, "_left", {})
     monkeypatch.setenv("MERGESEARCH_CACHE_LIMIT", str(max(sizes)))
     assert_same(first, measured(models))
-    assert (
-        0 < sum(file.stat().st_size for file in files(folder)) <= max(sizes) * (1 + 1 / cache.LOOKS)
-    )
+    assert 0 < sum(file.stat().st_size for file in files(folder)) <= max(sizes) * (1 + 1 / CHECKS)
     monkeypatch.setenv("MERGESEARCH_CACHE_LIMIT", "0")
-    monkeypatch.setattr(cache, "_left", {})
     shutil.rmtree(folder)
     assert_same(first, measured(models))
     assert not files(folder)
@@ -317,5 +317,5 @@ def test_files_that_others_remove_meanwhile_are_no_error(folder, monkeypatch):
 
     monkeypatch.setattr(Path, "stat", raced)
     monkeypatch.setenv("MERGESEARCH_CACHE_LIMIT", "2000")
-    cache.trim()
+    StatisticsCache().trim()
     assert sorted(files(folder)) == sorted(places[4:])

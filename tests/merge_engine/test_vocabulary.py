@@ -208,7 +208,7 @@ def test_live_model_keeps_its_vocabulary(zoo):
     mapping = {"merge_method": "linear", "models": entries, "tokenizer_source": "union"}
     live = AutoModelForCausalLM.from_pretrained(zoo / "base")
     with pytest.raises(MergeError, match="a recipe with a tokenizer changes the vocabulary"):
-        Builder(live, ModelSet([str(zoo / "a")])).build(parse_recipe(mapping, "r")[0])
+        Builder(live, ModelSet.open([str(zoo / "a")])).build(parse_recipe(mapping, "r")[0])
 
 
 def test_options_survive_yaml_and_find_folders_beside_the_file(names, tmp_path):

@@ -75,7 +75,7 @@ def test_a_point_builds(zoo, method, own_study):
         lambda low, high: low + (high - low) * torch.rand(1, generator=generator).item(),
     )
     recipe = to_recipe(space, point)
-    family = ModelSet(recipe.models_read)
+    family = ModelSet.open(recipe.models_read)
     for _, tensor in merged_tensors(recipe, family, torch.device("cpu")):
         assert tensor.isfinite().all()
 

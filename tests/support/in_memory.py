@@ -1,27 +1,49 @@
-"""A family without files, for tests of what is done with tensors."""
+"""A set of models without files, for tests of what is done with tensors."""
 
 from collections.abc import Sequence
+from typing import Any
 
+import torch
 from torch import Tensor
+from typing_extensions import override
 
 from merge_engine.models.checkpoint import TensorInfo
 from merge_engine.models.model_set import ModelSet
+from merge_engine.models.placement import TensorSource
 from merge_engine.numerics.kernel_runner import KernelRunner
 
 
-class InMemory(ModelSet):
-    """A family whose one tensor, "x", lives in memory: model "m0" has the first, "m1" the next."""
+class InMemoryTensors(TensorSource):
+    """One tensor, "x", of several models: that of "m0" is the first, that of "m1" the next."""
 
-    repeated = True  # as in a study: what is large and worked out once is kept
-
-    def __init__(self, tensors: Sequence[Tensor], stream: KernelRunner | None = None) -> None:
+    def __init__(self, tensors: Sequence[Tensor]) -> None:
         self.stored = {f"m{i}": tensor for i, tensor in enumerate(tensors)}
-        self.reference = self
-        self.stream = stream or KernelRunner(compiled=False)
+        self.checkpoints = {}
+        self.inputs = {"x": dict.fromkeys(self.stored, "x")}
         self.tensors = {"x": TensorInfo(None, tuple(tensors[0].shape), tensors[0].dtype)}
 
+    @override
+    def depth(self, name: str) -> float:
+        return 0.0
+
+    @override
     def read(self, model: str, name: str) -> Tensor:
         return self.stored[model]
 
-    def depth(self, name: str) -> float:
-        return 0.0
+    @override
+    def dtype_of(self, model: str, name: str) -> torch.dtype:
+        return self.stored[model].dtype
+
+    @override
+    def cache_key(self, model: str, name: str) -> Any:
+        return None
+
+    @override
+    def release(self, model: str) -> None:
+        pass
+
+
+def in_memory(tensors: Sequence[Tensor], runner: KernelRunner | None = None) -> ModelSet:
+    """Return the models as for a study: of what is measured, that which is large is kept, too."""
+    runner = runner or KernelRunner(compiled=False)
+    return ModelSet(InMemoryTensors(tensors), candidates=2, runner=runner)

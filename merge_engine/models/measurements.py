@@ -1,0 +1,216 @@
+"""Statistics of the models' tensors, which depend on no recipe: each is measured once.
+
+Notation: n models, a tensor of shape s or k tensors of a pack.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from merge_engine.models.placement import Placement
+from merge_engine.models.statistics_cache import StatisticsCache
+from merge_engine.numerics.kernel_runner import KernelRunner
+from merge_engine.numerics.noise import masses_below
+from merge_engine.numerics.order_statistics import Magnitudes, Variances
+from merge_engine.numerics.packing import TensorPack
+from merge_engine.numerics.statistics import (
+    gram_by_row,
+    overlaps,
+    row_ranks,
+    row_width,
+    salient,
+)
+
+CACHED_FROM = 65_536  # elements from which on reading a statistic is quicker than measuring it
+
+T = TypeVar("T")
+
+
+class Measurements:
+    """Statistics of models' tensors, kept in memory and, where worth it, in the cache on disk.
+
+    Args:
+        placement: Reads the tensors.
+        runner: Runs what is counted row by row.
+        repeated: Several recipes are to be built, so that statistics as large as the weights are
+            worth storing on disk.
+    """
+
+    def __init__(self, placement: Placement, runner: KernelRunner, *, repeated: bool) -> None:
+        self.kept: dict[tuple[object, ...], Any] = {}
+        self._cache = StatisticsCache()
+        self._placement = placement
+        self._source = placement.source
+        self._runner = runner
+        self._repeated = repeated
+
+    def gram(
+        self, name: str, models: tuple[str, ...], origin: str | None, dim: int | None = None
+    ) -> Tensor:
+        """Return inner products of the models' tensors, less ``origin``'s if it is given.
+
+        Returns:
+            (n, n) over all elements; with ``dim`` (rows, n, n), each over that dimension alone,
+            the rows in the tensor's order with ``dim`` and the last dimension swapped. float64.
+        """
+        members = (*models, origin) if origin else models
+
+        def measure() -> dict[str, Tensor]:
+            tensors = [self._read(model, name) for model in models]
+            start = self._read(origin, name) if origin else torch.zeros_like(tensors[0])
+            gram = gram_by_row([_rows(tensor, dim) for tensor in tensors], _rows(start, dim))
+            return {"gram": gram if dim is not None else gram.sum(0)}
+
+        kind = f"gram, dim {dim}, {'from the last' if origin else 'from zero'}"
+        return self._cached(kind, name, members, measure, lambda found: found["gram"])
+
+    def grams(self, names: tuple[str, ...], models: tuple[str, ...], origin: str | None) -> Tensor:
+        """Return ``gram`` of k tensors over all their elements, (k, n, n)."""
+        return self._kept(
+            ("grams", names, models, origin),
+            lambda: torch.stack([self.gram(name, models, origin) for name in names]),
+        )
+
+    def magnitudes(self, name: str, donor: str, base: str) -> Magnitudes:
+        """Return order statistics of the magnitudes of a donor's task vector."""
+
+        def measure() -> dict[str, Tensor]:
+            return Magnitudes.of(self._task_vector(name, donor, base)).tensors()
+
+        return self._cached("magnitudes", name, (donor, base), measure, Magnitudes.from_tensors)
+
+    def variances(self, name: str, donors: tuple[str, ...], base: str) -> Variances:
+        """Return order statistics of the variance over the donors' task vectors."""
+
+        def measure() -> dict[str, Tensor]:
+            ends = [self._read(donor, name) for donor in donors]
+            return Variances.of(self._read(base, name), ends).tensors()
+
+        return self._cached("variances", name, (*donors, base), measure, Variances.from_tensors)
+
+    def overlaps(self, name: str, donors: tuple[str, ...], base: str, epsilon: float) -> Tensor:
+        """Count the elements that each donor changed alone, and together with others, (2, n)."""
+
+        def measure() -> dict[str, Tensor]:
+            inputs = self._read(base, name), [self._read(donor, name) for donor in donors]
+            sums = self._runner.sums(overlaps, inputs, {"epsilon": epsilon})
+            return {"overlaps": sums.sum(1).cpu()}
+
+        return self._cached(
+            f"overlaps beyond {epsilon!r}",
+            name,
+            (*donors, base),
+            measure,
+            lambda found: found["overlaps"].view(2, len(donors)),
+        )
+
+    def masses(self, name: str, donor: str, base: str, key: int) -> Tensor:
+        """Return the mass that random masks keep of a donor's task vector (``masses_below``)."""
+        return self._kept(
+            ("masses", name, donor, base, key),
+            lambda: masses_below(self._task_vector(name, donor, base).abs(), key).float(),
+        )
+
+    def elementwise(self, kind: str, pack: TensorPack, donor: str, base: str) -> Tensor:
+        """Return a statistic of every element of a donor, packed like the donor.
+
+        Args:
+            kind: A key of ELEMENTWISE.
+            pack: Which tensors.
+            donor: Which donor.
+            base: The model it is compared with.
+        """
+        if pack not in self._placement.packs:
+            (name,) = pack.names
+            return self._elementwise(kind, name, donor, base)
+
+        def fill() -> Tensor:
+            found = (self._elementwise(kind, name, donor, base) for name in pack.names)
+            first = next(found)
+            buffer = self._placement.allocate(pack, first.dtype)
+            return pack.fill(buffer, itertools.chain([first], found))
+
+        return self._kept((kind, pack.names, donor, base), fill)
+
+    def _elementwise(self, kind: str, name: str, donor: str, base: str) -> Tensor:
+        def measure() -> dict[str, Tensor]:
+            return {kind: ELEMENTWISE[kind](self._read(base, name), self._read(donor, name))}
+
+        return self._cached(
+            kind, name, (donor, base), measure, lambda found: found[kind], large=True
+        )
+
+    def release(self) -> None:
+        """Free the statistics that are in memory."""
+        self.kept.clear()
+
+    def _read(self, model: str, name: str) -> Tensor:
+        return self._placement.read(model, name)
+
+    def _task_vector(self, name: str, donor: str, base: str) -> Tensor:
+        """Return a donor's task vector in one tensor, (*s) float32."""
+        return self._read(donor, name).float() - self._read(base, name).float()
+
+    def _cached(
+        self,
+        kind: str,
+        name: str,
+        models: tuple[str, ...],
+        measure: Callable[[], dict[str, Tensor]],
+        form: Callable[[dict[str, Tensor]], T],
+        large: bool = False,
+    ) -> T:
+        """Return a statistic of some models' tensor: from memory, else from disk, else measured.
+
+        Args:
+            kind: Which statistic, with all that it depends on besides the weights.
+            name: The tensor.
+            models: In an order that matters.
+            measure: Makes the named tensors that are stored.
+            form: Makes of them what is returned.
+            large: It is as large as the weights, which is not worth storing for a single build.
+        """
+
+        def make() -> T:
+            store = not large or self._repeated
+            file = self._cache_file(kind, name, models) if store else None
+            return form(self._cache.load_or_make(file, measure) if file else measure())
+
+        return self._kept((kind, name, models), make)
+
+    def _kept(self, key: tuple[object, ...], make: Callable[[], T]) -> T:
+        """Return what is in memory under a key, made on first use."""
+        if key not in self.kept:
+            self.kept[key] = make()
+        found: T = self.kept[key]
+        return found
+
+    def _cache_file(self, kind: str, name: str, models: tuple[str, ...]) -> Path | None:
+        """Return a statistic's file in the cache; None if it is not to be stored."""
+        if math.prod(self._source.tensors[name].shape) < CACHED_FROM:
+            return None
+        keys = [key for model in models if (key := self._source.cache_key(model, name))]
+        return self._cache.file_of(kind, keys) if len(keys) == len(models) else None
+
+
+def _rank_share(base: Tensor, donor: Tensor) -> Tensor:
+    """Return each magnitude's rank in its row of the task vector, from 0 to 1 the largest."""
+    ranks = row_ranks(donor.float() - base.float())
+    return (ranks / max(1, row_width(ranks.shape) - 1)).half()
+
+
+ELEMENTWISE = {"rank_share": _rank_share, "salience_mask": salient}  # (base, donor), (*s) -> (*s)
+
+
+def _rows(tensor: Tensor, dim: int | None) -> Tensor:
+    """Return the tensor as rows along ``dim``, or as one row: (rows, width)."""
+    if dim is None or not tensor.dim():
+        return tensor.reshape(1, -1)
+    return tensor.transpose(dim, -1).reshape(-1, tensor.shape[dim])
