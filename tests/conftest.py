@@ -38,10 +38,15 @@ settings.load_profile("mergesearch")
 
 
 @pytest.fixture(scope="session", autouse=True)
-def statistics_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+def statistics_cache(
+    tmp_path_factory: pytest.TempPathFactory, pytestconfig: pytest.Config
+) -> Iterator[Path]:
     """What is computed once per donor is kept for this session alone."""
     with pytest.MonkeyPatch.context() as patch:
         folder = tmp_path_factory.mktemp("cache")
+        # lm-eval's index takes ten seconds to build: from one session to the next
+        kept = pytestconfig.cache.mkdir("task_index")
+        (folder / "task_index").symlink_to(kept.resolve(), target_is_directory=True)
         patch.setenv("MERGESEARCH_CACHE", str(folder))
         yield folder
 

@@ -28,8 +28,8 @@ from lm_eval.api.task import ConfigurableTask
 from numpy.typing import NDArray
 
 from objectives.base import ItemResult, ObjectiveError, Response, objective_errors, printable
+from objectives.harness.metrics import PER_UNIT
 from objectives.harness.prompts import Question
-from objectives.harness.tasks import PER_UNIT
 
 JUDGE_SECONDS = 30.0  # for one item; MATH takes up to 15 s to give up on a formula by itself
 NAN = "a model that was sound elsewhere needs a wider dtype in the study (bfloat16, float32)"

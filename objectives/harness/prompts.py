@@ -15,7 +15,8 @@ from lm_eval.api.task import Task
 from lm_eval.models.utils import normalize_gen_kwargs
 
 from objectives.base import Item, ItemSnapshot, ObjectiveError, objective_errors
-from objectives.harness.tasks import LoadedTask, Metric, check_greedy, digest
+from objectives.harness.metrics import Metric
+from objectives.harness.tasks import LoadedTask, check_greedy, digest
 
 if TYPE_CHECKING:
     from lm_eval.models.huggingface import HFLM
@@ -67,7 +68,10 @@ def build_questions(
         ObjectiveError: They cannot be built, or lm-eval would fail on them in mid-study.
     """
     task, name, chat = loaded.task, loaded.name, prompting.apply_chat_template
-    with loaded.dice.thrown(), objective_errors(f"task {name!r}: its prompts could not be built"):
+    with (
+        loaded.random_state.active(),
+        objective_errors(f"task {name!r}: its prompts could not be built"),
+    ):
         task.build_all_requests(
             system_instruction=prompting.system_instruction,
             apply_chat_template=chat,

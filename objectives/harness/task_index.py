@@ -1,146 +1,167 @@
-"""Names that lm-eval has tasks for, found without reading all of its task files.
+"""Find lm-eval tasks by name: in the user's folders, else in lm-eval's own index, kept on disk.
 
-lm-eval's own index parses 14,000 YAML files, ten seconds of every start. A name stands as a word
-in each file that defines it, so a search for words finds the few files worth parsing.
+lm-eval parses 14,000 YAML files to know its task names, ten seconds of every start. That is done
+once per version of lm-eval; the result is kept in the cache folder.
 """
 
 from __future__ import annotations
 
+import difflib
 import functools
+import hashlib
 import importlib
+import json
+import logging
 import os
-import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from lm_eval.tasks._index import _IGNORE_DIRS, Entry, Kind, TaskIndex
+import yaml
+from lm_eval.tasks import TaskManager
+
+# Private, but the type of ``TaskManager.task_index``: an index that is kept has to make them.
+from lm_eval.tasks._index import Entry, Kind
+
+# Private, and lm-eval's only reader of task files: it knows their includes and functions.
 from lm_eval.tasks._yaml_loader import load_yaml
+
+from objectives.base import ObjectiveError
+from objectives.harness.quiet import quiet
 
 LM_EVAL_TASKS = Path(importlib.import_module("lm_eval.tasks").__path__[0])
 
-_NAMED = re.compile(r"^(?:task|group|tag):[ \t]*[\"']?([\w.:-]+)", re.MULTILINE)
-_WORD = re.compile(r"[\w./:+-]+")
-_INCLUDED = re.compile(r"^include:[ \t]*([^\n]*)((?:\n[ \t]*- [^\n]*)*)", re.MULTILINE)
+# All that is looked up in an entry's configuration; tasks are built from their files.
+_KEPT = ("task", "group", "unsafe_code")
 
 
-def find_registered(names: Iterable[str], root: Path = LM_EVAL_TASKS) -> dict[str, Entry]:
-    """lm-eval's index, of these names and all that they stand for alone.
+def find_tasks(names: Sequence[str], include_path: Sequence[Path]) -> dict[str, Entry]:
+    """Return an index with the named tasks: name of a task, group or tag to its entry.
 
     Args:
-        names: Tasks, groups and tags, whether they exist or not.
-        root: The folder of task files.
+        names: Tasks, groups and tags that must exist.
+        include_path: Folders with task YAMLs; their names take precedence over lm-eval's.
 
-    Returns:
-        Name to entry, as in ``TaskManager().task_index``, for those that exist.
+    Raises:
+        ObjectiveError: A name is unknown.
     """
-    files: dict[Path, dict[str, Any] | None] = {}
-    index: dict[str, Entry] = {}
-    known: set[str] = set()
-    wanted = set(names)
-    while new := wanted - known:
-        known |= new
-        for file in _defining(new, root) - files.keys():
-            files[file] = _config(file)
-        index = _index(files)
-        for name in new & index.keys():
-            wanted |= set(named_by(index[name]))
-    return {name: index[name] for name in sorted(known & index.keys())}
+    folders = [folder.resolve() for folder in include_path]
+    index: dict[str, Entry] = TaskManager(include_defaults=False, include_path=folders).task_index
+    if {*names, *(name for entry in index.values() for name in members(entry))} - index.keys():
+        for name, entry in registered_tasks().items():
+            index.setdefault(name, entry)
+    for name in _unknown(names, index):
+        raise _unknown_task(name, index, folders)
+    return index
 
 
-def registered_names(root: Path = LM_EVAL_TASKS) -> list[str]:
-    """The names that task files give in one line, to suggest what was meant."""
-    return sorted({name for text in _texts(root).values() for name in _NAMED.findall(text)})
-
-
-def named_by(entry: Entry) -> Iterator[str]:
-    """The names a group or tag stands for; those that a group defines itself are among them."""
-    if entry.kind is Kind.TAG:
-        yield from entry.tags
-    elif entry.kind is Kind.GROUP:
-        yield from _members((entry.cfg or {}).get("task"))
-
-
-def _members(listed: object) -> Iterator[str]:
-    for member in listed if isinstance(listed, list) else []:
-        if isinstance(member, str):
-            yield member
-        elif isinstance(member, dict):
-            yield from (member[key] for key in ("task", "group") if _is_name(member.get(key)))
-            yield from _members(member.get("task"))
-
-
-def _is_name(value: object) -> bool:
-    return isinstance(value, str)
-
-
-@functools.cache  # names are looked for more than once, and then names like them
-def _texts(root: Path) -> dict[Path, str]:
-    """Every file that can hold a part of a task's definition, in lm-eval's order."""
-    found = []
-    for folder, folders, names in os.walk(root):
-        folders[:] = [name for name in folders if name not in _IGNORE_DIRS]
-        found += [
-            os.path.join(folder, name)
-            for name in names
-            if name.endswith("yaml") or not os.path.splitext(name)[1]
-        ]
-    return {Path(file): _text(file) for file in sorted(found)}
-
-
-def _text(file: str) -> str:
-    with open(file, "rb") as opened:
-        return opened.read().decode("utf-8", errors="replace")
-
-
-def _mentioning(names: set[str], root: Path) -> Iterator[Path]:
-    """The files in which one of the names stands as a word."""
-    for file, text in _texts(root).items():
-        if near := [name for name in names if name in text]:
-            words = {word.strip(".:-/") for word in _WORD.findall(text)}
-            if not words.isdisjoint(near):
-                yield file
+def registered_tasks() -> Mapping[str, Entry]:
+    """Return lm-eval's own index: name of a task, group or tag to its entry."""
+    tasks = LM_EVAL_TASKS.stat().st_mtime_ns  # an lm-eval under development gets new folders
+    key = hashlib.sha256(f"{version('lm-eval')} {LM_EVAL_TASKS} {tasks}".encode()).hexdigest()[:16]
+    return _read_index(_cache_folder() / "task_index" / f"{key}.json")
 
 
 @functools.cache
-def _including(root: Path) -> dict[Path, list[Path]]:
-    """Which files include a file."""
-    found: dict[Path, list[Path]] = {}
-    for file, text in _texts(root).items():
-        for one, several in _INCLUDED.findall(text):
-            for name in [one, *several.split("\n")]:
-                target = name.strip().removeprefix("- ").split(" #")[0].strip(" \"'")
-                if target:
-                    included = Path(os.path.normpath(file.parent / target))
-                    found.setdefault(included, []).append(file)
-    return found
-
-
-def _defining(names: set[str], root: Path) -> set[Path]:
-    """The files that mention one of the names, by themselves or in what they include."""
-    found: set[Path] = set()
-    waiting = [*_mentioning(names, root)]
-    while waiting:
-        file = waiting.pop()
-        if file not in found:
-            found.add(file)
-            waiting += _including(root).get(file, [])
-    return {file for file in found if file.suffix == ".yaml"}
-
-
-def _config(file: Path) -> dict[str, Any] | None:
-    try:
-        return load_yaml(file, resolve_func=False)  # type: ignore[no-any-return]
-    except Exception:  # lm-eval's index passes over what it cannot read, whatever the reason
-        return None
-
-
-def _index(files: dict[Path, dict[str, Any] | None]) -> dict[str, Entry]:
-    index: dict[str, Entry] = {}
-    for file in sorted(files, key=lambda file: file.as_posix()):
-        if (config := files[file]) is not None:
-            try:
-                TaskIndex.process_cfg(config, file, index)
-            except ValueError:  # it defines neither a task nor a group
-                continue
+def _read_index(file: Path) -> Mapping[str, Entry]:
+    """Read the kept index, or build and keep it if the file is missing or damaged."""
+    with suppress(OSError, ValueError, KeyError, TypeError):
+        rows = json.loads(file.read_text(encoding="utf-8"))
+        return {
+            name: Entry(name, Kind[kind], Path(path) if path else None, config, set(tags))
+            for name, kind, path, config, tags in rows
+        }
+    with quiet(logging.ERROR):
+        index: dict[str, Entry] = TaskManager().task_index
+    with suppress(OSError):  # without the file, the next start takes ten seconds more
+        _write(file, json.dumps([_row(entry) for entry in index.values()], default=str))
     return index
+
+
+def _row(entry: Entry) -> list[Any]:
+    config = {key: entry.cfg[key] for key in _KEPT if key in entry.cfg} if entry.cfg else None
+    path = str(entry.yaml_path) if entry.yaml_path else None
+    return [entry.name, entry.kind.name, path, config, sorted(entry.tags)]
+
+
+def _cache_folder() -> Path:
+    """Return the folder that also keeps the engine's statistics."""
+    if own := os.environ.get("MERGESEARCH_CACHE"):
+        return Path(own).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "mergesearch"
+
+
+def _write(file: Path, text: str) -> None:
+    """Write a file in one step: another process may read or write it at the same time."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    partial = file.with_suffix(f".{os.getpid()}.partial")
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(file)
+
+
+def members(entry: Entry) -> Iterator[str]:
+    """Yield the names that a group or tag stands for, those a group defines itself included."""
+    if entry.kind is Kind.TAG:
+        yield from entry.tags
+    elif entry.kind is Kind.GROUP:
+        yield from _listed((entry.cfg or {}).get("task"))
+
+
+def _listed(entries: object) -> Iterator[str]:
+    for entry in entries if isinstance(entries, list) else []:
+        if isinstance(entry, str):
+            yield entry
+        elif isinstance(entry, dict):
+            yield from (entry[key] for key in ("task", "group") if isinstance(entry.get(key), str))
+            yield from _listed(entry.get("task"))
+
+
+def _unknown(names: Iterable[object], index: Mapping[str, Entry]) -> Iterator[str]:
+    """Yield the names that are not in the index, those a group lists included."""
+    for name in names:
+        if not isinstance(name, str):  # a task defined inside its group
+            continue
+        if (entry := index.get(name)) is None:
+            yield name
+        elif entry.kind is Kind.GROUP and isinstance(entry.cfg.get("task"), list):
+            yield from _unknown(entry.cfg["task"], index)
+
+
+def _unknown_task(name: str, known: Iterable[str], folders: Sequence[Path]) -> ObjectiveError:
+    close = difflib.get_close_matches(name, known)
+    searched = ", ".join([*map(str, folders), "lm-eval's own tasks"])
+    skipped = [
+        path for folder in folders for path in sorted(folder.rglob("*.yaml")) if _is_broken(path)
+    ]
+    fixes = [f"did you mean {' or '.join(map(repr, close))}?"] if close else []
+    fixes += [f"{path} cannot be read: correct it" for path in skipped]
+    return ObjectiveError(
+        f"no task {name!r} in {searched}; {'; '.join(fixes) or 'check its spelling'}"
+    )
+
+
+def _is_broken(file: Path) -> bool:
+    """Return whether lm-eval's index left a file out silently, because it cannot be read."""
+    try:
+        load_yaml(file, resolve_func=False)
+    except (OSError, ValueError, yaml.YAMLError):
+        return True
+    return False
+
+
+def name_in(file: Path) -> str:
+    """Return the name of the task or group that a YAML file defines.
+
+    Raises:
+        ObjectiveError: It defines none.
+    """
+    try:
+        config = load_yaml(file, resolve_func=False)
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise ObjectiveError(f"{file}: no task file: {' '.join(str(error).split())}") from None
+    for kind in ("task", "group"):
+        if isinstance(name := config.get(kind), str):
+            return name
+    raise ObjectiveError(f"{file}: no task file of lm-eval; it needs a line like 'task: name'")

@@ -210,7 +210,7 @@ def _task(task: str, folder: Path, write: Write) -> tuple[str, Path | None]:
     if not path.is_file():
         raise StudyError(f"--tasks: no file {task}; check the path")
     if path.suffix == ".yaml":
-        from objectives.harness.tasks import name_in
+        from objectives.harness.task_index import name_in
 
         return name_in(path), path.parent
     name = re.sub(r"\W+", "_", path.stem)
@@ -287,9 +287,9 @@ def _rows(data: Path) -> Mapping[int, dict[str, Any]]:
         try:
             rows[number] = json.loads(line)
         except ValueError as error:
-            raise StudyError(f"{data}:{number}: no JSON: {error}; mend it") from None
+            raise StudyError(f"{data}:{number}: not JSON: {error}; correct it") from None
         if not isinstance(rows[number], dict):
-            raise StudyError(f"{data}:{number}: no JSON object; write one {{...}} a line")
+            raise StudyError(f"{data}:{number}: not a JSON object; write one {{...}} a line")
     if not rows:
         raise StudyError(f"{data} is empty; write one JSON object a line")
     return rows

@@ -13,7 +13,7 @@ from transformers import LlamaForCausalLM
 
 from merge_engine.building.builder import Builder
 from merge_engine.models.model_set import ModelSet
-from objectives.harness.tasks import task_manager
+from objectives.harness.task_index import find_tasks
 from search.cli import main
 from search.proposing.recipes import to_recipe
 from search.proposing.space import Space
@@ -32,7 +32,7 @@ def test_every_study_is_read_and_its_tasks_are_known():
     objectives = [load_study(file).objective for file in STUDIES.glob("*/study.yaml")]
     names = [entry.task for objective in objectives for entry in objective.tasks]
     folders = {folder for objective in objectives for folder in objective.include_path}
-    task_manager(names, [*folders], unsafe_code=False)  # refuses an unknown one
+    find_tasks(names, [*folders])  # refuses an unknown one
 
 
 @pytest.mark.parametrize("name", READY)

@@ -299,7 +299,7 @@ MISTAKES = {
     ),
     "data with a broken line": Mistake(
         RUN,
-        ("tasks/tell.jsonl:3", "no JSON"),
+        ("tasks/tell.jsonl:3", "not JSON"),
         write("tasks/tell.jsonl", '{"question": "a"}\n{"question": "b"}\n{"question": \n'),
     ),
     "task file that is no YAML": Mistake(
@@ -324,7 +324,7 @@ MISTAKES = {
         study(objective__tasks=[{"objective": "nowhere:Mine"}]),
     ),
     "questions with a broken line": Mistake(
-        f"{INIT} own.jsonl", ("own.jsonl:2", "no JSON"), write("own.jsonl", '{"question": 1}\n{\n')
+        f"{INIT} own.jsonl", ("own.jsonl:2", "not JSON"), write("own.jsonl", '{"question": 1}\n{\n')
     ),
     "questions that are not there": Mistake(f"{INIT} own.jsonl", ("--tasks", "own.jsonl")),
     # options

@@ -1,40 +1,109 @@
-"""lm-eval's names are found without its whole index, and mean the same."""
+"""lm-eval's index is built once, kept, and means the same when it is read again."""
 
 from __future__ import annotations
 
 import pytest
+import yaml
 from lm_eval.tasks import TaskManager
 
-from objectives.harness.task_index import find_registered, named_by, registered_names
-from objectives.harness.tasks import task_manager
-
-# A group of groups, a tag, a group with settings of its own for its members, a tag that only an
-# included file names, and single tasks.
-NAMES = ["leaderboard", "ai2_arc", "mmlu", "kbl", "arc_easy", "gsm8k", "wikitext"]
+from objectives.base import ObjectiveError
+from objectives.harness import task_index
+from objectives.harness.task_index import find_tasks, registered_tasks
 
 
-def test_names_to_suggest_are_there_without_parsing():
-    assert {"leaderboard", "leaderboard_bbh_snarks", "mmlu", "gsm8k"} <= {*registered_names()}
+def replace_index(monkeypatch, cache, manager):
+    """Let ``manager`` stand for all of lm-eval's tasks; returns a list of its uses."""
+    built = []
+
+    def whole_or_own(include_defaults=True, include_path=()):
+        if include_defaults:
+            built.append(manager)
+            return manager
+        return TaskManager(include_defaults=False, include_path=include_path)
+
+    monkeypatch.setenv("MERGESEARCH_CACHE", str(cache))
+    monkeypatch.setattr(task_index, "TaskManager", whole_or_own)
+    return built
 
 
-def test_unknown_names_are_left_out():
-    assert find_registered(["no_such_task_anywhere"]) == {}
+@pytest.fixture
+def small_lm_eval(tmp_path, monkeypatch):
+    """A small folder in place of lm-eval's tasks, and an empty cache."""
+    tasks = tmp_path / "tasks"
+    tasks.mkdir()
+    for name in ("spelling", "grammar"):
+        config = {"task": name, "tag": "language", "doc_to_text": "q", "unsafe_code": True}
+        (tasks / f"{name}.yaml").write_text(yaml.safe_dump(config))
+    (tasks / "group.yaml").write_text(yaml.safe_dump({"group": "both", "task": ["language"]}))
+    monkeypatch.setattr(task_index, "LM_EVAL_TASKS", tasks)
+    manager = TaskManager(include_defaults=False, include_path=tasks)
+    return replace_index(monkeypatch, tmp_path / "cache", manager)
 
 
-def test_a_registered_group_is_found_with_all_that_it_stands_for(monkeypatch):
-    monkeypatch.setattr("lm_eval.tasks._index.TaskIndex._iter_yaml_files", lambda root: [])
-    manager = task_manager(["leaderboard"], [], unsafe_code=False)
-    assert "leaderboard_bbh_snarks" in manager.task_index
-    assert manager.task_index["leaderboard_musr"].cfg["group"] == "leaderboard_musr"
+def read_again():
+    task_index._read_index.cache_clear()
+    return registered_tasks()
+
+
+def test_the_index_is_built_once_and_read_afterwards(small_lm_eval):
+    first, second = read_again(), read_again()
+    assert len(small_lm_eval) == 1
+    assert first.keys() == second.keys() == {"spelling", "grammar", "language", "both"}
+    for name, entry in second.items():
+        assert (entry.kind, entry.yaml_path, entry.tags) == (
+            first[name].kind,
+            first[name].yaml_path,
+            first[name].tags,
+        )
+    assert second["both"].cfg["task"] == ["language"]
+    assert second["grammar"].cfg["unsafe_code"]
+
+
+def test_a_damaged_index_is_built_again(small_lm_eval, tmp_path):
+    read_again()
+    (file,) = (tmp_path / "cache" / "task_index").iterdir()
+    file.write_text(file.read_text()[:-20])
+    assert read_again().keys() == {"spelling", "grammar", "language", "both"}
+    assert len(small_lm_eval) == 2
+
+
+def test_without_a_folder_to_write_to_the_index_is_built_each_time(small_lm_eval, tmp_path):
+    (tmp_path / "cache").write_text("a file, not a folder")
+    assert read_again().keys() == read_again().keys() != set()
+    assert len(small_lm_eval) == 2
+
+
+def test_tasks_of_the_users_own_folders_need_no_index(small_lm_eval, tmp_path):
+    own = tmp_path / "own"
+    own.mkdir()
+    (own / "mine.yaml").write_text(yaml.safe_dump({"task": "mine"}))
+    assert find_tasks(["mine"], [own]).keys() == {"mine"}
+    assert not small_lm_eval
+
+
+def test_a_name_in_the_users_own_folder_takes_precedence(small_lm_eval, tmp_path):
+    own = tmp_path / "own"
+    own.mkdir()
+    (own / "grammar.yaml").write_text(yaml.safe_dump({"task": "grammar"}))
+    index = find_tasks(["grammar", "spelling"], [own])
+    assert index["grammar"].yaml_path == own / "grammar.yaml"
+    assert index["spelling"].yaml_path == tmp_path / "tasks" / "spelling.yaml"
+
+
+def test_a_misspelt_name_is_refused_with_suggestions(small_lm_eval):
+    with pytest.raises(ObjectiveError, match=r"no task 'grammer'.*did you mean 'grammar'"):
+        find_tasks(["grammer"], [])
 
 
 @pytest.mark.slow
-def test_names_mean_what_they_mean_in_the_whole_index():
-    whole = TaskManager().task_index
-    expected, waiting = {}, [*NAMES]
-    while waiting:
-        if (one := waiting.pop()) in whole and one not in expected:
-            expected[one] = whole[one]
-            waiting += named_by(whole[one])
-    assert expected.keys() >= {*NAMES}
-    assert find_registered(NAMES) == expected
+def test_the_kept_index_means_what_lm_evals_own_means(tmp_path, monkeypatch):
+    manager = TaskManager()
+    built = replace_index(monkeypatch, tmp_path / "cache", manager)
+    read_again()
+    whole, index = manager.task_index, read_again()
+    assert len(built) == 1
+    assert index.keys() == whole.keys() >= {"leaderboard", "mmlu", "arc_easy", "ai2_arc"}
+    for name, entry in whole.items():
+        kept = index[name]
+        assert (kept.kind, kept.yaml_path, kept.tags) == (entry.kind, entry.yaml_path, entry.tags)
+        assert {*task_index.members(kept)} == {*task_index.members(entry)}

@@ -110,8 +110,8 @@ def test_fields_decide_the_task(zoo, tmp_path, row, expected):
 @pytest.mark.parametrize(
     ("second", "message"),
     [
-        ('{"question": ', ":2: no JSON: "),
-        ('["abc?", "a"]', ":2: no JSON object; write one {...} a line"),
+        ('{"question": ', ":2: not JSON: "),
+        ('["abc?", "a"]', ":2: not a JSON object; write one {...} a line"),
         ({"q": "x", "answer": "y"}, ":2: no field question among q, answer; name them so"),
         ({"question": "x"}, ":2: no field answer among question"),
         (WRITTEN | {"answer": 1}, ":2: answer is 1, and 'a' before; make all texts"),

@@ -1,0 +1,94 @@
+"""Build lm-eval tasks from their files, with errors that name the file and what to do."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from pathlib import Path
+from typing import Any
+
+import datasets  # type: ignore[import-untyped]  # published without types
+from jinja2 import UndefinedError
+from lm_eval.api.task import Task
+
+# Private: the one place where lm-eval builds each task of a group from the task's own file.
+from lm_eval.tasks._factory import TaskFactory
+from lm_eval.tasks._index import Entry
+from typing_extensions import override
+
+from objectives.base import ObjectiveError, objective_errors
+from objectives.harness.task_index import LM_EVAL_TASKS
+
+
+class SafeTaskFactory(TaskFactory):  # type: ignore[misc]  # lm-eval is published without types
+    """Builds each task in the folder of its YAML, where its data files are.
+
+    Args:
+        unsafe_code: Allow tasks that run code written by a model.
+    """
+
+    def __init__(self, *, unsafe_code: bool) -> None:
+        super().__init__()
+        self._unsafe_code = unsafe_code
+
+    @override
+    def build(self, entry: Entry, **settings: Any) -> Any:
+        with _inside_folder_of(entry):
+            return super().build(entry, **settings)
+
+    @override
+    def _build_task(self, entry: Entry, overrides: dict[str, Any] | None) -> Task:
+        self.check_safe(entry.name, (entry.cfg or {}).get("unsafe_code"))
+        where = f"task {entry.name!r} ({entry.yaml_path})"
+        with _inside_folder_of(entry), objective_errors(f"{where} could not be loaded"):
+            try:
+                return super()._build_task(entry, overrides)
+            except datasets.exceptions.DatasetGenerationError as error:
+                raise ObjectiveError(
+                    f"{where}: {_broken_line(entry) or error.__cause__}"
+                ) from error
+            except UndefinedError as error:
+                raise ObjectiveError(
+                    f"{where}: {error}; correct it, or give the rows of its data that field"
+                ) from error
+            except (FileNotFoundError, ConnectionError) as error:
+                raise ObjectiveError(
+                    f"{where}: its data was not found: {error}; check dataset_path and "
+                    "data_files, which are relative to that YAML"
+                ) from error
+
+    def check_safe(self, name: str, is_unsafe: object) -> None:
+        """Refuse a task that runs code written by a model, unless such tasks are allowed.
+
+        Raises:
+            ObjectiveError: It is refused.
+        """
+        if is_unsafe and not self._unsafe_code:
+            raise ObjectiveError(
+                f"task {name!r} runs code the model writes, and merged models are untrusted; "
+                "leave it out, or set unsafe_code: true on a machine that may be harmed"
+            )
+
+
+def _inside_folder_of(entry: Entry) -> contextlib.AbstractContextManager[None]:
+    # lm-eval's own YAMLs have no files, and folder names there can be taken for data sets
+    if entry.yaml_path is None or entry.yaml_path.is_relative_to(LM_EVAL_TASKS):
+        return contextlib.nullcontext()
+    return contextlib.chdir(entry.yaml_path.parent)
+
+
+def _broken_line(entry: Entry) -> str | None:
+    """Return an error about the first line of a task's JSONL files that is not JSON, if any.
+
+    The reader of data names no line.
+    """
+    files = ((entry.cfg or {}).get("dataset_kwargs") or {}).get("data_files") or {}
+    for file in files.values() if isinstance(files, dict) else ():
+        if isinstance(file, str) and file.endswith(".jsonl"):
+            lines = Path(file).read_text(encoding="utf-8", errors="replace").splitlines()
+            for number, line in enumerate(lines, start=1):
+                try:
+                    json.loads(line or "{}")
+                except ValueError as error:
+                    return f"{Path(file).absolute()}:{number}: not JSON: {error}; correct it"
+    return None
