@@ -249,12 +249,13 @@ def _export(options: Any, output: Output) -> None:
     from merge_engine.errors import MergeError
     from merge_engine.recipe.recipe import Recipe
     from search.running.conclusion import other_trial
-    from search.running.run import find_trial, stored_spec
     from search.session import save_checkpoint, work_on
     from search.showing.card import model_card
     from search.storing.folder import check_folder
     from search.storing.result import read_result
+    from search.storing.resume import find_trial, stored_spec
     from search.storing.store import Storage, Store
+    from search.storing.trials import TrialLog
     from search.study.spec import StudyError
 
     if options.out.exists():
@@ -263,13 +264,13 @@ def _export(options: Any, output: Output) -> None:
     spec, result = stored_spec(options.run, options.storage), read_result(options.run)
     won = Recipe.model_validate(result.winner.recipe) if result and options.trial is None else None
     if options.trial is not None:
-        study = Store(Storage.of(options.run, options.storage)).study()
-        find_trial(options.run, study, options.trial)
+        store = Store(Storage.of(options.run, options.storage))
+        find_trial(options.run, TrialLog(store.study()), options.trial)
     elif won is None:
         raise StudyError(f"{options.run} has no winner yet; name a --trial")
 
     def save(run: Run) -> None:
-        recipe = won or run.recipe_of(options.trial)
+        recipe = won or run.find_recipe(options.trial)
         other = None if won else other_trial(run, options.trial, recipe, result)
         card = model_card(options.out.name, run.spec, recipe, result, other)
         save_checkpoint(run, recipe, options.out, card)
@@ -280,10 +281,10 @@ def _export(options: Any, output: Output) -> None:
 
 def _sample(options: Any, output: Output) -> None:
     from objectives.entries import PromptEntry
-    from search.running.run import stored_spec
     from search.running.sampling import of_items, of_prompts
     from search.session import keep, work_on
     from search.storing.result import read_result
+    from search.storing.resume import stored_spec
     from search.study.spec import StudyError
 
     spec, result = stored_spec(options.run, options.storage), read_result(options.run)
@@ -328,9 +329,9 @@ def _push(options: Any, output: Output) -> None:
 
 
 def _report(options: Any, output: Output) -> None:
-    from search.running.run import stored_spec
     from search.showing.report import make_report
     from search.storing.folder import check_folder, is_held, replace_text
+    from search.storing.resume import stored_spec
     from search.storing.store import Storage, Store
     from search.study.spec import StudyError
 
@@ -340,7 +341,7 @@ def _report(options: Any, output: Output) -> None:
         raise StudyError(f"{file} is a folder; name the file to write in it")
     check_folder(file.parent)
     store = Store(Storage.of(options.run, options.storage))
-    page = make_report(options.run, store, store.study(), held=is_held(options.run))
+    page = make_report(options.run, store, held=is_held(options.run))
     replace_text(file, page)
     output.done(str(file), report=str(file))
 

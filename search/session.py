@@ -12,7 +12,6 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any, Final
@@ -116,14 +115,15 @@ def work_on(
             storage = Storage.of(folder, options.storage)
             store = Store(storage, output.note)
             storage.remember(folder)
-            store.persist(lambda: _attempt(Run(folder, bench, workers, output, store), work))
+            shown = (_throttled(_believe, BELIEVE_EVERY), _throttled(_draw, DRAW_EVERY))
+            store.persist(lambda: _attempt(Run(folder, bench, workers, output, store, shown), work))
     finally:
         workers.close()
 
 
 def _check_storage(spec: StudySpec, folder: Path, url: str | None, *, new: bool) -> None:
     """Refuse a database that does not let us in, or that has another study for this folder."""
-    from search.running.run import check_run
+    from search.storing.resume import check_run
     from search.storing.store import Storage
 
     storage = Storage.of(folder, url, new=new)
@@ -136,11 +136,11 @@ def _attempt(run: Run, work: Callable[[Run], None]) -> None:
     from search.storing.store import DATABASE_ERRORS
 
     try:
-        run.adopt()
+        run.bind_to_store()
         with _stopping(run):
             work(run)
     except DATABASE_ERRORS:
-        run.scorer.abandon()
+        run.evaluator.abandon()
         raise
     finally:
         run.output.stop()
@@ -183,9 +183,8 @@ def _stopping(run: Run) -> Iterator[None]:
 
     def stop(number: int, frame: FrameType | None) -> None:
         signal.signal(signal.SIGINT, before)
-        if not run.scorer.working:
+        if not run.request_stop():
             signal.default_int_handler(number, frame)
-        run.scorer.stopping = True
         run.output.stopping()
 
     if threading.current_thread() is not threading.main_thread():  # it gets no signals
@@ -203,9 +202,6 @@ def finish(run: Run, timeout: float) -> None:
     from search.running.conclusion import conclude
     from search.showing.card import model_card
 
-    draw = _now_and_then(partial(_draw, run), DRAW_EVERY)
-    believe = _now_and_then(partial(_believe, run), BELIEVE_EVERY)
-    run.after_trial = (believe, draw)
     run.search(timeout)
     result, recipe = conclude(run)
     replace_text(run.folder / "recipe.yaml", recipe.to_yaml())
@@ -222,14 +218,14 @@ def finish(run: Run, timeout: float) -> None:
     run.output.result(result, run.folder)
 
 
-def _now_and_then(work: Callable[[], None], every: float) -> Callable[[], None]:
-    """The same work, left out if it was done a short time ago."""
+def _throttled(work: Callable[[Run], None], every: float) -> Callable[[Run], None]:
+    """Return the same work, left out where it was done a short time ago."""
     due = time.monotonic() + every
 
-    def do() -> None:
+    def do(run: Run) -> None:
         nonlocal due
         if (start := time.monotonic()) >= due:
-            work()
+            work(run)
             end = time.monotonic()
             due = end + max(every, (end - start) / DRAW_SHARE)
 
@@ -239,9 +235,9 @@ def _now_and_then(work: Callable[[], None], every: float) -> Callable[[], None]:
 def _believe(run: Run) -> None:
     """Say which trial is believed to be best so far. Being for show, it stops no run."""
     with suppress(Exception):
-        candidates, belief = run.beliefs()
-        best = belief.ranked([candidate.missed for candidate in candidates])[0]
-        run.output.believes(candidates[best].trial, float(belief.means[best]))
+        candidates, posterior = run.posterior()
+        best = posterior.ranked([one.trial.violation for one in candidates])[0]
+        run.output.believes(candidates[best].trial, float(posterior.means[best]))
 
 
 def _sample_items(run: Run, result: Result) -> None:
@@ -273,7 +269,7 @@ def _draw(run: Run) -> None:
     from search.showing.report import make_report
 
     try:
-        page = make_report(run.folder, run.store, run.study)
+        page = make_report(run.folder, run.store)
         replace_text(run.folder / "report.html", page)
     except Exception as error:  # whatever it is
         run.output.note(f"there is no report.html: {error}")
@@ -287,10 +283,10 @@ def holds(checkpoint: Path, recipe: Recipe) -> bool:
 
 def save_checkpoint(run: Run, recipe: Recipe, out: Path, card: str) -> None:
     """Export a recipe, and say how its rebuilt answers compare with those in the database."""
-    from search.running.run import export
-
     run.output.stage(f"saving {out}")
-    compared, differing, _ = export(run, recipe, out, card)
+    compared, differing, machine = run.evaluator.export(recipe, out, card)
+    if not out.is_dir():
+        run.output.note(f"{out} lies on the machine {machine}, whose worker has written it")
     text = f"rebuilt: all {compared} answers are those in the database"
     if differing:
         text = (

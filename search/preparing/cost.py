@@ -7,7 +7,7 @@ from typing import Final
 
 from search.preparing.context import StudyPlan
 from search.preparing.models import torch_dtype
-from search.racing.item_scores import SELECT_SHARE
+from search.racing.verdict import SELECT_SHARE
 from search.study.spec import StudySpec
 
 RACED: Final = 0.45  # share of the search's item evaluations that races leave, of 100 trials

@@ -29,7 +29,7 @@ import numpy as np
 from optuna.distributions import BaseDistribution
 from optuna.samplers import BaseSampler, RandomSampler
 from optuna.study import Study
-from optuna.trial import FrozenTrial, TrialState
+from optuna.trial import FrozenTrial
 from scipy.linalg import cho_factor, cho_solve
 from scipy.linalg.lapack import dtrtri
 from scipy.optimize import Bounds, minimize
@@ -39,10 +39,11 @@ from threadpoolctl import ThreadpoolController
 
 from search.proposing.encoding import Bits, Candidates, Ints, RecipeEncoding
 from search.proposing.space import Point, Space
-from search.racing.race import Floats, JointPosterior
+from search.racing.elimination import JointPosterior
+from search.racing.race import Estimate, Floats
+from search.storing.trials import TrialLog, TrialRecord
 
 GAIN = "gain"  # a trial's attribute: what it was expected to improve upon the best
-VARIANCE = 0.001  # of a trial that does not say: 250 items, half of them right
 JITTER = 1e-6
 KINSHIP = 0.4
 MODELLED, STEP = 400, 50  # trials the process is made of, and how many more it takes at a time
@@ -296,7 +297,7 @@ def expected_improvement(mean: Floats, deviation: Floats, best: float) -> Floats
     return expected
 
 
-def modelled(trials: Sequence[FrozenTrial]) -> Sequence[FrozenTrial]:
+def modelled(trials: Sequence[TrialRecord]) -> Sequence[TrialRecord]:
     """All complete trials while they are few; else the best, the latest and who came since.
 
     The process costs the cube of their number. Who is best and latest changes once in STEP trials,
@@ -306,18 +307,8 @@ def modelled(trials: Sequence[FrozenTrial]) -> Sequence[FrozenTrial]:
         return trials
     settled = len(trials) - (len(trials) - MODELLED) % STEP
     latest = settled - MODELLED // 2
-    best = sorted(range(latest), key=lambda place: rank(trials[place]))[: MODELLED // 2]
+    best = sorted(range(latest), key=lambda place: trials[place].sort_key)[: MODELLED // 2]
     return [*(trials[place] for place in sorted(best)), *trials[latest:]]
-
-
-def rank(trial: FrozenTrial) -> tuple[float, float]:
-    """Before whom a complete trial comes: who misses the floors less, then who scores more."""
-    return _missed(trial), -float(trial.values[0])
-
-
-def _missed(trial: FrozenTrial) -> float:
-    """By how much a trial misses its floors."""
-    return sum(max(value, 0.0) for value in trial.constraints.values())
 
 
 def rung(count: int, first: int) -> int:
@@ -381,14 +372,14 @@ class GaussianSampler(BaseSampler):
         search_space: dict[str, BaseDistribution],  # noqa: ARG002
     ) -> dict[str, Any]:
         """The next point."""
-        trials = study.get_trials(deepcopy=False)  # at once: a database takes its time
-        complete = [known for known in trials if known.state == TrialState.COMPLETE]
+        trials = TrialLog(study).records()  # at once: a database takes its time
+        complete = [known for known in trials if known.state == "complete"]
         self.places = RecipeEncoding(
             self.space, self.space.shared_units(len(complete) - self.startup)
         )
         if len(complete) < self.startup:
             return self._shared() if self.places.groups else {}
-        running = [known for known in trials if known.state == TrialState.RUNNING]
+        running = [known for known in trials if known.state == "running"]
         others = [other for other in running if other.number != trial.number]
         with one_thread():
             point, gain = self._proposal(complete, others)
@@ -401,7 +392,7 @@ class GaussianSampler(BaseSampler):
         return self.places.point(self.places.random(1, np.random.default_rng(self.seed)))
 
     def _proposal(
-        self, complete: Sequence[FrozenTrial], running: Sequence[FrozenTrial]
+        self, complete: Sequence[TrialRecord], running: Sequence[TrialRecord]
     ) -> tuple[dict[str, Any], float]:
         """The point to score after trials that are complete, and beside trials that run.
 
@@ -409,19 +400,19 @@ class GaussianSampler(BaseSampler):
             The point, and its acquisition in units of the values.
         """
         complete = modelled(complete)
-        tried = self.places.population([known.params for known in complete])
+        tried = self.places.population([known.point for known in complete])
         x = self.places.of(tried)
         observed = tuple(map(observation, complete, tried.method.tolist(), x.tolist()))
         kernel = fitted(observed[: rung(len(observed), self.startup)])
         if self.front:
-            goal = scalarised([trial.user_attrs["tasks"] for trial in complete], self.seed)
+            goal = scalarised([trial.tasks for trial in complete], self.seed)
             observed = tuple(
                 one._replace(value=value, variance=variance)
                 for one, (value, variance) in zip(observed, goal, strict=True)
             )
         known = Posterior(Data.of(observed), kernel)
         if running:
-            others = self.places.population([other.params for other in running])
+            others = self.places.population([other.point for other in running])
             known = known.joined(self.places.of(others), others.method)
             tried += others
         best, worth = self._best(known, tried)
@@ -455,20 +446,15 @@ class GaussianSampler(BaseSampler):
         return found[[best]], float(worth[best])
 
 
-def observation(trial: FrozenTrial, method: int, place: Sequence[float]) -> Observed:
+def observation(trial: TrialRecord, method: int, place: Sequence[float]) -> Observed:
     """A complete trial, as the process is told it."""
-    return Observed(
-        method,
-        tuple(place),
-        float(trial.values[0]),
-        float(trial.user_attrs.get("variance", VARIANCE)),
-        _missed(trial),
-    )
+    if trial.estimate is None:
+        raise ValueError(f"trial {trial.number} is {trial.state} and has no estimate")
+    value, variance = trial.estimate
+    return Observed(method, tuple(place), value, variance, trial.violation)
 
 
-def scalarised(
-    estimates: Sequence[Mapping[str, Sequence[float]]], seed: int
-) -> list[tuple[float, float]]:
+def scalarised(estimates: Sequence[Mapping[str, Estimate]], seed: int) -> list[tuple[float, float]]:
     """One goal out of several, between which the seed draws weights: near the best in each.
 
     The augmented Chebyshev function of ParEGO: Knowles 2006, eq. 2,

@@ -33,8 +33,9 @@ from optuna.samplers import (
 from optuna.study import Study
 from optuna.trial import FrozenTrial, TrialState
 
-from search.proposing.gp import GaussianSampler, rank
+from search.proposing.gp import GaussianSampler
 from search.proposing.starts import warm_starts
+from search.storing.trials import TrialRecord
 
 if TYPE_CHECKING:
     from search.proposing.space import Space
@@ -166,7 +167,8 @@ class _CatCma(_Whole):
         proposed = [known for known in complete if self.DRAWN in known.system_attrs]
         size = strategy.population_size
         for end in range(size, len(proposed) + 1, size):
-            ranked = sorted(proposed[end - size : end], key=rank)
+            generation = proposed[end - size : end]
+            ranked = sorted(generation, key=lambda one: TrialRecord.from_optuna(one).sort_key)
             # It learns from ranks alone; equal values would leave it without a spread.
             strategy.tell([(self._solution(known), rank) for rank, known in enumerate(ranked)])
         drawn = strategy.ask()

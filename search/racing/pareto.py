@@ -1,81 +1,79 @@
-"""The front: recipes of which none beats another on every task; pure functions of what was said.
+"""The Pareto front of several tasks: recipes of which none beats another on every task.
 
-Values are noisy, so the front is that of what is believed of each task, first from the search and
-then with fresh items; only items asked after that say how good its recipes are.
+Scores are noisy, so the front is that of posterior means of each task, first from the search and
+then with fresh items; only items evaluated after that say how good its recipes are.
+
+Notation: n candidates, of which k are on the front; one column of values per task.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from itertools import islice
 
 import numpy as np
 
-from search.proposing.gp import believed
-from search.proposing.space import Point, Space
-from search.racing.race import Floats, JointPosterior, Strata
+from search.racing.elimination import JointPosterior
+from search.racing.race import Floats, Strata
 
 
-def believed_front(
-    space: Space, points: Sequence[Point], estimates: Mapping[str, Floats], most: int
-) -> tuple[list[int], dict[str, JointPosterior]]:
-    """The front as the search believes it.
+def posterior_front(posteriors: Mapping[str, JointPosterior], most: int) -> list[int]:
+    """Find the front of posterior means.
 
     Args:
-        space: That was searched.
-        points: n.
-        estimates: Of each task: the points' values and variances, (n, 2).
-        most: Points on it at most.
+        posteriors: Of each task: the values of n candidates.
+        most: Candidates on it at most, those that span the largest hypervolume.
 
     Returns:
-        The places of its k points, and what is believed of them in each task.
+        Indices of the candidates on the front.
     """
-    beliefs = {task: believed(space, points, *of_task.T) for task, of_task in estimates.items()}
-    means = np.stack([belief.means for belief in beliefs.values()], axis=1)
+    means = np.stack([posterior.means for posterior in posteriors.values()], axis=1)
     front = nondominated(means)
-    front = [front[place] for place in widest(means[front], most)]
-    return front, {task: belief[front] for task, belief in beliefs.items()}
+    return [front[index] for index in widest(means[front], most)]
 
 
 def leading(values: Floats, most: int) -> list[int]:
-    """Places of ``most`` of the rows (n, goals) at most: every goal's best, its second, ..."""
+    """List ``most`` of the rows (n, tasks) at most: every task's best, its second, ..."""
     order = np.argsort(-values, axis=0, kind="stable").ravel().tolist()
     return sorted(islice(dict.fromkeys(order), most))
 
 
-def confirmed(beliefs: Mapping[str, JointPosterior], strata: Strata, answers: Floats) -> list[int]:
-    """Places of those of k that are still on the front after answers (k, m) to fresh items."""
-    parts = strata.parts(answers)
+def confirmed(
+    posteriors: Mapping[str, JointPosterior], strata: Strata, values: Floats
+) -> list[int]:
+    """List those of k candidates that are still on the front after values (k, m) on fresh items."""
+    parts = strata.parts(values)
     after = [
-        belief.given(*strata.by_task[task].moments(parts[task])).means
-        for task, belief in beliefs.items()
+        posterior.update(*strata.by_task[task].moments(parts[task])).means
+        for task, posterior in posteriors.items()
     ]
     return nondominated(np.stack(after, axis=1))
 
 
 def nondominated(values: Floats) -> list[int]:
-    """Places of the rows (n, goals) that no other beats in one column and in none falls behind."""
+    """List the rows (n, tasks) that no other equals everywhere and exceeds somewhere."""
     level = (values[:, None] >= values[None]).all(axis=2)
     beats = level & (values[:, None] > values[None]).any(axis=2)
     return np.flatnonzero(~beats.any(axis=0)).tolist()
 
 
 def widest(values: Floats, most: int) -> list[int]:
-    """Places of ``most`` rows (n, goals), each in turn the one that adds most to what they beat.
+    """Choose ``most`` of the rows (n, tasks) whose hypervolume is largest, greedily.
 
-    That is the hypervolume above the lowest values, by 4,096 points: Zitzler and Thiele 1998,
-    https://doi.org/10.1007/BFb0056872; taken greedily it is within 1 - 1/e of the best.
+    The hypervolume is the share of quasi-random points in the rows' bounding box that a chosen row
+    dominates: Zitzler and Thiele 1998, https://doi.org/10.1007/BFb0056872; taken greedily it is
+    within 1 - 1/e of the best.
     """
     from scipy.stats.qmc import Sobol  # slow to import
 
     low, high = values.min(axis=0), values.max(axis=0)
     points = low + (high - low) * Sobol(values.shape[1], rng=0).random(4096)
-    beats = (points[None] <= values[:, None]).all(axis=2)  # (n, points)
-    places: list[int] = []
+    dominated = (points[None] <= values[:, None]).all(axis=2)  # (n, points)
+    chosen: list[int] = []
     left = np.ones(len(points), dtype=bool)
-    while len(places) < min(most, len(values)):
-        gains = (beats & left).sum(axis=1)
-        gains[places] = -1
-        places.append(int(gains.argmax()))
-        left &= ~beats[places[-1]]
-    return sorted(places)
+    while len(chosen) < min(most, len(values)):
+        gains = (dominated & left).sum(axis=1)
+        gains[chosen] = -1
+        chosen.append(int(gains.argmax()))
+        left &= ~dominated[chosen[-1]]
+    return sorted(chosen)

@@ -1,18 +1,17 @@
-"""Who is asked more items: pure functions of answers, for a run and for its replay alike.
+"""Racing: after each block of items, decide whether a candidate is evaluated further.
 
-Everyone is asked the same items in the same order, so any two have a beginning in common on which
-they are compared item by item. All noise is which items were drawn; pairing takes out the part of
-it that is the items' difficulty.
+Pure functions of per-item scores, for a run and for its replay alike. All candidates are evaluated
+on the same items in the same order, so that any two can be compared item by item on those that
+both have. All noise is which items were drawn; pairing removes the part of it that is the items'
+difficulty. A candidate that is stopped is not judged: its estimate carries its variance, and the
+finalists are evaluated on fresh items.
 
-A candidate is asked on as long as it may still end ahead of the best so far. Being stopped is no
-verdict: its estimate says how sure it is, and whoever is believed in at the end is asked again.
+Notation: n items in all, the first m of them evaluated, k candidates.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Final, NamedTuple
 
@@ -22,27 +21,25 @@ from scipy.special import ndtr
 
 Floats = NDArray[np.float64]
 
-HOPE: Final = 0.05  # a candidate is asked on while its chance to end ahead is at least this
-FRONT_HOPE: Final = 0.2  # the same in one task of several: each of them is another chance
-PANEL: Final = 5
-COMMON: Final = 1000.0  # variance of what is common to all, in that of one: far more than any
-UNCERTAIN: Final = 1e6  # variance of a value of which nothing is known, in any unit
+STOP_BELOW: Final = 0.05  # probability of ending ahead of the incumbent
+STOP_BELOW_PER_TASK: Final = 0.2  # the same in one task of several: each is another chance
+PANEL: Final = 5  # best candidates whose mean scores say how difficult the items are
+UNKNOWN_VARIANCE: Final = 1e6  # of a value of which nothing is known, in any unit
 
 
-@dataclass(frozen=True)
-class Estimate:
-    """Of a weighted task mean, with the variance that the draw of its items gives it."""
+class Estimate(NamedTuple):
+    """A weighted task mean, and its variance over draws of the items."""
 
     value: float
     variance: float
 
 
 class Strata:
-    """The tasks of n items in the order they are asked, and what the first of them say.
+    """The tasks of n items in the order they are evaluated.
 
     Args:
         tasks: n names.
-        weights: Of the tasks.
+        weights: Of the tasks in the mean.
     """
 
     def __init__(self, tasks: Sequence[str], weights: Mapping[str, float]) -> None:
@@ -51,13 +48,13 @@ class Strata:
         self._of_task = [(weight, names == task) for task, weight in weights.items()]
 
     def moments(self, values: Floats) -> tuple[Floats, Floats]:
-        """Weighted task means of several models on the same items, and how these vary together.
+        """Compute weighted task means of several models on the same items, and their covariance.
 
-        Variances are reckoned with one answer of 0 and one of 1 more in each task: a few equal
-        answers are not certainty. A task that has no item yet is left out.
+        Variances are computed with one score of 0 and one of 1 added in each task: a few equal
+        scores are not certainty. A task that has no item yet is left out.
 
         Args:
-            values: (k, m), of the first m items.
+            values: (k, m), on the first m items.
 
         Returns:
             Means (k), and their covariance (k, k) over draws of the items.
@@ -75,205 +72,136 @@ class Strata:
         return means / total, covariance / total**2
 
     def estimate(self, values: Floats) -> Estimate:
-        """The weighted task mean of values (m) of the first m items, or of differences."""
+        """Estimate the weighted task mean from values (m) on the first m items."""
         means, covariance = self.moments(values[None])
         return Estimate(float(means[0]), float(covariance[0, 0]))
 
     @cached_property
     def by_task(self) -> Mapping[str, Strata]:
-        """Of each task's items alone."""
+        """Strata of each task's items alone."""
         return {
             task: Strata((task,) * int(of_task.sum()), {task: 1.0})
             for task, (_, of_task) in zip(self.weights, self._of_task, strict=True)
         }
 
     def parts(self, values: Floats) -> Mapping[str, Floats]:
-        """Each task's values among those (..., m) of the first m items."""
+        """Split values (..., m) on the first m items into those of each task."""
         of_tasks = zip(self.weights, self._of_task, strict=True)
         return {task: values[..., which[: values.shape[-1]]] for task, (_, which) in of_tasks}
 
 
-def ahead(strata: Strata, differences: Floats) -> float:
-    """The chance that a mean which is ``differences`` (m) so far ends above zero after all items.
+def prob_ahead(strata: Strata, differences: Floats) -> float:
+    """Compute the probability that a mean difference ends above zero after all n items.
 
-    The predictive chance of stochastic curtailment under a flat prior: Lan, Simon and Halperin
+    The predictive probability of stochastic curtailment under a flat prior: Lan, Simon and Halperin
     1982, https://doi.org/10.1080/07474948208836014. It is a martingale, so that of the candidates
-    stopped below a chance, over all looks, about that share at most would have ended ahead.
+    stopped below a probability, over all looks, about that share at most would have ended ahead.
+
+    Args:
+        strata: Of all n items.
+        differences: (m), on the first m items.
     """
     now = strata.estimate(differences)
     left = now.variance * (1 - len(differences) / strata.size)
     return float(ndtr(now.value / left**0.5)) if left else float(now.value > 0)
 
 
-class Complete(NamedTuple):
-    """A candidate that has answered all items."""
+class Evaluated(NamedTuple):
+    """A candidate that was evaluated on all items."""
 
-    shortfall: float
+    violation: float
     mean: float
-    answers: Floats
+    values: Floats
 
 
-@dataclass
 class Race:
-    """The candidates of a search, one after another, against the best so far.
+    """Candidates of a search, one after another, each against the incumbent.
 
-    Its state is a function of the answers it was given, in their order.
+    Its state is a function of the scores it was given, in their order.
 
     Args:
         strata: Of all items.
-        hope: As HOPE.
-        panel: How many of the best complete candidates tell how difficult the items are.
-        front: Whether who may end ahead of each of the best in some task has hope.
+        stop_below: As STOP_BELOW.
+        panel: As PANEL.
+        front: Whether a candidate goes on that may end ahead of each of the best in some task.
     """
 
-    strata: Strata
-    hope: float = HOPE
-    panel: int = PANEL
-    front: bool = False
-    complete: list[Complete] = field(default_factory=list)  # best first; of one goal the panel
+    def __init__(
+        self,
+        strata: Strata,
+        *,
+        stop_below: float = STOP_BELOW,
+        panel: int = PANEL,
+        front: bool = False,
+    ) -> None:
+        self.strata, self.stop_below, self.panel, self.front = strata, stop_below, panel, front
+        self.evaluated: list[Evaluated] = []  # best first; with one objective the panel alone
 
-    def hopeful(self, answers: Floats) -> bool:
-        """Whether a candidate with these answers (m) to the first items is to be asked more."""
-        m = len(answers)
-        if m in (0, self.strata.size) or not self.complete:
+    def should_continue(self, values: Floats) -> bool:
+        """Decide whether to evaluate a candidate further, given its values (m) so far.
+
+        True while P(its mean on all items > the incumbent's | the first m items) >= ``stop_below``.
+        """
+        m = len(values)
+        if m in (0, self.strata.size) or not self.evaluated:
             return m < self.strata.size
         if not self.front:
-            return ahead(self.strata, answers - self.complete[0].answers[:m]) >= self.hope
+            return prob_ahead(self.strata, values - self.evaluated[0].values[:m]) >= self.stop_below
         return all(
-            self._hopeful_in_a_task(answers - rival.answers[:m])
-            for rival in self.complete
-            if rival.shortfall == self.complete[0].shortfall
+            self._may_win_a_task(values - rival.values[:m])
+            for rival in self.evaluated
+            if rival.violation == self.evaluated[0].violation
         )
 
-    def _hopeful_in_a_task(self, differences: Floats) -> bool:
+    def _may_win_a_task(self, differences: Floats) -> bool:
         return any(
-            not len(part) or ahead(self.strata.by_task[task], part) >= FRONT_HOPE
+            not len(part) or prob_ahead(self.strata.by_task[task], part) >= STOP_BELOW_PER_TASK
             for task, part in self.strata.parts(differences).items()
         )
 
-    def lead(self, answers: Floats) -> Estimate | None:
-        """Of a candidate over the best so far, on the items (m) it has answered."""
-        if not len(answers) or not self.complete:
+    def lead(self, values: Floats) -> Estimate | None:
+        """Estimate a candidate's lead over the incumbent on the items (m) both have."""
+        if not len(values) or not self.evaluated:
             return None
-        return self.strata.estimate(answers - self.complete[0].answers[: len(answers)])
+        return self.strata.estimate(values - self.evaluated[0].values[: len(values)])
 
-    def finish(self, answers: Floats, shortfall: float = 0.0) -> Estimate:
-        """Take the answers (m) of a candidate that is asked no more, and say what it is worth.
+    def record(self, values: Floats, violation: float = 0.0) -> Estimate:
+        """Add a stopped or fully evaluated candidate, and estimate its score on all items.
 
-        The estimate is what the panel scores on all items, plus the difference to it on the items
-        seen. Its variance is that of the difference: all else is common to all candidates.
+        The estimate is the reference panel's mean on all items, plus the paired difference to it on
+        the items seen. Its variance is that of the difference: all else is common to all.
 
         Args:
-            answers: To the first items; the first candidate's to all.
-            shortfall: By how much it misses its floors: who misses less is better.
+            values: (m), on the first m items; the first candidate's on all.
+            violation: Constraint violation; less is better, whatever the mean.
         """
-        if len(answers) == self.strata.size:
-            mean = self.strata.estimate(answers).value
-            self.complete.append(Complete(shortfall, mean, answers))
-            self.complete.sort(key=lambda one: (one.shortfall, -one.mean))
+        if len(values) == self.strata.size:
+            mean = self.strata.estimate(values).value
+            self.evaluated.append(Evaluated(violation, mean, values))
+            self.evaluated.sort(key=lambda one: (one.violation, -one.mean))
             if not self.front:
-                del self.complete[self.panel :]  # nobody is compared with them any more
-        return _beside(self._of_panel, answers, self.strata)
+                del self.evaluated[self.panel :]  # no candidate is compared with them any more
+        return _beside(self._panel_values, values, self.strata)
 
-    def by_task(self, answers: Floats) -> dict[str, Estimate]:
-        """The same for each task alone; one without an item so far is taken to be the panel's."""
-        panel = self.strata.parts(self._of_panel)
+    def by_task(self, values: Floats) -> dict[str, Estimate]:
+        """Estimate each task's score likewise; a task without an item so far gets the panel's."""
+        panel = self.strata.parts(self._panel_values)
         return {
             task: _beside(panel[task], part, self.strata.by_task[task])
-            for task, part in self.strata.parts(answers).items()
+            for task, part in self.strata.parts(values).items()
         }
 
     @property
-    def _of_panel(self) -> Floats:
-        """The panel's mean answers to all items."""
-        mean: Floats = np.mean([one.answers for one in self.complete[: self.panel]], axis=0)
+    def _panel_values(self) -> Floats:
+        """Mean values (n) of the reference panel."""
+        mean: Floats = np.mean([one.values for one in self.evaluated[: self.panel]], axis=0)
         return mean
 
 
-def _beside(panel: Floats, answers: Floats, strata: Strata) -> Estimate:
-    """What the panel scores on all items (n), plus the difference to it on the first (m)."""
+def _beside(panel: Floats, values: Floats, strata: Strata) -> Estimate:
+    """Add the paired difference on the first m items to the panel's mean on all n."""
     whole = strata.estimate(panel).value
-    if not len(answers):
-        return Estimate(whole, UNCERTAIN)
-    difference = strata.estimate(answers - panel[: len(answers)])
+    if not len(values):
+        return Estimate(whole, UNKNOWN_VARIANCE)
+    difference = strata.estimate(values - panel[: len(values)])
     return Estimate(whole + difference.value, difference.variance)
-
-
-@dataclass(frozen=True)
-class JointPosterior:
-    """Of k candidates' values: a normal distribution.
-
-    Args:
-        means: (k).
-        covariance: (k, k).
-    """
-
-    means: Floats
-    covariance: Floats
-
-    @classmethod
-    def vague(cls, count: int) -> JointPosterior:
-        """Of values of which nothing is known."""
-        return cls(np.zeros(count), UNCERTAIN * np.eye(count))
-
-    def __getitem__(self, some: Sequence[int]) -> JointPosterior:
-        return JointPosterior(self.means[some], self.covariance[np.ix_(some, some)])
-
-    def given(self, means: Floats, covariance: Floats) -> JointPosterior:
-        """After new items gave these means (k) with this covariance (k, k).
-
-        Only differences count: how difficult the new items are is common to all.
-        """
-        noise = covariance + COMMON * np.trace(self.covariance + covariance) / len(means)
-        gain = np.linalg.solve(self.covariance + noise, self.covariance).T
-        return JointPosterior(
-            self.means + gain @ (means - self.means), self.covariance - gain @ self.covariance
-        )
-
-    def ranked(self, shortfalls: Sequence[float]) -> list[int]:
-        """All k from best to worst: who misses the floors less first, then by mean."""
-        places = range(len(self.means))
-        return sorted(places, key=lambda one: (shortfalls[one], -self.means[one]))
-
-    def above(self, one: int) -> Floats:
-        """The chance of each (k) to be better than one of them, whose own is a half."""
-        c = self.covariance
-        variance = np.maximum(np.diag(c) + c[one, one] - 2 * c[one], 1e-12)
-        chances: Floats = ndtr((self.means - self.means[one]) / np.sqrt(variance))
-        return chances
-
-
-def elect(
-    belief: JointPosterior,
-    strata: Strata,
-    ask: Callable[[Sequence[int], int], Floats],
-    ends: Sequence[int],
-    *,
-    budget: float = math.inf,
-    shortfall: Callable[[int, int], float] = lambda one, end: 0.0,  # noqa: ARG005
-) -> int:
-    """Race a field of k candidates against one another: who falls behind is asked no more.
-
-    Args:
-        belief: Before they are asked these items.
-        strata: Of the items.
-        ask: Gives some candidates' answers (k, m) to the first m items.
-        ends: Of the blocks that are asked in turn.
-        budget: Item evaluations at most.
-        shortfall: By how much a candidate misses its floors after so many items.
-
-    Returns:
-        The winner.
-    """
-    everyone = list(range(len(belief.means)))
-    left = [everyone[i] for i in belief.ranked([shortfall(one, 0) for one in everyone])]
-    start = 0
-    for end in ends:
-        budget -= len(left) * (end - start)
-        if len(left) == 1 or budget < 0:
-            break
-        now = belief[left].given(*strata.moments(ask(left, end)))
-        ranked = now.ranked([shortfall(one, end) for one in left])
-        chances = now.above(ranked[0])
-        left, start = [left[i] for i in ranked if chances[i] >= HOPE], end
-    return left[0]

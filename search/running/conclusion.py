@@ -1,4 +1,4 @@
-"""The end of a run: the winner on fresh items, the truth on a third kind, result.json."""
+"""The end of a run: finalists on fresh select items, the winner on test items, the result."""
 
 from __future__ import annotations
 
@@ -6,148 +6,139 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from optuna.trial import TrialState
 
 from merge_engine.recipe.recipe import Recipe
 from objectives.scores import score_interval
-from search.proposing.gp import MODELLED
+from search.proposing.gp import MODELLED, believed
 from search.proposing.starts import UNIFORM, baselines
-from search.racing.item_scores import (
-    SELECT_SHARE,
-    ItemScores,
-    items_to_decide,
-    verdict,
-)
-from search.racing.pareto import believed_front, confirmed, leading
-from search.racing.race import Floats, elect
-from search.running.run import Candidate, Run
-from search.showing.card import OtherTrial
+from search.racing.elimination import successive_elimination
+from search.racing.item_scores import ItemScores
+from search.racing.pareto import confirmed, leading, posterior_front
+from search.racing.race import Floats
+from search.racing.verdict import SELECT_SHARE, items_to_decide, verdict
+from search.running.run import Run
 from search.storing.result import (
     Baseline,
     Difference,
     DonorDifference,
+    OtherTrial,
     Result,
     Score,
     Seconds,
     Winner,
     package_versions,
 )
+from search.storing.trials import Candidate, candidates
 from search.study.spec import StudyError
 
 
 @dataclass(frozen=True)
 class Choice:
-    """The winner and what was thought of it before the test.
+    """The winner, and what is known of it before the test.
 
     Args:
         candidate: The winner.
-        believed: Its value as the search believes it, luck taken away.
-        selected: Its answers to the select items it was asked.
+        posterior_mean: Of its value, after the search.
+        selected: Its scores on the select items it was evaluated on.
     """
 
     candidate: Candidate
-    believed: float
+    posterior_mean: float
     selected: ItemScores
 
 
 def choose(run: Run) -> Choice:
-    """The winner: those that the search believes in most are raced on fresh select items.
+    """Choose the winner: the highest posterior means race on fresh select items.
 
     Raises:
-        StudyError: Not one trial could be scored.
+        StudyError: Every trial has failed.
     """
-    if not run.candidates():
-        errors = sorted({str(trial.user_attrs.get("error")) for trial in run.finished()})
+    if not run.log.complete():
+        errors = sorted({str(trial.error) for trial in run.log.finished()})
         raise StudyError(f"every trial failed, the first with: {errors[0]}")
-    candidates, belief = run.beliefs()
-    missed = [candidate.missed for candidate in candidates]
-    best = belief.ranked(missed)[: run.spec.search.finalists]
-    searched = [run.sheet_of(candidates[place].trial) for place in best]
-    run.output.stage(f"asking the best {len(best)} recipes the select items")
-    asked = [0] * len(best)
+    known, posterior = run.posterior()
+    best = posterior.ranked([one.trial.violation for one in known])
+    best = best[: run.spec.search.finalists]
+    recipes = [run.recipe_of(known[index].trial) for index in best]
+    searched = [run.scores_of(known[index].trial) for index in best]
+    run.output.stage(f"evaluating the best {len(best)} recipes on the select items")
+    seen = [0] * len(best)
 
-    def ask(some: Sequence[int], items: int) -> Floats:
+    def evaluate(some: Sequence[int], items: int) -> Floats:
         for finalist in some:
-            asked[finalist] = items
-        return run.answers([candidates[best[one]].recipe for one in some], "select", items)
+            seen[finalist] = items
+        return run.scores.matrix([recipes[finalist] for finalist in some], "select", items)
 
-    def missing(finalist: int, items: int) -> float:
-        select = run.sheet(candidates[best[finalist]].recipe, "select", items)
-        return run.missed({"search": searched[finalist], "select": select})
+    def violation(finalist: int, items: int) -> float:
+        select = run.scores.stored(recipes[finalist], "select", items)
+        return run.scores.violation({"search": searched[finalist], "select": select})
 
-    ends = run.ends("select")
+    ends = run.evaluator.block_ends("select")
     budget = SELECT_SHARE * run.store.scored()[0]["search"]
-    place = elect(
-        belief[best],
-        run.strata("select"),
-        ask,
+    winner = successive_elimination(
+        posterior[best],
+        run.scores.strata("select"),
+        evaluate,
         ends,
         budget=max(budget, len(best) * ends[0]),
-        shortfall=missing,
+        violation=violation,
     )
-    winner = candidates[best[place]]
-    selected = run.sheet(winner.recipe, "select", asked[place])
-    return Choice(winner, float(belief.means[best[place]]), selected)
+    selected = run.scores.stored(recipes[winner], "select", seen[winner])
+    return Choice(known[best[winner]], float(posterior.means[best[winner]]), selected)
 
 
 def find_front(run: Run) -> list[Candidate]:
-    """Those whom no other is believed to beat on every task, fresh select items considered."""
-    candidates, finalists = run.candidates(), run.spec.search.finalists
-    least = min(candidate.missed for candidate in candidates)
-    candidates = [candidate for candidate in candidates if candidate.missed == least]
-    strata = run.strata_of_goals("select")
-    by_task = [
-        [one.trial.user_attrs["tasks"][goal][0] for goal in strata.weights] for one in candidates
+    """Find the Pareto front over the tasks, fresh select items considered."""
+    known = candidates(run.log.complete())
+    least = min(one.trial.violation for one in known)
+    known = [one for one in known if one.trial.violation == least]
+    strata = run.scores.strata("select")
+    values = [
+        [*(one.trial.tasks[t].value for t in strata.weights), one.trial.value] for one in known
     ]
-    means = [candidate.value for candidate in candidates]
-    candidates = [candidates[i] for i in leading(np.column_stack([by_task, means]), MODELLED)]
-    trials = [candidate.trial for candidate in candidates]
-    places, beliefs = believed_front(
-        run.bench.space,
-        [trial.params for trial in trials],
-        {
-            goal: np.array([trial.user_attrs["tasks"][goal] for trial in trials])
-            for goal in strata.weights
-        },
-        finalists,
-    )
-    front = [candidates[place] for place in places]
-    run.output.stage(f"asking the {len(front)} recipes of the front the select items")
-    run.scorer.ask([candidate.recipe for candidate in front], "select")
-    values = [run.goals(run.sheet(candidate.recipe, "select")) for candidate in front]
-    return [front[i] for i in confirmed(beliefs, strata, np.array(values))]
+    known = [known[index] for index in leading(np.array(values), MODELLED)]
+    points = [one.trial.point for one in known]
+    posteriors = {}
+    for task in strata.weights:
+        estimates = np.array([one.trial.tasks[task] for one in known])  # (n, 2)
+        posteriors[task] = believed(run.context.space, points, *estimates.T)
+    indices = posterior_front(posteriors, run.spec.search.finalists)
+    front = [known[index] for index in indices]
+    run.output.stage(f"evaluating the {len(front)} recipes of the front on the select items")
+    found = run.scores.evaluate([run.recipe_of(one.trial) for one in front], "select")
+    of_front = {task: posterior[indices] for task, posterior in posteriors.items()}
+    fresh = np.array([one.values for one in found])
+    return [front[index] for index in confirmed(of_front, strata, fresh)]
 
 
 def conclude(run: Run) -> tuple[Result, Recipe]:
-    """Choose the winner, ask it and its inputs the test items, and say what is true of it.
+    """Choose the winner, evaluate it and its inputs on the test items, and state the verdict.
 
     The best donor is named before the test items are opened, so that its interval is honest.
     """
     choice = choose(run)
-    recipe, best_donor = choice.candidate.recipe, run.best_donor()
-    inputs = baselines(run.bench.space)
+    recipe, best_donor = run.recipe_of(choice.candidate.trial), run.best_donor()
+    inputs = baselines(run.context.space)
     front = find_front(run) if run.spec.search.front else []
-    run.output.stage("asking the winner and what it was made from the test items")
-    tested = [recipe, *(one.recipe for one in front), *inputs.values()]
-    run.scorer.ask(tested, "test")
-    winner = run.sheet(recipe, "test")
-    members = [tested_winner(run, candidate) for candidate in front]
-    compared = {name: run.sheet(baseline, "test") for name, baseline in inputs.items()}
+    run.output.stage("evaluating the winner, base, donors and their average on the test items")
+    tested = [recipe, *(run.recipe_of(one.trial) for one in front), *inputs.values()]
+    winner, *others = run.scores.evaluate(tested, "test")
+    compared = dict(zip(inputs, others[len(front) :], strict=True))
     seed = run.spec.search.seed
-    intervals = {name: winner.minus(sheet, seed) for name, sheet in compared.items()}
+    intervals = {name: winner.minus(scores, seed) for name, scores in compared.items()}
     found = {
-        name: Baseline(test=score_of(sheet, seed), difference=Difference.of(intervals[name]))
-        for name, sheet in compared.items()
+        name: Baseline(test=score_of(scores, seed), difference=Difference.of(intervals[name]))
+        for name, scores in compared.items()
     }
-    others = run.store.recipes("test") - {one.key for one in tested}
-    asked, scoring = run.store.scored()
-    states = [trial.state for trial in run.finished()]
+    earlier = run.store.recipes("test") - {one.key for one in tested}
+    evaluations, scoring = run.store.scored()
+    states = [trial.state for trial in run.log.finished()]
     result = Result(
         verdict=verdict([intervals[name] for name in inputs if name != UNIFORM]),
         winner=tested_winner(run, choice.candidate),
-        front=members,
+        front=[tested_winner(run, candidate) for candidate in front],
         donors={model: found[model] for model in run.spec.models_but_base},
-        floors=run.floors({"test": winner}),
+        floors=run.scores.floors({"test": winner}),
         base=found[run.spec.base_model],
         uniform=found[UNIFORM],
         difference_to_best_donor=DonorDifference(
@@ -155,14 +146,14 @@ def conclude(run: Run) -> tuple[Result, Recipe]:
             items_to_decide=items_to_decide(winner, compared[best_donor]),
             **found[best_donor].difference.model_dump(),
         ),
-        search_score=choice.candidate.value,
-        believed_score=choice.believed,
-        select_score=choice.selected.mean if choice.selected.answers else None,
-        trials=states.count(TrialState.COMPLETE),
-        failed_trials=states.count(TrialState.FAIL),
-        item_evaluations=sum(asked.values()),
-        items_asked=dict(asked),
-        times_tested=1 + len(others),
+        search_score=choice.candidate.trial.value,
+        believed_score=choice.posterior_mean,
+        select_score=choice.selected.mean if choice.selected.values else None,
+        trials=states.count("complete"),
+        failed_trials=states.count("fail"),
+        item_evaluations=sum(evaluations.values()),
+        items_asked=dict(evaluations),
+        times_tested=1 + len(earlier),
         seconds=Seconds(score=scoring, **run.seconds()),
         seed=seed,
         versions=package_versions(),
@@ -171,35 +162,35 @@ def conclude(run: Run) -> tuple[Result, Recipe]:
 
 
 def tested_winner(run: Run, candidate: Candidate) -> Winner:
-    """A chosen candidate's recipe, and its score on the test items."""
+    """Describe a chosen candidate: its recipe, and its score on the test items."""
+    recipe = run.recipe_of(candidate.trial)
     return Winner(
-        recipe=candidate.recipe.model_dump(mode="json"),
+        recipe=recipe.model_dump(mode="json"),
         trial=candidate.number,
-        test=score_of(run.sheet(candidate.recipe, "test"), run.spec.search.seed),
+        test=score_of(run.scores.stored(recipe, "test"), run.spec.search.seed),
     )
 
 
 def other_trial(run: Run, number: int, recipe: Recipe, result: Result | None) -> OtherTrial | None:
-    """What is known of a finished trial's recipe, or None if it is the winner's."""
+    """Describe a finished trial's recipe; None if it is the winner's."""
     if result and Recipe.model_validate(result.winner.recipe).key == recipe.key:
         return None
-    trial = next(trial for trial in run.finished() if trial.number == number)
-    blocks = run.store.answers(recipe.key, "test")
-    tested = sum(map(len, blocks.values())) == len(run.bench.items_of("test"))
+    trial = next(trial for trial in run.log.finished() if trial.number == number)
+    tested = not run.evaluator.missing_blocks(recipe, "test")
     return OtherTrial(
         number,
-        trial.values[0] if trial.values else None,
-        trial.user_attrs.get("items", 0),
-        score_of(run.sheet(recipe, "test"), run.spec.search.seed) if tested else None,
+        trial.estimate and trial.estimate.value,
+        trial.items,
+        score_of(run.scores.stored(recipe, "test"), run.spec.search.seed) if tested else None,
     )
 
 
-def score_of(sheet: ItemScores, seed: int) -> Score:
-    """A sheet's means, and the 95 % interval of their weighted mean."""
-    interval = score_interval(sheet.answers, sheet.tasks, sheet.weights, seed=seed)
+def score_of(scores: ItemScores, seed: int) -> Score:
+    """Summarise scores: task means, and the 95 % interval of their weighted mean."""
+    interval = score_interval(scores.values, scores.tasks, scores.weights, seed=seed)
     return Score(
         mean=interval.mean,
         ci95=(interval.low, interval.high),
-        tasks=sheet.by_task,
-        tokens=sheet.tokens,
+        tasks=scores.by_task,
+        tokens=scores.mean_tokens,
     )

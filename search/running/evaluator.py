@@ -1,7 +1,7 @@
-"""A recipe's answers: from the database if they are there, else a worker is asked.
+"""Evaluation of recipes on blocks of items: results come from the database, else from a worker.
 
-Jobs go to several workers at once. A block's answers are in the database before anything depends
-on them, and a recipe's blocks go to the worker that has it built already, if that one is idle.
+Jobs go to several workers at once. A block's results are in the database before anything depends
+on them, and a recipe's blocks go to the worker that has built it already, if that one is idle.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from search.preparing.context import StudyContext
 from search.running.workers import EvalJob, ExportCheck, WorkerDied, Workers
 from search.storing.store import Store
 
-DEATHS: Final = 2  # of workers, after which a recipe is asked no more
+MAX_DEATHS: Final = 2  # of workers, after which a recipe counts as failed
 
 
 class Block(NamedTuple):
-    """Some items of a split, as one recipe is asked them at once."""
+    """Items of a split that one recipe is evaluated on at once, by the block's number."""
 
     recipe: str
     split: Split
@@ -32,18 +32,18 @@ class Block(NamedTuple):
 
 
 class Evaluator:
-    """Hands blocks to workers and stores their answers.
+    """Hands blocks of items to workers and stores their results.
 
     Args:
-        bench: Says which items are in a block.
+        context: Which items are in a block.
         store: Where finished blocks go.
-        workers: Who is asked.
-        on_block: Told how many items there were in each block that had to be asked.
+        workers: Build and evaluate recipes.
+        on_block: Called with the number of items of each block that was evaluated.
     """
 
     def __init__(
         self,
-        bench: StudyContext,
+        context: StudyContext,
         store: Store,
         workers: Workers,
         on_block: Callable[[int], None] = lambda items: None,  # noqa: ARG005
@@ -53,111 +53,109 @@ class Evaluator:
         self.on_block = on_block
         self.build_seconds = 0.0
         self.stopping = False
-        self._size = bench.spec.objective.block
+        self._size = context.spec.objective.block
         self._blocks: dict[Split, tuple[tuple[int, ...], ...]] = {
-            split: blocks(getattr(bench.splits, split), self._size) for split in SPLITS
+            split: blocks(getattr(context.splits, split), self._size) for split in SPLITS
         }
-        self._at_work: dict[int, tuple[Block, EvalJob]] = {}
-        self._built: dict[int, str] = {}  # who has which recipe in its live model
+        self._jobs: dict[int, tuple[Block, EvalJob]] = {}  # by worker
+        self._built: dict[int, str] = {}  # key of the recipe in each worker's live model
         self._deaths = Counter[str]()
 
     @property
     def idle(self) -> list[int]:
-        """The workers that have no job."""
-        return [place for place in range(self.workers.count) if place not in self._at_work]
+        """Indices of the workers that have no job."""
+        return [worker for worker in range(self.workers.count) if worker not in self._jobs]
 
     @property
     def working(self) -> bool:
-        """Whether a block is being asked."""
-        return bool(self._at_work)
+        """Whether a block is being evaluated."""
+        return bool(self._jobs)
 
-    def ends(self, split: Split) -> list[int]:
-        """How many items of a split have been asked after each of its blocks."""
+    def block_ends(self, split: Split) -> list[int]:
+        """List how many items of a split have been evaluated after each of its blocks."""
         return list(accumulate(map(len, self._blocks[split])))
 
-    def answers(self, recipe: Recipe, split: Split, items: int | None = None) -> list[ItemResult]:
-        """One answer per item of the split, in scoring order; asked now, if they were not before.
+    def stored(self, recipe: Recipe, split: Split, items: int | None = None) -> list[ItemResult]:
+        """Read a recipe's results on the first items of a split, in scoring order.
 
         Args:
-            recipe: Who is asked.
-            split: What.
+            recipe: The recipe.
+            split: The split.
             items: How many of the first, rounded up to whole blocks; None: all.
 
         Raises:
-            RecipeError: The recipe cannot be built.
-            ObjectiveError: The model it makes gives no usable answer.
+            LookupError: Some of them are not evaluated yet.
         """
-        wanted, stored = self._first(split, items), self.store.answers(recipe.key, split)
-        if any(number not in stored for number in wanted):
-            self.ask([recipe], split, items)
-            stored = self.store.answers(recipe.key, split)
-        return [answer for number in wanted for answer in stored[number]]
+        known, wanted = self.store.answers(recipe.key, split), self._first(split, items)
+        if missing := [number for number in wanted if number not in known]:
+            raise LookupError(f"recipe {recipe.key}: {split} blocks {missing} are not evaluated")
+        return [result for number in wanted for result in known[number]]
 
-    def ask(self, recipes: Iterable[Recipe], split: Split, items: int | None = None) -> None:
-        """Have several recipes answer what they have not yet; see ``answers``.
+    def evaluate(self, recipes: Iterable[Recipe], split: Split, items: int | None = None) -> None:
+        """Evaluate recipes on the first items of a split, as far as results are not stored.
 
         Raises:
-            RecipeError, ObjectiveError: Of the first recipe that fails; others may be unanswered.
+            MergeError, ObjectiveError: Of the first recipe that fails; others may be unfinished.
         """
         left = {
             Block(recipe.key, split, number): recipe
             for recipe in recipes
-            for number in self.lacking(recipe, split, items)
+            for number in self.missing_blocks(recipe, split, items)
         }
-        if not left:  # others may be at work meanwhile
+        if not left:  # other blocks may be under way meanwhile
             return
         failed: Exception | None = None
         while (left and not failed) or self.working:
             while left and self.idle and not failed:
                 block = self._next_of(left)
-                self.begin(left.pop(block), split, block.number)
-            _, error = self.finish()
+                self.submit(left.pop(block), split, block.number)
+            _, error = self.collect()
             failed = failed or error
         if failed:
             raise failed
 
     def _next_of(self, left: Iterable[Block]) -> Block:
-        """Whose recipe an idle worker has built, or else nobody has, or else the first."""
-        idle = {self._built.get(place) for place in self.idle}
-        others = {block.recipe for block, _ in self._at_work.values()}
+        """Choose a block whose recipe an idle worker has built, else nobody has, else the first."""
+        idle = {self._built.get(worker) for worker in self.idle}
+        others = {block.recipe for block, _ in self._jobs.values()}
         return min(left, key=lambda one: (one.recipe not in idle, one.recipe in others))
 
-    def lacking(self, recipe: Recipe, split: Split, items: int | None = None) -> list[int]:
-        """The blocks of the split's first items that a recipe has not answered."""
+    def missing_blocks(self, recipe: Recipe, split: Split, items: int | None = None) -> list[int]:
+        """List the blocks of the split's first items that a recipe is not evaluated on."""
         stored = self.store.blocks(recipe.key, split)
         return [number for number in self._first(split, items) if number not in stored]
 
-    def begin(self, recipe: Recipe, split: Split, number: int) -> Block:
+    def submit(self, recipe: Recipe, split: Split, number: int) -> Block:
         """Give a block to an idle worker."""
-        place = min(self.idle, key=lambda place: self._built.get(place) != recipe.key)
+        worker = min(self.idle, key=lambda worker: self._built.get(worker) != recipe.key)
         block = Block(recipe.key, split, number)
-        self._submit(place, block, EvalJob(recipe, self._blocks[split][number]))
+        self._submit(worker, block, EvalJob(recipe, self._blocks[split][number]))
         return block
 
-    def _submit(self, place: int, block: Block, job: EvalJob) -> None:
-        self._at_work[place], self._built[place] = (block, job), job.recipe.key
-        self.workers.submit(place, job)
+    def _submit(self, worker: int, block: Block, job: EvalJob) -> None:
+        self._jobs[worker], self._built[worker] = (block, job), job.recipe.key
+        self.workers.submit(worker, job)
 
-    def finish(self) -> tuple[Block, Exception | None]:
-        """Wait for a block to end, and store its answers.
+    def collect(self) -> tuple[Block, Exception | None]:
+        """Wait for a block to be finished, and store its results.
 
         Returns:
-            The block, and why it has no answers, if it has none.
+            The block, and why it has no results, if it has none.
 
         Raises:
-            KeyboardInterrupt: ``stopping`` was set; all blocks at work were stored before.
+            KeyboardInterrupt: ``stopping`` was set; all blocks under way were stored before.
         """
         while True:
-            place, outcome = self.workers.next()
-            block, job = self._at_work.pop(place)
+            worker, outcome = self.workers.next()
+            block, job = self._jobs.pop(worker)
             if isinstance(outcome, WorkerDied):
                 self._deaths[block.recipe] += 1
-                if self._deaths[block.recipe] < DEATHS and not self.stopping:
-                    self._submit(place, block, job)
+                if self._deaths[block.recipe] < MAX_DEATHS and not self.stopping:
+                    self._submit(worker, block, job)
                     continue
-                outcome = ObjectiveError(f"it ended its worker {DEATHS} times: {outcome}")
+                outcome = ObjectiveError(f"it ended its worker {MAX_DEATHS} times: {outcome}")
             if isinstance(outcome, Exception):
-                del self._built[place]
+                del self._built[worker]
             else:
                 self.build_seconds += outcome.build_seconds
                 self.store.save(*block, outcome.answers, outcome.ask_seconds)
@@ -168,21 +166,21 @@ class Evaluator:
                 raise KeyboardInterrupt
 
     def abandon(self) -> None:
-        """Wait for the blocks at work to end, and forget them."""
-        while self._at_work:
-            place, _ = self.workers.next()
-            del self._at_work[place]
+        """Wait for the blocks under way to end, and drop their results."""
+        while self._jobs:
+            worker, _ = self.workers.next()
+            del self._jobs[worker]
 
-    def save(self, recipe: Recipe, out: Path, card: str) -> ExportCheck:
-        """Have a recipe built once more, compared with its stored answers, saved with a card."""
-        asked = [
-            (EvalJob(recipe, self._blocks[split][number]), answers)
+    def export(self, recipe: Recipe, out: Path, card: str) -> ExportCheck:
+        """Have a recipe built once more, compared with its stored results, saved with a card."""
+        evaluated = [
+            (EvalJob(recipe, self._blocks[split][number]), results)
             for split in SPLITS
-            for number, answers in sorted(self.store.answers(recipe.key, split).items())
+            for number, results in sorted(self.store.answers(recipe.key, split).items())
         ]
-        return self.workers.save(recipe, asked, out.absolute(), card)
+        return self.workers.save(recipe, evaluated, out.absolute(), card)
 
     def _first(self, split: Split, items: int | None) -> range:
-        """The numbers of the blocks that the first items of a split are in."""
+        """Number the blocks that the first items of a split are in."""
         count = len(self._blocks[split])
         return range(count if items is None else min(count, math.ceil(items / self._size)))

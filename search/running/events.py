@@ -10,12 +10,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TextIO
 
 if TYPE_CHECKING:
-    from optuna.trial import FrozenTrial
-
     from merge_engine.models.memory_plan import MemoryPlan
     from search.racing.race import Estimate
     from search.running.sampling import Sample
     from search.storing.result import Result, Score
+    from search.storing.trials import TrialRecord
 
 STOPPING = "stopping after this block; Ctrl-C again stops now"
 
@@ -49,7 +48,7 @@ class Output(Protocol):
         """Something the user should know."""
 
     def start(
-        self, total: int, finished: Sequence[FrozenTrial], evaluations: int, after: int
+        self, total: int, finished: Sequence[TrialRecord], evaluations: int, after: int
     ) -> None:
         """A search begins, or goes on after finished trials and so many item evaluations.
 
@@ -62,10 +61,10 @@ class Output(Protocol):
     def racing(self, trials: Sequence[RaceProgress]) -> None:
         """These trials are at work."""
 
-    def trial(self, trial: FrozenTrial) -> None:
+    def trial(self, trial: TrialRecord) -> None:
         """A trial was told."""
 
-    def believes(self, best: FrozenTrial, value: float) -> None:
+    def believes(self, best: TrialRecord, value: float) -> None:
         """This trial is believed to be the best so far, luck taken away."""
 
     def stage(self, what: str) -> None:
@@ -97,15 +96,13 @@ class Tally:
     total: int = 0
     done: int = 0
     evaluations: int = 0
-    best: FrozenTrial | None = None
+    best: TrialRecord | None = None
 
-    def add(self, trial: FrozenTrial) -> bool:
+    def add(self, trial: TrialRecord) -> bool:
         """Count a finished trial; whether it is the best so far."""
-        from search.proposing.gp import rank
-
         self.done += 1
-        better = trial.state.name == "COMPLETE" and (
-            self.best is None or rank(trial) < rank(self.best)
+        better = trial.state == "complete" and (
+            self.best is None or trial.sort_key < self.best.sort_key
         )
         if better:
             self.best = trial
@@ -134,7 +131,7 @@ class JsonLines:
     def start(
         self,
         total: int,
-        finished: Sequence[FrozenTrial],
+        finished: Sequence[TrialRecord],
         evaluations: int,
         after: int,  # noqa: ARG002
     ) -> None:
@@ -151,27 +148,26 @@ class JsonLines:
     def racing(self, trials: Sequence[RaceProgress]) -> None:
         """Not said."""
 
-    def trial(self, trial: FrozenTrial) -> None:
+    def trial(self, trial: TrialRecord) -> None:
         """What it is and what it was told, as ``report`` has it; values are not in %."""
         better = self._tally.add(trial)
-        told = trial.user_attrs
         self._print(
             "trial",
             trial=trial.number,
             trials=self._tally.done,
             of=self._tally.total,
-            state=trial.state.name.lower(),
-            value=trial.values[0] if trial.values else None,
-            tasks={task: value for task, (value, _) in told.get("tasks", {}).items()},
-            items=told.get("items", 0),
-            error=told.get("error"),
+            state=trial.state,
+            value=trial.estimate and trial.estimate.value,
+            tasks={task: one.value for task, one in trial.tasks.items()},
+            items=trial.items,
+            error=trial.error,
             best=better,
-            start=told.get("start"),
-            params=trial.params,
+            start=trial.start,
+            params=trial.point,
             item_evaluations=self._tally.evaluations,
         )
 
-    def believes(self, best: FrozenTrial, value: float) -> None:
+    def believes(self, best: TrialRecord, value: float) -> None:
         """Not said."""
 
     def stage(self, what: str) -> None:

@@ -104,17 +104,17 @@ def of_items(run: Run, result: Result, count: int) -> list[Sample]:
     Items whose answers have no words are left out.
     """
     models, best = _models(run, result), result.difference_to_best_donor.donor
-    values = [run.sheet(one.recipe, "test").answers for one in models]
+    values = [one.values for one in run.scores.evaluate([one.recipe for one in models], "test")]
     before, after = values[[one.model for one in models].index(best)], values[-1]
-    places = changed(run.bench.tasks_of("test"), before, after, count)
+    places = changed(run.context.tasks_of("test"), before, after, count)
     if not places:
         return []
-    numbers = [run.bench.splits.test[place] for place in places]
-    prompts = [each.prompt for each in run.bench.objective.snapshots(numbers)]
+    numbers = [run.context.splits.test[place] for place in places]
+    prompts = [each.prompt for each in run.context.objective.snapshots(numbers)]
     said = [run.workers.say(one.recipe, numbers) for one in models]
     samples = []
     for at, place in enumerate(places):
-        item = run.bench.objective.items[numbers[at]]
+        item = run.context.objective.items[numbers[at]]
         responses = [
             ModelResponse(name=one.name, model=one.model, text=words[at].text, value=answers[place])
             for one, words, answers in zip(models, said, values, strict=True)
@@ -168,7 +168,7 @@ def shown(text: str) -> str:
 
 def _models(run: Run, result: Result) -> list[_Model]:
     """The base, the donors, and last the winner."""
-    recipes = baselines(run.bench.space)
+    recipes = baselines(run.context.space)
     names = {run.spec.base_model: "base"} | short_names(run.spec.models_but_base, "/")
     models = [_Model(name, model, recipes[model]) for model, name in names.items()]
     winner = Recipe.model_validate(result.winner.recipe)

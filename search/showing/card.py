@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import yaml
 from huggingface_hub import (
@@ -24,7 +24,14 @@ from merge_engine.models.checkpoint import locate
 from merge_engine.recipe.recipe import Recipe
 from objectives.base import printable
 from search.storing.folder import CARD
-from search.storing.result import Difference, Result, Score, package_versions, short_names
+from search.storing.result import (
+    Difference,
+    OtherTrial,
+    Result,
+    Score,
+    package_versions,
+    short_names,
+)
 from search.storing.store import Interrupted
 from search.study.spec import StudyError, StudySpec
 
@@ -32,15 +39,6 @@ TEMPLATE = Path(__file__).with_name("card.md")
 TAGS = ["merge", "mergekit", "mergesearch"]
 BUSY = (408, 429)  # what a server says that would do it later
 LICENCE = ("license", "license_name", "license_link")
-
-
-class OtherTrial(NamedTuple):
-    """A trial that is not the winner: what it was told on so many items, and its test if any."""
-
-    number: int
-    search_score: float | None
-    items: int
-    test: Score | None
 
 
 def model_card(

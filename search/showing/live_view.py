@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
@@ -17,7 +17,7 @@ from search.running.events import STOPPING, RaceProgress, duration
 from search.storing.result import short_names
 
 if TYPE_CHECKING:
-    from optuna.trial import FrozenTrial
+    from search.storing.trials import TrialRecord
 
 WIDTH: Final = 80
 SHOWN: Final = 4  # trials at work; of more, how many more
@@ -42,7 +42,7 @@ class View:
 
     total: int = 0
     done: int = 0
-    best: FrozenTrial | None = None
+    best: TrialRecord | None = None
     believed: float | None = None
     racing: tuple[RaceProgress, ...] = ()
     evaluations: int = 0
@@ -103,21 +103,20 @@ def _race(one: RaceProgress) -> str:
     return f"{text}  {one.method}"
 
 
-def percent(trial: FrozenTrial | None) -> str:
+def percent(trial: TrialRecord | None) -> str:
     """What a trial was told to be worth."""
-    return "  -   " if trial is None or trial.value is None else f"{100 * trial.value:5.1f} %"
+    return "  -   " if trial is None or trial.estimate is None else f"{100 * trial.value:5.1f} %"
 
 
-def _described(trial: FrozenTrial) -> str:
+def _described(trial: TrialRecord) -> str:
     """Its number, method and scale."""
-    scale = trial.params.get("scale")
-    recipe = str(trial.params.get("method")) + ("" if scale is None else f" at scale {scale:.2f}")
+    scale = trial.point.get("scale")
+    recipe = str(trial.point.get("method")) + ("" if scale is None else f" at scale {scale:.2f}")
     return f"trial {trial.number}, {recipe}"
 
 
-def _tasks_of(trial: FrozenTrial) -> str:
+def _tasks_of(trial: TrialRecord) -> str:
     """A trial's mean in each task."""
-    tasks: Mapping[str, tuple[float, float]] = trial.user_attrs.get("tasks", {})
-    names = short_names(tasks, "_")
-    means = (f"{printable(names[task])} {100 * mean:.1f}" for task, (mean, _) in tasks.items())
+    names = short_names(trial.tasks, "_")
+    means = (f"{printable(names[task])} {100 * one.value:.1f}" for task, one in trial.tasks.items())
     return " · ".join(means)

@@ -19,8 +19,6 @@ import jinja2
 import numpy as np
 import yaml
 from markupsafe import Markup
-from optuna.study import Study
-from optuna.trial import FrozenTrial, TrialState
 
 from merge_engine.recipe.recipe import Recipe
 from objectives.base import without_settings
@@ -36,6 +34,7 @@ from search.showing.charts import Axis, Chart, IntervalRow, intervals, shortened
 from search.storing.result import Difference, Result, Score, read_result, short_names
 from search.storing.snapshot import FrozenItem
 from search.storing.store import Store
+from search.storing.trials import TrialLog, TrialRecord
 from search.study.spec import StudySpec
 
 TEMPLATE = Path(__file__).with_name("report.html")
@@ -57,13 +56,12 @@ PARTS = {
 }
 
 
-def make_report(run: Path, store: Store, study: Study, *, held: bool | None = None) -> str:
+def make_report(run: Path, store: Store, *, held: bool | None = None) -> str:
     """The page of a run, with its result if it has one so far.
 
     Args:
         run: Its folder.
         store: Its answers.
-        study: Its trials.
         held: Whether a process is at work on it; None: this one, which draws as it goes.
 
     Raises:
@@ -72,7 +70,7 @@ def make_report(run: Path, store: Store, study: Study, *, held: bool | None = No
     result = read_result(run)
     samples = read_samples(run, result) if result else []
     with one_thread():
-        contents = _contents(str(run), RunFacts(store, study, result))
+        contents = _contents(str(run), RunFacts(store, result))
     now = datetime.now().astimezone()
     return _template().render(contents, samples=samples, words=shown, held=held, now=now)
 
@@ -105,7 +103,7 @@ def _contents(name: str, facts: RunFacts) -> dict[str, Any]:
         "chances": model and chances(model),
         "drawn": DRAWN,
         "modelled": MODELLED,
-        "tried": Counter(trial.params["method"] for trial in facts.complete),
+        "tried": Counter(trial.point["method"] for trial in facts.complete),
         "importance": model and importance(model),
         "asked": asked,
         "times": _times(facts, scoring),
@@ -115,28 +113,28 @@ def _contents(name: str, facts: RunFacts) -> dict[str, Any]:
 class RunFacts:
     """What the database holds of a run, and what follows from it without a model."""
 
-    def __init__(self, store: Store, study: Study, result: Result | None) -> None:
+    def __init__(self, store: Store, result: Result | None) -> None:
         self.store, self.result = store, result
-        self.spec = StudySpec.model_validate(study.user_attrs["spec"])
-        self.seconds: Mapping[str, float] = study.user_attrs.get("seconds", {})
-        states = (TrialState.COMPLETE, TrialState.FAIL)
+        log = TrialLog(store.study())
+        header = log.header()
+        self.spec = StudySpec.model_validate(header["spec"])
+        self.seconds: Mapping[str, float] = header.get("seconds", {})
         self.trials = sorted(
-            study.get_trials(deepcopy=False, states=states),
-            key=lambda trial: (trial.datetime_complete, trial.number),
+            log.finished(), key=lambda trial: (trial.completed or datetime.min, trial.number)
         )
-        self.complete = [trial for trial in self.trials if trial.state == TrialState.COMPLETE]
-        self.failed = [trial for trial in self.trials if trial.state == TrialState.FAIL]
+        self.complete = [trial for trial in self.trials if trial.state == "complete"]
+        self.failed = [trial for trial in self.trials if trial.state == "fail"]
         self.names = short_names(self.spec.models_but_base, "/") | {UNIFORM: "uniform"}
         self.names[self.spec.base_model] = "base"
 
         # Runs of versions before this one have neither.
-        self.weights: Mapping[str, float] = study.user_attrs.get("weights", {})
-        self.baselines: Mapping[str, str] = study.user_attrs.get("baselines", {})
+        self.weights: Mapping[str, float] = header.get("weights", {})
+        self.baselines: Mapping[str, str] = header.get("baselines", {})
 
     @property
     def last_told(self) -> datetime | None:
         """When the last trial was."""
-        return self.trials[-1].datetime_complete if self.trials else None
+        return self.trials[-1].completed if self.trials else None
 
     @property
     def base_name(self) -> str:
@@ -161,7 +159,7 @@ class RunFacts:
         """How many items had been asked after each trial, by its number."""
         asked, total, after = Counter[str](), 0, {}
         for trial in self.trials:
-            recipe, items = trial.user_attrs.get("recipe", ""), trial.user_attrs.get("items", 0)
+            recipe, items = trial.recipe, trial.items
             more = max(0, items - asked[recipe])  # who was asked before is not asked again
             asked[recipe] += more
             after[trial.number] = total = total + more
@@ -171,13 +169,11 @@ class RunFacts:
         """The class of a method's colour."""
         return f"m{self.spec.search.methods.index(method) % COLOURS}"
 
-    def says(self, trial: FrozenTrial) -> str:
+    def says(self, trial: TrialRecord) -> str:
         """A trial in a line."""
-        numbers = [f"{n}={v:.2f}" for n, v in trial.params.items() if n != "method"]
-        items = trial.user_attrs.get("items", 0)
-        return (
-            f"trial {trial.number}: {' '.join([trial.params['method'], *numbers])}, {items} items"
-        )
+        numbers = [f"{n}={v:.2f}" for n, v in trial.point.items() if n != "method"]
+        items = trial.items
+        return f"trial {trial.number}: {' '.join([trial.point['method'], *numbers])}, {items} items"
 
     @cached_property
     def items(self) -> Mapping[str, Sequence[FrozenItem]]:
@@ -207,10 +203,10 @@ class PosteriorView:
     Of very many it is told the best, and some of the others.
     """
 
-    def __init__(self, space: Space, complete: Sequence[FrozenTrial]) -> None:
+    def __init__(self, space: Space, complete: Sequence[TrialRecord]) -> None:
         self.space, self.places = space, RecipeEncoding(space)
         self.trials = some_of(complete, MODELLED)
-        self.tried = self.places.population([trial.params for trial in self.trials])
+        self.tried = self.places.population([trial.point for trial in self.trials])
         x = self.places.of(self.tried).tolist()
         self.observed = tuple(map(observation, self.trials, self.tried.method.tolist(), x))
         self.kernel = fitted(self.observed)
@@ -229,7 +225,7 @@ class PosteriorView:
     @cached_property
     def best(self) -> Believed:
         """The trial that is believed to be best."""
-        return self.believed(self.belief.ranked([shortfall(trial) for trial in self.trials])[0])
+        return self.believed(self.belief.ranked([trial.violation for trial in self.trials])[0])
 
     def believed(self, place: int) -> Believed:
         """What is believed of one trial."""
@@ -242,29 +238,20 @@ class PosteriorView:
 class Believed(NamedTuple):
     """A trial and what it is believed to be worth, plus or minus, in per cent."""
 
-    trial: FrozenTrial
+    trial: TrialRecord
     mean: float
     side: float
 
 
-def some_of(complete: Sequence[FrozenTrial], most: int) -> list[FrozenTrial]:
+def some_of(complete: Sequence[TrialRecord], most: int) -> list[TrialRecord]:
     """Of very many trials the best, and as many of the others, in their order."""
     if len(complete) <= most:
         return [*complete]
     places = range(len(complete))
-    ranked = sorted(places, key=lambda one: (shortfall(complete[one]), -_value(complete[one])))
+    ranked = sorted(places, key=lambda one: complete[one].sort_key)
     best, others = ranked[: most // 2], ranked[most // 2 :]
     step = -(-len(others) // (most // 2))
     return [complete[place] for place in sorted([*best, *others[::step]])]
-
-
-def shortfall(trial: FrozenTrial) -> float:
-    """By how much a trial misses its floors."""
-    return sum(max(value, 0.0) for value in trial.constraints.values())
-
-
-def _value(trial: FrozenTrial) -> float:
-    return float(trial.values[0])
 
 
 class Cell(NamedTuple):
@@ -365,11 +352,11 @@ def _sheet(task: str, values: Sequence[float]) -> ItemScores:
 
 def _cell(name: str, sheet: ItemScores, ahead: ItemScores | None = None, kind: str = "") -> Cell:
     """A sheet's mean, and the lead of the one that is to be ahead on the same items."""
-    score = score_interval(sheet.answers, sheet.tasks, sheet.weights)
+    score = score_interval(sheet.values, sheet.tasks, sheet.weights)
     if ahead is None:
         return Cell(_in_percent(name, score, kind))
     lead = paired_bootstrap(
-        ahead.answers, sheet.answers, sheet.tasks, sheet.weights, resamples=RESAMPLES
+        ahead.values, sheet.values, sheet.tasks, sheet.weights, resamples=RESAMPLES
     )
     return Cell(_in_percent(name, score, kind), _in_percent(name, lead))
 
@@ -378,13 +365,13 @@ def _in_percent(name: str, found: Interval, kind: str = "") -> IntervalRow:
     return IntervalRow(name, 100 * found.mean, 100 * found.low, 100 * found.high, kind)
 
 
-def _so_far(facts: RunFacts, best: FrozenTrial) -> dict[str, Any] | None:
+def _so_far(facts: RunFacts, best: TrialRecord) -> dict[str, Any] | None:
     """What the best so far and what it is made from answered to the search items they saw."""
     if not facts.weights:
         return None
     tasks = [item.task for item in facts.items["search"]]
     columns = [facts.weights, *({task: 1.0} for task in facts.weights)]
-    own = facts.answers(best.user_attrs["recipe"], "search")
+    own = facts.answers(best.recipe, "search")
 
     def row(name: str, title: str, values: Sequence[float], *, is_best: bool = False) -> Row:
         cells: list[Cell | None] = []
@@ -478,23 +465,23 @@ def _progress(facts: RunFacts, model: PosteriorView) -> Markup:
 def _timeline(facts: RunFacts) -> Markup:
     """Every trial, over item evaluations."""
     trials = some_of(facts.complete, DRAWN)
-    values = [100 * _value(trial) for trial in trials]
-    most = max(trial.user_attrs["items"] for trial in trials)
+    values = [100 * trial.value for trial in trials]
+    most = max(trial.items for trial in trials)
     ends = facts.evaluations.values()
     chart = Chart(
         Axis("item evaluations", -0.02 * max(ends), 1.02 * max(ends)),
         Axis.around("value told, %", values),
     )
     for trial, value in zip(trials, values, strict=True):
-        side = 100 * SIDES * trial.user_attrs["variance"] ** 0.5
-        x, kind = facts.evaluations[trial.number], facts.kind(trial.params["method"])
+        side = 100 * SIDES * trial.estimate.variance**0.5 if trial.estimate else 0.0
+        x, kind = facts.evaluations[trial.number], facts.kind(trial.point["method"])
         chart.upright(x, value - side, value + side, kind)
-        missed = " missed" if shortfall(trial) else ""
-        radius = 2 + 2.5 * trial.user_attrs["items"] / most
+        missed = " missed" if trial.violation else ""
+        radius = 2 + 2.5 * trial.items / most
         says = f"{value:.1f} ± {side:.1f} %, {facts.says(trial)}"
         chart.dot(x, value, says, f"{kind}{missed}", radius)
     for trial in facts.failed[:DRAWN]:
-        says = f"failed: {facts.says(trial)}: {trial.user_attrs.get('error')}"
+        says = f"failed: {facts.says(trial)}: {trial.error}"
         chart.dot(facts.evaluations[trial.number], chart.y.low, says, "failed", 5)
     return chart.svg("every trial's value")
 
@@ -505,7 +492,7 @@ def _curves(facts: RunFacts, model: PosteriorView) -> dict[str, Any] | None:
     through = model.best.trial
     if result:
         through = next(t for t in facts.complete if t.number == result.winner.trial)
-    one = model.places.population([through.params])
+    one = model.places.population([through.point])
     mean = float(one.weights.mean())
     shape = one.weights[0] / mean if mean else np.ones_like(one.weights[0])
     scales = np.linspace(low, high, 61)
@@ -545,7 +532,7 @@ class Chance(NamedTuple):
 
 def chances(model: PosteriorView) -> list[Chance]:
     """How sure it is which method has the best trial, the likeliest first."""
-    missed = np.array([shortfall(trial) for trial in model.trials])
+    missed = np.array([trial.violation for trial in model.trials])
     allowed = np.flatnonzero(missed == missed.min())
     belief = model.belief[allowed.tolist()]
     draws = np.random.default_rng(0).multivariate_normal(

@@ -34,7 +34,7 @@ from search.showing.live_view import WIDTH, View, percent, render
 from search.storing.result import Difference, Result, Score, Winner, short_names
 
 if TYPE_CHECKING:
-    from optuna.trial import FrozenTrial
+    from search.storing.trials import TrialRecord
 
 LEAST_WIDTH = 28  # of what one model writes
 LEAST_TRIALS, LATEST_TRIALS = 10, 20  # that a pace takes, and is taken of
@@ -85,7 +85,7 @@ class Terminal:
         self.console.print(f"[yellow]note:[/] {escape(printable(text))}", highlight=False)
 
     def start(
-        self, total: int, finished: Sequence[FrozenTrial], evaluations: int, after: int
+        self, total: int, finished: Sequence[TrialRecord], evaluations: int, after: int
     ) -> None:
         """From here on there is a live view, if it can be."""
         self._tally, self._after = Tally(total, 0, evaluations), after
@@ -111,14 +111,14 @@ class Terminal:
         """Seen in the live view."""
         self._view = replace(self._view, racing=tuple(trials))
 
-    def trial(self, trial: FrozenTrial) -> None:
+    def trial(self, trial: TrialRecord) -> None:
         """A line for each; beside a live view for the better and the failed ones."""
         better = self._tally.add(trial)
         self._told.append(time.perf_counter())
-        if self._live is None or better or trial.state.name == "FAIL":
+        if self._live is None or better or trial.state == "fail":
             self._say(self._line(trial, better))
 
-    def believes(self, best: FrozenTrial, value: float) -> None:
+    def believes(self, best: TrialRecord, value: float) -> None:
         """Seen in the live view."""
         self._view = replace(self._view, best=best, believed=value)
 
@@ -183,30 +183,30 @@ class Terminal:
         of_item = (self._told[-1] - began) / max(1, self._tally.evaluations - before)
         return pace * (self._tally.total - self._tally.done) + of_item * self._after
 
-    def _line(self, trial: FrozenTrial, better: bool) -> str:
-        what = trial.user_attrs.get("start") or _short_point(trial)
+    def _line(self, trial: TrialRecord, better: bool) -> str:
+        what = trial.start or _short_point(trial)
         tally = self._tally
         line = f"{tally.done}/{tally.total}  trial {trial.number}  {percent(trial)}  {what}"
-        if trial.state.name == "FAIL":
-            line += f"  failed: {trial.user_attrs.get('error')}"
+        if trial.state == "fail":
+            line += f"  failed: {trial.error}"
         else:
-            line += f"  {trial.user_attrs['items']} items"
+            line += f"  {trial.items} items"
         if better:
             line += "  <- best so far"
         left = self._left() if self._live is None else None
         return line if left is None else f"{line}  (about {duration(left)} left)"
 
 
-def _short_point(trial: FrozenTrial) -> str:
+def _short_point(trial: TrialRecord) -> str:
     """The method, weights and those parameters that it follows."""
     from merge_engine.methods import METHODS
 
-    method = str(trial.params.get("method"))
+    method = str(trial.point.get("method"))
     params = METHODS[method].params if method in METHODS else {}
     follows = {name for name, param in params.items() if param.effect}
     numbers = (
         f"{name}={value:.2f}"
-        for name, value in trial.params.items()
+        for name, value in trial.point.items()
         if name in follows or name.startswith(("scale", "mix_"))
     )
     return " ".join([method, *numbers])

@@ -6,7 +6,7 @@ import importlib.metadata
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, NamedTuple, TypeVar
 
 from pydantic import BaseModel, Field, ValidationError
 
@@ -69,6 +69,15 @@ class Winner(FrozenModel):
     recipe: dict[str, Any]
     trial: int
     test: Score
+
+
+class OtherTrial(NamedTuple):
+    """A trial that is not the winner: its estimate on so many search items, its test if any."""
+
+    number: int
+    search_score: float | None
+    items: int
+    test: Score | None
 
 
 class Seconds(FrozenModel):

@@ -128,7 +128,6 @@ class SearchSpec(FrozenModel):
     sampler: str = "auto"
     start: tuple[Path, ...] = ()
     front: bool = False
-    cost: bool = False
     stop: bool = True
     seed: NonNegativeInt = 0
 

@@ -186,9 +186,9 @@ def throughput(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
     for number in range(9):
         for count, found in rates.items():
             crew.count = count
-            scorer = Evaluator(bench, Store(folder / f"{number}-{count}.db"), crew)
+            evaluator = Evaluator(bench, Store(folder / f"{number}-{count}.db"), crew)
             start = time.perf_counter()
-            scorer.ask(recipes, "search")
+            evaluator.evaluate(recipes, "search")
             items = len(recipes) * len(bench.splits.search)
             found.append(items / (time.perf_counter() - start))
     crew.close()
@@ -262,10 +262,10 @@ def idle(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
         crew = Simulated(count, items, options.seed)
         (folder / str(count)).mkdir()
         run = Run(folder / str(count), bench, crew, Terminal(Console(quiet=True)))
-        run.adopt()
+        run.bind_to_store()
         run.search()
-        trials = [trial for trial in run.finished() if trial.user_attrs["recipe"] in crew.spent]
-        spent = [crew.spent[trial.user_attrs["recipe"]] for trial in trials]
+        trials = [trial for trial in run.log.finished() if trial.recipe in crew.spent]
+        spent = [crew.spent[trial.recipe] for trial in trials]
         found[f"trials_by_{count}"] = len(trials)
         found[f"idle_{count}"] = 1 - crew.busy / (count * crew.now)
         for size in (count, 4 * count):

@@ -69,14 +69,13 @@ def searched(table: Tabulated, floors: Mapping[str, float], seed: int) -> Row:
     with tempfile.TemporaryDirectory() as folder:
         crew = Simulated(1, items, seed)
         run = Run(Path(folder), bench, crew, Terminal(Console(quiet=True)))
-        run.adopt()
+        run.bind_to_store()
         run.search()
         choice = choose(run)
         asked = sum(run.store.scored()[0].values())
         chosen_on = run.sheet_of(choice.candidate.trial) + choice.selected
         recipe = choice.candidate.recipe
-        run.scorer.ask([recipe], "test")
-        test = run.sheet(recipe, "test")
+        (test,) = run.scores.evaluate([recipe], "test")
     truly = float(short(table, table.answers(recipe)[None], floors)[0])
     return {
         "kept": truly == 0,

@@ -28,12 +28,13 @@ from landscape import LANDSCAPES, Bits, Floats, Items, Landscape, Planted, Tabul
 from merge_engine.recipe.recipe import Recipe
 from replay import Candidate, Raced, Replay
 from rivals import StockFront
+from search.proposing.gp import believed
 from search.proposing.recipes import to_recipe
 from search.proposing.samplers import make_sampler
 from search.proposing.space import Point, Space
 from search.proposing.starts import baselines, warm_starts
-from search.racing.pareto import believed_front, confirmed
-from search.racing.race import HOPE, Estimate
+from search.racing.pareto import confirmed, posterior_front
+from search.racing.race import STOP_BELOW, Estimate
 
 FINALISTS = 8
 
@@ -175,7 +176,7 @@ def search(replay: Replay, system: str, budget: int) -> list[Candidate]:
     """Search until the budget is spent, and the candidates' front on fresh items."""
     space, weights, how = replay.space, replay.landscape.weights, SYSTEMS[system]
     proposer = how.proposer(space, replay.seed, len(weights))
-    raced = Raced(hope=HOPE if how.raced else -1.0)
+    raced = Raced(stop_below=STOP_BELOW if how.raced else -1.0)
     raced.start(replay)
     raced.contest.front = how.raced == "front"
     estimates: list[dict[str, list[float]]] = []
@@ -191,7 +192,9 @@ def search(replay: Replay, system: str, budget: int) -> list[Candidate]:
         proposer.tell(told, said)
     points = [candidate.point or {} for candidate in candidates]
     known = {task: np.array([one[task] for one in estimates]) for task in estimates[0]}
-    places, beliefs = believed_front(space, points, known, FINALISTS)
+    posteriors = {task: believed(space, points, *of.T) for task, of in known.items()}
+    places = posterior_front(posteriors, FINALISTS)
+    beliefs = {task: posterior[places] for task, posterior in posteriors.items()}
     chosen = [candidates[place] for place in places]
     answers = np.array([replay.answers(candidate, "select") for candidate in chosen])
     return [chosen[i] for i in confirmed(beliefs, replay.strata["select"], answers)]

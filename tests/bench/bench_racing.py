@@ -31,8 +31,10 @@ def main() -> None:
         for _ in range(races):
             mine = generator.choice([-1.0, 0.0, 1.0], len(TASKS), p=chances)
             race = Race(strata)
-            race.finish(np.zeros(len(TASKS)))
-            asked.append(next((end for end in ENDS if not race.hopeful(mine[:end])), len(TASKS)))
+            race.record(np.zeros(len(TASKS)))
+            asked.append(
+                next((end for end in ENDS if not race.should_continue(mine[:end])), len(TASKS))
+            )
             ahead.append(mine.mean() > 0)
         stopped = np.array(asked) < len(TASKS)
         row = {

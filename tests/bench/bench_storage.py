@@ -154,12 +154,12 @@ def measure(folder: Path, sampler: str, options: argparse.Namespace) -> dict[str
     write(folder / DATABASE, bench, options.trials)
     with clocked(found, "open"):
         run = Run(folder, bench, Prompt(), Terminal(Console(quiet=True)))
-        run.adopt()
+        run.bind_to_store()
     with clocked(found, "rebuild"):
         run._enqueue_warm_starts()
         run._try_baselines()
         race = run._race()
-        run.output.start(run.spec.search.trials, run.finished(), 0, 0)
+        run.output.start(run.spec.search.trials, run.log.finished(), 0, 0)
     with clocked(found, "ask"):
         run._goes_on(np.inf)
         turn = run._begin()
@@ -178,7 +178,7 @@ def measure(folder: Path, sampler: str, options: argparse.Namespace) -> dict[str
     (folder / "result.json").write_text(result.model_dump_json())
     fitted.cache_clear()
     with clocked(found, "report"):
-        make_report(folder, run.store, run.study)
+        make_report(folder, run.store)
     return found
 
 

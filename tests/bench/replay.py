@@ -21,8 +21,10 @@ from search.proposing.recipes import to_recipe
 from search.proposing.samplers import make_sampler
 from search.proposing.space import Point, Space
 from search.proposing.starts import UNIFORM, baselines, warm_starts
-from search.racing.item_scores import SELECT_SHARE, ItemScores, verdict
-from search.racing.race import HOPE, PANEL, Estimate, JointPosterior, Race, Strata, elect
+from search.racing.elimination import JointPosterior, successive_elimination
+from search.racing.item_scores import ItemScores
+from search.racing.race import PANEL, STOP_BELOW, Estimate, Race, Strata
+from search.racing.verdict import SELECT_SHARE, verdict
 
 COUNTS = {"search": 240, "select": 200, "test": 360}
 BLOCK = 20
@@ -188,24 +190,24 @@ class FixedItems:
 class Raced:
     """As a run does: the donors among themselves, then one candidate after another."""
 
-    hope: float = HOPE
+    stop_below: float = STOP_BELOW
     panel: int = PANEL
     cohort: int = field(default=1, init=False)
 
     def start(self, replay: Replay) -> None:
-        self.contest = Race(replay.strata["search"], self.hope, self.panel)
+        self.contest = Race(replay.strata["search"], stop_below=self.stop_below, panel=self.panel)
         known = baselines(replay.space)
         for recipe in known.values():
             replay.ask(replay.candidate(recipe), BLOCK)
         donors = [replay.candidate(known[donor]) for donor in replay.space.donors]
         ends = replay.ends["search"]
-        best = elect(
+        best = successive_elimination(
             JointPosterior.vague(len(donors)),
             self.contest.strata,
             lambda some, end: np.stack([replay.ask(donors[one], end) for one in some]),
             ends,
         )
-        self.contest.finish(replay.ask(donors[best], ends[-1]))
+        self.contest.record(replay.ask(donors[best], ends[-1]))
 
     def race(self, replay: Replay, candidates: Sequence[Candidate]) -> list[Estimate]:
         return [self._race(replay, candidate) for candidate in candidates]
@@ -213,9 +215,9 @@ class Raced:
     def _race(self, replay: Replay, candidate: Candidate) -> Estimate:
         for end in replay.ends["search"]:
             answers = replay.ask(candidate, end)
-            if end >= candidate.seen and not self.contest.hopeful(answers):
+            if end >= candidate.seen and not self.contest.should_continue(answers):
                 break
-        return self.contest.finish(answers)
+        return self.contest.record(answers)
 
 
 class LuckyMaximum:
@@ -279,7 +281,7 @@ class Elected:
             return np.stack(of_some)[:, :end]
 
         strata, ends = replay.strata["select"], replay.ends["select"]
-        winner = elect(belief[best], strata, ask, ends, budget=self.cost(replay))
+        winner = successive_elimination(belief[best], strata, ask, ends, budget=self.cost(replay))
         export = tested(replay, told[best[winner]][0], sum(asked.values()))
         return replace(export, finalists=tuple(told[place][0].recipe for place in best))
 
@@ -292,7 +294,7 @@ def tested(replay: Replay, winner: Candidate, asked: int) -> Export:
         for name, recipe in baselines(replay.space).items()
         if name != UNIFORM
     ]
-    reported = score_interval(test.answers, test.tasks, test.weights, seed=replay.seed)
+    reported = score_interval(test.values, test.tasks, test.weights, seed=replay.seed)
     return Export(winner.recipe, reported, asked, verdict(rivals))
 
 

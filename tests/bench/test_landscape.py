@@ -126,9 +126,9 @@ def test_estimate_of_a_stopped_candidate_is_right_on_average():
     for seed in range(200):
         replay = Replay(landscape, seed)
         race = Race(replay.strata["search"])
-        race.finish(replay.ask(replay.candidate(other), COUNTS["search"]))
+        race.record(replay.ask(replay.candidate(other), COUNTS["search"]))
         everything = replay.estimate(replay.answers(replay.candidate(one), "search"))
-        estimate = race.finish(replay.ask(replay.candidate(one), 60))
+        estimate = race.record(replay.ask(replay.candidate(one), 60))
         errors.append(estimate.value - everything.value)
         claimed.append(estimate.variance * (1 - 60 / COUNTS["search"]))
     assert abs(np.mean(errors)) < 3 * (np.mean(claimed) / 200) ** 0.5

@@ -6,13 +6,13 @@ import subprocess
 import threading
 
 import pytest
-from optuna.trial import TrialState
 
 from search.cli import main
 from search.running.workers import LocalWorker
 from search.storing import store as storage
 from search.storing.folder import DATABASE
 from search.storing.store import Store
+from search.storing.trials import TrialLog
 
 AGAIN = "the same command goes on from here"
 
@@ -46,8 +46,8 @@ def command(study, run, *options):
 
 
 def told(run):
-    trials = Store(run / DATABASE).study().get_trials(states=(TrialState.COMPLETE,))
-    return [(trial.params, trial.value) for trial in trials]
+    trials = TrialLog(Store(run / DATABASE).study()).complete()
+    return [(trial.point, trial.value) for trial in trials]
 
 
 def test_full_disk_stops_search_and_export_and_loses_nothing(study, small_disk, tmp_path, capsys):

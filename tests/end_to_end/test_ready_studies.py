@@ -21,6 +21,7 @@ from search.proposing.starts import warm_starts
 from search.storing.folder import DATABASE
 from search.storing.result import Result
 from search.storing.store import Store
+from search.storing.trials import TrialLog
 from search.study.reading import load_study
 from search.study.spec import ModelDifference
 
@@ -95,7 +96,7 @@ def run(tmp_path_factory):
         command = ["run", str(folder / "study.yaml"), "--out", str(folder / "run")]
         assert main([*command, "--device", "cpu"]) == 0
         result = Result.model_validate_json((folder / "run" / "result.json").read_text())
-        return result, Store(folder / "run" / DATABASE).study().get_trials(deepcopy=False)
+        return result, TrialLog(Store(folder / "run" / DATABASE).study()).records()
 
     return run
 
@@ -112,7 +113,7 @@ def test_alpha_is_found_between_none_and_all_of_the_difference(run):
     weights = weights_of(result)
     assert weights.keys() == {"sort", "know"}
     assert weights["sort"] == -weights["know"]
-    ends = [t.value for t in trials if t.user_attrs.get("start") in ("base", "scale 1")]
+    ends = [t.value for t in trials if t.start in ("base", "scale 1")]
     assert result.search_score > max(ends)
     assert {Path(model).name for model in result.donors} == {"sort", "know"}
     assert result.verdict == "better"
@@ -131,6 +132,6 @@ def test_what_was_known_is_kept_where_floors_follow_the_base(run):
 @pytest.mark.slow
 def test_every_method_is_tried_once_at_least(run):
     result, trials = run("stock_mix", 16, {"search": 20, "select": 20, "test": 20})
-    tried = {trial.params["method"] for trial in trials}
+    tried = {trial.point["method"] for trial in trials}
     assert tried == set(load_study(STUDIES / "stock_mix" / "tiny.yaml").search.methods)
     assert result.failed_trials == 0

@@ -11,7 +11,6 @@ from dataclasses import replace
 import numpy as np
 import psutil
 import pytest
-from optuna.trial import TrialState
 from rich.console import Console
 
 from search.cli import main
@@ -26,6 +25,7 @@ from search.showing.terminal import Terminal
 from search.storing.folder import DATABASE
 from search.storing.snapshot import freeze
 from search.storing.store import Store
+from search.storing.trials import TrialLog
 from search.study.reading import load_study
 
 
@@ -73,13 +73,13 @@ def three(study):
 def run_of(folder, crew):
     folder.mkdir(exist_ok=True)
     run = Run(folder, crew.workers[0].bench, crew, Terminal(Console(quiet=True)))
-    run.adopt()
+    run.bind_to_store()
     return run
 
 
 def told(run):
     """Finished trials as they were told, one after another."""
-    return sorted(run.finished(), key=lambda trial: trial.user_attrs["told"])
+    return sorted(run.log.finished(), key=lambda trial: trial.tell_order)
 
 
 @pytest.fixture(scope="module")
@@ -105,26 +105,26 @@ def test_answers_are_those_that_one_worker_gives(done):
     run, _, crew = done
     worker = Worker(crew.workers[0].bench)
     for trial in told(run)[::5]:
-        recipe = to_recipe(run.bench.space, trial.params)
+        recipe = to_recipe(run.context.space, trial.point)
         worker.bench.builder.build(recipe)
-        asked = worker.bench.splits.search[: trial.user_attrs["items"]]
+        asked = worker.bench.splits.search[: trial.items]
         alone = worker.bench.objective.score(worker.bench.builder.model, asked)
-        assert run.sheet_of(trial).answers == tuple(answer.value for answer in alone)
+        assert run.scores_of(trial).values == tuple(answer.value for answer in alone)
 
 
 def test_race_of_a_resumed_run_is_the_one_that_was_stopped(done):
     run, race, crew = done
-    again = Run(run.folder, run.bench, crew, run.output)._race()
-    assert len(again.complete) == len(race.complete) > 1
-    for one, other in zip(again.complete, race.complete, strict=True):
+    again = Run(run.folder, run.context, crew, run.output)._race()
+    assert len(again.evaluated) == len(race.evaluated) > 1
+    for one, other in zip(again.evaluated, race.evaluated, strict=True):
         assert one.mean == other.mean
-        assert np.array_equal(one.answers, other.answers)
+        assert np.array_equal(one.values, other.values)
 
 
 def test_winner_is_chosen_and_saved_as_it_was_scored(done, tmp_path):
     run, _, _ = done
     result, recipe = conclude(run)
-    compared, differing, _ = run.scorer.save(recipe, tmp_path / "checkpoint", "# a card")
+    compared, differing, _ = run.evaluator.export(recipe, tmp_path / "checkpoint", "# a card")
     assert (tmp_path / "checkpoint" / "model.safetensors").is_file()
     assert (tmp_path / "checkpoint" / "README.md").read_text() == "# a card"
     assert compared >= 24 + 8  # the test, and a block of the search
@@ -135,13 +135,13 @@ def test_winner_is_chosen_and_saved_as_it_was_scored(done, tmp_path):
 def test_equal_proposals_at_work_at_once_are_asked_once(three, tmp_path):
     crew = Crew(three)
     run = run_of(tmp_path / "run", crew)
-    point = run.bench.space.point("task_arithmetic", (0.3, 0.2, 0.1))
+    point = run.context.space.point("task_arithmetic", (0.3, 0.2, 0.1))
     for _ in range(3):
-        run.study.enqueue_trial(point)
+        run.log.enqueue(point)
     run.search()  # storing a block twice is an error
-    first, second, third = run.finished()[:3]
-    assert first.params == second.params == third.params
-    assert len(run.finished()) == 12
+    first, second, third = run.log.finished()[:3]
+    assert first.point == second.point == third.point
+    assert len(run.log.finished()) == 12
 
 
 def test_last_trial_is_asked_by_all_who_would_be_idle(three, tmp_path):
@@ -150,9 +150,9 @@ def test_last_trial_is_asked_by_all_who_would_be_idle(three, tmp_path):
     run._race()
     crew.most = 0
     spec = run.spec.model_copy(update={"search": run.spec.search.model_copy(update={"trials": 1})})
-    run.bench = replace(run.bench, spec=spec)
+    run.context = replace(run.context, spec=spec)
     run.search()
-    assert len(run.finished()) == 1
+    assert len(run.log.finished()) == 1
     assert crew.most == 2  # of its three blocks the first was known
 
 
@@ -160,15 +160,15 @@ def test_stopped_run_has_stored_what_was_at_work_and_goes_on(three, tmp_path, mo
     crew = Crew(three)
     run = run_of(tmp_path / "run", crew)
     asked = []
-    run.scorer.on_block = lambda items: (
-        asked.append(0) or setattr(run.scorer, "stopping", len(asked) > 20)
+    run.evaluator.on_block = lambda items: (
+        asked.append(0) or setattr(run.evaluator, "stopping", len(asked) > 20)
     )
     with pytest.raises(KeyboardInterrupt):
         run.search()
     assert not crew.jobs
     assert len(blocks_of(tmp_path / "run")) == len(asked)
-    begun = {trial.number for trial in run.study.trials if trial.state != TrialState.WAITING}
-    assert len(run.finished()) < len(begun) < 12
+    begun = {trial.number for trial in run.log.records() if trial.state != "waiting"}
+    assert len(run.log.finished()) < len(begun) < 12
     again = run_of(tmp_path / "run", crew)
     with monkeypatch.context() as stopped:
         stopped.setattr(Run, "_exhausted", lambda *_: True)
@@ -186,28 +186,28 @@ def test_worker_that_dies_is_replaced_and_its_block_asked_again(three, tmp_path)
     run = run_of(tmp_path / "run", crew)
     run.search()
     assert deaths
-    assert {trial.state for trial in run.finished()} == {TrialState.COMPLETE}
+    assert {trial.state for trial in run.log.finished()} == {"complete"}
 
 
 def test_candidate_that_kills_two_workers_is_set_aside(three, tmp_path):
     crew = Crew(three)
     run = run_of(tmp_path / "run", crew)
-    bad = to_recipe(run.bench.space, warm_starts(run.bench.space)[6][1])
+    bad = to_recipe(run.context.space, warm_starts(run.context.space)[6][1])
     crew.deadly = lambda job: job.recipe == bad
     run.search()
-    states = {trial.user_attrs["recipe"]: trial.state for trial in run.finished()}
-    assert states.pop(bad.key) == TrialState.FAIL
-    assert set(states.values()) == {TrialState.COMPLETE}
-    (failed,) = [trial for trial in run.finished() if trial.state == TrialState.FAIL]
-    assert failed.user_attrs["error"] == "it ended its worker 2 times: killed"
+    states = {trial.recipe: trial.state for trial in run.log.finished()}
+    assert states.pop(bad.key) == "fail"
+    assert set(states.values()) == {"complete"}
+    (failed,) = [trial for trial in run.log.finished() if trial.state == "fail"]
+    assert failed.error == "it ended its worker 2 times: killed"
 
 
 def test_outline_without_weights_shows_the_same_items(study, done):
     run, _, _ = done
     spec = load_study(study)
     bench = load_outline(plan_study(spec))
-    assert bench.splits == run.bench.splits
-    assert bench.space == run.bench.space
+    assert bench.splits == run.context.splits
+    assert bench.space == run.context.space
     assert freeze(bench.objective, bench.splits) == run.store.items()
 
 
@@ -231,7 +231,7 @@ def blocks_of(run):
 
 
 def finished_in(run):
-    return [trial for trial in Store(run / DATABASE).study().trials if trial.state.is_finished()]
+    return TrialLog(Store(run / DATABASE).study()).finished()
 
 
 def ray_workers(process):
@@ -267,6 +267,6 @@ def test_ray_workers_and_the_coordinator_may_be_killed(study, tmp_path):
     assert main(command[3:]) == 0  # one worker, in this process
     trials = finished_in(run)
     assert [trial.number for trial in trials] == list(range(12))
-    assert {trial.state for trial in trials} == {TrialState.COMPLETE}
+    assert {trial.state for trial in trials} == {"complete"}
     assert all(trials[one.number].value == one.value for one in told)
     assert before < set(blocks_of(run))

@@ -4,12 +4,11 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from optuna.trial import create_trial
 from scipy.optimize import check_grad
 from scipy.stats import norm
 
 from landscape import planted
-from replay import Estimate, OptunaSampler
+from replay import OptunaSampler
 from search.proposing.encoding import RecipeEncoding
 from search.proposing.gp import (
     MODELLED,
@@ -27,6 +26,8 @@ from search.proposing.recipes import to_recipe
 from search.proposing.samplers import RANDOM_STARTUP
 from search.proposing.space import Space
 from search.proposing.starts import warm_starts
+from search.racing.race import Estimate
+from search.storing.trials import TrialRecord
 
 METHODS = (
     "task_arithmetic",
@@ -176,7 +177,10 @@ def test_waiting_trials_are_not_proposed_again():
 
 def test_few_trials_are_all_modelled_and_of_many_the_best_and_the_latest():
     values = np.random.default_rng(0).permutation(1000) / 1000
-    trials = [create_trial(value=float(value)) for value in values]
+    trials = [
+        TrialRecord(number, "complete", estimate=Estimate(float(value), 0.001))
+        for number, value in enumerate(values)
+    ]
     few = trials[: MODELLED + STEP - 1]
     assert list(modelled(few)) == few
     many = modelled(trials)

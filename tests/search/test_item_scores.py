@@ -1,17 +1,9 @@
 import numpy as np
 import pytest
 
-from objectives.base import Item, ItemResult
 from objectives.scores import Interval
-from search.racing.item_scores import (
-    COST,
-    ItemScores,
-    items_to_decide,
-    shortfall,
-    tasks_with_cost,
-    verdict,
-)
-from search.racing.race import Strata
+from search.racing.item_scores import ItemScores, constraint_violation
+from search.racing.verdict import items_to_decide, verdict
 
 WEIGHTS = {"x": 1.0, "y": 3.0}
 
@@ -24,14 +16,14 @@ def test_mean_weighs_tasks_not_items():
     assert sheet(1, 0, 1, 1).mean == pytest.approx((0.5 + 3 * 1.0) / 4)
 
 
-def test_sheets_add_up_item_by_item():
+def test_scores_add_up_item_by_item():
     both = sheet(1, 0, 1, 1) + sheet(0, 0, 0, 0)
     assert both.by_task == {"x": 0.25, "y": 0.5}
 
 
-def test_shortfall_counts_the_tasks_that_were_asked():
-    assert shortfall(sheet(0, 0, 1, 1), {"x": 0.5}) == 0.5
-    assert shortfall(sheet(0, 1), {"x": 0.5, "y": 0.9}) == 0
+def test_violation_counts_the_tasks_that_have_items():
+    assert constraint_violation(sheet(0, 0, 1, 1), {"x": 0.5}) == 0.5
+    assert constraint_violation(sheet(0, 1), {"x": 0.5, "y": 0.9}) == 0
 
 
 def test_items_to_decide_would_decide():
@@ -47,7 +39,7 @@ def test_items_to_decide_would_decide():
     assert None in undecided
     needed = items_to_decide(*answers(100_000))
     assert needed is None
-    one, other = (np.array(s.answers) for s in answers(100_000))
+    one, other = (np.array(s.values) for s in answers(100_000))
     gap, spread = (one - other).mean(), (one - other).var()
     wanted = int(7.85 * spread / gap**2)
     shown = [items_to_decide(*answers(wanted)) is None for _ in range(300)]
@@ -72,25 +64,9 @@ def test_two_equal_models_are_called_better_at_the_nominal_rate_at_most():
     assert called / 300 < 0.025 + 3 * (0.025 * 0.975 / 300) ** 0.5
 
 
-def test_tokens_beyond_the_limit_are_missed_as_a_share_and_items_not_written_do_not_count():
+def test_tokens_beyond_the_limit_violate_it_by_their_share_and_items_not_written_do_not_count():
     some = ItemScores((1.0, 0.0, 0.0), ("x", "x", "y"), WEIGHTS, (30, 60, None))
-    assert some.tokens == 45
-    assert shortfall(some, {}, 30) == 0.5
-    assert shortfall(some, {"x": 0.75}, 50) == 0.25
-    assert shortfall(sheet(0, 0, 1, 1), {}, 30) == 0
-
-
-def test_cost_stands_behind_each_written_answer():
-    items = [
-        Item("x", "0", 0, generated=True),
-        Item("y", "1", 1),
-        Item("x", "2", 2, generated=True),
-    ]
-    some = ItemScores.of(
-        items, [ItemResult(1.0, tokens=7), ItemResult(0.5), ItemResult(0.0, tokens=9)], WEIGHTS
-    )
-    assert some.with_cost.tolist() == [1.0, -7.0, 0.5, 0.0, -9.0]
-    assert tasks_with_cost(items) == ["x", COST, "y", "x", COST]
-    strata = Strata(tasks_with_cost(items), {**WEIGHTS, COST: 0.0})
-    plain = Strata(some.tasks, WEIGHTS).estimate(np.array(some.answers))
-    assert strata.estimate(some.with_cost) == plain
+    assert some.mean_tokens == 45
+    assert constraint_violation(some, {}, 30) == 0.5
+    assert constraint_violation(some, {"x": 0.75}, 50) == 0.25
+    assert constraint_violation(sheet(0, 0, 1, 1), {}, 30) == 0

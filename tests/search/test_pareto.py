@@ -3,21 +3,19 @@
 import numpy as np
 import optuna
 import pytest
-import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from search.cli import main
+from search.proposing.gp import believed
 from search.proposing.samplers import make_sampler
 from search.proposing.space import Space
 from search.proposing.starts import warm_starts
-from search.racing.item_scores import COST
-from search.racing.pareto import believed_front, confirmed, leading, nondominated, widest
-from search.racing.race import JointPosterior, Strata
-from search.storing.folder import DATABASE
+from search.racing.elimination import JointPosterior
+from search.racing.pareto import confirmed, leading, nondominated, posterior_front, widest
+from search.racing.race import Strata
 from search.storing.result import Result
-from search.storing.store import Store
 
 SPACE = Space("base", ("a", "b"), ("task_arithmetic",), (0.0, 1.0), {})
 
@@ -84,7 +82,9 @@ def test_front_is_that_of_what_is_believed_and_fresh_items_correct_it():
     scales = np.linspace(0, 1, 11)
     points = [SPACE.point("task_arithmetic", (scale, scale)) for scale in scales]
     estimates = {t: np.array([values_at(scale)[t] for scale in scales]) for t in ("x", "y")}
-    front, beliefs = believed_front(SPACE, points, estimates, most=20)
+    posteriors = {task: believed(SPACE, points, *of.T) for task, of in estimates.items()}
+    front = posterior_front(posteriors, most=20)
+    beliefs = {task: posterior[front] for task, posterior in posteriors.items()}
     assert scales[front] == pytest.approx([0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8])
     unsure = {task: JointPosterior(one.means, np.eye(len(front))) for task, one in beliefs.items()}
     strata = Strata(("x", "y") * 50, {"x": 1.0, "y": 1.0})
@@ -109,30 +109,6 @@ def test_run_for_the_front_tests_its_recipes_and_running_again_changes_nothing(
     again = Result.model_validate_json((tmp_path / "run" / "result.json").read_text())
     assert again.front == first.front
     assert again.item_evaluations == first.item_evaluations
-
-
-def test_run_with_cost_as_a_goal_proposes_tests_and_shows_it(make_study, tmp_path, capsys):
-    study = make_study(tmp_path, search__front=True, search__cost=True, search__trials=16)
-    tell = tmp_path / "tasks" / "tell.yaml"
-    longer = {"until": [*"aeiou"], "max_gen_toks": 6, "do_sample": False}
-    tell.write_text(
-        yaml.safe_dump(yaml.safe_load(tell.read_text()) | {"generation_kwargs": longer})
-    )
-    run = tmp_path / "run"
-    assert main(["run", str(study), "--out", str(run), "--device", "cpu"]) == 0
-    result = Result.model_validate_json((run / "result.json").read_text())
-    store = Store(run / DATABASE)
-    tells = [item.task == "tell" for item in store.items() if item.split == "search"]
-    for trial in store.study().trials:
-        blocks = store.answers(trial.user_attrs["recipe"], "search")
-        answers = [answer for number in sorted(blocks) for answer in blocks[number]]
-        counts = [a.tokens for a, tell in zip(answers, tells, strict=False) if tell]
-        assert all(0 < count <= 6 for count in counts)
-        assert sum(counts) == sum(answer.tokens for answer in answers)
-        if len(answers) == len(tells):
-            assert trial.user_attrs["tasks"][COST][0] == pytest.approx(-np.mean(counts))
-    assert len({one.test.tokens for one in result.front}) > 1
-    assert "tokens" in capsys.readouterr().out
 
 
 def test_limit_on_tokens_is_refused_where_none_are_written(make_study, tmp_path, capsys):

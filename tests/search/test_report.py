@@ -188,7 +188,7 @@ def test_interrupted_run_and_one_of_one_trial_have_a_page(make_study, tmp_path, 
         assert f"The search has stopped: {len(told)} of at most 16 trials" in words
         with locked(run):
             assert f"The search goes on: {len(told)} of at most 16 trials" in drawn(run).text
-        by_the_run_itself = make_report(run, Store(run / DATABASE), Store(run / DATABASE).study())
+        by_the_run_itself = make_report(run, Store(run / DATABASE))
         assert f"The search so far: {len(told)} of" in by_the_run_itself
         assert ("is believed to be worth" in words) == (len(told) > 2)
         assert ("On the search items so far" in words) == (len(told) > 2)

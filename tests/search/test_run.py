@@ -12,7 +12,6 @@ import time
 import pytest
 import torch
 import yaml
-from optuna.trial import TrialState
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
@@ -26,15 +25,16 @@ from search.running.workers import LocalWorker
 from search.storing.folder import DATABASE
 from search.storing.result import Result
 from search.storing.store import Store
+from search.storing.trials import TrialLog
 from search.study.reading import load_study
 
 
 def trials_of(run):
-    return Store(run / DATABASE).study().get_trials(deepcopy=False)
+    return TrialLog(Store(run / DATABASE).study()).records()
 
 
 def decisions(run):
-    return [(trial.number, trial.params, trial.value) for trial in trials_of(run)]
+    return [(trial.number, trial.point, trial.estimate) for trial in trials_of(run)]
 
 
 def answers_of(run):
@@ -100,14 +100,14 @@ def test_candidates_answer_the_same_first_items_and_splits_are_disjoint(finished
     counts = {len(numbers) for numbers in blocks.values()}
     assert max(counts) == 3
     assert min(counts) == 1  # somebody was stopped
-    told = {trial.user_attrs["recipe"]: trial.user_attrs["items"] for trial in trials_of(run)}
+    told = {trial.recipe: trial.items for trial in trials_of(run)}
     donors = {recipe.key for recipe in baselines(bench.space).values()}  # raced by themselves
     assert all(told[recipe] == 8 * len(blocks[recipe]) for recipe in told.keys() - donors)
 
 
 def test_warm_starts_come_first_and_base_scores_as_the_base(finished, zoo):
     study, run = finished
-    starts = [trial.user_attrs.get("start") for trial in trials_of(run)]
+    starts = [trial.start for trial in trials_of(run)]
     assert starts[0] == "base"
     assert str(zoo / "b") in starts
     bench = load(
@@ -150,7 +150,7 @@ def test_killed_run_goes_on_as_if_nothing_had_happened(finished, tmp_path):
             while process.poll() is None and _blocks(run) < wanted:
                 time.sleep(0.005)
             process.send_signal(signal.SIGKILL)
-    assert 0 < len([t for t in trials_of(run) if t.state == TrialState.COMPLETE]) < 16
+    assert 0 < len([t for t in trials_of(run) if t.state == "complete"]) < 16
     assert main(command[3:]) == 0
     assert decisions(run) == decisions(whole)
     assert answers_of(run) == answers_of(whole)
@@ -233,9 +233,9 @@ def test_winner_of_an_earlier_run_is_tried_again(finished, make_study, tmp_path)
     study = make_study(tmp_path, search__start=[str(earlier)], search__trials=14)
     run = tmp_path / "run"
     assert main(["run", str(study), "--out", str(run), "--device", "cpu"]) == 0
-    (again,) = [trial for trial in trials_of(run) if trial.user_attrs.get("start") == "start 1"]
-    assert again.user_attrs["recipe"] == winner.key
-    assert again.state == TrialState.COMPLETE
+    (again,) = [trial for trial in trials_of(run) if trial.start == "start 1"]
+    assert again.recipe == winner.key
+    assert again.state == "complete"
 
 
 def test_run_whose_time_is_up_concludes_and_goes_on_as_if_it_had_not(finished, tmp_path, capsys):
@@ -389,8 +389,8 @@ def test_answers_that_cannot_be_judged_are_recorded_and_the_run_goes_on(
     out = capsys.readouterr().out
     assert "answers could not be judged and count 0, the first: ValueError: no" in out
     assert "\x1b[31m" not in out
-    told = [trial for trial in trials_of(tmp_path / "run") if trial.state == TrialState.COMPLETE]
-    noted = [trial.user_attrs["faults"] for trial in told]
+    told = [trial for trial in trials_of(tmp_path / "run") if trial.state == "complete"]
+    noted = [trial.faults for trial in told]
     assert len(noted) == 6
     assert all("answers not judged, e.g. tell: ValueError: no" in note for note in noted)
 
@@ -409,7 +409,7 @@ import hashlib
 
 import torch
 
-from objectives.base import Answer, Item, Shown
+from objectives.base import Item, ItemResult, ItemSnapshot
 
 
 class Loud:
@@ -419,11 +419,11 @@ class Loud:
         self.items = [Item("loud", hashlib.sha256(bytes([n])).hexdigest(), n) for n in range(size)]
 
     def snapshots(self, items):
-        return [Shown(f"token {number}", "") for number in items]
+        return [ItemSnapshot(f"token {number}", "") for number in items]
 
     def score(self, model, items):
         row = model.lm_head.weight.norm(dim=1).sigmoid()
-        return [Answer(row[number % len(row)].item()) for number in items]
+        return [ItemResult(row[number % len(row)].item()) for number in items]
 """
 
 
@@ -460,9 +460,9 @@ def test_failed_trial_is_told_and_the_search_goes_on(make_study, zoo, tmp_path):
     changes = {"dtype": "float16", "search__scale": [0, 100], "search__trials": 20}
     study = make_study(tmp_path, models=[str(zoo / "a"), large], **changes)
     assert main(["run", str(study), "--out", str(tmp_path / "run"), "--device", "cpu"]) == 0
-    failed = [t for t in trials_of(tmp_path / "run") if t.state == TrialState.FAIL]
+    failed = [t for t in trials_of(tmp_path / "run") if t.state == "fail"]
     assert failed
-    errors = [trial.user_attrs["error"] for trial in failed]
+    errors = [trial.error for trial in failed]
     assert any("'model.norm.weight' has NaN or Inf" in error for error in errors)
     result = json.loads((tmp_path / "run" / "result.json").read_text())
     assert result["failed_trials"] == len(failed)
@@ -480,8 +480,8 @@ def test_floors_decide_who_wins_and_may_follow_the_base_on_the_same_items(
     base = baselines(load(plan_study(load_study(study)), Hardware("cpu")).space)[str(zoo / "base")]
     of_base, missed = searched(store, base.key), {}
     for trial in trials_of(run):
-        own = searched(store, trial.user_attrs["recipe"])
-        asked = slice(trial.user_attrs["items"])
+        own = searched(store, trial.recipe)
+        asked = slice(trial.items)
         mine, theirs = (task_means(some[asked], tasks[asked]) for some in (own, of_base))
         short = max(0.0, theirs["pick"] - 0.4 - mine["pick"]) + max(0.0, 0.06 - mine["tell"])
         missed[trial.number] = trial.constraints["floors"]

@@ -1,13 +1,13 @@
 """A search stops when nothing is left to gain that could be told, and goes on while there is."""
 
 import optuna
-from optuna.trial import TrialState
 
 from landscape import planted
 from search.proposing.recipes import to_recipe
 from search.proposing.samplers import RANDOM_STARTUP, make_sampler
 from search.proposing.starts import warm_starts
 from search.proposing.stopping import LAST, exhausted
+from search.storing.trials import TrialLog
 
 LANDSCAPE = planted(1)
 STARTS = warm_starts(LANDSCAPE.space)
@@ -24,9 +24,7 @@ def stopped(share):
     study = optuna.create_study(direction="maximize")
     for _, point in STARTS:
         study.enqueue_trial(point)
-    while len(values) < MOST and not exhausted(
-        study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,)), ITEMS
-    ):
+    while len(values) < MOST and not exhausted(TrialLog(study).complete(), ITEMS):
         study.sampler = make_sampler("gp", space, 0, len(values))
         trial = study.ask(space.distributions)
         trial.set_user_attr("variance", 0.02**2)

@@ -12,8 +12,6 @@ from contextlib import suppress
 from types import SimpleNamespace
 
 import pytest
-from optuna.distributions import CategoricalDistribution, FloatDistribution
-from optuna.trial import create_trial
 from rich.console import Console
 
 from search.cli import main
@@ -22,17 +20,16 @@ from search.running.events import RaceProgress
 from search.showing.live_view import View, render
 from search.showing.terminal import CUTTING, LEAST_TRIALS, NarrowingLive, Terminal
 from search.storing.result import Result, short_names
+from search.storing.trials import TrialRecord
 
-BEST = create_trial(
-    value=0.8831,
-    params={"method": "ties", "scale": 0.75},
-    distributions={
-        "method": CategoricalDistribution(["ties"]),
-        "scale": FloatDistribution(0, 1.5),
-    },
-    user_attrs={"tasks": {"demo_sort": [0.9, 0.1], "demo_know\x1b[2J": [0.5, 0.1]}, "items": 20},
+BEST = TrialRecord(
+    number=9,
+    state="complete",
+    point={"method": "ties", "scale": 0.75},
+    estimate=Estimate(0.8831, 0.01),
+    items=20,
+    tasks={"demo_sort": Estimate(0.9, 0.1), "demo_know\x1b[2J": Estimate(0.5, 0.1)},
 )
-BEST.number = 9
 VIEW = View(
     total=100,
     done=23,

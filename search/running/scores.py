@@ -1,0 +1,119 @@
+"""What the stored results of a study's items mean: scores, constraints, estimates of the base."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from merge_engine.recipe.recipe import Recipe
+from objectives.items import Split
+from search.preparing.context import StudyContext
+from search.proposing.starts import baselines
+from search.racing.item_scores import ItemScores, constraint_violation
+from search.racing.race import Floats, Strata
+from search.running.evaluator import Evaluator
+from search.study.spec import BelowBase, StudyError
+
+
+class Scores:
+    """Scores of recipes on the study's items, evaluated where they are not stored.
+
+    Args:
+        context: The study's items, tasks and limits.
+        evaluator: Evaluates what is missing.
+    """
+
+    def __init__(self, context: StudyContext, evaluator: Evaluator) -> None:
+        self.context, self.evaluator = context, evaluator
+        constraints = context.spec.objective.constraints
+        self._fixed = {task: f for task, f in constraints.items() if isinstance(f, float)}
+        self._below_base = {t: f for t, f in constraints.items() if isinstance(f, BelowBase)}
+        self._base = baselines(context.space)[context.spec.base_model]
+
+    def empty(self) -> ItemScores:
+        """Return the scores of no items."""
+        return ItemScores((), (), self.context.weights)
+
+    def stored(self, recipe: Recipe, split: Split, items: int | None = None) -> ItemScores:
+        """Read a recipe's scores on the first items of a split, in whole blocks; None: on all.
+
+        Raises:
+            LookupError: Some of them are not evaluated yet.
+        """
+        results = self.evaluator.stored(recipe, split, items)
+        return ItemScores.of(
+            self.context.items_of(split)[: len(results)], results, self.context.weights
+        )
+
+    def evaluate(
+        self, recipes: Sequence[Recipe], split: Split, items: int | None = None
+    ) -> list[ItemScores]:
+        """Evaluate recipes on the first items of a split, all together, and read their scores.
+
+        Where a constraint follows the base, the base is evaluated on the same items.
+
+        Raises:
+            MergeError, ObjectiveError: One of them cannot be built or evaluated.
+        """
+        base = [self._base] if self._below_base else []
+        self.evaluator.evaluate([*recipes, *base], split, items)
+        return [self.stored(recipe, split, items) for recipe in recipes]
+
+    def matrix(self, recipes: Sequence[Recipe], split: Split, items: int) -> Floats:
+        """Evaluate k recipes on the first items of a split: values (k, m)."""
+        return np.array([one.values for one in self.evaluate(recipes, split, items)])
+
+    def strata(self, split: Split) -> Strata:
+        """Return the tasks of a split's items as strata."""
+        return Strata(self.context.tasks_of(split), self.context.weights)
+
+    def violation(self, scores: Mapping[Split, ItemScores]) -> float:
+        """Compute how far a recipe misses the study's limits on the items it was evaluated on."""
+        together = sum(scores.values(), start=self.empty())
+        limit = self.context.spec.objective.max_mean_tokens
+        return constraint_violation(together, self.floors(scores), limit)
+
+    def floors(self, scores: Mapping[Split, ItemScores]) -> dict[str, float]:
+        """Compute each constrained task's least mean for a recipe with these scores.
+
+        A constraint that follows the base is the base's mean on the same items, less its margin.
+        """
+        floors = dict(self._fixed)
+        if self._below_base:
+            same = [
+                self.stored(self._base, split, len(one.values)) for split, one in scores.items()
+            ]
+            means = sum(same, start=self.empty()).by_task
+            floors |= {
+                task: mean - self._below_base[task].margin
+                for task, mean in means.items()
+                if task in self._below_base
+            }
+        return floors
+
+    def faults(self, recipe: Recipe, items: int | None = None) -> list[tuple[str, str]]:
+        """List task and reason of each of the first search items that could not be judged."""
+        results = self.evaluator.stored(recipe, "search", items)
+        tasks = self.context.tasks_of("search")
+        return [(t, one.fault) for t, one in zip(tasks, results, strict=False) if one.fault]
+
+    def check_judged(self, name: str, recipe: Recipe) -> list[str]:
+        """Describe which search items of a model could not be judged, task by task.
+
+        Raises:
+            StudyError: No item of a task could be judged, which no candidate would change.
+        """
+        faults = self.faults(recipe)
+        sizes = Counter(self.context.tasks_of("search"))
+        notes = []
+        for task, count in Counter(task for task, _ in faults).items():
+            reason = next(reason for at, reason in faults if at == task)
+            if count == sizes[task]:
+                raise StudyError(f"{name} alone: task {task!r}: no answer can be judged: {reason}")
+            notes.append(
+                f"{name} alone: task {task!r}: {count} of {sizes[task]} answers could not be "
+                f"judged and count 0, the first: {reason}"
+            )
+        return notes

@@ -1,0 +1,116 @@
+"""Whether a run folder still belongs to this study, these models and these items."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from objectives.base import Objective
+from objectives.items import Splits
+from search.storing.folder import DATABASE, has_run
+from search.storing.snapshot import difference, freeze
+from search.storing.store import Storage, Store
+from search.storing.trials import TrialLog, TrialRecord
+from search.study.spec import StudyError, StudySpec
+
+MAY_CHANGE = ("search.trials", "search.stop")  # when a search ends, not what it is
+
+
+def check_run(folder: Path, spec: StudySpec, storage: Storage) -> None:
+    """Refuse a folder in which another study has been run, before anything long starts.
+
+    Raises:
+        StudyError: It has.
+    """
+    if (folder / DATABASE).is_file():
+        check_same(folder, TrialLog(Store(storage).study()), spec)
+
+
+def check_same(folder: Path, log: TrialLog, spec: StudySpec) -> None:
+    """Refuse a study that differs from the one stored with the run.
+
+    Raises:
+        StudyError: What has changed.
+    """
+    stored = log.header().get("spec")
+    if stored and (changed := _changes(stored, spec.model_dump(mode="json"))):
+        raise StudyError(
+            f"{folder} is the run of another study: {'; '.join(changed)}. "
+            "Choose another --out, set it back, or begin anew with --force-new"
+        )
+
+
+def check_models(folder: Path, log: TrialLog, models: Mapping[str, str]) -> None:
+    """Store the content hash of each model's weights, or refuse to go on with other weights.
+
+    Raises:
+        StudyError: Which models have changed.
+    """
+    stored = log.header().get("models", {})
+    if changed := [name for name, now in models.items() if stored.get(name, now) != now]:
+        raise StudyError(
+            f"{folder}: the weights of {', '.join(changed)} have changed since the run "
+            "began. Restore them, choose another --out, or begin anew with --force-new"
+        )
+    log.set_header(models=dict(models))
+
+
+def check_items(folder: Path, store: Store, objective: Objective, splits: Splits) -> None:
+    """Store the snapshots of the study's items, or refuse to go on with other items.
+
+    Raises:
+        StudyError: What has changed.
+    """
+    stored, now = store.items(), freeze(objective, splits)
+    if not stored:
+        store.save_items(now)
+    elif what := difference(stored, now, objective):
+        raise StudyError(
+            f"{folder}: the tasks' items have changed since the run began: {what}. "
+            "Restore the task files, or choose another --out"
+        )
+
+
+def stored_spec(folder: Path, url: str | None = None) -> StudySpec:
+    """Read the study a run folder belongs to.
+
+    Args:
+        folder: The run folder.
+        url: Of its database, where that needs a password.
+
+    Raises:
+        StudyError: There is no run in it.
+    """
+    if not has_run(folder):
+        raise StudyError(f"{folder}: no run here (no {DATABASE}); give the folder of a run")
+    header = TrialLog(Store(Storage.of(folder, url)).study()).header()
+    if "spec" not in header:
+        raise StudyError(f"{folder}: the run was stopped before it began; run it again")
+    return StudySpec.model_validate(header["spec"])
+
+
+def find_trial(folder: Path, log: TrialLog, number: int) -> TrialRecord:
+    """Find a finished trial by its number.
+
+    Raises:
+        StudyError: There is no such trial.
+    """
+    trials = {trial.number: trial for trial in log.finished()}
+    if number not in trials:
+        raise StudyError(
+            f"{folder} has no finished trial {number}; it has {len(trials)}, from 0 on"
+        )
+    return trials[number]
+
+
+def _changes(old: Mapping[str, Any], new: Mapping[str, Any], where: str = "") -> list[str]:
+    """Describe how two studies differ, but for when the search ends."""
+    found = []
+    for name in sorted({*old, *new}):
+        mine, theirs = new.get(name), old.get(name)
+        if isinstance(mine, dict) and isinstance(theirs, dict):
+            found += _changes(theirs, mine, f"{where}{name}.")
+        elif mine != theirs and f"{where}{name}" not in MAY_CHANGE:
+            found.append(f"{where}{name} was {theirs!r} and is {mine!r}")
+    return found

@@ -1,0 +1,267 @@
+"""The trials of a study: typed records in front of Optuna's study.
+
+This is the only module that reads or writes Optuna's trials and their user attributes; everything
+else works with ``TrialRecord``. The attributes' names are part of the stored format.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime
+from types import MappingProxyType
+from typing import Any, Final, Literal, Self
+
+from optuna.distributions import (
+    BaseDistribution,
+    CategoricalDistribution,
+    FloatDistribution,
+    IntDistribution,
+)
+from optuna.samplers import BaseSampler
+from optuna.study import Study
+from optuna.trial import FrozenTrial, Trial, TrialState
+
+from search.racing.race import Estimate
+
+State = Literal["waiting", "running", "complete", "fail"]
+
+DEFAULT_VARIANCE: Final = 0.001  # of a trial without one: 250 items, half of them right
+_CONSTRAINT: Final = "floors"  # the one constraint of a study: how far all limits are missed
+_STATES: Final[Mapping[TrialState, State]] = MappingProxyType(
+    {
+        TrialState.WAITING: "waiting",
+        TrialState.RUNNING: "running",
+        TrialState.COMPLETE: "complete",
+        TrialState.PRUNED: "fail",  # this program prunes no trial
+        TrialState.FAIL: "fail",
+    }
+)
+
+
+@dataclass(frozen=True)
+class TrialRecord:
+    """One trial of a search as the database holds it.
+
+    Args:
+        number: Position in the study, from 0 on.
+        state: Whether it waits, runs, is complete, or has failed.
+        point: Value of each searched parameter.
+        recipe: Key of the recipe that the point stands for; "" until it is known.
+        start: Label of the warm start it came from; None: a sampler proposed it.
+        estimate: Value and variance of the recipe's score on all search items, if complete.
+        items: Search items evaluated.
+        tasks: The same estimate for each task.
+        violation: Constraint violation: how far limits are missed, summed; 0: feasible.
+        tell_order: How many trials were finished before it, if complete.
+        expected_improvement: Over the incumbent, when it was proposed; None: not modelled.
+        error: Why it failed.
+        faults: How many answers could not be judged, and why the first could not.
+        completed: When it was finished.
+    """
+
+    number: int
+    state: State
+    point: Mapping[str, Any] = field(default_factory=dict)
+    recipe: str = ""
+    start: str | None = None
+    estimate: Estimate | None = None
+    items: int = 0
+    tasks: Mapping[str, Estimate] = field(default_factory=dict)
+    violation: float = 0.0
+    tell_order: int = 0
+    expected_improvement: float | None = None
+    error: str | None = None
+    faults: str | None = None
+    completed: datetime | None = None
+
+    @property
+    def value(self) -> float:
+        """Estimated score of a complete trial."""
+        if self.estimate is None:
+            raise ValueError(f"trial {self.number} is {self.state} and has no estimate")
+        return self.estimate.value
+
+    @property
+    def sort_key(self) -> tuple[float, float]:
+        """Feasible-first order of complete trials: (constraint violation, -value)."""
+        return self.violation, -self.value
+
+    @classmethod
+    def from_optuna(cls, trial: FrozenTrial) -> Self:
+        """Read a trial of Optuna's."""
+        noted = trial.user_attrs
+        variance = float(noted.get("variance", DEFAULT_VARIANCE))
+        return cls(
+            number=trial.number,
+            state=_STATES[trial.state],
+            point=trial.params,
+            recipe=noted.get("recipe", ""),
+            start=noted.get("start"),
+            estimate=Estimate(float(trial.values[0]), variance) if trial.values else None,
+            items=noted.get("items", 0),
+            tasks={task: Estimate(*pair) for task, pair in noted.get("tasks", {}).items()},
+            violation=sum(max(value, 0.0) for value in trial.constraints.values()),
+            tell_order=noted.get("told", 0),
+            expected_improvement=trial.system_attrs.get("gain"),
+            error=noted.get("error"),
+            faults=noted.get("faults"),
+            completed=trial.datetime_complete,
+        )
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A recipe that has an estimate.
+
+    Args:
+        number: Of the trial that first proposed it.
+        trial: Its latest complete trial.
+    """
+
+    number: int
+    trial: TrialRecord
+
+
+def candidates(complete: Iterable[TrialRecord]) -> list[Candidate]:
+    """Group complete trials by recipe, in the order of their first trials."""
+    found: dict[str, Candidate] = {}
+    for trial in complete:
+        first = found.get(trial.recipe)
+        found[trial.recipe] = Candidate(first.number if first else trial.number, trial)
+    return list(found.values())
+
+
+class OpenTrial:
+    """A running trial: it is told an estimate, or why it failed, once."""
+
+    def __init__(self, study: Study, trial: Trial, recipe: str = "") -> None:
+        self._study, self._trial = study, trial
+        self.number, self.point, self.recipe = trial.number, trial.params, recipe
+
+    def set_recipe(self, key: str) -> None:
+        """Store the key of the recipe that the point stands for."""
+        self.recipe = key
+        self._trial.set_user_attr("recipe", key)
+
+    def fail(self, error: str) -> TrialRecord:
+        """Finish the trial as failed, with the reason."""
+        self._trial.set_user_attr("error", error)
+        return TrialRecord.from_optuna(self._study.tell(self._trial, state=TrialState.FAIL))
+
+    def tell(
+        self,
+        estimate: Estimate,
+        tasks: Mapping[str, Estimate],
+        *,
+        items: int,
+        order: int,
+        violation: float | None = None,
+        faults: str | None = None,
+    ) -> TrialRecord:
+        """Finish the trial with its estimate.
+
+        Args:
+            estimate: Of the recipe's score on all search items.
+            tasks: Of each task's score.
+            items: Search items evaluated.
+            order: How many trials were finished before it.
+            violation: Constraint violation; None: the study has no constraints.
+            faults: What could not be judged.
+        """
+        noted = {
+            "faults": faults,
+            "variance": estimate.variance,
+            "items": items,
+            "tasks": {task: [one.value, one.variance] for task, one in tasks.items()},
+            "told": order,
+        }
+        for name, value in noted.items():
+            if value is not None:
+                self._trial.set_user_attr(name, value)
+        if violation is not None:
+            self._trial.set_constraint(_CONSTRAINT, violation)
+        return TrialRecord.from_optuna(self._study.tell(self._trial, estimate.value))
+
+
+class TrialLog:
+    """All trials of a study, and what the study itself keeps beside them."""
+
+    def __init__(self, study: Study) -> None:
+        self._study = study
+
+    def records(self, *states: State) -> list[TrialRecord]:
+        """Read the trials in these states, or all, in the order of their numbers."""
+        wanted = tuple(state for state, name in _STATES.items() if name in states) or None
+        found = self._study.get_trials(deepcopy=False, states=wanted)
+        return [TrialRecord.from_optuna(trial) for trial in found]
+
+    def complete(self) -> list[TrialRecord]:
+        """Read the trials that have an estimate."""
+        return self.records("complete")
+
+    def finished(self) -> list[TrialRecord]:
+        """Read the trials that have an estimate or have failed."""
+        return self.records("complete", "fail")
+
+    def enqueue(self, point: Mapping[str, Any], start: str | None = None) -> None:
+        """Add a point that is to be the next trial, a warm start with its label."""
+        noted = {} if start is None else {"start": start}
+        self._study.enqueue_trial(dict(point), user_attrs=noted)
+
+    def left_running(self, open_now: Sequence[int]) -> list[TrialRecord]:
+        """Read the trials that an earlier session left running.
+
+        Args:
+            open_now: Numbers of those that this session runs.
+        """
+        return [record for record in self.records("running") if record.number not in open_now]
+
+    def next_number(self, open_now: Sequence[int]) -> int:
+        """Return the number of the trial that ``open`` will give."""
+        for records in (self.left_running(open_now), self.records("waiting")):
+            if records:
+                return records[0].number
+        return len(self._study.get_trials(deepcopy=False))
+
+    def open(
+        self,
+        distributions: Mapping[str, BaseDistribution],
+        sampler: BaseSampler,
+        open_now: Sequence[int],
+    ) -> OpenTrial:
+        """Open a trial an earlier session left running, else one that waits, else a new one."""
+        self._study.sampler = sampler
+        left = self.left_running(open_now)
+        if not left:
+            return OpenTrial(self._study, self._study.ask(dict(distributions)))
+        # Optuna has no public way to take up a running trial; its id is what ``Trial`` is made of.
+        frozen = next(
+            t for t in self._study.get_trials(deepcopy=False) if t.number == left[0].number
+        )
+        trial = Trial(self._study, frozen._trial_id)
+        for name, distribution in distributions.items():
+            _suggest(trial, name, distribution)
+        return OpenTrial(self._study, trial)
+
+    def header(self) -> Mapping[str, Any]:
+        """Read what is kept of the study itself: spec, models, baselines, weights, seconds."""
+        return self._study.user_attrs
+
+    def set_header(self, **entries: Any) -> None:
+        """Store parts of the header."""
+        for name, value in entries.items():
+            self._study.set_user_attr(name, value)
+
+
+def _suggest(trial: Trial, name: str, distribution: BaseDistribution) -> None:
+    """Give a trial a value of one parameter, unless it has one."""
+    match distribution:
+        case FloatDistribution(low=low, high=high, log=log):
+            trial.suggest_float(name, low, high, log=log)
+        case IntDistribution(low=low, high=high):
+            trial.suggest_int(name, low, high)
+        case CategoricalDistribution(choices=choices):
+            trial.suggest_categorical(name, choices)
+        case _:
+            raise TypeError(f"{name}: no way to suggest from {distribution!r}")
