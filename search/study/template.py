@@ -2,27 +2,23 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 import yaml
 
 from merge_engine.models.checkpoint import is_hub_id
 from objectives.base import ObjectiveError
 from objectives.entries import TaskEntry
+from objectives.harness.jsonl_task import task_yaml
 from search.study.reading import load_study
 from search.study.spec import ItemCounts, SearchSpec, StudyError
 
-QUESTIONS: Final = ("question", "prompt", "input")  # what a field of a JSONL file may be called
-ANSWERS: Final = ("answer", "target", "output", "label")
-CHOICES: Final = "choices"
 OWN: Final = "tasks"  # folder of the task files that are written
-LETTERS: Final = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
 STUDY: Final = """\
 # Which merge of these models is best at these tasks?
@@ -54,40 +50,6 @@ objective:
   # constraints: {{{task}: 0.5}}   # the least that a recipe has to reach in a task
   apply_chat_template: false   # true: ask through the base's chat template
   # system_instruction: Answer in one word.
-"""
-
-TASK: Final = """\
-# {about}
-task: {name}
-dataset_path: json
-# relative to this file's folder
-dataset_kwargs: {{data_files: {{test: {data}}}}}
-test_split: test
-output_type: {output_type}
-doc_to_text: {text}   # what the model reads
-doc_to_target: {target}
-target_delimiter: {delimiter}   # between question and answer
-num_fewshot: 0
-{rest}metadata: {{version: 1}}
-"""
-CHOOSING: Final = """\
-doc_to_choice: choices
-metric_list:
-  - {metric: acc, aggregation: mean, higher_is_better: true}
-  - {metric: acc_norm, aggregation: mean, higher_is_better: true}   # likelihood per byte
-"""
-WRITING: Final = """\
-generation_kwargs:
-  until: ["\\n"]
-  max_gen_toks: {length}   # no shorter than the longest answer
-  do_sample: false
-filter_list:
-  - name: first_line
-    filter:
-      - {{function: regex, regex_pattern: '\\S[^\\n]*'}}   # blanks around it do not count
-      - {{function: take_first}}
-metric_list:
-  - {{metric: exact_match, aggregation: mean, higher_is_better: true}}
 """
 
 Write = Callable[[Path, str], None]
@@ -235,116 +197,3 @@ def _items(names: Sequence[str], include_path: Sequence[Path]) -> tuple[list[str
         quarter = max(1, count // 4)
         wanted = ItemCounts(search=quarter, select=quarter, test=max(1, count - 2 * quarter))
     return [], wanted, f"of the {count} there are"
-
-
-def task_yaml(name: str, data: Path, folder: Path) -> str:
-    """An lm-eval task for a JSONL file: a choice where its lines have ``choices``, else writing.
-
-    Args:
-        name: The task's.
-        data: Lines of JSON with a question and an answer.
-        folder: Where the task's file is to be.
-
-    Raises:
-        StudyError: A line is no JSON, or has not what the first one has.
-    """
-    rows = _rows(data)
-    question = _field(rows, data, QUESTIONS)
-    answer = _field(rows, data, ANSWERS)
-    bare = question == "question"  # else it says itself how it is to be answered
-    texts = [row[question] for row in rows.values()]
-    for line, text in zip(rows, texts, strict=True):
-        if not isinstance(text, str) or not text.strip():
-            raise StudyError(f"{data}:{line}: {question} is {text!r}; write a text")
-    if any(CHOICES in row for row in rows.values()):
-        target, rest = _choice(rows, data, answer), CHOOSING
-    else:
-        target, rest = answer, WRITING.format(length=_longest(rows, data, answer))
-    return TASK.format(
-        about=f"The questions of {data.name}, written by mergesearch init; change it as you like.",
-        name=_plain(name),
-        data=_plain(_relative(data, folder)),
-        output_type="multiple_choice" if rest is CHOOSING else "generate_until",
-        text=json.dumps("Question: {{question}}\nAnswer:" if bare else f"{{{{{question}}}}}"),
-        target=json.dumps(target),
-        delimiter='""' if any(text[-1].isspace() or text[-1] == "=" for text in texts) else '" "',
-        rest=rest,
-    )
-
-
-def _rows(data: Path) -> Mapping[int, dict[str, Any]]:
-    """The objects of a JSONL file, by the numbers of their lines."""
-    rows = {}
-    try:
-        lines = data.read_text(encoding="utf-8").splitlines()
-    except OSError as error:
-        raise StudyError(f"{data}: {error.strerror}; check the path") from None
-    except UnicodeDecodeError as error:
-        raise StudyError(f"{data}: no UTF-8 text: {error}; save it as UTF-8") from None
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        try:
-            rows[number] = json.loads(line)
-        except ValueError as error:
-            raise StudyError(f"{data}:{number}: not JSON: {error}; correct it") from None
-        if not isinstance(rows[number], dict):
-            raise StudyError(f"{data}:{number}: not a JSON object; write one {{...}} a line")
-    if not rows:
-        raise StudyError(f"{data} is empty; write one JSON object a line")
-    return rows
-
-
-def _field(rows: Mapping[int, dict[str, Any]], data: Path, names: Sequence[str]) -> str:
-    """Which of the names the lines have; all have the same."""
-    first = next(iter(rows.values()))
-    name = next((name for name in names if name in first), None)
-    for line, row in rows.items():
-        if name is None or name not in row:
-            raise StudyError(
-                f"{data}:{line}: no field {name or ' or '.join(names)} among "
-                f"{', '.join(row) or 'none'}; name them so, in every line alike"
-            )
-        if type(row[name]) is not type(first[name]):
-            raise StudyError(
-                f"{data}:{line}: {name} is {row[name]!r}, and {first[name]!r} before; make all "
-                "texts or all whole numbers"
-            )
-    return str(name)
-
-
-def _choice(rows: Mapping[int, dict[str, Any]], data: Path, answer: str) -> str:
-    """What tells lm-eval the right choice: a number from 0 on, its text or its letter."""
-    ways: dict[str, Callable[[Any, list[str]], bool]] = {
-        answer: lambda right, among: type(right) is int and 0 <= right < len(among),
-        f"{{{{{CHOICES}.index({answer})}}}}": lambda right, among: right in among,
-        f"{{{{'{LETTERS}'.index({answer})}}}}": lambda right, among: (
-            isinstance(right, str) and len(right) == 1 and right in LETTERS[: len(among)]
-        ),
-    }
-    for line, row in rows.items():
-        among, right = row.get(CHOICES), row[answer]
-        if not isinstance(among, list) or not all(isinstance(one, str) for one in among):
-            raise StudyError(f"{data}:{line}: {CHOICES} is {among!r}; write a list of texts")
-        fitting = {way: fits for way, fits in ways.items() if fits(right, among)}
-        if not fitting:
-            raise StudyError(
-                f"{data}:{line}: {answer} is {right!r}, which is none of the {len(among)} "
-                f"{CHOICES}; write its number from 0 on, its text or its letter, everywhere alike"
-            )
-        ways = fitting
-    return next(iter(ways))
-
-
-def _longest(rows: Mapping[int, dict[str, Any]], data: Path, answer: str) -> int:
-    """Tokens that the longest answer takes at most: one for each of its bytes, and its end."""
-    for line, row in rows.items():
-        right = row[answer]
-        if isinstance(right, bool) or not isinstance(right, str | int | float):
-            raise StudyError(f"{data}:{line}: {answer} is {right!r}; write a text or a number")
-        if str(right).strip().splitlines() != [str(right)]:
-            raise StudyError(
-                f"{data}:{line}: {answer} is {right!r}; write one line without blanks around it, "
-                "for the first line a model writes is compared with it"
-            )
-    return 2 + max(len(str(row[answer]).encode()) for row in rows.values())

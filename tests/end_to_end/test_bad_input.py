@@ -23,8 +23,8 @@ import yaml
 from safetensors.torch import load_file, save_file
 from transformers import GPT2Config, GPT2LMHeadModel
 
+from objectives.harness.jsonl_task import task_yaml
 from search.cli import main
-from search.study.template import task_yaml
 from tiny_llama import make_llama
 
 Change = Callable[[Path], object]  # done to a folder before the command
