@@ -152,10 +152,12 @@ def _build(options: Any, output: Output) -> None:
         output.note(note)
     with about(options.recipe):
         plan = plan_merge(recipe)
-    if any(part.family.runner.compiled for part in plan.parts):
+    if any(part.model_set.runner.compiled for part in plan.parts):
         configure_compiler()
     tensors = built_tensors(plan, torch.device(device_of(options)))
-    write_checkpoint(tensors, options.out, shapes=plan.shapes(), model=CheckpointFiles.of(plan))
+    write_checkpoint(
+        tensors, options.out, shapes=plan.shapes(), files=CheckpointFiles.from_plan(plan)
+    )
     text = f"{options.out}: {len(plan.names)} tensors of {recipe.merge_method}"
     output.done(text, checkpoint=str(options.out), tensors=len(plan.names))
 

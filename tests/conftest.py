@@ -72,7 +72,7 @@ def build_recipe(mapping: dict, out: Path) -> dict[str, torch.Tensor]:
     recipe, _ = parse_recipe(mapping, "r.yaml")
     plan = plan_merge(recipe)
     tensors = built_tensors(plan, torch.device("cpu"))
-    write_checkpoint(tensors, out, shapes=plan.shapes(), model=CheckpointFiles.of(plan))
+    write_checkpoint(tensors, out, shapes=plan.shapes(), files=CheckpointFiles.from_plan(plan))
     return load_file(out / "model.safetensors")
 
 

@@ -1,1 +1,1 @@
-"""A recipe into weights: plan, passes, the live model, the checkpoint."""
+"""Build recipes: plan, merge packs of tensors, write a live model or a checkpoint."""

@@ -1,7 +1,7 @@
-"""A checkpoint on disk that anyone can load: weights, config, tokenizer, recipe.
+"""Write a checkpoint that any library can load: weights, config, tokenizer, recipe.
 
-It is written under another name and renamed when whole, so a folder that exists is complete.
-Tensors go to their places in the files one by one: memory holds one, whatever the model's size.
+It is written under another name and renamed when complete, so a folder that exists is complete.
+Tensors are written one by one to their offsets: memory holds one, whatever the model's size.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from merge_engine.models.checkpoint import DTYPES, Checkpoint
 from merge_engine.recipe.recipe import Recipe
 
 SHARD_BYTES = 5_000_000_000
-FULL = (errno.ENOSPC, errno.EDQUOT)  # what a disk without room says
+FULL = (errno.ENOSPC, errno.EDQUOT)  # of a full disk
 TOKENIZER_FILES = (
     "tokenizer*",
     "special_tokens_map.json",
@@ -39,14 +39,14 @@ _DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 @dataclass(frozen=True)
 class CheckpointFiles:
-    """What is around a checkpoint's weights.
+    """The files of a checkpoint besides the weights.
 
     Args:
-        like: The model whose files it gets: config, generation config, tokenizer.
-        recipe: Stored beside the weights as ``mergekit_config.yml``.
-        config: Another config than ``like``'s.
-        generation_config: Another generation config than ``like``'s.
-        tokenizer: Another tokenizer than ``like``'s.
+        like: The model whose config, generation config and tokenizer files are copied.
+        recipe: Stored as ``mergekit_config.yml``.
+        config: Used instead of ``like``'s.
+        generation_config: Used instead of ``like``'s.
+        tokenizer: Used instead of ``like``'s.
     """
 
     like: Checkpoint
@@ -56,8 +56,8 @@ class CheckpointFiles:
     tokenizer: Any = None
 
     @classmethod
-    def of(cls, plan: Plan) -> CheckpointFiles:
-        """What a plan says of it."""
+    def from_plan(cls, plan: Plan) -> CheckpointFiles:
+        """Return the files of a planned merge."""
         return cls(
             like=plan.reference,
             recipe=plan.recipe,
@@ -72,21 +72,21 @@ def write_checkpoint(
     out: Path,
     *,
     shapes: Mapping[str, Tensor],
-    model: CheckpointFiles,
+    files: CheckpointFiles,
     shard_bytes: int = SHARD_BYTES,
 ) -> None:
     """Write a model folder, tensor by tensor.
 
     Args:
-        tensors: Names and values, in the dtype they are to have; read once, in any order.
+        tensors: Names and values, in the dtype to write; iterated once, in any order.
         out: The folder to make.
-        shapes: Tensors of the same shapes and dtypes, on the meta device for instance.
-        model: What else belongs into the folder.
-        shard_bytes: No file's tensors take more than this, unless a single one does.
+        shapes: Tensors of the same shapes and dtypes, for instance on the meta device.
+        files: The other files.
+        shard_bytes: Limit of a file's tensors, unless a single one takes more.
 
     Raises:
-        RecipeError: ``out`` exists, or cannot be made.
-        OSError: The disk is full, for instance; there is no ``out`` then.
+        MergeError: ``out`` exists, or cannot be made.
+        OSError: Writing failed, for instance on a full disk; ``out`` does not exist then.
     """
     if out.exists():
         raise MergeError(f"{out} exists; choose another folder or remove it")
@@ -96,39 +96,39 @@ def write_checkpoint(
     try:
         partial.mkdir(parents=True)
     except OSError as error:
-        if error.errno in FULL:  # another folder may have no room either
+        if error.errno in FULL:  # another folder would not help
             raise
         raise MergeError(f"{out}: {error.strerror}; choose another folder") from None
     try:
         _write_weights(tensors, shapes, partial, shard_bytes)
-        _write_others(model, shapes, partial)
+        _write_others(files, shapes, partial)
         partial.rename(out)
     except BaseException as error:
         shutil.rmtree(partial)
         for folder in made[1:]:
-            with contextlib.suppress(OSError):  # somebody else has come to use it
+            with contextlib.suppress(OSError):  # in use by another process by now
                 folder.rmdir()
         if isinstance(error, OSError) and error.errno is not None:  # a full disk names no file
             raise OSError(error.errno, error.strerror, str(out)) from error
         raise
 
 
-def _write_others(model: CheckpointFiles, shapes: Mapping[str, Tensor], folder: Path) -> None:
-    like = model.like
+def _write_others(files: CheckpointFiles, shapes: Mapping[str, Tensor], folder: Path) -> None:
+    like = files.like
     floats = [t.dtype for t in shapes.values() if t.dtype.is_floating_point] or [torch.float32]
-    config = dict(model.config or like.config) | {"dtype": str(floats[0]).removeprefix("torch.")}
+    config = dict(files.config or like.config) | {"dtype": str(floats[0]).removeprefix("torch.")}
     config.pop("torch_dtype", None)  # the older name of the same key
     _write_json(config, folder / "config.json")
-    if model.generation_config is not None:
-        _write_json(model.generation_config, folder / "generation_config.json")
+    if files.generation_config is not None:
+        _write_json(files.generation_config, folder / "generation_config.json")
     elif (file := like.folder / "generation_config.json").is_file():
         shutil.copyfile(file, folder / file.name)
-    if model.tokenizer is not None:
-        model.tokenizer.save_pretrained(folder)
+    if files.tokenizer is not None:
+        files.tokenizer.save_pretrained(folder)
     else:
         for file in (file for pattern in TOKENIZER_FILES for file in like.folder.glob(pattern)):
             shutil.copyfile(file, folder / file.name)
-    (folder / "mergekit_config.yml").write_text(model.recipe.to_yaml(), encoding="utf-8")
+    (folder / "mergekit_config.yml").write_text(files.recipe.to_yaml(), encoding="utf-8")
 
 
 def _write_json(contents: Mapping[str, Any], file: Path) -> None:
@@ -141,22 +141,22 @@ def _write_weights(
     folder: Path,
     shard_bytes: int,
 ) -> None:
-    """Write the tensors into one file, or into shards with an index."""
+    """Write tensors into one file, or into shards with an index."""
     shards = _shards(shapes, shard_bytes)
     count = len(shards)
     files = [
         "model.safetensors" if count == 1 else f"model-{number:05d}-of-{count:05d}.safetensors"
         for number in range(1, count + 1)
     ]
-    places: dict[str, tuple[Path, int]] = {}
+    offsets: dict[str, tuple[Path, int]] = {}
     for file, names in zip(files, shards, strict=True):
-        places |= _write_header(folder / file, {name: shapes[name] for name in names})
+        offsets |= _write_header(folder / file, {name: shapes[name] for name in names})
     for name, tensor in tensors:
-        path, offset = places.pop(name)
+        path, offset = offsets.pop(name)
         with path.open("r+b") as opened:
             opened.seek(offset)
             opened.write(_bytes(tensor, like=shapes[name]))
-    assert not places, f"{next(iter(places))} was announced and not given"
+    assert not offsets, f"{next(iter(offsets))} is in shapes and not in tensors"
     if count > 1:
         weight_map = {n: file for file, names in zip(files, shards, strict=True) for n in names}
         total = sum(tensor.nbytes for tensor in shapes.values())
@@ -165,7 +165,7 @@ def _write_weights(
 
 
 def _shards(shapes: Mapping[str, Tensor], shard_bytes: int) -> list[list[str]]:
-    """The names that go into each file."""
+    """Return the names of each file's tensors."""
     shards: list[list[str]] = [[]]
     size = 0
     for name, tensor in shapes.items():
@@ -178,10 +178,10 @@ def _shards(shapes: Mapping[str, Tensor], shard_bytes: int) -> list[list[str]]:
 
 
 def _write_header(file: Path, shapes: Mapping[str, Tensor]) -> dict[str, tuple[Path, int]]:
-    """Begin a safetensors file; returns where in it the bytes of each tensor belong.
+    """Begin a safetensors file; return each tensor's offset in it.
 
-    The format: the header's length in 8 bytes, the header in JSON, the tensors without gaps. Those
-    of wide numbers come first, so that each starts at a multiple of its numbers' width.
+    The format: the header's length in 8 bytes, the header in JSON, the tensors without gaps. Dtypes
+    of more bytes come first, so that each tensor starts at a multiple of its element size.
     """
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     offset = 0

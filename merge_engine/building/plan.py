@@ -1,8 +1,8 @@
-"""From a recipe to what has to be done: for every tensor of the result, which tensors it is of.
+"""Plan a merge: for every tensor of the result the tensors that it is made of.
 
 A recipe is a stack of parts, runs of layers with models and settings of their own; a recipe in the
-``models`` form is one part. What stands before the layers belongs to the first part, what comes
-after them to the last.
+``models`` form is one part. Tensors before the layers belong to the first part, those after them to
+the last.
 """
 
 from __future__ import annotations
@@ -36,28 +36,28 @@ _LAYER_COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 
 @dataclass(frozen=True)
 class Part:
-    """A run of layers.
+    """A run of layers of the result.
 
     Args:
         recipe: In the ``models`` form.
-        family: Its models, their tensors under the names they have in the result.
+        model_set: Its models, with the run's tensors under the names they have in the result.
     """
 
     recipe: Recipe
-    family: ModelSet
+    model_set: ModelSet
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What ``build`` does.
+    """A merge that is checked and ready to be built.
 
     Args:
         recipe: As the user wrote it.
-        parts: In the order of the layers.
+        parts: Runs of layers, in order.
         reference: The model whose tokenizer and other files the result gets.
-        config: The result's ``config.json``, but for the dtype.
-        generation_config: The result's, if it is not the reference's.
-        tokenizer: The result's, if it is not the reference's.
+        config: The result's ``config.json``, except for the dtype.
+        generation_config: The result's; None: the reference's.
+        tokenizer: The result's; None: the reference's.
     """
 
     recipe: Recipe
@@ -69,23 +69,23 @@ class Plan:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """The tensors of the result."""
-        return tuple(name for part in self.parts for name in part.family.names)
+        """Names of the result's tensors."""
+        return tuple(name for part in self.parts for name in part.model_set.names)
 
     def shapes(self) -> dict[str, torch.Tensor]:
-        """The result's tensors on the meta device: shapes and dtypes without numbers."""
+        """Return the result's tensors on the meta device: shapes and dtypes without values."""
         return {
             name: torch.empty(
-                info.shape, dtype=written_dtype(part.recipe, part.family, name), device="meta"
+                info.shape, dtype=written_dtype(part.recipe, part.model_set, name), device="meta"
             )
             for part in self.parts
-            for name, info in part.family.tensors.items()
+            for name, info in part.model_set.tensors.items()
         }
 
 
-def written_dtype(recipe: Recipe, family: ModelSet, name: str) -> torch.dtype:
-    """What a tensor is written as: the recipe's dtype, or what its models' promote to."""
-    stored = family.tensors[name].dtype
+def written_dtype(recipe: Recipe, models: ModelSet, name: str) -> torch.dtype:
+    """Return the dtype to write: the recipe's, or what the models' dtypes promote to."""
+    stored = models.tensors[name].dtype
     named = recipe.out_dtype or recipe.dtype
     return getattr(torch, named) if named and stored.is_floating_point else stored
 
@@ -94,8 +94,8 @@ def plan_merge(recipe: Recipe) -> Plan:
     """Open a recipe's models and check that it can be built, before any weight is read.
 
     Raises:
-        RecipeError: A model is missing or damaged, models do not fit one another, layers are not
-            there, or a parameter is missing or wrong.
+        MergeError: A model is missing or damaged, models do not fit one another, layers do not
+            exist, or a parameter is missing or wrong.
     """
     checkpoints = open_models(recipe.models_read)
     reference = checkpoints[recipe.models_read[0]]
@@ -106,10 +106,10 @@ def plan_merge(recipe: Recipe) -> Plan:
     if recipe.chat_template:
         tokenizer = tokenizer or load_tokenizer(reference)
         tokenizer = with_chat_template(tokenizer, recipe, checkpoints)
-    parts = stack(recipe, checkpoints, vocabulary)
+    parts = plan_parts(recipe, checkpoints, vocabulary)
     for part in parts:
-        for name in part.family.names:
-            part.recipe.values(name, part.family.depth(name), part.family.inputs[name])
+        for name in part.model_set.names:
+            part.recipe.values(name, part.model_set.depth(name), part.model_set.inputs[name])
     config, generation = _config(recipe, reference, parts), None
     if vocabulary:
         config = vocabulary.resize(config)
@@ -117,13 +117,18 @@ def plan_merge(recipe: Recipe) -> Plan:
     return Plan(recipe, parts, reference, config, generation, tokenizer)
 
 
-def stack(
+def plan_parts(
     recipe: Recipe, checkpoints: Mapping[str, Checkpoint], rows: Vocabulary | None = None
 ) -> tuple[Part, ...]:
-    """Say for every part of a recipe which tensors of which models it is of.
+    """Return the parts of a recipe with their models' tensors aligned.
+
+    Args:
+        recipe: The recipe.
+        checkpoints: Its models.
+        rows: The result's vocabulary; None: that of the models.
 
     Raises:
-        RecipeError: The models' tensors do not fit one another, or layers are not there.
+        MergeError: The models' tensors do not fit one another, or layers do not exist.
     """
     flat = recipe.parts
     parts, start = [], 0
@@ -180,6 +185,7 @@ def _layout(
 
 
 def _shifted(name: str, by: int) -> str:
+    """Return a tensor's name with the layer number increased by ``by``."""
     position = layer_position(name)
     return f"{position.stack}{position.layer + by}.{position.rest}" if position else name
 
@@ -190,6 +196,11 @@ def _length(layers: Mapping[str, tuple[int, int]]) -> int:
 
 
 def _check_ranges(part: FlatPart, checkpoints: Mapping[str, Checkpoint]) -> None:
+    """Check that each model has one stack of layers, and the layers that are named.
+
+    Raises:
+        MergeError: It does not.
+    """
     assert part.layers is not None
     for model, (first, last) in part.layers.items():
         counts = layer_counts(checkpoints[model].tensors)
@@ -206,9 +217,9 @@ def _check_ranges(part: FlatPart, checkpoints: Mapping[str, Checkpoint]) -> None
 
 
 def _config(recipe: Recipe, reference: Checkpoint, parts: tuple[Part, ...]) -> dict[str, Any]:
-    """The reference's config with the result's layers, and untied where there is a head."""
+    """Return the reference's config with the result's layers, and untied where there is a head."""
     config = dict(reference.config)
-    names = {name for part in parts for name in part.family.names}
+    names = {name for part in parts for name in part.model_set.names}
     if config.get("tie_word_embeddings") and any(map(is_head_weight, names)):
         config["tie_word_embeddings"] = False
     if recipe.parts[0].layers is None:
@@ -222,12 +233,12 @@ def _config(recipe: Recipe, reference: Checkpoint, parts: tuple[Part, ...]) -> d
 def _with_layers(
     config: Mapping[str, Any], recipe: Recipe, reference: Checkpoint
 ) -> dict[str, Any]:
-    """A config with the result's number of layers, and with what it lists of each of them.
+    """Return a config with the result's number of layers, and its lists of one entry per layer.
 
     Raises:
-        RecipeError: The config does not say how many layers there are.
+        MergeError: The config does not say how many layers there are.
     """
-    layers: list[int] = []  # the number of each in the reference, or else in the first source
+    layers: list[int] = []  # number of each in the reference, or else in the first source
     for part in recipe.parts:
         assert part.layers is not None
         layers += range(*part.layers.get(reference.model, next(iter(part.layers.values()))))

@@ -1,1 +1,1 @@
-"""Model files, adapters, vocabularies, and the set of models that fit together."""
+"""Checkpoints, adapters and vocabularies; models that are merged, placed and measured."""

@@ -1,15 +1,14 @@
-"""One vocabulary for models that have different ones: the result's tokenizer, and all rows of it.
+"""A common vocabulary for models with different ones: the result's tokenizer, and its rows.
 
-The tensors with one row per token (embedding, head) are brought to the result's rows model by model
+Tensors with one row per token (embedding, head) are mapped to the result's rows model by model,
 before they are merged. A token that a model lacks gets the base's row; if the base lacks it too,
-the mean of the rows of those that have it.
+the mean of the rows of the models that have it.
 """
 
 from __future__ import annotations
 
-import json
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +18,7 @@ import torch
 from torch import Tensor
 
 from merge_engine.errors import MergeError
-from merge_engine.models.checkpoint import Checkpoint, locate
+from merge_engine.models.checkpoint import Checkpoint, Reader, locate
 from merge_engine.models.tensor_names import input_embedding
 from merge_engine.recipe.recipe import Recipe, Tokenizer, TokenOfModel, ZeroRow
 
@@ -33,15 +32,15 @@ _SPECIAL_IDS = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_t
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """Which row of each model's embedding goes where.
+    """The result's tokenizer, and the map from each model's rows to the result's.
 
     Args:
         tokenizer: The result's.
-        size: Rows of the result, padding included.
-        rows: For each model and each token of the result the model's own row, -1 if it has none.
-        fixed: For tokens that the recipe gives a row: the model and row, or None for zeros.
-        forced: Tokens whose own rows are replaced by the given one, too.
-        renumbered: The result's number of each token of the model that gives the config.
+        size: Number of rows of the result, padding included.
+        rows: For each model and token id of the result the model's own row; -1: it has none.
+        fixed: For token ids that the recipe gives a row: the model and row; None: zeros.
+        forced: Token ids that get the given row even in models that have one.
+        renumbered: Token ids of the reference -> those of the result.
     """
 
     tokenizer: Any
@@ -51,19 +50,20 @@ class Vocabulary:
     forced: frozenset[int]
     renumbered: Mapping[int, int]
 
-    def align(
-        self, model: str, models: Sequence[str], base: str | None, read: Callable[[str], Tensor]
-    ) -> Tensor:
-        """One model's tensor with the result's rows.
+    def align(self, model: str, models: Sequence[str], base: str | None, read: Reader) -> Tensor:
+        """Return one model's tensor with the result's rows.
 
         Args:
-            model: Whose.
-            models: All that have the tensor.
-            base: The base among them, if there is one.
-            read: Gives a model's tensor as stored, one row per token.
+            model: The model.
+            models: All models that have the tensor.
+            base: The base, if it is one of them.
+            read: Reads a model's tensor as stored, one row per token.
 
         Returns:
-            Tensor of shape (size, *), float32; padding rows are the mean of the others.
+            (size, *) float32; padding rows are the mean of the others.
+
+        Raises:
+            MergeError: The recipe takes a row from a model that lacks the tensor.
         """
         own, rows = read(model).float(), self.rows[model]
         result = own.new_zeros(self.size, *own.shape[1:])
@@ -73,12 +73,12 @@ class Vocabulary:
         given = torch.tensor(sorted(self.fixed), dtype=torch.long)
         lacking = ~kept
         for number in given[lacking[given]].tolist():
-            if place := self.fixed[number]:
-                if place[0] not in models:
+            if source := self.fixed[number]:
+                if source[0] not in models:
                     raise MergeError(
-                        f"tokenizer.tokens: {place[0]!r} has no such rows; name one of {[*models]}"
+                        f"tokenizer.tokens: {source[0]!r} has no such rows; name one of {[*models]}"
                     )
-                result[number] = read(place[0])[place[1]].float()
+                result[number] = read(source[0])[source[1]].float()
         lacking[given] = False
         if lacking.any():
             self._fill(result, lacking, [base] if base in models else [], read)
@@ -86,10 +86,8 @@ class Vocabulary:
         result[len(rows) :] = result[: len(rows)].mean(0)
         return result
 
-    def _fill(
-        self, result: Tensor, lacking: Tensor, models: Sequence[Any], read: Callable[[str], Tensor]
-    ) -> None:
-        """Give lacking tokens the mean of the models' rows, where one has it; strike them off."""
+    def _fill(self, result: Tensor, lacking: Tensor, models: Sequence[Any], read: Reader) -> None:
+        """Fill rows that are lacking with the mean over the models that have them; unmark them."""
         count = torch.zeros(len(lacking))
         for model in models:
             has = lacking & (self.rows[model] >= 0)
@@ -102,7 +100,7 @@ class Vocabulary:
         lacking &= ~found
 
     def renumber(self, config: Mapping[str, Any]) -> dict[str, Any]:
-        """A config, or generation config, with its special tokens' numbers in the result."""
+        """Return a config, or generation config, with the result's ids of special tokens."""
 
         def change(number: Any) -> Any:
             if isinstance(number, list):
@@ -113,7 +111,7 @@ class Vocabulary:
         return {**config, **ids}
 
     def resize(self, config: Mapping[str, Any]) -> dict[str, Any]:
-        """The config of the result."""
+        """Return a config with the result's number of rows and ids of special tokens."""
         inner = config.get("text_config")
         if isinstance(inner, dict) and "vocab_size" in inner:
             return self.renumber(config) | {"text_config": self.resize(inner)}
@@ -123,15 +121,15 @@ class Vocabulary:
 def make_vocabulary(
     settings: Tokenizer, checkpoints: Mapping[str, Checkpoint], base: str
 ) -> Vocabulary:
-    """Read the models' tokenizers and make the result's.
+    """Read the models' tokenizers, and make the result's.
 
     Args:
-        settings: The recipe's.
+        settings: The recipe's ``tokenizer``.
         checkpoints: The models, by name.
-        base: The one whose tokens come first.
+        base: The model whose tokens come first.
 
     Raises:
-        RecipeError: A tokenizer is missing or cannot be used, or a named token is nowhere.
+        MergeError: A tokenizer is missing or cannot be used, or no model has a token's row.
     """
     first = _load(checkpoints[base].folder)
     if first is None:
@@ -158,10 +156,10 @@ def make_vocabulary(
 
 
 def with_chat_template(tokenizer: Any, recipe: Recipe, models: Mapping[str, Checkpoint]) -> Any:
-    """Give a tokenizer the recipe's chat template.
+    """Set the recipe's chat template of a tokenizer, and return it.
 
     Raises:
-        RecipeError: The template is neither ``auto``, ``chatml`` nor Jinja.
+        MergeError: The template is neither ``auto``, ``chatml`` nor Jinja.
     """
     template = recipe.chat_template
     if template == "auto":
@@ -181,20 +179,20 @@ def with_chat_template(tokenizer: Any, recipe: Recipe, models: Mapping[str, Chec
 
 
 def load_tokenizer(checkpoint: Checkpoint, *, trust_remote_code: bool = False) -> Any:
-    """A model's tokenizer.
+    """Load a model's tokenizer.
 
     Raises:
-        RecipeError: It has none, or a damaged one.
+        MergeError: It has none, or a damaged one.
     """
     check_tokenizer(checkpoint)
     return _load(checkpoint.folder, trust_remote_code)
 
 
 def check_tokenizer(checkpoint: Checkpoint) -> None:
-    """Make sure that a model has a tokenizer, without reading it.
+    """Check that a model has a tokenizer, without loading it.
 
     Raises:
-        RecipeError: It has none.
+        MergeError: It has none.
     """
     if not _has_tokenizer(checkpoint.folder):
         raise MergeError(
@@ -207,14 +205,14 @@ def _has_tokenizer(folder: Path) -> bool:
 
 
 def _load(folder: Path, trust_remote_code: bool = False) -> Any:
-    """The tokenizer in a folder; None if there is none."""
+    """Load the tokenizer in a folder; None if there is none."""
     if not _has_tokenizer(folder):
         return None
     from transformers import AutoTokenizer
 
     try:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    except Exception as error:  # whatever its class raises, the folder cannot be used
+    except Exception as error:  # each tokenizer class raises its own
         reason = " ".join(str(error).split()) or repr(error)
         raise MergeError(
             f"{folder}: cannot read its tokenizer: {reason}; fetch its files again"
@@ -222,12 +220,12 @@ def _load(folder: Path, trust_remote_code: bool = False) -> Any:
 
 
 def _height(checkpoint: Checkpoint) -> int:
-    """Rows of a model's embedding."""
+    """Return the number of rows of a model's embedding."""
     name = input_embedding(checkpoint.tensors)
     if name is None:
         raise MergeError(
             f"model {checkpoint.model!r}: none of its tensors is known as the embedding, so its "
-            "rows cannot be brought to another vocabulary; leave the tokenizer options out"
+            "rows cannot be mapped to another vocabulary; leave the tokenizer options out"
         )
     return checkpoint.tensors[name].shape[0]
 
@@ -235,6 +233,7 @@ def _height(checkpoint: Checkpoint) -> int:
 def _tokenizer(
     settings: Tokenizer, tokenizers: Mapping[str, Any], heights: Mapping[str, int], base: str
 ) -> Any:
+    """Return the result's tokenizer, without tokens that the recipe adds."""
     if settings.source not in ("base", "union"):
         folder = locate(settings.source.partition("+")[0])
         if (named := _load(folder)) is None:
@@ -242,7 +241,8 @@ def _tokenizer(
                 f"tokenizer source {settings.source!r}: no tokenizer in {folder}; name another"
             )
         return named
-    out = _without_unused(deepcopy(tokenizers[base]), heights[base], base)
+    _check_all_have_rows(tokenizers[base], heights[base], base)
+    out = deepcopy(tokenizers[base])
     if settings.source == "union":
         plain: dict[str, None] = {}
         special: dict[str, Any] = {}
@@ -258,37 +258,22 @@ def _tokenizer(
     return out
 
 
-def _without_unused(tokenizer: Any, height: int, model: str) -> Any:
-    """A tokenizer without tokens beyond its model's embedding, which the model cannot read."""
-    unused = {token for token, number in tokenizer.get_vocab().items() if number >= height}
-    if not unused:
-        return tokenizer
-    backend = getattr(tokenizer, "_tokenizer", None)
-    contents = json.loads(backend.to_str()) if backend else {"model": {}}
-    kind = contents["model"].get("type")
-    if kind != "BPE":
+def _check_all_have_rows(tokenizer: Any, height: int, model: str) -> None:
+    """Check that every token has a row in its model's embedding.
+
+    Raises:
+        MergeError: One has none: the model cannot read it.
+    """
+    unused = [token for token, number in tokenizer.get_vocab().items() if number >= height]
+    if unused:
         raise MergeError(
             f"model {model!r}: its tokenizer has {len(unused)} tokens beyond the {height} rows of "
-            f"its embedding, such as {min(unused)!r}; they can be left out of a BPE tokenizer, "
-            f"not of {kind or 'a slow one'}: name another tokenizer source"
+            f"its embedding, such as {min(unused)!r}; name another tokenizer source"
         )
-    inner = contents["model"]
-    contents["added_tokens"] = [t for t in contents["added_tokens"] if t["content"] not in unused]
-    inner["vocab"] = {token: n for token, n in inner["vocab"].items() if token not in unused}
-    inner["merges"] = [m for m in inner["merges"] if not unused & _pieces(m)]
-    from tokenizers import Tokenizer as Backend
-
-    tokenizer._tokenizer = Backend.from_str(json.dumps(contents))
-    return tokenizer
-
-
-def _pieces(merge: str | Sequence[str]) -> set[str]:
-    """A BPE merge's two tokens and what they make."""
-    pair = merge.split(" ") if isinstance(merge, str) else list(merge)
-    return {*pair, "".join(pair)}
 
 
 def _rows(tokens: Mapping[str, int], count: int, own: Mapping[str, int], height: int) -> Tensor:
+    """Return a model's row of each of the result's token ids, (count,) int64; -1: none."""
     rows = torch.full((count,), -1)
     for token, number in tokens.items():
         if own.get(token, height) < height:
@@ -302,13 +287,17 @@ def _fixed(
     numbers: Mapping[str, Mapping[str, int]],
     heights: Mapping[str, int],
 ) -> dict[int, tuple[str, int] | None]:
-    """The rows that the recipe names."""
+    """Return the rows that the recipe names, by the result's token id: model and row, or None.
+
+    Raises:
+        MergeError: A row does not exist.
+    """
     found: dict[int, tuple[str, int] | None] = {}
     for token, way in settings.tokens.items():
         where = f"tokenizer.tokens.{token}"
         source = way.source
         if source is None:
-            continue  # the rule for tokens that nothing is said of
+            continue  # the default rule
         if isinstance(source, ZeroRow):
             found[tokens[token]] = None
             continue

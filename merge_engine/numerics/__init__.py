@@ -1,1 +1,1 @@
-"""Statistics of tensors, counter-based noise, packed tensors and how kernels are run."""
+"""Statistics of tensors, counter-based noise, packs of tensors, and how kernels are run."""

@@ -36,7 +36,7 @@ def check_recipe(file: Path) -> Report:
     checkpoints = {
         model: checkpoint
         for part in plan.parts
-        for model, checkpoint in part.family.checkpoints.items()
+        for model, checkpoint in part.model_set.checkpoints.items()
     }
     if recipe.vocabulary is None:
         notes += _vocabulary_notes(plan.reference, checkpoints.values())

@@ -184,7 +184,7 @@ def load_prompts(context: LiveContext, prompts: PromptEntry) -> Objective:
     Raises:
         ObjectiveError: They cannot be prepared.
     """
-    tokenizer = load_study_tokenizer(context.spec, context.builder.family.reference)
+    tokenizer = load_study_tokenizer(context.spec, context.builder.model_set.reference)
     model = cast("PreTrainedModel", context.builder.model)  # as ``load`` has made it
     return bind_prompts(context.spec, prompts, model, tokenizer)
 

@@ -90,7 +90,7 @@ class _Actor:
         return self.worker.say(recipe, asked)
 
     def look_through(self) -> None:
-        self.worker.bench.builder.family.check_finite()
+        self.worker.bench.builder.model_set.check_finite()
 
 
 class RayWorkers:

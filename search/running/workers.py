@@ -190,8 +190,8 @@ class Worker:
                 "than it did, so it is not saved: models, packages or the machine have changed; "
                 "restore them, or begin anew with --force-new"
             )
-        model = CheckpointFiles(like=builder.family.reference, recipe=recipe)
-        write_checkpoint(builder.tensors(), out, shapes=dict(builder.tensors()), model=model)
+        files = CheckpointFiles(like=builder.model_set.reference, recipe=recipe)
+        write_checkpoint(builder.tensors(), out, shapes=dict(builder.tensors()), files=files)
         (out / CARD).write_text(card, encoding="utf-8")
         return ExportCheck(len(pairs), differing, socket.gethostname())
 
@@ -245,7 +245,7 @@ class LocalWorker:
 
     def look_through(self) -> None:
         """Read all donors."""
-        self._worker.bench.builder.family.check_finite()
+        self._worker.bench.builder.model_set.check_finite()
 
     def close(self) -> None:
         """Nothing is held but memory."""

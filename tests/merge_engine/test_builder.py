@@ -57,7 +57,7 @@ def test_model_spread_by_a_device_map_is_written_in_place(zoo, builder):
     parts = ["model.embed_tokens", "model.rotary_emb", "model.norm", "lm_head"]
     parts += [f"model.layers.{number}" for number in range(3)]
     dispatch_model(spread, dict.fromkeys(parts, "cpu"), main_device="cpu", force_hooks=True)
-    other = Builder(spread, builder.family)
+    other = Builder(spread, builder.model_set)
     tokens = torch.arange(3, 20)[None]
     for method in ("ties", "linear"):
         builder.build(recipe_for(zoo, method))
@@ -107,7 +107,7 @@ def test_gradient_gives_first_value_outside_the_layers_and_last_value_to_the_las
 def test_result_is_rounded_once_to_the_models_dtype(zoo, builder):
     builder.build(recipe_for(zoo))
     exact = dict(builder.tensors())
-    rounded = Builder(load(zoo / "base", torch.bfloat16), builder.family)
+    rounded = Builder(load(zoo / "base", torch.bfloat16), builder.model_set)
     rounded.build(recipe_for(zoo))
     for name, tensor in rounded.tensors():
         assert torch.equal(tensor, exact[name].bfloat16())
@@ -115,7 +115,7 @@ def test_result_is_rounded_once_to_the_models_dtype(zoo, builder):
 
 def test_donor_with_no_weight_is_not_read(zoo, builder, monkeypatch):
     recipe = recipe_for(zoo, a=0.5, b=0.0)
-    monkeypatch.delitem(builder.family.checkpoints, str(zoo / "b"))
+    monkeypatch.delitem(builder.model_set.checkpoints, str(zoo / "b"))
     builder.build(recipe)
     assert builder.loaded == recipe
 

@@ -337,7 +337,7 @@ def test_number_that_is_none_leaves_a_live_model_of_no_recipe(names, tmp_path, m
     live = Builder(
         AutoModelForCausalLM.from_pretrained(names["a"]), ModelSet.open([*names.values()])
     )
-    live.family = ModelSet.open([names["base"], names["a"], str(model)])
+    live.model_set = ModelSet.open([names["base"], names["a"], str(model)])
     with pytest.raises(MergeError, match=r"broken/model.safetensors: 'model.norm.weight' has NaN"):
         live.build(parse_recipe(mapping, "r")[0])
     assert live.loaded is None

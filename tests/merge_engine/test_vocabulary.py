@@ -124,12 +124,12 @@ def test_special_tokens_of_the_configs_get_their_new_numbers(names, tmp_path, bu
         assert (config["eos_token_id"], config["pad_token_id"]) == (2, 1)
 
 
-def test_tokens_beyond_the_embedding_are_left_out(names, tmp_path, build, make_model):
+def test_tokens_beyond_the_embedding_are_refused(names, tmp_path, build, make_model):
     make_model(tmp_path / "base", seed=0, vocab_size=9, num_hidden_layers=1)
     save_tokenizer(tmp_path / "base", TOKENS["base"])  # 11 tokens
     mapping = recipe(names | {"base": str(tmp_path / "base")}, tokenizer_source="base")
-    build(mapping, tmp_path / "out")
-    assert len(AutoTokenizer.from_pretrained(tmp_path / "out")) == 9
+    with pytest.raises(MergeError, match=r"2 tokens beyond the 9 rows .* another tokenizer source"):
+        build(mapping, tmp_path / "out")
 
 
 def test_slices_take_each_end_from_their_own_models(names, tmp_path, build):
