@@ -27,7 +27,7 @@ from merge_engine.building.builder import built_tensors
 from merge_engine.building.export import CheckpointFiles, write_checkpoint
 from merge_engine.building.plan import plan_merge
 from merge_engine.recipe.recipe_file import parse_recipe
-from tiny_llama import make_llama
+from tiny_models import make_llama
 
 gc.freeze()  # what has been imported is no garbage, and need not be looked through again
 

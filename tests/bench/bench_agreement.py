@@ -25,20 +25,18 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from objectives.entries import TaskEntry
-from objectives.harness.harness import Harness
-from objectives.harness.tasks import load_tasks
-from tiny_models import (
-    MODELS,
+from lm_eval_reference import (
     Evaluated,
-    chat_tokenizer,
     evaluated,
     fast,
     load_every_type,
-    make_model,
     stock,
     write_every_type,
 )
+from objectives.entries import TaskEntry
+from objectives.harness.harness import Harness
+from objectives.harness.tasks import load_tasks
+from tiny_models import MODELS, chat_tokenizer, make_model
 
 TOLERANCE = {"float32": 1e-5, "bfloat16": 1e-2}
 ENDS = (0, 3, 10, 30, 60)

@@ -25,7 +25,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from objectives.harness.jsonl_task import task_yaml
 from search.cli import main
-from tiny_llama import make_llama
+from tiny_models import make_llama
 
 Change = Callable[[Path], object]  # done to a folder before the command
 

@@ -13,21 +13,13 @@ import transformers
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 
+from lm_eval_reference import evaluated, fast, load_every_type, stock, write_every_type
 from objectives.entries import TaskEntry
 from objectives.harness.harness import Harness
 from objectives.harness.tasks import load_tasks
 from objectives.inference.forward import plain_length
 from objectives.inference.modes import Modes
-from tiny_models import (
-    MODELS,
-    evaluated,
-    fast,
-    load_every_type,
-    make_model,
-    stock,
-    write_every_type,
-)
-from tiny_tasks import make_tokenizer
+from tiny_models import MODELS, make_model, make_tokenizer
 
 ALL = Modes(*[True] * len(fields(Modes)))
 

@@ -20,6 +20,7 @@ from objectives.base import ObjectiveError, without_settings
 from objectives.entries import TaskEntry
 from objectives.harness.prompts import Prompting
 from objectives.items import split_items
+from tiny_models import make_model, make_tokenizer
 from tiny_tasks import (
     ANSWER,
     CHOICE,
@@ -27,8 +28,6 @@ from tiny_tasks import (
     SHOTS,
     TASKS,
     everything,
-    make_model,
-    make_tokenizer,
     mean_of,
     prepare,
     values_of,

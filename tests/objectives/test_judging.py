@@ -11,13 +11,12 @@ import torch
 
 from objectives.base import ItemResult, ObjectiveError, printable
 from objectives.entries import TextEntry
+from tiny_models import make_model, make_tokenizer
 from tiny_tasks import (
     ANSWER,
     CHOICE,
     ROWS,
     everything,
-    make_model,
-    make_tokenizer,
     prepare,
     write_task,
 )

@@ -13,7 +13,8 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
 from objectives.harness.task_index import LM_EVAL_TASKS
-from tiny_tasks import everything, make_model, make_tokenizer, prepare, write_rows
+from tiny_models import make_model, make_tokenizer
+from tiny_tasks import everything, prepare, write_rows
 
 DOCUMENTS = 10
 DRAW = random.Random(0)

@@ -13,11 +13,10 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
 from objectives.base import ObjectiveError
+from tiny_models import make_model, make_tokenizer
 from tiny_tasks import (
     CHOICE,
     everything,
-    make_model,
-    make_tokenizer,
     prepare,
     values_of,
     write_rows,

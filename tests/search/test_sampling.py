@@ -13,7 +13,7 @@ from search.running.sampling import MOST, changed, read_samples, shown
 from search.storing.folder import DATABASE
 from search.storing.result import read_result
 from search.storing.store import Store
-from tiny_llama import tiny_tokenizer
+from tiny_models import tiny_tokenizer
 
 
 @pytest.fixture(scope="module")

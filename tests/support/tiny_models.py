@@ -1,33 +1,23 @@
-"""Small models of every architecture that is asked the fast way, and tasks of every output type."""
+"""Tiny models of random weights, in memory and on disk, and tokenizers of one character a token."""
 
-from __future__ import annotations
-
-import contextlib
-import random
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
 
-import pytest
 import torch
 import transformers
-from lm_eval import simple_evaluate
-from lm_eval.models.huggingface import HFLM
-from lm_eval.tasks import TaskManager
-
-from objectives.inference.agreement import settle_modes
-from objectives.inference.fast_hflm import FastHFLM
-from tiny_tasks import (
-    ANSWER,
-    CHOICE,
-    FIRST_LETTER,
-    make_tokenizer,
-    mean_of,
-    write_rows,
-    write_task,
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
 )
 
+CHARACTERS = [chr(code) for code in range(32, 127)] + ["\n"]
+LETTERS = "abcdefghijklmnopqrstuvwxyz0123456789=: ?."
+
 SHAPE = {
-    "vocab_size": 99,
+    "vocab_size": 3 + len(CHARACTERS),
     "hidden_size": 32,
     "intermediate_size": 64,
     "num_hidden_layers": 2,
@@ -39,8 +29,17 @@ SHAPE = {
     "eos_token_id": 2,
     "pad_token_id": 0,
 }
-GPT2 = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 256}
-EXPERTS = {"moe_intermediate_size": 32, "num_experts": 4, "num_experts_per_tok": 2}
+DONOR_SHAPE = {
+    "vocab_size": 48,
+    "num_hidden_layers": 3,
+    "head_dim": 8,
+    "max_position_embeddings": 64,
+    "initializer_range": 0.02,
+    "bos_token_id": None,
+    "eos_token_id": 1,
+}
+_GPT2 = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 256}
+_EXPERTS = {"moe_intermediate_size": 32, "num_experts": 4, "num_experts_per_tok": 2}
 MODELS = {
     "Llama": {},
     "Qwen2": {},
@@ -52,98 +51,65 @@ MODELS = {
     "Olmo2": {},
     "Granite": {},
     "GPTNeoX": {},
-    "GPT2": GPT2,
+    "GPT2": _GPT2,
     "Mixtral": {"num_local_experts": 4},
-    "Qwen2Moe": EXPERTS | {"shared_expert_intermediate_size": 32},
+    "Qwen2Moe": _EXPERTS | {"shared_expert_intermediate_size": 32},
 }
 
 
-def make_model(name="Llama", dtype=torch.float32, **changes):
-    torch.manual_seed(0)
-    config = getattr(transformers, f"{name}Config")(**SHAPE | MODELS.get(name, {}) | changes)
-    return transformers.AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+def make_model(
+    name: str = "Llama", dtype: torch.dtype = torch.float32, *, seed: int = 0, **changes: object
+) -> PreTrainedModel:
+    torch.manual_seed(seed)
+    config = getattr(transformers, f"{name}Config")(**SHAPE | MODELS[name] | changes)
+    return AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
 
 
-def stock(model, **settings):
-    settings = {"tokenizer": chat_tokenizer(), "batch_size": 8} | settings
-    return HFLM(pretrained=model, softmax_dtype="float32", **settings)
+def make_llama(
+    folder: Path,
+    *,
+    seed: int,
+    base: Path | None = None,
+    delta: float = 0.02,
+    dtype: torch.dtype = torch.float32,
+    shard_size: str = "5GB",
+    **config: object,
+) -> Path:
+    """Write a llama of 3 layers; with ``base``, that one plus normal noise of std ``delta``."""
+    if base is None:
+        model = make_model(seed=seed, **DONOR_SHAPE | config)
+    else:
+        torch.manual_seed(seed)
+        model = LlamaForCausalLM.from_pretrained(base, dtype=torch.float32)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter), alpha=delta)
+    model.to(dtype).save_pretrained(folder, max_shard_size=shard_size)
+    tiny_tokenizer().save_pretrained(folder)
+    return folder
 
 
-def fast(model, **settings):
-    settings = {"tokenizer": chat_tokenizer(), "batch_size": 8} | settings
-    language_model = FastHFLM(pretrained=model, **settings)
-    settle_modes(language_model)
-    return language_model
+def make_tokenizer(first: str = "<unk>") -> PreTrainedTokenizerFast:
+    """Return the tokenizer of ``make_model``; ``first`` is the token with number 0."""
+    tokens = sorted(["<unk>", "<s>", "</s>", *CHARACTERS], key=lambda token: token != first)
+    return _character_tokenizer(tokens, unk_token="<unk>", bos_token="<s>", eos_token="</s>")
 
 
-def chat_tokenizer() -> transformers.PreTrainedTokenizerFast:
+def chat_tokenizer() -> PreTrainedTokenizerFast:
     tokenizer = make_tokenizer()
     tokenizer.chat_template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}!"
     return tokenizer
 
 
-def write_every_type(folder: Path) -> None:
-    draw = random.Random(0)
-    words = ["".join(draw.choices("abcdefgh", k=draw.randint(2, 9))) for _ in range(60)]
-    rows = [
-        {
-            "question": f"{words[n]} {words[n + 1]}?",
-            "choices": words[n + 9 : n + 12],
-            "gold": n % 3,
-            "answer": words[n],
-        }
-        for n in range(20)
-    ]
-    for name in ("choice.jsonl", "answer.jsonl", "shots.jsonl"):
-        write_rows(folder / name, rows)
-    shots = {"num_fewshot": 3, "training_split": "train", "fewshot_config": {"sampler": "first_n"}}
-    rolled = {
-        "output_type": "loglikelihood_rolling",
-        "doc_to_text": "",
-        "doc_to_target": "{{question}} {{answer}}",
-        "dataset_kwargs": {"data_files": {"test": "choice.jsonl"}},
-        "metric_list": [{"metric": "word_perplexity"}],
-    }
-    single = ANSWER | {"output_type": "loglikelihood", "metric_list": mean_of("acc")}
-    single.pop("generation_kwargs")
-    letter = {"name": "letter", "filter": [{**FIRST_LETTER}, {"function": "take_first"}]}
-    write_task(folder, "choice", **CHOICE)
-    write_task(folder, "choice_shots", **CHOICE | shots)
-    write_task(folder, "answer", **ANSWER | {"filter_list": [letter]})
-    write_task(folder, "single", **single)
-    write_task(folder, "rolled", **rolled)
+def tiny_tokenizer() -> PreTrainedTokenizerFast:
+    """Return the tokenizer of ``make_llama``, of letters, digits and little else."""
+    special = {"pad_token": "<pad>", "eos_token": "<eos>", "unk_token": "<unk>"}
+    return _character_tokenizer([*special.values(), *LETTERS], **special)
 
 
-def load_every_type(folder: Path) -> list[Any]:
-    """The tasks' objects, to be evaluated again and again."""
-    names = ["choice", "choice_shots", "answer", "single", "rolled"]
-    with contextlib.chdir(folder):
-        manager = TaskManager(include_defaults=False, include_path=str(folder))
-        return list(manager.load(names)["tasks"].values())
-
-
-class Evaluated(NamedTuple):
-    """What ``simple_evaluate`` found, by (task, document, ...)."""
-
-    values: dict[tuple[str, int, str], Any]  # by metric
-    responses: dict[tuple[str, int, int], Any]  # by request
-
-
-def evaluated(language_model: HFLM, tasks: list[Any], chat: bool) -> Evaluated:
-    with pytest.MonkeyPatch.context() as patch:  # it lists this machine's packages, for seconds
-        patch.setattr("lm_eval.evaluator.add_env_info", lambda _: None)
-        results = simple_evaluate(
-            language_model,
-            tasks=tasks,
-            task_manager=TaskManager(include_defaults=False),
-            bootstrap_iters=0,
-            apply_chat_template=chat,
-        )
-    values, responses = {}, {}
-    for task, samples in results["samples"].items():
-        for sample in samples:
-            for metric in sample["metrics"]:
-                values[task, sample["doc_id"], metric] = sample[metric]
-            for number, answers in enumerate(sample["resps"]):
-                responses[task, sample["doc_id"], number] = answers[0]
-    return Evaluated(values, responses)
+def _character_tokenizer(tokens: Sequence[str], **special: str) -> PreTrainedTokenizerFast:
+    vocabulary = {token: number for number, token in enumerate(tokens)}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
+    tokenizer.decoder = decoders.Fuse()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special)

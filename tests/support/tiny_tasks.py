@@ -1,4 +1,4 @@
-"""Tiny real tasks and a tiny real model, for the tests of scoring."""
+"""Tiny real lm-eval tasks, and a harness of them."""
 
 from __future__ import annotations
 
@@ -7,16 +7,13 @@ import random
 from pathlib import Path
 
 import pytest
-import torch
 import yaml
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from objectives.entries import TaskEntry
 from objectives.harness.harness import Harness
 from objectives.harness.tasks import load_tasks
+from tiny_models import make_model, make_tokenizer
 
-CHARACTERS = [chr(code) for code in range(32, 127)] + ["\n"]
 ROWS = 24
 
 
@@ -53,35 +50,6 @@ ANSWER = {
 }
 SHOTS = {"num_fewshot": 2, "fewshot_split": "train", "training_split": "train"}
 FIRST_LETTER = {"function": "regex", "regex_pattern": "(.)"}
-
-
-def make_tokenizer(first: str = "<unk>") -> PreTrainedTokenizerFast:
-    """One token a character; ``first`` is the token with number 0."""
-    tokens = sorted(["<unk>", "<s>", "</s>", *CHARACTERS], key=lambda token: token != first)
-    vocabulary = {token: number for number, token in enumerate(tokens)}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
-    tokenizer.decoder = decoders.Fuse()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>"
-    )
-
-
-def make_model(**changes: object) -> LlamaForCausalLM:
-    torch.manual_seed(0)
-    config = {
-        "vocab_size": 3 + len(CHARACTERS),
-        "hidden_size": 32,
-        "intermediate_size": 64,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "max_position_embeddings": 256,
-        "initializer_range": 0.6,  # large, so that answers differ from question to question
-        "bos_token_id": 1,
-        "eos_token_id": 2,
-        "pad_token_id": 0,
-    }
-    return LlamaForCausalLM(LlamaConfig(**config | changes)).eval()
 
 
 def greedy_answer(model, tokenizer, question: str) -> str:
