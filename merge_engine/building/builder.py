@@ -10,7 +10,8 @@ from collections.abc import Iterable, Iterator, Mapping
 import torch
 from torch import Tensor, nn
 
-from merge_engine.building.merging import merge_pack, to_device
+from merge_engine.building.merging import merge_pack
+from merge_engine.building.pack_merge import to_device
 from merge_engine.building.plan import Part, Plan, plan_parts, written_dtype
 from merge_engine.errors import MergeError
 from merge_engine.methods import Base

@@ -1,0 +1,185 @@
+"""Elementwise methods over packs of tensors: statistics, kernel values, noise, one kernel call."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from typing_extensions import override
+
+from merge_engine.building.pack_merge import PackMerge, to_device
+from merge_engine.errors import MergeError
+from merge_engine.methods import Elementwise
+from merge_engine.methods.contract import (
+    KernelValues,
+    Number,
+    Parameters,
+    TaskVector,
+    TaskVectors,
+)
+from merge_engine.methods.preparation import UNBOUNDED
+from merge_engine.methods.task_vectors import kept_masses
+from merge_engine.numerics.noise import Noise, key_of
+from merge_engine.numerics.order_statistics import Magnitudes, Variances
+from merge_engine.numerics.statistics import row_width
+
+
+@dataclass(frozen=True)
+class _TaskVector(TaskVector):
+    """A donor's task vector in one tensor."""
+
+    merge: PackMerge
+    name: str
+    index: int  # of the donor in the recipe
+
+    @property
+    @override
+    def magnitudes(self) -> Magnitudes:
+        return self.merge.models.measurements.magnitudes(self.name, *self._models)
+
+    @override
+    def rescale_factor(self, chance: int) -> float:
+        key = key_of(self.merge.recipe.seed, self.name, self.index)
+        masses = self.merge.models.measurements.masses(self.name, *self._models, key)
+        return _norm_ratio(float(masses[-1]), float(masses[chance]))
+
+    @property
+    def _models(self) -> tuple[str, str]:
+        return self.merge.recipe.donors[self.index].model, self.merge.base
+
+
+def _norm_ratio(before: float, after: float) -> float:
+    return before / after if min(before, after) >= 1e-7 else 1.0
+
+
+@dataclass(frozen=True)
+class _TaskVectors(TaskVectors):
+    """The task vectors of some of the recipe's donors in one tensor."""
+
+    merge: PackMerge
+    name: str
+    indices: Sequence[int]
+
+    @override
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    @override
+    def __iter__(self) -> Iterator[_TaskVector]:
+        return (_TaskVector(self.merge, self.name, index) for index in self.indices)
+
+    @property
+    @override
+    def width(self) -> int:
+        return row_width(self.merge.pack.shapes[self.name])
+
+    @property
+    @override
+    def variances(self) -> Variances:
+        return self.merge.models.measurements.variances(self.name, self._donors, self.merge.base)
+
+    @override
+    def overlaps(self, epsilon: float) -> Tensor:
+        measurements = self.merge.models.measurements
+        return measurements.overlaps(self.name, self._donors, self.merge.base, epsilon)
+
+    @property
+    def _donors(self) -> tuple[str, ...]:
+        return tuple(self.merge.recipe.donors[index].model for index in self.indices)
+
+
+def write_elementwise(out: Tensor, method: Elementwise, merge: PackMerge) -> None:
+    """Write the result of an elementwise method; a donor without weight is not read.
+
+    Raises:
+        MergeError: The parameters do not work for a tensor; the message names it.
+    """
+    recipe = merge.recipe
+    parameters = [Parameters.from_values(each) for each in merge.values]
+    used = _used_donors(len(recipe.donors), parameters)
+    base = merge.read(merge.base)
+    if not used or not out.numel():
+        out.copy_(base.view(out.shape))
+        return
+    kernel_values = _prepared(method, merge, parameters, used)
+    scalars, per_donor = _joined(merge, kernel_values)
+    noise = None
+    if method.random or any(each.has_ties for each in kernel_values):
+        noise = merge.pack.noise(recipe.seed, used, merge.device, even=not method.random)
+    models = [recipe.donors[index].model for index in used]
+    inputs = base, [merge.read(model) for model in models]
+    if stat := method.elementwise_stat:
+        found = [
+            merge.models.measurements.elementwise(stat, merge.pack, model, merge.base)
+            for model in models
+        ]
+        per_donor[stat] = [to_device(each, merge.device) for each in found]
+    if any(each.rescales for each in kernel_values):
+        ratios = _rescale_factors(merge, inputs, per_donor, noise)
+        per_donor["factor"] = [f * r for f, r in zip(per_donor["factor"], ratios, strict=True)]
+    merge.models.runner.write(out, method.kernel, inputs, {**scalars, **per_donor}, noise)
+
+
+def _used_donors(count: int, parameters: Sequence[Parameters]) -> tuple[int, ...]:
+    """Return the indices of the donors with a weight in any tensor; the others are not read."""
+    weights = [each.per_donor.get("weight", (1,) * count) for each in parameters]
+    return tuple(index for index in range(count) if any(weight[index] for weight in weights))
+
+
+def _prepared(
+    method: Elementwise, merge: PackMerge, parameters: Sequence[Parameters], used: Sequence[int]
+) -> list[KernelValues]:
+    """Return the kernel's values for each tensor."""
+    found = []
+    for index, name in enumerate(merge.pack.names):
+        own = parameters[index].of_donors(used)
+        if method.prepare is None:
+            found.append(KernelValues(own.shared, own.per_donor))
+            continue
+        try:
+            found.append(method.prepare(own, _TaskVectors(merge, name, used)))
+        except MergeError:
+            raise  # of a model, which the message names
+        except ValueError as error:
+            raise merge.refused(index, error) from error
+    return found
+
+
+def _joined(
+    merge: PackMerge, kernel_values: Sequence[KernelValues]
+) -> tuple[dict[str, Number], dict[str, list[Number]]]:
+    """Join the kernel's values of each tensor to those of the pack: scalars, and per donor."""
+
+    def column(numbers: Sequence[float]) -> Number:
+        dtype = torch.int32 if all(isinstance(each, int) for each in numbers) else torch.float32
+        return merge.column(torch.tensor(numbers, dtype=dtype))
+
+    scalars = {
+        name: column([each.scalars[name] for each in kernel_values])
+        for name in kernel_values[0].scalars
+    }
+    per_donor = {}
+    for name in dict.fromkeys(name for each in kernel_values for name in each.per_donor):
+        lists = [
+            each.per_donor.get(name) or (UNBOUNDED[name],) * len(each.per_donor["low"])
+            for each in kernel_values
+        ]
+        per_donor[name] = [column(numbers) for numbers in zip(*lists, strict=True)]
+    return scalars, per_donor
+
+
+def _rescale_factors(
+    merge: PackMerge,
+    inputs: tuple[Tensor, Sequence[Tensor]],
+    per_donor: dict[str, list[Number]],
+    noise: Noise | None,
+) -> list[Number]:
+    """Return what restores each task vector's L1 norm under its mask, (k,) for each donor."""
+    values = {name: per_donor[name] for name in ("chance", "spread", "rank_share")}
+    sums = merge.models.runner.sums(kept_masses, inputs, values, noise)
+    masses = merge.pack.sums(sums).tolist()  # n before the masks and n after, of k tensors
+    pairs = zip(masses[: len(masses) // 2], masses[len(masses) // 2 :], strict=True)
+    ratios = [[_norm_ratio(*both) for both in zip(*pair, strict=True)] for pair in pairs]
+    return [merge.column(torch.tensor(each)) for each in ratios]
