@@ -141,7 +141,7 @@ def _build(options: Any, output: Output) -> None:
     import torch
 
     from merge_engine.building.builder import built_tensors
-    from merge_engine.building.export import CheckpointFiles, write_checkpoint
+    from merge_engine.building.export import write_checkpoint
     from merge_engine.building.plan import plan_merge
     from merge_engine.numerics.kernel_runner import configure_compiler
     from merge_engine.recipe.recipe_file import load_recipe
@@ -155,9 +155,7 @@ def _build(options: Any, output: Output) -> None:
     if any(part.model_set.runner.compiled for part in plan.parts):
         configure_compiler()
     tensors = built_tensors(plan, torch.device(device_of(options)))
-    write_checkpoint(
-        tensors, options.out, shapes=plan.shapes(), files=CheckpointFiles.from_plan(plan)
-    )
+    write_checkpoint(tensors, options.out, shapes=plan.shapes(), files=plan.files)
     text = f"{options.out}: {len(plan.names)} tensors of {recipe.merge_method}"
     output.done(text, checkpoint=str(options.out), tensors=len(plan.names))
 

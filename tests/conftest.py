@@ -24,7 +24,7 @@ from hypothesis import settings
 from safetensors.torch import load_file
 
 from merge_engine.building.builder import built_tensors
-from merge_engine.building.export import CheckpointFiles, write_checkpoint
+from merge_engine.building.export import write_checkpoint
 from merge_engine.building.plan import plan_merge
 from merge_engine.recipe.recipe_file import parse_recipe
 from tiny_models import make_llama
@@ -72,7 +72,7 @@ def build_recipe(mapping: dict, out: Path) -> dict[str, torch.Tensor]:
     recipe, _ = parse_recipe(mapping, "r.yaml")
     plan = plan_merge(recipe)
     tensors = built_tensors(plan, torch.device("cpu"))
-    write_checkpoint(tensors, out, shapes=plan.shapes(), files=CheckpointFiles.from_plan(plan))
+    write_checkpoint(tensors, out, shapes=plan.shapes(), files=plan.files)
     return load_file(out / "model.safetensors")
 
 

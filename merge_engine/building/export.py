@@ -19,7 +19,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from merge_engine.building.plan import Plan
 from merge_engine.errors import MergeError
 from merge_engine.models.checkpoint import DTYPES, Checkpoint
 from merge_engine.recipe.recipe import Recipe
@@ -42,29 +41,18 @@ class CheckpointFiles:
     """The files of a checkpoint besides the weights.
 
     Args:
-        like: The model whose config, generation config and tokenizer files are copied.
+        reference: The model whose config, generation config and tokenizer files are copied.
         recipe: Stored as ``mergekit_config.yml``.
-        config: Used instead of ``like``'s.
-        generation_config: Used instead of ``like``'s.
-        tokenizer: Used instead of ``like``'s.
+        config: Used instead of the reference's.
+        generation_config: Used instead of the reference's.
+        tokenizer: Used instead of the reference's.
     """
 
-    like: Checkpoint
+    reference: Checkpoint
     recipe: Recipe
     config: Mapping[str, Any] | None = None
     generation_config: Mapping[str, Any] | None = None
     tokenizer: Any = None
-
-    @classmethod
-    def from_plan(cls, plan: Plan) -> CheckpointFiles:
-        """Return the files of a planned merge."""
-        return cls(
-            like=plan.reference,
-            recipe=plan.recipe,
-            config=plan.config,
-            generation_config=plan.generation_config,
-            tokenizer=plan.tokenizer,
-        )
 
 
 def write_checkpoint(
@@ -114,20 +102,22 @@ def write_checkpoint(
 
 
 def _write_others(files: CheckpointFiles, shapes: Mapping[str, Tensor], folder: Path) -> None:
-    like = files.like
-    floats = [t.dtype for t in shapes.values() if t.dtype.is_floating_point] or [torch.float32]
-    config = dict(files.config or like.config) | {"dtype": str(floats[0]).removeprefix("torch.")}
+    reference = files.reference
+    floats = (each.dtype for each in shapes.values() if each.dtype.is_floating_point)
+    dtype = str(next(floats, torch.float32)).removeprefix("torch.")
+    config = dict(files.config or reference.config) | {"dtype": dtype}
     config.pop("torch_dtype", None)  # the older name of the same key
     _write_json(config, folder / "config.json")
     if files.generation_config is not None:
         _write_json(files.generation_config, folder / "generation_config.json")
-    elif (file := like.folder / "generation_config.json").is_file():
+    elif (file := reference.folder / "generation_config.json").is_file():
         shutil.copyfile(file, folder / file.name)
     if files.tokenizer is not None:
         files.tokenizer.save_pretrained(folder)
     else:
-        for file in (file for pattern in TOKENIZER_FILES for file in like.folder.glob(pattern)):
-            shutil.copyfile(file, folder / file.name)
+        for pattern in TOKENIZER_FILES:
+            for file in reference.folder.glob(pattern):
+                shutil.copyfile(file, folder / file.name)
     (folder / "mergekit_config.yml").write_text(files.recipe.to_yaml(), encoding="utf-8")
 
 

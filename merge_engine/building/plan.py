@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from merge_engine.building.export import CheckpointFiles
 from merge_engine.errors import MergeError
 from merge_engine.models.checkpoint import Checkpoint, open_models
 from merge_engine.models.model_set import AlignedTensors, Layout, ModelSet
@@ -54,18 +55,12 @@ class Plan:
     Args:
         recipe: As the user wrote it.
         parts: Runs of layers, in order.
-        reference: The model whose tokenizer and other files the result gets.
-        config: The result's ``config.json``, except for the dtype.
-        generation_config: The result's; None: the reference's.
-        tokenizer: The result's; None: the reference's.
+        files: What the result gets besides weights.
     """
 
     recipe: Recipe
     parts: tuple[Part, ...]
-    reference: Checkpoint
-    config: Mapping[str, Any]
-    generation_config: Mapping[str, Any] | None = None
-    tokenizer: Any = None
+    files: CheckpointFiles
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -114,7 +109,8 @@ def plan_merge(recipe: Recipe) -> Plan:
     if vocabulary:
         config = vocabulary.resize(config)
         generation = vocabulary.renumber(reference.generation_config)
-    return Plan(recipe, parts, reference, config, generation, tokenizer)
+    files = CheckpointFiles(reference, recipe, config, generation, tokenizer)
+    return Plan(recipe, parts, files)
 
 
 def plan_parts(

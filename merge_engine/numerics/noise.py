@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -83,15 +82,10 @@ def key_of(seed: int, tensor: str, donor: int) -> int:
     return int.from_bytes(digest, "little", signed=True)
 
 
-def uniform(key: int, shape: Sequence[int], device: torch.device | str = "cpu") -> Tensor:
-    """Draw numbers in [0, 1) on a grid of 1 / LEVELS: shape ``shape``, float32."""
-    return uniform_at(key, 0, int(torch.Size(shape).numel()), device).reshape(tuple(shape))
-
-
 def uniform_at(key: int, start: int, count: int, device: torch.device | str = "cpu") -> Tensor:
-    """Draw the numbers of ``uniform`` at the flat positions ``[start, start + count)``, (count,).
+    """Draw a key's numbers at the positions ``[start, start + count)``: (count,) float32 in [0, 1).
 
-    A tensor can thus be processed in chunks.
+    They are multiples of 1 / LEVELS.
     """
     numbers = torch.empty(count, dtype=torch.float32, device=device)
     done = 0

@@ -31,7 +31,7 @@ def check_recipe(file: Path) -> Report:
     """
     recipe, notes = load_recipe(file)
     plan = plan_merge(recipe)
-    dtype = recipe.out_dtype or recipe.dtype or model_dtype(plan.reference)
+    dtype = recipe.out_dtype or recipe.dtype or model_dtype(plan.files.reference)
     lines = [f"recipe: {recipe.merge_method}, writes {dtype}"]
     checkpoints = {
         model: checkpoint
@@ -39,7 +39,7 @@ def check_recipe(file: Path) -> Report:
         for model, checkpoint in part.model_set.checkpoints.items()
     }
     if recipe.vocabulary is None:
-        notes += _vocabulary_notes(plan.reference, checkpoints.values())
+        notes += _vocabulary_notes(plan.files.reference, checkpoints.values())
     return lines + _describe_models(plan.shapes(), checkpoints), notes
 
 

@@ -190,7 +190,7 @@ class Worker:
                 "than it did, so it is not saved: models, packages or the machine have changed; "
                 "restore them, or begin anew with --force-new"
             )
-        files = CheckpointFiles(like=builder.model_set.reference, recipe=recipe)
+        files = CheckpointFiles(reference=builder.model_set.reference, recipe=recipe)
         write_checkpoint(builder.tensors(), out, shapes=dict(builder.tensors()), files=files)
         (out / CARD).write_text(card, encoding="utf-8")
         return ExportCheck(len(pairs), differing, socket.gethostname())

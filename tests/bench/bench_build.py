@@ -81,10 +81,10 @@ def recipe_for(method: str, models: Sequence[str]) -> Recipe:
     )
 
 
-def live_model(family: ModelSet) -> nn.Module:
-    """A bfloat16 model with the family's tensors for parameters."""
+def live_model(model_set: ModelSet) -> nn.Module:
+    """A bfloat16 model with the models' tensors for parameters."""
     root = nn.Module()
-    for name, info in family.tensors.items():
+    for name, info in model_set.tensors.items():
         *path, own = name.split(".")
         module = root
         for part in path:
@@ -112,7 +112,7 @@ def copy_rate(source: Tensor, target: Tensor) -> float:
     return 2 * source.nbytes / median_seconds(lambda: target.copy_(source), 5)
 
 
-def oracle_seconds(recipe: Recipe, family: ModelSet, names: Sequence[str]) -> float:
+def oracle_seconds(recipe: Recipe, model_set: ModelSet, names: Sequence[str]) -> float:
     """mergekit's kernels on tensors in memory, in the dtype they are stored in."""
     order = ([recipe.base] if recipe.origin else []) + [s.model for s in recipe.donors]
     if recipe.method.base is Base.ENDPOINT:
@@ -125,7 +125,7 @@ def oracle_seconds(recipe: Recipe, family: ModelSet, names: Sequence[str]) -> fl
             if "lambda_" in values:
                 values["lambda"] = values.pop("lambda_")
             parameters = {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
-            tensors = [family.read(model, name) for model in order]
+            tensors = [model_set.read(model, name) for model in order]
             merge_tensors(tensors, recipe.merge_method, parameters=parameters, base_index=index)
 
     start = time.perf_counter()
@@ -134,16 +134,16 @@ def oracle_seconds(recipe: Recipe, family: ModelSet, names: Sequence[str]) -> fl
 
 
 def measure(
-    method: str, models: Sequence[str], family: ModelSet, oracle: bool
+    method: str, models: Sequence[str], model_set: ModelSet, oracle: bool
 ) -> dict[str, object]:
     """One method's line."""
     recipe = recipe_for(method, models)
-    names = family.names
-    builder = Builder(live_model(family), family)
+    names = model_set.names
+    builder = Builder(live_model(model_set), model_set)
     start = time.perf_counter()
     builder.build(recipe)
     first = time.perf_counter() - start
-    model_bytes = 2 * family.parameters
+    model_bytes = 2 * model_set.parameters
     read = len({*([recipe.origin] if recipe.origin else []), *(s.model for s in recipe.donors)})
     read += recipe.method.base is Base.ENDPOINT
     source = torch.empty(2 * model_bytes, dtype=torch.uint8).random_()
@@ -160,11 +160,11 @@ def measure(
         "first_seconds": round(first, 2),
         "gb_per_s": round(moved / seconds / 1e9, 2),
         "copy_fraction": round(moved / seconds / rate, 3),
-        "vs_mergekit": round(oracle_seconds(recipe, family, names) / seconds, 1)
+        "vs_mergekit": round(oracle_seconds(recipe, model_set, names) / seconds, 1)
         if oracle
         else None,
         "peak_mb": peak_mb(),
-        "compiled": family.runner.compiled,
+        "compiled": model_set.runner.compiled,
     }
 
 
@@ -187,10 +187,10 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder, torch.no_grad():
         os.environ["MERGESEARCH_CACHE"] = folder  # what is measured once is in first_seconds
         models = make_models(Path(folder), options.millions, options.donors)
-        family = ModelSet.open(models, candidates=1 if options.no_compile else 100)
-        family.place(torch.device("cpu"), "disk" if options.mapped else "device")
+        model_set = ModelSet.open(models, candidates=1 if options.no_compile else 100)
+        model_set.place(torch.device("cpu"), "disk" if options.mapped else "device")
         for method in options.methods.split(","):
-            print(json.dumps(measure(method, models, family, not options.no_oracle)), flush=True)
+            print(json.dumps(measure(method, models, model_set, not options.no_oracle)), flush=True)
 
 
 if __name__ == "__main__":

@@ -26,8 +26,8 @@ def recipe_for(zoo, method="task_arithmetic", parameters=None, **weights):
 
 @pytest.fixture
 def builder(zoo):
-    family = ModelSet.open(str(zoo / name) for name in ("base", "a", "b", "c"))
-    return Builder(load(zoo / "base"), family)
+    models = ModelSet.open(str(zoo / name) for name in ("base", "a", "b", "c"))
+    return Builder(load(zoo / "base"), models)
 
 
 @pytest.mark.oracle

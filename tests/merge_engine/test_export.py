@@ -30,7 +30,7 @@ def recipe(zoo):
 def test_what_is_written_loads_in_transformers_as_it_was(source, recipe, tmp_path, shard_bytes):
     tensors = [(name, source.read(name).bfloat16()) for name in source.tensors]
     out = tmp_path / "out"
-    files = CheckpointFiles(like=source, recipe=recipe)
+    files = CheckpointFiles(source, recipe)
     write_checkpoint(tensors, out, shapes=dict(tensors), files=files, shard_bytes=shard_bytes)
     assert len(list(out.glob("*.safetensors"))) == 1 if shard_bytes > 10**8 else 3
     model = AutoModelForCausalLM.from_pretrained(out)
@@ -49,7 +49,7 @@ def test_interrupted_write_leaves_no_folder_that_looks_whole(source, recipe, tmp
         raise OSError("no space left on device")
 
     shapes = {name: source.read(name) for name in source.tensors}
-    files = CheckpointFiles(like=source, recipe=recipe)
+    files = CheckpointFiles(source, recipe)
     with pytest.raises(OSError, match="no space"):
         write_checkpoint(failing(), tmp_path / "out", shapes=shapes, files=files)
     assert not list(tmp_path.iterdir())
@@ -57,14 +57,14 @@ def test_interrupted_write_leaves_no_folder_that_looks_whole(source, recipe, tmp
 
 def test_existing_folder_is_not_overwritten(source, recipe, tmp_path):
     with pytest.raises(MergeError, match="exists; choose another folder"):
-        write_checkpoint([], tmp_path, shapes={}, files=CheckpointFiles(like=source, recipe=recipe))
+        write_checkpoint([], tmp_path, shapes={}, files=CheckpointFiles(source, recipe))
 
 
 def test_tensors_of_every_width_and_shape_come_back(source, recipe, tmp_path):
     dtypes = (torch.bool, torch.int8, torch.bfloat16, torch.float64, torch.int64, torch.float16)
     tensors = {f"t{i}": torch.arange(3).to(dtype) for i, dtype in enumerate(dtypes)}
     tensors |= {"scalar": torch.tensor(2.0), "empty": torch.empty(0, 4), "é": torch.ones(2, 1).T}
-    files = CheckpointFiles(like=source, recipe=recipe)
+    files = CheckpointFiles(source, recipe)
     write_checkpoint(reversed(tensors.items()), tmp_path / "out", shapes=tensors, files=files)
     read = load_file(tmp_path / "out" / "model.safetensors")
     assert read.keys() == tensors.keys()

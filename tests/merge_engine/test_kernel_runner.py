@@ -18,7 +18,7 @@ from merge_engine.building.builder import merge_into
 from merge_engine.methods import METHODS, Base
 from merge_engine.methods.linear import weighted_sum
 from merge_engine.methods.task_vectors import breadcrumbs, dare_linear, kept_masses
-from merge_engine.numerics import kernel_runner as stream_module
+from merge_engine.numerics import kernel_runner as kernel_runner
 from merge_engine.numerics.kernel_runner import (
     CHUNK,
     PAYS,
@@ -26,10 +26,11 @@ from merge_engine.numerics.kernel_runner import (
     compiling_pays,
     configure_compiler,
 )
-from merge_engine.numerics.noise import LEVELS, key_of, level, uniform
+from merge_engine.numerics.noise import LEVELS, key_of, level
 from merge_engine.numerics.packing import WIDTH, TensorPack
 from merge_engine.recipe.recipe import Recipe
 from merge_engine.recipe.recipe_file import parse_recipe
+from uniform import uniform
 
 SHAPES = [(1,), (2,), (1_000,), (401, 50), (200_001,)]
 # dare_ties and breadcrumbs are made of parts that two others of these have, too.
@@ -103,9 +104,9 @@ def recipe_of(method: str, weights: tuple[float, ...] = (0.4, 1.1)) -> Recipe:
     return recipe
 
 
-def merged(method: str, tensors: list[Tensor], stream: KernelRunner, dtype: torch.dtype) -> Tensor:
+def merged(method: str, tensors: list[Tensor], runner: KernelRunner, dtype: torch.dtype) -> Tensor:
     out = torch.full(tensors[0].shape, torch.nan, dtype=dtype)
-    merge_into(out, recipe_of(method), "x", in_memory(tensors, stream))
+    merge_into(out, recipe_of(method), "x", in_memory(tensors, runner))
     return out
 
 
@@ -133,7 +134,7 @@ def test_compiled_kernels_give_what_chunked_ones_give(method, chunked, compiled)
     dtype = torch.bfloat16 if method in COMPILED_IN_BFLOAT16 else torch.float32
     for shape in SHAPES:
         tensors = make_tensors(3, shape, dtype=dtype)
-        one, other = (merged(method, tensors, stream, dtype) for stream in (compiled, chunked))
+        one, other = (merged(method, tensors, runner, dtype) for runner in (compiled, chunked))
         assert_same(one, other, tensors)
 
 
@@ -170,24 +171,24 @@ def test_a_kernel_is_compiled_once_whatever_sizes_values_and_keys_are(compiled):
     assert counters["stats"]["unique_graphs"] == before
 
 
-def kept_by(stream: KernelRunner, size: int, chance: float, seed: int) -> Tensor:
+def kept_by(runner: KernelRunner, size: int, chance: float, seed: int) -> Tensor:
     """Which elements of each donor are kept: bit i for donor i."""
     base, ones = torch.zeros(size), torch.ones(size)
     out = torch.empty(size)
     values = {"factor": [1.0, 2.0], "chance": [level(chance)] * 2}
     noise = page_of(size).noise(seed, (0, 1), out.device, even=False)
-    stream.write(out, dare_linear, (base, [ones] * 2), values, noise)
+    runner.write(out, dare_linear, (base, [ones] * 2), values, noise)
     return out
 
 
 def drawn_below(size: int, chance: float, seed: int) -> Tensor:
-    drawn = [uniform(key_of(seed, "x", place), (size,)) for place in range(2)]
+    drawn = [uniform(key_of(seed, "x", donor), (size,)) for donor in range(2)]
     return sum(2.0**i * (numbers < level(chance) / LEVELS) for i, numbers in enumerate(drawn))
 
 
 @pytest.mark.parametrize("chunk", [1, 4_096, 10_000, 1 << 20])
 def test_masks_do_not_depend_on_the_chunks(chunk, chunked, monkeypatch):
-    monkeypatch.setattr(stream_module, "CHUNK", chunk)
+    monkeypatch.setattr(kernel_runner, "CHUNK", chunk)
     assert torch.equal(kept_by(chunked, 150_001, 0.3, 3), drawn_below(150_001, 0.3, 3))
 
 
@@ -205,17 +206,17 @@ def test_masks_are_the_same_compiled(size, chunked, compiled):
 def test_results_do_not_depend_on_the_chunks(method, chunk, chunked, monkeypatch):
     tensors = make_tensors(3, (230, 87), dtype=torch.bfloat16)
     whole = merged(method, tensors, chunked, torch.float32)
-    monkeypatch.setattr(stream_module, "CHUNK", chunk)
+    monkeypatch.setattr(kernel_runner, "CHUNK", chunk)
     assert torch.equal(merged(method, tensors, chunked, torch.float32), whole)
 
 
 @given(size=st.integers(1, 20_000), seed=st.integers(0, 2**31))
-def test_equals_are_chosen_by_their_place_and_key_alone(size, seed):
+def test_equals_are_chosen_by_their_position_and_key_alone(size, seed):
     ones, values = torch.ones(size), {"factor": [1.0], "low": [1.0], "low_share": [level(0.4)]}
     results = []
     for step in (1, size):
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(stream_module, "CHUNK", step)
+            patch.setattr(kernel_runner, "CHUNK", step)
             out = torch.empty(size)
             noise = page_of(size).noise(seed, (0,), out.device, even=True)
             inputs = (torch.zeros(size), [ones])
@@ -231,14 +232,14 @@ def test_equals_are_chosen_by_their_place_and_key_alone(size, seed):
     "path", ["chunked", pytest.param("compiled", marks=[needs_compiler, pytest.mark.slow])]
 )
 def test_kept_masses_are_sums_under_the_same_mask(path, size, request):
-    stream = request.getfixturevalue(path)
+    runner = request.getfixturevalue(path)
     base, donor = make_tensors(2, (size,))
     shares = torch.rand(size, generator=torch.Generator().manual_seed(1)).half()
     change = (donor - base).double().abs()
     page = page_of(size)
     noise = page.noise(0, (0,), base.device, even=False)
     values = {"rank_share": [shares], "chance": [0.3 * LEVELS], "spread": [0.2 * LEVELS]}
-    sums = stream.sums(kept_masses, (base, [donor]), values, noise)
+    sums = runner.sums(kept_masses, (base, [donor]), values, noise)
     (before,), (after,) = page.sums(sums).tolist()
     kept = uniform(key_of(0, "x", 0), (size,)) * LEVELS < 0.3 * LEVELS + shares.float() * (
         0.2 * LEVELS
@@ -287,16 +288,16 @@ def test_a_tensor_without_elements_stays_without(method, chunked):
 def test_a_candidate_makes_no_tensor_of_the_size_of_its_result(method, chunked):
     tensors = make_tensors(3, (400, 1_000), dtype=torch.bfloat16)
     out = torch.empty(400, 1_000, dtype=torch.bfloat16)
-    family = in_memory(tensors, chunked)
-    merge_into(out, recipe_of(method), "x", family)  # what is worked out once for a study
-    known = [found for found in family.measurements.kept.values() if torch.is_tensor(found)]
+    models = in_memory(tensors, chunked)
+    merge_into(out, recipe_of(method), "x", models)  # measured once for a study
+    known = [found for found in models.measurements.kept.values() if torch.is_tensor(found)]
     with Allocations(out, *tensors, *known) as made:
-        merge_into(out, recipe_of(method, weights=(0.7, 0.2)), "x", family)
+        merge_into(out, recipe_of(method, weights=(0.7, 0.2)), "x", models)
     assert 0 < made.most <= CHUNK
 
 
 def test_every_position_is_written_once(chunked, monkeypatch):
-    monkeypatch.setattr(stream_module, "CHUNK", 2 * WIDTH)
+    monkeypatch.setattr(kernel_runner, "CHUNK", 2 * WIDTH)
     shapes = []
 
     def counted(base, donors, **values):
@@ -335,13 +336,13 @@ def test_compiler_that_does_not_work_is_said_and_done_without(work, caplog):
         return (donors[0].float() * 1.23456789).sum(-1).unsqueeze(0)
 
     (donor,) = make_tensors(1, (2, WIDTH))
-    stream, out = KernelRunner(compiled=True), torch.empty(2, WIDTH)
+    runner, out = KernelRunner(compiled=True), torch.empty(2, WIDTH)
     with inductor.patch({"cpp.cxx": ("/no/such/compiler",)}):
         if work == "write":
-            stream.write(out, kernel, (None, [donor]), {})
+            runner.write(out, kernel, (None, [donor]), {})
             assert torch.equal(out, donor * 1.23456789)
         else:
-            sums = stream.sums(summed, (None, [donor]), {})
+            sums = runner.sums(summed, (None, [donor]), {})
             assert torch.equal(sums, (donor * 1.23456789).sum(1).double().unsqueeze(0))
     assert "kernels are not compiled but run in chunks" in caplog.text
-    assert not stream.compiled
+    assert not runner.compiled

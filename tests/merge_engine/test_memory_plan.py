@@ -2,22 +2,20 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from merge_engine.building.builder import Builder
 from merge_engine.errors import MergeError
 from merge_engine.models import memory_plan as memory
 from merge_engine.models.memory_plan import parse_size, plan_memory
 from merge_engine.models.model_set import ModelSet
-from merge_engine.recipe.recipe import Recipe
 from search.cli import main
 
 
 @pytest.fixture
-def family(zoo):
+def models(zoo):
     return ModelSet.open(str(zoo / name) for name in ("base", "a", "b"))
 
 
-def planned(family, device, limit=None):
-    return plan_memory(family.tensors, 3, torch.bfloat16, device, limit)
+def planned(models, device, limit=None):
+    return plan_memory(models.tensors, 3, torch.bfloat16, device, limit)
 
 
 @pytest.fixture
@@ -28,39 +26,39 @@ def free(monkeypatch):
     return amounts
 
 
-def test_plan_counts_the_bytes(family, free):
-    plan = planned(family, "cpu")
+def test_plan_counts_the_bytes(models, free):
+    plan = planned(models, "cpu")
     parameters = sum(
-        p.numel() for p in AutoModelForCausalLM.from_config(config(family)).parameters()
+        p.numel() for p in AutoModelForCausalLM.from_config(config(models)).parameters()
     )
     assert plan.live == 2 * parameters
     assert plan.donors == 3 * 4 * parameters
-    assert plan.work == 4 * 5 * max(torch.Size(i.shape).numel() for i in family.tensors.values())
+    assert plan.work == 4 * 5 * max(torch.Size(i.shape).numel() for i in models.tensors.values())
     assert "of models kept there" in str(plan)
     free["cpu"] = plan.live + plan.work + plan.donors // 2
-    assert "of models mapped from disk" in str(planned(family, "cpu"))
+    assert "of models mapped from disk" in str(planned(models, "cpu"))
 
 
-def config(family):
+def config(models):
     from transformers import AutoConfig
 
-    return AutoConfig.from_pretrained(family.reference.folder)
+    return AutoConfig.from_pretrained(models.reference.folder)
 
 
-def test_donors_live_on_the_gpu_if_they_fit_else_pinned_else_on_disk(family, free):
-    plan = planned(family, "cuda")
+def test_donors_live_on_the_gpu_if_they_fit_else_pinned_else_on_disk(models, free):
+    plan = planned(models, "cuda")
     assert plan.tier == "device"
     free["cuda"] = plan.live + plan.work + plan.donors // 2
-    assert planned(family, "cuda").tier == "pinned"
+    assert planned(models, "cuda").tier == "pinned"
     free["cpu"] = plan.donors // 2
-    assert planned(family, "cuda").tier == "disk"
-    assert planned(family, "cuda", limit=plan.live + plan.work).tier == "disk"
+    assert planned(models, "cuda").tier == "disk"
+    assert planned(models, "cuda", limit=plan.live + plan.work).tier == "disk"
 
 
-def test_what_cannot_fit_is_refused_with_the_numbers(family, free):
+def test_what_cannot_fit_is_refused_with_the_numbers(models, free):
     free["cpu"] = 10_000
     with pytest.raises(MergeError, match=r"the live model takes 60.4 KiB and .* free on cpu"):
-        planned(family, "cpu")
+        planned(models, "cpu")
 
 
 @pytest.mark.usefixtures("free")
@@ -69,22 +67,6 @@ def test_limit_of_the_user_counts_before_anything_is_loaded(make_study, tmp_path
     assert main(["run", str(study), "--out", str(run), "--memory", "10kB", "--device", "cpu"]) == 2
     assert "choose another --device or --memory" in capsys.readouterr().err
     assert not run.exists()
-
-
-def test_tensors_that_stay_are_read_once_and_merge_alike(zoo, family):
-    models = [{"model": str(zoo / m), "parameters": {"weight": 0.5}} for m in "ab"]
-    fields = {"merge_method": "ties", "base_model": str(zoo / "base"), "models": models}
-    recipe = Recipe.model_validate(fields | {"parameters": {"density": 0.5}})
-    results = []
-    for tier in ("disk", "device"):
-        family.place(torch.device("cpu"), tier)
-        builder = Builder(AutoModelForCausalLM.from_pretrained(zoo / "base"), family)
-        builder.build(recipe)
-        results.append(dict(builder.tensors()))
-    assert all(torch.equal(tensor, results[1][name]) for name, tensor in results[0].items())
-    name = "model.norm.weight"
-    places = {family.read(str(zoo / "a"), name).data_ptr() for _ in range(2)}
-    assert len(places) == 1
 
 
 @pytest.mark.parametrize(

@@ -16,9 +16,10 @@ from in_memory import in_memory
 from merge_engine.building.builder import merge_tensor, merged_tensors
 from merge_engine.errors import MergeError
 from merge_engine.methods import METHODS, Base, Elementwise
-from merge_engine.numerics.noise import key_of, uniform
+from merge_engine.numerics.noise import key_of
 from merge_engine.recipe.recipe import Recipe
 from merge_engine.recipe.recipe_file import parse_recipe
+from uniform import uniform
 
 # rms(e)/rms(w) and max|e|/max|w| against mergekit in float32: twice its own distance from float64.
 TOLERANCES = {
@@ -259,11 +260,11 @@ def cuts(case: Case) -> Iterator[tuple[Tensor, int]]:
         yield variance, int(int(variance.count_nonzero()) * case.shared["select_topk"])
     size = case.tensors[0].numel()
     densities = case.per_donor.get("density", ()) if case.method in SORTING else ()
-    for place, (delta, density) in enumerate(zip(deltas, densities, strict=False)):
+    for index, (delta, density) in enumerate(zip(deltas, densities, strict=False)):
         if 0 < density < 1 and case.method == "ties":
             yield delta.abs(), max(1, int(density * size))
         elif 0 < density < 1:
-            top = min(int(case.per_donor["gamma"][place] * size), size - int(density * size))
+            top = min(int(case.per_donor["gamma"][index] * size), size - int(density * size))
             yield delta.abs(), top
             yield delta.abs(), top + int(density * size)
 
@@ -289,7 +290,7 @@ def test_random_method_equals_mergekit_under_its_masks(method, data):
         rows = [delta.abs().reshape(1, -1) if delta.dim() < 2 else delta.abs() for delta in deltas]
         assume(rows[0].shape[1] > 1)
         assume(not any(has_equals(row) for row in rows))
-    noise = [uniform(key_of(0, "x", place), shape) for place in range(len(deltas))]
+    noise = [uniform(key_of(0, "x", index), shape) for index in range(len(deltas))]
     asks = [d < 1 if "dare" in method else 0 < d < 1 for d in density]
     queue = iter([drawn for drawn, asked in zip(noise, asks, strict=True) if asked])
 
@@ -395,7 +396,7 @@ def test_breadcrumbs_keeps_the_share_it_is_asked_for_whatever_gamma_is(size, den
 @pytest.mark.parametrize(
     ("gamma", "kept"), [(0.0, [6, 7, 8, 9, 10]), (0.2, [4, 5, 6, 7, 8]), (0.9, [1, 2, 3, 4, 5])]
 )
-def test_breadcrumbs_drops_outliers_as_far_as_the_density_leaves_room(gamma, kept):
+def test_breadcrumbs_drops_outliers_as_far_as_the_density_allows(gamma, kept):
     donor = torch.tensor([7.0, -1, 3, -10, 5, -6, 2, -8, 9, -4])
     given = {"weight": [1.0], "density": [0.5], "gamma": [gamma]}
     result = case_of("breadcrumbs", [donor], torch.zeros(10), **given).merged()

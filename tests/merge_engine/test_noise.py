@@ -11,22 +11,22 @@ from merge_engine.numerics.noise import (
     level,
     masses_below,
     spread,
-    uniform,
     uniform_at,
     weyl,
 )
+from uniform import uniform
 
 MASK32, MASK64 = (1 << 32) - 1, (1 << 64) - 1
 
 
-def by_hand(key: int, place: int) -> float:
+def by_hand(key: int, position: int) -> float:
     """The definition with Python's own integers."""
-    block, low_place = place >> 31, place & ((1 << 31) - 1)
+    block, low_position = position >> 31, position & ((1 << 31) - 1)
     state = (key + (block + 1) * 0x9E3779B97F4A7C15) & MASK64
     state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & MASK64
     state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & MASK64
     state ^= state >> 31
-    x = (low_place * 0x9E3779B9) & MASK32
+    x = (low_position * 0x9E3779B9) & MASK32
     x ^= state & MASK32
     x = ((x ^ (x >> 16)) * 0x7FEB352D) & MASK32
     x = ((x ^ (x >> 15) ^ (state >> 32)) * 0x846CA68B) & MASK32
@@ -62,7 +62,7 @@ def test_these_numbers_never_change():
     key = key_of(3, "x", 0)
     digest = hashlib.blake2b(b"3/0/x", digest_size=8).digest()
     assert key == int.from_bytes(digest, "little", signed=True)
-    assert uniform(key, (1000,)).tolist() == [by_hand(key, place) for place in range(1000)]
+    assert uniform(key, (1000,)).tolist() == [by_hand(key, position) for position in range(1000)]
     assert (uniform(0, (3,)) * 2**16).tolist() == [12137, 56430, 51067]
 
 
@@ -109,8 +109,8 @@ def test_neighbouring_places_are_independent(lag, key):
 def test_one_bit_of_the_key_flips_half_of_the_bits(bit):
     key = key_of(1, "y", 2)
     one, other = ((uniform(k, (20_000,)) * 2**16).int() for k in (key, key ^ (1 << bit)))
-    for place in range(16):
-        flipped = (((one ^ other) >> place) & 1).double().mean()
+    for position in range(16):
+        flipped = (((one ^ other) >> position) & 1).double().mean()
         assert abs(flipped - 0.5) < 5 * 0.5 / 20_000**0.5
 
 
@@ -133,6 +133,6 @@ def test_nothing_is_kept_of_nothing(magnitudes):
 @pytest.mark.parametrize("share", [0.01, 0.31, 0.5, 0.9])
 def test_even_numbers_keep_any_share_to_a_few_elements(share):
     for start in (0, 12_345, 2**31 - 50_000):
-        places = torch.arange(start, start + 50_000, dtype=torch.int64).to(torch.int32)
-        kept = int((spread(weyl(places)) < level(share)).sum())
+        positions = torch.arange(start, start + 50_000, dtype=torch.int64).to(torch.int32)
+        kept = int((spread(weyl(positions)) < level(share)).sum())
         assert abs(kept - share * 50_000) <= 8

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from in_memory import in_memory
 from merge_engine.building.builder import merge_tensor
-from merge_engine.numerics.order_statistics import NOTHING, TABLE, Band, Magnitudes
+from merge_engine.numerics.order_statistics import NOTHING, TABLE, Band, Magnitudes, Variances
+from merge_engine.numerics.statistics import variance
 from merge_engine.recipe.recipe_file import parse_recipe
 
 DEVICE = torch.device("cpu")
@@ -114,7 +115,7 @@ def test_mass_of_a_large_tensor_is_that_of_what_its_bounds_keep():
 # Distinct magnitudes: few make groups of many table steps, many groups of less than one.
 @pytest.mark.parametrize("levels", [1, 2, 5, 300, 20_000, 150_000])
 @pytest.mark.parametrize("size", [1_000, TABLE + 1, 300_000])
-def test_shares_at_the_bounds_make_up_the_asked_count_among_equals(size, levels):
+def test_shares_at_the_bounds_make_up_the_wanted_count_among_equals(size, levels):
     generator = torch.Generator().manual_seed(levels)
     delta = torch.randint(1 - levels, levels, (size,), generator=generator) * 2.0**-20
     magnitudes = Magnitudes.of(delta)
@@ -215,9 +216,9 @@ def test_merging_keeps_the_density_of_16_bit_donors(method, gamma, density, dtyp
     parameters = {"density": density} | ({} if gamma is None else {"gamma": gamma})
     # Zeros are ranked as well, but one that is kept cannot be told from one that is not.
     zeros = int((delta == 0).sum())
-    room = 400_000 - zeros
+    present = 400_000 - zeros
     top = min(int((gamma or 0) * 400_000), 400_000 - int(density * 400_000))
-    wanted = min(int(density * 400_000), room - top)
+    wanted = min(int(density * 400_000), present - top)
     kept = int((trimmed(method, base, donor, **parameters) != base.float()).sum())
     assert kept / 400_000 == pytest.approx(wanted / 400_000, abs=1e-3)
 
@@ -232,3 +233,43 @@ def test_merging_keeps_the_density_where_all_changes_are_equal(method, size):
         method, torch.zeros(size), torch.ones(size), density=0.5, rescale=True, **gamma
     )
     assert float(rescaled.sum()) == pytest.approx(size, rel=5e-3)
+
+
+# Variances over several donors
+
+
+@pytest.mark.parametrize("share", [0.0, 1e-5, 0.2, 0.73, 1.0])
+@pytest.mark.parametrize("size", [1, 50, 65_537, 300_000])
+def test_most_varied_elements_are_those_of_a_sort(size, share):
+    generator = torch.Generator().manual_seed(3)
+    deltas = list(torch.randn(3, size, generator=generator))
+    varied = torch.stack(deltas).var(0, unbiased=False)
+    kept = size if share == 1 else int(share * size)
+    chosen = varied.argsort(descending=True)[:kept]
+    band, change = Variances.of(torch.zeros(size), deltas).largest(share)
+    slack = 0 if size <= 65_537 else 7.6e-6 * size + 1
+    assert abs(int((variance(deltas) >= band.low).sum()) - kept) <= slack
+    wanted = torch.stack([delta.double()[chosen].square().sum() / size for delta in deltas])
+    torch.testing.assert_close(change, wanted, rtol=1e-6, atol=2 * slack * 30 / size)
+
+
+@pytest.mark.parametrize("share", [0.01, 0.3, 0.9])
+@pytest.mark.parametrize("levels", [3, 40, 100_000])  # many donors' elements of one variance, few
+def test_sums_of_changes_are_off_by_no_more_than_those_of_nearly_the_lowest_variance(levels, share):
+    size, generator = 1_200_000, torch.Generator().manual_seed(7)
+    wide = torch.randint(1, levels + 1, (size,), generator=generator) / levels
+    shift = torch.randn(size, generator=generator)  # no variance, and most of the changes
+    deltas = [shift + wide, shift - wide, shift]
+    varied = variance(deltas)
+    band, change = Variances.of(torch.zeros(size), deltas).largest(share)
+    squares = torch.stack(deltas).double().square()
+    above, near = varied > band.low, (varied / band.low - 1).abs() <= 2.0**-8
+    least = squares[:, above & ~near].sum(1) / size
+    most = squares[:, above | near].sum(1) / size
+    assert bool((least * (1 - 1e-9) <= change).all() & (change <= most * (1 + 1e-9)).all())
+
+
+def test_equal_tensors_have_no_variance_at_all():
+    delta = torch.randn(1000, generator=torch.Generator().manual_seed(4))
+    assert not variance([delta] * 3).any()
+    assert Variances.of(torch.zeros(1000), [delta] * 3).positive == 0

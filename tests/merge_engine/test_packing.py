@@ -1,4 +1,4 @@
-"""One pass over a page of tensors gives what merging them one by one gives."""
+"""One pass over a pack of tensors gives what merging them one by one gives."""
 
 import shutil
 
@@ -13,9 +13,10 @@ from merge_engine.errors import MergeError
 from merge_engine.methods import METHODS, Base
 from merge_engine.models.model_set import ModelSet
 from merge_engine.numerics.kernel_runner import KernelRunner
-from merge_engine.numerics.noise import halves, key_of, uniform, weyl
+from merge_engine.numerics.noise import halves, key_of, weyl
 from merge_engine.numerics.packing import ROWS, WIDTH, TensorPack
 from merge_engine.recipe.recipe_file import parse_recipe
+from uniform import uniform
 
 BASE = "model.embed_tokens.weight"
 needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="there is no C++ compiler")
@@ -29,44 +30,44 @@ def numbered(sizes):
 
 @given(sizes=shapes)
 def test_tensors_lie_apart_and_come_back_as_they_were(sizes):
-    page = TensorPack(numbered(sizes))
+    pack = TensorPack(numbered(sizes))
     tensors = [torch.randn(shape) for shape in sizes]
-    matrix = page.fill(page.empty(torch.float32, torch.device("cpu")), tensors)
+    matrix = pack.fill(pack.empty(torch.float32, torch.device("cpu")), tensors)
     assert matrix.shape[1] == WIDTH
-    for name, tensor in zip(page.names, tensors, strict=True):
-        assert torch.equal(page.view(matrix, name), tensor)
+    for name, tensor in zip(pack.names, tensors, strict=True):
+        assert torch.equal(pack.view(matrix, name), tensor)
     assert int(matrix.count_nonzero()) == sum(int(tensor.count_nonzero()) for tensor in tensors)
 
 
 @given(sizes=shapes)
 def test_a_column_has_each_tensors_number_in_its_rows(sizes):
-    page = TensorPack(numbered(sizes))
+    pack = TensorPack(numbered(sizes))
     numbers = torch.arange(len(sizes)).float()
     tensors = [torch.full(shape, float(i)) for i, shape in enumerate(sizes)]
-    matrix = page.fill(page.empty(torch.float32, torch.device("cpu")), tensors)
-    column = page.column(numbers)
+    matrix = pack.fill(pack.empty(torch.float32, torch.device("cpu")), tensors)
+    column = pack.column(numbers)
     assert torch.equal(torch.where(matrix != 0, column, 0.0), matrix)
-    sums = page.sums(matrix.sum(1, keepdim=True).T)
+    sums = pack.sums(matrix.sum(1, keepdim=True).T)
     wanted = [float(tensor.sum()) for tensor in tensors]
     assert sums[0].tolist() == pytest.approx(wanted)
 
 
-def test_pages_are_of_bounded_size_and_hold_every_tensor_once():
+def test_packs_are_of_bounded_size_and_hold_every_tensor_once():
     rows = [ROWS - 1, 1, 2, 3 * ROWS, 1]
     wanted = {f"t{i}": (count, WIDTH) for i, count in enumerate(rows)}
-    pages = TensorPack.cut(wanted)
-    assert [list(page.names) for page in pages] == [["t0", "t1"], ["t2"], ["t3"], ["t4"]]
+    packs = TensorPack.cut(wanted)
+    assert [list(pack.names) for pack in packs] == [["t0", "t1"], ["t2"], ["t3"], ["t4"]]
 
 
-def test_noise_of_a_page_is_that_of_its_tensors():
-    page = TensorPack({"a": (3, WIDTH), "b": (5,)})
-    noise = page.noise(7, (0, 2), torch.device("cpu"), even=False)
-    assert page.noise(7, (0, 2), torch.device("cpu"), even=False) is noise
+def test_noise_of_a_pack_is_that_of_its_tensors():
+    pack = TensorPack({"a": (3, WIDTH), "b": (5,)})
+    noise = pack.noise(7, (0, 2), torch.device("cpu"), even=False)
+    assert pack.noise(7, (0, 2), torch.device("cpu"), even=False) is noise
     assert noise.first.flatten().tolist() == [
         int(weyl(torch.tensor(i * WIDTH, dtype=torch.int32))) for i in (0, 1, 2, 0)
     ]
-    for (low, high), place in zip(noise.keys, (0, 2), strict=True):
-        pairs = [halves(key_of(7, name, place)) for name in ("a", "a", "a", "b")]
+    for (low, high), donor in zip(noise.keys, (0, 2), strict=True):
+        pairs = [halves(key_of(7, name, donor)) for name in ("a", "a", "a", "b")]
         assert list(zip(low.flatten().tolist(), high.flatten().tolist(), strict=True)) == pairs
 
 
@@ -96,19 +97,19 @@ def recipe_of(zoo, method, filtered):
     return recipe
 
 
-def built(zoo, recipe, tier, stream=None, dtype=torch.float32):
+def built(zoo, recipe, tier, runner=None, dtype=torch.float32):
     names = [str(zoo / name) for name in ("base", "a", "b", "c")]
-    family = ModelSet.open(names, candidates=2, runner=stream or KernelRunner(compiled=False))
-    family.place(torch.device("cpu"), tier)
+    models = ModelSet.open(names, candidates=2, runner=runner or KernelRunner(compiled=False))
+    models.place(torch.device("cpu"), tier)
     model = AutoModelForCausalLM.from_pretrained(zoo / "base", dtype=dtype)
-    builder = Builder(model, family)
+    builder = Builder(model, models)
     builder.build(recipe)
     return builder
 
 
 @pytest.mark.parametrize("filtered", [False, True])
 @pytest.mark.parametrize("method", METHODS)
-def test_a_page_is_merged_as_its_tensors_are_one_by_one(zoo, method, filtered):
+def test_a_pack_is_merged_as_its_tensors_are_one_by_one(zoo, method, filtered):
     recipe = recipe_of(zoo, method, filtered)
     if filtered and method in ("linear", "nuslerp", "multislerp"):
         recipe = recipe_of(zoo, method, filtered=False)  # weights of zero sum to nothing
@@ -120,7 +121,7 @@ def test_a_page_is_merged_as_its_tensors_are_one_by_one(zoo, method, filtered):
 @needs_compiler
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["task_arithmetic", "breadcrumbs_ties", "della", "dare_ties"])
-def test_a_compiled_page_is_what_chunks_give(zoo, method):
+def test_a_compiled_pack_is_what_chunks_give(zoo, method):
     recipe = recipe_of(zoo, method, filtered=True)
     chunked = dict(built(zoo, recipe, "device").tensors())
     with torch._dynamo.config.patch(recompile_limit=256):
@@ -147,11 +148,11 @@ def test_a_recipe_that_cannot_be_merged_is_refused_by_tensor(zoo):
     assert builder.loaded is None
 
 
-def test_random_masks_of_a_page_are_those_of_its_seed(zoo):
+def test_random_masks_of_a_pack_are_those_of_its_seed(zoo):
     recipe = recipe_of(zoo, "dare_linear", filtered=False)
     base, *_ = (dict(built(zoo, recipe, "device").tensors()),)
-    family = ModelSet.open([str(zoo / name) for name in ("base", "a", "b", "c")])
-    start = family.read(str(zoo / "base"), BASE)
+    models = ModelSet.open([str(zoo / name) for name in ("base", "a", "b", "c")])
+    start = models.read(str(zoo / "base"), BASE)
     changed = base[BASE] != start
-    masks = [uniform(key_of(recipe.seed, BASE, place), start.shape) < 0.4 for place in range(3)]
+    masks = [uniform(key_of(recipe.seed, BASE, index), start.shape) < 0.4 for index in range(3)]
     assert torch.equal(changed, torch.stack(masks).any(0))

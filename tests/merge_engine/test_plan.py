@@ -198,11 +198,11 @@ def test_base_that_is_no_source_of_a_slice_is_refused(names):
 
 
 def test_live_model_of_other_depth_is_refused(names):
-    family = ModelSet.open(names.values())
+    models = ModelSet.open(names.values())
     live = AutoModelForCausalLM.from_pretrained(names["base"])
     recipe, _ = parse_recipe(passthrough_stack(names), "r.yaml")
     with pytest.raises(MergeError, match="the merge has 6 layers and the live model 3"):
-        Builder(live, family).build(recipe)
+        Builder(live, models).build(recipe)
 
 
 def test_live_model_is_built_from_slices_of_its_depth(names, tmp_path, build):

@@ -1,16 +1,14 @@
 """What is computed once per donor: the same from the disk, and never somebody else's."""
 
-import json
 import os
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 from merge_engine.models import statistics_cache
-from merge_engine.models.checkpoint import Checkpoint, open_model
 from merge_engine.models.model_set import ModelSet
 from merge_engine.models.statistics_cache import CHECKS, StatisticsCache, default_folder
 from merge_engine.numerics.order_statistics import Magnitudes, Variances
@@ -54,13 +52,13 @@ def forbidden(*_):
 
 
 def measured(models):
-    family = ModelSet.open(models)
+    model_set = ModelSet.open(models)
     base, *donors = models
     return {
-        "magnitudes": family.measurements.magnitudes(NAME, donors[0], base).tensors(),
-        "variances": family.measurements.variances(NAME, tuple(donors), base).tensors(),
-        "gram": {"": family.measurements.gram(NAME, tuple(donors), base)},
-        "gram of rows": {"": family.measurements.gram(NAME, tuple(donors), None, dim=-1)},
+        "magnitudes": model_set.measurements.magnitudes(NAME, donors[0], base).tensors(),
+        "variances": model_set.measurements.variances(NAME, tuple(donors), base).tensors(),
+        "gram": {"": model_set.measurements.gram(NAME, tuple(donors), base)},
+        "gram of rows": {"": model_set.measurements.gram(NAME, tuple(donors), None, dim=-1)},
     }
 
 
@@ -70,7 +68,7 @@ def assert_same(one, other):
         assert all(torch.equal(tensor, other[kind][name]) for name, tensor in tensors.items())
 
 
-def test_second_family_measures_nothing(models, folder, monkeypatch):
+def test_second_model_set_measures_nothing(models, folder, monkeypatch):
     first = measured(models)
     assert len(files(folder)) == 4
     assert all(file.suffix == ".safetensors" for file in files(folder))
@@ -81,13 +79,13 @@ def test_second_family_measures_nothing(models, folder, monkeypatch):
 
 
 def test_each_statistic_has_its_own_file(models, folder):
-    family = ModelSet.open(models)
+    model_set = ModelSet.open(models)
     base, one, other = models
-    family.measurements.magnitudes(NAME, one, base)
-    family.measurements.magnitudes(NAME, other, base)
-    family.measurements.gram(NAME, (one, other), base)
-    family.measurements.gram(NAME, (other, one), base)
-    family.measurements.gram(NAME, (one, other, base), None)
+    model_set.measurements.magnitudes(NAME, one, base)
+    model_set.measurements.magnitudes(NAME, other, base)
+    model_set.measurements.gram(NAME, (one, other), base)
+    model_set.measurements.gram(NAME, (other, one), base)
+    model_set.measurements.gram(NAME, (one, other, base), None)
     assert len(files(folder)) == 5
 
 
@@ -95,23 +93,23 @@ def test_what_is_as_large_as_the_weights_is_kept_for_studies_alone(models, folde
     base, donor, _ = models
     delta = ModelSet.open(models).read(donor, NAME) - ModelSet.open(models).read(base, NAME)
     order = delta.abs().argsort(dim=1, stable=True).argsort(dim=1)
-    page = TensorPack({NAME: tuple(delta.shape)})
+    pack = TensorPack({NAME: tuple(delta.shape)})
     kinds = ("rank_share", "salience_mask")
-    first = [ModelSet.open(models).measurements.elementwise(k, page, donor, base) for k in kinds]
+    first = [ModelSet.open(models).measurements.elementwise(k, pack, donor, base) for k in kinds]
     assert not files(folder)
     study = ModelSet.open(models, candidates=2).measurements
     for kind, once in zip(kinds, first, strict=True):
-        assert torch.equal(study.elementwise(kind, page, donor, base), once)
+        assert torch.equal(study.elementwise(kind, pack, donor, base), once)
     assert len(files(folder)) == 2
     monkeypatch.setattr("merge_engine.models.measurements.row_ranks", forbidden)
     study = ModelSet.open(models, candidates=2).measurements
-    again = study.elementwise("rank_share", page, donor, base)
+    again = study.elementwise("rank_share", pack, donor, base)
     assert torch.equal(again, (order / (delta.shape[1] - 1)).half())
 
 
 def test_small_tensors_are_measured_each_time(zoo, folder):
-    family = ModelSet.open([str(zoo / "base"), str(zoo / "a")])
-    family.measurements.magnitudes(NAME, str(zoo / "a"), str(zoo / "base"))
+    model_set = ModelSet.open([str(zoo / "base"), str(zoo / "a")])
+    model_set.measurements.magnitudes(NAME, str(zoo / "a"), str(zoo / "base"))
     assert not files(folder)
 
 
@@ -157,92 +155,48 @@ def test_folder_is_the_users_cache_unless_named(monkeypatch):
     assert default_folder() == Path.home() / ".cache" / "mergesearch"
 
 
-def test_fingerprint_is_that_of_the_weights(models, tmp_path):
-    path = tmp_path / "copy"
-    shutil.copytree(models[1], path)
-    weights = path / "model.safetensors"
-    time = weights.stat().st_mtime_ns
-    assert Checkpoint(str(path)).fingerprint == Checkpoint(models[1]).fingerprint
-    (path / "config.json").write_text(json.dumps({"model_type": "llama"}))
-    assert Checkpoint(str(path)).fingerprint == Checkpoint(models[1]).fingerprint
-
-    tensors = load_file(weights)
-    tensors[NAME] += 1e-3
-    save_file(tensors, weights)
-    os.utime(weights, ns=(time, time))  # the bytes alone differ
-    assert Checkpoint(str(path)).fingerprint != Checkpoint(models[1]).fingerprint
-    changed = Checkpoint(str(path)).fingerprint
-    os.utime(weights, ns=(time + 1, time + 1))
-    assert Checkpoint(str(path)).fingerprint != changed
-
-
-def test_header_counts_where_no_piece_does(models, tmp_path):
-    path = tmp_path / "renamed"
-    shutil.copytree(models[1], path)
-    tensors = load_file(path / "model.safetensors")
-    time = (path / "model.safetensors").stat().st_mtime_ns
-    save_file({NAME.replace("up", "go"): tensors[NAME]}, path / "model.safetensors")
-    os.utime(path / "model.safetensors", ns=(time, time))
-    assert Checkpoint(str(path)).fingerprint != Checkpoint(models[1]).fingerprint
-
-
-def test_adapter_is_part_of_the_fingerprint(models, tmp_path):
-    path = tmp_path / "adapter"
-    path.mkdir()
-    key = "base_model.model." + NAME.removesuffix(".weight")
-    pair = {f"{key}.lora_A.weight": torch.ones(2, 300), f"{key}.lora_B.weight": torch.ones(300, 2)}
-    save_file(pair, path / "adapter_model.safetensors")
-    seen = {Checkpoint(models[0]).fingerprint}
-    for alpha in (2, 4):
-        (path / "adapter_config.json").write_text(
-            json.dumps({"peft_type": "LORA", "lora_alpha": alpha})
-        )
-        seen.add(open_model(f"{models[0]}+{path}").fingerprint)
-    assert len(seen) == 3
-
-
 # The limit
 
-PLACES = [f"{number:x}" * 40 for number in range(6)]
+DIGESTS = [f"{number:x}" * 40 for number in range(6)]
 
 
 def stored(folder, names, size=1000):
     """Files of the cache of so many bytes, each older than the next."""
-    places = []
+    cached = []
     for age, name in enumerate(reversed(names)):
-        place = folder / name[:2] / f"{name}.safetensors"
-        place.parent.mkdir(parents=True, exist_ok=True)
-        place.write_bytes(bytes(size))
-        os.utime(place, (1e9 - age, 1e9 - age))
-        places.append(place)
-    return places[::-1]
+        file = folder / name[:2] / f"{name}.safetensors"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(bytes(size))
+        os.utime(file, (1e9 - age, 1e9 - age))
+        cached.append(file)
+    return cached[::-1]
 
 
 def test_least_recently_used_files_are_removed_until_the_limit_holds(folder, monkeypatch):
-    places = stored(folder, PLACES)
+    cached = stored(folder, DIGESTS)
     monkeypatch.setenv("MERGESEARCH_CACHE_LIMIT", "3500")
     assert StatisticsCache().trim() == 3500
-    assert [place.exists() for place in places] == [False, False, False, True, True, True]
+    assert [file.exists() for file in cached] == [False, False, False, True, True, True]
     StatisticsCache().trim()
     assert len(files(folder)) == 3
 
 
 def test_hit_makes_a_file_the_last_to_go(folder, monkeypatch):
-    places = stored(folder, PLACES)
-    places[0].unlink()
+    cached = stored(folder, DIGESTS)
+    cached[0].unlink()
     tensor = {"x": torch.ones(3)}
-    save_file(tensor, places[0])
-    os.utime(places[0], (1, 1))
-    assert torch.equal(StatisticsCache().load_or_make(places[0], forbidden)["x"], tensor["x"])
+    save_file(tensor, cached[0])
+    os.utime(cached[0], (1, 1))
+    assert torch.equal(StatisticsCache().load_or_make(cached[0], forbidden)["x"], tensor["x"])
     monkeypatch.setenv("MERGESEARCH_CACHE_LIMIT", "100")
     StatisticsCache().trim()
-    assert files(folder) == [places[0]]
+    assert files(folder) == [cached[0]]
 
 
 def test_nothing_but_the_caches_own_files_is_counted_or_removed(folder, monkeypatch):
-    (place,) = stored(folder, PLACES[:1])
-    left = place.with_name(f"{place.name}.x1y2.partial")  # of a process that was killed
-    place.rename(left)
+    (file,) = stored(folder, DIGESTS[:1])
+    left = file.with_name(f"{file.name}.x1y2.partial")  # of a process that was killed
+    file.rename(left)
     others = [folder / "notes.txt", folder / "00" / "model.safetensors"]
     for other in others:
         other.write_bytes(bytes(5000))
@@ -258,7 +212,9 @@ def test_nothing_but_the_caches_own_files_is_counted_or_removed(folder, monkeypa
     ("free", "held", "expected"),
     [(10**13, 0, 20 << 30), (10**9, 10**9, 2 * 10**8), (0, 0, 0), (0, 10**9, 10**8)],
 )
-def test_limit_is_a_tenth_of_the_room_and_20_gib_at_most(folder, monkeypatch, free, held, expected):
+def test_limit_is_a_tenth_of_the_space_and_20_gib_at_most(
+    folder, monkeypatch, free, held, expected
+):
     usage = shutil.disk_usage("/")._replace(free=free)
     monkeypatch.setattr(shutil, "disk_usage", lambda _folder: usage)
     assert StatisticsCache().limit(held) == expected
@@ -280,13 +236,13 @@ def test_folder_is_measured_at_first_and_once_in_a_64th_of_the_limit(folder, mon
     )
     tensor = {"x": torch.zeros(1000, dtype=torch.uint8)}
     digests = [f"{number:040x}" for number in range(30)]
-    places = [folder / digest[:2] / f"{digest}.safetensors" for digest in digests]
-    StatisticsCache().load_or_make(places[0], lambda: tensor)
-    size = places[0].stat().st_size
+    cached = [folder / digest[:2] / f"{digest}.safetensors" for digest in digests]
+    StatisticsCache().load_or_make(cached[0], lambda: tensor)
+    size = cached[0].stat().st_size
     monkeypatch.setenv("MERGESEARCH_CACHE_LIMIT", str(10 * size * CHECKS))
     cache = StatisticsCache()
-    for place in places[1:]:
-        cache.load_or_make(place, lambda: tensor)
+    for file in cached[1:]:
+        cache.load_or_make(file, lambda: tensor)
     assert measured_at == [1, 2, 12, 22]
 
 
@@ -306,8 +262,8 @@ def test_statistics_stay_within_the_limit_and_are_right_without_their_files(
 
 
 def test_files_that_others_remove_meanwhile_are_no_error(folder, monkeypatch):
-    places = stored(folder, PLACES)
-    stat, gone = Path.stat, set(places[:2])
+    cached = stored(folder, DIGESTS)
+    stat, gone = Path.stat, set(cached[:2])
 
     def raced(path, **options):
         if path in gone:
@@ -318,4 +274,4 @@ def test_files_that_others_remove_meanwhile_are_no_error(folder, monkeypatch):
     monkeypatch.setattr(Path, "stat", raced)
     monkeypatch.setenv("MERGESEARCH_CACHE_LIMIT", "2000")
     StatisticsCache().trim()
-    assert sorted(files(folder)) == sorted(places[4:])
+    assert sorted(files(folder)) == sorted(cached[4:])

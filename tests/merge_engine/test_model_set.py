@@ -1,0 +1,31 @@
+"""Models that fit one another: layers, depths, and what does not fit."""
+
+import pytest
+
+from merge_engine.errors import MergeError
+from merge_engine.models.model_set import ModelSet
+from merge_engine.models.tensor_names import layer_position
+
+
+def test_layers_and_depth_come_from_names(zoo):
+    model_set = ModelSet.open([str(zoo / "base"), str(zoo / "a")])
+    assert model_set.layer_filters == ("layers.0.", "layers.1.", "layers.2.")
+    assert [model_set.depth(f"model.layers.{i}.mlp.up_proj.weight") for i in range(3)] == [
+        0,
+        0.5,
+        1,
+    ]
+    assert model_set.depth("model.norm.weight") == 0.0
+    assert layer_position("transformer.h.11.attn.weight") == ("transformer.h.", 11, "attn.weight")
+
+
+def test_other_shapes_are_refused_by_name(zoo, make_model, tmp_path):
+    other = make_model(tmp_path / "wide", seed=0, intermediate_size=96)
+    with pytest.raises(MergeError, match=r"differ in the shape of 'model.layers.0.mlp.down_proj"):
+        ModelSet.open([str(zoo / "base"), str(other)])
+
+
+def test_other_architectures_are_refused_by_name(zoo, make_model, tmp_path):
+    other = make_model(tmp_path / "deep", seed=0, num_hidden_layers=4)
+    with pytest.raises(MergeError, match=r"only '.*deep' has 'model.layers.3.input_layernorm"):
+        ModelSet.open([str(zoo / "base"), str(other)])
