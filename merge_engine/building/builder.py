@@ -88,7 +88,7 @@ def _of_owners(recipe: Recipe, name: str, owners: Mapping[str, str]) -> Recipe:
 
 
 def _too_few(recipe: Recipe) -> bool:
-    """Whether fewer models are left than the method takes."""
+    """Return whether fewer models are left than the method takes."""
     count = len(recipe.donors) + (recipe.method.base is Base.ENDPOINT and recipe.base is not None)
     return count < recipe.method.donors[0]
 

@@ -45,12 +45,12 @@ Reader = Callable[[str], Tensor]  # from a name, of a model or of a tensor, to a
 
 
 def is_hub_id(model: str) -> bool:
-    """Whether a string has the form ``org/name`` or ``org/name@revision``."""
+    """Return whether a string has the form ``org/name`` or ``org/name@revision``."""
     return re.fullmatch(r"[\w.-]+/[\w.-]+(@[\w./-]+)?", model) is not None
 
 
 def is_local(model: str) -> bool:
-    """Whether a model, or a model and its adapter, can be read without a download."""
+    """Return whether a model, or a model and its adapter, can be read without a download."""
     if Path(model).expanduser().is_dir():
         return True
     if "+" in model:
@@ -176,7 +176,7 @@ class Checkpoint:
         return {name: info for name, info in sorted(found.items()) if self._is_own(name)}
 
     def _is_own(self, name: str) -> bool:
-        """Whether a stored tensor is part of the model."""
+        """Return whether a stored tensor is part of the model."""
         tied = self.config.get("tie_word_embeddings", False)
         return not name.endswith(_RECOMPUTED) and not (tied and name == "lm_head.weight")
 
@@ -200,7 +200,7 @@ class Checkpoint:
         return fingerprint(self._files(), dated=False)
 
     def must_have(self, name: str) -> bool:
-        """Whether the model is incomplete without a tensor.
+        """Return whether the model is incomplete without a tensor.
 
         It is not without a bias, a head, or a kind of tensor that none of its layers has.
         """

@@ -99,7 +99,7 @@ class Adapter:
         return self.folder / "adapter_model.safetensors"
 
     def changes(self, name: str) -> bool:
-        """Whether the adapter changes a tensor of its base."""
+        """Return whether the adapter changes a tensor of its base."""
         return name in self.updates or name in self.replaced
 
     def apply(self, name: str, weight: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""What a tensor's name tells: its layer, or whether it is an embedding or a head."""
+"""Parse tensor names: the layer, or whether it is an embedding or a head."""
 
 from __future__ import annotations
 
@@ -41,17 +41,17 @@ def depth_in(layer: int, count: int) -> float:
 
 
 def is_before_layers(name: str) -> bool:
-    """Whether a tensor outside the layers is an input embedding, and not applied after them."""
+    """Return whether a tensor outside the layers is applied before them, as embeddings are."""
     return bool(_INPUT_SIDE.search(name))
 
 
 def is_head_weight(name: str) -> bool:
-    """Whether a tensor is the weight of the output head."""
+    """Return whether a tensor is the weight of the output head."""
     return bool(_HEAD.search(name)) and name.endswith("weight")
 
 
 def is_vocabulary(name: str) -> bool:
-    """Whether a tensor has one row for each token."""
+    """Return whether a tensor has one row for each token."""
     return bool(_HEAD.search(name) or _INPUT_EMBEDDING.search(name))
 
 

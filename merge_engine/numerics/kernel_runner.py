@@ -35,7 +35,7 @@ _OPTIONS: dict[str, str | int | bool | Callable[..., Any]] = {
 
 
 def compiling_pays(parameters: int, candidates: int) -> bool:
-    """Whether that many candidates of that many parameters should be merged by compiled kernels."""
+    """Return whether compiling is faster for that many candidates of that many parameters."""
     can = torch.cuda.is_available() or shutil.which("g++") is not None
     return can and parameters * candidates >= PAYS
 

@@ -81,7 +81,7 @@ def salient(base: Tensor, donor: Tensor) -> Tensor:
 
 
 def all_finite(tensor: Tensor) -> bool:
-    """Whether a tensor has neither NaN nor Inf: one pass, no temporary of the tensor's size."""
+    """Return whether a tensor has neither NaN nor Inf, without a temporary of its size."""
     if not tensor.numel() or not tensor.dtype.is_floating_point:
         return True
     low, high = tensor.detach().aminmax()  # a NaN is both
