@@ -170,7 +170,7 @@ def test_what_a_config_lists_for_each_layer_is_stacked_too(names, tmp_path, make
     kinds = ["sliding_attention", "full_attention", "full_attention"]
     (model / "config.json").write_text(json.dumps(config | {"layer_types": kinds}))
     mapping = passthrough_stack({**dict.fromkeys("abc", str(model))})
-    config = plan_merge(parse_recipe(mapping, "r")[0]).config
+    config = plan_merge(parse_recipe(mapping, "r")[0]).files.config
     assert config["layer_types"] == [*kinds[:2], *kinds[1:], *kinds[1:]]
 
 
