@@ -1,21 +1,23 @@
-"""What libraries print: kept from the user, but for the warnings of our own modules."""
+"""What is set once per process: environment variables, warnings and what libraries print."""
 
 from __future__ import annotations
 
 import logging
 import os
+import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Final
 
 OWN: Final = ("merge_engine", "objectives", "search")
-_THREADS: Final = {  # that do not spin while they wait
+# Read by libraries when they are imported; what the user has set stays.
+THREADS: Final = {  # that do not spin while they wait
     "OMP_WAIT_POLICY": "PASSIVE",
     "GOMP_SPINCOUNT": "0",
     "TOKENIZERS_PARALLELISM": "false",
 }
-_SILENT: Final = {
+SILENT: Final = {
     "DATASETS_VERBOSITY": "critical",
     "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
@@ -26,39 +28,58 @@ _SILENT: Final = {
 
 
 class _Notes(logging.Handler):
-    """Hands on each warning once."""
+    """Passes each warning on once."""
 
     def __init__(self, note: Callable[[str], None]) -> None:
         super().__init__(logging.WARNING)
-        self._note, self._said = note, set[str]()
+        self._note, self._noted = note, set[str]()
 
     def emit(self, record: logging.LogRecord) -> None:
         text = record.getMessage()
-        if text not in self._said:
-            self._said.add(text)
+        if text not in self._noted:
+            self._noted.add(text)
             self._note(text)
 
 
 @contextmanager
-def quiet(note: Callable[[str], None], *, verbose: bool = False) -> Iterator[None]:
-    """Keep libraries quiet, best before they are imported.
+def quiet_libraries(note: Callable[[str], None], *, verbose: bool = False) -> Iterator[None]:
+    """Keep libraries quiet, best before they are imported; everything is set back afterwards.
 
     Args:
-        note: Is told what our own modules warn of.
-        verbose: Let libraries speak.
+        note: Receives the warnings of our own packages.
+        verbose: Let libraries print.
     """
-    for name, value in (_THREADS if verbose else _THREADS | _SILENT).items():
-        os.environ.setdefault(name, value)
+    with _environment(THREADS if verbose else THREADS | SILENT), warnings.catch_warnings():
+        if not verbose:
+            warnings.simplefilter("ignore")
+            if "transformers" in sys.modules:  # imported before the environment was set
+                from transformers.utils import logging as transformers_logging
+
+                transformers_logging.disable_progress_bar()
+        with _handlers(note, verbose=verbose):
+            yield
+
+
+@contextmanager
+def _environment(wanted: dict[str, str]) -> Iterator[None]:
+    added = {name: value for name, value in wanted.items() if name not in os.environ}
+    os.environ.update(added)
+    try:
+        yield
+    finally:
+        for name in added:
+            os.environ.pop(name, None)
+
+
+@contextmanager
+def _handlers(note: Callable[[str], None], *, verbose: bool) -> Iterator[None]:
     handlers: list[tuple[str | None, logging.Handler]] = [(name, _Notes(note)) for name in OWN]
     if not verbose:
         handlers.append((None, logging.NullHandler()))  # else the root's prints on stderr
     for logger, handler in handlers:
         logging.getLogger(logger).addHandler(handler)
     try:
-        with warnings.catch_warnings():
-            if not verbose:
-                warnings.simplefilter("ignore")
-            yield
+        yield
     finally:
         for logger, handler in handlers:
             logging.getLogger(logger).removeHandler(handler)

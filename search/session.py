@@ -1,20 +1,17 @@
-"""A session of a run: all that is checked before it, the work, and what is written at its end.
-
-What takes long to import is imported when all has been checked that can be checked without it.
-"""
+"""A session of a run: its folder held, everything checked, the work done, its results written."""
 
 from __future__ import annotations
 
 import shutil
 import signal
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Any, Final
+from typing import Final
 
 import torch
 
@@ -22,9 +19,18 @@ from merge_engine.errors import MergeError
 from merge_engine.recipe.recipe import Recipe
 from merge_engine.recipe.recipe_file import load_recipe
 from objectives.base import ObjectiveError
+from search.options import SessionOptions
 from search.preparing.context import StudyContext, load, load_outline, plan_study
 from search.preparing.cost import describe_cost
 from search.preparing.models import Hardware
+from search.running.conclusion import conclude
+from search.running.events import Output
+from search.running.ray_workers import Cluster, RayWorkers, import_ray
+from search.running.run import Run
+from search.running.sampling import FILE, ITEMS, Sample, Samples, of_items, read_samples
+from search.running.workers import FAILURES, LocalWorker, Workers
+from search.showing.card import model_card
+from search.showing.report import make_report
 from search.storing.folder import (
     CARD,
     check_folder,
@@ -34,24 +40,19 @@ from search.storing.folder import (
     replace_text,
     set_aside,
 )
+from search.storing.result import Result
+from search.storing.resume import check_run
+from search.storing.store import DATABASE_ERRORS, Storage, Store
 from search.study.spec import StudyError, StudySpec
 
-if TYPE_CHECKING:
-    from merge_engine.models.memory_plan import MemoryPlan
-    from search.running.events import Output
-    from search.running.run import Run
-    from search.running.sampling import Sample
-    from search.running.workers import Workers
-    from search.storing.result import Result
-
-DRAW_EVERY: Final = 30.0  # seconds, to draw a run's page
-BELIEVE_EVERY: Final = 1.0  # and to say what is believed
-DRAW_SHARE: Final = 0.05  # of its time, for each of them
+REPORT_EVERY: Final = 30.0  # seconds between two drawings of a run's page
+BEST_EVERY: Final = 1.0  # seconds between two announcements of the best trial
+SHOWING_SHARE: Final = 0.05  # of a run's time, for each of them
 
 
 @contextmanager
-def about(file: Path) -> Iterator[None]:
-    """Begin what is wrong with what a study or a recipe says with its name, wherever it shows."""
+def errors_name(file: Path) -> Iterator[None]:
+    """Prefix errors about a study or a recipe that are raised inside with the file's name."""
     try:
         yield
     except (MergeError, ObjectiveError, StudyError) as error:
@@ -60,18 +61,18 @@ def about(file: Path) -> Iterator[None]:
         raise type(error)(f"{file}: {error}") from error
 
 
-def device_of(options: Any) -> str:
-    """The device that is named, else the first GPU if there is one.
+def choose_device(device: str | None, *, elsewhere: bool = False) -> str:
+    """Return the device that is named, else the first GPU if there is one, else the CPU.
+
+    Args:
+        device: Of torch's names, or "auto" for all GPUs; None: not named.
+        elsewhere: It may be on other machines, so that it need not be here.
 
     Raises:
-        StudyError: It is not there.
+        StudyError: It is not here.
     """
-    if not options.verbose and "transformers" in sys.modules:  # imported before it was told
-        from transformers.utils import logging
-
-        logging.disable_progress_bar()
-    device: str = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if getattr(options, "workers", None) is None:  # theirs may be on other machines
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if not elsewhere:
         try:
             torch.empty(0, device="cuda" if device == "auto" else device)
         except (AssertionError, RuntimeError) as error:
@@ -82,62 +83,100 @@ def device_of(options: Any) -> str:
     return device
 
 
-def work_on(
-    spec: StudySpec,
-    folder: Path,
-    options: Any,
-    output: Output,
-    work: Callable[[Run], None],
-) -> None:
-    """Do ``work`` with a run, holding its folder.
+@dataclass(frozen=True)
+class Session:
+    """One process's work on a run.
 
-    Raises:
-        StudyError, RecipeError, ObjectiveError: Before anything is written, if it cannot be done.
+    Attributes:
+        spec: The study.
+        folder: The run folder.
+        options: Database, hardware and workers.
+        output: Receives every event.
+        source: File or folder that errors about the study name.
+        searches: Recipes are searched: the cost is announced.
     """
-    new = getattr(options, "force_new", False)
-    if new:
-        check_folder(folder)
-    else:
-        check_run_folder(folder)
-    if options.storage or has_run(folder):
-        _check_storage(spec, folder, options.storage, new=new)
-    # It checks everything, and nothing is written before.
-    bench, workers = _crew(spec, getattr(options, "study", folder), options, output.plan)
-    from search.running.run import Run
-    from search.storing.store import Storage, Store
 
-    try:
-        if not folder.exists():  # no folder is made for donors that no recipe could be built of
-            workers.look_through()
-        with locked(folder):
-            if new:
-                set_aside(folder)
-            storage = Storage.of(folder, options.storage)
-            store = Store(storage, output.note)
-            storage.remember(folder)
-            shown = (_throttled(_believe, BELIEVE_EVERY), _throttled(_draw, DRAW_EVERY))
-            store.persist(lambda: _attempt(Run(folder, bench, workers, output, store, shown), work))
-    finally:
-        workers.close()
+    spec: StudySpec
+    folder: Path
+    options: SessionOptions
+    output: Output
+    source: Path
+    searches: bool = False
 
+    def hold(self, work: Callable[[Run], None]) -> None:
+        """Check everything, then do ``work`` with the run while its folder is locked.
 
-def _check_storage(spec: StudySpec, folder: Path, url: str | None, *, new: bool) -> None:
-    """Refuse a database that does not let us in, or that has another study for this folder."""
-    from search.storing.resume import check_run
-    from search.storing.store import Storage
+        Raises:
+            StudyError, MergeError, ObjectiveError: It cannot be done. Nothing has been written if
+                that shows before ``work`` begins.
+        """
+        folder, url, new = self.folder, self.options.storage, self.options.force_new
+        if new:
+            check_folder(folder)
+        else:
+            check_run_folder(folder)
+        if url or has_run(folder):
+            self._check_storage()
+        context, workers = self._prepare()
+        try:
+            if not folder.exists():  # no folder is made for donors with NaN or Inf
+                workers.look_through()
+            with locked(folder):
+                if new:
+                    set_aside(folder)
+                storage = Storage.of(folder, url)
+                store = Store(storage, self.output.note)
+                storage.remember(folder)
+                shows = (
+                    _throttled(_announce_best, BEST_EVERY),
+                    _throttled(draw_report, REPORT_EVERY),
+                )
+                store.persist(
+                    lambda: _attempt(Run(folder, context, workers, self.output, store, shows), work)
+                )
+        finally:
+            workers.close()
 
-    storage = Storage.of(folder, url, new=new)
-    storage.check()
-    if not new:
-        check_run(folder, spec, storage)
+    def _check_storage(self) -> None:
+        """Refuse a database that cannot be opened, or that has another study for this folder."""
+        new = self.options.force_new
+        storage = Storage.of(self.folder, self.options.storage, new=new)
+        storage.check()
+        if not new:
+            check_run(self.folder, self.spec, storage)
+
+    def _prepare(self) -> tuple[StudyContext, Workers]:
+        """Return the coordinator's context, and its workers: this process, or Ray's."""
+        options, say = self.options, self.output.plan
+        device = choose_device(options.device, elsewhere=options.workers is not None)
+        hardware = Hardware(device, options.memory, options.compiled)
+        if options.workers is not None:
+            import_ray()  # where it is missing, that is said before anything is prepared
+        with errors_name(self.source):
+            plan = plan_study(self.spec, compiled=options.compiled)
+            if options.workers is None:
+                context = load(plan, hardware, say)
+            else:
+                outline = load_outline(plan)
+        if self.searches:
+            say(describe_cost(plan))
+        if options.workers is None:
+            return context, LocalWorker(context)
+        cluster = Cluster(options.ray_address, options.verbose)
+        return outline, RayWorkers(
+            self.spec,
+            hardware,
+            count=options.workers,
+            gpus=options.gpus_per_worker,
+            cluster=cluster,
+            say=say,
+        )
 
 
 def _attempt(run: Run, work: Callable[[Run], None]) -> None:
-    from search.storing.store import DATABASE_ERRORS
-
     try:
         run.bind_to_store()
-        with _stopping(run):
+        with _interruptible(run):
             work(run)
     except DATABASE_ERRORS:
         run.evaluator.abandon()
@@ -146,40 +185,9 @@ def _attempt(run: Run, work: Callable[[Run], None]) -> None:
         run.output.stop()
 
 
-def _crew(
-    spec: StudySpec, file: Path, options: Any, say: Callable[[str | MemoryPlan], None]
-) -> tuple[StudyContext, Workers]:
-    """The coordinator's bench, and who works for it: this process, or as many as were asked for.
-
-    What is wrong with the study is said with ``file``.
-    """
-    machine = Hardware(device_of(options), options.memory, not options.no_compile)
-    searching = "trials" in vars(options)
-    if options.workers is None:
-        with about(file):
-            plan = plan_study(spec, compiled=machine.compiled)
-            bench = load(plan, machine, say)
-        from search.running.workers import LocalWorker
-
-        if searching:
-            say(describe_cost(plan))
-        return bench, LocalWorker(bench)
-    from search.running.ray_workers import Cluster, RayWorkers, import_ray
-
-    import_ray()  # before anything is prepared
-    with about(file):
-        plan = plan_study(spec)
-        outlined = load_outline(plan)
-    if searching:
-        say(describe_cost(plan))
-    count, gpus = options.workers, options.gpus_per_worker
-    cluster = Cluster(options.ray_address, options.verbose)
-    return outlined, RayWorkers(spec, machine, count=count, gpus=gpus, cluster=cluster, say=say)
-
-
 @contextmanager
-def _stopping(run: Run) -> Iterator[None]:
-    """Have Ctrl-C end the work with the blocks that are asked now, and a second one at once."""
+def _interruptible(run: Run) -> Iterator[None]:
+    """Have Ctrl-C end the work after the blocks that are evaluated now, a second one at once."""
 
     def stop(number: int, frame: FrameType | None) -> None:
         signal.signal(signal.SIGINT, before)
@@ -198,28 +206,33 @@ def _stopping(run: Run) -> Iterator[None]:
 
 
 def finish(run: Run, timeout: float) -> None:
-    """Search, choose, export, report: each step finds what an earlier session has done."""
-    from search.running.conclusion import conclude
-    from search.showing.card import model_card
+    """Search, select, test, export and report; each step resumes what an earlier session has done.
 
+    Args:
+        run: The run.
+        timeout: Of the search, in seconds.
+    """
     run.search(timeout)
     result, recipe = conclude(run)
     replace_text(run.folder / "recipe.yaml", recipe.to_yaml())
     checkpoint = run.folder / "checkpoint"
     card = model_card(run.folder.name, run.spec, recipe, result)
-    if holds(checkpoint, recipe):
+    if is_export_of(checkpoint, recipe):
         replace_text(checkpoint / CARD, card)
     else:
         shutil.rmtree(checkpoint, ignore_errors=True)
         save_checkpoint(run, recipe, checkpoint, card)
     replace_text(run.folder / "result.json", result.model_dump_json(indent=2) + "\n")
-    _sample_items(run, result)
-    _draw(run)
+    _sample_test_items(run, result)
+    draw_report(run)
     run.output.result(result, run.folder)
 
 
 def _throttled(work: Callable[[Run], None], every: float) -> Callable[[Run], None]:
-    """Return the same work, left out where it was done a short time ago."""
+    """Return ``work``, left out where it ended less than ``every`` seconds ago.
+
+    It is left out for longer where it would take more than ``SHOWING_SHARE`` of the time.
+    """
     due = time.monotonic() + every
 
     def do(run: Run) -> None:
@@ -227,47 +240,40 @@ def _throttled(work: Callable[[Run], None], every: float) -> Callable[[Run], Non
         if (start := time.monotonic()) >= due:
             work(run)
             end = time.monotonic()
-            due = end + max(every, (end - start) / DRAW_SHARE)
+            due = end + max(every, (end - start) / SHOWING_SHARE)
 
     return do
 
 
-def _believe(run: Run) -> None:
-    """Say which trial is believed to be best so far. Being for show, it stops no run."""
+def _announce_best(run: Run) -> None:
+    """Announce the trial with the best posterior mean; a failure of this stops no run."""
     with suppress(Exception):
         candidates, posterior = run.posterior()
         best = posterior.ranked([one.trial.violation for one in candidates])[0]
         run.output.believes(candidates[best].trial, float(posterior.means[best]))
 
 
-def _sample_items(run: Run, result: Result) -> None:
-    """Keep the words of a few items that were gained and lost, if there are none so far."""
-    from search.running.sampling import ITEMS, of_items, read_samples
-    from search.running.workers import FAILURES
-
+def _sample_test_items(run: Run, result: Result) -> None:
+    """Store the responses to a few test items gained and lost, if there are none so far."""
     if read_samples(run.folder, result):
         return
-    run.output.stage("asking for the words of some items gained and lost")
+    run.output.stage("generating the responses to some items gained and lost")
     try:
-        keep(run, result, of_items(run, result, ITEMS))
+        store_samples(run, result, of_items(run, result, ITEMS))
     except FAILURES as error:
-        run.output.note(f"what they write is not shown: {error}")
+        run.output.note(f"responses are not shown: {error}")
 
 
-def keep(run: Run, result: Result, samples: Sequence[Sample]) -> None:
-    """Keep prompts, or items, in place of those before."""
-    from search.running.sampling import FILE, Samples, read_samples
-
+def store_samples(run: Run, result: Result, samples: Sequence[Sample]) -> None:
+    """Store responses to prompts, or to items, in place of those stored before."""
     kinds = {sample.task is None for sample in samples}
     others = [one for one in read_samples(run.folder, result) if (one.task is None) not in kinds]
     kept = Samples(trial=result.winner.trial, samples=[*others, *samples])
     replace_text(run.folder / FILE, kept.model_dump_json(indent=2) + "\n")
 
 
-def _draw(run: Run) -> None:
-    """Write the run's page. That it cannot be drawn is no reason to stop a run."""
-    from search.showing.report import make_report
-
+def draw_report(run: Run) -> None:
+    """Write the run's page; a failure of this stops no run."""
     try:
         page = make_report(run.folder, run.store)
         replace_text(run.folder / "report.html", page)
@@ -275,8 +281,8 @@ def _draw(run: Run) -> None:
         run.output.note(f"there is no report.html: {error}")
 
 
-def holds(checkpoint: Path, recipe: Recipe) -> bool:
-    """Whether a folder has what the recipe makes."""
+def is_export_of(checkpoint: Path, recipe: Recipe) -> bool:
+    """Return whether a folder holds the checkpoint of this recipe."""
     file = checkpoint / "mergekit_config.yml"
     return file.is_file() and load_recipe(file)[0].key == recipe.key
 

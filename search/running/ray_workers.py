@@ -23,7 +23,7 @@ from objectives.base import ItemResult, Response
 from objectives.entries import PromptEntry
 from search.preparing.context import load, plan_study
 from search.preparing.models import Hardware
-from search.process import quiet
+from search.process import quiet_libraries
 from search.running.workers import FAILURES, EvalJob, EvalReply, ExportCheck, Worker, WorkerDied
 from search.study.spec import StudyError, StudySpec
 
@@ -54,7 +54,7 @@ class _Actor:
     def __init__(self) -> None:
         self._notes: list[str] = []
         self._heard = ExitStack()  # for the whole process
-        self._heard.enter_context(quiet(self._notes.append, verbose=True))
+        self._heard.enter_context(quiet_libraries(self._notes.append, verbose=True))
 
     def node(self) -> str:
         """The machine it is on."""

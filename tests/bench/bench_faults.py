@@ -25,7 +25,8 @@ from rich.console import Console
 from landscape import Items, Landscape, planted
 from objectives.base import Item, ItemResult, ItemSnapshot
 from objectives.items import SPLITS, Splits
-from search.cli import DEMO, main
+from search.arguments import DEMO
+from search.cli import main
 from search.preparing.context import StudyContext, load_outline, plan_study
 from search.preparing.models import Hardware
 from search.proposing.recipes import to_recipe

@@ -12,7 +12,8 @@ import torch
 import yaml
 from transformers import AutoModelForCausalLM
 
-from search.cli import COMMANDS, main
+from search.arguments import COMMANDS
+from search.cli import main
 
 
 @pytest.fixture

@@ -3,12 +3,12 @@
 import logging
 import warnings
 
-from search.process import quiet
+from search.process import quiet_libraries
 
 
 def test_own_warnings_are_notes_once_and_those_of_others_are_nothing(capfd):
     notes = []
-    with quiet(notes.append):
+    with quiet_libraries(notes.append):
         for _ in range(2):
             logging.getLogger("objectives.inference.fast_hflm").warning("halved to %d", 4)
             logging.getLogger("lm_eval.tasks").warning("defaulting to acc")
@@ -23,6 +23,6 @@ def test_what_was_set_is_set_back():
         return [list(logging.getLogger(name).handlers) for name in names], warnings.filters[:]
 
     before = settings()
-    with quiet(print):
+    with quiet_libraries(print):
         assert settings() != before
     assert settings() == before
