@@ -1,6 +1,6 @@
 """METHODS, the table of merge methods. A new method is one pure function and one row.
 
-The YAML checks, the search space, the page README.md and the contract tests read this table.
+The YAML checks, the search space, README.md and the contract tests read this table.
 ``contract`` has its types; ``linear`` the weighted sums; ``task_vectors`` the kernels that sparsify
 task vectors; ``comparing`` those that compare models element by element; ``preparation`` computes
 kernels' values from parameters and statistics of whole task vectors.

@@ -21,7 +21,7 @@ UNBOUNDED: Final[Mapping[str, float]] = MappingProxyType({"high": math.inf, "hig
 
 
 def ties(parameters: Parameters, deltas: TaskVectors) -> KernelValues:
-    """Keep the ``max(1, int(density * numel))`` elements of largest magnitude."""
+    """Return bounds that keep the ``max(1, int(density * numel))`` largest magnitudes."""
     settings = zip(deltas, parameters.per_donor["density"], strict=True)
     bands = [_largest(delta, density) for delta, density in settings]
     return _elected(parameters, _banded(parameters, bands))
@@ -36,15 +36,15 @@ def _largest(delta: TaskVector, density: float) -> Band:
 
 
 def breadcrumbs_ties(parameters: Parameters, deltas: TaskVectors) -> KernelValues:
-    """Drop the ``int(gamma * numel)`` largest elements and keep the ``int(density * numel)`` next.
+    """Return bounds that drop the ``int(gamma * numel)`` largest magnitudes.
 
-    Fewer of the largest are dropped where the rest would be too few.
+    The next ``int(density * numel)`` are kept; fewer are dropped where too few would be left.
     """
     return _elected(parameters, _trimmed(parameters, deltas))
 
 
 def breadcrumbs(parameters: Parameters, deltas: TaskVectors) -> KernelValues:
-    """Keep what ``breadcrumbs_ties`` keeps, for a plain sum."""
+    """Return the bounds of ``breadcrumbs_ties``, for a plain sum."""
     return _summed(parameters, _trimmed(parameters, deltas))
 
 

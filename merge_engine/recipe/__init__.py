@@ -1,1 +1,1 @@
-"""mergekit's YAML, both ways, and the value of each parameter for each tensor."""
+"""Recipes: the model, mergekit's YAML read and written, parameters' values by tensor."""

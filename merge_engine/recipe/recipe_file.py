@@ -1,4 +1,4 @@
-"""Recipe files: mergekit's YAML into a checked ``Recipe``, with notes for the user.
+"""Read recipes from mergekit's YAML: check them, and note for the user what is special.
 
 mergekit silently ignores parameters that the method does not have or that are at the top level
 (as in many published recipes). Here they are applied where they can be, and noted; unknown keys are
@@ -144,6 +144,11 @@ def _entries(mapping: Mapping[str, Any], path: str) -> Iterator[tuple[str, Any, 
 def _vocabulary_entries(
     mapping: Mapping[str, Any], path: str
 ) -> Iterator[tuple[str, Any, type[BaseModel]]]:
+    """Yield the mappings under ``tokenizer`` as ``_entries`` does.
+
+    Raises:
+        MergeError: It is no mapping, or ``tokenizer_source`` is given, too.
+    """
     if (raw := mapping.get("tokenizer")) is None:
         return
     if mapping.get("tokenizer_source") is not None:
@@ -217,6 +222,7 @@ def _ignored_parameters(recipe: Recipe, path: str, settings: Settings) -> list[s
 
 
 def _check_parts(recipe: Recipe, where: str) -> None:
+    """Refuse parts that cannot be merged, before any model is opened."""
     if len(recipe.modules) > 1:
         # Which tensors a module has is known only to mergekit's architecture files.
         raise MergeError(
@@ -274,5 +280,5 @@ def _check_inputs(recipe: Recipe, where: str) -> None:
         base_counts = method.base is Base.INPUT and base not in (None, *names)
         raise MergeError(
             f"{where}: {recipe.merge_method} takes {wanted} model{'s' * (fewest != 1)}{besides}, "
-            f"got {count}{'; base_model is one of them: leave it out' * base_counts}"
+            f"got {count}{'; base_model counts as one: leave it out' * base_counts}"
         )

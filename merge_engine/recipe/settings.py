@@ -1,7 +1,8 @@
-"""A recipe's settings, and the number each one gives for a tensor.
+"""Settings of a recipe, and the value that each has for a tensor.
 
-A setting is mergekit's: a scalar; a list of scalars (a gradient over depth); ``{filter, value}``
-for the tensors whose name contains ``filter``; or a list of such clauses, the first match winning.
+As in mergekit a setting is a scalar; a list of scalars (a gradient over depth); ``{filter, value}``
+for the tensors whose name contains ``filter``; or a list of such clauses, of which the first that
+matches is used.
 """
 
 from __future__ import annotations
@@ -15,17 +16,17 @@ Raw = object  # as PyYAML gives it
 
 @dataclass(frozen=True)
 class Clause:
-    """Values for the tensors whose name contains ``filter`` (None: every tensor)."""
+    """The values for all tensors whose name contains ``filter``; None: all tensors."""
 
     filter: str | None
-    values: tuple[Scalar, ...]  # one: a constant; several: a gradient over depth
+    values: tuple[Scalar, ...]  # one constant, or a gradient over depth
 
 
 Setting = tuple[Clause, ...]
 
 
 def parse_setting(raw: Raw) -> Setting:
-    """Read a setting as YAML gives it.
+    """Parse a setting, as YAML gives it.
 
     Raises:
         ValueError: ``raw`` is neither a scalar, a gradient, a clause nor a list of clauses.
@@ -39,7 +40,7 @@ def _parse_clause(raw: Raw) -> Clause:
     if not isinstance(raw, dict):
         return Clause(None, _parse_values(raw))
     if "value" not in raw or set(raw) - {"filter", "value"}:
-        raise ValueError(f"{raw!r}: a clause has the keys 'value' and, if wanted, 'filter'")
+        raise ValueError(f"{raw!r}: a clause has the keys 'value' and, optionally, 'filter'")
     name = raw.get("filter")
     return Clause(None if name in (None, "*") else str(name), _parse_values(raw["value"]))
 
@@ -52,7 +53,7 @@ def _parse_values(raw: Raw) -> tuple[Scalar, ...]:
 
 
 def dump_setting(setting: Setting) -> Raw:
-    """The YAML form of a setting, the inverse of ``parse_setting``."""
+    """Return a setting as YAML has it; the inverse of ``parse_setting``."""
     if len(setting) == 1 and setting[0].filter is None:
         return _dump_values(setting[0].values)
     return [
@@ -67,17 +68,17 @@ def _dump_values(values: tuple[Scalar, ...]) -> Raw:
 
 
 def value_at(setting: Setting, name: str, depth: float) -> Scalar | None:
-    """What a setting gives for one tensor.
+    """Return the value of a setting for one tensor.
 
     Args:
-        setting: The clauses, the first match winning.
-        name: The tensor's full name, tested for each clause's filter as a substring.
-        depth: Where the tensor's layer stands, from 0 (first layer, and every tensor outside the
+        setting: The clauses; the first that matches is used.
+        name: The tensor's full name; a clause matches if it contains the clause's filter.
+        depth: Relative depth of the tensor's layer, from 0 (first layer, and tensors outside the
             layers) to 1 (last layer, and the only layer of a slice of one).
 
     Returns:
-        The value; a gradient of numbers is interpolated linearly, one of words or booleans steps.
-        None when no clause matches, so that the next scope is asked.
+        The value: a gradient of numbers is interpolated linearly, one of words or booleans is a
+        step function. None if no clause matches, so that the next outer scope applies.
     """
     for clause in setting:
         if clause.filter is None or clause.filter in name:

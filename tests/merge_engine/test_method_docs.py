@@ -1,4 +1,4 @@
-"""The page about the merge methods says what the table says."""
+"""The README of the merge methods agrees with METHODS."""
 
 import math
 import re
@@ -99,13 +99,13 @@ def test_every_method_has_a_section_and_nothing_else_has():
     assert SECTIONS.keys() == METHODS.keys()
 
 
-def test_overview_is_the_tables():
+def test_overview_agrees_with_the_table():
     ((_, text),) = re.findall(r"^(\| method \|.*\n)((?:\|.*\n)+)", PAGE, re.MULTILINE)
     assert [row[:4] for row in rows(text)] == [overview_row(method) for method in SECTIONS]
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_parameters_are_the_tables(method):
+def test_parameters_agree_with_the_table(method):
     wanted = [HEADER, *parameter_rows(method)] if METHODS[method].params else []
     assert rows(SECTIONS[method]) == wanted
 
@@ -114,13 +114,13 @@ def test_parameters_are_the_tables(method):
 def test_section_names_source_and_code(method):
     row = METHODS[method]
     code = [row.coefficients] if isinstance(row, Linear) else [row.kernel, row.prepare]
-    places = [f"`{f.__module__.split('.')[-1]}.{f.__name__}`" for f in code if f is not None]
-    for part in (f"({row.paper})", *places):
+    names = [f"`{f.__module__.split('.')[-1]}.{f.__name__}`" for f in code if f is not None]
+    for part in (f"({row.paper})", *names):
         assert part in SECTIONS[method]
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_recipe_is_one_of_the_method_and_whole(method):
+def test_example_recipe_is_complete_and_of_the_method(method):
     recipe, notes = recipe_of(method)
     assert recipe.merge_method == method
     assert not notes
@@ -128,5 +128,5 @@ def test_recipe_is_one_of_the_method_and_whole(method):
         part.recipe.values("model.layers.0.mlp.up_proj.weight", 0.0)
 
 
-def test_every_link_within_the_page_leads_somewhere():
+def test_every_link_within_the_page_has_a_target():
     assert set(re.findall(r"\]\(#([\w-]+)\)", PAGE)) <= SECTIONS.keys()

@@ -1,4 +1,4 @@
-"""Every method against mergekit 0.1.5's own kernels, and against what it promises."""
+"""Every method against mergekit 0.1.5's kernels, and against its own properties."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -273,7 +273,7 @@ SORTING = ("ties", "breadcrumbs", "breadcrumbs_ties")
 
 
 def is_ambiguous(ranked: Tensor, kept: int) -> bool:
-    """Which of several equal elements is kept is nobody's promise: compare where it is clear."""
+    """Return whether equal elements are at the bound, of which any may be kept."""
     values = ranked.flatten().sort(descending=True).values
     return 0 < kept < len(values) and bool(values[kept - 1] == values[kept] != 0)
 
@@ -291,8 +291,8 @@ def test_random_method_equals_mergekit_under_its_masks(method, data):
         assume(rows[0].shape[1] > 1)
         assume(not any(has_equals(row) for row in rows))
     noise = [uniform(key_of(0, "x", index), shape) for index in range(len(deltas))]
-    asks = [d < 1 if "dare" in method else 0 < d < 1 for d in density]
-    queue = iter([drawn for drawn, asked in zip(noise, asks, strict=True) if asked])
+    draws = [d < 1 if "dare" in method else 0 < d < 1 for d in density]
+    queue = iter([drawn for drawn, needed in zip(noise, draws, strict=True) if needed])
 
     def bernoulli(chances: Tensor) -> Tensor:
         return (next(queue).reshape(chances.shape) < chances).float()
@@ -336,7 +336,7 @@ def test_copies_of_the_base_merge_to_the_base(method, shape):
 
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("shape", SHAPES)
-def test_copies_of_one_donor_never_merge_to_nonsense(method, shape):
+def test_copies_of_one_donor_merge_to_finite_tensors(method, shape):
     base, donor = make_tensors(2, shape, 0)
     result = plain(method, [base, donor, donor, donor]).merged()
     assert result.shape == shape
@@ -364,7 +364,7 @@ def test_order_of_donors_does_not_matter(method):
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_inputs_stay_as_they_are(method):
+def test_inputs_are_not_changed(method):
     case = plain(method, make_tensors(4, (16, 8), 3))
     before = [tensor.clone() for tensor in case.tensors]
     case.merged()
@@ -372,7 +372,7 @@ def test_inputs_stay_as_they_are(method):
 
 
 @given(size=st.integers(1, 200), density=st.floats(0.001, 1.0), seed=st.integers(0, 99))
-def test_ties_keeps_the_share_it_is_asked_for(size, density, seed):
+def test_ties_keeps_the_density(size, density, seed):
     base, donor = make_tensors(2, (size,), seed)
     result = case_of("ties", [donor], base, weight=[1.0], density=[density]).merged()
     changed = int((result != base).sum())
@@ -386,7 +386,7 @@ def test_ties_keeps_the_share_it_is_asked_for(size, density, seed):
     gamma=st.floats(0.0, 1.0),
     seed=st.integers(0, 99),
 )
-def test_breadcrumbs_keeps_the_share_it_is_asked_for_whatever_gamma_is(size, density, gamma, seed):
+def test_breadcrumbs_keeps_the_density_for_every_gamma(size, density, gamma, seed):
     base, donor = torch.zeros(size), make_tensors(1, (size,), seed)[0]
     given = {"weight": [1.0], "density": [density], "gamma": [gamma]}
     result = case_of("breadcrumbs", [donor], base, **given).merged()
@@ -404,7 +404,7 @@ def test_breadcrumbs_drops_outliers_as_far_as_the_density_allows(gamma, kept):
 
 
 @pytest.mark.parametrize("method", RANDOM)
-def test_random_method_keeps_the_share_it_is_asked_for_and_the_norm(method):
+def test_random_method_keeps_the_density_and_the_norm(method):
     base, donor = make_tensors(2, (400, 500), 4)
     given = {"weight": [1.0], "density": [0.3]}
     result = case_of(method, [donor], base, **given).merged()
@@ -425,14 +425,14 @@ def test_della_keeps_large_elements_more_often():
     assert abs((shares - wanted).mean()) < 4 * 0.5 / 200_000**0.5
 
 
-def test_average_over_nothing_is_refused():
+def test_average_of_weights_that_sum_to_zero_is_refused():
     # mergekit divides by the zero and writes inf and NaN.
     for method in ("linear", "multislerp"):
         with pytest.raises(ValueError, match=r"weights \[1.0, -1.0\] sum to 0"):
             case_of(method, make_tensors(2, (4,), 0), weight=[1.0, -1.0]).merged()
 
 
-def test_undiminished_donor_alone_is_the_donor_bit_for_bit():
+def test_one_donor_of_weight_one_is_the_donor_bit_for_bit():
     base, *donors = make_tensors(4, (16, 8), 5)
     result = case_of("task_arithmetic", donors, base, weight=[0.0, 1.0, 0.0]).merged()
     assert torch.equal(result, donors[1])
@@ -443,19 +443,19 @@ def test_undiminished_donor_alone_is_the_donor_bit_for_bit():
 
 
 @given(seed=st.integers(0, 99), t=st.sampled_from([0.0, 1e-6, 1e-4, 1e-3, 1.0]))
-def test_nearswap_goes_towards_the_donor_by_t_at_the_most(seed, t):
+def test_nearswap_moves_towards_the_donor_by_t_at_the_most(seed, t):
     base, donor = make_tensors(2, (40,), seed)
     result = case_of("nearswap", [donor], base, t=t).merged()
     torch.testing.assert_close(result, base + (donor - base).clamp(-t, t), rtol=1e-6, atol=2e-9)
 
 
-def test_karcher_mean_of_orthogonal_tensors_is_in_their_middle():
+def test_karcher_mean_of_orthogonal_tensors_has_equal_angles_to_them():
     # By symmetry: for unit vectors e1, e2, e3 the direction (1, 1, 1) / sqrt 3, of length 1.
     result = case_of("karcher", list(torch.eye(3))).merged()
     torch.testing.assert_close(result, torch.full((3,), 3**-0.5))
 
 
-def test_karcher_mean_has_no_pull_left():
+def test_karcher_mean_is_a_stationary_point():
     # The definition: the logarithms at the mean sum to zero.
     donors = [torch.randn(50, generator=torch.Generator().manual_seed(i)) for i in range(4)]
     found = case_of("karcher", donors, max_iter=100, tol=1e-9).merged().double()
@@ -469,7 +469,7 @@ def test_karcher_mean_has_no_pull_left():
     assert abs(found.norm() - expected) < 1e-6 * expected
 
 
-def test_nuslerp_row_wise_is_about_the_columns_as_they_are_stored():
+def test_nuslerp_row_wise_interpolates_stored_columns():
     # mergekit's names are inverted (a row of the transposed matrix), and so are ours.
     one, other = make_tensors(2, (6, 5), 8, change=0.02)
     given = {"weight": [0.4, 0.6], "nuslerp_flatten": False}
@@ -481,7 +481,7 @@ def test_nuslerp_row_wise_is_about_the_columns_as_they_are_stored():
 
 
 @pytest.mark.oracle
-def test_multislerp_of_untouched_donors_is_the_base_where_mergekit_gives_up():
+def test_multislerp_of_unchanged_donors_is_the_base_where_mergekit_fails():
     # LoRA donors leave whole tensors as they were: that is no reason to refuse the merge.
     base = make_tensors(1, (8, 6), 0)[0]
     case = plain("multislerp", [base] * 4)
@@ -530,7 +530,7 @@ def test_norms_are_summed_in_float32_where_mergekits_float16_overflows():
 
 @pytest.mark.oracle
 @pytest.mark.parametrize("method", ["arcee_fusion", "ramplus_tl"])
-def test_result_is_of_the_recipes_dtype_where_mergekit_writes_float32(method):
+def test_result_has_the_recipes_dtype_where_mergekit_writes_float32(method):
     case = plain(method, make_tensors(3, (8, 6), 0, torch.bfloat16))
     assert case.oracle(dtype=torch.bfloat16).dtype == torch.float32
     recipe = case.recipe.model_copy(update={"dtype": "bfloat16"})

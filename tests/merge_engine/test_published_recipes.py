@@ -77,11 +77,11 @@ def built(text: str, folder: Path) -> dict[str, torch.Tensor]:
 def mergekits(hub: Path, mapping: dict, folder: Path) -> dict[str, torch.Tensor]:
     """What mergekit makes of it; offline it ignores the cache, so it is given folders."""
 
-    def place(name: str) -> str:
+    def snapshot(name: str) -> str:
         return str(hub / f"models--{name.replace('/', '--')}" / "snapshots" / REVISION)
 
-    models = [entry | {"model": place(entry["model"])} for entry in mapping["models"]]
-    found = mapping | {"models": models, "base_model": place(mapping["base_model"])}
+    models = [entry | {"model": snapshot(entry["model"])} for entry in mapping["models"]]
+    found = mapping | {"models": models, "base_model": snapshot(mapping["base_model"])}
     config = MergeConfiguration.model_validate(found)
     run_merge(config, str(folder / "theirs"), MergeOptions(quiet=True, write_model_card=False))
     return load_file(folder / "theirs" / "model.safetensors")
@@ -115,12 +115,12 @@ def test_recipe_as_written_agrees_with_mergekit_as_written_to_its_16_bit_error(h
 
 
 @pytest.mark.usefixtures("hub")
-def test_flat_keys_are_said(tmp_path, capsys):
+def test_keys_at_the_top_level_are_noted(tmp_path, capsys):
     built(STOCK, tmp_path)
-    said = " ".join(capsys.readouterr().out.split())
-    assert "normalize: False is at the top level, where mergekit ignores it" in said
-    assert "model_stock has no parameter 'normalize'; no effect" in said
-    assert "int8_mask: True is at the top level" in said
+    output = " ".join(capsys.readouterr().out.split())
+    assert "normalize: False is at the top level, where mergekit ignores it" in output
+    assert "model_stock has no parameter 'normalize'; no effect" in output
+    assert "int8_mask: True is at the top level" in output
 
 
 @pytest.mark.usefixtures("hub")

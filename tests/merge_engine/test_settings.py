@@ -30,12 +30,12 @@ def test_gradient_is_interpolated_over_depth(depth, value):
     assert value_at(parse_setting([0.0, 1.0, 0.0]), "x", depth) == value
 
 
-def test_gradient_of_flags_steps():
+def test_gradient_of_booleans_is_a_step_function():
     assert value_at(parse_setting([True, False]), "x", 0.9) is True
     assert value_at(parse_setting([True, False]), "x", 1.0) is False
 
 
 @pytest.mark.parametrize("raw", [None, [], {"filter": "mlp"}, {"value": 1, "filer": "mlp"}, [[1]]])
-def test_what_is_no_setting_is_refused(raw):
+def test_a_malformed_setting_is_refused(raw):
     with pytest.raises(ValueError, match=r"expected a number|a clause has the keys"):
         parse_setting(raw)

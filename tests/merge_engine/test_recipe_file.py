@@ -1,0 +1,95 @@
+import pytest
+import yaml
+
+from merge_engine.errors import MergeError
+from merge_engine.recipe.recipe_file import load_recipe, parse_recipe
+from task_arithmetic import TASK_ARITHMETIC, parsed
+
+
+def test_parameters_at_the_top_level_are_applied_and_noted():
+    recipe, notes = parsed(normalize=True, int8_mask=True)
+    assert recipe.values("x", 0.0)["normalize"] is True
+    assert any("normalize: True is at the top level" in note for note in notes)
+    assert any("'int8_mask' has no effect" in note for note in notes)
+
+
+def test_settings_under_parameters_override_those_at_the_top_level():
+    recipe, _ = parsed(normalize=True, parameters={"normalize": False})
+    assert recipe.values("x", 0.0)["normalize"] is False
+
+
+def test_shared_parameters_are_not_read_from_a_model():
+    recipe, notes = parsed(models=[{"model": "a", "parameters": {"weight": 1, "lambda": 0.1}}])
+    assert recipe.values("x", 0.0)["lambda_"] == 1.0
+    assert any("'lambda' is read only from the recipe's own" in note for note in notes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"merge_method": "tise"}, "unknown merge_method 'tise'; did you mean 'ties'"),
+        ({"merge_metod": "ties"}, "unknown key 'merge_metod'; did you mean 'merge_method'"),
+        ({"parameters": {"densty": 0.1}}, "unknown key 'densty'; did you mean 'density'"),
+        ({"models": [{"modle": "a"}]}, r"models\[0\]: unknown key 'modle'; did you mean 'model'"),
+        ({"models": {"model": "a"}}, "'models' has to be a list"),
+        ({"models": [{"model": "a"}, {"model": "a"}]}, "listed more than once"),
+        ({"base_model": None}, "task_arithmetic needs a base_model"),
+        ({"merge_method": "slerp"}, "slerp starts from base_model 'base', which has to be one of"),
+        ({"merge_method": "model_stock", "models": [{"model": "a"}]}, "at least 2 models besides"),
+        ({"dtype": "int4"}, "dtype: Input should be"),
+        ({"slices": []}, "one of models, slices and modules; it has models and slices"),
+        ({"models": None}, "one of models, slices and modules; it has none"),
+        ({"parameters": {"lambda": {"valeu": 1}}}, "a clause has the keys"),
+    ],
+)
+def test_wrong_recipe_is_refused_with_the_fix(changes, message):
+    with pytest.raises(MergeError, match=message):
+        parsed(**changes)
+
+
+def test_several_modules_are_refused():
+    modules = {part: {"models": [{"model": "a"}]} for part in ("text_decoder", "vision_tower")}
+    message = "modules text_decoder, vision_tower: several .* write 'models', .* 'filter' entries"
+    with pytest.raises(MergeError, match=message):
+        parse_recipe({"merge_method": "linear", "modules": modules}, "r.yaml")
+
+
+def test_folders_beside_the_file_are_found_from_anywhere(tmp_path):
+    (tmp_path / "base").mkdir()
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(TASK_ARITHMETIC))
+    recipe, _ = load_recipe(path)
+    assert recipe.base_model == str(tmp_path / "base")
+    assert recipe.models[0].model == "a"  # no such folder: left for the hub
+
+
+@pytest.mark.parametrize(("text", "message"), [("a: [", "not YAML"), ("- a", "a mapping of keys")])
+def test_a_file_without_a_recipe_is_refused(tmp_path, text, message):
+    (tmp_path / "r.yaml").write_text(text)
+    with pytest.raises(MergeError, match=message):
+        load_recipe(tmp_path / "r.yaml")
+    with pytest.raises(MergeError, match="No such file"):
+        load_recipe(tmp_path / "missing.yaml")
+
+
+def test_every_folder_that_a_recipe_names_becomes_absolute_but_no_word_of_its_vocabulary(tmp_path):
+    for name in ("base", "union", "a", "lora"):
+        (tmp_path / name).mkdir()
+    a, base = str(tmp_path / "a"), str(tmp_path / "base")
+    tokens = {
+        "<x>": {"source": "base"},
+        "<y>": {"source": {"kind": "model_token", "model": "a", "token": "y"}},
+    }
+    slices = [{"base_model": "base", "sources": [{"model": "a+lora", "layer_range": [0, 1]}]}]
+    mapping = {"merge_method": "linear", "slices": slices}
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(mapping | {"tokenizer": {"source": "union", "tokens": tokens}}))
+    recipe, _ = load_recipe(path)
+    assert recipe.slices[0].base_model == base
+    assert recipe.slices[0].sources[0].model == f"{a}+{tmp_path / 'lora'}"
+    assert recipe.tokenizer.source == "union"
+    assert recipe.tokenizer.tokens["<x>"].source == base
+    assert recipe.tokenizer.tokens["<y>"].source.model == a
+    for source, found in (("base", "base"), ("a", a)):
+        path.write_text(yaml.safe_dump(mapping | {"tokenizer_source": source}))
+        assert load_recipe(path)[0].tokenizer_source == found
