@@ -142,16 +142,15 @@ class Response:
 class Objective(Protocol):
     """Evaluates a live model on some of a benchmark's items; never sees a recipe.
 
-    A user's own class may leave ``respond`` out.
+    A user's own class need not inherit from it, and may leave ``respond`` out.
+
+    Attributes:
+        tasks: Task name to its weight in the study's mean; weights are positive, of any scale.
+        items: All items; an item's number is its index here.
     """
 
-    @property
-    def tasks(self) -> Mapping[str, float]:
-        """Task name to its weight in the study's mean; weights are positive, of any scale."""
-
-    @property
-    def items(self) -> Sequence[Item]:
-        """All items; an item's number is its index here."""
+    tasks: Mapping[str, float]
+    items: Sequence[Item]
 
     def snapshots(self, items: Sequence[int]) -> list[ItemSnapshot]:
         """Return the inputs of the numbered items, to be compared when a run is resumed."""

@@ -1,4 +1,4 @@
-"""Which items are searched on, selected on and tested on: disjoint, stratified, repeatable."""
+"""Split the items into search, select and test: disjoint, stratified, reproducible."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ SPLITS: tuple[Split, ...] = get_args(Split)
 
 @dataclass(frozen=True)
 class Splits:
-    """Item numbers of each split, in scoring order."""
+    """Item numbers of each split, in the order of evaluation."""
 
     search: tuple[int, ...]
     select: tuple[int, ...]
@@ -27,26 +27,25 @@ class Splits:
 def split_items(
     items: Sequence[Item], tasks: Mapping[str, float], counts: Mapping[str, int], seed: int
 ) -> Splits:
-    """Deal the items to three splits that share no content.
+    """Split the items into three sets that share no content.
 
-    A question that occurs twice is used once, under the task that has it first. The total asked
-    for is divided over the tasks in proportion to their weights, none getting more than it has,
-    and each task's share over the splits in proportion to ``counts``. Within a task the order is
-    a shuffle by content, so the rows of a data file may be reordered freely. Tasks are then
-    interleaved: every prefix of a split is a stratified sample of the suite.
+    A question that occurs twice is used once, under the task that has it first. The total is
+    divided over the tasks in proportion to their weights, none getting more than it has, and each
+    task's share over the splits in proportion to ``counts``. Within a task the items are shuffled
+    by content, so the rows of a data file may be reordered freely. Tasks are then interleaved:
+    every prefix of a split is a stratified sample of all tasks.
 
     Args:
         items: All items; the result holds indices into this sequence.
         tasks: Positive weight of each task.
-        counts: Items wanted in each of ``search``, ``select`` and ``test``; exactly these are
-            given.
+        counts: Sizes of ``search``, ``select`` and ``test``.
         seed: Of the shuffle; the same seed, items and counts give the same splits.
 
     Returns:
-        The three splits in scoring order.
+        The three splits, each in the order of evaluation.
 
     Raises:
-        ObjectiveError: The totals do not fit, or a task would miss from a split.
+        ObjectiveError: There are too few items, or a split would have none of a task.
     """
     _check_counts(counts)
     shuffled = _shuffled_by_task(items, tasks, seed)
@@ -58,19 +57,19 @@ def split_items(
             f"{sum(held.values())} different ones ({_listed(held)}); ask for fewer or add a task"
         )
     shares = _water_fill(total, tasks, held)
-    dealt: dict[str, dict[str, list[int]]] = {split: {} for split in SPLITS}
+    by_split: dict[str, dict[str, list[int]]] = {split: {} for split in SPLITS}
     for task, sizes in _divide(shares, counts).items():
         remaining = iter(shuffled[task])
         for split in SPLITS:
-            dealt[split][task] = [next(remaining) for _ in range(sizes[split])]
-    return Splits(**{split: _interleaved(dealt[split], tasks) for split in SPLITS})
+            by_split[split][task] = [next(remaining) for _ in range(sizes[split])]
+    return Splits(**{split: _interleaved(by_split[split], tasks) for split in SPLITS})
 
 
 def blocks(order: Sequence[int], size: int) -> tuple[tuple[int, ...], ...]:
-    """Cut a scoring order into consecutive blocks of ``size`` items; the last may be shorter.
+    """Cut an order of items into consecutive blocks of ``size``; the last may be shorter.
 
     Raises:
-        ObjectiveError: ``size`` is below one item.
+        ObjectiveError: ``size`` is below 1.
     """
     if size < 1:
         raise ObjectiveError(f"block size {size} holds no item; make it 1 or more")
@@ -90,7 +89,7 @@ def _check_counts(counts: Mapping[str, int]) -> None:
 def _shuffled_by_task(
     items: Sequence[Item], tasks: Mapping[str, float], seed: int
 ) -> dict[str, list[int]]:
-    """The numbers of each task's items without repeats, in an order the content decides."""
+    """Return the item numbers of each task without repeats, shuffled by content."""
     first: dict[str, int] = {}
     for number, item in enumerate(items):
         first.setdefault(item.key, number)
@@ -112,7 +111,10 @@ def _shuffle_key(seed: int, key: str) -> bytes:
 def _water_fill(
     total: int, weights: Mapping[str, float], held: Mapping[str, int]
 ) -> dict[str, int]:
-    """Divide ``total`` in proportion to ``weights``; what a task cannot hold goes to the rest."""
+    """Divide ``total`` over the tasks in proportion to ``weights``, at most ``held`` to each.
+
+    What exceeds a task's items goes to the other tasks.
+    """
     full: dict[str, int] = {}
     while True:
         open_weights = {task: weight for task, weight in weights.items() if task not in full}
@@ -125,10 +127,10 @@ def _water_fill(
 
 
 def _divide(shares: Mapping[str, int], counts: Mapping[str, int]) -> dict[str, dict[str, int]]:
-    """Divide each task's share over the splits so that the splits get exactly ``counts``.
+    """Divide each task's share over the splits so that these have exactly ``counts`` items.
 
-    Each task is divided in proportion to what the splits still lack, smallest share first: the
-    small ones need the ratio most, and the large ones absorb the rounding.
+    Each task is divided in proportion to what the splits still lack, smallest share first: small
+    tasks need the ratio most, and large ones absorb the rounding.
 
     Returns:
         Sizes by task, then by split.
@@ -148,7 +150,10 @@ def _divide(shares: Mapping[str, int], counts: Mapping[str, int]) -> dict[str, d
 
 
 def _largest_remainder(total: int, weights: Mapping[str, float]) -> dict[str, int]:
-    """Whole numbers summing to ``total``, in proportion to ``weights``; ties go to the first."""
+    """Round a division of ``total`` in proportion to ``weights`` to integers of that sum.
+
+    Largest-remainder method; ties go to the first.
+    """
     mass = sum(weights.values()) or 1.0
     ideal = {name: total * weight / mass for name, weight in weights.items()}
     whole = {name: math.floor(share) for name, share in ideal.items()}
@@ -159,13 +164,13 @@ def _largest_remainder(total: int, weights: Mapping[str, float]) -> dict[str, in
 
 
 def _interleaved(by_task: Mapping[str, Sequence[int]], tasks: Iterable[str]) -> tuple[int, ...]:
-    """Merge the tasks by relative position: the middle of one falls beside the middle of all."""
-    placed = [
-        ((place + 0.5) / len(by_task[task]), rank, number)
-        for rank, task in enumerate(tasks)
-        for place, number in enumerate(by_task[task])
+    """Merge the tasks' items by their relative position, so that each task is spread evenly."""
+    positions = [
+        ((position + 0.5) / len(by_task[task]), order, number)
+        for order, task in enumerate(tasks)
+        for position, number in enumerate(by_task[task])
     ]
-    return tuple(number for _, _, number in sorted(placed))
+    return tuple(number for _, _, number in sorted(positions))
 
 
 def _listed(numbers: Mapping[str, int]) -> str:

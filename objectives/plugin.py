@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, TypeVar, cast
 
 import torch
 from torch import nn
+from typing_extensions import override
 
 from objectives.base import (
-    Item,
     ItemResult,
     ItemSnapshot,
     Objective,
@@ -29,11 +29,20 @@ if TYPE_CHECKING:
 
 _T = TypeVar("_T")
 
-_NEEDED = ("tasks", "items", "snapshots", "score")
+_REQUIRED = ("tasks", "items", "snapshots", "score")
 
 
-class Plugin:
-    """The user's objective with all that it says checked, since nobody else has read it."""
+class Plugin(Objective):
+    """A user's objective with everything it returns checked.
+
+    Args:
+        entry: Its entry in the task list.
+        model: The live model.
+        tokenizer: Its tokenizer.
+
+    Raises:
+        ObjectiveError: The class cannot be used, or its tasks and items do not fit.
+    """
 
     def __init__(
         self, entry: PluginEntry, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
@@ -42,94 +51,98 @@ class Plugin:
         make = find_class(entry.objective)
         with objective_errors(f"{self._where} could not be made"):
             own = make(model, tokenizer, **entry.options)
-        if missing := [name for name in _NEEDED if not hasattr(own, name)]:
+        if missing := [name for name in _REQUIRED if not hasattr(own, name)]:
             raise ObjectiveError(
                 f"{self._where} has no {', '.join(missing)}; see objectives.base.Objective"
             )
         self._own = cast("Objective", own)
         with objective_errors(f"{self._where}: its tasks and items cannot be read"):
             self.tasks = _scaled(self._own.tasks, entry.weight)
-            self.items: Sequence[Item] = tuple(self._own.items)
-        if strangers := sorted({item.task for item in self.items} - self.tasks.keys()):
+            self.items = tuple(self._own.items)
+        if unknown := sorted({item.task for item in self.items} - self.tasks.keys()):
             raise ObjectiveError(
-                f"{self._where}: tasks {strangers} have items but no weight; add them to its "
-                "'tasks'"
+                f"{self._where}: tasks {unknown} have items but no weight; add them to its 'tasks'"
             )
 
+    @override
     def snapshots(self, items: Sequence[int]) -> list[ItemSnapshot]:
-        """As the user's class says."""
         with objective_errors(f"{self._where}: snapshots"):
             return list(self._own.snapshots(items))
 
+    @override
     def score(self, model: nn.Module, items: Sequence[int]) -> list[ItemResult]:
-        """As the user's class says.
-
-        Raises:
-            ObjectiveError: It raised, or did not give one finite answer per item.
-        """
         with objective_errors(f"{self._where}: score"), torch.no_grad():
-            answers = list(self._own.score(model, items))
-        wrong = [repr(answer) for answer in answers if not _is_good(answer)]
-        if wrong or len(answers) != len(items):
+            results = list(self._own.score(model, items))
+        wrong = [repr(result) for result in results if not _is_valid(result)]
+        if wrong or len(results) != len(items):
             raise ObjectiveError(
-                f"{self._where}: score gave {len(answers)} answers to {len(items)} items"
+                f"{self._where}: score gave {len(results)} results for {len(items)} items"
                 f"{', one of them ' if wrong else ''}{''.join(wrong[:1])}; give one "
                 "objectives.base.ItemResult with a finite value, and no tokens below 0, per item"
             )
-        return answers
+        return results
 
+    @override
     def respond(self, model: nn.Module, items: Sequence[int]) -> list[Response]:
-        """As the user's class says; nothing is known if it has no ``respond``."""
         if not hasattr(self._own, "respond"):
             return [Response()] * len(items)
         with objective_errors(f"{self._where}: respond"), torch.no_grad():
             return list(self._own.respond(model, items))
 
 
-class Suite:
-    """Several objectives as one: the items of each after those of the one before."""
+class Suite(Objective):
+    """Several objectives as one, their items one after another.
+
+    Args:
+        parts: The objectives; no task may be in two of them.
+    """
 
     def __init__(self, parts: Sequence[Objective]) -> None:
         self._parts = parts
-        self.tasks: Mapping[str, float] = {}
+        self.tasks = {}
         for part in parts:
             if twice := sorted(self.tasks.keys() & part.tasks.keys()):
                 raise ObjectiveError(f"task {twice[0]!r} is listed twice; give each task one entry")
             self.tasks = {**self.tasks, **part.tasks}
-        self.items: Sequence[Item] = [item for part in parts for item in part.items]
+        self.items = [item for part in parts for item in part.items]
         self._starts = [0, *itertools.accumulate(len(part.items) for part in parts)]
 
+    @override
     def snapshots(self, items: Sequence[int]) -> list[ItemSnapshot]:
-        """As its parts say."""
-        return self._each(items, lambda part, numbers: part.snapshots(numbers))
+        return self._map(items, lambda part, numbers: part.snapshots(numbers))
 
+    @override
     def score(self, model: nn.Module, items: Sequence[int]) -> list[ItemResult]:
-        """As its parts say."""
-        return self._each(items, lambda part, numbers: part.score(model, numbers))
+        return self._map(items, lambda part, numbers: part.score(model, numbers))
 
+    @override
     def respond(self, model: nn.Module, items: Sequence[int]) -> list[Response]:
-        """As its parts say."""
-        return self._each(items, lambda part, numbers: part.respond(model, numbers))
+        return self._map(items, lambda part, numbers: part.respond(model, numbers))
 
-    def _each(
-        self, items: Sequence[int], ask: Callable[[Objective, Sequence[int]], list[_T]]
+    def _map(
+        self, items: Sequence[int], call: Callable[[Objective, Sequence[int]], list[_T]]
     ) -> list[_T]:
-        """Ask every part for its own items, and put what they say in the order of ``items``."""
+        """Call every part with its own item numbers; return the results in the order of ``items``.
+
+        Args:
+            items: Item numbers of the suite.
+            call: From a part and its own item numbers to one result per item.
+        """
         by_part: dict[int, list[int]] = defaultdict(list)
         for number in items:
             by_part[bisect.bisect_right(self._starts, number) - 1].append(number)
         found: dict[int, _T] = {}
         for part, numbers in by_part.items():
-            said = ask(self._parts[part], [number - self._starts[part] for number in numbers])
-            found |= dict(zip(numbers, said, strict=True))
+            results = call(self._parts[part], [number - self._starts[part] for number in numbers])
+            found |= dict(zip(numbers, results, strict=True))
         return [found[number] for number in items]
 
 
 def find_class(path: str) -> Callable[..., object]:
-    """The user's class.
+    """Import the class named ``package.module:Class``.
 
     Raises:
-        ObjectiveError: There is none of that name, or its module cannot be imported.
+        ObjectiveError: It does not exist, or its module cannot be imported.
     """
     module, colon, name = path.partition(":")
     if not (colon and module and name):
@@ -151,11 +164,12 @@ def find_class(path: str) -> Callable[..., object]:
     return cast("Callable[..., object]", found)
 
 
-def _is_good(answer: object) -> bool:
-    return isinstance(answer, ItemResult) and math.isfinite(answer.value) and answer.tokens >= 0
+def _is_valid(result: object) -> bool:
+    return isinstance(result, ItemResult) and math.isfinite(result.value) and result.tokens >= 0
 
 
 def _scaled(tasks: Mapping[str, float], weight: float) -> Mapping[str, float]:
+    """Return the tasks' weights, scaled to sum to ``weight``."""
     if not tasks or not all(0 < own < math.inf for own in tasks.values()):
         raise ObjectiveError(f"tasks are {dict(tasks)}; give at least one, each a positive weight")
     total = sum(tasks.values())

@@ -1,4 +1,7 @@
-"""Per-item values to means and intervals: small pure functions of numbers."""
+"""Means and 95 % intervals of per-item values: pure functions of numbers.
+
+Notation: n items; task t has weight w_t, mean m_t and interval [l_t, u_t].
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,7 @@ _CHUNK = 1 << 20  # resampled values held at once: 8 MB of indices and as much o
 
 @dataclass(frozen=True)
 class Interval:
-    """An estimate and the ends of its 95 % interval, all in the unit of the values."""
+    """A mean and its 95 % interval, in the unit of the values."""
 
     mean: float
     low: float
@@ -23,7 +26,7 @@ class Interval:
 
 
 def task_means(values: Sequence[float], tasks_of_items: Sequence[str]) -> dict[str, float]:
-    """Mean value of each task, tasks in order of first appearance.
+    """Return the mean value of each task, tasks in order of first appearance.
 
     Args:
         values: n item values.
@@ -35,11 +38,11 @@ def task_means(values: Sequence[float], tasks_of_items: Sequence[str]) -> dict[s
 
 
 def weighted_mean(means: Mapping[str, float], weights: Mapping[str, float]) -> float:
-    """The study's mean: ``sum_t w_t m_t / sum_t w_t``.
+    """Return the study's mean, ``sum_t w_t m_t / sum_t w_t``.
 
     Raises:
-        ObjectiveError: The tasks of the means are not the tasks of the weights, or the weights
-            do not sum to more than zero.
+        ObjectiveError: Means and weights are not of the same tasks, or the weights do not sum
+            to more than zero.
     """
     shares = _shares(weights, means)
     return sum(shares[task] * mean for task, mean in means.items())
@@ -53,7 +56,7 @@ def bootstrap(
     resamples: int = 10_000,
     seed: int = 0,
 ) -> Interval:
-    """Percentile bootstrap of the weighted task mean, items resampled within each task.
+    """Return the percentile bootstrap of the weighted mean, items resampled within each task.
 
     Args:
         values: n item values.
@@ -61,9 +64,6 @@ def bootstrap(
         weights: Weight of each task, of any scale.
         resamples: Bootstrap replicates.
         seed: The same seed gives the same interval.
-
-    Returns:
-        The weighted mean and its 95 % interval.
 
     Raises:
         ObjectiveError: As ``weighted_mean``, or lengths differ, or there are no values.
@@ -86,13 +86,13 @@ def score_interval(
     *,
     seed: int = 0,
 ) -> Interval:
-    """The weighted task mean of one model, with a 95 % interval that has width at the edge.
+    """Return one model's weighted mean, with an interval that has width at 0 and 1 too.
 
-    Where all values of a task are 0 or 1 it is Wilson's (1927,
-    https://doi.org/10.1080/01621459.1927.10502953): a bootstrap of 90 right answers to 90 items
-    would claim certainty. Other tasks have the bootstrap's. The ends l_t of the tasks are put
-    together as ``l = m - sqrt(sum_t w_t^2 (m_t - l_t)^2)``, the upper ones likewise: Zou and
-    Donner 2008, https://doi.org/10.1002/sim.3095.
+    A task whose values are all 0 or 1 has Wilson's interval (1927,
+    https://doi.org/10.1080/01621459.1927.10502953): a bootstrap of 90 correct answers to 90 items
+    would claim certainty. Other tasks have the bootstrap's. The tasks' lower ends combine to
+    ``l = m - sqrt(sum_t w_t^2 (m_t - l_t)^2)`` (weights summing to 1), the upper ends likewise:
+    Zou and Donner 2008, https://doi.org/10.1002/sim.3095.
 
     Raises:
         ObjectiveError: As ``bootstrap``.
@@ -111,14 +111,13 @@ def score_interval(
 
 
 def _wilson(values: NDArray[np.float64]) -> Interval | None:
-    """Wilson's interval of a share, if the values are of one."""
+    """Return Wilson's interval of a proportion; None unless all values are 0 or 1."""
     if not np.isin(values, (0.0, 1.0)).all():
         return None
-    n, share, z = len(values), float(values.mean()), 1.96
-    middle = (share + z**2 / (2 * n)) / (1 + z**2 / n)
-    side = z / (1 + z**2 / n) * (share * (1 - share) / n + z**2 / (4 * n**2)) ** 0.5
-    low, high = min(share, middle - side), max(share, middle + side)  # the edge is met exactly
-    return Interval(share, max(0.0, low), min(1.0, high))
+    from scipy.stats import binomtest  # slow to import, and needed at a run's end alone
+
+    found = binomtest(int(values.sum()), len(values)).proportion_ci(method="wilson")
+    return Interval(float(values.mean()), float(found.low), float(found.high))
 
 
 def paired_bootstrap(
@@ -130,7 +129,7 @@ def paired_bootstrap(
     resamples: int = 10_000,
     seed: int = 0,
 ) -> Interval:
-    """``bootstrap`` of ``first - second``, two models' values on the same n items.
+    """Return ``bootstrap`` of ``first - second``, two models' values on the same n items.
 
     Raises:
         ObjectiveError: As ``bootstrap``.
@@ -157,7 +156,7 @@ def _by_task(
 
 
 def _shares(weights: Mapping[str, float], tasks: Mapping[str, object]) -> dict[str, float]:
-    """The weights scaled to sum to one."""
+    """Return the weights, scaled to sum to one."""
     if weights.keys() != tasks.keys():
         raise ObjectiveError(
             f"weights are for {sorted(weights)} but values for {sorted(tasks)}; "
@@ -172,7 +171,7 @@ def _shares(weights: Mapping[str, float], tasks: Mapping[str, object]) -> dict[s
 def _resampled_means(
     values: NDArray[np.float64], resamples: int, generator: np.random.Generator
 ) -> NDArray[np.float64]:
-    """Means of ``resamples`` draws with replacement, in chunks of bounded memory."""
+    """Return the means of ``resamples`` draws with replacement, in chunks of bounded memory."""
     rows = max(1, _CHUNK // len(values))
     means = [
         values[

@@ -37,7 +37,7 @@ def keys(items, numbers):
 
 
 @given(suites(), st.integers(0, 3))
-def test_splits_have_exactly_the_asked_sizes_and_share_no_content(suite, seed):
+def test_splits_have_exactly_the_given_sizes_and_share_no_content(suite, seed):
     items, weights, counts = suite
     splits = split_or_none(items, weights, counts, seed)
     if splits is None:

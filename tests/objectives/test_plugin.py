@@ -100,7 +100,7 @@ def test_options_that_do_not_fit_are_refused(name, options, message):
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [
-        ("Short", {}, "gave 1 answers to 2 items"),
+        ("Short", {}, "gave 1 results for 2 items"),
         ("Bare", {}, "one of them 0.0; give one objectives.base.ItemResult"),
         ("Fixed", {"values": (math.nan, 1.0)}, "one of them ItemResult.value=nan"),
         ("Raising", {}, "score: KeyError: 'missing'"),
