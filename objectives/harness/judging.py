@@ -1,9 +1,9 @@
-"""What a model's answers are worth: the task's own judgement of each item.
+"""Score a model's responses with the tasks' own metrics.
 
-Log-likelihoods are judged by lm-eval's own arithmetic, here. Whatever reads what a model wrote, or
-runs a task's own code, is done in a process of its own, with a limit of time and memory for each
-item: a regular expression or a formula can take for ever on garbage, in C code that no signal
-interrupts, and a task may use the one alarm clock a process has for itself.
+Log-likelihoods are scored by lm-eval's own arithmetic, in this process. Whatever reads generated
+text, or runs a task's own code, runs in a process of its own, with a time and memory limit: a
+regular expression or a formula can take for ever on garbage, in C code that no signal interrupts,
+and a task may use the process's one alarm.
 """
 
 from __future__ import annotations
@@ -31,42 +31,41 @@ from objectives.base import ItemResult, ObjectiveError, Response, objective_erro
 from objectives.harness.metrics import PER_UNIT
 from objectives.harness.prompts import Question
 
-JUDGE_SECONDS = 30.0  # for one item; MATH takes up to 15 s to give up on a formula by itself
+JUDGE_SECONDS = 30.0  # per item; MATH itself gives up on a formula after 15 s
 NAN = "a model that was sound elsewhere needs a wider dtype in the study (bfloat16, float32)"
-_JUDGE_MEMORY = 4 << 30  # bytes that judging may take besides what is there already
-_REASON = 300  # letters of a reason kept: an exception may quote all that a model wrote
+_JUDGE_MEMORY = 4 << 30  # bytes beyond those of the process when it is forked
+_REASON = 300  # characters kept of a reason: an exception may quote the whole response
 
-_FORK = multiprocessing.get_context("fork")  # a task's functions need not be importable by name
+_FORK = multiprocessing.get_context("fork")  # a task's functions cannot always be pickled
 
 
 def judge(questions: Sequence[Question], seconds: float = JUDGE_SECONDS) -> list[ItemResult]:
-    """Judge the responses now in the questions' requests.
+    """Score the responses in the questions' requests.
 
     Args:
-        questions: Answered questions.
-        seconds: For one item, where others' code or text is involved; what takes longer is
-            stopped, wherever it hangs.
+        questions: Their requests hold responses.
+        seconds: Limit per item, where a task's code or generated text is involved.
 
     Returns:
-        One answer per question; with 0 and the reason, where a judgement raised, hung or died.
+        One result per question; with value 0 and a fault where scoring raised, hung or died.
 
     Raises:
-        ObjectiveError: A log-likelihood is not a number, or the task gives no number per item.
+        ObjectiveError: A log-likelihood is NaN, or a task gives no number per item.
     """
     for question in questions:
         _check_numbers(question)
-    apart = [question for question in questions if _is_untrusted(question)]
-    judged = iter(_judge_apart(apart, seconds))
+    untrusted = [question for question in questions if _is_untrusted(question)]
+    judged = iter(_judge_apart(untrusted, seconds))
     return [
-        next(judged) if _is_untrusted(question) else answer_of(question) for question in questions
+        next(judged) if _is_untrusted(question) else result_of(question) for question in questions
     ]
 
 
-def answer_of(question: Question) -> ItemResult:
-    """The task's own judgement, in this process.
+def result_of(question: Question) -> ItemResult:
+    """Score one question's responses in this process.
 
     Raises:
-        ObjectiveError: It is not one number.
+        ObjectiveError: The metric is not one number.
     """
     requests = question.requests
     try:
@@ -84,29 +83,29 @@ def answer_of(question: Question) -> ItemResult:
 
 
 def response_of(question: Question) -> Response:
-    """The responses now in a question's requests, in words.
+    """Return the responses in a question's requests as text.
 
     Raises:
-        ObjectiveError: A log-likelihood is not a number, or the task's own code raised.
+        ObjectiveError: A log-likelihood is NaN, or the task's own code raised.
     """
     _check_numbers(question)
     responses = [request.resps[0] for request in question.requests]
-    with objective_errors(f"{question.where}: what is right cannot be told"):
+    with objective_errors(f"{question.where}: its target could not be read"):
         if question.item.generated:
             return Response("\n".join(responses), _target(question))
         if question.task.OUTPUT_TYPE == "multiple_choice":
             choices = question.task.doc_to_choice(question.requests[0].doc)
             logliks = np.array([loglik for loglik, _ in responses])
             chosen = int(_choice_scores(logliks, choices, question.metric.name).argmax())
-            right = [choices[place] for place in _gold(question, choices)]
-            return Response(choices[chosen], " | ".join(right) or None)
+            correct = [choices[index] for index in _gold(question, choices)]
+            return Response(choices[chosen], " | ".join(correct) or None)
     if question.requests[0].request_type == "loglikelihood":
         return Response(f"log-likelihood {responses[0][0]:.2f}", question.requests[0].args[1])
     return Response(f"log-likelihood {sum(responses):.2f}")
 
 
 def _target(question: Question) -> str | None:
-    """What should have been written; one of several is as good as another."""
+    """Return the text to be generated; alternatives are separated by bars."""
     target = question.task.doc_to_target(question.requests[0].doc)
     targets = target if isinstance(target, list | tuple) else [target]
     return " | ".join(map(str, targets)) or None
@@ -129,7 +128,7 @@ def _number(value: object, metrics: dict[str, Any], question: Question) -> float
 
 
 def _check_numbers(question: Question) -> None:
-    """Refuse NaN: it wins every argmax, so a broken model would pass for one that answers "A"."""
+    """Refuse NaN, which wins every argmax: a broken model would seem to answer "A"."""
     for request in question.requests:
         if request.request_type != "generate_until" and any(map(_has_nan, request.resps)):
             raise ObjectiveError(
@@ -142,7 +141,10 @@ def _has_nan(response: float | tuple[float, bool]) -> bool:
 
 
 def _margin(question: Question, results: Sequence[Any]) -> float | None:
-    """How clearly the answer is right, where lm-eval itself judges log-likelihoods."""
+    """Return the lead of the best correct choice over the best wrong one, or a log-likelihood.
+
+    None where a task's own code scores, or text is generated.
+    """
     task = question.task
     if not _is_built_in(question) or question.requests[0].request_type != "loglikelihood":
         return None
@@ -152,7 +154,7 @@ def _margin(question: Question, results: Sequence[Any]) -> float | None:
     choices = task.doc_to_choice(question.requests[0].doc)
     scores = _choice_scores(logliks, choices, question.metric.name)
     gold = _gold(question, choices)
-    wrong = [place for place in range(len(choices)) if place not in gold]
+    wrong = [index for index in range(len(choices)) if index not in gold]
     if not gold or not wrong:
         return None
     margin = float(scores[gold].max() - scores[wrong].max())
@@ -162,10 +164,16 @@ def _margin(question: Question, results: Sequence[Any]) -> float | None:
 def _choice_scores(
     logliks: NDArray[np.float64], choices: Sequence[str], metric: str
 ) -> NDArray[np.float64]:
-    """What the metric compares, for each of n choices; ``logliks`` has n or, unconditional, 2n."""
-    given, alone = logliks[: len(choices)], logliks[len(choices) :]
+    """Return what the metric compares, for each of n choices.
+
+    Args:
+        logliks: Of the n choices; n more without the prompt for ``acc_mutual_info``.
+        choices: Their texts.
+        metric: Name of the metric.
+    """
+    given, unconditional = logliks[: len(choices)], logliks[len(choices) :]
     if metric == "acc_mutual_info":
-        return given - alone
+        return given - unconditional
     if metric == "acc_norm":
         return given / np.maximum([len(choice) for choice in choices], 1)
     if metric == "acc_bytes":
@@ -174,15 +182,15 @@ def _choice_scores(
 
 
 def _gold(question: Question, choices: Sequence[str]) -> list[int]:
-    """Places of the right choices; none, where the document's label is no choice."""
+    """Return the indices of the correct choices; none if the document's label is no choice."""
     task, doc = question.task, question.requests[0].doc
     gold = task.doc_to_text(doc) if task.multiple_input else task.doc_to_target(doc)
     labels = gold if isinstance(gold, list) else [gold]
-    places = [
+    indices = [
         choices.index(label) if isinstance(label, str) and label in choices else label
         for label in labels
     ]
-    return [place for place in places if isinstance(place, int) and 0 <= place < len(choices)]
+    return [index for index in indices if isinstance(index, int) and 0 <= index < len(choices)]
 
 
 def _is_built_in(question: Question) -> bool:
@@ -193,85 +201,85 @@ def _is_built_in(question: Question) -> bool:
 
 
 def _is_untrusted(question: Question) -> bool:
-    """Whether judging it reads what a model wrote, or runs a task's own code."""
+    """Return whether scoring it reads generated text, or runs a task's own code."""
     return question.item.generated or not _is_built_in(question)
 
 
 def _judge_apart(questions: Sequence[Question], seconds: float) -> list[ItemResult]:
-    answers: list[ItemResult] = []
-    while len(answers) < len(questions):
-        answers += _judge_until_stopped(questions[len(answers) :], seconds)
-    return answers
+    results: list[ItemResult] = []
+    while len(results) < len(questions):
+        results += _judge_until_stopped(questions[len(results) :], seconds)
+    return results
 
 
 def _judge_until_stopped(questions: Sequence[Question], seconds: float) -> list[ItemResult]:
-    """Judge in one process until it is done or has to be stopped: one answer or more."""
+    """Score in one process until it is done or has to be killed: one result or more."""
     receiver, sender = _FORK.Pipe(duplex=False)
     process = _FORK.Process(target=_judge_and_send, args=(questions, sender, seconds))
     with warnings.catch_warnings():
-        # from Python 3.12 on: other threads' locks stay locked, and none is used there
+        # Python 3.12 warns of other threads' locks, which stay locked; the child uses none
         warnings.simplefilter("ignore", DeprecationWarning)
         process.start()
     sender.close()
-    answers: list[ItemResult] = []
+    results: list[ItemResult] = []
     try:
-        while len(answers) < len(questions):
-            answer = _receive(receiver, seconds)
-            answers.append(answer)
-            if answer.fault in (_too_long(seconds), _DIED):
+        while len(results) < len(questions):
+            result = _receive(receiver, seconds)
+            results.append(result)
+            if result.fault in (_too_long(seconds), _DIED):
                 break
     finally:
         process.kill()
         process.join()
         receiver.close()
-    return answers
+    return results
 
 
-_DIED = "the process that judged it died"
+_DIED = "the process that scored it died"
 
 
 def _too_long(seconds: float) -> str:
-    return f"judging it took longer than {seconds:g} s"
+    return f"scoring it took longer than {seconds:g} s"
 
 
 def _receive(receiver: Connection, seconds: float) -> ItemResult:
     if not receiver.poll(seconds):
         return _fault(_too_long(seconds))
     try:
-        answer = receiver.recv()
+        result = receiver.recv()
     except EOFError:
         return _fault(_DIED)
-    if isinstance(answer, ObjectiveError):
-        raise answer
-    return answer  # type: ignore[no-any-return]
+    if isinstance(result, ObjectiveError):
+        raise result
+    return result  # type: ignore[no-any-return]
 
 
 def _judge_and_send(questions: Sequence[Question], sender: Connection, seconds: float) -> None:
-    """What the other process does."""
-    _shut_in(sender.fileno(), seconds * len(questions))
+    """Score the questions and send the results: the child process's whole work."""
+    _isolate(sender.fileno(), seconds * len(questions))
     for question in questions:
         try:
-            sender.send(answer_of(question))
+            sender.send(result_of(question))
         except ObjectiveError as error:
             sender.send(error)
 
 
-def _shut_in(pipe: int, seconds: float) -> None:
-    """Leave this process its pipe alone: no terminal, no files, bounded time and memory.
+def _isolate(pipe: int, seconds: float) -> None:
+    """Close every file of this process but its pipe, and limit its time and memory.
 
-    The run's lock is among the files: it has to be free as soon as the run itself is gone.
+    The run's lock is among the files: it must be free as soon as the run itself has ended.
     """
     os.closerange(0, pipe)
     os.closerange(pipe + 1, 1 << 16)
-    nowhere = Path(os.devnull).open("r+", encoding="utf-8")  # noqa: SIM115  # until it ends
+    nowhere = Path(os.devnull).open("r+", encoding="utf-8")  # noqa: SIM115  # until the process ends
     for standard in (0, 1, 2):
         os.dup2(nowhere.fileno(), standard)
     sys.stdin = sys.stdout = sys.stderr = nowhere
     _limit(resource.RLIMIT_CPU, math.ceil(seconds) + 1)
     _limit(resource.RLIMIT_AS, psutil.Process().memory_info().vms + _JUDGE_MEMORY)
-    torch.set_num_threads(1)  # its other threads did not come along
+    torch.set_num_threads(1)  # a fork has none of the other threads
     with contextlib.suppress(KeyError):
-        sys.modules["langdetect"].DetectorFactory.seed = 0  # else IFEval's languages are a draw
+        sys.modules["langdetect"].DetectorFactory.seed = 0  # else IFEval's languages are random
 
 
 def _limit(kind: int, wanted: int) -> None:

@@ -1,4 +1,4 @@
-"""What a model is asked: the prompts of a task's whole split, built at once, and their tokens."""
+"""Build lm-eval's requests, (prompt, continuation) pairs, for a task's whole split at once."""
 
 from __future__ import annotations
 
@@ -23,18 +23,18 @@ if TYPE_CHECKING:
 
 _LOG = logging.getLogger(__name__)
 
-# Where a task's data is, which may change; what it says is compared item by item.
-_WHEREABOUTS = ("metadata", "dataset_path", "dataset_name", "dataset_kwargs")
+# Where a task's data comes from may change: the data are compared item by item.
+_DATA_KEYS = ("metadata", "dataset_path", "dataset_name", "dataset_kwargs")
 
 
 @dataclass(frozen=True)
 class Prompting:
-    """How every task of a study is asked.
+    """Prompt settings of every task of a study.
 
     Attributes:
-        apply_chat_template: Through the tokenizer's chat template.
-        system_instruction: What a system prompt says, or, without a template, the text that
-            every prompt begins with.
+        apply_chat_template: Format prompts with the tokenizer's chat template.
+        system_instruction: The system prompt or, without a template, the text that every prompt
+            begins with.
     """
 
     apply_chat_template: bool = False
@@ -46,7 +46,7 @@ PLAIN = Prompting()
 
 @dataclass(frozen=True)
 class Question:
-    """One document of one task: the requests made for it, and how they are judged."""
+    """One document of one task: the requests made for it, and the metric that scores them."""
 
     item: Item
     task: Task
@@ -55,7 +55,7 @@ class Question:
 
     @property
     def where(self) -> str:
-        """What an error names it by."""
+        """Task and document, as error messages name them."""
         return f"task {self.item.task!r}, doc {self.item.doc_id}"
 
 
@@ -65,7 +65,7 @@ def build_questions(
     """Build the requests of a task's whole split, as ``simple_evaluate`` does.
 
     Raises:
-        ObjectiveError: They cannot be built, or lm-eval would fail on them in mid-study.
+        ObjectiveError: They cannot be built, or lm-eval would fail on them during the study.
     """
     task, name, chat = loaded.task, loaded.name, prompting.apply_chat_template
     with (
@@ -90,7 +90,7 @@ def build_questions(
 
 
 def _check_request(name: str, request: Instance, language_model: HFLM) -> None:
-    """Refuse answers that are sampled, or leave no room for a prompt."""
+    """Refuse responses that are sampled, or leave no tokens for a prompt."""
     if request.request_type != "generate_until":
         return
     settings = normalize_gen_kwargs(request.args[1], language_model.max_gen_toks)
@@ -103,20 +103,22 @@ def _check_request(name: str, request: Instance, language_model: HFLM) -> None:
 
 
 def snapshots(questions: Sequence[Question], language_model: HFLM) -> list[ItemSnapshot]:
-    """What a model is given for some questions; says once how many prompts lose their beginning.
+    """Return the questions' snapshots, and warn once of prompts that lose their beginning.
 
-    lm-eval would say so on each call, prompt by prompt.
+    lm-eval would warn on each call, prompt by prompt.
     """
     rules: dict[str, str] = {}
-    cut: Counter[str] = Counter()
+    truncated: Counter[str] = Counter()
     found = []
     for question in questions:
         name = question.item.task
         if name not in rules:
             rules[name] = _rules(question)
         tokens = [_tokens(request, language_model) for request in question.requests]
-        pairs = zip(question.requests, tokens, strict=True)
-        cut[name] += any(_is_cut(request, each, language_model) for request, each in pairs)
+        for request, encoded in zip(question.requests, tokens, strict=True):
+            if _is_truncated(request, encoded, language_model):
+                truncated[name] += 1
+                break
         prompt, settings = _prompt_and_settings(question)
         limits = [_max_new_tokens(request, language_model) for request in question.requests]
         found.append(
@@ -126,35 +128,34 @@ def snapshots(questions: Sequence[Question], language_model: HFLM) -> list[ItemS
                 encoding=digest(json.dumps(tokens)),
                 rules=rules[name],
                 settings=settings,
-                input_tokens=_reads(tokens),
+                input_tokens=_count_tokens(tokens),
                 max_new_tokens=max(limits),
             )
         )
-    for name, count in cut.items():
-        if count:
-            _LOG.warning(
-                "task %r: %d of %d prompts do not fit in %d tokens and lose their beginning",
-                *(name, count, sum(q.item.task == name for q in questions)),
-                language_model.max_length,
-            )
+    for name, count in truncated.items():
+        _LOG.warning(
+            "task %r: %d of %d prompts do not fit in %d tokens and lose their beginning",
+            *(name, count, sum(question.item.task == name for question in questions)),
+            language_model.max_length,
+        )
     return found
 
 
 def _tokens(request: Instance, language_model: HFLM) -> list[int]:
-    """The tokens of prompt and answer, as lm-eval encodes them."""
+    """Return the token ids of prompt and continuation, as lm-eval encodes them."""
     if request.request_type == "loglikelihood" and request.args[0]:
-        prompt, answer = language_model._encode_pair(*request.args)
-        return [*prompt, *answer]
+        prompt, continuation = language_model._encode_pair(*request.args)
+        return [*prompt, *continuation]
     text = request.args[1 if request.request_type == "loglikelihood" else 0]
     return cast("list[int]", language_model.tok_encode(text))
 
 
-def _reads(tokens: Sequence[list[int]]) -> int:
-    """How many tokens a question's requests have, what they begin with alike counted once."""
+def _count_tokens(tokens: Sequence[list[int]]) -> int:
+    """Count the tokens of a question's requests, a beginning they share once."""
     columns = enumerate(zip(*tokens, strict=False))
     shortest = min(map(len, tokens))
-    alike = next((place for place, column in columns if len(set(column)) > 1), shortest)
-    return sum(map(len, tokens)) - alike * (len(tokens) - 1)
+    shared = next((index for index, column in columns if len(set(column)) > 1), shortest)
+    return sum(map(len, tokens)) - shared * (len(tokens) - 1)
 
 
 def _max_new_tokens(request: Instance, language_model: HFLM) -> int:
@@ -165,16 +166,16 @@ def _max_new_tokens(request: Instance, language_model: HFLM) -> int:
     return cast("int", settings["max_gen_toks"])
 
 
-def _is_cut(request: Instance, tokens: Sequence[int], language_model: HFLM) -> bool:
-    """Whether lm-eval drops the first tokens of this prompt."""
-    room: int = language_model.max_length
+def _is_truncated(request: Instance, tokens: Sequence[int], language_model: HFLM) -> bool:
+    """Return whether lm-eval drops the first tokens of this prompt."""
+    limit: int = language_model.max_length
     if request.request_type == "loglikelihood":
-        room += 1  # the last token of an answer is never fed to the model
+        limit += 1  # the last token of a continuation is never fed to the model
     elif request.request_type == "generate_until":
-        room -= _max_new_tokens(request, language_model)
+        limit -= _max_new_tokens(request, language_model)
     else:  # rolling: long texts are scored in windows
         return False
-    return len(tokens) > room
+    return len(tokens) > limit
 
 
 def _prompt_and_settings(question: Question) -> tuple[str, str]:
@@ -198,15 +199,15 @@ def _gold(question: Question) -> str:
 
 
 def _rules(question: Question) -> str:
-    """Hash of the task's file, the source of the functions it names, metric and filter."""
+    """Hash the task's configuration, the source of its functions, metric and filter."""
     task, metric = question.task, question.metric
-    config = {key: value for key, value in task.dump_config().items() if key not in _WHEREABOUTS}
+    config = {key: value for key, value in task.dump_config().items() if key not in _DATA_KEYS}
     rules = [config, metric.name, metric.filter.name]
     return digest(json.dumps(rules, sort_keys=True, default=_source))
 
 
 def _source(value: object) -> str:
-    """A function's source, or what something is: never its address, which is new every time."""
+    """Return a function's source or a value's type; a memory address would differ every time."""
     if inspect.isfunction(value):
         return inspect.getsource(value)
     return getattr(value, "__qualname__", type(value).__qualname__)

@@ -1,4 +1,4 @@
-"""lm-eval's log and progress bars, kept off while it works for us."""
+"""Silence lm-eval's log and progress bars."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _WITH_PROGRESS_BARS = ("lm_eval.api.task", "lm_eval.api.model", "lm_eval.models.
 
 @contextmanager
 def quiet(level: int) -> Iterator[None]:
-    """Keep lm-eval's log at ``level`` and all progress bars off."""
+    """Set lm-eval's log to ``level`` and turn all progress bars off, until the block ends."""
     log = logging.getLogger("lm_eval")
     own_level = log.level
     modules: list[Any] = [sys.modules[name] for name in _WITH_PROGRESS_BARS if name in sys.modules]

@@ -37,8 +37,8 @@ LM_EVAL_TASKS = Path(importlib.import_module("lm_eval.tasks").__path__[0])
 _KEPT = ("task", "group", "unsafe_code")
 
 
-def find_tasks(names: Sequence[str], include_path: Sequence[Path]) -> dict[str, Entry]:
-    """Return an index with the named tasks: name of a task, group or tag to its entry.
+def find_tasks(names: Sequence[str], include_path: Sequence[Path]) -> TaskManager:
+    """Return a task manager that knows the named tasks.
 
     Args:
         names: Tasks, groups and tags that must exist.
@@ -48,13 +48,14 @@ def find_tasks(names: Sequence[str], include_path: Sequence[Path]) -> dict[str, 
         ObjectiveError: A name is unknown.
     """
     folders = [folder.resolve() for folder in include_path]
-    index: dict[str, Entry] = TaskManager(include_defaults=False, include_path=folders).task_index
+    manager = TaskManager(include_defaults=False, include_path=folders)
+    index = manager.task_index
     if {*names, *(name for entry in index.values() for name in members(entry))} - index.keys():
         for name, entry in registered_tasks().items():
             index.setdefault(name, entry)
     for name in _unknown(names, index):
         raise _unknown_task(name, index, folders)
-    return index
+    return manager
 
 
 def registered_tasks() -> Mapping[str, Entry]:

@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lm_eval.api.group import Group
 from lm_eval.api.task import ConfigurableTask, Task
 from lm_eval.models.utils import normalize_gen_kwargs
+from lm_eval.tasks import TaskManager
 
 from objectives.base import Item, ObjectiveError, objective_errors
 from objectives.entries import PromptEntry, TaskEntry, TextEntry
@@ -76,14 +76,14 @@ def load_tasks(
     factory = SafeTaskFactory(unsafe_code=unsafe_code)
     with quiet(logging.WARNING):
         names = [entry.task for entry in entries if isinstance(entry, TaskEntry)]
-        index = find_tasks(names, include_path)
+        manager = find_tasks(names, include_path)
         for entry in entries:
             random_state = TaskRandomState()
             with random_state.active():
                 if isinstance(entry, TextEntry):
                     tasks = _build_text_task(entry)
                 else:
-                    tasks = _build_tasks(entry.task, factory, index)
+                    tasks = _build_tasks(entry.task, factory, manager)
             if twice := loaded.keys() & tasks.keys():
                 raise ObjectiveError(
                     f"task {min(twice)!r} is listed twice; give each task one entry"
@@ -109,12 +109,12 @@ def _build_text_task(entry: TextEntry) -> dict[str, Task]:
         return {entry.name: ConfigurableTask(config=text_task(entry))}
 
 
-def _build_tasks(name: str, factory: SafeTaskFactory, index: dict[str, Any]) -> dict[str, Task]:
+def _build_tasks(name: str, factory: SafeTaskFactory, manager: TaskManager) -> dict[str, Task]:
     """Return the leaf tasks of a task, group or tag by their names."""
-    built = factory.build(index[name], registry=index)
-    if isinstance(built, Group):
-        built = built.get_all_tasks()
-    tasks = {task.task_name: task for task in (built if isinstance(built, list) else [built])}
+    # Private, but reading a task's name draws from the global random generator: only lm-eval's
+    # own ``load`` leaves the prompts drawn afterwards as they are in ``simple_evaluate``.
+    manager._factory = factory
+    tasks: dict[str, Task] = manager.load([name])["tasks"]
     for leaf, task in tasks.items():
         # a task written in Python, or inside its group's file, has it on the built task alone
         factory.check_safe(leaf, getattr(task, "UNSAFE_CODE", False))

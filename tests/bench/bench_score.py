@@ -228,8 +228,8 @@ def compare(task: str, model: transformers.PreTrainedModel, clock: Callable[[], 
             values = harness.score(model, items)
             trials.append((clock() - start, *meter.take()))
         after, tokens_after, forward = min(trials)
-        ours = {str(r.args): r.resps[0] for q in harness._questions for r in q.requests}
-        replayed = Harness(harness.tasks, harness._questions, Replayed(stock))
+        ours = {str(r.args): r.resps[0] for q in harness.questions for r in q.requests}
+        replayed = Harness(harness.tasks, harness.questions, Replayed(stock))
         theirs = replayed.score(model, items)
     differences = [
         abs(ours[key][0] - stock.answers[key][0]) for key in ours if task != "generation"

@@ -85,8 +85,8 @@ def test_fewshot_examples_given_by_the_study_are_those_lm_eval_would_draw(folder
     write_task(folder, "choice_open", **config)
     ours = prepare(folder, model, TaskEntry(task="choice_open", num_fewshot=2))
     theirs = prepare(folder, model, "choice_shots")
-    assert [q.requests[0].args for q in ours._questions] == [
-        q.requests[0].args for q in theirs._questions
+    assert [q.requests[0].args for q in ours.questions] == [
+        q.requests[0].args for q in theirs.questions
     ]
 
 
@@ -164,7 +164,7 @@ def test_a_chat_template_reaches_the_prompts(folder, model):
     tokenizer = make_tokenizer()
     tokenizer.chat_template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}!"
     harness = prepare(folder, model, "answer", tokenizer=tokenizer, prompting=Prompting(True))
-    assert harness._questions[0].requests[0].args[0].startswith("<user>")
+    assert harness.questions[0].requests[0].args[0].startswith("<user>")
     assert values_of(harness, model, [0]) in ([0.0], [1.0])
 
 
@@ -193,7 +193,7 @@ def test_chat_template_and_system_prompt_give_the_values_lm_eval_gives(folder, m
         for task in tasks
         for sample in sorted(samples[task], key=lambda sample: sample["doc_id"])
     ]
-    prompts = [question.requests[0].args[0] for question in harness._questions]
+    prompts = [question.requests[0].args[0] for question in harness.questions]
     assert list(zip(prompts, values_of(harness, model), strict=True)) == theirs
     assert all(prompt.startswith("<system>" if chat else "Be brief.") for prompt in prompts)
 
@@ -335,7 +335,7 @@ def test_batches_too_large_for_memory_are_halved_and_it_is_said(folder, caplog):
 def test_snapshots_keep_the_prompt_apart_from_the_generation_settings(folder, model):
     harness = prepare(folder, model, "answer", "choice")
     generated, chosen = harness.snapshots([0, ROWS])
-    prompt, settings = harness._questions[0].requests[0].args
+    prompt, settings = harness.questions[0].requests[0].args
     assert (generated.prompt, json.loads(generated.settings)) == (prompt, settings)
     assert generated.full_prompt == f"{prompt}\n{json.dumps(settings)}"
     assert chosen.settings == ""

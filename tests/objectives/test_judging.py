@@ -63,8 +63,8 @@ def test_an_answer_that_cannot_be_judged_counts_0_with_its_reason_and_the_rest_g
     faults = [answer.fault for answer in answers]
     assert faults[1].startswith("ValueError: cannot read \\x1b]0;evil\\x07 xxx")
     assert len(faults[1]) < 400
-    assert faults[2] == "judging it took longer than 2 s"
-    assert faults[3] == "the process that judged it died"
+    assert faults[2] == "scoring it took longer than 2 s"
+    assert faults[3] == "the process that scored it died"
     assert faults[4].startswith("MemoryError")
     assert faults[0] is faults[5] is faults[6] is None
     assert capfd.readouterr() == ("", "")
@@ -82,7 +82,7 @@ def test_a_model_that_never_stops_ends_at_the_tasks_own_limit(folder):
     harness = prepare(folder, model, "answer", tokenizer=make_tokenizer(first="5"))
     answers = harness.score(model, everything(harness))
     assert {answer.value for answer in answers} == {0.0}
-    written = {question.requests[0].resps[0] for question in harness._questions}
+    written = {question.requests[0].resps[0] for question in harness.questions}
     assert written == {"5" * ANSWER["generation_kwargs"]["max_gen_toks"]}
 
 
@@ -90,7 +90,7 @@ def test_a_model_that_writes_with_nan_fails_instead_of_scoring_0(folder, model):
     harness = prepare(folder, model, "answer")
     with torch.no_grad():
         model.lm_head.weight[5, 0] = math.nan
-    with pytest.raises(ObjectiveError, match=r"not a number \(NaN\) while it writes"):
+    with pytest.raises(ObjectiveError, match=r"not a number \(NaN\) during generation"):
         harness.score(model, [0])
     assert not model.lm_head._forward_hooks
 
@@ -119,7 +119,7 @@ def test_margin_of_a_predicted_text_is_its_loglikelihood(folder, model):
     write_task(folder, "predicted", **shared | config)
     harness = prepare(folder, model, "predicted")
     answers = harness.score(model, everything(harness))
-    responses = [question.requests[0].resps[0] for question in harness._questions]
+    responses = [question.requests[0].resps[0] for question in harness.questions]
     assert [(a.margin, a.value) for a in answers] == [(ll, float(hit)) for ll, hit in responses]
 
 
@@ -129,8 +129,8 @@ def test_texts_are_worth_their_probability_per_byte(folder, model, tmp_path):
     harness = prepare(folder, model, TextEntry(text=(tmp_path / "a.txt",), name="a", weight=2.0))
     answers = harness.score(model, everything(harness))
     assert harness.tasks == {"a": 2.0}
-    logliks = [question.requests[0].resps[0] for question in harness._questions]
-    documents = [question.requests[0].args[0] for question in harness._questions]
+    logliks = [question.requests[0].resps[0] for question in harness.questions]
+    documents = [question.requests[0].args[0] for question in harness.questions]
     assert [text.strip() for text in documents] == [text.strip() for text in texts]
     per_byte = [ll / len(text.encode()) for ll, text in zip(logliks, documents, strict=True)]
     assert answers == [ItemResult(math.exp(each), each) for each in per_byte]

@@ -79,7 +79,7 @@ def test_a_asking_again_asks_with_the_same_fewshot_examples(folder, model, sent)
     harness = prepare(folder, model, "choice_shots")
     for _ in range(2):
         harness.score(model, everything(harness))
-        asked = [question.requests[0].args[0] for question in harness._questions]
+        asked = [question.requests[0].args[0] for question in harness.questions]
         assert asked == list(sent.values())
 
 
@@ -139,7 +139,7 @@ def test_f_data_shuffled_when_loaded_is_judged_by_the_row_that_was_asked(folder,
     finally:
         datasets.enable_caching()
     assert harness.snapshots(everything(harness)) == again.snapshots(everything(again))
-    for question, answer in zip(harness._questions, answers, strict=True):
+    for question, answer in zip(harness.questions, answers, strict=True):
         logliks = [request.resps[0][0] for request in question.requests]
         gold = question.requests[0].doc["gold"]
         assert answer.value == float(max(logliks) == logliks[gold])
@@ -159,7 +159,7 @@ def test_f_prompts_drawn_after_the_data_go_on_with_the_same_random_stream(folder
     finally:
         datasets.enable_caching()
         (folder / "drawn.yaml").unlink()
-    asked = {q.item.doc_id: q.requests[0].args[0] for q in harness._questions}
+    asked = {q.item.doc_id: q.requests[0].args[0] for q in harness.questions}
     assert asked == theirs
     assert len({prompt[0] for prompt in asked.values()}) == 3
 
@@ -175,13 +175,13 @@ def test_g_no_answer_is_remembered_by_its_prompt_when_weights_change(folder, mod
 
 def test_h_a_bfloat16_model_is_judged_in_float32(folder):
     def logliks(language_model):
-        harness._language_model = language_model
+        harness.language_model = language_model
         harness.score(model, everything(harness))
-        return [request.resps[0][0] for q in harness._questions for request in q.requests]
+        return [request.resps[0][0] for q in harness.questions for request in q.requests]
 
     model = make_model().to(torch.bfloat16)
     harness = prepare(folder, model, "choice")
-    ours = logliks(harness._language_model)
+    ours = logliks(harness.language_model)
     settings = {"pretrained": model, "tokenizer": make_tokenizer(), "batch_size": 8}
     exact = logliks(HFLM(softmax_dtype="float32", **settings))
     differences = [np.abs(np.subtract(one, exact)) for one in (ours, logliks(HFLM(**settings)))]

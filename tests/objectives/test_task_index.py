@@ -77,7 +77,7 @@ def test_tasks_of_the_users_own_folders_need_no_index(small_lm_eval, tmp_path):
     own = tmp_path / "own"
     own.mkdir()
     (own / "mine.yaml").write_text(yaml.safe_dump({"task": "mine"}))
-    assert find_tasks(["mine"], [own]).keys() == {"mine"}
+    assert find_tasks(["mine"], [own]).task_index.keys() == {"mine"}
     assert not small_lm_eval
 
 
@@ -85,7 +85,7 @@ def test_a_name_in_the_users_own_folder_takes_precedence(small_lm_eval, tmp_path
     own = tmp_path / "own"
     own.mkdir()
     (own / "grammar.yaml").write_text(yaml.safe_dump({"task": "grammar"}))
-    index = find_tasks(["grammar", "spelling"], [own])
+    index = find_tasks(["grammar", "spelling"], [own]).task_index
     assert index["grammar"].yaml_path == own / "grammar.yaml"
     assert index["spelling"].yaml_path == tmp_path / "tasks" / "spelling.yaml"
 
