@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -87,28 +87,22 @@ class GreedyDecoder:
 
     def plan(self, prompts: Iterable[Tokens], max_tokens: int) -> tuple[PromptBatch, ...]:
         """Lay prompts, each to be continued by up to ``max_tokens``, out in batches."""
-        indexed = [_Prompt(index, tokens) for index, tokens in enumerate(prompts)]
+        runner = self._runner
+        plain = plain_length(runner.model.config) if runner.modes.prefix else 0
+        within: list[_Prompt] = []  # texts short enough to share a prefix
+        beyond: list[_Prompt] = []
+        for index, tokens in enumerate(prompts):
+            fits = len(tokens) + max_tokens <= plain
+            (within if fits else beyond).append(_Prompt(index, tokens))
         return tuple(
-            _pad(prefix, rows, self._runner.device)
-            for prefix, group in self._grouped(indexed, max_tokens)
+            _pad(prefix, rows, runner.device)
+            for prefix, group in [*group_by_prefix(within), ((), beyond)]
             for rows in batches_by_length(
                 [replace(prompt, tokens=prompt.tokens[len(prefix) :]) for prompt in group],
-                self._runner.tokens_per_batch,
+                runner.tokens_per_batch,
                 len(prefix) + max_tokens,
             )
         )
-
-    def _grouped(
-        self, prompts: Sequence[_Prompt], max_tokens: int
-    ) -> Iterator[tuple[Tokens, Sequence[_Prompt]]]:
-        """Group prompts by prefix; texts that will exceed the plain length share none."""
-        plain = plain_length(self._runner.model.config)
-        share = self._runner.modes.prefix
-        within = [p for p in prompts if share and len(p) + max_tokens <= plain]
-        beyond = [p for p in prompts if not share or len(p) + max_tokens > plain]
-        for group in group_by_prefix(within):
-            yield group.prefix, group.rows
-        yield (), beyond
 
     def continue_prompts(
         self, prompts: Iterable[Tokens], criteria: StopCriteria

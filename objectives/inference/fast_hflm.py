@@ -9,13 +9,12 @@ float32 log-softmax are the same, so scores are the same up to rounding, but
 * generated texts leave the batch when they have ended (``decoding``).
 
 Texts are encoded and batches planned once; nothing that depends on weights outlives a call, so
-weights may be rewritten between calls. A list of requests always makes the same batches, so a
-second call returns the same values to the bit. Among other requests a value can differ by what the
-shape of a batch does to rounding, as it does in lm-eval itself.
+weights may be rewritten between calls. The same requests always make the same batches, and so give
+the same values to the bit; among other requests a value can differ by rounding, as in lm-eval.
 
 Not every model supports this: some use other attention than a mask describes, some carry a
-recurrent state. ``agreement.settle_modes`` therefore compares each shortcut with ``HFLM`` on the
-model at hand, and leaves off those that differ by more than rounding; until then all are off.
+recurrent state. All shortcuts are off until ``agreement.settle_modes`` has compared each with
+``HFLM`` on the model at hand; it leaves off those that differ by more than rounding.
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Hashable, Iterable, Iterator, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -54,12 +54,7 @@ class TreeBatch:
     target_counts: tuple[tuple[int, int], ...]
 
 
-@dataclass(frozen=True)
-class PrefixBatches:
-    """Batches whose rows all follow one prefix."""
-
-    prefix: Tokens
-    batches: tuple[TreeBatch, ...]
+PrefixBatches = tuple[Tokens, tuple[TreeBatch, ...]]  # a prefix, and batches of rows behind it
 
 
 class LoglikelihoodScorer:
@@ -91,22 +86,14 @@ class LoglikelihoodScorer:
         planned: list[PrefixBatches] = []
         for of_task in by_task.values():
             trees = build_trees(of_task, self._runner.tokens_per_batch if modes.tree else 0)
-            planned += self._grouped(trees) if modes.prefix else [self._batched((), trees)]
+            groups = group_by_prefix(trees) if modes.prefix else [((), trees)]
+            planned += [self._batched(prefix, rows) for prefix, rows in groups]
         return (*planned, self._batched((), build_trees(beyond, 0)))
-
-    def _grouped(self, trees: Sequence[TokenTree]) -> Iterator[PrefixBatches]:
-        without: list[TokenTree] = []
-        for group in group_by_prefix(trees):
-            if group.prefix:
-                yield self._batched(group.prefix, group.rows)
-            else:
-                without += group.rows
-        yield self._batched((), without)
 
     def _batched(self, prefix: Tokens, trees: Iterable[TokenTree]) -> PrefixBatches:
         rest = [tree.without_prefix(len(prefix)) for tree in trees]
         batches = batches_by_length(rest, self._runner.tokens_per_batch, len(prefix))
-        return PrefixBatches(prefix, tuple(_pad(rows, self._runner.device) for rows in batches))
+        return prefix, tuple(_pad(rows, self._runner.device) for rows in batches)
 
     def score_requests(self, requests: Sequence[Request]) -> list[Loglikelihood]:
         """Return the requests' log-likelihoods, by request index."""
@@ -116,10 +103,10 @@ class LoglikelihoodScorer:
     def score(self, plan: Iterable[PrefixBatches], count: int) -> list[Loglikelihood]:
         """Return the log-likelihoods of ``count`` planned requests, by request index."""
         scores: list[Loglikelihood] = [(math.nan, False)] * count
-        for group in plan:
-            cache = self._runner.cache_prefix(group.prefix) if group.batches else None
-            for batch in group.batches:
-                logits = self._logits(batch, len(group.prefix), cache)  # (m, vocabulary)
+        for prefix, batches in plan:
+            cache = self._runner.cache_prefix(prefix)
+            for batch in batches:
+                logits = self._logits(batch, len(prefix), cache)  # (m, vocabulary)
                 log_probs, greedy = _target_log_probs(logits, batch, self._softmax_dtype)
                 start = 0
                 for index, length in batch.target_counts:

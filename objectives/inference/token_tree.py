@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Generic, Protocol, TypeVar
+from typing import Protocol, TypeVar
 
 # a prefix costs a forward pass of its own: at least so many rows must share it, and it must save
 # at least this share of their tokens
@@ -135,14 +135,6 @@ class Row(Protocol):
 R = TypeVar("R", bound=Row)
 
 
-@dataclass(frozen=True)
-class PrefixGroup(Generic[R]):
-    """Rows that begin with ``prefix``, which they still contain."""
-
-    prefix: Tokens
-    rows: tuple[R, ...]
-
-
 def common_length(first: Sequence[int], second: Sequence[int]) -> int:
     """Return the length of the longest common prefix of two sequences."""
     for length, (one, other) in enumerate(zip(first, second, strict=False)):
@@ -206,8 +198,8 @@ def _chains(requests: Iterable[Request]) -> Iterator[TokenTree]:
     return map(build_tree, by_sequence.values())
 
 
-def group_by_prefix(rows: Iterable[R]) -> Iterator[PrefixGroup[R]]:
-    """Group rows by a common prefix worth a pass of its own; the last group may have none.
+def group_by_prefix(rows: Iterable[R]) -> Iterator[tuple[Tokens, Sequence[R]]]:
+    """Group rows by a common prefix worth a pass of its own; only the last group may have none.
 
     In sorted order the rows that share a prefix are neighbours, so a prefix that most of them
     share is one of the middle row.
@@ -221,10 +213,10 @@ def group_by_prefix(rows: Iterable[R]) -> Iterator[PrefixGroup[R]]:
         saved = best * (len(sharing) - 1)
         if len(sharing) < _MIN_SHARING_ROWS or saved < _MIN_SAVING * sum(map(len, sharing)):
             break
-        yield PrefixGroup(middle[:best], tuple(sharing))
+        yield middle[:best], sharing
         rest = [row for row, length in zip(rest, lengths, strict=True) if length < best]
     if rest:
-        yield PrefixGroup((), tuple(rest))
+        yield (), rest
 
 
 def _at_least(length: int, lengths: Iterable[int]) -> int:

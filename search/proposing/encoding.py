@@ -1,6 +1,6 @@
-"""Where recipes are: coordinates of what a recipe is, in which equal recipes coincide.
+"""Feature vectors of recipes for the Gaussian process: recipes that merge identically share one.
 
-A point's parameters are not that: a method may not have one of them, or may depend on the ratio of
+A point's own parameters would not do: a method may ignore one of them, or depend on the ratio of
 the weights alone. Many recipes are handled at once, as arrays.
 """
 
@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -26,10 +25,10 @@ Bits = NDArray[np.bool_]
 
 @dataclass(frozen=True)
 class Candidates:
-    """n candidates.
+    """n candidate recipes as arrays.
 
     Args:
-        method: Place of each one's method among the space's, (n).
+        method: Index of each one's method among the space's, (n,).
         weights: Of the k donors in each of the u units, (n, u, k).
         values: Of the p searched parameters, in units of their range, (n, p).
     """
@@ -52,52 +51,43 @@ class Candidates:
         )
 
 
-@dataclass(frozen=True)
 class RecipeEncoding:
-    """The coordinates of a space's recipes: a method, and a vector of the same length for all.
+    """The encoding of a space's recipes: a method index, and features of one length for all.
 
-    The vector is each unit's weights, on a log scale (``log(1 + w)``: the more of a task vector is
-    added the less a step changes), and every searched parameter in units of its range. A parameter
-    that a method has not stays at its default.
+    Features are each unit's weights on a log scale (``log(1 + w)``: the more of a task vector is
+    added, the less a step changes) and every searched parameter in units of its range. A parameter
+    that a method ignores stays at its default.
 
     Args:
-        space: Whose recipes.
-        groups: The group of each of the space's units, those in one have the same weights and are
-            one unit here; none: each is its own.
+        space: Of the recipes.
+        shared: Group of each of the space's units (``Space.shared_units``): units in one group have
+            the same weights and are one unit here. Empty: each is its own.
     """
 
-    space: Space
-    groups: tuple[int, ...] = ()
+    def __init__(self, space: Space, shared: tuple[int, ...] = ()) -> None:
+        self.space, self.shared = space, shared
+        self.unit_of = shared or tuple(range(len(space.units)))  # our unit of each of the space's
+        self.searched = [name for name, (low, high) in space.ranges.items() if low < high]  # (p)
+        used = [space.params_of(method) for method in space.methods]
+        self._used = [[name in names for name in self.searched] for names in used]
+        ranges = [(space.default(name), *space.ranges[name]) for name in self.searched]
+        self._defaults: Floats = np.array(
+            [(default - low) / (high - low) for default, low, high in ranges]
+        )
 
-    @cached_property
-    def unit_of(self) -> tuple[int, ...]:
-        """Our unit of each unit of the space's."""
-        return self.groups or tuple(range(len(self.space.units)))
-
-    @cached_property
-    def searched(self) -> list[str]:
-        """Names of the p parameters."""
-        return [name for name, (low, high) in self.space.ranges.items() if low < high]
-
-    def population(self, points: Sequence[Point]) -> Candidates:
-        """The candidates that points stand for."""
+    def candidates(self, points: Sequence[Point]) -> Candidates:
+        """Return points as candidates."""
         space = self.space
-        values = [
-            [
-                (p[name] - low) / (high - low)
-                for name, (low, high) in space.ranges.items()
-                if low < high
-            ]
-            for p in points
-        ]
+        ranges = [(name, *space.ranges[name]) for name in self.searched]
+        values = [[(p[name] - low) / (high - low) for name, low, high in ranges] for p in points]
         return Candidates(
             np.array([space.methods.index(point["method"]) for point in points], dtype=np.int64),
-            self._grouped(space.weights(points)),
+            self._group_means(space.weights(points)),
             np.array(values).reshape(len(points), len(self.searched)),
         )
 
     def point(self, one: Candidates) -> dict[str, Any]:
-        """The point of a single candidate."""
+        """Return the point of a single candidate."""
         space = self.space
         values = {
             name: space.ranges[name][0] * (1 - share) + space.ranges[name][1] * share
@@ -113,7 +103,7 @@ class RecipeEncoding:
         }
 
     def random(self, count: int, generator: np.random.Generator) -> Candidates:
-        """Uniform candidates, some of them without some of the donors."""
+        """Draw uniform candidates, some of them without some of the donors."""
         units, k = max(self.unit_of) + 1, len(self.space.donors)
         shares = generator.exponential(size=(count, units, k))
         kept = generator.random((count, 1, k)) < generator.choice([0.5, 1.0, 1.0], (count, 1, 1))
@@ -126,8 +116,8 @@ class RecipeEncoding:
             generator.random((count, len(self.searched))),
         )
 
-    def near(self, some: Candidates, width: float, generator: np.random.Generator) -> Candidates:
-        """A step from each: mostly of the weights, now and then to fewer donors or another method.
+    def perturb(self, some: Candidates, width: float, generator: np.random.Generator) -> Candidates:
+        """Take a random step from each candidate, sometimes to fewer donors or another method.
 
         Args:
             some: n candidates.
@@ -146,50 +136,40 @@ class RecipeEncoding:
         swap = generator.random(len(some)) < 0.1
         other = generator.integers(len(self.space.methods), size=len(some))
         return Candidates(
-            np.where(swap, other, some.method), self._allowed(moved), np.clip(values, 0.0, 1.0)
+            np.where(swap, other, some.method), self._in_range(moved), np.clip(values, 0.0, 1.0)
         )
 
-    def of(self, some: Candidates) -> Floats:
-        """Their coordinates, (n, u k + p)."""
+    def encode(self, some: Candidates) -> Floats:
+        """Return the candidates' features, (n, d) with d = u k + p."""
         weights, values = np.empty_like(some.weights), np.empty_like(some.values)
         for number, name in enumerate(self.space.methods):
             rows = some.method == number
-            weights[rows] = effective(name, some.weights[rows])
-            values[rows] = np.where(self._active[number], some.values[rows], self._defaults)
+            weights[rows] = effective_weights(name, some.weights[rows])
+            values[rows] = np.where(self._used[number], some.values[rows], self._defaults)
         return np.hstack([np.log1p(weights).reshape(len(some), -1), values])
 
-    def _grouped(self, weights: Floats) -> Floats:
-        """Each of our units' mean of weights in the space's, (n, u, k)."""
-        if not self.groups:
+    def _group_means(self, weights: Floats) -> Floats:
+        """Average weights (n, space's units, k) over the units that share them, (n, u, k)."""
+        if not self.shared:
             return weights
-        of_unit = np.array(self.groups)
+        of_unit = np.array(self.shared)
         means = [weights[:, of_unit == unit].mean(axis=1) for unit in range(of_unit.max() + 1)]
         return np.stack(means, axis=1)
 
-    def _allowed(self, weights: Floats) -> Floats:
-        """Weights near these, at or above zero, whose mean is in the space's scale."""
+    def _in_range(self, weights: Floats) -> Floats:
+        """Return the nearest weights that are at or above zero with means in the scale's range."""
         weights = zero_small_weights(np.maximum(weights, 0.0))
         scale = weights.mean(axis=2, keepdims=True)
         even = np.where(scale > 0, weights / np.where(scale > 0, scale, 1.0), 1.0)
-        allowed: Floats = even * np.clip(scale, *self.space.scale)
-        return allowed
-
-    @cached_property
-    def _active(self) -> list[list[bool]]:
-        followed = [self.space.params_of(method) for method in self.space.methods]
-        return [[name in names for name in self.searched] for names in followed]
-
-    @cached_property
-    def _defaults(self) -> Floats:
-        ranges = [(self.space.default(name), *self.space.ranges[name]) for name in self.searched]
-        return np.array([(default - low) / (high - low) for default, low, high in ranges])
+        clipped: Floats = even * np.clip(scale, *self.space.scale)
+        return clipped
 
 
-def effective(method: str, weights: Floats) -> Floats:
-    """The weights (n, u, k) that a method's result depends on, given anyone's (n, u, k).
+def effective_weights(method: str, weights: Floats) -> Floats:
+    """Return the weights that a method's result depends on, (n, u, k), given any (n, u, k).
 
-    Methods that take fewer donors see those that weigh most. Some depend on the ratio alone, and
-    have weights that sum to 1; some have none, and all are alike.
+    Methods that take fewer donors use the heaviest. Where only the ratio counts, weights are scaled
+    to sum to 1; where a method has no weights, all are equal.
     """
     row, k = METHODS[method], weights.shape[2]
     if (most := row.donors[1]) is not None and most < k:

@@ -1,4 +1,8 @@
-"""When a search is over before its trials are: what it may still gain could not be told anyway."""
+"""Early stopping of the search: no further gain is expected that could be told from noise.
+
+The search stops when the mean expected improvement of the last ``WINDOW`` proposals is below
+``SHARE`` of the standard error that a recipe's lead has on the select split.
+"""
 
 from __future__ import annotations
 
@@ -9,27 +13,30 @@ import numpy as np
 
 from search.storing.trials import TrialRecord
 
-LAST: Final = 10  # proposals whose expected gains are averaged
-SHARE: Final = 0.05  # of the standard error that is too little to go on for
+WINDOW: Final = 10
+SHARE: Final = 0.05
 
 
-def exhausted(trials: Sequence[TrialRecord], items: int, share: float = SHARE) -> bool:
-    """Whether the last proposals were expected to gain too little for the select items to tell.
+def should_stop(trials: Sequence[TrialRecord], items: int, share: float = SHARE) -> bool:
+    """Return whether the search is to stop.
 
-    Only ``gp`` expects anything, and with one goal.
+    Proposals without an expected improvement (every sampler's but ``gp``, and several objectives')
+    never stop it.
 
     Args:
-        trials: Finished, in their order; the complete ones with their variance and items.
-        items: To select the winner on.
+        trials: Finished trials, in their order.
+        items: Number of select items.
         share: As SHARE.
     """
-    trials = [trial for trial in trials if trial.state == "complete"]
-    gains = [trial.expected_improvement for trial in trials[-LAST:]]
-    last = [np.inf if gain is None else gain for gain in gains]
-    return len(last) == LAST and bool(np.mean(last) < share * resolution(trials, items))
+    complete = [trial for trial in trials if trial.state == "complete"]
+    last = [trial.expected_improvement for trial in complete[-WINDOW:]]
+    if len(last) < WINDOW:
+        return False
+    improvements = [np.inf if one is None else one for one in last]
+    return bool(np.mean(improvements) < share * standard_error(complete, items))
 
 
-def resolution(trials: Sequence[TrialRecord], items: int) -> float:
-    """The standard error of a recipe's lead on so many items, from what complete trials say."""
-    of_one = [trial.estimate.variance * trial.items for trial in trials if trial.estimate]
-    return float(np.sqrt(np.median(of_one) / items))
+def standard_error(complete: Sequence[TrialRecord], items: int) -> float:
+    """Return the standard error of a recipe's lead on so many items, from complete trials."""
+    of_one_item = [trial.variance * trial.items for trial in complete]
+    return float(np.sqrt(np.median(of_one_item) / items))

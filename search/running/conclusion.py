@@ -9,7 +9,8 @@ import numpy as np
 
 from merge_engine.recipe.recipe import Recipe
 from objectives.scores import score_interval
-from search.proposing.gp import MODELLED, believed
+from search.proposing.gp import posterior_of
+from search.proposing.gp_sampler import MAX_TRIALS
 from search.proposing.starts import UNIFORM, baselines
 from search.racing.elimination import successive_elimination
 from search.racing.item_scores import ItemScores
@@ -96,12 +97,12 @@ def find_front(run: Run) -> list[Candidate]:
     values = [
         [*(one.trial.tasks[t].value for t in strata.weights), one.trial.value] for one in known
     ]
-    known = [known[index] for index in leading(np.array(values), MODELLED)]
+    known = [known[index] for index in leading(np.array(values), MAX_TRIALS)]
     points = [one.trial.point for one in known]
     posteriors = {}
     for task in strata.weights:
         estimates = np.array([one.trial.tasks[task] for one in known])  # (n, 2)
-        posteriors[task] = believed(run.context.space, points, *estimates.T)
+        posteriors[task] = posterior_of(run.context.space, points, *estimates.T)
     indices = posterior_front(posteriors, run.spec.search.finalists)
     front = [known[index] for index in indices]
     run.output.stage(f"evaluating the {len(front)} recipes of the front on the select items")

@@ -19,11 +19,12 @@ import numpy as np
 from merge_engine.recipe.recipe import Recipe
 from search.preparing.context import StudyContext
 from search.preparing.cost import RACED, concluding_evaluations
-from search.proposing.gp import MODELLED, believed
+from search.proposing.gp import posterior_of
+from search.proposing.gp_sampler import MAX_TRIALS
 from search.proposing.recipes import to_recipe
-from search.proposing.samplers import make_sampler
+from search.proposing.samplers import Proposer
 from search.proposing.starts import baselines, warm_starts
-from search.proposing.stopping import exhausted
+from search.proposing.stopping import should_stop
 from search.racing.elimination import JointPosterior, successive_elimination
 from search.racing.item_scores import ItemScores
 from search.racing.race import Floats, Race
@@ -70,6 +71,8 @@ class Run:
         self.folder, self.context, self.workers, self.output = folder, context, workers, output
         self.store = store or Store(Storage.of(folder))
         self.log = TrialLog(self.store.study())
+        search = context.spec.search
+        self.proposer = Proposer(search.sampler, context.space, search.seed, front=search.front)
         self.evaluator = Evaluator(context, self.store, workers, output.block)
         self.scores = Scores(context, self.evaluator)
         self.after_trial = after_trial
@@ -185,17 +188,14 @@ class Run:
 
     def _exhausted(self, finished: Sequence[TrialRecord]) -> bool:
         """Decide whether early stopping ends the search."""
-        return self.spec.search.stop and exhausted(finished, len(self.context.tasks_of("select")))
+        return self.spec.search.stop and should_stop(finished, len(self.context.tasks_of("select")))
 
     def _begin(self) -> RunningTrial:
         """Open the next trial: one of an earlier session, a warm start, or a new proposal."""
         start = time.perf_counter()
-        space, search, open_now = self.context.space, self.spec.search, self._open_now
-        number = self.log.next_number(open_now)
-        sampler = make_sampler(search.sampler, space, search.seed, number, front=search.front)
-        trial = self.log.open(space.distributions, sampler, open_now)
+        trial = self.proposer.ask(self.log, self._open_now)
         self._ask_seconds += time.perf_counter() - start
-        recipe = to_recipe(space, trial.point)
+        recipe = to_recipe(self.context.space, trial.point)
         trial.set_recipe(recipe.key)
         return RunningTrial(trial, recipe, self.scores.empty())
 
@@ -330,10 +330,10 @@ class Run:
             The candidates in the order of their first trials, and their posterior.
         """
         known = candidates(self.log.complete())
-        leading = sorted(known, key=lambda one: one.trial.sort_key)[:MODELLED]
+        leading = sorted(known, key=lambda one: one.trial.sort_key)[:MAX_TRIALS]
         leading.sort(key=lambda one: one.number)
         estimates = [one.trial.estimate for one in leading if one.trial.estimate]
-        posterior = believed(
+        posterior = posterior_of(
             self.context.space,
             [one.trial.point for one in leading],
             np.array([estimate.value for estimate in estimates]),
@@ -361,4 +361,4 @@ class Run:
         known = {trial.start for trial in self.log.records()}
         for label, point in warm_starts(self.context.space):
             if label not in known:
-                self.log.enqueue(point, label)
+                self.log.enqueue(point, start=label)

@@ -23,8 +23,10 @@ from markupsafe import Markup
 from merge_engine.recipe.recipe import Recipe
 from objectives.base import without_settings
 from objectives.scores import Interval, paired_bootstrap, score_interval
-from search.proposing.encoding import Candidates, RecipeEncoding
-from search.proposing.gp import Data, Posterior, fitted, observation, one_thread
+from search.proposing.encoding import Candidates
+from search.proposing.gp import one_thread
+from search.proposing.gp_sampler import MAX_TRIALS
+from search.proposing.insight import HALF_WIDTH, PosteriorView, method_chances, sensitivity
 from search.proposing.space import Space
 from search.proposing.starts import UNIFORM, baselines
 from search.racing.item_scores import ItemScores
@@ -38,14 +40,10 @@ from search.storing.trials import TrialLog, TrialRecord
 from search.study.spec import StudySpec
 
 TEMPLATE = Path(__file__).with_name("report.html")
-MODELLED = 250  # trials the process is fitted to at most
 DRAWN = 2000  # trials on the timeline
 MOMENTS = 40  # at which what was believed is worked out again
-DRAWS = 4000  # of all trials' values, to say which method is best
-SAMPLES = 2000  # of the search space, to say which parameter matters
 SHOWN = 12  # items gained, and as many lost
 PAIRS = 6  # of tasks, whose fronts are drawn
-SIDES = 1.96  # deviations on either side: 95 %
 RESAMPLES = 2000  # for a task's interval
 TRIFLE = 1e-9  # a move along a coordinate that is rounding alone
 COLOURS = 8  # the style sheet has for methods
@@ -100,11 +98,11 @@ def _contents(name: str, facts: RunFacts) -> dict[str, Any]:
         "progress": model and _progress(facts, model),
         "timeline": facts.complete and _timeline(facts),
         "curves": model and _curves(facts, model),
-        "chances": model and chances(model),
+        "chances": model and method_chances(model),
         "drawn": DRAWN,
-        "modelled": MODELLED,
+        "modelled": MAX_TRIALS,
         "tried": Counter(trial.point["method"] for trial in facts.complete),
-        "importance": model and importance(model),
+        "importance": model and sensitivity(model),
         "asked": asked,
         "times": _times(facts, scoring),
     }
@@ -195,52 +193,6 @@ class RunFacts:
         blocks = self.store.answers(recipe, split)
         end = next(number for number in range(len(blocks) + 1) if number not in blocks)
         return [answer.value for number in range(end) for answer in blocks[number]]
-
-
-class PosteriorView:
-    """What the process believes after complete trials.
-
-    Of very many it is told the best, and some of the others.
-    """
-
-    def __init__(self, space: Space, complete: Sequence[TrialRecord]) -> None:
-        self.space, self.places = space, RecipeEncoding(space)
-        self.trials = some_of(complete, MODELLED)
-        self.tried = self.places.population([trial.point for trial in self.trials])
-        x = self.places.of(self.tried).tolist()
-        self.observed = tuple(map(observation, self.trials, self.tried.method.tolist(), x))
-        self.kernel = fitted(self.observed)
-        self.known = self.after(len(self.trials))
-        self.belief = self.known.belief()
-
-    def after(self, count: int) -> Posterior:
-        """The process given the first trials alone."""
-        return Posterior(Data.of(self.observed[:count]), self.kernel)
-
-    def at(self, some: Candidates) -> tuple[Floats, Floats]:
-        """What candidates are believed to be worth, and the deviations of that, in per cent."""
-        means, deviations = self.known.values(self.places.of(some), some.method)
-        return 100 * means, 100 * deviations
-
-    @cached_property
-    def best(self) -> Believed:
-        """The trial that is believed to be best."""
-        return self.believed(self.belief.ranked([trial.violation for trial in self.trials])[0])
-
-    def believed(self, place: int) -> Believed:
-        """What is believed of one trial."""
-        deviation = float(self.belief.covariance[place, place]) ** 0.5
-        return Believed(
-            self.trials[place], 100 * float(self.belief.means[place]), 100 * SIDES * deviation
-        )
-
-
-class Believed(NamedTuple):
-    """A trial and what it is believed to be worth, plus or minus, in per cent."""
-
-    trial: TrialRecord
-    mean: float
-    side: float
 
 
 def some_of(complete: Sequence[TrialRecord], most: int) -> list[TrialRecord]:
@@ -447,11 +399,11 @@ def _progress(facts: RunFacts, model: PosteriorView) -> Markup:
     asked, means, deviations = [], [], []
     for count in counts.tolist():
         known = model.after(count)
-        best = int(np.argmax(known.at_trials))
+        best = int(np.argmax(known.feasible_means))
         mean, deviation = known.values(known.data.x[[best]], known.data.method[[best]])
         asked.append(facts.evaluations[model.trials[count - 1].number])
         means.append(100 * float(mean[0]))
-        deviations.append(100 * SIDES * float(deviation[0]))
+        deviations.append(100 * HALF_WIDTH * float(deviation[0]))
     x, y, side = np.array(asked, dtype=float), np.array(means), np.array(deviations)
     chart = Chart(
         Axis("item evaluations", 0, max(asked)),
@@ -473,7 +425,7 @@ def _timeline(facts: RunFacts) -> Markup:
         Axis.around("value told, %", values),
     )
     for trial, value in zip(trials, values, strict=True):
-        side = 100 * SIDES * trial.estimate.variance**0.5 if trial.estimate else 0.0
+        side = 100 * HALF_WIDTH * trial.estimate.variance**0.5 if trial.estimate else 0.0
         x, kind = facts.evaluations[trial.number], facts.kind(trial.point["method"])
         chart.upright(x, value - side, value + side, kind)
         missed = " missed" if trial.violation else ""
@@ -492,7 +444,7 @@ def _curves(facts: RunFacts, model: PosteriorView) -> dict[str, Any] | None:
     through = model.best.trial
     if result:
         through = next(t for t in facts.complete if t.number == result.winner.trial)
-    one = model.places.population([through.point])
+    one = model.encoding.candidates([through.point])
     mean = float(one.weights.mean())
     shape = one.weights[0] / mean if mean else np.ones_like(one.weights[0])
     scales = np.linspace(low, high, 61)
@@ -503,8 +455,8 @@ def _curves(facts: RunFacts, model: PosteriorView) -> dict[str, Any] | None:
             scales[:, None, None] * shape,
             np.repeat(one.values, len(scales), axis=0),
         )
-        if np.ptp(model.places.of(along[1:]), axis=0).max() > TRIFLE:  # at 0 ratios are lost
-            found[number] = model.at(along)
+        if np.ptp(model.encoding.encode(along[1:]), axis=0).max() > TRIFLE:  # at 0 ratios are lost
+            found[number] = model.values(along)
     if not found:
         return None
     y = Axis.around("value, %", np.concatenate([values for values, _ in found.values()]))
@@ -512,68 +464,14 @@ def _curves(facts: RunFacts, model: PosteriorView) -> dict[str, Any] | None:
     for number, (values, deviations) in found.items():
         method = facts.space.methods[number]
         chart, kind = Chart(Axis("scale", low, high), y, height=170), facts.kind(method)
-        chart.band(scales, values - SIDES * deviations, values + SIDES * deviations, kind)
+        chart.band(scales, values - HALF_WIDTH * deviations, values + HALF_WIDTH * deviations, kind)
         chart.line(scales, values, kind)
         for tried in model.tried.weights[model.tried.method == number].mean(axis=(1, 2)).tolist():
             chart.upright(tried, y.low, y.low + 0.05 * (y.high - y.low), kind)
         if number == one.method[0]:
-            chart.dot(mean, float(model.at(one)[0][0]), facts.says(through), "chosen", 4)
+            chart.dot(mean, float(model.values(one)[0][0]), facts.says(through), "chosen", 4)
         charts[method] = chart.svg(f"value of {method} over the scale")
     return {"through": through.number, "charts": charts}
-
-
-class Chance(NamedTuple):
-    """A method's best trial, and the chance that it is the best of all."""
-
-    method: str
-    best: Believed | None
-    chance: float
-
-
-def chances(model: PosteriorView) -> list[Chance]:
-    """How sure it is which method has the best trial, the likeliest first."""
-    missed = np.array([trial.violation for trial in model.trials])
-    allowed = np.flatnonzero(missed == missed.min())
-    belief = model.belief[allowed.tolist()]
-    draws = np.random.default_rng(0).multivariate_normal(
-        belief.means, belief.covariance, DRAWS, check_valid="ignore", method="eigh"
-    )
-    method = model.tried.method[allowed]
-    best = method[draws.argmax(axis=1)]
-    found = []
-    for number, name in enumerate(model.space.methods):
-        own = allowed[method == number]
-        place = own[np.argmax(model.belief.means[own])] if len(own) else None
-        of_method = None if place is None else model.believed(int(place))
-        found.append(Chance(name, of_method, float(np.mean(best == number))))
-    return sorted(found, key=lambda one: -one.chance)
-
-
-def importance(model: PosteriorView) -> list[tuple[str, float]]:
-    """Total effects of method, scale, mixture and parameters on what is believed.
-
-    ``E[(f(a) - f(a'))^2] / (2 Var f)``, where a' is a with one parameter drawn anew: Jansen 1999,
-    https://doi.org/10.1016/S0010-4655(98)00154-4.
-    """
-    generator = np.random.default_rng(0)
-    a, b = (model.places.random(SAMPLES, generator) for _ in range(2))
-    scales = [np.maximum(some.weights.mean(axis=2, keepdims=True), 1e-9) for some in (a, b)]
-    anew = {
-        "method": Candidates(b.method, a.weights, a.values),
-        "scale": Candidates(a.method, a.weights / scales[0] * scales[1], a.values),
-        "mixture": Candidates(a.method, b.weights / scales[1] * scales[0], a.values),
-    }
-    for place, name in enumerate(model.places.searched):
-        values = a.values.copy()
-        values[:, place] = b.values[:, place]
-        anew[name] = Candidates(a.method, a.weights, values)
-    before, _ = model.at(a)
-    variance = before.var() or 1.0
-    effects = [
-        (name, float(np.mean((model.at(some)[0] - before) ** 2) / (2 * variance)))
-        for name, some in anew.items()
-    ]
-    return sorted((one for one in effects if one[1] > 0), key=lambda one: -one[1])
 
 
 def _times(facts: RunFacts, scoring: float) -> list[tuple[str, float]]:

@@ -78,9 +78,18 @@ class TrialRecord:
     @property
     def value(self) -> float:
         """Estimated score of a complete trial."""
+        return self._known.value
+
+    @property
+    def variance(self) -> float:
+        """Variance of a complete trial's estimate."""
+        return self._known.variance
+
+    @property
+    def _known(self) -> Estimate:
         if self.estimate is None:
             raise ValueError(f"trial {self.number} is {self.state} and has no estimate")
-        return self.estimate.value
+        return self.estimate
 
     @property
     def sort_key(self) -> tuple[float, float]:
@@ -103,7 +112,7 @@ class TrialRecord:
             tasks={task: Estimate(*pair) for task, pair in noted.get("tasks", {}).items()},
             violation=sum(max(value, 0.0) for value in trial.constraints.values()),
             tell_order=noted.get("told", 0),
-            expected_improvement=trial.system_attrs.get("gain"),
+            expected_improvement=noted.get("gain"),
             error=noted.get("error"),
             faults=noted.get("faults"),
             completed=trial.datetime_complete,
@@ -204,10 +213,23 @@ class TrialLog:
         """Read the trials that have an estimate or have failed."""
         return self.records("complete", "fail")
 
-    def enqueue(self, point: Mapping[str, Any], start: str | None = None) -> None:
-        """Add a point that is to be the next trial, a warm start with its label."""
-        noted = {} if start is None else {"start": start}
-        self._study.enqueue_trial(dict(point), user_attrs=noted)
+    def enqueue(
+        self,
+        point: Mapping[str, Any],
+        *,
+        start: str | None = None,
+        expected_improvement: float | None = None,
+    ) -> None:
+        """Add a waiting trial with this point, which a kill cannot lose any more.
+
+        Args:
+            point: Value of each parameter.
+            start: Label of a warm start.
+            expected_improvement: Of a proposal.
+        """
+        noted = {"start": start, "gain": expected_improvement}
+        known = {name: value for name, value in noted.items() if value is not None}
+        self._study.enqueue_trial(dict(point), user_attrs=known)
 
     def left_running(self, open_now: Sequence[int]) -> list[TrialRecord]:
         """Read the trials that an earlier session left running.
@@ -217,29 +239,27 @@ class TrialLog:
         """
         return [record for record in self.records("running") if record.number not in open_now]
 
-    def next_number(self, open_now: Sequence[int]) -> int:
-        """Return the number of the trial that ``open`` will give."""
-        for records in (self.left_running(open_now), self.records("waiting")):
-            if records:
-                return records[0].number
-        return len(self._study.get_trials(deepcopy=False))
-
     def open(
         self,
         distributions: Mapping[str, BaseDistribution],
-        sampler: BaseSampler,
-        open_now: Sequence[int],
+        *,
+        left: TrialRecord | None = None,
+        sampler: BaseSampler | None = None,
     ) -> OpenTrial:
-        """Open a trial an earlier session left running, else one that waits, else a new one."""
-        self._study.sampler = sampler
-        left = self.left_running(open_now)
-        if not left:
+        """Take up a running trial, else open the first that waits, else a new one.
+
+        Args:
+            distributions: Of the parameters.
+            left: A trial that an earlier session left running.
+            sampler: Chooses parameters that the trial does not have yet; None: it has all.
+        """
+        if sampler is not None:
+            self._study.sampler = sampler
+        if left is None:
             return OpenTrial(self._study, self._study.ask(dict(distributions)))
         # Optuna has no public way to take up a running trial; its id is what ``Trial`` is made of.
-        frozen = next(
-            t for t in self._study.get_trials(deepcopy=False) if t.number == left[0].number
-        )
-        trial = Trial(self._study, frozen._trial_id)
+        trials = self._study.get_trials(deepcopy=False)
+        trial = Trial(self._study, trials[left.number]._trial_id)
         for name, distribution in distributions.items():
             _suggest(trial, name, distribution)
         return OpenTrial(self._study, trial)

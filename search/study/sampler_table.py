@@ -13,11 +13,14 @@ class SamplerEntry:
     """What a study has to know of a sampler before it is imported.
 
     Attributes:
+        source: ``module:attribute`` of a function of a ``ProposalRequest``, or of a sampler class
+            of Optuna's interface.
         many_objectives: Works with ``search.front``: it does not follow the mean alone.
         constraints: Prefers feasible recipes where the objective has constraints.
         needs: A package beyond mergesearch's own; the extra of that name installs it.
     """
 
+    source: str
     many_objectives: bool = False
     constraints: bool = True
     needs: str | None = None
@@ -25,17 +28,17 @@ class SamplerEntry:
 
 SAMPLERS: Final[Mapping[str, SamplerEntry]] = MappingProxyType(
     {
-        "auto": SamplerEntry(many_objectives=True),
-        "gp": SamplerEntry(many_objectives=True),
-        "random": SamplerEntry(many_objectives=True),
-        "cmaes": SamplerEntry(constraints=False, needs="cmaes"),
-        "tpe": SamplerEntry(),
-        "nsga2": SamplerEntry(),
-        "grid": SamplerEntry(),
+        "auto": SamplerEntry("search.proposing.gp_sampler:propose", many_objectives=True),
+        "gp": SamplerEntry("search.proposing.gp_sampler:propose", many_objectives=True),
+        "random": SamplerEntry("search.proposing.samplers:random", many_objectives=True),
+        "cmaes": SamplerEntry("search.proposing.samplers:cmaes", constraints=False, needs="cmaes"),
+        "tpe": SamplerEntry("search.proposing.samplers:tpe"),
+        "nsga2": SamplerEntry("search.proposing.samplers:nsga2"),
+        "grid": SamplerEntry("search.proposing.samplers:grid"),
     }
 )
 
 
 def find_sampler(name: str) -> SamplerEntry | None:
     """Return a sampler's row; ``package.module:Class`` names an Optuna sampler of the user's."""
-    return SamplerEntry() if ":" in name else SAMPLERS.get(name)
+    return SamplerEntry(name) if ":" in name else SAMPLERS.get(name)

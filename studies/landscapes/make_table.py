@@ -24,13 +24,13 @@ from typing import Any
 import numpy as np
 import optuna
 from numpy.typing import NDArray
+from optuna.samplers import TPESampler
 from scipy.stats import qmc
 
 from objectives.base import Item
 from search.preparing.context import StudyContext, load, plan_study
 from search.preparing.models import Hardware
 from search.proposing.recipes import to_recipe
-from search.proposing.samplers import make_sampler
 from search.proposing.space import Point, Space
 from search.proposing.starts import warm_starts
 from search.study.reading import load_study
@@ -133,7 +133,7 @@ def searched_point(table: Table, method: str, seed: int) -> Point:
         for point, value in zip(table.points, table.values(), strict=True)
         if point["method"] == method
     ]
-    sampler = make_sampler("tpe", seed, len(trials), startup=0)
+    sampler = TPESampler(seed=1000 * seed + len(trials), n_startup_trials=0, multivariate=True)
     study = optuna.create_study(direction="maximize", sampler=sampler)
     study.add_trials(trials)
     return study.ask(ranges).params

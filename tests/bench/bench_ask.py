@@ -1,6 +1,6 @@
 """What proposing costs a trial: one JSON line per sampler and storage.
 
-    python tests/bench_ask.py [--samplers gp,tpe,random] [--trials 300]
+    python tests/bench/bench_ask.py [--samplers gp,tpe,random] [--trials 300]
 
 Milliseconds in the mean over the trials of one search of the demo's landscape: wall and CPU time
 of asking and telling, in memory and in a database like a run's.
@@ -18,9 +18,11 @@ import optuna
 
 from landscape import LANDSCAPES
 from search.proposing.recipes import to_recipe
-from search.proposing.samplers import make_sampler
+from search.proposing.samplers import Proposer
 from search.proposing.starts import warm_starts
+from search.racing.race import Estimate
 from search.storing.store import Store
+from search.storing.trials import TrialLog
 
 
 def clock() -> np.ndarray:
@@ -28,21 +30,21 @@ def clock() -> np.ndarray:
     return 1e3 * np.array([time.perf_counter(), time.process_time()])
 
 
-def milliseconds(study: optuna.Study, sampler: str, trials: int) -> np.ndarray:
-    """Wall and CPU time that a trial takes besides its scoring."""
+def milliseconds(log: TrialLog, sampler: str, trials: int) -> np.ndarray:
+    """Wall and CPU time that a trial takes besides its evaluation."""
     landscape, luck = LANDSCAPES["demo"](0), np.random.default_rng(0)
     spent = np.zeros(2)
-    for _, point in warm_starts(landscape.space):
-        study.enqueue_trial(point)
+    proposer = Proposer(sampler, landscape.space, 0)
+    for label, point in warm_starts(landscape.space):
+        log.enqueue(point, start=label)
     for number in range(trials):
         start = clock()
-        study.sampler = make_sampler(sampler, landscape.space, 0, number)
-        trial = study.ask(landscape.space.distributions)
+        trial = proposer.ask(log)
         spent += clock() - start
-        value = landscape.truth(to_recipe(landscape.space, trial.params))
+        value = landscape.truth(to_recipe(landscape.space, trial.point))
         start = clock()
-        trial.set_user_attr("variance", 0.02**2)
-        study.tell(trial, value + 0.02 * luck.standard_normal())
+        estimate = Estimate(value + 0.02 * luck.standard_normal(), 0.02**2)
+        trial.tell(estimate, {}, items=240, order=number)
         spent += clock() - start
     return spent / trials
 
@@ -59,7 +61,7 @@ def main() -> None:
             in_memory = storage == "memory"
             file = Path(folder) / "study.db"
             study = optuna.create_study(direction="maximize") if in_memory else Store(file).study()
-            wall, cpu = milliseconds(study, sampler, options.trials).round(1).tolist()
+            wall, cpu = milliseconds(TrialLog(study), sampler, options.trials).round(1).tolist()
         print(json.dumps({"sampler": sampler, "storage": storage, "wall": wall, "cpu": cpu}))
 
 

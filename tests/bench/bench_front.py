@@ -26,13 +26,12 @@ from optuna.samplers import BaseSampler, GPSampler, NSGAIISampler
 
 from landscape import LANDSCAPES, Bits, Floats, Items, Landscape, Planted, Tabulated
 from merge_engine.recipe.recipe import Recipe
-from replay import Candidate, Raced, Replay
+from replay import Candidate, Raced, Replay, StudySampler
 from rivals import StockFront
-from search.proposing.gp import believed
+from search.proposing.gp import posterior_of
 from search.proposing.recipes import to_recipe
-from search.proposing.samplers import make_sampler
 from search.proposing.space import Point, Space
-from search.proposing.starts import baselines, warm_starts
+from search.proposing.starts import baselines
 from search.racing.pareto import confirmed, posterior_front
 from search.racing.race import STOP_BELOW, Estimate
 
@@ -49,31 +48,6 @@ class Proposer(Protocol):
         """What it is worth in the mean and in each task."""
 
 
-class Shipped:
-    """A sampler of ``search.proposing.samplers``, made anew for every trial as a run does."""
-
-    def __init__(self, name: str, front: bool, space: Space, seed: int) -> None:
-        self.name, self.front, self.space, self.seed = name, front, space, seed
-        self.study = optuna.create_study(direction="maximize")
-        for _, point in warm_starts(space):
-            self.study.enqueue_trial(point)
-        self.asked = 0
-
-    def ask(self) -> Point:
-        self.study.sampler = make_sampler(
-            self.name, self.space, self.seed, self.asked, front=self.front
-        )
-        self.asked += 1
-        self.trial = self.study.ask(self.space.distributions)
-        return self.trial.params
-
-    def tell(self, told: Estimate, by_task: Mapping[str, Estimate]) -> None:
-        self.trial.set_user_attr("variance", told.variance)
-        said = {task: [one.value, one.variance] for task, one in by_task.items()}
-        self.trial.set_user_attr("tasks", said)
-        self.study.tell(self.trial, told.value)
-
-
 @dataclass(frozen=True)
 class System:
     """Who proposes, made from a space, a seed and the number of goals, and how all are asked.
@@ -87,7 +61,7 @@ class System:
 
 def shipped(name: str, front: bool = False) -> Callable[[Space, int, int], Proposer]:
     """A sampler of ours."""
-    return lambda space, seed, _: Shipped(name, front, space, seed)
+    return lambda space, seed, _: StudySampler(name, space, seed, front=front)
 
 
 def stock(make: Callable[[int], BaseSampler]) -> Callable[[Space, int, int], Proposer]:
@@ -192,7 +166,7 @@ def search(replay: Replay, system: str, budget: int) -> list[Candidate]:
         proposer.tell(told, said)
     points = [candidate.point or {} for candidate in candidates]
     known = {task: np.array([one[task] for one in estimates]) for task in estimates[0]}
-    posteriors = {task: believed(space, points, *of.T) for task, of in known.items()}
+    posteriors = {task: posterior_of(space, points, *of.T) for task, of in known.items()}
     places = posterior_front(posteriors, FINALISTS)
     beliefs = {task: posterior[places] for task, posterior in posteriors.items()}
     chosen = [candidates[place] for place in places]

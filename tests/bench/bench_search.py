@@ -39,8 +39,8 @@ from replay import (
     FixedItems,
     FreshItems,
     LuckyMaximum,
-    OptunaSampler,
     Raced,
+    StudySampler,
     System,
     run,
 )
@@ -49,9 +49,9 @@ from search.proposing.space import Space
 from search.proposing.starts import UNIFORM, baselines
 
 Row = dict[str, object]
-AUTO = partial(OptunaSampler, "auto")
-RANDOM = partial(OptunaSampler, "random")
-TPE = partial(OptunaSampler, "tpe")
+AUTO = partial(StudySampler, "auto")
+RANDOM = partial(StudySampler, "random")
+TPE = partial(StudySampler, "tpe")
 GA7 = partial(WeightsGa, 7, "task_arithmetic")
 GA25 = partial(WeightsGa, 25, "task_arithmetic")
 STOCK_TPE = partial(Stock, lambda seed: TPESampler(seed=seed), ())
@@ -59,7 +59,7 @@ STOCK_RANDOM = partial(Stock, lambda seed: RandomSampler(seed=seed), ())
 STOCK_CMAES = partial(Stock, lambda seed: CmaEsSampler(seed=seed), ("task_arithmetic",))
 
 
-class Depths(OptunaSampler):
+class Depths(StudySampler):
     """What ships, but that depth groups have the same weights throughout, or their own at once."""
 
     def __init__(self, space: Space, seed: int, *, alike: bool) -> None:
@@ -76,8 +76,7 @@ SYSTEMS: Mapping[str, System] = {
     "full-lucky": System(AUTO, FixedItems, LuckyMaximum()),
     "full-elected": System(AUTO, FixedItems, Elected()),
     "tpe-raced": System(TPE, Raced, Elected()),
-    "cmaes-raced": System(partial(OptunaSampler, "cmaes"), Raced, Elected()),
-    "catcma-raced": System(partial(OptunaSampler, "catcma"), Raced, Elected()),
+    "cmaes-raced": System(partial(StudySampler, "cmaes"), Raced, Elected()),
     "random-raced": System(RANDOM, Raced, Elected()),
     "tpe-lucky": System(TPE, FixedItems, LuckyMaximum(), baselines=False),
     "random-lucky": System(RANDOM, FixedItems, LuckyMaximum(), baselines=False),
@@ -99,7 +98,6 @@ SYSTEMS: Mapping[str, System] = {
     ),
     "stock-random": System(STOCK_RANDOM, FixedItems, LuckyMaximum(), baselines=False),
     "stock-cmaes": System(STOCK_CMAES, FixedItems, LuckyMaximum(), baselines=False),
-    "sobol": System(partial(OptunaSampler, "sobol"), FixedItems, FreshItems()),
     "tpe": System(TPE, FixedItems, FreshItems()),
 }
 

@@ -1,6 +1,7 @@
 """What it costs and saves to stop a search early: one JSON line per landscape and rule.
 
-    python tests/bench_stopping.py [--landscapes null_flat,planted,demo] [--seeds 12] [--trials 300]
+    python tests/bench/bench_stopping.py [--landscapes null_flat,planted,demo] [--seeds 12]
+        [--trials 300]
 
 Each search goes on to its last trial; what it would have exported is noted after fixed numbers of
 trials and where ``stopping`` with a share of the standard error would have ended it.
@@ -13,12 +14,11 @@ from collections import defaultdict
 
 import numpy as np
 import optuna
-from optuna.trial import TrialState
 
 from landscape import LANDSCAPES, Landscape
-from replay import COUNTS, Elected, OptunaSampler, Raced, Replay
+from replay import COUNTS, Elected, Raced, Replay, StudySampler
 from search.proposing.recipes import to_recipe
-from search.proposing.stopping import exhausted
+from search.proposing.stopping import should_stop
 
 SHARES = (0.2, 0.1, 0.05, 0.03)
 FIXED = (60, 100, 200)
@@ -29,7 +29,7 @@ End = tuple[int, int, float]  # trials, item evaluations, regret
 def ends(landscape: Landscape, seed: int, most: int) -> dict[str, End]:
     """Where each rule ends one search."""
     replay, racer = Replay(landscape, seed), Raced()
-    sampler = OptunaSampler("auto", landscape.space, seed)
+    sampler = StudySampler("auto", landscape.space, seed)
     racer.start(replay)
     found: dict[str, End] = {}
     left = {f"share {share:g}": share for share in SHARES}
@@ -38,10 +38,9 @@ def ends(landscape: Landscape, seed: int, most: int) -> dict[str, End]:
         candidate = replay.candidate(to_recipe(landscape.space, point))
         (estimate,) = racer.race(replay, [candidate])
         candidate.point, candidate.told = point, estimate
-        sampler.waiting[0].set_user_attr("items", candidate.seen)
-        sampler.tell(estimate)
-        told = sampler.study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
-        over = [name for name, share in left.items() if exhausted(told, COUNTS["select"], share)]
+        sampler.tell(estimate, items=candidate.seen)
+        complete = sampler.log.complete()
+        over = [n for n, share in left.items() if should_stop(complete, COUNTS["select"], share)]
         if trials == most:
             over = [*left]
         if trials in (*FIXED, most):

@@ -5,8 +5,9 @@ search items the candidates of a cohort answer. A selector picks the recipe to e
 good it is. They share a ``Replay``, which hands out answers and counts them.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from types import MappingProxyType
 from typing import Literal, Protocol
 
 import numpy as np
@@ -16,15 +17,16 @@ from landscape import Floats, Items, Landscape
 from merge_engine.recipe.recipe import Recipe
 from objectives.items import Split, blocks
 from objectives.scores import Interval, bootstrap, score_interval
-from search.proposing.gp import believed
+from search.proposing.gp import posterior_of
 from search.proposing.recipes import to_recipe
-from search.proposing.samplers import make_sampler
+from search.proposing.samplers import Proposer
 from search.proposing.space import Point, Space
 from search.proposing.starts import UNIFORM, baselines, warm_starts
 from search.racing.elimination import JointPosterior, successive_elimination
 from search.racing.item_scores import ItemScores
 from search.racing.race import PANEL, STOP_BELOW, Estimate, Race, Strata
 from search.racing.verdict import SELECT_SHARE, verdict
+from search.storing.trials import OpenTrial, TrialLog
 
 COUNTS = {"search": 240, "select": 200, "test": 360}
 BLOCK = 20
@@ -147,28 +149,30 @@ class Selector(Protocol):
         """The choice, and what it says of it."""
 
 
-class OptunaSampler:
-    """A sampler of ``search.proposing.samplers``, made anew for every trial as a run does."""
+class StudySampler:
+    """A sampler of ``search.proposing.samplers``, asked for trials as a run does."""
 
-    def __init__(self, name: str, space: Space, seed: int) -> None:
-        self.name, self.space, self.seed = name, space, seed
-        self.study = optuna.create_study(direction="maximize")
-        self.waiting: list[optuna.Trial] = []
-        self.asked = 0
-        for _, point in warm_starts(space):
-            self.study.enqueue_trial(point)
+    def __init__(self, name: str, space: Space, seed: int, *, front: bool = False) -> None:
+        self.proposer = Proposer(name, space, seed, front=front)
+        self.log = TrialLog(optuna.create_study(direction="maximize"))
+        self.open: list[OpenTrial] = []
+        for label, point in warm_starts(space):
+            self.log.enqueue(point, start=label)
 
     def ask(self) -> Point:
-        self.study.sampler = make_sampler(self.name, self.space, self.seed, self.asked)
-        self.asked += 1
-        trial = self.study.ask(self.space.distributions)
-        self.waiting.append(trial)
-        return trial.params
+        self.open.append(self.proposer.ask(self.log, [trial.number for trial in self.open]))
+        return self.open[-1].point
 
-    def tell(self, estimate: Estimate) -> None:
-        trial = self.waiting.pop(0)
-        trial.set_user_attr("variance", estimate.variance)
-        self.study.tell(trial, estimate.value)
+    def tell(
+        self,
+        estimate: Estimate,
+        tasks: Mapping[str, Estimate] = MappingProxyType({}),
+        *,
+        items: int = 0,
+        violation: float | None = None,
+    ) -> None:
+        trial = self.open.pop(0)
+        trial.tell(estimate, tasks, items=items, order=trial.number, violation=violation)
 
 
 @dataclass
@@ -266,7 +270,7 @@ class Elected:
 
     def select(self, replay: Replay) -> Export:
         told = [(c, c.told) for c in replay.candidates.values() if c.told]
-        belief = believed(
+        belief = posterior_of(
             replay.space,
             [candidate.point or {} for candidate, _ in told],
             np.array([estimate.value for _, estimate in told]),

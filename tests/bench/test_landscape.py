@@ -1,7 +1,6 @@
 """The landscapes that searches are measured on are true, and replayed searches are as real ones."""
 
 import numpy as np
-import optuna
 import pytest
 
 from landscape import LANDSCAPES, Tabulated, coordinates, demo, null_flat, planted
@@ -11,20 +10,19 @@ from replay import (
     FixedItems,
     FreshItems,
     LuckyMaximum,
-    OptunaSampler,
     Raced,
     Replay,
+    StudySampler,
     System,
     run,
 )
 from search.proposing.recipes import to_recipe
-from search.proposing.samplers import RANDOM_STARTUP, make_sampler
-from search.proposing.starts import baselines, warm_starts
+from search.proposing.starts import baselines
 from search.racing.race import Race
 
 
 def auto(space, seed):
-    return OptunaSampler("auto", space, seed)
+    return StudySampler("auto", space, seed)
 
 
 def some_recipes(landscape, count):
@@ -174,21 +172,3 @@ def test_lucky_maximum_claims_more_than_fresh_items_do():
         claims[selector] = np.mean([end.export.reported.mean for end in ends]) - 0.6
     lucky, fresh = claims.values()
     assert lucky > fresh + 0.01
-
-
-def test_replayed_sampler_proposes_what_a_run_proposes():
-    """As ``Run`` asks: warm starts enqueued, a sampler made anew for every trial."""
-    space = planted(0).space
-    study = optuna.create_study(direction="maximize")
-    for _, point in warm_starts(space):
-        study.enqueue_trial(point)
-    sampler, replay = auto(space, 5), Replay(planted(0), 0)
-    for number in range(len(warm_starts(space)) + RANDOM_STARTUP + 5):
-        study.sampler = make_sampler("auto", space, 5, number)
-        trial = study.ask(space.distributions)
-        assert sampler.ask() == trial.params
-        candidate = replay.candidate(to_recipe(space, trial.params))
-        estimate = replay.estimate(replay.ask(candidate, COUNTS["search"]))
-        sampler.tell(estimate)
-        trial.set_user_attr("variance", estimate.variance)
-        study.tell(trial, estimate.value)

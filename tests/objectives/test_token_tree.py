@@ -59,7 +59,7 @@ def test_the_prefix_of_most_rows_is_shared_and_each_row_is_in_one_group():
     rows = [build_tree(make_requests([([7] * 20 + [number], [1])])) for number in range(6)]
     others = [build_tree(make_requests([([8, number], [1])])) for number in range(3)]
     groups = list(group_by_prefix([*rows, *others]))
-    assert [(group.prefix, len(group.rows)) for group in groups] == [((7,) * 20, 6), ((), 3)]
+    assert [(prefix, len(rows)) for prefix, rows in groups] == [((7,) * 20, 6), ((), 3)]
     assert common_length([1, 2, 3], [1, 2]) == 2
 
 

@@ -1,20 +1,18 @@
 """Several goals: the front, who is on it, and a search that looks for it."""
 
 import numpy as np
-import optuna
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
+from replay import StudySampler
 from search.cli import main
-from search.proposing.gp import believed
-from search.proposing.samplers import make_sampler
+from search.proposing.gp import posterior_of
 from search.proposing.space import Space
-from search.proposing.starts import warm_starts
 from search.racing.elimination import JointPosterior
 from search.racing.pareto import confirmed, leading, nondominated, posterior_front, widest
-from search.racing.race import Strata
+from search.racing.race import Estimate, Strata
 from search.storing.result import Result
 
 SPACE = Space("base", ("a", "b"), ("task_arithmetic",), (0.0, 1.0), {})
@@ -56,17 +54,12 @@ def values_at(scale):
 
 def searched(front, count=40):
     """Scales a study proposes after its warm starts."""
-    study = optuna.create_study(direction="maximize")
-    for _, point in warm_starts(SPACE):
-        study.enqueue_trial(point)
-    for number in range(count):
-        study.sampler = make_sampler("gp", SPACE, 0, number, front=front)
-        trial = study.ask(SPACE.distributions)
-        tasks = values_at(trial.params["scale"])
-        trial.set_user_attr("tasks", tasks)
-        trial.set_user_attr("variance", 1e-6)
-        study.tell(trial, (tasks["x"][0] + tasks["y"][0]) / 2)
-    return np.array([trial.params["scale"] for trial in study.trials[-20:]])
+    sampler, scales = StudySampler("gp", SPACE, 0, front=front), []
+    for _ in range(count):
+        scales.append(sampler.ask()["scale"])
+        tasks = {task: Estimate(*pair) for task, pair in values_at(scales[-1]).items()}
+        sampler.tell(Estimate((tasks["x"].value + tasks["y"].value) / 2, 1e-6), tasks)
+    return np.array(scales[-20:])
 
 
 def test_search_for_the_front_proposes_all_along_it_and_for_the_mean_at_one_place():
@@ -82,7 +75,7 @@ def test_front_is_that_of_what_is_believed_and_fresh_items_correct_it():
     scales = np.linspace(0, 1, 11)
     points = [SPACE.point("task_arithmetic", (scale, scale)) for scale in scales]
     estimates = {t: np.array([values_at(scale)[t] for scale in scales]) for t in ("x", "y")}
-    posteriors = {task: believed(SPACE, points, *of.T) for task, of in estimates.items()}
+    posteriors = {task: posterior_of(SPACE, points, *of.T) for task, of in estimates.items()}
     front = posterior_front(posteriors, most=20)
     beliefs = {task: posterior[front] for task, posterior in posteriors.items()}
     assert scales[front] == pytest.approx([0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8])

@@ -6,25 +6,24 @@ import shutil
 from html.parser import HTMLParser
 
 import numpy as np
-import optuna
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from optuna.samplers import RandomSampler
 from safetensors.torch import load_file, save_file
 
 import search.session
 import search.showing.report
 from search.cli import main
-from search.proposing.space import Space
+from search.racing.race import Estimate
 from search.running.sampling import read_samples, shown
 from search.running.workers import LocalWorker
 from search.showing.charts import Axis, shortened
-from search.showing.report import Model, chances, importance, make_report, some_of
+from search.showing.report import make_report, some_of
 from search.storing.folder import DATABASE, locked
 from search.storing.result import Result, read_result
 from search.storing.store import Store
+from search.storing.trials import TrialRecord
 
 VOID = {"br", "hr", "img", "input", "link", "meta"}
 SCRIPT = "<script>alert(1)</script>"
@@ -99,11 +98,11 @@ def test_page_is_there_while_a_run_goes_on_and_its_failure_stops_nothing(
     study, run = make_study(tmp_path, search__trials=3), tmp_path / "run"
     seen, draw = [], search.showing.report.make_report
 
-    def drawing(folder, store, study):
+    def drawing(folder, store):
         seen.append((folder / "report.html").is_file())
         if len(seen) == 2:
             raise KeyError("no such thing")
-        return draw(folder, store, study)
+        return draw(folder, store)
 
     monkeypatch.setattr(search.showing.report, "make_report", drawing)
     monkeypatch.setattr(search.session, "REPORT_EVERY", 0.0)
@@ -226,45 +225,17 @@ def test_report_of_no_run_or_of_another_version_is_exit_2(finished, tmp_path, ca
     assert error.count("\n") == 1
 
 
-SPACE = Space("base", ("a", "b"), ("task_arithmetic", "ties"), (0.0, 1.0), {"density": (0.1, 1.0)})
-
-
-@pytest.fixture(scope="module")
-def model():
-    """After trials of which the scale alone decides, and ties are worse."""
-    study = optuna.create_study(direction="maximize", sampler=RandomSampler(seed=0))
-    generator = np.random.default_rng(0)
-    for _ in range(60):
-        trial = study.ask(SPACE.distributions)
-        trial.set_user_attr("variance", 1e-4)
-        worse = 0.2 * (trial.params["method"] == "ties")
-        value = 0.9 - (trial.params["scale"] - 0.5) ** 2 - worse
-        study.tell(trial, value + 0.01 * generator.standard_normal())
-    return Model(SPACE, study.trials)
-
-
-def test_method_that_is_better_is_known_to_be(model):
-    first, second = chances(model)
-    assert first.method == "task_arithmetic"
-    assert first.chance > 0.99
-    assert first.chance + second.chance == pytest.approx(1.0)
-    assert second.best.mean == pytest.approx(70, abs=second.best.side + 1)
-
-
-def test_of_many_trials_the_best_and_some_others_are_kept_in_their_order(model):
-    some = some_of(model.trials, 20)
+def test_of_many_trials_the_best_and_some_others_are_kept_in_their_order():
+    values = np.random.default_rng(0).permutation(60) / 60
+    trials = [
+        TrialRecord(number, "complete", estimate=Estimate(float(value), 1e-4))
+        for number, value in enumerate(values)
+    ]
+    some = some_of(trials, 20)
     assert 15 <= len(some) <= 20
     assert [trial.number for trial in some] == sorted(trial.number for trial in some)
-    values = sorted((trial.value for trial in model.trials), reverse=True)
-    assert {*values[:10]} <= {trial.value for trial in some}
+    assert {*sorted(values)[-10:]} <= {trial.value for trial in some}
     assert min(trial.value for trial in some) < np.median(values)
-
-
-def test_importance_is_of_what_decides_alone(model):
-    effects = importance(model)
-    assert [name for name, _ in effects[:2]] == ["method", "scale"]
-    assert effects[0][1] == pytest.approx(0.64, abs=0.2)  # of methods 0.01, of scales 1 / 180
-    assert all(effect < 0.05 for _, effect in effects[2:])
 
 
 @given(st.floats(-1e3, 1e3), st.floats(1e-3, 1e4))

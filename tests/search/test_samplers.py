@@ -1,84 +1,107 @@
-"""Every sampler proposes what the finished trials say, whoever asks, and keeps its own promise."""
+"""Every sampler's proposals depend on the finished trials alone, and keep its own promise."""
 
 import numpy as np
 import optuna
 import pytest
-from optuna.trial import Trial
 
-from search.proposing.samplers import RANDOM_STARTUP, make_sampler
+from search.proposing.proposal import RANDOM_STARTUP, random_point
+from search.proposing.samplers import Proposer, load_sampler
 from search.proposing.space import Space
 from search.proposing.starts import warm_starts
+from search.racing.race import Estimate
 from search.storing.store import Store
+from search.storing.trials import TrialLog
 from search.study.sampler_table import SAMPLERS
+from search.study.spec import StudyError
 
 SPACE = Space("base", ("a", "b"), ("task_arithmetic", "ties"), (0.0, 1.0), {"density": (0.1, 1.0)})
 STARTS = len(warm_starts(SPACE))
 
 
-def asked(name, count, killed=False, database=None):
-    """Params of ``count`` trials.
+def proposed(name, count, killed=False, database=None):
+    """Points of ``count`` trials.
 
     Args:
         name: Of the sampler.
         count: Of trials.
-        killed: Each trial was at work when its process died.
+        killed: The process dies as every trial opens, and another one takes it up.
         database: Where the study is; for the last four trials it is opened again.
     """
-    study = optuna.create_study(direction="maximize") if database is None else opened(database)
-    for _, point in warm_starts(SPACE):
-        study.enqueue_trial(point)
+    study = Store(database).study() if database else optuna.create_study(direction="maximize")
+    log = TrialLog(study)
+    for label, point in warm_starts(SPACE):
+        log.enqueue(point, start=label)
+    points = []
     for number in range(count):
         if database and number == count - 4:
-            study = opened(database)
-        study.sampler = make_sampler(name, SPACE, 3, number)
-        trial = study.ask()
+            log = TrialLog(Store(database).study())
         if killed:
-            study.sampler = make_sampler(name, SPACE, 3, number)
-            trial = Trial(study, trial._trial_id)
-        for parameter, distribution in SPACE.distributions.items():
-            trial._suggest(parameter, distribution)
-        study.tell(trial, trial.params["scale"] - trial.params["mix_1"] ** 2)
-    return [trial.params for trial in study.trials]
+            die_once(study, name)
+        trial = Proposer(name, SPACE, 3).ask(log)
+        points.append(trial.point)
+        value = trial.point["scale"] - trial.point["mix_1"] ** 2
+        trial.tell(Estimate(value, 0.001), {}, items=20, order=number)
+    return points
 
 
-def opened(database):
-    return Store(database).study()
+def die_once(study, name):
+    """Begin a trial whose parameters are never stored."""
+
+    class Dying(TrialLog):
+        def open(self, distributions, *, left=None, sampler=None):
+            study.sampler = sampler or study.sampler
+            study.ask()
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        Proposer(name, SPACE, 3).ask(Dying(study))
 
 
 @pytest.mark.parametrize("name", sorted({*SAMPLERS} - {"auto"}))
 def test_killed_trial_is_proposed_again(name):
     count = STARTS + RANDOM_STARTUP + 12
-    points = asked(name, count)
-    assert points == asked(name, count, killed=True)
+    points = proposed(name, count)
+    assert points == proposed(name, count, killed=True)
     assert all(SPACE.contains(point) for point in points)
 
 
-@pytest.mark.parametrize("name", ["cmaes"])
-def test_what_a_strategy_has_learned_is_in_the_database(name, tmp_path):
+def test_what_cmaes_has_learned_is_in_the_database(tmp_path):
     count = STARTS + 14
-    assert asked(name, count, database=tmp_path / "study.db") == asked(name, count)
+    assert proposed("cmaes", count, database=tmp_path / "study.db") == proposed("cmaes", count)
 
 
-@pytest.mark.parametrize("name", ["gp", "tpe", "cmaes", "catcma", "nsga2", "nsga3"])
-def test_models_of_the_trials_beat_chance(name):
+@pytest.mark.parametrize("name", ["gp", "tpe", "cmaes", "nsga2", "optuna.samplers:TPESampler"])
+def test_samplers_that_learn_beat_chance(name):
     late = {
-        name: np.mean([p["scale"] - p["mix_1"] ** 2 for p in asked(name, STARTS + 80)[-20:]])
+        name: np.mean([p["scale"] - p["mix_1"] ** 2 for p in proposed(name, STARTS + 80)[-20:]])
         for name in (name, "random")
     }
     assert late[name] > late["random"] + 0.2
 
 
 def test_grid_is_an_even_curve_of_each_method():
-    points = asked("grid", STARTS + 18)[STARTS:]
+    points = proposed("grid", STARTS + 18)[STARTS:]
     for method in SPACE.methods:
         scales = sorted(point["scale"] for point in points if point["method"] == method)
         assert scales == pytest.approx(np.linspace(0, 1, 9))
     assert {(w[0] - w[1]) for [w] in SPACE.weights(points).tolist()} == {0.0}
 
 
-def test_sobol_spreads_evenly_where_random_does_not():
-    def cells(name):
-        points = asked(name, STARTS + 64)[STARTS:]
-        return {(p["method"], int(p["scale"] * 4), int(p["mix_1"] * 4)) for p in points}
+@pytest.mark.parametrize("seed", range(20))
+def test_random_points_are_those_of_optunas_sampler(seed):
+    study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=seed))
+    trial = study.ask(SPACE.distributions)
+    assert random_point(SPACE.distributions, seed) == trial.params
 
-    assert len(cells("random")) < len(cells("sobol")) == 32
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("nowhere.to:Find", "No module named 'nowhere'; install it"),
+        ("optuna.samplers:Oracle", "has no attribute 'Oracle'"),
+        ("optuna.study:Study", "no subclass of optuna.samplers.BaseSampler"),
+    ],
+)
+def test_sampler_class_that_cannot_be_used_is_refused(name, message):
+    with pytest.raises(StudyError, match=message):
+        load_sampler(name)

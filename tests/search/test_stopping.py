@@ -1,13 +1,12 @@
-"""A search stops when nothing is left to gain that could be told, and goes on while there is."""
-
-import optuna
+"""A search stops when no gain is left that could be told from noise, and goes on while there is."""
 
 from landscape import planted
+from replay import StudySampler
+from search.proposing.proposal import RANDOM_STARTUP
 from search.proposing.recipes import to_recipe
-from search.proposing.samplers import RANDOM_STARTUP, make_sampler
 from search.proposing.starts import warm_starts
-from search.proposing.stopping import LAST, exhausted
-from search.storing.trials import TrialLog
+from search.proposing.stopping import WINDOW, should_stop
+from search.racing.race import Estimate
 
 LANDSCAPE = planted(1)
 STARTS = warm_starts(LANDSCAPE.space)
@@ -15,30 +14,23 @@ ITEMS = 240
 MOST = 100
 
 
-def stopped(share):
-    """True values of the recipes of a search that is told that share of their differences.
+def true_values(share):
+    """True values of the recipes of a search whose estimates are that share of them.
 
-    It is told that these are of 240 items, which tell recipes apart by 2 points.
+    Their variance is that of 240 items, on which recipes 2 points apart can be told from noise.
     """
-    space, values = LANDSCAPE.space, []
-    study = optuna.create_study(direction="maximize")
-    for _, point in STARTS:
-        study.enqueue_trial(point)
-    while len(values) < MOST and not exhausted(TrialLog(study).complete(), ITEMS):
-        study.sampler = make_sampler("gp", space, 0, len(values))
-        trial = study.ask(space.distributions)
-        trial.set_user_attr("variance", 0.02**2)
-        trial.set_user_attr("items", ITEMS)
-        values.append(LANDSCAPE.truth(to_recipe(space, trial.params)))
-        study.tell(trial, share * values[-1])
+    sampler, values = StudySampler("gp", LANDSCAPE.space, 0), []
+    while len(values) < MOST and not should_stop(sampler.log.complete(), ITEMS):
+        values.append(LANDSCAPE.truth(to_recipe(LANDSCAPE.space, sampler.ask())))
+        sampler.tell(Estimate(share * values[-1], 0.02**2), items=ITEMS)
     return values
 
 
 def test_search_goes_on_until_the_best_is_found():
-    values = stopped(1.0)
+    values = true_values(1.0)
     assert len(values) < MOST
     assert max(values) > LANDSCAPE.best - 0.005
 
 
-def test_search_for_gains_that_nobody_could_tell_stops_at_once():
-    assert len(stopped(0.01)) == len(STARTS) + RANDOM_STARTUP + LAST
+def test_search_for_gains_below_the_noise_stops_at_once():
+    assert len(true_values(0.01)) == len(STARTS) + RANDOM_STARTUP + WINDOW

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import contextlib
 import random
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
 from lm_eval import simple_evaluate
+from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
 from objectives.inference.agreement import settle_modes
 from objectives.inference.fast_hflm import FastHFLM
+from objectives.inference.modes import Modes
 from tiny_models import chat_tokenizer
 from tiny_tasks import (
     ANSWER,
@@ -23,6 +26,8 @@ from tiny_tasks import (
     write_rows,
     write_task,
 )
+
+ALL = Modes(*[True] * len(fields(Modes)))
 
 
 def stock(model, **settings):
@@ -35,6 +40,56 @@ def fast(model, **settings):
     language_model = FastHFLM(pretrained=model, **settings)
     settle_modes(language_model)
     return language_model
+
+
+def questions(count=16):
+    """Long answers, letters, contexts that differ early, no context; most behind one beginning."""
+    draw = random.Random(0)
+
+    def text(least, most):
+        return "".join(draw.choices("abcdefgh ", k=draw.randint(least, most))).strip() or "a"
+
+    examples = f"examples: {text(30, 40)} "
+    requests = []
+    for doc in range(count):
+        context = (examples if doc % 5 else "") + text(5, 30) + "?"
+        for answer in range(4):
+            arguments = [
+                (context, f" {text(1, 20)}"),
+                (context, " " + "abcd"[answer]),
+                (f"{context} {text(1, 5)}", " and the rest"),
+                ("" if answer % 2 else context, f" {text(1, 9)}"),
+            ][doc % 4]
+            requests.append(Instance("loglikelihood", {}, arguments, answer, ("t", doc, 1)))
+    return requests
+
+
+def prompts(count=8, **settings):
+    of_doc = {request.doc_id: request.args[0] or "a" for request in questions(count)}
+    wanted = {"until": ["a", "bc"], "max_gen_toks": 10, "do_sample": False} | settings
+    return [
+        Instance("generate_until", {}, (prompt, wanted), 0, ("g", doc, 1))
+        for doc, prompt in of_doc.items()
+    ]
+
+
+def rolling():
+    texts = [("ab cd " * count)[:-1] for count in (2, 30, 90)]  # the last is longer than a window
+    return [
+        Instance("loglikelihood_rolling", {}, (t,), 0, ("r", n, 1)) for n, t in enumerate(texts)
+    ]
+
+
+def scores(language_model, requests):
+    return language_model.loglikelihood(requests, disable_tqdm=True)
+
+
+def texts(language_model, requests):
+    return language_model.generate_until(requests, disable_tqdm=True)
+
+
+def difference(ours, theirs):
+    return max(abs(a[0] - b[0]) for a, b in zip(ours, theirs, strict=True))
 
 
 def write_every_type(folder: Path) -> None:

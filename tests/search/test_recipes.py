@@ -1,4 +1,4 @@
-"""Every method of the table can be searched: any point gives a recipe that is legal and builds."""
+"""Points and recipes: any point of any method gives a recipe that is legal and builds."""
 
 from pathlib import Path
 
@@ -14,9 +14,11 @@ from merge_engine.methods import METHODS
 from merge_engine.models.model_set import ModelSet
 from merge_engine.recipe.recipe_file import parse_recipe
 from search.proposing.recipes import to_recipe
-from search.proposing.space import Space
+from search.proposing.space import Space, model_units
 from search.study.parameters import allowed_methods, followers
 from search.study.reading import parse_study
+from spaces import METHODS as SOME_METHODS
+from spaces import differences, small_space
 
 DONORS = ("a", "b", "c")
 TASKS = {"tasks": ["t"]}
@@ -34,6 +36,91 @@ def point_at(space: Space, method: str, draw) -> dict:
         name: method if isinstance(axis, CategoricalDistribution) else draw(axis.low, axis.high)
         for name, axis in space.distributions.items()
     }
+
+
+@given(st.lists(st.just(0.0) | st.floats(0.15, 1.5), min_size=3, max_size=3))
+def test_point_of_weights_has_the_recipe_of_those_weights(weights):
+    point = small_space().point("task_arithmetic", weights)
+    assert small_space().weights([point])[0, 0] == pytest.approx(weights, abs=2e-5)
+
+
+@pytest.mark.parametrize("method", SOME_METHODS)
+@given(data=st.data())
+def test_every_point_is_a_legal_recipe_that_mergekit_would_read(method, data):
+    points = small_space(methods=(method,))
+    point = {
+        name: data.draw(st.floats(d.low, d.high)) if name != "method" else method
+        for name, d in points.distributions.items()
+    }
+    recipe = to_recipe(points, point)
+    again, notes = parse_recipe(yaml.safe_load(recipe.to_yaml()), "again")
+    assert again == recipe
+    assert recipe.dtype == "float32"
+    assert recipe.base_model
+    assert not [note for note in notes if "no parameter" in note]
+    recipe.values("model.layers.0.mlp.up_proj.weight", 0.0)
+
+
+def test_parameters_of_other_methods_do_not_make_another_recipe():
+    points = small_space()
+    one = points.point("task_arithmetic", (0.5, 0.5, 0.5), density=0.2)
+    other = points.point("task_arithmetic", (0.5, 0.5, 0.5), density=0.9)
+    assert to_recipe(points, one).key == to_recipe(points, other).key
+    assert (
+        to_recipe(points, one | {"method": "ties"}).key
+        != to_recipe(points, other | {"method": "ties"}).key
+    )
+
+
+def test_fixed_parameter_is_not_searched_but_used():
+    fixed = small_space(ranges={"density": (0.3, 0.3)}, scale=(1.0, 1.0))
+    assert set(fixed.distributions) == {"method", "mix_1", "mix_2"}
+    point = fixed.point("ties", (1.0, 1.0, 1.0))
+    assert to_recipe(fixed, point).values("x", 0.0)["density"] == (0.3, 0.3, 0.3)
+
+
+def test_scale_of_ties_is_its_lambda_and_weights_keep_the_mixture():
+    recipe = to_recipe(small_space(), small_space().point("ties", (0.4, 0.8, 1.2)))
+    values = recipe.values("x", 0.0)
+    assert values["lambda_"] == pytest.approx(0.8)
+    assert values["weight"] == pytest.approx((0.5, 1.0, 1.5), abs=1e-5)
+
+
+def test_slerp_walks_between_the_two_donors_that_weigh_most():
+    recipe = to_recipe(small_space(), small_space().point("slerp", (0.2, 0.9, 0.3)))
+    assert [source.model for source in recipe.models] == ["b", "c"]
+    assert recipe.base_model == "b"
+    assert recipe.values("x", 0.0)["t"] == pytest.approx(0.25, abs=1e-5)
+
+
+def test_depth_groups_and_splits_have_weights_of_their_own():
+    layers = ("layers.0.", "layers.1.", "layers.2.", "layers.3.")
+    grouped = small_space(units=model_units(layers, 2, ("mlp",)))
+    point = grouped.point("task_arithmetic", (1.0, 1.0, 1.0))
+    for unit, scale in enumerate((0.1, 0.2, 0.3, 0.4)):
+        point[f"scale@{unit}"] = scale
+    recipe = to_recipe(grouped, point)
+
+    def weight(name):
+        return recipe.values(name, 0.0)["weight"][0]
+
+    assert weight("model.layers.1.mlp.up_proj.weight") == pytest.approx(0.1)
+    assert weight("model.layers.2.mlp.up_proj.weight") == pytest.approx(0.2)
+    assert weight("model.layers.0.self_attn.q_proj.weight") == pytest.approx(0.3)
+    assert weight("model.layers.3.self_attn.q_proj.weight") == pytest.approx(0.4)
+    assert weight("lm_head.weight") == pytest.approx(0.4)
+
+
+WEIGHTS = st.lists(st.just(0.0) | st.floats(0.3, 1.5), min_size=3, max_size=3)
+
+
+@given(WEIGHTS)
+def test_models_weight_what_all_differences_add_of_them(weights):
+    recipe = to_recipe(differences(), differences().point("task_arithmetic", weights))
+    first, second, third = weights
+    assert [source.model for source in recipe.donors] == ["a", "b", "c"]
+    added = pytest.approx((first, -first, second - third), abs=2e-5)
+    assert recipe.values("x", 0.0)["weight"] == added
 
 
 def test_a_study_that_names_no_method_gets_all_but_the_one_that_changes_nothing():

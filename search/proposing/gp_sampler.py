@@ -1,0 +1,169 @@
+"""The sampler ``gp``: the recipe of the highest expected improvement of a Gaussian process.
+
+The process is fitted to the complete trials (all of them, or of very many the best and the latest);
+trials still running are imputed at their posterior means. With several objectives every proposal
+draws weights between them (ParEGO). Parts of the model share weights at first and get their own
+stage after stage (``Space.shared_units``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Final
+
+import numpy as np
+
+from search.proposing.encoding import Candidates, RecipeEncoding
+from search.proposing.gp import Observation, Posterior, TrainingData, fit_kernel, one_thread
+from search.proposing.proposal import Proposal, ProposalRequest, random_point
+from search.racing.race import Estimate
+from search.storing.trials import TrialRecord
+
+MAX_TRIALS: Final = 400  # in the training set, whose cost is the cube of their number
+REFRESH: Final = 50  # trials after which a thinned training set is chosen anew
+AUGMENTATION: Final = 0.05  # weight of all objectives besides the one that is furthest behind
+
+# The search for the highest acquisition: random candidates, the best of them to step from, steps
+# from each, and the steps' widths.
+RANDOM: Final = 300
+BEST: Final = 10
+STEPS: Final = 10
+WIDTHS: Final = (0.3, 0.1, 0.03)
+
+
+def propose(request: ProposalRequest) -> Proposal:
+    """Return the point of the highest acquisition, after the start-up; before, a random one."""
+    complete = [trial for trial in request.trials if trial.state == "complete"]
+    pending = [trial for trial in request.trials if trial.state == "running"]
+    space = request.space
+    encoding = RecipeEncoding(space, space.shared_units(len(complete) - request.startup))
+    if len(complete) < request.startup:
+        if not encoding.shared:
+            return Proposal(random_point(space.distributions, request.trial_seed))
+        generator = np.random.default_rng(request.trial_seed)
+        return Proposal(encoding.point(encoding.random(1, generator)))
+    with one_thread():
+        point, improvement = _best_point(request, encoding, training_set(complete), pending)
+    # With several objectives it is not the mean's; units with weights of their own may gain more.
+    modelled = not request.front and not encoding.shared
+    return Proposal(point, improvement if modelled else None)
+
+
+def _best_point(
+    request: ProposalRequest,
+    encoding: RecipeEncoding,
+    complete: Sequence[TrialRecord],
+    pending: Sequence[TrialRecord],
+) -> Proposal:
+    """Fit the process to complete trials and maximise its acquisition."""
+    tried = encoding.candidates([trial.point for trial in complete])
+    observed = observations(complete, tried, encoding)
+    kernel = fit_kernel(observed[: refit_size(len(observed), request.startup)])
+    if request.front:
+        scalars = scalarise([trial.tasks for trial in complete], request.trial_seed)
+        observed = tuple(
+            one._replace(value=scalar.value, variance=scalar.variance)
+            for one, scalar in zip(observed, scalars, strict=True)
+        )
+    posterior = Posterior(TrainingData.from_observations(observed), kernel)
+    if pending:
+        others = encoding.candidates([trial.point for trial in pending])
+        posterior = posterior.condition_on_pending(encoding.encode(others), others.method)
+        tried += others
+    best, acquisition = maximise_acquisition(posterior, encoding, tried, request.trial_seed)
+    return Proposal(encoding.point(best), acquisition * posterior.data.spread)
+
+
+def maximise_acquisition(
+    posterior: Posterior, encoding: RecipeEncoding, tried: Candidates, seed: int
+) -> tuple[Candidates, float]:
+    """Search among random candidates and steps, ever smaller ones, from the best of them.
+
+    Args:
+        posterior: Of the trials tried.
+        encoding: Of candidates.
+        tried: n candidates, the posterior's.
+        seed: Of the candidates drawn.
+
+    Returns:
+        One candidate, and its acquisition.
+    """
+    generator = np.random.default_rng(seed)
+
+    def steps(start: Candidates, width: float) -> Candidates:
+        return encoding.perturb(start[np.tile(np.arange(len(start)), STEPS)], width, generator)
+
+    good = tried[np.argsort(-posterior.feasible_means, kind="stable")[:BEST]]
+    found = encoding.random(RANDOM, generator)
+    for width in WIDTHS:
+        found += steps(good, width)
+    for width in WIDTHS:
+        acquisition = posterior.acquisition(encoding.encode(found), found.method)
+        found = found[np.argsort(-acquisition, kind="stable")[:BEST]]
+        found += steps(found, width)
+    acquisition = posterior.acquisition(encoding.encode(found), found.method)
+    best = int(np.argmax(acquisition))
+    return found[[best]], float(acquisition[best])
+
+
+def training_set(trials: Sequence[TrialRecord]) -> Sequence[TrialRecord]:
+    """Return all complete trials up to MAX_TRIALS; of more the best half and the latest.
+
+    Which are best and latest changes once in REFRESH trials, so that hyper-parameters need not be
+    fitted for every proposal; trials since then are added.
+    """
+    if len(trials) <= MAX_TRIALS:
+        return trials
+    settled = len(trials) - (len(trials) - MAX_TRIALS) % REFRESH
+    latest = settled - MAX_TRIALS // 2
+    best = sorted(range(latest), key=lambda index: trials[index].sort_key)[: MAX_TRIALS // 2]
+    return [*(trials[index] for index in sorted(best)), *trials[latest:]]
+
+
+def refit_size(count: int, first: int) -> int:
+    """Return the largest size up to ``count`` at which hyper-parameters are fitted.
+
+    The sizes grow from ``first`` on by an eighth each.
+    """
+    size = first
+    while (higher := size + max(1, size // 8)) <= count:
+        size = higher
+    return size
+
+
+def observations(
+    trials: Sequence[TrialRecord], encoded: Candidates, encoding: RecipeEncoding
+) -> tuple[Observation, ...]:
+    """Return n complete trials as the process sees them.
+
+    Args:
+        trials: n.
+        encoded: The trials' candidates, n.
+        encoding: Of candidates.
+    """
+    features = encoding.encode(encoded).tolist()
+    return tuple(
+        Observation(method, tuple(row), trial.value, trial.variance, trial.violation)
+        for trial, method, row in zip(trials, encoded.method.tolist(), features, strict=True)
+    )
+
+
+def scalarise(estimates: Sequence[Mapping[str, Estimate]], seed: int) -> list[Estimate]:
+    """Combine each trial's objectives into one, with weights that the seed draws.
+
+    The augmented Chebyshev function of ParEGO, which is highest near the best in each objective:
+    Knowles 2006, eq. 2, https://doi.org/10.1109/TEVC.2005.851274.
+
+    Args:
+        estimates: Of n trials: each task's estimate.
+        seed: Of the weights.
+    """
+    values, variances = np.array([list(one.values()) for one in estimates]).transpose(2, 0, 1)
+    spread = np.ptp(values, axis=0)
+    spread[spread == 0] = 1.0
+    weights = np.random.default_rng(seed).dirichlet(np.ones(values.shape[1])) / spread
+    behind = weights * (values.max(axis=0) - values)  # (n, tasks)
+    scalars = -(behind.max(axis=1) + AUGMENTATION * behind.sum(axis=1))
+    worst = behind.argmax(axis=1)
+    variance = weights[worst] ** 2 * variances[np.arange(len(values)), worst]
+    return [Estimate(*one) for one in zip(scalars.tolist(), variance.tolist(), strict=True)]

@@ -1,0 +1,79 @@
+"""What a sampler is asked for, and what it returns: the next point of a study's search space."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Final, NamedTuple
+
+import numpy as np
+from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution
+
+from search.proposing.space import Space
+from search.storing.trials import TrialRecord
+
+RANDOM_STARTUP: Final = 5  # random points after the warm starts, before trials are modelled
+
+
+class Proposal(NamedTuple):
+    """A point to evaluate next.
+
+    Args:
+        point: Value of each parameter of the space.
+        expected_improvement: Over the incumbent, in units of the values; None: not modelled.
+    """
+
+    point: dict[str, Any]
+    expected_improvement: float | None = None
+
+
+@dataclass(frozen=True)
+class ProposalRequest:
+    """One trial's request for a point: a sampler's answer depends on nothing else.
+
+    Args:
+        space: The search space.
+        seed: The study's.
+        number: Of the trial to propose.
+        starts: How many warm starts the study has.
+        trials: All trials so far but this one, in the order of their numbers.
+        front: Whether every task is an objective of its own (``search.front``).
+    """
+
+    space: Space
+    seed: int
+    number: int
+    starts: int
+    trials: Sequence[TrialRecord] = ()
+    front: bool = False
+
+    @property
+    def trial_seed(self) -> int:
+        """A seed for this trial alone."""
+        return (self.seed * 1_000_003 + self.number) % 2**32
+
+    @property
+    def startup(self) -> int:
+        """How many trials have to be complete before they are modelled."""
+        return self.starts + RANDOM_STARTUP
+
+    @property
+    def after_starts(self) -> int:
+        """How many trials there were after the warm starts."""
+        return max(0, self.number - self.starts)
+
+
+def random_point(distributions: Mapping[str, BaseDistribution], seed: int) -> dict[str, Any]:
+    """Draw a uniform point, the same as Optuna's ``RandomSampler`` of this seed."""
+    generator = np.random.RandomState(seed)
+    point: dict[str, Any] = {}
+    for name, of in distributions.items():
+        if isinstance(of, CategoricalDistribution):
+            one_hot = generator.uniform(size=len(of.choices)) if len(of.choices) > 1 else [1.0]
+            point[name] = of.choices[int(np.argmax(one_hot))]
+        elif isinstance(of, FloatDistribution):
+            drawn = float(generator.uniform(of.low, of.high))
+            point[name] = min(drawn, float(np.nextafter(of.high, of.high - 1)))
+        else:
+            raise TypeError(f"{name}: no uniform draw from {of!r}")
+    return point

@@ -1,0 +1,27 @@
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from search.proposing.mixture import break_sticks, join_sticks
+
+SHARES = st.lists(st.floats(0, 1), min_size=2, max_size=6).filter(lambda shares: sum(shares) > 0.01)
+
+
+@given(SHARES)
+def test_mixture_and_sticks_are_inverse(raw):
+    shares = [share / math.fsum(raw) for share in raw]
+    resolution = 4 * 2.3e-16 ** (1 / (len(shares) - 1))  # a stick's distance from 1 is a power
+    assert break_sticks(np.array(join_sticks(shares))) == pytest.approx(
+        shares, abs=max(1e-9, resolution)
+    )
+
+
+@given(st.lists(st.floats(0, 1), min_size=1, max_size=5))
+def test_any_sticks_are_a_mixture(sticks):
+    shares = break_sticks(np.array(sticks))
+    assert len(shares) == len(sticks) + 1
+    assert sum(shares) == pytest.approx(1.0)
+    assert min(shares) >= 0
