@@ -78,7 +78,7 @@ def _expected(error: Exception) -> tuple[str, int] | None:
     from merge_engine.building.export import FULL
     from merge_engine.errors import MergeError
     from objectives.base import ObjectiveError, printable
-    from search.storing.store import Interrupted
+    from search.storing.folder import Interrupted
     from search.study.spec import StudyError
 
     if isinstance(error, MergeError | ObjectiveError | StudyError):

@@ -57,10 +57,11 @@ from search.session import (
 from search.showing.card import model_card
 from search.showing.card import push as push_to_hub
 from search.showing.report import make_report
+from search.storing.address import Storage
 from search.storing.folder import CARD, check_folder, is_held, replace_text
 from search.storing.result import read_result
 from search.storing.resume import find_trial, stored_spec
-from search.storing.store import Storage, Store
+from search.storing.store import Store
 from search.storing.trials import TrialLog
 from search.study.reading import load_study
 from search.study.spec import StudyError

@@ -31,6 +31,7 @@ from search.running.sampling import FILE, ITEMS, Sample, Samples, of_items, read
 from search.running.workers import FAILURES, LocalWorker, Workers
 from search.showing.card import model_card
 from search.showing.report import make_report
+from search.storing.address import DATABASE_ERRORS, Storage
 from search.storing.folder import (
     CARD,
     check_folder,
@@ -42,7 +43,7 @@ from search.storing.folder import (
 )
 from search.storing.result import Result
 from search.storing.resume import check_run
-from search.storing.store import DATABASE_ERRORS, Storage, Store
+from search.storing.store import Store
 from search.study.spec import StudyError, StudySpec
 
 REPORT_EVERY: Final = 30.0  # seconds between two drawings of a run's page
@@ -120,7 +121,7 @@ class Session:
         context, workers = self._prepare()
         try:
             if not folder.exists():  # no folder is made for donors with NaN or Inf
-                workers.look_through()
+                workers.call("check_finite")
             with locked(folder):
                 if new:
                     set_aside(folder)

@@ -75,7 +75,7 @@ def choose(run: Run) -> Choice:
         return run.scores.violation({"search": searched[finalist], "select": select})
 
     ends = run.evaluator.block_ends("select")
-    budget = SELECT_SHARE * run.store.scored()[0]["search"]
+    budget = SELECT_SHARE * run.store.evaluations()[0]["search"]
     winner = successive_elimination(
         posterior[best],
         run.scores.strata("select"),
@@ -132,7 +132,7 @@ def conclude(run: Run) -> tuple[Result, Recipe]:
         for name, scores in compared.items()
     }
     earlier = run.store.recipes("test") - {one.key for one in tested}
-    evaluations, scoring = run.store.scored()
+    evaluations, scoring = run.store.evaluations()
     states = [trial.state for trial in run.log.finished()]
     result = Result(
         verdict=verdict([intervals[name] for name in inputs if name != UNIFORM]),

@@ -86,7 +86,7 @@ class Evaluator:
         Raises:
             LookupError: Some of them are not evaluated yet.
         """
-        known, wanted = self.store.answers(recipe.key, split), self._first(split, items)
+        known, wanted = self.store.results(recipe.key, split), self._first(split, items)
         if missing := [number for number in wanted if number not in known]:
             raise LookupError(f"recipe {recipe.key}: {split} blocks {missing} are not evaluated")
         return [result for number in wanted for result in known[number]]
@@ -158,8 +158,8 @@ class Evaluator:
                 del self._built[worker]
             else:
                 self.build_seconds += outcome.build_seconds
-                self.store.save(*block, outcome.answers, outcome.ask_seconds)
-                self.on_block(len(outcome.answers))
+                self.store.save(*block, outcome.results, outcome.score_seconds)
+                self.on_block(len(outcome.results))
             if not self.stopping:
                 return block, outcome if isinstance(outcome, Exception) else None
             if not self.working:
@@ -176,9 +176,10 @@ class Evaluator:
         evaluated = [
             (EvalJob(recipe, self._blocks[split][number]), results)
             for split in SPLITS
-            for number, results in sorted(self.store.answers(recipe.key, split).items())
+            for number, results in sorted(self.store.results(recipe.key, split).items())
         ]
-        return self.workers.save(recipe, evaluated, out.absolute(), card)
+        check: ExportCheck = self.workers.call("export", recipe, evaluated, out.absolute(), card)
+        return check
 
     def _first(self, split: Split, items: int | None) -> range:
         """Number the blocks that the first items of a split are in."""

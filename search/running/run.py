@@ -32,8 +32,9 @@ from search.running.evaluator import Block, Evaluator
 from search.running.events import Output, RaceProgress
 from search.running.scores import Scores
 from search.running.workers import FAILURES, Workers
+from search.storing.address import Storage
 from search.storing.resume import check_items, check_models, check_same, find_trial
-from search.storing.store import Storage, Store
+from search.storing.store import Store
 from search.storing.trials import Candidate, OpenTrial, TrialLog, TrialRecord, candidates
 from search.study.spec import StudyError, StudySpec
 
@@ -113,7 +114,7 @@ class Run:
         Raises:
             StudyError: The base or a donor cannot be evaluated.
         """
-        evaluations = sum(self.store.scored()[0].values())
+        evaluations = sum(self.store.evaluations()[0].values())
         total, items = self.spec.search.trials, self.spec.objective.items.search
         after = concluding_evaluations(self.spec, RACED * total * items)
         self.output.start(total, self.log.finished(), evaluations, after)

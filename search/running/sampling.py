@@ -85,7 +85,7 @@ def of_prompts(run: Run, result: Result, prompts: PromptEntry) -> list[Sample]:
         ObjectiveError: A prompt cannot be asked.
     """
     models = _models(run, result)
-    said = [run.workers.say(one.recipe, prompts) for one in models]
+    said = [run.workers.call("respond", one.recipe, prompts) for one in models]
     return [
         Sample(
             prompt=of_prompt[0].prompt or "",
@@ -111,7 +111,7 @@ def of_items(run: Run, result: Result, count: int) -> list[Sample]:
         return []
     numbers = [run.context.splits.test[place] for place in places]
     prompts = [each.prompt for each in run.context.objective.snapshots(numbers)]
-    said = [run.workers.say(one.recipe, numbers) for one in models]
+    said = [run.workers.call("respond", one.recipe, numbers) for one in models]
     samples = []
     for at, place in enumerate(places):
         item = run.context.objective.items[numbers[at]]

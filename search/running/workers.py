@@ -1,4 +1,4 @@
-"""Who builds and asks: a worker owns a live model, the coordinator hands it jobs.
+"""Workers: each owns a live model, builds recipes in it and evaluates them.
 
 ``LocalWorker`` is the one in this process; ``ray_workers`` has those in processes of their own.
 """
@@ -13,28 +13,26 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Final, NamedTuple, Protocol
+from typing import Any, Final, NamedTuple, Protocol
 
 import torch
+from typing_extensions import override
 
 from merge_engine.building.export import CheckpointFiles, write_checkpoint
 from merge_engine.errors import MergeError
 from merge_engine.recipe.recipe import Recipe
 from objectives.base import ItemResult, ObjectiveError, Response
+from objectives.entries import PromptEntry
 from search.preparing.context import LiveContext, load_prompts
-from search.storing.folder import CARD
-from search.study.spec import StudyError
+from search.storing.folder import CARD, Interrupted
 
-if TYPE_CHECKING:
-    from objectives.entries import PromptEntry
-
-ROUNDED: Final = 0.02  # of the answers may be others by rounding, and no more
+ROUNDED: Final = 0.02  # share of an export's results that may differ by rounding
 FAILURES: Final = (MergeError, ObjectiveError)  # the candidate's own: the search goes on
 
 
 @dataclass(frozen=True)
 class EvalJob:
-    """A recipe, and the numbers of the items it is asked."""
+    """A recipe, and the numbers of the items it is evaluated on."""
 
     recipe: Recipe
     items: tuple[int, ...]
@@ -42,21 +40,28 @@ class EvalJob:
 
 @dataclass(frozen=True)
 class EvalReply:
-    """One answer per item, the seconds that building and asking took, and what was warned of."""
+    """What a job gave.
 
-    answers: Sequence[ItemResult]
+    Args:
+        results: One per item.
+        build_seconds: That building took.
+        score_seconds: That evaluating took.
+        notes: Warnings of the worker's libraries.
+    """
+
+    results: Sequence[ItemResult]
     build_seconds: float
-    ask_seconds: float
+    score_seconds: float
     notes: Sequence[str] = ()
 
 
 class ExportCheck(NamedTuple):
-    """What came of building a recipe once more and saving it.
+    """How a recipe that was built once more and saved compares with its stored results.
 
     Args:
-        compared: Answers that were asked again.
+        compared: Results that were evaluated again.
         differing: Those of them that are not the same to the bit.
-        machine: The name of the machine that has the folder.
+        machine: Name of the machine that has the folder.
     """
 
     compared: int
@@ -64,122 +69,99 @@ class ExportCheck(NamedTuple):
     machine: str
 
 
-class WorkerDied(StudyError):  # noqa: N818  what happened, not what is wrong
+class WorkerDied(Interrupted):
     """A worker's process ended while it did a job."""
 
 
 class Workers(Protocol):
-    """Several workers, known by their places from 0 on; each does one job at a time."""
+    """Several workers, known by their indices from 0 on; each does one job at a time."""
 
     @property
     def count(self) -> int:
-        """How many there are."""
+        """How many workers there are."""
 
-    def submit(self, place: int, job: EvalJob) -> None:
+    def submit(self, worker: int, job: EvalJob) -> None:
         """Give an idle worker a job."""
 
     def next(self) -> tuple[int, EvalReply | Exception]:
         """Wait for a job to end.
 
         Returns:
-            Whose it was, and the reply, one of ``FAILURES``, or ``WorkerDied``: there is then a
-            new worker at its place.
+            The worker, and its reply, one of ``FAILURES``, or ``WorkerDied``: a new worker has
+            then taken its index.
         """
 
-    def save(
-        self,
-        recipe: Recipe,
-        asked: Sequence[tuple[EvalJob, Sequence[ItemResult]]],
-        out: Path,
-        card: str,
-    ) -> ExportCheck:
-        """As ``Worker.save``, by any of them while all are idle."""
-
-    def say(self, recipe: Recipe, asked: Sequence[int] | PromptEntry) -> list[Response]:
-        """As ``Worker.say``, by any of them while all are idle."""
-
-    def look_through(self) -> None:
-        """Read all donors.
-
-        Raises:
-            RecipeError: There is NaN or Inf in one.
-        """
+    def call(self, method: str, *args: Any) -> Any:
+        """Call a method of ``Worker`` on any of them, while all are idle."""
 
     def close(self) -> None:
-        """Let go of them."""
+        """Release the workers."""
 
 
 class Worker:
-    """A live model, and what builds and asks it.
+    """A live model, and what builds recipes in it and evaluates them."""
 
-    Args:
-        bench: What to work at.
-    """
+    def __init__(self, context: LiveContext) -> None:
+        self.context = context
+        self._prompts = cache(partial(load_prompts, context))
 
-    def __init__(self, bench: LiveContext) -> None:
-        self.bench = bench
-        self._prompts = cache(partial(load_prompts, bench))
-
-    def ask(self, job: EvalJob) -> EvalReply:
-        """Do a job; a recipe that is still in the live model is not built again.
+    def evaluate(self, job: EvalJob) -> EvalReply:
+        """Do a job; a recipe that is in the live model already is not built again.
 
         Raises:
-            RecipeError: The recipe cannot be built.
-            ObjectiveError: The model it makes gives no usable answer.
+            MergeError: The recipe cannot be built.
+            ObjectiveError: The model it makes gives no usable result.
         """
         start = time.perf_counter()
-        with _room_needed():
-            self.bench.builder.build(job.recipe)
+        with _oom_fails_candidate():
+            self.context.builder.build(job.recipe)
             built = time.perf_counter()
-            answers = self.bench.objective.score(self.bench.builder.model, job.items)
-        return EvalReply(answers, built - start, time.perf_counter() - built)
+            results = self.context.objective.score(self.context.builder.model, job.items)
+        return EvalReply(results, built - start, time.perf_counter() - built)
 
-    def say(self, recipe: Recipe, asked: Sequence[int] | PromptEntry) -> list[Response]:
-        """What a recipe's model says, in words, to items of the study or to prompts.
+    def respond(self, recipe: Recipe, to: Sequence[int] | PromptEntry) -> list[Response]:
+        """Generate a recipe's text for items of the study, or for prompts.
 
         Raises:
-            RecipeError: The recipe cannot be built.
-            ObjectiveError: The model it makes gives no usable answer, or a prompt cannot be asked.
+            MergeError: The recipe cannot be built.
+            ObjectiveError: The model it makes gives no usable text, or a prompt cannot be used.
         """
-        from objectives.entries import PromptEntry
-
-        with _room_needed():
-            if isinstance(asked, PromptEntry):
-                objective, items = self._prompts(asked), [*range(len(asked.prompts))]
+        with _oom_fails_candidate():
+            if isinstance(to, PromptEntry):
+                objective, items = self._prompts(to), [*range(len(to.prompts))]
             else:
-                objective, items = self.bench.objective, [*asked]
-            self.bench.builder.build(recipe)
-            return objective.respond(self.bench.builder.model, items)
+                objective, items = self.context.objective, [*to]
+            self.context.builder.build(recipe)
+            return objective.respond(self.context.builder.model, items)
 
-    def save(
+    def export(
         self,
         recipe: Recipe,
-        asked: Sequence[tuple[EvalJob, Sequence[ItemResult]]],
+        evaluated: Sequence[tuple[EvalJob, Sequence[ItemResult]]],
         out: Path,
         card: str,
     ) -> ExportCheck:
-        """Build a recipe once more, make sure that it answers as it did, and save it.
+        """Build a recipe once more, compare its results with those stored, and save it.
 
-        On another machine, or in smaller batches, rounding may decide a few answers otherwise.
-        Where judging failed, now or then, there is nothing to compare: a time limit was in play.
+        On another machine, or in smaller batches, rounding may decide a few items otherwise. Where
+        judging failed, now or then, there is nothing to compare: a time limit was in play.
 
         Args:
             recipe: To be saved.
-            asked: What it was asked before, and its answers.
+            evaluated: What it was evaluated on, and the results.
             out: The folder to make.
-            card: To be written into it.
+            card: The model card to be written into it.
 
         Raises:
-            ObjectiveError: More than ``ROUNDED`` of the answers are others: what would be saved is
-                not what was scored.
+            ObjectiveError: More than ``ROUNDED`` of the results differ: what would be saved is not
+                what was scored.
         """
-        builder = self.bench.builder
-        with _room_needed():
-            builder.build(recipe, force=True)
+        builder = self.context.builder
+        builder.build(recipe, force=True)
         pairs = [
             (new.value, old.value)
-            for job, answers in asked
-            for new, old in zip(self.ask(job).answers, answers, strict=True)
+            for job, results in evaluated
+            for new, old in zip(self.evaluate(job).results, results, strict=True)
             if new.fault is None and old.fault is None
         ]
         differing = sum(new != old for new, old in pairs)
@@ -195,57 +177,51 @@ class Worker:
         (out / CARD).write_text(card, encoding="utf-8")
         return ExportCheck(len(pairs), differing, socket.gethostname())
 
+    def check_finite(self) -> None:
+        """Read all donors.
+
+        Raises:
+            MergeError: There is NaN or Inf in one.
+        """
+        self.context.builder.model_set.check_finite()
+
 
 @contextmanager
-def _room_needed() -> Iterator[None]:
-    """That there is no memory for a candidate is the candidate's failure."""
+def _oom_fails_candidate() -> Iterator[None]:
+    """Turn CUDA out-of-memory into an ``ObjectiveError``, so that only this candidate fails."""
     try:
         yield
     except torch.OutOfMemoryError as error:
         raise ObjectiveError(f"out of memory: {str(error).splitlines()[0]}") from error
 
 
-class LocalWorker:
-    """The one worker in this process.
+class LocalWorker(Workers):
+    """The one worker in this process; it does a job when its reply is waited for."""
 
-    Args:
-        bench: What it works at.
-    """
-
-    count = 1
-
-    def __init__(self, bench: LiveContext) -> None:
-        self._worker = Worker(bench)
+    def __init__(self, context: LiveContext) -> None:
+        self._worker = Worker(context)
         self._jobs: list[EvalJob] = []
 
-    def submit(self, place: int, job: EvalJob) -> None:  # noqa: ARG002
-        """Take the job; it is done when somebody waits for it."""
+    @property
+    @override
+    def count(self) -> int:
+        return 1
+
+    @override
+    def submit(self, worker: int, job: EvalJob) -> None:
         self._jobs.append(job)
 
+    @override
     def next(self) -> tuple[int, EvalReply | Exception]:
-        """Do the job."""
         try:
-            return 0, self._worker.ask(self._jobs.pop())
+            return 0, self._worker.evaluate(self._jobs.pop())
         except FAILURES as error:
             return 0, error
 
-    def save(
-        self,
-        recipe: Recipe,
-        asked: Sequence[tuple[EvalJob, Sequence[ItemResult]]],
-        out: Path,
-        card: str,
-    ) -> ExportCheck:
-        """As ``Worker.save``."""
-        return self._worker.save(recipe, asked, out, card)
+    @override
+    def call(self, method: str, *args: Any) -> Any:
+        return getattr(self._worker, method)(*args)
 
-    def say(self, recipe: Recipe, asked: Sequence[int] | PromptEntry) -> list[Response]:
-        """As ``Worker.say``."""
-        return self._worker.say(recipe, asked)
-
-    def look_through(self) -> None:
-        """Read all donors."""
-        self._worker.bench.builder.model_set.check_finite()
-
+    @override
     def close(self) -> None:
-        """Nothing is held but memory."""
+        pass

@@ -23,7 +23,7 @@ from merge_engine.errors import MergeError
 from merge_engine.models.checkpoint import locate
 from merge_engine.recipe.recipe import Recipe
 from objectives.base import printable
-from search.storing.folder import CARD
+from search.storing.folder import CARD, Interrupted
 from search.storing.result import (
     Difference,
     OtherTrial,
@@ -32,7 +32,6 @@ from search.storing.result import (
     package_versions,
     short_names,
 )
-from search.storing.store import Interrupted
 from search.study.spec import StudyError, StudySpec
 
 TEMPLATE = Path(__file__).with_name("card.md")
@@ -187,7 +186,7 @@ def push(checkpoint: Path, recipe: Path, repo: str, *, private: bool) -> str:
 
     Raises:
         StudyError: It is no id, there is no token, or the Hub refuses.
-        Stopped: The Hub cannot be reached, or fails.
+        Interrupted: The Hub cannot be reached, or fails.
     """
     api = HfApi()
     try:

@@ -84,7 +84,7 @@ def _template() -> jinja2.Template:
 def _contents(name: str, facts: RunFacts) -> dict[str, Any]:
     result = facts.result
     model = PosteriorView(facts.space, facts.complete) if len(facts.complete) > 2 else None
-    asked, scoring = facts.store.scored()
+    asked, scoring = facts.store.evaluations()
     return {
         "name": name,
         "facts": facts,
@@ -190,7 +190,7 @@ class RunFacts:
 
     def answers(self, recipe: str, split: str) -> list[float]:
         """A recipe's answers to the first items of a split, up to a block that it lacks."""
-        blocks = self.store.answers(recipe, split)
+        blocks = self.store.results(recipe, split)
         end = next(number for number in range(len(blocks) + 1) if number not in blocks)
         return [answer.value for number in range(end) for answer in blocks[number]]
 

@@ -24,6 +24,10 @@ _LOCK: Final = "lock"
 _ASIDE: Final = re.compile(r"old-(\d+)$")
 
 
+class Interrupted(Exception):  # noqa: N818  an event, not a mistake
+    """The machine has stopped a run; when that is mended, the same command goes on."""
+
+
 def check_folder(folder: Path) -> None:
     """Refuse a folder that cannot be made or written into, before anything long starts.
 

@@ -8,9 +8,10 @@ from typing import Any
 
 from objectives.base import Objective
 from objectives.items import Splits
+from search.storing.address import Storage
 from search.storing.folder import DATABASE, has_run
 from search.storing.snapshot import difference, freeze
-from search.storing.store import Storage, Store
+from search.storing.store import Store
 from search.storing.trials import TrialLog, TrialRecord
 from search.study.spec import StudyError, StudySpec
 

@@ -72,7 +72,7 @@ def searched(table: Tabulated, floors: Mapping[str, float], seed: int) -> Row:
         run.bind_to_store()
         run.search()
         choice = choose(run)
-        asked = sum(run.store.scored()[0].values())
+        asked = sum(run.store.evaluations()[0].values())
         chosen_on = run.sheet_of(choice.candidate.trial) + choice.selected
         recipe = choice.candidate.recipe
         (test,) = run.scores.evaluate([recipe], "test")

@@ -52,12 +52,12 @@ class Crew:
         if self.deadly(job):
             return place, WorkerDied("killed")
         try:
-            return place, self.workers[place].ask(job)
+            return place, self.workers[place].evaluate(job)
         except FAILURES as error:
             return place, error
 
-    def save(self, recipe, asked, out, card):
-        return self.workers[-1].save(recipe, asked, out, card)
+    def call(self, method, *args):
+        return getattr(self.workers[-1], method)(*args)
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +72,7 @@ def three(study):
 
 def run_of(folder, crew):
     folder.mkdir(exist_ok=True)
-    run = Run(folder, crew.workers[0].bench, crew, Terminal(Console(quiet=True)))
+    run = Run(folder, crew.workers[0].context, crew, Terminal(Console(quiet=True)))
     run.bind_to_store()
     return run
 
@@ -103,12 +103,12 @@ def test_every_trial_is_told_once_and_never_waits_for_the_others(done):
 
 def test_answers_are_those_that_one_worker_gives(done):
     run, _, crew = done
-    worker = Worker(crew.workers[0].bench)
+    worker = Worker(crew.workers[0].context)
     for trial in told(run)[::5]:
         recipe = to_recipe(run.context.space, trial.point)
-        worker.bench.builder.build(recipe)
-        asked = worker.bench.splits.search[: trial.items]
-        alone = worker.bench.objective.score(worker.bench.builder.model, asked)
+        worker.context.builder.build(recipe)
+        asked = worker.context.splits.search[: trial.items]
+        alone = worker.context.objective.score(worker.context.builder.model, asked)
         assert run.scores_of(trial).values == tuple(answer.value for answer in alone)
 
 

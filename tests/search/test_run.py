@@ -349,7 +349,7 @@ def test_margins_are_stored_beside_the_values(finished):
     _, run = finished
     store = Store(run / DATABASE)
     key = next(iter(store.recipes("test")))
-    blocks = store.answers(key, "test").values()
+    blocks = store.results(key, "test").values()
     items = [item for item in store.items() if item.split == "test"]
     answers = [answer for block in blocks for answer in block]
     for item, answer in zip(items, answers, strict=True):
@@ -484,7 +484,7 @@ def test_floors_decide_who_wins_and_may_follow_the_base_on_the_same_items(
         asked = slice(trial.items)
         mine, theirs = (task_means(some[asked], tasks[asked]) for some in (own, of_base))
         short = max(0.0, theirs["pick"] - 0.4 - mine["pick"]) + max(0.0, 0.06 - mine["tell"])
-        missed[trial.number] = trial.constraints["floors"]
+        missed[trial.number] = trial.violation
         assert missed[trial.number] == pytest.approx(short)
     assert any(missed.values())  # the floors are not for nothing
     assert not all(missed.values())
@@ -499,5 +499,5 @@ def test_floors_decide_who_wins_and_may_follow_the_base_on_the_same_items(
 
 def searched(store, recipe):
     """A recipe's answers to the search items it was asked."""
-    blocks = store.answers(recipe, "search")
+    blocks = store.results(recipe, "search")
     return [answer.value for number in sorted(blocks) for answer in blocks[number]]

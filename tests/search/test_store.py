@@ -3,19 +3,20 @@
 import signal
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
-import optuna
 import psycopg
 import pytest
-from optuna.trial import TrialState
 from sqlalchemy import Engine, event
 
 from objectives.base import ItemResult
 from postgresql import PASSWORD, running
 from search.cli import main
 from search.running.workers import LocalWorker
-from search.storing import store as storage
-from search.storing.store import Storage, Store
+from search.storing.address import Storage
+from search.storing.folder import DATABASE, REMEMBERED
+from search.storing.store import Store
+from search.storing.trials import TrialLog
 
 
 @pytest.fixture(scope="module")
@@ -45,9 +46,9 @@ def command(study, run, *options):
 def outcome(run, url=None):
     """All that was decided, and all answers."""
     store = Store(Storage.of(run, url))
-    trials = store.study().get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
-    answers = {key: store.answers(key, "search") for key in store.recipes("search")}
-    return [(trial.number, trial.params, trial.value) for trial in trials], answers
+    trials = TrialLog(store.study()).complete()
+    answers = {key: store.results(key, "search") for key in store.recipes("search")}
+    return [(trial.number, trial.point, trial.value) for trial in trials], answers
 
 
 def after(monkeypatch, blocks, what):
@@ -93,7 +94,7 @@ def test_run_on_a_server_that_goes_and_comes_is_as_on_a_file(
     monkeypatch.setenv("PGPASSWORD", PASSWORD)
     after(monkeypatch, 4, lambda: server.control("restart", "-m", "immediate"))
     assert main(command(study, run)) == 0
-    assert not (run / storage.DATABASE).exists()
+    assert not (run / DATABASE).exists()
     assert outcome(run) == outcome(undisturbed)
     assert (run / "recipe.yaml").read_text() == (undisturbed / "recipe.yaml").read_text()
 
@@ -127,8 +128,8 @@ def test_studies_in_one_database_do_not_mix(server):
     one.study().enqueue_trial({})
     assert [len(store.study().trials) for store in (one, other)] == [1, 0]
     assert one.answers("recipe", "search") == {0: [ItemResult(1.0), ItemResult(0.0)]}
-    assert one.scored() == ({"search": 2}, 3.0)
-    assert other.scored() == ({"search": 1, "test": 1}, 2.0)
+    assert one.evaluations() == ({"search": 2}, 3.0)
+    assert other.evaluations() == ({"search": 1, "test": 1}, 2.0)
     assert one.recipes("test") == set()
     assert other.recipes("test") == {"another"}
 
@@ -157,11 +158,12 @@ def test_tables_are_made_once_whoever_comes_first(server):
     with ThreadPoolExecutor(4) as at_once:
         places = [Storage.of(_folder(name), url) for name in "abcd"]
         stores = list(at_once.map(Store, places))
-    assert len({store._study for store in stores}) == 4
+    assert len({store.storage.study for store in stores}) == 4
+    assert [store.items() for store in stores] == [[]] * 4  # all tables are there
 
 
 def _folder(name):
-    return storage.Path("/nowhere") / name
+    return Path("/nowhere") / name
 
 
 @pytest.mark.parametrize(
@@ -217,17 +219,9 @@ def test_folder_remembers_its_storage_but_no_password(tmp_path):
     url = "postgresql://me:s3cret@host/db?password=s3cret&sslmode=require"
     named = Storage.of(tmp_path, url)
     named.remember(tmp_path)
-    assert "s3cret" not in (tmp_path / storage.REMEMBERED).read_text()
+    assert "s3cret" not in (tmp_path / REMEMBERED).read_text()
     known = Storage.of(tmp_path)
     assert known.study == named.study
     assert known.name == named.name == "postgresql://me@host/db?sslmode=require"
     assert Storage.of(tmp_path, url) == named
-    assert Storage.of(tmp_path, new=True) == Storage.file(tmp_path / storage.DATABASE)
-
-
-def test_trials_are_read_as_optuna_reads_them(undisturbed):
-    file = Storage.of(undisturbed)
-    url = file.url.render_as_string()
-    theirs = optuna.load_study(study_name=file.study, storage=url).get_trials()
-    assert {trial.state for trial in theirs} == {TrialState.COMPLETE, TrialState.WAITING}
-    assert Store(file).study().get_trials() == theirs
+    assert Storage.of(tmp_path, new=True) == Storage.file(tmp_path / DATABASE)

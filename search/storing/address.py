@@ -1,0 +1,177 @@
+"""Which database a run is kept in, and what its driver's errors mean.
+
+A run's database is a file in its folder or, with ``--storage``, one that several runs share. The
+folder then remembers its URL, without a password, and the study's name in it.
+"""
+
+from __future__ import annotations
+
+import json
+import uuid
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Final, Self
+
+from optuna.exceptions import StorageInternalError
+from sqlalchemy import URL, create_engine, make_url
+from sqlalchemy.exc import ArgumentError, DBAPIError
+
+from search.storing.folder import DATABASE, REMEMBERED, Interrupted, replace_text
+from search.study.spec import StudyError
+
+# A server that is gone is noticed, and does not hang the run.
+_NETWORK = {"connect_timeout": 10, "keepalives_idle": 30, "tcp_user_timeout": 60_000}
+_CONNECT: Final[Mapping[str, dict[str, int]]] = {
+    "sqlite": {"timeout": 60},  # seconds another program may hold its lock
+    "psycopg": _NETWORK,
+    "psycopg2": _NETWORK,
+}
+DATABASE_ERRORS: Final = (DBAPIError, StorageInternalError)
+
+
+@dataclass(frozen=True)
+class Storage:
+    """The address of a run's study: a database's URL, and the study's name in it."""
+
+    url: URL
+    study: str = "mergesearch"
+
+    @classmethod
+    def file(cls, file: Path) -> Self:
+        """Address a database that is a file of its own."""
+        return cls(URL.create("sqlite", database=str(file.absolute())))
+
+    @classmethod
+    def of(cls, folder: Path, url: str | None = None, *, new: bool = False) -> Self:
+        """Address a run folder's study: the one it remembers, else the URL's, else a file in it.
+
+        Args:
+            folder: The run folder; it may not exist yet.
+            url: As Optuna's RDBStorage takes it.
+            new: Ignore what the folder remembers.
+
+        Raises:
+            StudyError: The URL is not one, or not that of the run.
+        """
+        named = None if url is None else _parsed(url)
+        known = None if new else cls._remembered(folder)
+        if known is None:
+            name = f"{folder.absolute().name}-{uuid.uuid4().hex[:12]}"
+            return cls.file(folder / DATABASE) if named is None else cls(named, name)
+        if named is None:
+            return known
+        own = replace(known, url=named)
+        if own.name != known.name:
+            raise StudyError(
+                f"the study of {folder} is in {known.name}, and not in {own.name}; leave "
+                "--storage away, choose another --out, or begin anew with --force-new"
+            )
+        return own
+
+    @classmethod
+    def _remembered(cls, folder: Path) -> Self | None:
+        if (folder / REMEMBERED).is_file():
+            known = json.loads((folder / REMEMBERED).read_text(encoding="utf-8"))
+            return cls(make_url(known["url"]), known["study"])
+        return cls.file(folder / DATABASE) if (folder / DATABASE).exists() else None
+
+    def remember(self, folder: Path) -> None:
+        """Write the address into the run folder, without a password."""
+        if self != self.file(folder / DATABASE):
+            known = {"url": self.name, "study": self.study}
+            replace_text(folder / REMEMBERED, json.dumps(known) + "\n")
+
+    @property
+    def name(self) -> str:
+        """The URL without a password."""
+        secrets = [key for key in self.url.query if "password" in key]
+        url = self.url.difference_update_query(secrets)
+        place = (url.username, None, url.host, url.port, url.database, url.query)
+        return URL.create(url.drivername, *place).render_as_string()
+
+    @property
+    def is_file(self) -> bool:
+        """Whether the database is a file, without a server."""
+        return self.url.get_backend_name() == "sqlite"
+
+    def engine_options(self) -> dict[str, Any]:
+        """Return the options that SQLAlchemy's engine is made with."""
+        options = _CONNECT.get(self.url.get_driver_name(), {})
+        if self.is_file:
+            options = _CONNECT["sqlite"]
+        return {"connect_args": options, "pool_pre_ping": not self.is_file}
+
+    def check(self) -> None:
+        """Connect once, if there is a server, to see that it lets us in.
+
+        Raises:
+            StudyError: It does not, or its driver is not installed.
+        """
+        if self.is_file:
+            return
+        with opening(self):
+            engine = create_engine(self.url, **self.engine_options())
+            engine.connect().close()
+            engine.dispose()
+
+
+def _parsed(text: str) -> URL:
+    try:
+        url = make_url(text)
+        url.get_dialect()
+    except (ArgumentError, ValueError):  # the message might quote a password
+        raise StudyError(
+            "--storage: no URL of a database that SQLAlchemy knows; "
+            "it looks like postgresql+psycopg://user@host/database"
+        ) from None
+    if url.get_backend_name() != "sqlite":
+        return url
+    if url.database in (None, "", ":memory:"):
+        raise StudyError("--storage: a database in memory keeps nothing; name a file")
+    return url.set(database=str(Path(url.database).absolute()))
+
+
+@contextmanager
+def opening(storage: Storage) -> Iterator[None]:
+    """Turn a driver's errors while a database is opened into one line.
+
+    Raises:
+        StudyError: The database cannot be used.
+        Interrupted: Its disk is full, or another program has it locked.
+    """
+    try:
+        yield
+    except ImportError as error:
+        ours = storage.url.get_driver_name() == "psycopg"
+        module = getattr(error.__cause__ or error, "name", "")
+        package = "'mergesearch[postgresql]'" if ours else module
+        raise StudyError(f"{storage.name} needs a driver: pip install {package}") from None
+    except DATABASE_ERRORS as error:
+        what = reason_of(error)
+        if _is_transient(error):
+            raise Interrupted(f"{storage.name}: {what}") from None
+        to_do = (
+            "choose another folder, or restore the file"
+            if storage.is_file
+            else "see to the URL, and the password ($PGPASSWORD and ~/.pgpass will do, too)"
+        )
+        raise StudyError(f"{storage.name}: {what}; {to_do}") from None
+
+
+def cause_of(error: Exception) -> BaseException | None:
+    """Return the driver's error that Optuna may have wrapped."""
+    return error.__cause__ if isinstance(error, StorageInternalError) else error
+
+
+def reason_of(error: Exception) -> str:
+    """Return the first line of a driver's message."""
+    cause = cause_of(error)
+    return str(cause.orig if isinstance(cause, DBAPIError) else cause).splitlines()[0]
+
+
+def _is_transient(error: Exception) -> bool:
+    """Return whether SQLite's file is sound, and only its disk full or its lock held."""
+    name = getattr(getattr(cause_of(error), "orig", None), "sqlite_errorname", "")
+    return name.startswith(("SQLITE_FULL", "SQLITE_BUSY", "SQLITE_IOERR"))
