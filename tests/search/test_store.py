@@ -103,7 +103,7 @@ def test_run_whose_server_stays_away_stops_and_goes_on_later(
     study, undisturbed, server, tmp_path, monkeypatch, capfd
 ):
     run = tmp_path / "run"
-    monkeypatch.setattr(storage, "PAUSES", (0.1, 0.1))
+    monkeypatch.setattr("search.storing.store.PAUSES", (0.1, 0.1))
     after(monkeypatch, 6, lambda: server.control("stop", "-m", "immediate"))
     options = ("--storage", server.url(), "--trials", "4")
     try:
@@ -127,7 +127,7 @@ def test_studies_in_one_database_do_not_mix(server):
     other.save("another", "test", 2, [ItemResult(0.5)], 1.0)
     one.study().enqueue_trial({})
     assert [len(store.study().trials) for store in (one, other)] == [1, 0]
-    assert one.answers("recipe", "search") == {0: [ItemResult(1.0), ItemResult(0.0)]}
+    assert one.results("recipe", "search") == {0: [ItemResult(1.0), ItemResult(0.0)]}
     assert one.evaluations() == ({"search": 2}, 3.0)
     assert other.evaluations() == ({"search": 1, "test": 1}, 2.0)
     assert one.recipes("test") == set()
