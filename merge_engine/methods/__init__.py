@@ -123,16 +123,12 @@ METHODS: Final[Mapping[str, Method]] = MappingProxyType(
         "ties": Elementwise(
             kernel=task_vectors.ties,
             prepare=preparation.ties,
-            base=Base.ORIGIN,
-            donors=(0, None),
             params=_task_vector_params(normalize=True, rescale=False),
             paper="https://arxiv.org/abs/2306.01708",
         ),
         "dare_linear": Elementwise(
             kernel=task_vectors.dare_linear,
             prepare=preparation.dare_linear,
-            base=Base.ORIGIN,
-            donors=(0, None),
             params=_task_vector_params(normalize=False, rescale=True),
             paper="https://arxiv.org/abs/2311.03099",
             random=True,
@@ -140,8 +136,6 @@ METHODS: Final[Mapping[str, Method]] = MappingProxyType(
         "dare_ties": Elementwise(
             kernel=task_vectors.dare_ties,
             prepare=preparation.dare_ties,
-            base=Base.ORIGIN,
-            donors=(0, None),
             params=_task_vector_params(normalize=False, rescale=True),
             paper="https://arxiv.org/abs/2311.03099",
             random=True,
@@ -150,8 +144,6 @@ METHODS: Final[Mapping[str, Method]] = MappingProxyType(
             kernel=task_vectors.della_linear,
             prepare=preparation.della_linear,
             elementwise_stat="rank_share",
-            base=Base.ORIGIN,
-            donors=(0, None),
             params={**_task_vector_params(normalize=False, rescale=True), "epsilon": _EPSILON},
             paper="https://arxiv.org/abs/2406.11617",
             random=True,
@@ -160,8 +152,6 @@ METHODS: Final[Mapping[str, Method]] = MappingProxyType(
             kernel=task_vectors.della,
             prepare=preparation.della,
             elementwise_stat="rank_share",
-            base=Base.ORIGIN,
-            donors=(0, None),
             params={**_task_vector_params(normalize=True, rescale=True), "epsilon": _EPSILON},
             paper="https://arxiv.org/abs/2406.11617",
             random=True,
@@ -169,24 +159,18 @@ METHODS: Final[Mapping[str, Method]] = MappingProxyType(
         "breadcrumbs": Elementwise(
             kernel=task_vectors.breadcrumbs,
             prepare=preparation.breadcrumbs,
-            base=Base.ORIGIN,
-            donors=(0, None),
             params={**_task_vector_params(normalize=False, rescale=False), "gamma": _GAMMA},
             paper="https://arxiv.org/abs/2312.06795",
         ),
         "breadcrumbs_ties": Elementwise(
             kernel=task_vectors.ties,
             prepare=preparation.breadcrumbs_ties,
-            base=Base.ORIGIN,
-            donors=(0, None),
             params={**_task_vector_params(normalize=False, rescale=False), "gamma": _GAMMA},
             paper="https://arxiv.org/abs/2312.06795",
         ),
         "sce": Elementwise(
             kernel=comparing.sce,
             prepare=preparation.sce,
-            base=Base.ORIGIN,
-            donors=(0, None),
             params={
                 "select_topk": Param(float, 1.0, valid=(0.0, 1.0), search=(0.05, 1.0)),
                 "int8_mask": _NO_EFFECT,
@@ -195,16 +179,12 @@ METHODS: Final[Mapping[str, Method]] = MappingProxyType(
         ),
         "ram": Elementwise(
             kernel=comparing.ram,
-            base=Base.ORIGIN,
-            donors=(0, None),
             params={"epsilon": _UNCHANGED},
             paper="https://arxiv.org/abs/2601.13572",
         ),
         "ramplus_tl": Elementwise(
             kernel=comparing.ramplus_tl,
             prepare=preparation.ramplus_tl,
-            base=Base.ORIGIN,
-            donors=(0, None),
             params={
                 "r": Param(float, 0.1, valid=(0.0, math.inf), search=(0.0, 1.0)),
                 "alpha": Param(float, 0.2, valid=(0.0, math.inf), search=(0.0, 1.0)),
@@ -214,7 +194,6 @@ METHODS: Final[Mapping[str, Method]] = MappingProxyType(
         ),
         "nearswap": Elementwise(
             kernel=comparing.nearswap,
-            base=Base.ORIGIN,
             donors=(1, 1),
             params={"t": Param(float, valid=(0.0, math.inf), search=(0.0, 0.002))},
             paper="https://huggingface.co/alchemonaut/QuartetAnemoi-70B-t0.0001",
@@ -222,7 +201,6 @@ METHODS: Final[Mapping[str, Method]] = MappingProxyType(
         "arcee_fusion": Elementwise(
             kernel=comparing.arcee_fusion,
             elementwise_stat="salience_mask",
-            base=Base.ORIGIN,
             donors=(1, 1),
             params={},
             paper="https://www.arcee.ai",

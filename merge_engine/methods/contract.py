@@ -211,6 +211,8 @@ class Linear(Method):
 class Elementwise(Method):
     """A method whose result at an element depends on the inputs there, given their statistics.
 
+    Its base is an ORIGIN, and by default it takes any number of donors.
+
     Args:
         kernel: ``kernel(base, donors, **values)`` returns the merged tensor in float32, for any
             part of the flattened tensors.
@@ -220,6 +222,8 @@ class Elementwise(Method):
             which the kernel takes for each donor: ``rank_share`` or ``salience_mask``.
     """
 
+    base: Base = Base.ORIGIN
+    donors: tuple[int, int | None] = (0, None)
     kernel: Callable[..., Tensor]
     prepare: Prepare | None = None
     random: bool = False
