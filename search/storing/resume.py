@@ -6,6 +6,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
+from merge_engine.errors import first_error
 from objectives.base import Objective
 from objectives.items import Splits
 from search.storing.address import Storage
@@ -81,14 +84,20 @@ def stored_spec(folder: Path, url: str | None = None) -> StudySpec:
         url: Of its database, where that needs a password.
 
     Raises:
-        StudyError: There is no run in it.
+        StudyError: There is no run in it, or another version of this program made it.
     """
     if not has_run(folder):
         raise StudyError(f"{folder}: no run here (no {DATABASE}); give the folder of a run")
     header = TrialLog(Store(Storage.of(folder, url)).study()).header()
     if "spec" not in header:
         raise StudyError(f"{folder}: the run was stopped before it began; run it again")
-    return StudySpec.model_validate(header["spec"])
+    try:
+        return StudySpec.model_validate(header["spec"])
+    except ValidationError as error:
+        raise StudyError(
+            f"{folder}: another version of mergesearch made this run ({first_error(error)}); "
+            "use that version, or begin another run"
+        ) from None
 
 
 def find_trial(folder: Path, log: TrialLog, number: int) -> TrialRecord:

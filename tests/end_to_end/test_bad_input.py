@@ -585,6 +585,11 @@ MISTAKES = {
         ("study.yaml: search.sampler", "'tpee'", "did you mean 'tpe'"),
         study(search__sampler="tpee"),
     ),
+    "sampler class that is not there": Mistake(
+        CHECK,
+        ("study.yaml: search.sampler", "nowhere:Mine", "install it"),
+        study(search__sampler="nowhere:Mine"),
+    ),
     "models in one word": Mistake(CHECK, ("study.yaml: models", "list", "'a'"), study(models="a")),
     "no base": Mistake(CHECK, ("study.yaml: base_model", "None"), study(base_model=None)),
     "model named twice": Mistake(
