@@ -112,7 +112,7 @@ def test_answers_that_are_none_fail_the_model(name, options, message):
 
 
 def test_readmes_objective_scores_a_model(zoo, tmp_path, monkeypatch):
-    page = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+    page = (Path(__file__).parents[2] / "objectives" / "README.md").read_text(encoding="utf-8")
     (code,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
     (tmp_path / "my_module.py").write_text(code)
     (tmp_path / "pairs.tsv").write_text("aab\tzzz\nzzz\taab\n")
