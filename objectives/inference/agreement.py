@@ -50,8 +50,8 @@ def settle_modes(language_model: FastHFLM) -> None:
         return  # without weights there is nothing to try, and nothing will be evaluated
     if language_model.backend != "causal" or language_model.max_length < _MIN_LENGTH:
         _LOG.warning(
-            "evaluated by lm-eval's own code, which is slower: not a causal language model of %d "
-            "tokens or more",
+            "the model is evaluated by lm-eval's own code, which is slower: it is not a causal "
+            "language model of %d tokens or more",
             _MIN_LENGTH,
         )
         return
@@ -76,7 +76,7 @@ def settle_modes(language_model: FastHFLM) -> None:
 
 
 def _leave_off(shortcut: str, reason: str) -> None:
-    _LOG.warning("evaluated without %s, which is slower: %s", shortcut, reason)
+    _LOG.warning("the model is evaluated without %s, which is slower: %s", shortcut, reason)
 
 
 def _is_recurrent(model: PreTrainedModel) -> bool:

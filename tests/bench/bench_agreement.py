@@ -1,13 +1,14 @@
-"""Our answers against lm-eval's under ``simple_evaluate``: one JSON line per model and dtype.
+"""``FastHFLM`` against ``HFLM`` under ``simple_evaluate``: one JSON line per model and dtype.
 
-    python tests/bench_agreement.py [--models Llama,...] [--dtypes float32,bfloat16] [--device cuda]
+    python bench_agreement.py [--models Llama,...] [--dtypes float32,bfloat16] [--device cuda]
 
-Small models of random weights answer tasks of every output type, with and without a chat template,
-then again after their weights were changed in place. ``items_differ`` counts items (of ``items``)
-of which a metric has another value, ``stock_differ`` those where lm-eval asked one by one differs
-from lm-eval in batches of 8; perplexities, which no model of random weights has twice to
-the bit, only beyond ``1e-5`` of themselves in float32, ``1e-2`` in bfloat16. ``values_grown``
-counts items whose value is another one when they are asked in growing blocks.
+run in tests/bench with ``PYTHONPATH=../support``. Tiny models of random weights are evaluated on
+tasks of every output type, with and without a chat template, then again after their weights were
+changed in place. ``items_differ`` counts items (of ``items``) with another value of a metric;
+``stock_differ`` those that differ between ``HFLM`` in batches of one and of 8. Perplexities differ
+in their last bits between any two runs of a model of random weights, and count beyond a relative
+``1e-5`` in float32, ``1e-2`` in bfloat16. ``values_grown`` counts items with another value when
+they are evaluated in growing blocks.
 """
 
 from __future__ import annotations
@@ -46,19 +47,19 @@ PREDICTED = ("choice", "choice_shots", "single")
 def triples(
     model: PreTrainedModel, tasks: list[Any]
 ) -> Iterator[tuple[Evaluated, Evaluated, Evaluated]]:
-    """Ours, theirs and theirs one by one: by template, before and after weights were changed."""
-    asked = fast(model), stock(model), stock(model, batch_size=1)
+    """Yield results of ours, theirs and theirs in batches of one: by weights, by chat template."""
+    evaluators = fast(model), stock(model), stock(model, batch_size=1)
     for factor in (1.0, -0.7):
         with torch.no_grad():
             for weight in model.parameters():
                 weight.mul_(factor)
         for chat in (False, True):
-            ours, theirs, alone = (evaluated(lm, tasks, chat) for lm in asked)
+            ours, theirs, alone = (evaluated(lm, tasks, chat) for lm in evaluators)
             yield ours, theirs, alone
 
 
 def differing(ours: Evaluated, theirs: Evaluated, tolerance: float) -> int:
-    """How many items have another value."""
+    """Count items with another value."""
 
     def agree(key: tuple[str, int, str]) -> bool:  # task, document, metric
         one, other = ours.values[key], theirs.values[key]
@@ -91,7 +92,7 @@ def compare(model: PreTrainedModel, tasks: list[Any], tolerance: float) -> dict[
 
 
 def grown(model: PreTrainedModel, folder: Path) -> int:
-    """Items whose value in growing blocks is another one than all at once."""
+    """Count items whose value in growing blocks is not the one of all at once."""
     tasks = load_tasks([TaskEntry(task=task) for task in PREDICTED], [folder])
     harness = Harness.prepare(tasks, model=model, tokenizer=chat_tokenizer(), batch_size=8)
     whole = [answer.value for answer in harness.score(model, range(ENDS[-1]))]
@@ -116,7 +117,7 @@ def main() -> None:
         for dtype in given.dtypes.split(","):
             for model_name in given.models.split(","):
                 model = make_model(model_name, getattr(torch, dtype)).to(given.device)
-                line = {"model": model_name, "dtype": dtype, "ways": str(fast(model).modes)}
+                line = {"model": model_name, "dtype": dtype, "modes": str(fast(model).modes)}
                 line |= {"values_grown": grown(model, Path(name))}
                 line |= compare(model, tasks, TOLERANCE[dtype])
                 print(json.dumps(line), flush=True)

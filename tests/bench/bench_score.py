@@ -1,13 +1,15 @@
-"""Scoring by ``Harness`` against ``simple_evaluate``: CPU seconds and tokens through the model.
+"""``Harness.score`` against ``simple_evaluate``: CPU seconds and tokens through the model.
 
-A llama of 55 M random weights and 32,768 words answers made-up documents. ``simple_evaluate`` has
-its tasks loaded already, batches of 32, float32 softmax and no bootstrap. One JSON line per task:
+A llama of 55 M random weights and 32,768 words is evaluated on made-up documents. For
+``simple_evaluate`` tasks are loaded already, batches are of 32, the softmax is float32 and there is
+no bootstrap. One JSON line per task:
 
-    python tests/bench_score.py [--tasks long_answers,letters,...] [--device cuda --dtype bfloat16]
+    python tests/bench/bench_score.py [--tasks letters,...] [--device cuda --dtype bfloat16]
 
-``ratio`` is its CPU seconds through ours (wall seconds on a GPU), ``ratio_in_model_calls`` the
-same without what it does around its language model; ``overhead`` is our share outside the model's
-forward. The task ``growth`` gives as ``ratio`` the cost of an item among 2,000 to one among 100.
+``ratio`` is its CPU seconds divided by ours (wall seconds on a GPU), ``ratio_in_model_calls`` the
+same for the seconds inside its language model alone; ``overhead`` is our share outside the model's
+forward pass. For the task ``growth``, ``ratio`` is the cost of an item among 2,000 divided by that
+of one among 100.
 """
 
 from __future__ import annotations
@@ -126,19 +128,19 @@ def make_model(device: str, dtype: str) -> transformers.PreTrainedModel:
 
 
 class Watched(HFLM):
-    """``HFLM`` that keeps its answers and the seconds it took for them."""
+    """``HFLM`` that records its responses and the seconds they took."""
 
     def __init__(self, clock: Callable[[], float], **given: Any) -> None:
         super().__init__(**given)
         self.clock = clock
         self.seconds = 0.0
-        self.answers: dict[tuple[Any, ...], Any] = {}
+        self.responses: dict[tuple[Any, ...], Any] = {}
 
     def _watched(self, method: Callable[..., list[Any]], requests: Any) -> list[Any]:
         start = self.clock()
         answers = method(requests, disable_tqdm=True)
         self.seconds += self.clock() - start
-        self.answers |= {str(r.args): a for r, a in zip(requests, answers, strict=True)}
+        self.responses |= {str(r.args): a for r, a in zip(requests, answers, strict=True)}
         return answers
 
     def loglikelihood(self, requests, disable_tqdm=False):
@@ -149,21 +151,21 @@ class Watched(HFLM):
 
 
 class Replayed:
-    """Answers once given, as a language model."""
+    """Recorded responses, as a language model."""
 
     def __init__(self, watched: Watched) -> None:
         self.model = watched.model
-        self.answers = watched.answers
+        self.responses = watched.responses
 
     def loglikelihood(self, requests, disable_tqdm=False):
-        return [self.answers[str(request.args)] for request in requests]
+        return [self.responses[str(request.args)] for request in requests]
 
     def generate_counted(self, requests):
         return [(text, 0) for text in self.loglikelihood(requests)]
 
 
 class Meter:
-    """Counts the tokens a model reads and the seconds of its forward."""
+    """Counts a model's input tokens and the seconds of its forward passes."""
 
     def __init__(self, model: torch.nn.Module, clock: Callable[[], float]) -> None:
         self.tokens, self.seconds, self.clock = 0, 0.0, clock
@@ -232,7 +234,7 @@ def compare(task: str, model: transformers.PreTrainedModel, clock: Callable[[], 
         replayed = Harness(harness.tasks, harness.questions, Replayed(stock))
         theirs = replayed.score(model, items)
     differences = [
-        abs(ours[key][0] - stock.answers[key][0]) for key in ours if task != "generation"
+        abs(ours[key][0] - stock.responses[key][0]) for key in ours if task != "generation"
     ]
     return {
         "task": task,
@@ -240,7 +242,7 @@ def compare(task: str, model: transformers.PreTrainedModel, clock: Callable[[], 
         "ratio_in_model_calls": round(stock.seconds / after, 2),
         "items": len(items),
         "items_differ": sum(a.value != b.value for a, b in zip(values, theirs, strict=True)),
-        "texts_differ": sum(ours[key] != stock.answers[key] for key in ours)
+        "texts_differ": sum(ours[key] != stock.responses[key] for key in ours)
         if task == "generation"
         else None,
         "max_loglik_difference": max(differences, default=None),

@@ -43,7 +43,7 @@ def fast(model, **settings):
 
 
 def questions(count=16):
-    """Long answers, letters, contexts that differ early, no context; most behind one beginning."""
+    """Long answers, letters, contexts that differ early, no context; most share a prefix."""
     draw = random.Random(0)
 
     def text(least, most):
