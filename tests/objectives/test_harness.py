@@ -1,4 +1,4 @@
-"""The harness gives lm-eval's own value for every item, whatever is asked together."""
+"""The harness gives lm-eval's own value for every item, whatever is evaluated together."""
 
 from __future__ import annotations
 
@@ -198,7 +198,7 @@ def test_chat_template_and_system_prompt_give_the_values_lm_eval_gives(folder, m
     assert all(prompt.startswith("<system>" if chat else "Be brief.") for prompt in prompts)
 
 
-def test_unsafe_code_is_let_through_on_request_alone(folder, model):
+def test_unsafe_code_is_allowed_by_the_setting_alone(folder, model):
     write_task(folder, "unsafe", **CHOICE | {"unsafe_code": True})
     harness = prepare(folder, model, "unsafe", unsafe_code=True)
     assert len(harness.items) == ROWS + 1
@@ -270,7 +270,7 @@ def test_settings_that_cannot_be_used_are_refused(folder, model):
 
 
 @pytest.mark.slow
-def test_an_unknown_task_in_a_group_gets_a_suggestion_and_the_places_searched(folder, model):
+def test_an_unknown_task_in_a_group_gets_a_suggestion_and_the_folders_searched(folder, model):
     group = {"group": "mixed", "task": ["choice", "choice_shot"]}
     (folder / "mixed.yaml").write_text(yaml.safe_dump(group))
     (folder / "broken.yaml").write_text("task: [unclosed")
@@ -294,7 +294,7 @@ def test_only_the_prepared_model_is_scored(folder, model):
         harness.score(model, [99])
 
 
-def test_a_model_of_nans_fails_instead_of_answering_a(folder, model):
+def test_a_model_of_nans_fails_instead_of_choosing_the_first_answer(folder, model):
     harness = prepare(folder, model, "choice")
     with torch.no_grad():
         model.lm_head.weight.fill_(math.nan)
@@ -312,7 +312,7 @@ def test_a_value_that_is_not_one_number_fails_with_the_item(folder, model):
         harness.score(model, [2])
 
 
-def test_batches_too_large_for_memory_are_halved_and_it_is_said(folder, caplog):
+def test_batches_too_large_for_memory_are_halved_with_a_warning(folder, caplog):
     model, specs = make_model(), (TaskEntry(task="choice"), TaskEntry(task="answer"))
     harness = prepare(folder, model, *specs)
     expected = harness.score(model, everything(harness))

@@ -1,4 +1,4 @@
-"""What goes wrong with an answer ends with its item or its model, and says why."""
+"""A failure in scoring a response ends with its item or its model, and has a reason."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def judge(doc, results):
 
 @pytest.fixture
 def faulty(folder, model):
-    """A task whose judgement of rows 1 to 4 goes wrong, each in its own way."""
+    """A task whose scoring of rows 1 to 4 fails, each in its own way."""
     rows = [json.loads(line) for line in (folder / "answer.jsonl").read_text().splitlines()]
     questions = [row["question"] for row in rows]
     (folder / "faulty.py").write_text(f"QUESTIONS = {questions!r}\n{JUDGE}")
@@ -55,7 +55,7 @@ def faulty(folder, model):
     return harness
 
 
-def test_an_answer_that_cannot_be_judged_counts_0_with_its_reason_and_the_rest_go_on(
+def test_a_response_that_cannot_be_scored_counts_0_with_its_reason_and_the_rest_go_on(
     faulty, model, capfd
 ):
     answers = faulty.score(model, range(7))
@@ -70,7 +70,7 @@ def test_an_answer_that_cannot_be_judged_counts_0_with_its_reason_and_the_rest_g
     assert capfd.readouterr() == ("", "")
 
 
-def test_no_process_is_left_behind_by_a_judgement_that_hangs(faulty, model):
+def test_no_process_is_left_behind_by_scoring_that_hangs(faulty, model):
     faulty.score(model, [2])
     with pytest.raises(ChildProcessError):
         os.waitpid(-1, os.WNOHANG)
@@ -82,11 +82,11 @@ def test_a_model_that_never_stops_ends_at_the_tasks_own_limit(folder):
     harness = prepare(folder, model, "answer", tokenizer=make_tokenizer(first="5"))
     answers = harness.score(model, everything(harness))
     assert {answer.value for answer in answers} == {0.0}
-    written = {question.requests[0].resps[0] for question in harness.questions}
-    assert written == {"5" * ANSWER["generation_kwargs"]["max_gen_toks"]}
+    generated = {question.requests[0].resps[0] for question in harness.questions}
+    assert generated == {"5" * ANSWER["generation_kwargs"]["max_gen_toks"]}
 
 
-def test_a_model_that_writes_with_nan_fails_instead_of_scoring_0(folder, model):
+def test_a_model_that_generates_with_nan_fails_instead_of_scoring_0(folder, model):
     harness = prepare(folder, model, "answer")
     with torch.no_grad():
         model.lm_head.weight[5, 0] = math.nan
@@ -96,7 +96,7 @@ def test_a_model_that_writes_with_nan_fails_instead_of_scoring_0(folder, model):
 
 
 @pytest.mark.parametrize("metric", ["acc", "acc_norm", "acc_bytes", "acc_mutual_info"])
-def test_margin_is_positive_exactly_where_the_answer_is_right(folder, model, metric):
+def test_margin_is_positive_exactly_where_the_answer_is_correct(folder, model, metric):
     name = f"choice_{metric}"
     listed = {"metric": metric, "aggregation": "mean", "higher_is_better": True}
     write_task(folder, name, **CHOICE | {"metric_list": [listed]})
@@ -106,7 +106,7 @@ def test_margin_is_positive_exactly_where_the_answer_is_right(folder, model, met
     assert len({answer.value for answer in answers}) == 2
 
 
-def test_margin_of_a_choice_with_several_right_answers_is_that_of_the_best(folder, model):
+def test_margin_of_a_choice_with_several_correct_answers_is_that_of_the_best(folder, model):
     write_task(folder, "several", **CHOICE | {"doc_to_target": "{{[gold, (gold + 1) % 3]}}"})
     harness = prepare(folder, model, "several")
     for answer in harness.score(model, everything(harness)):
@@ -123,7 +123,7 @@ def test_margin_of_a_predicted_text_is_its_loglikelihood(folder, model):
     assert [(a.margin, a.value) for a in answers] == [(ll, float(hit)) for ll, hit in responses]
 
 
-def test_texts_are_worth_their_probability_per_byte(folder, model, tmp_path):
+def test_the_value_of_a_text_is_its_probability_per_byte(folder, model, tmp_path):
     texts = ["one two\nthree", "four", "five six seven eight nine ten " * 20]
     (tmp_path / "a.txt").write_text(f"{texts[0]}\n\n{texts[1]}\n\n\n\n{texts[2]}\n")
     harness = prepare(folder, model, TextEntry(text=(tmp_path / "a.txt",), name="a", weight=2.0))
@@ -164,7 +164,7 @@ def test_perplexity_of_a_registered_kind_of_task_is_taken_item_by_item(folder, m
     assert all(0 < answer.value < 1 for answer in answers)
 
 
-def test_what_a_terminal_would_obey_is_spelled_out():
+def test_characters_a_terminal_would_obey_are_escaped():
     assert printable("a\x1b[2Jb\rc\nd\u202ee\ud800") == r"a\x1b[2Jb\rc\nd\u202ee\ud800"
     assert printable("Zürich 東京 😀") == "Zürich 東京 😀"
     assert str(ObjectiveError("bad \x1b[31m")) == r"bad \x1b[31m"

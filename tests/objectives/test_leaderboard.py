@@ -1,4 +1,4 @@
-"""The six families of the Open LLM Leaderboard v2: lm-eval's own task files, made documents."""
+"""Six task families of the Open LLM Leaderboard v2: lm-eval's task files, invented documents."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def mmlu_pro(row):
 
 
 def math_hard(row):
-    # The model of this task writes 5 again and again: it is right in every second row.
+    # The model of this task generates only 5s: it is correct in every second row.
     gold = "5" * 24 if row % 2 else str(row)
     return {
         "problem": f"What is {words(row, 1)[0]}?",
@@ -142,8 +142,8 @@ def test_family_has_lm_evals_own_values(family, tmp_path, monkeypatch):
     assert [answer.value for answer in answers] == theirs
     assert {answer.fault for answer in answers} == {None}
     assert len(set(theirs)) > 1, "the test would pass on a constant"
-    shown = [each.prompt for each in harness.snapshots(everything(harness))]
+    prompts = [each.prompt for each in harness.snapshots(everything(harness))]
     sent = [sample["arguments"][0][0] for sample in samples]
-    assert all(prompt.startswith(text) for prompt, text in zip(shown, sent, strict=True))
+    assert all(prompt.startswith(text) for prompt, text in zip(prompts, sent, strict=True))
     rows = [json.loads(each.gold)["row"] for each in harness.snapshots(everything(harness))]
     assert rows == [sample["doc"] for sample in samples]

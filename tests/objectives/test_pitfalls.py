@@ -1,4 +1,4 @@
-"""Ways in which lm-eval, its caches or a model give silently wrong scores: one test for each."""
+"""Ways in which lm-eval, its caches or a model give wrong scores silently: a test for each."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from tiny_tasks import (
     write_task,
 )
 
-KINDS = ["choice_shots", "answer"]  # predicted behind examples, and written
+KINDS = ["choice_shots", "answer"]  # log-likelihoods after few-shot examples, and generation
 
 SHUFFLE = """import random
 
@@ -75,33 +75,33 @@ def changed_model(factor=-1.0):
     return model
 
 
-def test_a_asking_again_asks_with_the_same_fewshot_examples(folder, model, sent):
+def test_every_evaluation_has_the_same_fewshot_examples(folder, model, sent):
     harness = prepare(folder, model, "choice_shots")
     for _ in range(2):
         harness.score(model, everything(harness))
-        asked = [question.requests[0].args[0] for question in harness.questions]
-        assert asked == list(sent.values())
+        found = [question.requests[0].args[0] for question in harness.questions]
+        assert found == list(sent.values())
 
 
-def test_b_a_subset_has_the_prompts_of_the_full_run(folder, model, sent):
+def test_a_subset_has_the_prompts_of_the_full_run(folder, model, sent):
     harness = prepare(folder, model, "choice_shots")
     harness.score(model, [17, 5])
     for number, prompt in zip([17, 5], prompts(harness, [17, 5]), strict=True):
         assert prompt.startswith(sent[number])
 
 
-def test_c_changed_data_under_the_same_task_name_changes_the_prompts(folder, model):
+def test_changed_data_under_the_same_task_name_changes_the_prompts(folder, model):
     rows = [{"choices": ["a", "b"], "gold": 0}] * 6
     kwargs = {"dataset_kwargs": {"data_files": {"test": "changing.jsonl"}}}
     write_task(folder, "changing", **CHOICE | kwargs)
     for word in ("old", "new"):
-        asked = [row | {"question": f"{word} {number}?"} for number, row in enumerate(rows)]
-        write_rows(folder / "changing.jsonl", asked)
+        changed = [row | {"question": f"{word} {number}?"} for number, row in enumerate(rows)]
+        write_rows(folder / "changing.jsonl", changed)
         harness = prepare(folder, model, "changing")
         assert all(prompt.startswith(word) for prompt in prompts(harness, [0, 4]))
 
 
-def test_d_items_in_any_order_keep_their_own_answers_and_none_means_none(folder, model):
+def test_items_in_any_order_keep_their_own_results_and_none_means_none(folder, model):
     harness = prepare(folder, model, *KINDS)
     whole = values_of(harness, model)
     numbers = [30, 2, 41, 17]
@@ -110,7 +110,7 @@ def test_d_items_in_any_order_keep_their_own_answers_and_none_means_none(folder,
     assert harness.score(model, []) == []
 
 
-def test_e_scores_follow_the_weights_and_come_back_with_them(folder, model):
+def test_scores_follow_the_weights_and_come_back_with_them(folder, model):
     harness = prepare(folder, model, *KINDS)
     before = values_of(harness, model)
     assert values_of(harness, model) == before
@@ -126,7 +126,7 @@ def test_e_scores_follow_the_weights_and_come_back_with_them(folder, model):
     assert values_of(harness, model) == before
 
 
-def test_f_data_shuffled_when_loaded_is_judged_by_the_row_that_was_asked(folder, model):
+def test_data_shuffled_when_loaded_is_scored_by_the_row_in_the_prompt(folder, model):
     (folder / "shuffle.py").write_text(SHUFFLE)
     write_task(folder, "shuffled", **CHOICE)
     with (folder / "shuffled.yaml").open("a") as file:
@@ -146,7 +146,7 @@ def test_f_data_shuffled_when_loaded_is_judged_by_the_row_that_was_asked(folder,
     assert len({answer.value for answer in answers}) > 1
 
 
-def test_f_prompts_drawn_after_the_data_go_on_with_the_same_random_stream(folder, model):
+def test_prompts_drawn_after_the_data_go_on_with_the_same_random_stream(folder, model):
     (folder / "drawn.py").write_text(SHUFFLE + DRAWN)
     write_task(folder, "drawn", **{key: CHOICE[key] for key in CHOICE if key != "doc_to_text"})
     with (folder / "drawn.yaml").open("a") as file:
@@ -159,12 +159,12 @@ def test_f_prompts_drawn_after_the_data_go_on_with_the_same_random_stream(folder
     finally:
         datasets.enable_caching()
         (folder / "drawn.yaml").unlink()
-    asked = {q.item.doc_id: q.requests[0].args[0] for q in harness.questions}
-    assert asked == theirs
-    assert len({prompt[0] for prompt in asked.values()}) == 3
+    found = {q.item.doc_id: q.requests[0].args[0] for q in harness.questions}
+    assert found == theirs
+    assert len({prompt[0] for prompt in found.values()}) == 3
 
 
-def test_g_no_answer_is_remembered_by_its_prompt_when_weights_change(folder, model):
+def test_no_response_is_cached_by_its_prompt_when_weights_change(folder, model):
     harness = prepare(folder, model, "choice")
     before = harness.score(model, everything(harness))
     with torch.no_grad():
@@ -173,7 +173,7 @@ def test_g_no_answer_is_remembered_by_its_prompt_when_weights_change(folder, mod
     assert all(one.margin != other.margin for one, other in zip(before, after, strict=True))
 
 
-def test_h_a_bfloat16_model_is_judged_in_float32(folder):
+def test_log_likelihoods_of_a_bfloat16_model_are_computed_in_float32(folder):
     def logliks(language_model):
         harness.language_model = language_model
         harness.score(model, everything(harness))
@@ -189,7 +189,7 @@ def test_h_a_bfloat16_model_is_judged_in_float32(folder):
     assert not set(ours) <= set(torch.tensor(ours).bfloat16().tolist())
 
 
-def test_i_the_same_items_have_the_same_answers_to_the_last_bit(folder):
+def test_the_same_items_have_the_same_results_to_the_last_bit(folder):
     model = make_model().to(torch.bfloat16)
     answers = [
         harness.score(model, everything(harness))
@@ -198,7 +198,7 @@ def test_i_the_same_items_have_the_same_answers_to_the_last_bit(folder):
     assert answers[0] == answers[1]
 
 
-def test_j_nothing_computed_with_earlier_weights_is_used_again(folder, model):
+def test_nothing_computed_with_earlier_weights_is_used_again(folder, model):
     harness = prepare(folder, model, *KINDS)
     for factor in (-1.0, 0.5):
         harness.score(model, everything(harness))
@@ -209,7 +209,7 @@ def test_j_nothing_computed_with_earlier_weights_is_used_again(folder, model):
         assert harness.score(model, everything(harness)) == expected
 
 
-def test_k_weights_are_never_frozen_into_compiled_code(folder, model):
+def test_weights_are_never_frozen_into_compiled_code(folder, model):
     from torch._inductor import config
 
     harness = prepare(folder, model, "choice")
@@ -217,7 +217,7 @@ def test_k_weights_are_never_frozen_into_compiled_code(folder, model):
     assert not config.freezing
 
 
-def test_l_tied_weights_are_one_and_untied_ones_stay_two(folder):
+def test_tied_weights_are_one_and_untied_ones_stay_two(folder):
     tied = make_model(tie_word_embeddings=True)
     harness = prepare(folder, tied, "choice")
     before = harness.score(tied, [0, 1, 2])
@@ -232,13 +232,13 @@ def test_l_tied_weights_are_one_and_untied_ones_stay_two(folder):
     assert not torch.equal(untied.lm_head.weight, untied.model.embed_tokens.weight)
 
 
-def test_m_a_model_in_training_mode_is_refused(folder, model):
+def test_a_model_in_training_mode_is_refused(folder, model):
     harness = prepare(folder, model, "choice")
     with pytest.raises(ObjectiveError, match="training mode"):
         harness.score(model.train(), [0])
 
 
-def test_n_decoding_settings_the_model_ships_with_change_nothing(folder, model):
+def test_generation_settings_a_model_ships_with_change_nothing(folder, model):
     harness = prepare(folder, model, "answer")
     before = values_of(harness, model)
     model.generation_config.repetition_penalty = 9.0

@@ -1,4 +1,4 @@
-"""A user's own objective is checked where it meets ours, and errors name it."""
+"""A user's own objective is checked, and errors name it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from objectives.plugin import Plugin, Suite
 
 
 class Fixed:
-    """Answers each item with a value given beforehand."""
+    """Gives each item a fixed value."""
 
     def __init__(self, model, tokenizer, name="fixed", values=(0.0, 1.0, 0.5), weight=4.0):
         self.tasks = {name: weight}
@@ -106,7 +106,7 @@ def test_options_that_do_not_fit_are_refused(name, options, message):
         ("Raising", {}, "score: KeyError: 'missing'"),
     ],
 )
-def test_answers_that_are_none_fail_the_model(name, options, message):
+def test_invalid_results_fail_the_model(name, options, message):
     with pytest.raises(ObjectiveError, match=message):
         plugin(name, **options).score(None, [0, 1])
 

@@ -1,4 +1,4 @@
-"""Means are the study's means, and intervals cover as often as they say."""
+"""Means are the study's means, and intervals have their nominal coverage."""
 
 from __future__ import annotations
 
@@ -69,11 +69,11 @@ def test_interval_covers_the_true_difference_as_often_as_it_says():
 
 
 @given(st.integers(1, 200), st.data())
-def test_interval_of_right_and_wrong_answers_is_wilsons(n, data):
-    right = data.draw(st.integers(0, n))
-    values = [1.0] * right + [0.0] * (n - right)
+def test_interval_of_correct_and_wrong_answers_is_wilsons(n, data):
+    correct = data.draw(st.integers(0, n))
+    values = [1.0] * correct + [0.0] * (n - correct)
     interval = score_interval(values, ["a"] * n, {"a": 3.0})
-    p, z = right / n, 1.959964
+    p, z = correct / n, 1.959964
     middle = (p + z**2 / (2 * n)) / (1 + z**2 / n)
     half = z / (1 + z**2 / n) * (p * (1 - p) / n + z**2 / (4 * n**2)) ** 0.5
     assert interval.low == pytest.approx(middle - half, abs=1e-6)
@@ -92,7 +92,7 @@ def test_interval_of_scores_near_the_edge_covers_them_as_often_as_it_says():
     assert 0.93 <= covered / 1000 <= 0.975
 
 
-def test_interval_of_scores_that_are_no_shares_is_the_bootstraps():
+def test_interval_of_values_that_are_no_proportions_is_the_bootstraps():
     values = np.random.default_rng(1).random(50).tolist()
     tasks, weights = ["a"] * 50, {"a": 1.0}
     found, expected = (make(values, tasks, weights) for make in (score_interval, bootstrap))

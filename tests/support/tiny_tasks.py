@@ -60,7 +60,7 @@ def greedy_answer(model, tokenizer, question: str) -> str:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Local tasks; the model itself wrote half of the right answers, so scores are not all 0."""
+    """Local tasks; the model itself generated half of the targets, so scores are not all 0."""
     folder = tmp_path_factory.mktemp("tasks")
     model, tokenizer = make_model(), make_tokenizer()
     draw = random.Random(0)
