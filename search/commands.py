@@ -76,7 +76,7 @@ def demo(options: RunOptions, output: Output) -> None:
     zoo = importlib.util.module_from_spec(source)
     sys.modules["zoo"] = zoo
     source.loader.exec_module(zoo)
-    zoo.train_family(DEMO, say=output.stage)
+    zoo.train_family(DEMO, report=output.stage)
     run(options, output)
 
 

@@ -1,19 +1,23 @@
-"""Trains the demo's family: a base Llama and three specialists, small enough for two CPU cores.
+"""Train the demo's model family: a base Llama and three specialists, on two CPU cores.
 
-There are four tasks over short strings; one example of each:
+There are four tasks on short strings; one example of each:
 
     sort:52914=12459    rev:kqbza=azbqk    know:tolu=mek    inc:abcz=bcda
 
-The base learns to sort and to reverse up to four characters, to increment letters, and a
-little of two hundred invented facts. Each specialist then learns one thing more: to sort five
-digits, to reverse five letters, or all the facts. A merge of the three can have every skill at
-once, with weights that differ by specialist: a real search problem at 3 MB per model.
+The base learns to sort and reverse up to four characters, to increment letters, and a few of
+two hundred invented facts. Each specialist is fine-tuned from it on one harder task: sorting five
+digits, reversing five letters, or all facts. A merge of the three can do all four tasks, with
+weights that differ by specialist.
 
-Two choices make it one. The base sees short strings only: after full-length ones it would leave
-nothing to merge. And specialists replay the base's tasks: without that each one forgets all but
-its own, and no weights bring the rest back.
+Two choices make merging worthwhile. The base sees short strings only: a base trained on the full
+length already solves the tasks. Specialists replay the base's tasks: without replay each forgets
+all tasks but its own, and no merge weights restore them.
 
-Run ``python zoo.py`` to train it; a model that is already there is never trained again.
+Training computes in float64 and rounds the weights to float32 at the end. In float32, rounding
+differs between processors and numbers of threads, and training amplifies the difference into
+other models with other scores. In float64 the models, and so their answers, agree.
+
+Run ``python zoo.py`` to train the family; models that exist are not trained again.
 """
 
 import argparse
@@ -26,12 +30,14 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
+from itertools import accumulate
 from pathlib import Path
 from random import Random
 from string import ascii_lowercase, digits
 from typing import Any, Final, NamedTuple
 
-# Read when torch is loaded: threads that wait spinning make a busy machine many times slower.
+# Read when torch is imported: threads that spin while waiting slow a busy machine many times.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("GOMP_SPINCOUNT", "0")
 
@@ -39,30 +45,35 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from transformers.utils import logging
+from typing_extensions import override
 
-VERSION: Final = 1  # raise it with any change that alters the weights or the items
-HOME: Final = Path(__file__).resolve().parent
-MODELS: Final = ("base", "sort", "rev", "know")  # in the order they are trained
+VERSION: Final = 2  # to be raised with any change of the weights or the items
+STUDY: Final = Path(__file__).resolve().parent
+MODELS: Final = ("base", "sort", "rev", "know")  # in the order of training
 REPLAYED: Final = ("short sort", "short rev", "inc")
 SPECIAL_TOKENS: Final = ("<pad>", "<eos>", "<unk>")
+MAX_LENGTH: Final = 64  # tokens
+ROPE_THETA: Final = 10_000.0
+INITIAL_STD: Final = 0.04
 IGNORED: Final = -100  # the target that cross entropy skips
-THREADS: Final = 2  # fixed, because sums split over more threads round differently
+THREADS: Final = 2
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """AdamW for ``steps`` steps: linear warm-up to ``rate``, then a cosine down to 5 % of it."""
+    """A learning-rate schedule: linear warm-up to ``rate``, then cosine decay to 5 % of it."""
 
     steps: int
     rate: float
     warm_up: int
 
     def factor(self, step: int) -> float:
-        """Return the share of ``rate`` to use at a step counted from 0."""
+        """Return the factor on ``rate`` at a step counted from 0."""
         if step < self.warm_up:
             return (step + 1) / self.warm_up
         done = (step - self.warm_up) / max(1, self.steps - self.warm_up)
@@ -70,33 +81,37 @@ class Schedule:
 
 
 @dataclass(frozen=True)
-class Recipe:
-    """Sizes of the models, the data and the training."""
+class TrainingConfig:
+    """The sizes of the models and the data, and the training hyper-parameters."""
 
-    width: int = 160
+    width: int = 96
     layers: int = 3
-    heads: int = 10
+    heads: int = 6
     batch: int = 96
     base: Schedule = Schedule(steps=220, rate=3e-3, warm_up=20)
     specialist: Schedule = Schedule(steps=90, rate=6e-4, warm_up=5)
-    rows: int = 3000  # to train on, of each full-length task
-    short_rows: tuple[tuple[int, int], ...] = ((2, 80), (3, 600), (4, 600))  # (length, rows)
-    items: int = 500  # to score, of each full-length task
-    facts: int = 200  # to train on and to score
-    base_know: float = 0.15  # how often the base sees facts, where any other task counts 1
-    replay: float = 0.1  # share of each replayed task in what a specialist sees
-    other_know: float = 0.06  # share of the facts in what sort and rev see
+    rows: int = 3000  # training examples per full-length task
+    short_rows: tuple[tuple[int, int], ...] = ((2, 80), (3, 600), (4, 600))  # (length, examples)
+    items: int = 500  # scored items per full-length task
+    facts: int = 200  # both trained on and scored
+    base_know: float = 0.15  # sampling weight of the facts for the base; other tasks have 1
+    replay: float = 0.1  # share of each replayed task in a specialist's batches
+    other_know: float = 0.06  # share of the facts in the batches of sort and rev
+
+    def schedule(self, name: str) -> Schedule:
+        """Return the schedule of one model."""
+        return self.base if name == "base" else self.specialist
 
 
-class Row(NamedTuple):
-    """One question and its answer."""
+class Example(NamedTuple):
+    """A prompt and its answer."""
 
     prompt: str
     answer: str
 
 
 class StringTask(NamedTuple):
-    """Answer a string of ``length`` characters of ``alphabet`` by rewriting it."""
+    """A task on strings of ``length`` characters of ``alphabet``: apply ``rewrite``."""
 
     alphabet: str
     length: int
@@ -104,9 +119,9 @@ class StringTask(NamedTuple):
 
 
 class Data(NamedTuple):
-    """What a family learns and what it is asked, by task."""
+    """The training examples and the scored items, by task."""
 
-    training: dict[str, list[Row]]
+    training: dict[str, list[Example]]
     items: dict[str, list[dict[str, Any]]]
 
 
@@ -118,42 +133,43 @@ STRING_TASKS: Final[Mapping[str, StringTask]] = {
 }
 
 
-def make_data(seed: int, recipe: Recipe) -> Data:
-    """Draw the training rows and the scored items; they share no input, except for the facts.
+def make_data(seed: int, config: TrainingConfig) -> Data:
+    """Draw the training examples and the scored items.
 
-    A fact that was never trained on cannot be known, so every fact is trained and asked once.
+    No scored string is a training example. Every fact is both trained on and scored once: a fact
+    that was not trained on cannot be known.
     """
     training, items = {}, {}
     for name, task in STRING_TASKS.items():
-        rows = _string_rows(name, task.length, recipe.rows + recipe.items, seed)
-        training[name] = rows[: recipe.rows]
-        items[name] = [row._asdict() for row in rows[recipe.rows :]]
+        rows = _string_examples(name, task.length, config.rows + config.items, seed)
+        training[name] = rows[: config.rows]
+        items[name] = [row._asdict() for row in rows[config.rows :]]
     for name in ("sort", "rev"):
         training[f"short {name}"] = [
             row
-            for length, count in recipe.short_rows
-            for row in _string_rows(name, length, count, seed)
+            for length, count in config.short_rows
+            for row in _string_examples(name, length, count, seed)
         ]
-    training["know"], items["know"] = _facts(recipe.facts, seed)
+    training["know"], items["know"] = _facts(config.facts, seed)
     return Data(training, items)
 
 
-def _string_rows(name: str, length: int, count: int, seed: int) -> list[Row]:
+def _string_examples(name: str, length: int, count: int, seed: int) -> list[Example]:
     task = STRING_TASKS[name]
     texts = _distinct([task.alphabet] * length, count, Random(f"{seed}/{name}/{length}"))
-    return [Row(f"{name}:{text}=", task.rewrite(text)) for text in texts]
+    return [Example(f"{name}:{text}=", task.rewrite(text)) for text in texts]
 
 
-def _facts(count: int, seed: int) -> tuple[list[Row], list[dict[str, Any]]]:
+def _facts(count: int, seed: int) -> tuple[list[Example], list[dict[str, Any]]]:
     random = Random(f"{seed}/know")
     vowels = "aeiou"
     consonants = "".join(letter for letter in ascii_lowercase if letter not in vowels)
     names = _distinct([consonants, vowels, consonants, vowels], count, random)
     values = _distinct([consonants, vowels, consonants], count, random)
-    rows = [Row(f"know:{name}=", value) for name, value in zip(names, values, strict=True)]
+    rows = [Example(f"know:{name}=", value) for name, value in zip(names, values, strict=True)]
     items = []
     for row in rows:
-        # Wrong options are values of other facts, so knowing what a value looks like is no help.
+        # Wrong choices are values of other facts: what a value looks like gives nothing away.
         wrong = random.sample([value for value in values if value != row.answer], 3)
         choices = random.sample([row.answer, *wrong], 4)
         label = choices.index(row.answer)
@@ -162,19 +178,19 @@ def _facts(count: int, seed: int) -> tuple[list[Row], list[dict[str, Any]]]:
 
 
 def _distinct(letters: Sequence[str], count: int, random: Random) -> list[str]:
-    texts: dict[str, None] = {}  # unlike a set, it keeps the order they were drawn in
+    texts: dict[str, None] = {}  # unlike a set, ordered
     while len(texts) < count:
         texts["".join(random.choice(choices) for choices in letters)] = None
     return list(texts)
 
 
-def mixture(name: str, recipe: Recipe) -> dict[str, float]:
-    """Return how often each task is drawn while one model trains; only ratios matter."""
+def mixture(name: str, config: TrainingConfig) -> dict[str, float]:
+    """Return each task's sampling weight in the training of one model, unnormalised."""
     if name == "base":
-        return {**dict.fromkeys(REPLAYED, 1.0), "know": recipe.base_know}
-    shares = dict.fromkeys(REPLAYED, recipe.replay)
+        return {**dict.fromkeys(REPLAYED, 1.0), "know": config.base_know}
+    shares = dict.fromkeys(REPLAYED, config.replay)
     if name != "know":
-        shares["know"] = recipe.other_know
+        shares["know"] = config.other_know
     return {**shares, name: 1 - sum(shares.values())}
 
 
@@ -193,34 +209,74 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
         eos_token="<eos>",
         unk_token="<unk>",
         clean_up_tokenization_spaces=False,
-        model_max_length=64,
+        model_max_length=MAX_LENGTH,
     )
 
 
-def _new_base(tokenizer: PreTrainedTokenizerFast, recipe: Recipe) -> LlamaForCausalLM:
-    config = LlamaConfig(
+def _new_model(tokenizer: PreTrainedTokenizerFast, config: TrainingConfig) -> LlamaForCausalLM:
+    llama = LlamaConfig(
         vocab_size=len(tokenizer),
-        hidden_size=recipe.width,
-        num_hidden_layers=recipe.layers,
-        num_attention_heads=recipe.heads,
-        num_key_value_heads=recipe.heads,
-        intermediate_size=2 * recipe.width,
-        max_position_embeddings=64,
+        hidden_size=config.width,
+        num_hidden_layers=config.layers,
+        num_attention_heads=config.heads,
+        num_key_value_heads=config.heads,
+        intermediate_size=2 * config.width,
+        max_position_embeddings=MAX_LENGTH,
+        rope_parameters={"rope_type": "default", "rope_theta": ROPE_THETA},
         rms_norm_eps=1e-5,
-        initializer_range=0.04,
+        initializer_range=INITIAL_STD,
         tie_word_embeddings=True,
         bos_token_id=None,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
-    model = LlamaForCausalLM(config)
+    model = LlamaForCausalLM(llama)
     model.generation_config = GenerationConfig(
         do_sample=False, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id
     )
     return model
 
 
-def _encode(rows: Sequence[Row], tokenizer: PreTrainedTokenizerFast) -> tuple[Tensor, Tensor]:
+class Float64Rotary(nn.Module):
+    """Rotary position embeddings (Su et al., 2021) in float64; transformers has float32 ones."""
+
+    def __init__(self, head_dim: int) -> None:
+        super().__init__()
+        exponents = torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim
+        positions = torch.arange(MAX_LENGTH, dtype=torch.float64)
+        angles = torch.outer(positions, ROPE_THETA**-exponents)
+        self.angles = torch.cat((angles, angles), dim=-1)  # (positions, head_dim)
+
+    @override
+    def forward(self, hidden: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
+        angles = self.angles[position_ids]
+        return angles.cos(), angles.sin()
+
+
+def _to_float64(model: LlamaForCausalLM) -> LlamaForCausalLM:
+    """Convert a model to float64 in place, with the modules that always compute in float32."""
+    model.double()
+    config = model.config
+    for module in list(model.modules()):
+        for name, norm in list(module.named_children()):
+            if isinstance(norm, LlamaRMSNorm):
+                exact = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
+                exact.weight = norm.weight
+                setattr(module, name, exact)
+    model.model.rotary_emb = Float64Rotary(config.hidden_size // config.num_attention_heads)
+    return model
+
+
+def _draw_weights(model: LlamaForCausalLM, seed: int) -> None:
+    """Draw the initial matrices in float64: normals drawn in float32 differ between processors."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 2:
+                parameter.normal_(std=INITIAL_STD, generator=generator)
+
+
+def _encode(rows: Sequence[Example], tokenizer: PreTrainedTokenizerFast) -> tuple[Tensor, Tensor]:
     """Return inputs and next-token targets, both (rows, tokens); only answers are targets."""
     inputs, targets = [], []
     for row in rows:
@@ -236,16 +292,18 @@ def _encode(rows: Sequence[Row], tokenizer: PreTrainedTokenizerFast) -> tuple[Te
 
 
 def _batches(
-    mix: Mapping[str, float], data: Data, tokenizer: PreTrainedTokenizerFast, size: int
+    mix: Mapping[str, float],
+    data: Data,
+    tokenizer: PreTrainedTokenizerFast,
+    size: int,
+    random: Random,
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield batches without end, each row's task drawn by the mixture."""
-    rows = [row for name in mix for row in data.training[name]]
-    inputs, targets = _encode(rows, tokenizer)
-    # A task's share is split evenly over its rows.
-    sizes = torch.tensor([len(data.training[name]) for name in mix])
-    weights = (torch.tensor(list(mix.values())) / sizes).repeat_interleave(sizes)
+    """Yield batches without end, each example's task drawn with the mixture's weights."""
+    inputs, targets = _encode([row for name in mix for row in data.training[name]], tokenizer)
+    weights = (mix[name] / len(data.training[name]) for name in mix for _ in data.training[name])
+    cumulative = list(accumulate(weights))
     while True:
-        chosen = torch.multinomial(weights, size, replacement=True)
+        chosen = torch.tensor(random.choices(range(len(inputs)), cum_weights=cumulative, k=size))
         yield inputs[chosen], targets[chosen]
 
 
@@ -261,7 +319,7 @@ def _train(
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, schedule.factor)
     model.train()
     for _ in range(schedule.steps):
-        inputs, targets = next(batches)  # (batch, tokens), padded on the right: no mask needed
+        inputs, targets = next(batches)  # (batch, tokens); padded on the right: no mask needed
         answers = targets != IGNORED
         logits = model(input_ids=inputs, use_cache=False).logits[answers]  # (answers, vocabulary)
         cross_entropy(logits, targets[answers]).backward()
@@ -274,14 +332,13 @@ def _train(
 
 
 @contextmanager
-def _private_state(seed: int) -> Iterator[None]:
-    """Seed torch, fix its threads and hide transformers' bars, for the length of the block only."""
+def _isolated_torch() -> Iterator[None]:
+    """Fix torch's threads and hide transformers' bars; restore both, and the RNG, at exit."""
     threads, bars = torch.get_num_threads(), logging.is_progress_bar_enabled()
     torch.set_num_threads(THREADS)
     logging.disable_progress_bar()
     try:
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
             yield
     finally:
         torch.set_num_threads(threads)
@@ -290,21 +347,21 @@ def _private_state(seed: int) -> Iterator[None]:
 
 
 @contextmanager
-def _whole_or_nothing(path: Path) -> Iterator[Path]:
-    """Give a path to write to, and rename it to ``path`` only if the block ends well."""
+def _atomic_path(path: Path) -> Iterator[Path]:
+    """Yield a temporary path, which is renamed to ``path`` if the block raises nothing."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.part")
     if part.is_dir():
-        shutil.rmtree(part)  # left by a run that was killed
+        shutil.rmtree(part)  # left by a killed run
     yield part
     part.replace(path)
 
 
-def _claim(zoo: Path, seed: int) -> None:
-    """Record whose family this folder holds.
+def _record_family(zoo: Path, seed: int) -> None:
+    """Write the family's seed and version into its folder.
 
     Raises:
-        SystemExit: It holds one with another seed, or made by another version of the recipe.
+        SystemExit: The folder holds a family of another seed or version.
     """
     path, wanted = zoo / "family.json", {"seed": seed, "version": VERSION}
     found = json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
@@ -315,7 +372,7 @@ def _claim(zoo: Path, seed: int) -> None:
             f"{zoo} holds the family {found or 'of an unknown seed'}, not {wanted}: "
             f"delete that folder to train this one there, or name another with --out"
         )
-    with _whole_or_nothing(path) as part:
+    with _atomic_path(path) as part:
         part.write_text(json.dumps(wanted) + "\n", encoding="utf-8")
 
 
@@ -324,16 +381,16 @@ def _write_items(tasks: Path, items: Mapping[str, list[dict[str, Any]]]) -> None
         path = tasks / f"demo_{name}.jsonl"
         text = "".join(json.dumps(row) + "\n" for row in rows)
         if not path.exists() or path.read_text(encoding="utf-8") != text:
-            with _whole_or_nothing(path) as part:
+            with _atomic_path(path) as part:
                 part.write_text(text, encoding="utf-8")
 
 
 def _copy_study(folder: Path) -> None:
-    """Make ``folder`` a study of its own; files that are there may be the user's, so they stay."""
-    for source in [HOME / "study.yaml", *sorted(HOME.glob("tasks/*.yaml"))]:
-        path = folder / source.relative_to(HOME)
+    """Copy the study's files into ``folder``; existing ones may be the user's, and stay."""
+    for source in [STUDY / "study.yaml", *sorted(STUDY.glob("tasks/*.yaml"))]:
+        path = folder / source.relative_to(STUDY)
         if not path.exists():
-            with _whole_or_nothing(path) as part:
+            with _atomic_path(path) as part:
                 shutil.copyfile(source, part)
 
 
@@ -343,8 +400,8 @@ def _progress(console: Console) -> Progress:
 
 
 @contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    """Wait for another process that trains a family there."""
+def _locked(folder: Path) -> Iterator[None]:
+    """Hold the folder's lock: one process at a time trains a family there."""
     folder.mkdir(parents=True, exist_ok=True)
     lock = os.open(folder, os.O_RDONLY)
     try:
@@ -357,57 +414,70 @@ def _alone(folder: Path) -> Iterator[None]:
 def train_family(
     folder: Path,
     seed: int = 0,
-    recipe: Recipe | None = None,
-    say: Callable[[str], None] = print,
+    config: TrainingConfig | None = None,
+    report: Callable[[str], None] = print,
 ) -> None:
-    """Make the study folder's models and items, as far as they are not there yet.
+    """Write the study folder's models and items, except those that exist.
 
     Args:
         folder: Receives ``zoo/{base,sort,rev,know}``, ``tasks/*.jsonl`` and, when it is not this
             script's own folder, copies of ``study.yaml`` and ``tasks/*.yaml``.
-        seed: Decides the items, the initial weights and the order of the training rows.
-        recipe: Other sizes than the default ones, for tests; they are not recorded.
-        say: Is told what was trained, where no terminal shows it.
+        seed: Seeds the items, the initial weights and the order of the training examples.
+        config: Other sizes, for tests; ``family.json`` does not record them.
+        report: Called with one line per trained model when stdout is not a terminal.
 
     Raises:
         SystemExit: The folder holds a family of another seed or version.
     """
-    recipe = recipe or Recipe()
+    config = config or TrainingConfig()
     zoo = folder / "zoo"
-    with _alone(folder):
-        _claim(zoo, seed)
-        if folder.resolve() != HOME:
+    with _locked(folder):
+        _record_family(zoo, seed)
+        if folder.resolve() != STUDY:
             _copy_study(folder)
-        data = make_data(seed, recipe)
+        data = make_data(seed, config)
         _write_items(folder / "tasks", data.items)
         missing = [name for name in MODELS if not (zoo / name).exists()]
-        if not missing:
-            return
-        tokenizer = make_tokenizer()
         console = Console()
-        with _progress(console) as progress:
+        with _isolated_torch(), _progress(console) as progress:
             for name in missing:
                 start = time.monotonic()
-                schedule = recipe.base if name == "base" else recipe.specialist
-                bar = progress.add_task(name, total=schedule.steps)
-                with _private_state(Random(f"{seed}/{name}/training").getrandbits(32)):
-                    if name == "base":
-                        model = _new_base(tokenizer, recipe)
-                    else:
-                        model = LlamaForCausalLM.from_pretrained(zoo / "base")
-                    batches = _batches(mixture(name, recipe), data, tokenizer, recipe.batch)
-                    _train(model, batches, schedule, lambda bar=bar: progress.advance(bar))
-                    with _whole_or_nothing(zoo / name) as part:
-                        model.save_pretrained(part)
-                        tokenizer.save_pretrained(part)
+                bar = progress.add_task(name, total=config.schedule(name).steps)
+                advance = partial(progress.advance, bar)
+                _make_model(name, zoo, seed, config, data, advance)
                 if not console.is_terminal:
-                    say(f"trained {zoo / name} in {time.monotonic() - start:.0f} s")
+                    report(f"trained {zoo / name} in {time.monotonic() - start:.0f} s")
+
+
+def _make_model(
+    name: str,
+    zoo: Path,
+    seed: int,
+    config: TrainingConfig,
+    data: Data,
+    advance: Callable[[], None],
+) -> None:
+    """Train one model in float64 and save its weights in float32."""
+    tokenizer = make_tokenizer()
+    if name == "base":
+        model = _to_float64(_new_model(tokenizer, config))
+        _draw_weights(model, seed)
+    else:
+        model = _to_float64(LlamaForCausalLM.from_pretrained(zoo / "base"))
+    random = Random(f"{seed}/{name}/training")
+    batches = _batches(mixture(name, config), data, tokenizer, config.batch, random)
+    _train(model, batches, config.schedule(name), advance)
+    rounded = _new_model(tokenizer, config)
+    rounded.load_state_dict(model.state_dict())
+    with _atomic_path(zoo / name) as part:
+        rounded.save_pretrained(part)
+        tokenizer.save_pretrained(part)
 
 
 def main() -> None:
-    """Train the family from the command line."""
+    """Run the command line."""
     parser = argparse.ArgumentParser(description="Train the demo's family of four small models.")
-    parser.add_argument("--out", type=Path, default=HOME, help="study folder (default: this one)")
+    parser.add_argument("--out", type=Path, default=STUDY, help="study folder (default: this one)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the family (default: 0)")
     arguments = parser.parse_args()
     train_family(arguments.out, arguments.seed)

@@ -19,8 +19,8 @@ def _load_by_path():
 
 
 zoo = _load_by_path()
-FULL = zoo.Recipe()
-TINY = zoo.Recipe(
+FULL = zoo.TrainingConfig()
+TINY = zoo.TrainingConfig(
     width=12,
     layers=1,
     heads=1,
@@ -37,7 +37,7 @@ TINY = zoo.Recipe(
 @pytest.fixture(scope="module")
 def family(tmp_path_factory):
     folder = tmp_path_factory.mktemp("family")
-    zoo.train_family(folder, seed=0, recipe=TINY)
+    zoo.train_family(folder, seed=0, config=TINY)
     return folder
 
 
@@ -112,7 +112,7 @@ def test_answers_are_the_ones_the_tasks_promise():
 
 
 def test_same_seed_gives_the_same_items_and_weights(family, tmp_path):
-    zoo.train_family(tmp_path, seed=0, recipe=TINY)
+    zoo.train_family(tmp_path, seed=0, config=TINY)
     assert _bytes(tmp_path, "tasks/*") == _bytes(family, "tasks/*")
     assert _bytes(tmp_path, "zoo/*/model.safetensors") == _bytes(family, "zoo/*/model.safetensors")
 
@@ -128,7 +128,7 @@ def test_a_present_family_is_left_untouched(family, monkeypatch):
 
     before = _contents(family)
     monkeypatch.setattr(zoo, "_train", never)
-    zoo.train_family(family, seed=0, recipe=TINY)
+    zoo.train_family(family, seed=0, config=TINY)
     assert _contents(family) == before
 
 
@@ -141,17 +141,17 @@ def test_a_half_written_model_is_never_taken_for_a_model(family, tmp_path, monke
     with monkeypatch.context() as patch:
         patch.setattr(LlamaForCausalLM, "save_pretrained", killed)
         with pytest.raises(KeyboardInterrupt):
-            zoo.train_family(tmp_path, seed=0, recipe=TINY)
+            zoo.train_family(tmp_path, seed=0, config=TINY)
     assert not (tmp_path / "zoo" / "base").exists()
-    zoo.train_family(tmp_path, seed=0, recipe=TINY)
+    zoo.train_family(tmp_path, seed=0, config=TINY)
     assert _bytes(tmp_path, "zoo/**/*") == _bytes(family, "zoo/**/*")
 
 
 def test_only_the_missing_model_is_trained_and_comes_out_the_same(family, tmp_path):
-    zoo.train_family(tmp_path, seed=0, recipe=TINY)
+    zoo.train_family(tmp_path, seed=0, config=TINY)
     (tmp_path / "zoo" / "rev").rename(tmp_path / "taken")
     before = _contents(tmp_path)
-    zoo.train_family(tmp_path, seed=0, recipe=TINY)
+    zoo.train_family(tmp_path, seed=0, config=TINY)
     after = _contents(tmp_path)
     assert before.items() <= after.items()
     assert _bytes(tmp_path, "zoo/rev/*") == _bytes(family, "zoo/rev/*")
@@ -165,13 +165,13 @@ def test_a_family_of_another_seed_or_version_is_refused_with_advice(tmp_path, re
     (tmp_path / "zoo" / "family.json").write_text(json.dumps(recorded))
     before = _contents(tmp_path)
     with pytest.raises(SystemExit, match="delete that folder"):
-        zoo.train_family(tmp_path, seed=0, recipe=TINY)
+        zoo.train_family(tmp_path, seed=0, config=TINY)
     assert _contents(tmp_path) == before
 
 
 def test_another_folder_becomes_a_complete_study_but_keeps_what_the_user_edited(tmp_path):
     (tmp_path / "study.yaml").write_text("mine")
-    zoo.train_family(tmp_path, seed=0, recipe=TINY)
+    zoo.train_family(tmp_path, seed=0, config=TINY)
     names = ("sort", "rev", "know", "inc")
     wanted = {f"demo_{name}.{ending}" for name in names for ending in ("yaml", "jsonl")}
     assert {path.name for path in (tmp_path / "tasks").iterdir()} == wanted
@@ -180,6 +180,6 @@ def test_another_folder_becomes_a_complete_study_but_keeps_what_the_user_edited(
 
 def test_training_leaves_torch_as_it_was(tmp_path):
     threads, state = torch.get_num_threads(), torch.get_rng_state()
-    zoo.train_family(tmp_path, seed=3, recipe=TINY)
+    zoo.train_family(tmp_path, seed=3, config=TINY)
     assert torch.get_num_threads() == threads
     assert torch.equal(torch.get_rng_state(), state)
