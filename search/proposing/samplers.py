@@ -5,7 +5,7 @@ database holds. Its proposals therefore depend on the finished trials alone, not
 asks: a killed run goes on exactly as it would have.
 
 ``search.study.sampler_table`` names a source for each: a function of a ``ProposalRequest`` that
-returns a ``Proposal`` of its own, or a sampler of Optuna's.
+returns a ``Proposal``, or a sampler of Optuna's for it.
 """
 
 from __future__ import annotations
@@ -134,7 +134,9 @@ class _FixedSpace(BaseSampler):
         return dict(self.fixed_space)
 
 
-class _Tpe(_FixedSpace, TPESampler):
+class Tpe(_FixedSpace, TPESampler):
+    """Optuna's multivariate TPE."""
+
     def __init__(self, request: ProposalRequest) -> None:
         super().__init__(
             seed=request.trial_seed,
@@ -146,8 +148,8 @@ class _Tpe(_FixedSpace, TPESampler):
         self.fixed_space = {name: of for name, of in sorted(known.items()) if not of.single()}
 
 
-class _CmaEs(_FixedSpace, CmaEsSampler):
-    """CMA-ES of the numbers; the method is drawn by TPE, from those that score well.
+class CmaEs(_FixedSpace, CmaEsSampler):
+    """Optuna's CMA-ES of the numbers; the method is drawn by TPE, from those that score well.
 
     It begins in the middle of the space: the warm starts teach TPE alone.
     """
@@ -161,16 +163,6 @@ class _CmaEs(_FixedSpace, CmaEsSampler):
         )
         known = request.space.distributions
         self.fixed_space = {n: of for n, of in known.items() if isinstance(of, FloatDistribution)}
-
-
-def tpe(request: ProposalRequest) -> BaseSampler:
-    """Return Optuna's multivariate TPE."""
-    return _Tpe(request)
-
-
-def cmaes(request: ProposalRequest) -> BaseSampler:
-    """Return Optuna's CMA-ES."""
-    return _CmaEs(request)
 
 
 def nsga2(request: ProposalRequest) -> BaseSampler:

@@ -31,8 +31,8 @@ SAMPLERS: Final[Mapping[str, SamplerEntry]] = MappingProxyType(
         "auto": SamplerEntry("search.proposing.gp_sampler:propose", many_objectives=True),
         "gp": SamplerEntry("search.proposing.gp_sampler:propose", many_objectives=True),
         "random": SamplerEntry("search.proposing.samplers:random", many_objectives=True),
-        "cmaes": SamplerEntry("search.proposing.samplers:cmaes", constraints=False, needs="cmaes"),
-        "tpe": SamplerEntry("search.proposing.samplers:tpe"),
+        "cmaes": SamplerEntry("search.proposing.samplers:CmaEs", constraints=False, needs="cmaes"),
+        "tpe": SamplerEntry("search.proposing.samplers:Tpe"),
         "nsga2": SamplerEntry("search.proposing.samplers:nsga2"),
         "grid": SamplerEntry("search.proposing.samplers:grid"),
     }

@@ -32,7 +32,7 @@ def clock() -> np.ndarray:
 
 def milliseconds(log: TrialLog, sampler: str, trials: int) -> np.ndarray:
     """Wall and CPU time that a trial takes besides its evaluation."""
-    landscape, luck = LANDSCAPES["demo"](0), np.random.default_rng(0)
+    landscape, generator = LANDSCAPES["demo"](0), np.random.default_rng(0)
     spent = np.zeros(2)
     proposer = Proposer(sampler, landscape.space, 0)
     for label, point in warm_starts(landscape.space):
@@ -43,7 +43,7 @@ def milliseconds(log: TrialLog, sampler: str, trials: int) -> np.ndarray:
         spent += clock() - start
         value = landscape.truth(to_recipe(landscape.space, trial.point))
         start = clock()
-        estimate = Estimate(value + 0.02 * luck.standard_normal(), 0.02**2)
+        estimate = Estimate(value + 0.02 * generator.standard_normal(), 0.02**2)
         trial.tell(estimate, {}, items=240, order=number)
         spent += clock() - start
     return spent / trials

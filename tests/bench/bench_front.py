@@ -1,16 +1,16 @@
 """How much of a front a search finds for its item evaluations: one JSON line per system.
 
-    python tests/bench_front.py [--systems front,nsga2] [--landscapes demo] [--seeds 10]
+    python tests/bench/bench_front.py [--systems front,nsga2] [--landscapes demo] [--seeds 10]
         [--budget 8000]
 
-``demo`` is the demo's tabulated landscape with its tasks as goals, which hardly conflict;
-``conflict`` has two goals whose best recipes are far apart. ``front`` searches as a study with
+``demo`` is the demo's tabulated landscape with its tasks as objectives, which hardly conflict;
+``conflict`` has two objectives whose best recipes are far apart. ``front`` searches as a study with
 ``search.front`` does, ``mean`` as one without, ``random`` by random points and all search items;
 ``nsga2`` and ``ehvi`` are Optuna's NSGA-II and Gaussian process (expected hypervolume improvement),
 with our warm starts and all search items. All choose their front in the same way. ``volume`` is the
-share of the goals' box in which a point is beaten by the front's true values. The box of ``demo``
-lies between the worst donor's and the best tabulated value of each task, that of ``conflict``
-between floor and top.
+share of the objectives' box in which a point is beaten by the front's true values. The box of
+``demo`` lies between the worst donor's and the best tabulated value of each task, that of
+``conflict`` between floor and top.
 """
 
 import argparse
@@ -39,20 +39,20 @@ FINALISTS = 8
 
 
 class Proposer(Protocol):
-    """Proposes a point, and is told what came of it."""
+    """Proposes a point, and is told its estimates."""
 
     def ask(self) -> Point:
         """The next point."""
 
-    def tell(self, told: Estimate, by_task: Mapping[str, Estimate]) -> None:
+    def tell(self, estimate: Estimate, by_task: Mapping[str, Estimate]) -> None:
         """What it is worth in the mean and in each task."""
 
 
 @dataclass(frozen=True)
 class System:
-    """Who proposes, made from a space, a seed and the number of goals, and how all are asked.
+    """A sampler, made from a space, a seed and the number of objectives, and how it is raced.
 
-    ``raced`` for one goal or for a front; None asks everyone all search items.
+    ``raced`` for one objective or for a front; None evaluates every candidate on all items.
     """
 
     proposer: Callable[[Space, int, int], Proposer]
@@ -66,7 +66,7 @@ def shipped(name: str, front: bool = False) -> Callable[[Space, int, int], Propo
 
 def stock(make: Callable[[int], BaseSampler]) -> Callable[[Space, int, int], Proposer]:
     """One of Optuna's."""
-    return lambda space, seed, goals: StockFront(make, space, seed, goals)
+    return lambda space, seed, count: StockFront(make, space, seed, count)
 
 
 SYSTEMS = {
@@ -78,14 +78,14 @@ SYSTEMS = {
 }
 
 
-class Goals(Protocol):
-    """A landscape with the truth about each of its goals."""
+class Objectives(Protocol):
+    """A landscape with the true score in each of its objectives."""
 
     landscape: Landscape
     box: tuple[Floats, Floats]
 
     def truth(self, recipe: Recipe) -> Floats:
-        """The value in each goal."""
+        """Return the true score in each objective."""
 
 
 class Demo:
@@ -106,18 +106,18 @@ class Demo:
 
 @dataclass(frozen=True)
 class ConflictItems:
-    """Items of either goal in turn."""
+    """Items of either objective alternately."""
 
-    goals: tuple[Items, Items]
+    objectives: tuple[Items, Items]
     tasks: tuple[str, ...]
 
     def answers(self, recipe: Recipe) -> Bits:
         first = np.array(self.tasks) == self.tasks[0]
-        return np.where(first, *(goal.answers(recipe) for goal in self.goals))
+        return np.where(first, *(one.answers(recipe) for one in self.objectives))
 
 
 class Conflict:
-    """Two planted goals with the same methods, their tops mirrored."""
+    """Two planted objectives with the same methods, their tops mirrored."""
 
     weights: Mapping[str, float] = {"x": 1.0, "y": 1.0}
 
@@ -125,19 +125,19 @@ class Conflict:
         one = LANDSCAPES["planted"](seed)
         assert isinstance(one, Planted)
         centres = {m: (*(1.4 - np.array(at[:3])), *at[3:]) for m, at in one.centres.items()}
-        self.goals = one, replace(one, centres=centres, seed=seed + 1000)
+        self.objectives = one, replace(one, centres=centres, seed=seed + 1000)
         self.space, self.landscape, self.best = one.space, self, one.best
         self.box = np.full(2, one.floor), np.full(2, one.best)
 
     def truth(self, recipe: Recipe) -> Floats:
-        return np.array([goal.truth(recipe) for goal in self.goals])
+        return np.array([one.truth(recipe) for one in self.objectives])
 
     def draw(self, count: int, generator: np.random.Generator) -> ConflictItems:
-        one, other = (goal.draw(count, generator) for goal in self.goals)
+        one, other = (each.draw(count, generator) for each in self.objectives)
         return ConflictItems((one, other), ("x", "y") * (count // 2))
 
 
-PLACES = {"demo": Demo, "conflict": Conflict}
+CASES = {"demo": Demo, "conflict": Conflict}
 
 
 def volume(front: Floats, low: Floats, high: Floats) -> float:
@@ -155,42 +155,42 @@ def search(replay: Replay, system: str, budget: int) -> list[Candidate]:
     raced.contest.front = how.raced == "front"
     estimates: list[dict[str, list[float]]] = []
     candidates = []
-    while replay.asked < budget:
+    while replay.evaluations < budget:
         point = proposer.ask()
         candidate = replay.candidate(to_recipe(space, point))
         candidate.point = point
-        (told,) = raced.race(replay, [candidate])
-        said = raced.contest.by_task(replay.ask(candidate, candidate.seen))
-        estimates.append({task: [one.value, one.variance] for task, one in said.items()})
+        (estimate,) = raced.race(replay, [candidate])
+        by_task = raced.contest.by_task(replay.evaluate(candidate, candidate.seen))
+        estimates.append({task: [one.value, one.variance] for task, one in by_task.items()})
         candidates.append(candidate)
-        proposer.tell(told, said)
+        proposer.tell(estimate, by_task)
     points = [candidate.point or {} for candidate in candidates]
     known = {task: np.array([one[task] for one in estimates]) for task in estimates[0]}
     posteriors = {task: posterior_of(space, points, *of.T) for task, of in known.items()}
-    places = posterior_front(posteriors, FINALISTS)
-    beliefs = {task: posterior[places] for task, posterior in posteriors.items()}
-    chosen = [candidates[place] for place in places]
+    front = posterior_front(posteriors, FINALISTS)
+    of_front = {task: posterior[front] for task, posterior in posteriors.items()}
+    chosen = [candidates[index] for index in front]
     answers = np.array([replay.answers(candidate, "select") for candidate in chosen])
-    return [chosen[i] for i in confirmed(beliefs, replay.strata["select"], answers)]
+    return [chosen[i] for i in confirmed(of_front, replay.strata["select"], answers)]
 
 
 def main() -> None:
     """Replay and print."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--systems", default=",".join(SYSTEMS))
-    parser.add_argument("--landscapes", default=",".join(PLACES))
+    parser.add_argument("--landscapes", default=",".join(CASES))
     parser.add_argument("--seeds", type=int, default=10)
     parser.add_argument("--budget", type=int, default=8000)
     options = parser.parse_args()
     optuna.logging.set_verbosity(optuna.logging.ERROR)
-    for place, system in product(options.landscapes.split(","), options.systems.split(",")):
+    for name, system in product(options.landscapes.split(","), options.systems.split(",")):
         volumes = []
         for seed in range(options.seeds):
-            goals = PLACES[place](seed)
-            front = search(Replay(goals.landscape, seed), system, options.budget)
-            truth = np.array([goals.truth(candidate.recipe) for candidate in front])
-            volumes.append(volume(truth, *goals.box))
-        line = {"landscape": place, "system": system, "budget": options.budget}
+            objectives = CASES[name](seed)
+            front = search(Replay(objectives.landscape, seed), system, options.budget)
+            truth = np.array([objectives.truth(candidate.recipe) for candidate in front])
+            volumes.append(volume(truth, *objectives.box))
+        line = {"landscape": name, "system": system, "budget": options.budget}
         quartiles = np.quantile(volumes, [0.25, 0.5, 0.75]).round(4).tolist()
         print(json.dumps(line | {"seeds": options.seeds, "volume": quartiles}), flush=True)
 

@@ -1,10 +1,10 @@
-"""Who a race stops and after how many items: one JSON line per discordance and true difference.
+"""When a race stops candidates: one JSON line per discordance and true difference.
 
-python tests/bench_racing.py [--races 1000]
+python tests/bench/bench_racing.py [--races 1000]
 
-A candidate and the best so far answer 240 items of four tasks in blocks of 20, and differ on a
-share of them, the discordance. ``stopped`` is the share of candidates that are not asked all,
-``wrongly`` the share stopped that would have ended ahead, ``items`` the mean number asked.
+A candidate and the incumbent are evaluated on 240 items of four tasks in blocks of 20 and differ on
+a share of them, the discordance. ``stopped`` is the share of candidates not evaluated on all,
+``wrongly`` the share stopped that would have ended ahead, ``items`` the mean number of items.
 """
 
 import argparse

@@ -1,6 +1,6 @@
 """What a search finds for its item evaluations: one JSON line per landscape, system and budget.
 
-python tests/bench_search.py [--landscapes demo,planted] [--systems run,full] [--seeds 20]
+python tests/bench/bench_search.py [--landscapes demo,planted] [--systems run,full] [--seeds 20]
     [--first 0] [--budgets 5000,20000,60000] [--trials] [--jobs 2] [--runs]
 
 A budget counts every item evaluation that goes into the choice: the search's and the selector's.
@@ -102,31 +102,31 @@ SYSTEMS: Mapping[str, System] = {
 }
 
 
-def runs(place: tuple[str, str], seed: int, budgets: Sequence[int], *, trials: bool) -> list[Row]:
+def runs(pair: tuple[str, str], seed: int, budgets: Sequence[int], *, trials: bool) -> list[Row]:
     """One run of a system on a landscape: a row per budget."""
     optuna.logging.set_verbosity(optuna.logging.ERROR)
-    landscape, system = LANDSCAPES[place[0]](seed), SYSTEMS[place[1]]
+    landscape, system = LANDSCAPES[pair[0]](seed), SYSTEMS[pair[1]]
     uniform = landscape.truth(baselines(landscape.space)[UNIFORM])
     rows: list[Row] = []
     ends = run(system, landscape, seed, budgets, trials=trials)
     for budget, end in zip(sorted(budgets), ends, strict=True):
-        truth, said = landscape.truth(end.export.recipe), end.export.reported
+        truth, reported = landscape.truth(end.export.recipe), end.export.reported
         rows.append(
             {
-                "landscape": place[0],
-                "system": place[1],
+                "landscape": pair[0],
+                "system": pair[1],
                 "budget": budget,
                 "seed": seed,
                 "value": truth,
                 "regret": landscape.best - truth,
-                "optimism": said.mean - truth,
-                "covered": said.low <= truth <= said.high,
+                "optimism": reported.mean - truth,
+                "covered": reported.low <= truth <= reported.high,
                 "reached": truth >= uniform + 0.95 * (landscape.best - uniform),
                 "dropped": end.dropped >= 0.005,
                 "better": end.export.verdict and end.export.verdict == "better",
                 "method": found_method(landscape, end.export.recipe.merge_method),
                 "recipes": end.recipes,
-                "asked": end.asked,
+                "asked": end.evaluations,
                 "tested": 0 if end.export.verdict is None else COUNTS["test"],
             }
         )
@@ -168,9 +168,9 @@ def main() -> None:
     parser.add_argument("--runs", action="store_true", help="print every run, too")
     options = parser.parse_args()
     budgets = [int(budget) for budget in options.budgets.split(",")]
-    places = list(product(options.landscapes.split(","), options.systems.split(",")))
+    pairs = list(product(options.landscapes.split(","), options.systems.split(",")))
     seeds = range(options.first, options.first + options.seeds)
-    work = [(place, seed) for place in places for seed in seeds]
+    work = [(pair, seed) for pair in pairs for seed in seeds]
     gathered: dict[object, list[Row]] = defaultdict(list)
     replayed = partial(runs, budgets=budgets, trials=options.trials)
     with ProcessPoolExecutor(options.jobs) as pool:

@@ -37,7 +37,7 @@ def ends(landscape: Landscape, seed: int, most: int) -> dict[str, End]:
         point = sampler.ask()
         candidate = replay.candidate(to_recipe(landscape.space, point))
         (estimate,) = racer.race(replay, [candidate])
-        candidate.point, candidate.told = point, estimate
+        candidate.point, candidate.estimate = point, estimate
         sampler.tell(estimate, items=candidate.seen)
         complete = sampler.log.complete()
         over = [n for n, share in left.items() if should_stop(complete, COUNTS["select"], share)]
@@ -48,7 +48,7 @@ def ends(landscape: Landscape, seed: int, most: int) -> dict[str, End]:
         if over:
             export = Elected().select(replay)
             regret = landscape.best - landscape.truth(export.recipe)
-            found |= dict.fromkeys(over, (trials, replay.asked + export.asked, regret))
+            found |= dict.fromkeys(over, (trials, replay.evaluations + export.evaluations, regret))
             left = {name: share for name, share in left.items() if name not in over}
     return found
 

@@ -1,6 +1,6 @@
 """What a long run costs its coordinator: seconds, one JSON line a sampler.
 
-    python tests/bench_storage.py [--trials 10000] [--items 1000] [--samplers gp,tpe]
+    python tests/bench/bench_storage.py [--trials 10000] [--items 1000] [--samplers gp,tpe]
 
 A database is written as if all these trials had answered all items, and a run opened on it: made
 (with its race as it was), asked for two more trials, told one of them, concluded with a worker

@@ -1,4 +1,4 @@
-"""Landscapes to measure a search on: what every recipe would answer, and its true value.
+"""Landscapes to measure a search on: every recipe's value on every item, and its true score.
 
 Items are a sample of a population, and the truth is the population's mean, known exactly:
 
@@ -32,38 +32,38 @@ GOLDEN = (5**0.5 - 1) / 2
 
 
 class Items(Protocol):
-    """Items drawn for one run: n of them, dealt evenly to the tasks in any stretch of them."""
+    """Items drawn for one run: n of them, evenly over the tasks in any part of their order."""
 
     tasks: tuple[str, ...]
 
     def answers(self, recipe: Recipe) -> Bits:
-        """Which of the n items the recipe's model answers rightly."""
+        """Return which of the n items the recipe's model gets right."""
 
 
 class Landscape(Protocol):
-    """What is searched, and the truth about it."""
+    """A search space, and every recipe's true score."""
 
     space: Space
     weights: Mapping[str, float]
     best: float
 
     def draw(self, count: int, generator: np.random.Generator) -> Items:
-        """Items of the population."""
+        """Draw items of the population."""
 
     def truth(self, recipe: Recipe) -> float:
-        """The weighted task mean of the recipe's model over the whole population."""
+        """Return the weighted task mean of the recipe's model over the whole population."""
 
 
 def dealt_tasks(count: int, weights: Mapping[str, float]) -> tuple[str, ...]:
-    """A task for each of ``count`` items: every stretch has each task's share, within one or so."""
+    """Return a task for each of ``count`` items, each task's share in any part of their order."""
     ends = np.cumsum([weight / sum(weights.values()) for weight in weights.values()])
-    places = (np.arange(count) * GOLDEN) % 1.0
+    positions = (np.arange(count) * GOLDEN) % 1.0
     names = tuple(weights)
-    return tuple(names[min(i, len(names) - 1)] for i in np.searchsorted(ends, places, "right"))
+    return tuple(names[min(i, len(names) - 1)] for i in np.searchsorted(ends, positions, "right"))
 
 
 def coordinates(space: Space, recipe: Recipe) -> Floats:
-    """What a recipe's model depends on, given its method: weights, then searched parameters.
+    """Return what a recipe's model depends on besides the method: weights, then parameters.
 
     Recipes that merge alike have equal coordinates, whichever points they were made of. There are k
     weights for each of the space's u units, over sqrt(u): a step in all counts as much as in one.
@@ -130,13 +130,13 @@ class Tabulated:
         self._thresholds = np.random.default_rng(0).uniform(0.25, 0.75, len(tasks))
         self._known: dict[str, Bits] = {r.key: row for r, row in zip(recipes, table, strict=True)}
         self.methods = sorted({recipe.merge_method for recipe in recipes})
-        self.where = np.array([self.place(recipe) for recipe in recipes])  # (n, d)
+        self.where = np.array([self.features(recipe) for recipe in recipes])  # (n, d)
         self.kernel = fitted_kernel(self.where, table)
         self._process = process_of(self.kernel, self.where, table)
 
     @classmethod
     def load(cls, file: Path) -> "Tabulated":
-        """What ``studies/landscapes/make_table.py`` saved."""
+        """Load a table of ``studies/landscapes/make_table.py``."""
         with np.load(file) as stored:
             space = json.loads(str(stored["space"]))
             tasks = [str(task) for task in stored["tasks"]]
@@ -148,8 +148,8 @@ class Tabulated:
                 np.unpackbits(stored["answers"], axis=1, count=len(tasks)) > 0,
             )
 
-    def place(self, recipe: Recipe) -> Floats:
-        """Where the surrogate has a recipe, (d): weights, other parameters, method as one-hot.
+    def features(self, recipe: Recipe) -> Floats:
+        """Return the surrogate's features of a recipe, (d): weights, parameters, method as one-hot.
 
         Weights are on a log scale, since a merge breaks down ever more slowly. A parameter that a
         method has not is at the end of its range: a density of 1 drops nothing.
@@ -160,13 +160,13 @@ class Tabulated:
         return np.array([*np.log1p(found[:k]), *found[k:], *ends[len(found) - k :], *method])
 
     def answers(self, recipe: Recipe) -> Bits:
-        """To all m items: the table's if it is there, else the surrogate's."""
+        """Return the values of all m items: the table's if it is there, else the surrogate's."""
         if recipe.key not in self._known:
-            self._known[recipe.key] = self.surrogate(self.place(recipe)[None])[0]
+            self._known[recipe.key] = self.surrogate(self.features(recipe)[None])[0]
         return self._known[recipe.key]
 
     def surrogate(self, where: Floats) -> Bits:
-        """The surrogate's answers (n, m) at places (n, d)."""
+        """Return the surrogate's values of items, (n, m), at features (n, d)."""
         return right(self._process, where, self._thresholds)
 
     def truth(self, recipe: Recipe) -> float:
@@ -204,7 +204,7 @@ class Tabulated:
 
 
 def _tuples(value: Any) -> Any:
-    """JSON's lists as the tuples they were."""
+    """Return JSON's lists as the tuples they were."""
     return tuple(map(_tuples, value)) if isinstance(value, list) else value
 
 
@@ -267,16 +267,16 @@ class PlantedItems:
     def answers(self, recipe: Recipe) -> Bits:
         common = self.landscape.correlation
         ability = np.interp(self.landscape.truth(recipe), SHARES, ABILITIES)
-        luck = common**0.5 * self.shared
-        luck = luck + (1 - common) ** 0.5 * (self.own @ self.landscape.waves(recipe))
-        return self.discrimination * (ability - self.difficulty) > luck
+        noise = common**0.5 * self.shared
+        noise = noise + (1 - common) ** 0.5 * (self.own @ self.landscape.waves(recipe))
+        return self.discrimination * (ability - self.difficulty) > noise
 
 
 @dataclass(frozen=True)
 class Planted:
     """A landscape made up: for each method a bell over the coordinates, on one floor.
 
-    An item is right where ``a (ability - b) > luck``, with ability the one whose share of all
+    An item is right where ``a (ability - b) > noise``, with ability the one whose share of all
     items is the recipe's value. Luck is normal: a part of every recipe's alike, and a part that
     changes smoothly with the recipe, so that near recipes are right on the same items.
 
@@ -284,8 +284,8 @@ class Planted:
         heights: Value at the top of each method's bell.
         centres: Coordinates of the tops.
         floor: Value far from every top.
-        correlation: Of the luck of two recipes far apart.
-        seed: Of how luck changes with the recipe.
+        correlation: Of the noise of two recipes far apart.
+        seed: Of how noise changes with the recipe.
         depths: Depth groups with weights of their own.
     """
 

@@ -1,8 +1,8 @@
 """Searches replayed on a landscape: samplers, racers and selectors in any combination.
 
-A sampler proposes points and is told an estimate of each. A racer decides how many blocks of the
-search items the candidates of a cohort answer. A selector picks the recipe to export and says how
-good it is. They share a ``Replay``, which hands out answers and counts them.
+A sampler proposes points and is told an estimate of each. A racer decides on how many blocks of the
+search items the candidates of a cohort are evaluated. A selector picks the recipe to export and
+estimates its score. They share a ``Replay``, which evaluates recipes and counts that.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -34,20 +34,20 @@ BLOCK = 20
 
 @dataclass
 class Candidate:
-    """A recipe and how many search items it has answered; equal recipes are one candidate."""
+    """A recipe and how many search items it was evaluated on; equal recipes are one candidate."""
 
     recipe: Recipe
     point: Point | None = None
     seen: int = 0
-    told: Estimate | None = None
+    estimate: Estimate | None = None
     answers: dict[str, Floats] = field(default_factory=dict)
 
 
 class Replay:
-    """One run's landscape and items, and what has been asked of them.
+    """One run's landscape and items, and how many item evaluations were spent.
 
     Args:
-        landscape: What is searched.
+        landscape: The searched one.
         seed: Of the items.
     """
 
@@ -62,36 +62,36 @@ class Replay:
             for split, count in COUNTS.items()
         }
         self.candidates: dict[str, Candidate] = {}
-        self.asked = 0
+        self.evaluations = 0
         self.strata = {
             split: Strata(items.tasks, landscape.weights) for split, items in self.items.items()
         }
 
     def candidate(self, recipe: Recipe) -> Candidate:
-        """The recipe's one candidate."""
+        """Return the recipe's one candidate."""
         return self.candidates.setdefault(recipe.key, Candidate(recipe))
 
-    def ask(self, candidate: Candidate, count: int) -> Floats:
-        """The answers to the first ``count`` search items; those asked before cost nothing."""
-        self.asked += max(0, count - candidate.seen)
+    def evaluate(self, candidate: Candidate, count: int) -> Floats:
+        """Evaluate the first ``count`` search items; those evaluated before cost nothing."""
+        self.evaluations += max(0, count - candidate.seen)
         candidate.seen = max(candidate.seen, count)
         return self.answers(candidate, "search")[:count]
 
     def estimate(self, values: Floats) -> Estimate:
-        """Weighted task mean of numbers for the first search items, and its variance."""
+        """Return the weighted task mean of values of the first search items, and its variance."""
         return self.strata["search"].estimate(values)
 
-    def sheet(self, candidate: Candidate, split: Split) -> ItemScores:
-        """All answers to a split, for selectors, who say themselves what that costs."""
+    def scores(self, candidate: Candidate, split: Split) -> ItemScores:
+        """Return all scores on a split, uncounted: selectors state their own cost."""
         answers = tuple(self.answers(candidate, split).tolist())
         return ItemScores(answers, self.items[split].tasks, self.landscape.weights)
 
     def complete(self) -> dict[str, Candidate]:
-        """Candidates with all search items."""
+        """Return the candidates evaluated on all search items, by recipe key."""
         return {key: c for key, c in self.candidates.items() if c.seen == COUNTS["search"]}
 
     def answers(self, candidate: Candidate, split: Split) -> Floats:
-        """Its answers to all of a split, uncounted."""
+        """Return the values of all items of a split, uncounted."""
         if split not in candidate.answers:
             answers = self.items[split].answers(candidate.recipe)
             candidate.answers[split] = answers.astype(np.float64)
@@ -102,39 +102,39 @@ class Sampler(Protocol):
     """Proposes points."""
 
     def ask(self) -> Point:
-        """The next point; several may be asked for before the first is told."""
+        """Return the next point; several may be open before the first is told."""
 
     def tell(self, estimate: Estimate) -> None:
-        """What came of the point asked first of those not told yet."""
+        """Record the estimate of the first open point."""
 
 
 class Racer(Protocol):
-    """Decides how many items candidates answer."""
+    """Decides on how many items candidates are evaluated."""
 
     cohort: int  # candidates raced against one another
 
     def start(self, replay: Replay) -> None:
-        """Ask what there is before the search: base, donors and their average."""
+        """Evaluate the baselines before the search: base, donors and their average."""
 
     def race(self, replay: Replay, candidates: Sequence[Candidate]) -> list[Estimate]:
-        """Ask the candidates and estimate their values."""
+        """Evaluate the candidates and estimate their values."""
 
 
 @dataclass(frozen=True)
 class Export:
-    """What a system ends with.
+    """The recipe a system ends with.
 
     Args:
         recipe: Its choice.
-        reported: What it says of it.
-        asked: Items that were asked to choose.
+        reported: Its interval of the recipe's score.
+        evaluations: Items evaluated to choose.
         verdict: Whether it beats the donors.
         finalists: Whom it chose among, if not among all.
     """
 
     recipe: Recipe
     reported: Interval
-    asked: int
+    evaluations: int
     verdict: Literal["better", "not better"] | None = None
     finalists: tuple[Recipe, ...] = ()
 
@@ -177,17 +177,17 @@ class StudySampler:
 
 @dataclass
 class FixedItems:
-    """Every candidate answers the first ``count`` search items."""
+    """Every candidate is evaluated on the first ``count`` search items."""
 
     count: int = COUNTS["search"]
     cohort: int = 1
 
     def start(self, replay: Replay) -> None:
         for recipe in baselines(replay.space).values():
-            replay.ask(replay.candidate(recipe), self.count)
+            replay.evaluate(replay.candidate(recipe), self.count)
 
     def race(self, replay: Replay, candidates: Sequence[Candidate]) -> list[Estimate]:
-        return [replay.estimate(replay.ask(c, self.count)) for c in candidates]
+        return [replay.estimate(replay.evaluate(c, self.count)) for c in candidates]
 
 
 @dataclass
@@ -202,23 +202,23 @@ class Raced:
         self.contest = Race(replay.strata["search"], stop_below=self.stop_below, panel=self.panel)
         known = baselines(replay.space)
         for recipe in known.values():
-            replay.ask(replay.candidate(recipe), BLOCK)
+            replay.evaluate(replay.candidate(recipe), BLOCK)
         donors = [replay.candidate(known[donor]) for donor in replay.space.donors]
         ends = replay.ends["search"]
         best = successive_elimination(
             JointPosterior.vague(len(donors)),
             self.contest.strata,
-            lambda some, end: np.stack([replay.ask(donors[one], end) for one in some]),
+            lambda some, end: np.stack([replay.evaluate(donors[one], end) for one in some]),
             ends,
         )
-        self.contest.record(replay.ask(donors[best], ends[-1]))
+        self.contest.record(replay.evaluate(donors[best], ends[-1]))
 
     def race(self, replay: Replay, candidates: Sequence[Candidate]) -> list[Estimate]:
         return [self._race(replay, candidate) for candidate in candidates]
 
     def _race(self, replay: Replay, candidate: Candidate) -> Estimate:
         for end in replay.ends["search"]:
-            answers = replay.ask(candidate, end)
+            answers = replay.evaluate(candidate, end)
             if end >= candidate.seen and not self.contest.should_continue(answers):
                 break
         return self.contest.record(answers)
@@ -231,11 +231,11 @@ class LuckyMaximum:
         return 0
 
     def select(self, replay: Replay) -> Export:
-        told = [c for c in replay.candidates.values() if c.told]
-        most = max(candidate.seen for candidate in told)
-        finished = [candidate for candidate in told if candidate.seen == most]
-        winner = max(finished, key=lambda candidate: candidate.told.value)
-        answers = replay.ask(winner, most).tolist()
+        evaluated = [c for c in replay.candidates.values() if c.estimate]
+        most = max(candidate.seen for candidate in evaluated)
+        finished = [candidate for candidate in evaluated if candidate.seen == most]
+        winner = max(finished, key=lambda candidate: candidate.estimate.value)
+        answers = replay.evaluate(winner, most).tolist()
         tasks = replay.items["search"].tasks[:most]
         return Export(winner.recipe, bootstrap(answers, tasks, replay.landscape.weights), 0)
 
@@ -250,67 +250,72 @@ class FreshItems:
         return COUNTS["select"] * (self.finalists + len(replay.space.donors))
 
     def select(self, replay: Replay) -> Export:
-        searched = {key: replay.sheet(c, "search") for key, c in replay.complete().items()}
+        searched = {key: replay.scores(c, "search") for key, c in replay.complete().items()}
         best = sorted(searched, key=lambda key: -searched[key].mean)[: self.finalists]
         known = replay.candidates
-        both = {key: searched[key] + replay.sheet(known[key], "select") for key in best}
+        both = {key: searched[key] + replay.scores(known[key], "select") for key in best}
         winner = known[max(both, key=lambda key: both[key].mean)]
         return tested(replay, winner, self.cost(replay))
 
 
 @dataclass(frozen=True)
 class Elected:
-    """As a run does: those believed in most are raced on fresh items."""
+    """As a run does: the highest posterior means race on fresh items."""
 
     finalists: int = 8
     share: float = SELECT_SHARE
 
     def cost(self, replay: Replay) -> int:
-        return int(self.share * replay.asked)
+        return int(self.share * replay.evaluations)
 
     def select(self, replay: Replay) -> Export:
-        told = [(c, c.told) for c in replay.candidates.values() if c.told]
-        belief = posterior_of(
+        evaluated = [(c, c.estimate) for c in replay.candidates.values() if c.estimate]
+        posterior = posterior_of(
             replay.space,
-            [candidate.point or {} for candidate, _ in told],
-            np.array([estimate.value for _, estimate in told]),
-            np.array([estimate.variance for _, estimate in told]),
+            [candidate.point or {} for candidate, _ in evaluated],
+            np.array([estimate.value for _, estimate in evaluated]),
+            np.array([estimate.variance for _, estimate in evaluated]),
         )
-        best = np.argsort(-belief.means, kind="stable")[: self.finalists].tolist()
-        asked: dict[int, int] = {}
+        best = np.argsort(-posterior.means, kind="stable")[: self.finalists].tolist()
+        counts: dict[int, int] = {}
 
-        def ask(some: Sequence[int], end: int) -> Floats:
-            asked.update(dict.fromkeys(some, end))
-            of_some = [replay.answers(told[best[one]][0], "select") for one in some]
+        def evaluate(some: Sequence[int], end: int) -> Floats:
+            counts.update(dict.fromkeys(some, end))
+            of_some = [replay.answers(evaluated[best[one]][0], "select") for one in some]
             return np.stack(of_some)[:, :end]
 
-        strata, ends = replay.strata["select"], replay.ends["select"]
-        winner = successive_elimination(belief[best], strata, ask, ends, budget=self.cost(replay))
-        export = tested(replay, told[best[winner]][0], sum(asked.values()))
-        return replace(export, finalists=tuple(told[place][0].recipe for place in best))
+        winner = successive_elimination(
+            posterior[best],
+            replay.strata["select"],
+            evaluate,
+            replay.ends["select"],
+            budget=self.cost(replay),
+        )
+        export = tested(replay, evaluated[best[winner]][0], sum(counts.values()))
+        return replace(export, finalists=tuple(evaluated[index][0].recipe for index in best))
 
 
-def tested(replay: Replay, winner: Candidate, asked: int) -> Export:
+def tested(replay: Replay, winner: Candidate, evaluations: int) -> Export:
     """The winner and its donors on the test items."""
-    test = replay.sheet(winner, "test")
+    test = replay.scores(winner, "test")
     rivals = [
-        test.minus(replay.sheet(replay.candidate(recipe), "test"), replay.seed)
+        test.minus(replay.scores(replay.candidate(recipe), "test"), replay.seed)
         for name, recipe in baselines(replay.space).items()
         if name != UNIFORM
     ]
     reported = score_interval(test.values, test.tasks, test.weights, seed=replay.seed)
-    return Export(winner.recipe, reported, asked, verdict(rivals))
+    return Export(winner.recipe, reported, evaluations, verdict(rivals))
 
 
 @dataclass(frozen=True)
 class System:
-    """A search: who proposes, who decides how much is asked, who picks.
+    """A search: sampler, racer and selector.
 
     Args:
         sampler: Made from a space and a seed.
         racer: Made for every run.
         selector: Has no state.
-        baselines: Base, donors and average are asked first.
+        baselines: Base, donors and average are evaluated first.
     """
 
     sampler: Callable[[Space, int], Sampler]
@@ -327,7 +332,7 @@ class End:
     """
 
     export: Export
-    asked: int
+    evaluations: int
     recipes: int
     dropped: float
 
@@ -339,7 +344,7 @@ def run(
 
     Args:
         system: That searches.
-        landscape: What is searched.
+        landscape: The searched one.
         seed: Of the system and of the items.
         budgets: In item evaluations.
         trials: Budgets are numbers of trials instead.
@@ -351,26 +356,26 @@ def run(
     ends: list[End] = []
     tried = 0
     for budget in sorted(budgets):
-        while (tried if trials else replay.asked + system.selector.cost(replay)) < budget:
+        while (tried if trials else replay.evaluations + system.selector.cost(replay)) < budget:
             points = [sampler.ask() for _ in range(racer.cohort)]
             candidates = [replay.candidate(to_recipe(landscape.space, point)) for point in points]
             tried += len(points)
             for candidate, point, estimate in zip(
                 candidates, points, racer.race(replay, candidates), strict=True
             ):
-                candidate.point, candidate.told = point, estimate
+                candidate.point, candidate.estimate = point, estimate
                 sampler.tell(estimate)
         export = system.selector.select(replay)
-        asked, recipes = replay.asked + export.asked, len(replay.candidates)
-        ends.append(End(export, asked, recipes, dropped(replay, export)))
+        evaluations, recipes = replay.evaluations + export.evaluations, len(replay.candidates)
+        ends.append(End(export, evaluations, recipes, dropped(replay, export)))
     return ends
 
 
 def dropped(replay: Replay, export: Export) -> float:
     """How much better than every finalist the best recipe tried truly is."""
-    told = [candidate.recipe for candidate in replay.candidates.values() if candidate.told]
+    evaluated = [candidate.recipe for candidate in replay.candidates.values() if candidate.estimate]
     best, best_left = (
         max(map(replay.landscape.truth, recipes), default=0.0)
-        for recipes in (told, export.finalists or told)
+        for recipes in (evaluated, export.finalists or evaluated)
     )
     return best - best_left

@@ -1,4 +1,4 @@
-"""What others search recipes with, at their own settings, for ``replay.run``.
+"""Other tools' samplers of recipes at their own settings, for ``replay.run``.
 
 Evolution over one method's weights, as mergekit-evolve (``WeightsCma``, which needs the package
 ``cma``) and mergenetic (``WeightsGa``) do it, and Optuna's samplers as they come (``Stock``).
@@ -94,7 +94,7 @@ class WeightsGa:
 
     pymoo's ``GA`` with mergenetic's arguments: tenths at random, binary tournaments, simulated
     binary crossover, polynomial mutation, no duplicates, and the best of parents and children
-    live on. It goes on for as long as it is asked, beyond mergenetic's 5 or 7 generations.
+    live on. It goes on without end, beyond mergenetic's 5 or 7 generations.
 
     Deb and Agrawal 1995 (crossover); Deb et al. 2002, "NSGA-II" (mutation within bounds).
     """
@@ -171,14 +171,14 @@ class StockFront:
 
     Args:
         make: From a seed.
-        goals: How many.
+        objectives: How many.
     """
 
     def __init__(
-        self, make: Callable[[int], BaseSampler], space: Space, seed: int, goals: int
+        self, make: Callable[[int], BaseSampler], space: Space, seed: int, objectives: int
     ) -> None:
         self.space = space
-        self.study = optuna.create_study(directions=["maximize"] * goals, sampler=make(seed))
+        self.study = optuna.create_study(directions=["maximize"] * objectives, sampler=make(seed))
         for _, point in warm_starts(space):
             self.study.enqueue_trial(point)
 
@@ -186,5 +186,5 @@ class StockFront:
         self.trial = self.study.ask(self.space.distributions)
         return self.trial.params
 
-    def tell(self, told: Estimate, by_task: Mapping[str, Estimate]) -> None:
+    def tell(self, estimate: Estimate, by_task: Mapping[str, Estimate]) -> None:
         self.study.tell(self.trial, [estimate.value for estimate in by_task.values()])

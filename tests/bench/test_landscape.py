@@ -103,14 +103,14 @@ def test_surrogate_is_right_about_good_recipes_it_has_not_seen(table):
     assert np.corrcoef(values, held_out)[0, 1] > 0.95
 
 
-def test_recipes_that_merge_alike_are_at_one_place(table):
+def test_recipes_that_merge_alike_have_equal_coordinates(table):
     space = table.space
     average = to_recipe(space, space.point("linear", (1.0, 1.0, 1.0)))
     sums = to_recipe(space, space.point("task_arithmetic", (1 / 3, 1 / 3, 1 / 3)))
     assert coordinates(space, average) == pytest.approx(coordinates(space, sums), abs=1e-5)
 
 
-def test_items_are_dealt_to_the_tasks_by_weight_in_every_stretch(table):
+def test_items_are_dealt_to_the_tasks_by_weight_in_every_part_of_their_order(table):
     tasks = np.array(table.draw(240, np.random.default_rng(0)).tasks)
     for task in table.weights:
         for start in range(0, 200, 40):
@@ -124,9 +124,9 @@ def test_estimate_of_a_stopped_candidate_is_right_on_average():
     for seed in range(200):
         replay = Replay(landscape, seed)
         race = Race(replay.strata["search"])
-        race.record(replay.ask(replay.candidate(other), COUNTS["search"]))
+        race.record(replay.evaluate(replay.candidate(other), COUNTS["search"]))
         everything = replay.estimate(replay.answers(replay.candidate(one), "search"))
-        estimate = race.record(replay.ask(replay.candidate(one), 60))
+        estimate = race.record(replay.evaluate(replay.candidate(one), 60))
         errors.append(estimate.value - everything.value)
         claimed.append(estimate.variance * (1 - 60 / COUNTS["search"]))
     assert abs(np.mean(errors)) < 3 * (np.mean(claimed) / 200) ** 0.5
@@ -137,10 +137,10 @@ def test_items_are_paid_for_once():
     landscape = planted(0)
     replay = Replay(landscape, 0)
     candidate = replay.candidate(some_recipes(landscape, 1)[0])
-    replay.ask(candidate, 60)
-    replay.ask(candidate, 40)
-    replay.ask(replay.candidate(candidate.recipe), 100)
-    assert replay.asked == 100
+    replay.evaluate(candidate, 60)
+    replay.evaluate(candidate, 40)
+    replay.evaluate(replay.candidate(candidate.recipe), 100)
+    assert replay.evaluations == 100
 
 
 def test_same_seed_replays_the_same_run():
@@ -161,7 +161,7 @@ def test_election_keeps_to_its_share_and_is_no_part_of_the_search():
     ends = run(System(auto, Raced, Elected()), planted(1), 1, [3000, 6000])
     (alone,) = run(System(auto, Raced, Elected()), planted(1), 1, [6000])
     assert ends[-1] == alone
-    assert all(end.export.asked <= 0.2 * end.asked for end in ends)
+    assert all(end.export.evaluations <= 0.2 * end.evaluations for end in ends)
 
 
 def test_lucky_maximum_claims_more_than_fresh_items_do():
