@@ -14,7 +14,7 @@ from search.options import Options
 from search.process import quiet_libraries
 
 if TYPE_CHECKING:
-    from search.running.events import Output
+    from search.running.events import Listener
 
 STOPPED, BAD_INPUT, INTERRUPTED = 1, 2, 130
 AGAIN = "the same command goes on from here"
@@ -49,20 +49,21 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(command: str, options: Options) -> None:
     """Run a command, its libraries kept quiet from before they are imported."""
-    with quiet_libraries(lambda text: output.note(text), verbose=options.verbose):
-        output = _make_output(json_lines=options.json)
+    with quiet_libraries(lambda text: listener(Note(text)), verbose=options.verbose):
+        listener = _make_listener(json_lines=options.json)
         from merge_engine.models.statistics_cache import user_limit
+        from search.running.events import Note
 
         user_limit()  # a wrong one is said now, not by the first of many candidates
-        run: Callable[[Any, Output], None] = getattr(import_module("search.commands"), command)
+        run: Callable[[Any, Listener], None] = getattr(import_module("search.commands"), command)
         # What tasks print on their own account is no event.
         with redirect_stdout(sys.stderr) if options.json else nullcontext():
-            run(options, output)
+            run(options, listener)
 
 
-def _make_output(*, json_lines: bool) -> Output:
+def _make_listener(*, json_lines: bool) -> Listener:
     if json_lines:
-        from search.running.events import JsonLines
+        from search.showing.json_lines import JsonLines
 
         return JsonLines(sys.stdout)
     from rich.console import Console

@@ -42,7 +42,15 @@ from search.preparing.models import load_scored, load_study_tokenizer
 from search.preparing.tasks import bind_tasks, plan_tasks
 from search.racing.item_scores import ItemScores
 from search.running.conclusion import other_trial, score_of
-from search.running.events import Output
+from search.running.events import (
+    CommandDone,
+    Listener,
+    Note,
+    PlanReady,
+    SamplesReady,
+    ScoreReady,
+    Stage,
+)
 from search.running.run import Run
 from search.running.sampling import of_items, of_prompts
 from search.session import (
@@ -52,7 +60,6 @@ from search.session import (
     finish,
     is_export_of,
     save_checkpoint,
-    store_samples,
 )
 from search.showing.card import model_card
 from search.showing.card import push as push_to_hub
@@ -61,6 +68,7 @@ from search.storing.address import Storage
 from search.storing.folder import CARD, check_folder, is_held, replace_text
 from search.storing.result import read_result
 from search.storing.resume import find_trial, stored_spec
+from search.storing.samples import store_samples
 from search.storing.store import Store
 from search.storing.trials import TrialLog
 from search.study.reading import load_study
@@ -68,7 +76,7 @@ from search.study.spec import StudyError
 from search.study.template import all_or_nothing, write_study
 
 
-def demo(options: RunOptions, output: Output) -> None:
+def demo(options: RunOptions, listener: Listener) -> None:
     """Train the demo's models, if that has not been done, and run its study."""
     source = importlib.util.spec_from_file_location("zoo", DEMO / "zoo.py")
     if source is None or source.loader is None or not (DEMO / "zoo.py").is_file():
@@ -76,26 +84,26 @@ def demo(options: RunOptions, output: Output) -> None:
     zoo = importlib.util.module_from_spec(source)
     sys.modules["zoo"] = zoo
     source.loader.exec_module(zoo)
-    zoo.train_family(DEMO, report=output.stage)
-    run(options, output)
+    zoo.train_family(DEMO, report=lambda text: listener(Stage(text)))
+    run(options, listener)
 
 
-def run(options: RunOptions, output: Output) -> None:
+def run(options: RunOptions, listener: Listener) -> None:
     """Run a study, or resume it, to its end."""
     spec = load_study(options.study)
     changes = {"trials": options.trials, "seed": options.seed}
     wanted = {name: value for name, value in changes.items() if value is not None}
     search = spec.search.model_copy(update=wanted)
     spec = spec.model_copy(update={"search": search})
-    session = Session(spec, options.out, options, output, source=options.study, searches=True)
+    session = Session(spec, options.out, options, listener, source=options.study, searches=True)
     session.hold(partial(finish, timeout=options.timeout or math.inf))
 
 
-def build(options: BuildOptions, output: Output) -> None:
+def build(options: BuildOptions, listener: Listener) -> None:
     """Merge a recipe into a checkpoint."""
     recipe, notes = load_recipe(options.recipe)
     for note in notes:
-        output.note(note)
+        listener(Note(note))
     with errors_name(options.recipe):
         plan = plan_merge(recipe)
     if any(part.model_set.runner.compiled for part in plan.parts):
@@ -103,10 +111,10 @@ def build(options: BuildOptions, output: Output) -> None:
     tensors = built_tensors(plan, torch.device(choose_device(options.device)))
     write_checkpoint(tensors, options.out, shapes=plan.shapes(), files=plan.files)
     text = f"{options.out}: {len(plan.names)} tensors of {recipe.merge_method}"
-    output.done(text, checkpoint=str(options.out), tensors=len(plan.names))
+    listener(CommandDone(text, {"checkpoint": str(options.out), "tensors": len(plan.names)}))
 
 
-def score(options: ScoreOptions, output: Output) -> None:
+def score(options: ScoreOptions, listener: Listener) -> None:
     """Score a model on a split of a study's items, as the study scores its candidates."""
     spec = load_study(options.study)
     with errors_name(options.study):
@@ -132,10 +140,10 @@ def score(options: ScoreOptions, output: Output) -> None:
         }
         for item, snapshot, answer in zip(items, snapshots, answers, strict=True)
     ]
-    output.score(options.model, options.split, found, rows)
+    listener(ScoreReady(options.model, options.split, found, rows))
 
 
-def init(options: InitOptions, output: Output) -> None:
+def init(options: InitOptions, listener: Listener) -> None:
     """Write a study to begin with, and check it where its models are on this machine."""
     base = _given([options.base] if options.base else None, "--base", "base model")[0]
     models = _given(options.models, "--models", "models to merge")
@@ -147,12 +155,12 @@ def init(options: InitOptions, output: Output) -> None:
     if away:
         more = [f"not on this machine: {', '.join(away)}; check fetches them and prints the plan"]
     for note in (*notes, *more):
-        output.note(note)
+        listener(Note(note))
     following = f"check {options.out}" if away else f"run {options.out} --out runs/mine"
-    output.stage(f"wrote {options.out}")
+    listener(Stage(f"wrote {options.out}"))
     for line in plan:
-        output.plan(line)
-    output.done(f"next: mergesearch {following}", study=str(options.out))
+        listener(PlanReady(line))
+    listener(CommandDone(f"next: mergesearch {following}", {"study": str(options.out)}))
 
 
 def _given(words: list[str] | None, option: str, what: str) -> list[str]:
@@ -164,20 +172,20 @@ def _given(words: list[str] | None, option: str, what: str) -> list[str]:
     return words
 
 
-def check(options: CheckOptions, output: Output) -> None:
+def check(options: CheckOptions, listener: Listener) -> None:
     """Validate a study or a recipe, and print what using it would take."""
     file, device = options.file, choose_device(options.device)
     is_recipe = "merge_method" in load_yaml(file)
     with errors_name(file):
         plan, notes = check_recipe(file) if is_recipe else check_study(file, device)
     for note in notes:
-        output.note(note)
+        listener(Note(note))
     for line in plan:
-        output.plan(line)
-    output.done("", file=str(file))
+        listener(PlanReady(line))
+    listener(CommandDone("", {"file": str(file)}))
 
 
-def export(options: ExportOptions, output: Output) -> None:
+def export(options: ExportOptions, listener: Listener) -> None:
     """Save the checkpoint of a run's winner, or of another of its trials."""
     if options.out.exists():
         raise MergeError(f"{options.out} exists; choose another folder or remove it")
@@ -199,12 +207,12 @@ def export(options: ExportOptions, output: Output) -> None:
             other = other_trial(run, options.trial, recipe, result)
         card = model_card(options.out.name, run.spec, recipe, result, other)
         save_checkpoint(run, recipe, options.out, card)
-        output.done("", checkpoint=str(options.out))
+        listener(CommandDone("", {"checkpoint": str(options.out)}))
 
-    Session(spec, options.run, options, output, source=options.run).hold(save)
+    Session(spec, options.run, options, listener, source=options.run).hold(save)
 
 
-def sample(options: SampleOptions, output: Output) -> None:
+def sample(options: SampleOptions, listener: Listener) -> None:
     """Show what base, donors and winner write to prompts, or to test items gained and lost."""
     spec, result = stored_spec(options.run, options.storage), read_result(options.run)
     if result is None:
@@ -221,13 +229,13 @@ def sample(options: SampleOptions, output: Output) -> None:
                 "the winner and the best donor answer all test items alike, or in no words; "
                 "give a --prompt"
             )
-        store_samples(run, result, samples)
-        output.samples(samples)
+        store_samples(run.folder, result, samples)
+        listener(SamplesReady(samples))
 
-    Session(spec, options.run, options, output, source=options.run).hold(respond)
+    Session(spec, options.run, options, listener, source=options.run).hold(respond)
 
 
-def push(options: PushOptions, output: Output) -> None:
+def push(options: PushOptions, listener: Listener) -> None:
     """Upload the checkpoint of a run's winner to the Hub."""
     run, result = options.run, read_result(options.run)
     if result is None:
@@ -236,12 +244,12 @@ def push(options: PushOptions, output: Output) -> None:
     if not is_export_of(checkpoint, recipe) or not (checkpoint / CARD).is_file():
         raise StudyError(f"{checkpoint} is not what result.json speaks of; finish the run again")
     if folders := [model for model in recipe.models_read if Path(model).is_absolute()]:
-        output.note(f"the recipe names folders of this machine: {', '.join(folders)}")
+        listener(Note(f"the recipe names folders of this machine: {', '.join(folders)}"))
     url = push_to_hub(checkpoint, run / "recipe.yaml", options.repo, private=options.private)
-    output.done(url, url=url)
+    listener(CommandDone(url, {"url": url}))
 
 
-def report(options: ReportOptions, output: Output) -> None:
+def report(options: ReportOptions, listener: Listener) -> None:
     """Write a run's page, finished or not."""
     stored_spec(options.run, options.storage)
     file = options.out or options.run / "report.html"
@@ -251,4 +259,4 @@ def report(options: ReportOptions, output: Output) -> None:
     store = Store(Storage.of(options.run, options.storage))
     page = make_report(options.run, store, held=is_held(options.run))
     replace_text(file, page)
-    output.done(str(file), report=str(file))
+    listener(CommandDone(str(file), {"report": str(file)}))

@@ -6,7 +6,7 @@ import shutil
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +16,7 @@ from typing import Final
 import torch
 
 from merge_engine.errors import MergeError
+from merge_engine.models.memory_plan import MemoryPlan
 from merge_engine.recipe.recipe import Recipe
 from merge_engine.recipe.recipe_file import load_recipe
 from objectives.base import ObjectiveError
@@ -24,10 +25,19 @@ from search.preparing.context import StudyContext, load, load_outline, plan_stud
 from search.preparing.cost import describe_cost
 from search.preparing.models import Hardware
 from search.running.conclusion import conclude
-from search.running.events import Output
+from search.running.events import (
+    IncumbentChanged,
+    Listener,
+    Note,
+    PlanReady,
+    RunFinished,
+    SessionEnded,
+    Stage,
+    StopRequested,
+)
 from search.running.ray_workers import Cluster, RayWorkers, import_ray
 from search.running.run import Run
-from search.running.sampling import FILE, ITEMS, Sample, Samples, of_items, read_samples
+from search.running.sampling import ITEMS, of_items
 from search.running.workers import FAILURES, LocalWorker, Workers
 from search.showing.card import model_card
 from search.showing.report import make_report
@@ -43,6 +53,7 @@ from search.storing.folder import (
 )
 from search.storing.result import Result
 from search.storing.resume import check_run
+from search.storing.samples import read_samples, store_samples
 from search.storing.store import Store
 from search.study.spec import StudyError, StudySpec
 
@@ -92,7 +103,7 @@ class Session:
         spec: The study.
         folder: The run folder.
         options: Database, hardware and workers.
-        output: Receives every event.
+        listener: Receives every event.
         source: File or folder that errors about the study name.
         searches: Recipes are searched: the cost is announced.
     """
@@ -100,7 +111,7 @@ class Session:
     spec: StudySpec
     folder: Path
     options: SessionOptions
-    output: Output
+    listener: Listener
     source: Path
     searches: bool = False
 
@@ -126,14 +137,16 @@ class Session:
                 if new:
                     set_aside(folder)
                 storage = Storage.of(folder, url)
-                store = Store(storage, self.output.note)
+                store = Store(storage, lambda text: self.listener(Note(text)))
                 storage.remember(folder)
                 shows = (
                     _throttled(_announce_best, BEST_EVERY),
                     _throttled(draw_report, REPORT_EVERY),
                 )
                 store.persist(
-                    lambda: _attempt(Run(folder, context, workers, self.output, store, shows), work)
+                    lambda: _attempt(
+                        Run(folder, context, workers, self.listener, store, shows), work
+                    )
                 )
         finally:
             workers.close()
@@ -148,7 +161,11 @@ class Session:
 
     def _prepare(self) -> tuple[StudyContext, Workers]:
         """Return the coordinator's context, and its workers: this process, or Ray's."""
-        options, say = self.options, self.output.plan
+        options = self.options
+
+        def say(line: str | MemoryPlan) -> None:
+            self.listener(PlanReady(line))
+
         device = choose_device(options.device, elsewhere=options.workers is not None)
         hardware = Hardware(device, options.memory, options.compiled)
         if options.workers is not None:
@@ -183,7 +200,7 @@ def _attempt(run: Run, work: Callable[[Run], None]) -> None:
         run.evaluator.abandon()
         raise
     finally:
-        run.output.stop()
+        run.listener(SessionEnded())
 
 
 @contextmanager
@@ -194,7 +211,7 @@ def _interruptible(run: Run) -> Iterator[None]:
         signal.signal(signal.SIGINT, before)
         if not run.request_stop():
             signal.default_int_handler(number, frame)
-        run.output.stopping()
+        run.listener(StopRequested())
 
     if threading.current_thread() is not threading.main_thread():  # it gets no signals
         yield
@@ -226,7 +243,7 @@ def finish(run: Run, timeout: float) -> None:
     replace_text(run.folder / "result.json", result.model_dump_json(indent=2) + "\n")
     _sample_test_items(run, result)
     draw_report(run)
-    run.output.result(result, run.folder)
+    run.listener(RunFinished(result, run.folder))
 
 
 def _throttled(work: Callable[[Run], None], every: float) -> Callable[[Run], None]:
@@ -251,26 +268,18 @@ def _announce_best(run: Run) -> None:
     with suppress(Exception):
         candidates, posterior = run.posterior()
         best = posterior.ranked([one.trial.violation for one in candidates])[0]
-        run.output.believes(candidates[best].trial, float(posterior.means[best]))
+        run.listener(IncumbentChanged(candidates[best].trial, float(posterior.means[best])))
 
 
 def _sample_test_items(run: Run, result: Result) -> None:
     """Store the responses to a few test items gained and lost, if there are none so far."""
     if read_samples(run.folder, result):
         return
-    run.output.stage("generating the responses to some items gained and lost")
+    run.listener(Stage("generating the responses to some items gained and lost"))
     try:
-        store_samples(run, result, of_items(run, result, ITEMS))
+        store_samples(run.folder, result, of_items(run, result, ITEMS))
     except FAILURES as error:
-        run.output.note(f"responses are not shown: {error}")
-
-
-def store_samples(run: Run, result: Result, samples: Sequence[Sample]) -> None:
-    """Store responses to prompts, or to items, in place of those stored before."""
-    kinds = {sample.task is None for sample in samples}
-    others = [one for one in read_samples(run.folder, result) if (one.task is None) not in kinds]
-    kept = Samples(trial=result.winner.trial, samples=[*others, *samples])
-    replace_text(run.folder / FILE, kept.model_dump_json(indent=2) + "\n")
+        run.listener(Note(f"responses are not shown: {error}"))
 
 
 def draw_report(run: Run) -> None:
@@ -279,7 +288,7 @@ def draw_report(run: Run) -> None:
         page = make_report(run.folder, run.store)
         replace_text(run.folder / "report.html", page)
     except Exception as error:  # whatever it is
-        run.output.note(f"there is no report.html: {error}")
+        run.listener(Note(f"there is no report.html: {error}"))
 
 
 def is_export_of(checkpoint: Path, recipe: Recipe) -> bool:
@@ -290,14 +299,14 @@ def is_export_of(checkpoint: Path, recipe: Recipe) -> bool:
 
 def save_checkpoint(run: Run, recipe: Recipe, out: Path, card: str) -> None:
     """Export a recipe, and say how its rebuilt answers compare with those in the database."""
-    run.output.stage(f"saving {out}")
+    run.listener(Stage(f"saving {out}"))
     compared, differing, machine = run.evaluator.export(recipe, out, card)
     if not out.is_dir():
-        run.output.note(f"{out} lies on the machine {machine}, whose worker has written it")
+        run.listener(Note(f"{out} lies on the machine {machine}, whose worker has written it"))
     text = f"rebuilt: all {compared} answers are those in the database"
     if differing:
         text = (
             f"rebuilt: {compared - differing} of {compared} answers are those in the database, the "
             "others differ as rounding does (another machine, or smaller batches)"
         )
-    run.output.stage(text)
+    run.listener(Stage(text))

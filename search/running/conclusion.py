@@ -17,6 +17,7 @@ from search.racing.item_scores import ItemScores
 from search.racing.pareto import confirmed, leading, posterior_front
 from search.racing.race import Floats
 from search.racing.verdict import SELECT_SHARE, items_to_decide, verdict
+from search.running.events import Stage
 from search.running.run import Run
 from search.storing.result import (
     Baseline,
@@ -62,7 +63,7 @@ def choose(run: Run) -> Choice:
     best = best[: run.spec.search.finalists]
     recipes = [run.recipe_of(known[index].trial) for index in best]
     searched = [run.scores_of(known[index].trial) for index in best]
-    run.output.stage(f"evaluating the best {len(best)} recipes on the select items")
+    run.listener(Stage(f"evaluating the best {len(best)} recipes on the select items"))
     seen = [0] * len(best)
 
     def evaluate(some: Sequence[int], items: int) -> Floats:
@@ -105,7 +106,7 @@ def find_front(run: Run) -> list[Candidate]:
         posteriors[task] = posterior_of(run.context.space, points, *estimates.T)
     indices = posterior_front(posteriors, run.spec.search.finalists)
     front = [known[index] for index in indices]
-    run.output.stage(f"evaluating the {len(front)} recipes of the front on the select items")
+    run.listener(Stage(f"evaluating the {len(front)} recipes of the front on the select items"))
     found = run.scores.evaluate([run.recipe_of(one.trial) for one in front], "select")
     of_front = {task: posterior[indices] for task, posterior in posteriors.items()}
     fresh = np.array([one.values for one in found])
@@ -121,7 +122,7 @@ def conclude(run: Run) -> tuple[Result, Recipe]:
     recipe, best_donor = run.recipe_of(choice.candidate.trial), run.best_donor()
     inputs = baselines(run.context.space)
     front = find_front(run) if run.spec.search.front else []
-    run.output.stage("evaluating the winner, base, donors and their average on the test items")
+    run.listener(Stage("evaluating the winner, base, donors and their average on the test items"))
     tested = [recipe, *(run.recipe_of(one.trial) for one in front), *inputs.values()]
     winner, *others = run.scores.evaluate(tested, "test")
     compared = dict(zip(inputs, others[len(front) :], strict=True))

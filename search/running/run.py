@@ -29,7 +29,15 @@ from search.racing.elimination import JointPosterior, successive_elimination
 from search.racing.item_scores import ItemScores
 from search.racing.race import Floats, Race
 from search.running.evaluator import Block, Evaluator
-from search.running.events import Output, RaceProgress
+from search.running.events import (
+    BlockEvaluated,
+    Listener,
+    Note,
+    RaceProgress,
+    RaceProgressed,
+    SearchStarted,
+    TrialFinished,
+)
 from search.running.scores import Scores
 from search.running.workers import FAILURES, Workers
 from search.storing.address import Storage
@@ -55,7 +63,7 @@ class Run:
         folder: The run folder.
         context: The study's space, items and models.
         workers: Build and evaluate recipes.
-        output: Hears of every event.
+        listener: Called with every event.
         store: The run's database; None: the folder's own.
         after_trial: Called after each finished trial.
     """
@@ -65,16 +73,18 @@ class Run:
         folder: Path,
         context: StudyContext,
         workers: Workers,
-        output: Output,
+        listener: Listener,
         store: Store | None = None,
         after_trial: Sequence[Callable[[Run], None]] = (),
     ) -> None:
-        self.folder, self.context, self.workers, self.output = folder, context, workers, output
+        self.folder, self.context, self.workers, self.listener = folder, context, workers, listener
         self.store = store or Store(Storage.of(folder))
         self.log = TrialLog(self.store.study())
         search = context.spec.search
         self.proposer = Proposer(search.sampler, context.space, search.seed, front=search.front)
-        self.evaluator = Evaluator(context, self.store, workers, output.block)
+        self.evaluator = Evaluator(
+            context, self.store, workers, lambda items: listener(BlockEvaluated(items))
+        )
         self.scores = Scores(context, self.evaluator)
         self.after_trial = after_trial
         self._waiting: dict[Block, list[RunningTrial]] = {}  # trials by the block they need
@@ -117,7 +127,7 @@ class Run:
         evaluations = sum(self.store.evaluations()[0].values())
         total, items = self.spec.search.trials, self.spec.objective.items.search
         after = concluding_evaluations(self.spec, RACED * total * items)
-        self.output.start(total, self.log.finished(), evaluations, after)
+        self.listener(SearchStarted(total, self.log.finished(), evaluations, after))
         self._enqueue_warm_starts()
         self._try_baselines()
         race = self._race()
@@ -127,7 +137,7 @@ class Run:
             self._evaluate_ahead()
             if not self._waiting:
                 break
-            self.output.racing(self._progress(race))
+            self.listener(RaceProgressed(self._progress(race)))
             block, failure = self.evaluator.collect()
             for running in self._waiting.pop(block):
                 if failure is None:
@@ -139,12 +149,15 @@ class Run:
     def _note_why_it_ended(self) -> None:
         finished = self.log.finished()
         if self._exhausted(finished):
-            self.output.note(
-                f"early stopping after {len(finished)} trials: the expected improvement is below "
-                "what the select split can resolve; with search.stop: false the search goes on"
+            self.listener(
+                Note(
+                    f"early stopping after {len(finished)} trials: the expected improvement is "
+                    "below what the select split can resolve; with search.stop: false the search "
+                    "goes on"
+                )
             )
         elif len(finished) < self.spec.search.trials:
-            self.output.note("the time is up; run it again to go on searching")
+            self.listener(Note("the time is up; run it again to go on searching"))
 
     def _try_baselines(self) -> None:
         """Evaluate base, donors and their uniform average on a first block of search items.
@@ -163,10 +176,12 @@ class Run:
                 raise StudyError(f"{name} alone: {error}") from error
         if right == 0:
             first = self.evaluator.block_ends("search")[0]
-            self.output.note(
-                f"neither the base nor a donor has one of the first {first} "
-                "search items right; if they should, look at how the task asks them (its "
-                "doc_to_text, apply_chat_template)"
+            self.listener(
+                Note(
+                    f"neither the base nor a donor has one of the first {first} "
+                    "search items right; if they should, look at how the task asks them (its "
+                    "doc_to_text, apply_chat_template)"
+                )
             )
 
     @property
@@ -260,7 +275,7 @@ class Run:
 
     def _finish(self, record: TrialRecord) -> None:
         self.log.set_header(seconds=self.seconds())
-        self.output.trial(record)
+        self.listener(TrialFinished(record))
         for work in self.after_trial:
             work(self)
 
@@ -287,7 +302,7 @@ class Run:
         recipe = baselines(self.context.space)[best]
         (scores,) = self.scores.evaluate([recipe], "search")
         for note in self.scores.check_judged(best, recipe):
-            self.output.note(note)
+            self.listener(Note(note))
         race.record(scores.array, self.scores.violation({"search": scores}))
         for trial in self._references(race):
             scores = self.scores_of(trial)

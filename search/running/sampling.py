@@ -1,7 +1,7 @@
-"""What the models of a run write to the same prompts, side by side.
+"""Responses of a run's models to the same prompts, for reading side by side.
 
-The prompts are somebody's own, or test items that the winner gained or lost against the best
-donor. What an answer is worth was stored when it was asked; its words are asked for again.
+The prompts are the user's own, or test items that the winner gained or lost against the best
+donor. Scores of test items are those stored at the test; the texts are generated again.
 """
 
 from __future__ import annotations
@@ -9,69 +9,21 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Sequence
 from itertools import zip_longest
-from pathlib import Path
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import Final, NamedTuple
 
 from merge_engine.recipe.recipe import Recipe
-from merge_engine.schema import FrozenModel
-from objectives.base import printable
+from objectives.entries import PromptEntry
 from search.proposing.starts import baselines
-from search.showing.charts import shortened
-from search.storing.result import Result, read_json, short_names
+from search.running.run import Run
+from search.storing.result import Result
+from search.storing.samples import ModelResponse, Sample
+from search.wording import short_names
 
-if TYPE_CHECKING:
-    from objectives.entries import PromptEntry
-    from search.running.run import Run
-
-FILE = "samples.json"
-ITEMS = 6  # gained, and as many lost, that are asked for
-MOST = 1500  # letters shown of a text
-
-
-class ModelResponse(FrozenModel):
-    """What a model wrote or chose, and what that was worth if it is an item's answer."""
-
-    name: str
-    model: str
-    text: str | None
-    value: float | None = None
-
-    @property
-    def title(self) -> str:
-        """Whose it is, and what it was worth."""
-        return self.name if self.value is None else f"{self.name} ({self.value:.3g})"
-
-
-class Sample(FrozenModel):
-    """A prompt, and what each model says to it; untrusted text.
-
-    ``task`` and ``item`` (a row of the task's data) are those of a test item, which the winner
-    has ``change``; None where the prompt is somebody's own.
-    """
-
-    prompt: str
-    responses: list[ModelResponse]
-    task: str | None = None
-    item: int | None = None
-    change: Literal["gained", "lost"] | None = None
-    right: str | None = None
-
-    @property
-    def title(self) -> str:
-        """Where the prompt is from."""
-        return "prompt" if self.task is None else f"{self.task}, item {self.item}: {self.change}"
-
-
-class Samples(FrozenModel):
-    """What a run keeps of them: ``trial`` is the winner's."""
-
-    version: Literal[1] = 1
-    trial: int
-    samples: list[Sample]
+ITEMS: Final = 6  # gained, and as many lost, sampled at the end of a run
 
 
 class _Model(NamedTuple):
-    """Somebody whose words are asked for."""
+    """A model that responds: its name in tables, its folder or id, and its recipe."""
 
     name: str
     model: str
@@ -79,54 +31,54 @@ class _Model(NamedTuple):
 
 
 def of_prompts(run: Run, result: Result, prompts: PromptEntry) -> list[Sample]:
-    """What base, donors and winner write to prompts, which are shown as the models see them.
+    """Generate the responses of base, donors and winner to prompts, templates applied.
 
     Raises:
-        ObjectiveError: A prompt cannot be asked.
+        ObjectiveError: A prompt is empty or too long.
     """
     models = _models(run, result)
-    said = [run.workers.call("respond", one.recipe, prompts) for one in models]
+    responses = [run.workers.call("respond", one.recipe, prompts) for one in models]
     return [
         Sample(
             prompt=of_prompt[0].prompt or "",
             responses=[
-                ModelResponse(name=one.name, model=one.model, text=words.text)
-                for one, words in zip(models, of_prompt, strict=True)
+                ModelResponse(name=one.name, model=one.model, text=response.text)
+                for one, response in zip(models, of_prompt, strict=True)
             ],
         )
-        for of_prompt in zip(*said, strict=True)
+        for of_prompt in zip(*responses, strict=True)
     ]
 
 
 def of_items(run: Run, result: Result, count: int) -> list[Sample]:
-    """What they say to test items that the winner gained and lost, ``count`` of each at most.
+    """Generate responses to test items gained and lost, at most ``count`` of each.
 
-    Items whose answers have no words are left out.
+    Items to which no model responds in text are left out.
     """
     models, best = _models(run, result), result.difference_to_best_donor.donor
     values = [one.values for one in run.scores.evaluate([one.recipe for one in models], "test")]
     before, after = values[[one.model for one in models].index(best)], values[-1]
-    places = changed(run.context.tasks_of("test"), before, after, count)
-    if not places:
+    indices = changed(run.context.tasks_of("test"), before, after, count)
+    if not indices:
         return []
-    numbers = [run.context.splits.test[place] for place in places]
+    numbers = [run.context.splits.test[index] for index in indices]
     prompts = [each.prompt for each in run.context.objective.snapshots(numbers)]
-    said = [run.workers.call("respond", one.recipe, numbers) for one in models]
+    responses = [run.workers.call("respond", one.recipe, numbers) for one in models]
     samples = []
-    for at, place in enumerate(places):
-        item = run.context.objective.items[numbers[at]]
-        responses = [
-            ModelResponse(name=one.name, model=one.model, text=words[at].text, value=answers[place])
-            for one, words, answers in zip(models, said, values, strict=True)
+    for row, index in enumerate(indices):
+        item = run.context.objective.items[numbers[row]]
+        of_item = [
+            ModelResponse(name=one.name, model=one.model, text=texts[row].text, value=scores[index])
+            for one, texts, scores in zip(models, responses, values, strict=True)
         ]
-        if any(response.text is not None for response in responses):
+        if any(response.text is not None for response in of_item):
             sample = Sample(
-                prompt=prompts[at],
-                responses=responses,
+                prompt=prompts[row],
+                responses=of_item,
                 task=item.task,
                 item=item.doc_id,
-                change="gained" if after[place] > before[place] else "lost",
-                right=said[-1][at].target,
+                change="gained" if after[index] > before[index] else "lost",
+                right=responses[-1][row].target,
             )
             samples.append(sample)
     return samples
@@ -135,39 +87,28 @@ def of_items(run: Run, result: Result, count: int) -> list[Sample]:
 def changed(
     tasks: Sequence[str], before: Sequence[float], after: Sequence[float], count: int
 ) -> list[int]:
-    """Places of n items answered better, then of those answered worse, at most ``count`` of each.
+    """Choose indices of n items whose score rose, then of those where it fell.
 
-    Large changes come before small ones, and tasks take turns.
+    Args:
+        tasks: n task names.
+        before: n scores.
+        after: n scores.
+        count: At most so many of each; large changes first, in turn from each task.
     """
     found = []
     for sign in (1, -1):
         gains = [sign * (now - then) for then, now in zip(before, after, strict=True)]
         by_task = defaultdict(list)
-        for place in sorted(range(len(gains)), key=lambda place: -gains[place]):
-            if gains[place] > 0:
-                by_task[tasks[place]].append(place)
-        turns = [place for turn in zip_longest(*by_task.values()) for place in turn]
-        found += [place for place in turns if place is not None][:count]
+        for index in sorted(range(len(gains)), key=lambda index: -gains[index]):
+            if gains[index] > 0:
+                by_task[tasks[index]].append(index)
+        in_turn = [index for some in zip_longest(*by_task.values()) for index in some]
+        found += [index for index in in_turn if index is not None][:count]
     return found
 
 
-def read_samples(folder: Path, result: Result) -> list[Sample]:
-    """What a run has kept of its winner.
-
-    Raises:
-        StudyError: Another version of this program wrote it.
-    """
-    kept = read_json(folder / FILE, Samples)
-    return kept.samples if kept and kept.trial == result.winner.trial else []
-
-
-def shown(text: str) -> str:
-    """Untrusted text, shortened, with its lines; what else is not printable is spelled out."""
-    return shortened("\n".join(map(printable, text.split("\n"))), MOST)
-
-
 def _models(run: Run, result: Result) -> list[_Model]:
-    """The base, the donors, and last the winner."""
+    """List the base, the donors, and last the winner."""
     recipes = baselines(run.context.space)
     names = {run.spec.base_model: "base"} | short_names(run.spec.models_but_base, "/")
     models = [_Model(name, model, recipes[model]) for model, name in names.items()]

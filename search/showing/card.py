@@ -24,15 +24,9 @@ from merge_engine.models.checkpoint import locate
 from merge_engine.recipe.recipe import Recipe
 from objectives.base import printable
 from search.storing.folder import CARD, Interrupted
-from search.storing.result import (
-    Difference,
-    OtherTrial,
-    Result,
-    Score,
-    package_versions,
-    short_names,
-)
+from search.storing.result import OtherTrial, Result, Score, ScoreTable, package_versions
 from search.study.spec import StudyError, StudySpec
+from search.wording import bracketed, percent
 
 TEMPLATE = Path(__file__).with_name("card.md")
 TAGS = ["merge", "mergekit", "mergesearch"]
@@ -70,7 +64,7 @@ def model_card(
         eval_results=_eval_results(test) if test else None,
         **_shared(list(found.values())),
     )
-    names = short_names(spec.models_but_base, "/")
+    scores = ScoreTable.of_result(result, other) if result else None
     card = ModelCard.from_template(
         data,
         template_str=TEMPLATE.read_text(encoding="utf-8"),
@@ -83,10 +77,8 @@ def model_card(
         result=result,
         other=other,
         lead=result and result.difference_to_best_donor,
-        best=result and _cell(names[result.difference_to_best_donor.donor]),
-        table=_table(result, test, "this trial" if other else "**winner**")
-        if result and test
-        else None,
+        best=scores and result and _cell(scores.donor_name(result.difference_to_best_donor.donor)),
+        table=_table(scores) if scores and test else None,
         items=spec.objective.items.test,
         licences={_cell(part): _cell(_words(licence)) for part, licence in found.items()},
         seed=result.seed if result else spec.search.seed,
@@ -94,33 +86,22 @@ def model_card(
             f"{package} {version}"
             for package, version in (result.versions if result else package_versions()).items()
         ),
-        percent=lambda mean: f"{100 * mean:.1f}",
-        interval=_interval,
+        percent=percent,
+        bracketed=bracketed,
     )
     return str(card)
 
 
-def _table(result: Result, test: Score, name: str) -> str:
-    """The models and what they made of the test items, as Markdown."""
-    names = short_names(result.donors, "/")
-    donors = {f"donor {names[model]}": donor for model, donor in result.donors.items()}
-    compared = {"base": result.base, **donors, "uniform": result.uniform}
-    rows = [
-        ["", *test.tasks, "mean", "winner leads by"],
-        ["---"] * (len(test.tasks) + 3),
-        *([n, *_means(one.test), _interval(one.difference, "+")] for n, one in compared.items()),
-        [name, *_means(test), ""],
-    ]
+def _table(scores: ScoreTable) -> str:
+    """Format test scores as a Markdown table."""
+    tasks = [*scores.tasks]
+    rows = [["", *tasks, "mean", "winner's lead"], ["---"] * (len(tasks) + 3)]
+    for row in scores.rows:
+        name = {"donor": f"donor {row.name}", "winner": "**winner**"}.get(row.kind, row.name)
+        means = [percent(row.test.tasks[task]) for task in tasks]
+        lead = bracketed(row.lead.interval, "+") if row.lead else ""
+        rows.append([name, *means, bracketed(row.test.interval), lead])
     return "\n".join(f"| {' | '.join(map(_cell, row))} |" for row in rows)
-
-
-def _means(test: Score) -> list[str]:
-    return [*(f"{100 * mean:.1f}" for mean in test.tasks.values()), _interval(test)]
-
-
-def _interval(found: Score | Difference, sign: str = "") -> str:
-    low, high = found.ci95
-    return f"{100 * found.mean:{sign}.1f} [{100 * low:{sign}.1f}, {100 * high:{sign}.1f}]"
 
 
 def _eval_results(test: Score) -> list[EvalResult]:

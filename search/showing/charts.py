@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 from markupsafe import Markup
 
+from search.wording import shortened
+
 if TYPE_CHECKING:
     from search.racing.race import Floats
 
@@ -161,14 +163,6 @@ def intervals(x: Axis, rows: Sequence[IntervalRow], what: str) -> Markup:
             )
         )  # fmt: skip
     return _drawing(what, height, parts)
-
-
-def shortened(text: str, most: int) -> str:
-    """A text of at most so many letters: the beginning and the end of a longer one."""
-    if len(text) <= most:
-        return text
-    head = (most - 1) // 3
-    return f"{text[:head]}…{text[len(text) - (most - 1 - head) :]}"
 
 
 def _across_ticks(x: Axis, height: int, *, grid: bool = False) -> Markup:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
 from rich.console import Group, OverflowMethod, RenderableType
 from rich.constrain import Constrain
@@ -13,37 +13,36 @@ from rich.table import Table
 from rich.text import Text
 
 from objectives.base import printable
-from search.running.events import STOPPING, RaceProgress, duration
-from search.storing.result import short_names
+from search.running.events import RaceProgress
+from search.showing.progress import STOPPING
+from search.storing.trials import TrialRecord
+from search.wording import duration, percent, short_names
 
-if TYPE_CHECKING:
-    from search.storing.trials import TrialRecord
-
-WIDTH: Final = 80
-SHOWN: Final = 4  # trials at work; of more, how many more
+WIDTH: Final = 80  # columns at most: a terminal made narrower then rarely breaks a line
+SHOWN: Final = 4  # trials in the race; of the others, how many there are
 
 
 @dataclass(frozen=True)
 class View:
-    """A run as it is now.
+    """State of a run.
 
     Args:
         total: Trials at most.
         done: Trials that are finished.
-        best: Of them, as it is believed, or at first as they were told.
-        believed: Its value, luck taken away; None: not known yet.
-        racing: Those at work.
+        best: The incumbent: the highest posterior mean, or at first the highest estimate.
+        posterior_mean: Of the incumbent's value; None: not computed yet.
+        racing: Trials in the race.
         evaluations: Item evaluations so far.
         left: Seconds until the run is over; None: not known yet.
-        searching: Whether trials are still asked for.
-        memory: The plan, in a line.
-        stopping: Whether the run ends with this block.
+        searching: Whether the search goes on.
+        memory: The memory plan, in a line.
+        stopping: Whether the run ends after the blocks that are being evaluated.
     """
 
     total: int = 0
     done: int = 0
     best: TrialRecord | None = None
-    believed: float | None = None
+    posterior_mean: float | None = None
     racing: tuple[RaceProgress, ...] = ()
     evaluations: int = 0
     left: float | None = None
@@ -53,18 +52,15 @@ class View:
 
 
 def render(view: View) -> RenderableType:
-    """What is seen: one line each, cut where the terminal is too narrow; the plan is folded.
-
-    It is never wide: a terminal may be made narrower and not break a line.
-    """
+    """Lay out a state, a line for each fact, cut to the width; only the memory plan is folded."""
     rows = Table.grid(padding=(0, 1), expand=True)
     rows.add_column(no_wrap=True)
     rows.add_column(ratio=1)
     for name, text, *style in _rows(view):
         folded = name == "memory"
         overflow: OverflowMethod = "fold" if folded else "ellipsis"
-        what = Text(text, *style, no_wrap=not folded, overflow=overflow)
-        rows.add_row(Text(name, "bold"), what)
+        fact = Text(text, *style, no_wrap=not folded, overflow=overflow)
+        rows.add_row(Text(name, "bold"), fact)
     return Constrain(Group(_head(view), rows) if view.searching else rows, WIDTH)
 
 
@@ -81,14 +77,16 @@ def _head(view: View) -> RenderableType:
 
 def _rows(view: View) -> Iterator[tuple[str, ...]]:
     if view.best is not None:
-        sure = "" if view.believed is None else f"believed {100 * view.believed:.1f} %, "
-        yield "best", f"{sure}told {percent(view.best).strip()}, {_described(view.best)}"
-        yield "", _tasks_of(view.best), "dim"
-    for place, one in enumerate(view.racing[:SHOWN]):
-        yield "" if place else "racing", _race(one)
+        mean = view.posterior_mean
+        posterior = "" if mean is None else f"posterior mean {percent(mean)} %, "
+        estimate = f"estimate {estimate_of(view.best).strip()}"
+        yield "best", f"{posterior}{estimate}, {_describe(view.best)}"
+        yield "", _task_means(view.best), "dim"
+    for index, one in enumerate(view.racing[:SHOWN]):
+        yield "" if index else "racing", _race(one)
     if (more := len(view.racing) - SHOWN) > 0:
         yield "", f"and {more} more"
-    yield "asked", f"{view.evaluations:,} items"
+    yield "items", f"{view.evaluations:,} evaluations"
     if view.memory:
         yield "memory", view.memory, "dim"
     if view.stopping:
@@ -98,25 +96,24 @@ def _rows(view: View) -> Iterator[tuple[str, ...]]:
 def _race(one: RaceProgress) -> str:
     text = f"trial {one.trial}  {one.blocks} of {one.of} blocks"
     if one.lead is not None:
-        error = 100 * one.lead.variance**0.5
-        text += f"  {100 * one.lead.value:+.1f} ± {error:.1f} to the best"
+        error = one.lead.variance**0.5
+        text += f"  lead {percent(one.lead.value, '+')} ± {percent(error)} over the best"
     return f"{text}  {one.method}"
 
 
-def percent(trial: TrialRecord | None) -> str:
-    """What a trial was told to be worth."""
-    return "  -   " if trial is None or trial.estimate is None else f"{100 * trial.value:5.1f} %"
+def estimate_of(trial: TrialRecord) -> str:
+    """Format a trial's estimate in six columns, a dash where it has none."""
+    return "  -   " if trial.estimate is None else f"{percent(trial.value):>5} %"
 
 
-def _described(trial: TrialRecord) -> str:
-    """Its number, method and scale."""
+def _describe(trial: TrialRecord) -> str:
+    """Name a trial by number, method and scale."""
     scale = trial.point.get("scale")
     recipe = str(trial.point.get("method")) + ("" if scale is None else f" at scale {scale:.2f}")
     return f"trial {trial.number}, {recipe}"
 
 
-def _tasks_of(trial: TrialRecord) -> str:
-    """A trial's mean in each task."""
+def _task_means(trial: TrialRecord) -> str:
     names = short_names(trial.tasks, "_")
-    means = (f"{printable(names[task])} {100 * one.value:.1f}" for task, one in trial.tasks.items())
+    means = (f"{printable(names[task])} {percent(one.value)}" for task, one in trial.tasks.items())
     return " · ".join(means)

@@ -31,13 +31,14 @@ from search.proposing.space import Space
 from search.proposing.starts import UNIFORM, baselines
 from search.racing.item_scores import ItemScores
 from search.racing.race import Floats
-from search.running.sampling import read_samples, shown
-from search.showing.charts import Axis, Chart, IntervalRow, intervals, shortened
-from search.storing.result import Difference, Result, Score, read_result, short_names
+from search.showing.charts import Axis, Chart, IntervalRow, intervals
+from search.storing.result import Difference, Result, Score, read_result
+from search.storing.samples import read_samples
 from search.storing.snapshot import FrozenItem
 from search.storing.store import Store
 from search.storing.trials import TrialLog, TrialRecord
 from search.study.spec import StudySpec
+from search.wording import printable_lines, short_names, shortened
 
 TEMPLATE = Path(__file__).with_name("report.html")
 DRAWN = 2000  # trials on the timeline
@@ -70,7 +71,7 @@ def make_report(run: Path, store: Store, *, held: bool | None = None) -> str:
     with one_thread():
         contents = _contents(str(run), RunFacts(store, result))
     now = datetime.now().astimezone()
-    return _template().render(contents, samples=samples, words=shown, held=held, now=now)
+    return _template().render(contents, samples=samples, words=printable_lines, held=held, now=now)
 
 
 @cache
@@ -91,7 +92,7 @@ def _contents(name: str, facts: RunFacts) -> dict[str, Any]:
         "result": result,
         "spec": facts.spec,
         "study": yaml.safe_dump(facts.spec.model_dump(mode="json"), sort_keys=False),
-        "verdict": result and result.says,
+        "verdict": result and result.verdict_text,
         "winner": result and _outcome(facts, result),
         "best": model and model.best,
         "so_far": _so_far(facts, model.best.trial) if model and not facts.is_finished else None,
@@ -261,7 +262,7 @@ def _outcome(facts: RunFacts, result: Result) -> dict[str, Any]:
         "best_donor": facts.names[best.donor],
         "columns": columns,
         "rows": rows,
-        "floors": result.floors_say,
+        "floors": result.floors_text,
         "charts": _compared(columns, rows),
         "front": front,
         "pairs": _pairs(columns, [*rows, *front]) if front else [],

@@ -1,12 +1,12 @@
-"""result.json, the machine-readable truth of a run. All means are in the tasks' own unit."""
+"""result.json: what a run found. All means are in the tasks' own unit."""
 
 from __future__ import annotations
 
 import importlib.metadata
-from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, TypeVar
+from typing import Any, Literal, NamedTuple, Self, TypeVar
 
 from pydantic import BaseModel, Field, ValidationError
 
@@ -14,17 +14,21 @@ from merge_engine.errors import first_error
 from merge_engine.schema import FrozenModel
 from objectives.scores import Interval
 from search.study.spec import StudyError
+from search.wording import percent, short_names
 
 PACKAGES = ("mergesearch", "torch", "transformers", "lm_eval", "optuna", "safetensors")
-OTHERS = ("base", "uniform", "winner")  # who stands beside the donors in a table
 
 Kind = TypeVar("Kind", bound=BaseModel)
 
 
 class Score(FrozenModel):
-    """A model on the test items: weighted mean with its 95 % interval, and each task's mean.
+    """A model's score on the test items.
 
-    ``tokens``: the mean number it wrote for an item; None where no task has it write.
+    Args:
+        mean: Weighted mean over the tasks.
+        ci95: Ends of its 95 % interval.
+        tasks: Mean of each task.
+        tokens: Mean number of tokens written for an item; None: no task generates text.
     """
 
     mean: float
@@ -32,31 +36,43 @@ class Score(FrozenModel):
     tasks: dict[str, float]
     tokens: float | None = None
 
+    @property
+    def interval(self) -> Interval:
+        """The mean with its 95 % interval."""
+        return Interval(self.mean, *self.ci95)
+
 
 class Difference(FrozenModel):
-    """The winner less another model on the same test items."""
+    """The winner's lead: its mean less another model's, paired by test item, with its interval."""
 
     mean: float
     ci95: tuple[float, float]
 
     @classmethod
-    def of(cls, interval: Interval) -> Difference:
-        """From an interval."""
+    def of(cls, interval: Interval) -> Self:
+        """Take the numbers of an interval."""
         return cls(mean=interval.mean, ci95=(interval.low, interval.high))
+
+    @property
+    def interval(self) -> Interval:
+        """The mean with its 95 % interval."""
+        return Interval(self.mean, *self.ci95)
 
 
 class Baseline(FrozenModel):
-    """A model the winner is compared with."""
+    """A model the winner is compared with, and the winner's lead over it."""
 
     test: Score
     difference: Difference
 
 
 class DonorDifference(Difference):
-    """As Difference, to the donor that was best on the search items.
+    """The winner's lead over the donor that had the best posterior mean on the search items.
 
-    ``items_to_decide``: how many test items would show so large a difference, four times in five;
-    None if these have shown it, or there is none to show.
+    Args:
+        donor: Its name.
+        items_to_decide: Number of test items that would show a lead of this size with a power of
+            80 %; None: these have shown it, or the lead is not positive.
     """
 
     donor: str
@@ -64,7 +80,7 @@ class DonorDifference(Difference):
 
 
 class Winner(FrozenModel):
-    """The chosen recipe, the trial that first proposed it, and how it tests."""
+    """A chosen recipe, the trial that first proposed it, and its test score."""
 
     recipe: dict[str, Any]
     trial: int
@@ -72,7 +88,7 @@ class Winner(FrozenModel):
 
 
 class OtherTrial(NamedTuple):
-    """A trial that is not the winner: its estimate on so many search items, its test if any."""
+    """A trial that is not the winner: its estimate, its search items, and its test score if any."""
 
     number: int
     search_score: float | None
@@ -81,7 +97,7 @@ class OtherTrial(NamedTuple):
 
 
 class Seconds(FrozenModel):
-    """Where the time went; ``total`` counts every session of the run."""
+    """Time of all sessions of a run: building, evaluating (``score``), proposing, in total."""
 
     build: float
     score: float
@@ -92,15 +108,30 @@ class Seconds(FrozenModel):
 class Result(FrozenModel):
     """What a run found.
 
-    ``search_score`` is what the winner was told to be worth, on items it was chosen for, and
-    ``believed_score`` that with the luck taken away; ``select_score`` is its mean on the select
-    items it was asked, None if it had no rival. They are shown to be compared with
-    ``winner.test``. ``front`` are the recipes of which none was believed to beat another on every
-    task, before they were tested; none where the study does not look for them. ``floors`` are
-    what the winner had to reach in tasks, on the test items; it was chosen for having reached them
-    on others. ``items_asked`` counts the item evaluations of each split. ``times_tested`` is how
-    many winners have been asked the test items so far: more than one if a finished run was
-    extended.
+    Args:
+        version: Of this format.
+        verdict: "better" where the winner's leads over base and every donor are above zero.
+        winner: The chosen recipe.
+        front: The Pareto front over the tasks, as it was before the test; empty where the study
+            does not ask for it.
+        donors: Each donor's score.
+        floors: Least means of constrained tasks on the test items; the winner was chosen for
+            meeting them on other items.
+        base: The base model's score.
+        uniform: The uniform average's score.
+        difference_to_best_donor: The lead that the verdict's sentence names.
+        search_score: The winner's estimate on the search items, which it was chosen on.
+        believed_score: Its posterior mean after the search, without that optimism.
+        select_score: Its mean on the select items it was evaluated on; None: it had no rival.
+        trials: How many are complete.
+        failed_trials: How many have failed.
+        item_evaluations: Of all splits.
+        items_asked: Item evaluations of each split.
+        times_tested: How many winners were evaluated on the test items so far: more than one if a
+            finished run was extended.
+        seconds: Where the time went.
+        seed: Of the study.
+        versions: Of the packages the numbers depend on.
     """
 
     version: Literal[1] = 1
@@ -125,28 +156,81 @@ class Result(FrozenModel):
     versions: dict[str, str]
 
     @property
-    def says(self) -> str:
-        """The verdict in words."""
+    def verdict_text(self) -> str:
+        """The verdict as a clause."""
         if self.verdict == "better":
             return "The winner is better than its base and every donor"
-        return "The winner is not shown to be better than all it was made from"
+        return "The winner is not shown to be better than its base and every donor"
 
     @property
-    def floors_say(self) -> str | None:
-        """What has become of the floors on the test items, in words; None where there are none."""
+    def floors_text(self) -> str | None:
+        """Whether the winner meets each floor on the test items; None: there are no floors."""
         if not self.floors:
             return None
-        reached = self.winner.test.tasks
+        means = self.winner.test.tasks
         each = [
-            f"{task} {100 * reached[task]:.1f} "
-            f"(floor {100 * floor:.1f}: {'kept' if reached[task] >= floor else 'missed'})"
+            f"{task} {percent(means[task])} "
+            f"(floor {percent(floor)}: {'met' if means[task] >= floor else 'not met'})"
             for task, floor in self.floors.items()
         ]
         return f"Floors on the test items: {', '.join(each)}."
 
 
+class ScoreRow(NamedTuple):
+    """A model in a table of test scores.
+
+    Args:
+        kind: What the model is.
+        name: Short and unique in the table.
+        model: A donor's folder or id; else the name, or the trial of the recipe.
+        test: Its score.
+        lead: The winner's lead over it; None: it is the winner, or another recipe of the run.
+    """
+
+    kind: Literal["base", "donor", "uniform", "winner", "trial"]
+    name: str
+    model: str
+    test: Score
+    lead: Difference | None = None
+
+
+@dataclass(frozen=True)
+class ScoreTable:
+    """Test scores of the models of a run.
+
+    Args:
+        tasks: Short name of each task.
+        rows: Base, donors, uniform average, and last the winner or another trial.
+    """
+
+    tasks: Mapping[str, str]
+    rows: Sequence[ScoreRow]
+
+    @classmethod
+    def of_result(cls, result: Result, other: OtherTrial | None = None) -> Self:
+        """Tabulate a result; the last row is another trial's, where one is given and tested."""
+        names = short_names(result.donors, "/")
+        rows = [ScoreRow("base", "base", "base", result.base.test, result.base.difference)]
+        rows += [
+            ScoreRow("donor", names[model], model, donor.test, donor.difference)
+            for model, donor in result.donors.items()
+        ]
+        uniform = result.uniform
+        rows.append(ScoreRow("uniform", "uniform", "uniform", uniform.test, uniform.difference))
+        if other and other.test:
+            rows.append(ScoreRow("trial", "this trial", f"trial {other.number}", other.test))
+        else:
+            winner = result.winner
+            rows.append(ScoreRow("winner", "winner", f"trial {winner.trial}", winner.test))
+        return cls(short_names(result.winner.test.tasks, "_"), rows)
+
+    def donor_name(self, model: str) -> str:
+        """Return a donor's name in the table."""
+        return next(row.name for row in self.rows if row.kind == "donor" and row.model == model)
+
+
 def read_result(run: Path) -> Result | None:
-    """The result of a run's folder, if it has one so far.
+    """Read the result of a run folder, if it has one so far.
 
     Raises:
         StudyError: Another version of this program wrote it.
@@ -155,7 +239,7 @@ def read_result(run: Path) -> Result | None:
 
 
 def read_json(file: Path, kind: type[Kind]) -> Kind | None:
-    """What a run has left in a file, if it is there.
+    """Read a JSON file of a run folder, if it is there.
 
     Raises:
         StudyError: Another version of this program wrote it.
@@ -170,12 +254,5 @@ def read_json(file: Path, kind: type[Kind]) -> Kind | None:
 
 
 def package_versions() -> dict[str, str]:
-    """Versions of what the numbers depend on."""
+    """Return the versions of the packages the numbers depend on."""
     return {name: importlib.metadata.version(name) for name in PACKAGES}
-
-
-def short_names(names: Iterable[str], separator: str) -> dict[str, str]:
-    """The last part of each name where nothing else in a table is called so, else all of it."""
-    short = {name: name.rsplit(separator, 1)[-1] for name in names}
-    count = Counter([*short.values(), *OTHERS])
-    return {name: last if count[last] == 1 else name for name, last in short.items()}

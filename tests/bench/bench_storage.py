@@ -31,6 +31,7 @@ from search.proposing.recipes import to_recipe
 from search.proposing.space import Space
 from search.proposing.starts import warm_starts
 from search.running.conclusion import conclude
+from search.running.events import SearchStarted
 from search.running.run import Run
 from search.running.workers import EvalJob, EvalReply
 from search.showing.report import make_report
@@ -159,7 +160,7 @@ def measure(folder: Path, sampler: str, options: argparse.Namespace) -> dict[str
         run._enqueue_warm_starts()
         run._try_baselines()
         race = run._race()
-        run.output.start(run.spec.search.trials, run.log.finished(), 0, 0)
+        run.listener(SearchStarted(run.spec.search.trials, run.log.finished(), 0, 0))
     with clocked(found, "ask"):
         run._goes_on(np.inf)
         turn = run._begin()

@@ -114,7 +114,7 @@ def test_answers_are_those_that_one_worker_gives(done):
 
 def test_race_of_a_resumed_run_is_the_one_that_was_stopped(done):
     run, race, crew = done
-    again = Run(run.folder, run.context, crew, run.output)._race()
+    again = Run(run.folder, run.context, crew, run.listener)._race()
     assert len(again.evaluated) == len(race.evaluated) > 1
     for one, other in zip(again.evaluated, race.evaluated, strict=True):
         assert one.mean == other.mean

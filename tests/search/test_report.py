@@ -18,7 +18,7 @@ from search.cli import main
 from search.racing.race import Estimate
 from search.running.sampling import read_samples, shown
 from search.running.workers import LocalWorker
-from search.showing.charts import Axis, shortened
+from search.showing.charts import Axis
 from search.showing.report import make_report, some_of
 from search.storing.folder import DATABASE, locked
 from search.storing.result import Result, read_result
@@ -244,10 +244,3 @@ def test_ticks_are_on_the_axis_and_neither_few_nor_many(low, width):
     ticks = axis.ticks()
     assert 2 <= len(ticks) <= 7
     assert all(-1e-6 <= axis.share(tick) <= 1 + 1e-6 for tick in ticks)
-
-
-@given(st.text(), st.integers(4, 40))
-def test_shortened_text_keeps_both_ends(text, most):
-    short = shortened(text, most)
-    assert len(short) <= most
-    assert short == text or (text.startswith(short.split("…")[0]) and short[-1] == text[-1])

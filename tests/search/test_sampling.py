@@ -1,4 +1,4 @@
-"""What models write to the same prompts: their own words, and of items the right ones."""
+"""Responses of models to the same prompts: what they generate, and how test items score."""
 
 import json
 
@@ -8,10 +8,11 @@ from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 
 from search.cli import main
-from search.running.run import stored_spec
-from search.running.sampling import MOST, changed, read_samples, shown
+from search.running.sampling import changed
 from search.storing.folder import DATABASE
 from search.storing.result import read_result
+from search.storing.resume import stored_spec
+from search.storing.samples import read_samples
 from search.storing.store import Store
 from tiny_models import tiny_tokenizer
 
@@ -109,20 +110,13 @@ ANSWERS = st.lists(st.tuples(st.sampled_from("abc"), st.integers(0, 2), st.integ
 
 
 @given(ANSWERS, st.integers(1, 5))
-def test_tasks_take_turns_and_what_is_alike_is_left_out(rows, count):
+def test_changed_items_come_from_each_task_in_turn_and_equal_scores_are_left_out(rows, count):
     tasks, before, after = zip(*rows, strict=True) if rows else ((), (), ())
-    places = changed(tasks, before, after, count)
-    assert len(places) == len({*places})
+    indices = changed(tasks, before, after, count)
+    assert len(indices) == len({*indices})
     for sign in (1, -1):
         wanted = {t for t, then, now in rows if sign * (now - then) > 0}
-        there = [place for place in places if sign * (after[place] - before[place]) > 0]
+        there = [at for at in indices if sign * (after[at] - before[at]) > 0]
         assert len(there) <= count
-        assert {tasks[place] for place in there[: len(wanted)]} <= wanted
-        assert len({tasks[place] for place in there}) == min(count, len(wanted))
-
-
-@given(st.text())
-def test_what_is_shown_has_its_lines_and_nothing_unprintable(text):
-    short = shown(text)
-    assert all(line.isprintable() for line in short.split("\n"))
-    assert short.count("\n") == text.count("\n") or len(text) > MOST / 10
+        assert {tasks[at] for at in there[: len(wanted)]} <= wanted
+        assert len({tasks[at] for at in there}) == min(count, len(wanted))

@@ -16,10 +16,10 @@ from rich.console import Console
 
 from search.cli import main
 from search.racing.race import Estimate
-from search.running.events import RaceProgress
+from search.running.events import BlockEvaluated, RaceProgress, SearchStarted, TrialFinished
 from search.showing.live_view import View, render
-from search.showing.terminal import CUTTING, LEAST_TRIALS, NarrowingLive, Terminal
-from search.storing.result import Result, short_names
+from search.showing.terminal import LEAST_TRIALS, Terminal
+from search.storing.result import Result
 from search.storing.trials import TrialRecord
 
 BEST = TrialRecord(
@@ -34,7 +34,7 @@ VIEW = View(
     total=100,
     done=23,
     best=BEST,
-    believed=0.871,
+    posterior_mean=0.871,
     racing=(RaceProgress(23, "dare_linear", 3, 12, Estimate(-0.021, 0.0361**2)),),
     evaluations=9780,
     left=200.0,
@@ -53,11 +53,11 @@ def test_view_has_the_trials_the_best_and_those_at_work():
     text = "\n".join(lines_of(VIEW))
     assert "trial 23 of at most 100" in text
     assert "about 3 min left" in text
-    assert "believed 87.1 %, told 88.3 %, trial 9, ties at scale 0.75" in text
+    assert "posterior mean 87.1 %, estimate 88.3 %, trial 9, ties at scale 0.75" in text
     assert "sort 90.0" in text
     assert "\x1b" not in text
-    assert "trial 23  3 of 12 blocks  -2.1 ± 3.6 to the best  dare_linear" in text
-    assert "9,780 items" in text
+    assert "trial 23  3 of 12 blocks  lead -2.1 ± 3.6 over the best  dare_linear" in text
+    assert "9,780 evaluations" in text
     assert "3 MiB for the live model" in text
 
 
@@ -76,65 +76,15 @@ def test_of_many_trials_at_work_four_are_shown():
     assert "and 3 more" in text
 
 
-def test_a_name_is_short_where_nobody_else_in_the_table_is_called_so():
-    names = ["/here/math", "/here/base", "org/code", "/here/code"]
-    assert [*short_names(names, "/").values()] == ["math", "/here/base", "org/code", "/here/code"]
-
-
-class Rows:
-    """The rows of a terminal that breaks its lines when it is made narrower."""
-
-    def __init__(self):
-        self.rows = [""]  # the cursor is in the last of them
-
-    def narrow(self, width):
-        self.rows = [
-            row[start : start + width]
-            for row in self.rows
-            for start in range(0, max(1, len(row)), width)
-        ]
-
-    def write(self, text):
-        for code in re.findall(r"\x1b\[[?\d;]*[a-zA-Z]|[\r\n]|[^\x1b\r\n]+", text):
-            if code == "\x1b[1A":
-                self.rows.pop()
-            elif code == "\x1b[2K":
-                self.rows[-1] = ""
-            elif code == "\n":
-                self.rows.append("")
-            elif code[0] not in "\x1b\r":
-                self.rows[-1] += code
-
-
-def test_terminal_that_is_made_narrower_keeps_what_was_said_and_one_view(monkeypatch):
-    for name in CUTTING:
-        monkeypatch.delenv(name, raising=False)
-    rows = Rows()
-    with io.StringIO() as file:
-        console = Console(file=file, width=120, height=24, force_terminal=True, no_color=True)
-        live = NarrowingLive(render(VIEW), console=console, auto_refresh=False)
-        console.print("said before")
-        live.start(refresh=True)
-        for width in (120, 60, 50, 20, 100):
-            rows.write(file.getvalue())
-            file.seek(0)
-            file.truncate()
-            rows.narrow(width)
-            console.width = width
-            live.refresh()
-        rows.write(file.getvalue())
-    assert [row.rstrip() for row in rows.rows] == ["said before", *map(str.rstrip, lines_of(VIEW))]
-
-
 def test_time_left_is_said_when_there_is_a_pace_and_has_what_follows_the_search(monkeypatch):
     clock = SimpleNamespace(perf_counter=iter(range(0, 100, 2)).__next__)
     monkeypatch.setattr("search.showing.terminal.time", clock)
     with io.StringIO() as file:
         terminal = Terminal(Console(file=file, width=200))
-        terminal.start(20, [], 500, 300)
+        terminal(SearchStarted(20, [], 500, 300))
         for _ in range(LEAST_TRIALS):
-            terminal.block(20)
-            terminal.trial(BEST)
+            terminal(BlockEvaluated(20))
+            terminal(TrialFinished(BEST))
         *before, last = file.getvalue().splitlines()
     assert "left" not in "".join(before)
     assert last.endswith("(about 50 s left)")  # 10 trials of 2 s, 300 items of 0.1 s

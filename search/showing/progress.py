@@ -1,0 +1,52 @@
+"""Counts of a search that goes on, kept by whoever shows it."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import Final
+
+from search.running.events import BlockEvaluated, Event, SearchStarted, TrialFinished
+from search.storing.trials import TrialRecord
+
+STOPPING: Final = "stopping after this block; Ctrl-C again stops now"
+
+
+@dataclass
+class Progress:
+    """Trials and item evaluations so far.
+
+    Args:
+        total: Trials at most.
+        done: Trials that are finished.
+        evaluations: Item evaluations, earlier sessions' included.
+        best: The feasible trial with the highest estimate.
+    """
+
+    total: int = 0
+    done: int = 0
+    evaluations: int = 0
+    best: TrialRecord | None = None
+
+    def update(self, event: Event) -> None:
+        """Count an event."""
+        match event:
+            case SearchStarted():
+                self.total, self.done, self.best = event.trials, 0, None
+                self.evaluations = event.evaluations
+                for trial in event.finished:
+                    self._add(trial)
+            case BlockEvaluated():
+                self.evaluations += event.items
+            case TrialFinished():
+                self._add(event.trial)
+
+    def _add(self, trial: TrialRecord) -> None:
+        self.done += 1
+        if trial.state == "complete" and (self.best is None or trial.sort_key < self.best.sort_key):
+            self.best = trial
+
+
+def write_stopping() -> None:
+    """Announce the stop from a signal's handler, where a stream may be in the middle of a write."""
+    os.write(2, f"\nmergesearch: {STOPPING}\n".encode())

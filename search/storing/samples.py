@@ -1,0 +1,85 @@
+"""samples.json: what the models of a finished run respond to the same prompts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Final, Literal
+
+from merge_engine.schema import FrozenModel
+from search.storing.folder import replace_text
+from search.storing.result import Result, read_json
+
+FILE: Final = "samples.json"
+
+
+class ModelResponse(FrozenModel):
+    """A model's response to a prompt, untrusted text.
+
+    Args:
+        name: Of the model in tables.
+        model: Its folder or id, or the winner's trial.
+        text: What it wrote, or the choice it took; None: the item has no text.
+        value: Its stored score, of a test item.
+    """
+
+    name: str
+    model: str
+    text: str | None
+    value: float | None = None
+
+    @property
+    def title(self) -> str:
+        """The model's name, and its score on the item."""
+        return self.name if self.value is None else f"{self.name} ({self.value:.3g})"
+
+
+class Sample(FrozenModel):
+    """A prompt, untrusted text, and each model's response to it.
+
+    Args:
+        prompt: As the models read it.
+        responses: Of base, donors and winner.
+        task: Of the test item that the prompt is; None: the user gave the prompt.
+        item: The item's row in the task's data.
+        change: Whether the winner gained or lost the item against the best donor.
+        right: The item's target.
+    """
+
+    prompt: str
+    responses: list[ModelResponse]
+    task: str | None = None
+    item: int | None = None
+    change: Literal["gained", "lost"] | None = None
+    right: str | None = None
+
+    @property
+    def title(self) -> str:
+        """The item's task and row, or "prompt"."""
+        return "prompt" if self.task is None else f"{self.task}, item {self.item}: {self.change}"
+
+
+class Samples(FrozenModel):
+    """The file: samples of a run, and the trial of the winner they are of."""
+
+    version: Literal[1] = 1
+    trial: int
+    samples: list[Sample]
+
+
+def read_samples(folder: Path, result: Result) -> list[Sample]:
+    """Read the samples of a run's winner; none where they are of an earlier winner.
+
+    Raises:
+        StudyError: Another version of this program wrote the file.
+    """
+    kept = read_json(folder / FILE, Samples)
+    return kept.samples if kept and kept.trial == result.winner.trial else []
+
+
+def store_samples(folder: Path, result: Result, samples: Sequence[Sample]) -> None:
+    """Store samples of prompts, or of items, in place of those of the same kind."""
+    kinds = {sample.task is None for sample in samples}
+    others = [one for one in read_samples(folder, result) if (one.task is None) not in kinds]
+    kept = Samples(trial=result.winner.trial, samples=[*others, *samples])
+    replace_text(folder / FILE, kept.model_dump_json(indent=2) + "\n")
