@@ -13,9 +13,9 @@ from huggingface_hub import ModelCard, constants
 
 from merge_engine.recipe.recipe import Recipe
 from search.cli import main
-from search.running.run import stored_spec
 from search.showing.card import model_card
 from search.storing.result import read_result
+from search.storing.resume import stored_spec
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +54,7 @@ def test_card_says_what_result_json_says(run):
     assert card.data.license == "apache-2.0"
     values = {one.dataset_name: one.metric_value for one in card.data.eval_results}
     assert values == {task: round(v, 4) for task, v in result.winner.test.tasks.items()}
-    assert result.says in card.text
+    assert result.verdict_text in card.text
     assert f"{result.item_evaluations:,} item evaluations" in card.text
     assert "6 candidates were tried, 0 of which failed" in card.text
     models = ["base", "donor a", "donor b", "uniform", "**winner**"]
@@ -106,7 +106,7 @@ def test_another_trials_card_says_so_and_claims_no_test_that_was_not(run, tmp_pa
         assert ("| this trial |" in text) == tested
         assert ("model-index" in text) == tested
         assert ("It has not been tested" in text) != tested
-        assert read_result(run).says not in text
+        assert read_result(run).verdict_text not in text
 
 
 class Hub(ThreadingHTTPServer):

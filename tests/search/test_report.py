@@ -13,17 +13,17 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 import search.session
-import search.showing.report
 from search.cli import main
 from search.racing.race import Estimate
-from search.running.sampling import read_samples, shown
 from search.running.workers import LocalWorker
 from search.showing.charts import Axis
 from search.showing.report import make_report, some_of
 from search.storing.folder import DATABASE, locked
 from search.storing.result import Result, read_result
+from search.storing.samples import read_samples
 from search.storing.store import Store
 from search.storing.trials import TrialRecord
+from search.wording import printable_lines
 
 VOID = {"br", "hr", "img", "input", "link", "meta"}
 SCRIPT = "<script>alert(1)</script>"
@@ -96,7 +96,7 @@ def test_page_is_there_while_a_run_goes_on_and_its_failure_stops_nothing(
     make_study, tmp_path, monkeypatch, capsys
 ):
     study, run = make_study(tmp_path, search__trials=3), tmp_path / "run"
-    seen, draw = [], search.showing.report.make_report
+    seen, draw = [], search.session.make_report
 
     def drawing(folder, store):
         seen.append((folder / "report.html").is_file())
@@ -104,7 +104,7 @@ def test_page_is_there_while_a_run_goes_on_and_its_failure_stops_nothing(
             raise KeyError("no such thing")
         return draw(folder, store)
 
-    monkeypatch.setattr(search.showing.report, "make_report", drawing)
+    monkeypatch.setattr(search.session, "make_report", drawing)
     monkeypatch.setattr(search.session, "REPORT_EVERY", 0.0)
     monkeypatch.setattr(search.session, "SHOWING_SHARE", 1e9)
     assert main(["run", str(study), "--out", str(run), "--device", "cpu"]) == 0
@@ -118,7 +118,7 @@ def test_page_is_there_while_a_run_goes_on_and_its_failure_stops_nothing(
 def test_report_stands_alone_and_says_what_was_found(finished):
     page = drawn(finished)
     result = Result.model_validate_json((finished / "result.json").read_text())
-    assert result.says in page.text
+    assert result.verdict_text in page.text
     for name in ("base", "a", "large", "uniform", "winner", "pick", "tell"):
         assert name in page.words
     for difference in (
@@ -154,7 +154,7 @@ def test_what_models_write_is_on_the_page(finished):
         assert sample.title in page.words
         for one in sample.responses:
             assert one.title in page.words
-            assert shown(one.text) in page.words or not one.text
+            assert printable_lines(one.text) in page.words or not one.text
 
 
 def test_failed_trials_are_drawn_and_say_why(finished):
