@@ -38,6 +38,7 @@ from search.running.events import (
 from search.running.ray_workers import Cluster, RayWorkers, import_ray
 from search.running.run import Run
 from search.running.sampling import ITEMS, of_items
+from search.running.search_loop import search
 from search.running.workers import FAILURES, LocalWorker, Workers
 from search.showing.card import model_card
 from search.showing.report import make_report
@@ -139,13 +140,10 @@ class Session:
                 storage = Storage.of(folder, url)
                 store = Store(storage, lambda text: self.listener(Note(text)))
                 storage.remember(folder)
-                shows = (
-                    _throttled(_announce_best, BEST_EVERY),
-                    _throttled(draw_report, REPORT_EVERY),
-                )
+                opened = time.perf_counter()  # reconnecting does not begin the session anew
                 store.persist(
                     lambda: _attempt(
-                        Run(folder, context, workers, self.listener, store, shows), work
+                        Run(folder, context, workers, self.listener, store, opened), work
                     )
                 )
         finally:
@@ -230,7 +228,8 @@ def finish(run: Run, timeout: float) -> None:
         run: The run.
         timeout: Of the search, in seconds.
     """
-    run.search(timeout)
+    shows = _throttled(_announce_best, BEST_EVERY), _throttled(draw_report, REPORT_EVERY)
+    search(run, timeout, shows)
     result, recipe = conclude(run)
     replace_text(run.folder / "recipe.yaml", recipe.to_yaml())
     checkpoint = run.folder / "checkpoint"

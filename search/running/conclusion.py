@@ -17,6 +17,7 @@ from search.racing.item_scores import ItemScores
 from search.racing.pareto import confirmed, leading, posterior_front
 from search.racing.race import Floats
 from search.racing.verdict import SELECT_SHARE, items_to_decide, verdict
+from search.running.baselines import best_donor
 from search.running.events import Stage
 from search.running.run import Run
 from search.storing.result import (
@@ -119,7 +120,7 @@ def conclude(run: Run) -> tuple[Result, Recipe]:
     The best donor is named before the test items are opened, so that its interval is honest.
     """
     choice = choose(run)
-    recipe, best_donor = run.recipe_of(choice.candidate.trial), run.best_donor()
+    recipe, donor = run.recipe_of(choice.candidate.trial), best_donor(run)
     inputs = baselines(run.context.space)
     front = find_front(run) if run.spec.search.front else []
     run.listener(Stage("evaluating the winner, base, donors and their average on the test items"))
@@ -144,9 +145,9 @@ def conclude(run: Run) -> tuple[Result, Recipe]:
         base=found[run.spec.base_model],
         uniform=found[UNIFORM],
         difference_to_best_donor=DonorDifference(
-            donor=best_donor,
-            items_to_decide=items_to_decide(winner, compared[best_donor]),
-            **found[best_donor].difference.model_dump(),
+            donor=donor,
+            items_to_decide=items_to_decide(winner, compared[donor]),
+            **found[donor].difference.model_dump(),
         ),
         search_score=choice.candidate.trial.value,
         believed_score=choice.posterior_mean,

@@ -107,7 +107,6 @@ class Store:
 
     def __init__(self, storage: Storage | Path, say: Callable[[str], None] = print) -> None:
         self.storage = Storage.file(storage) if isinstance(storage, Path) else storage
-        self.opened = time.perf_counter()
         self._say = say
         optuna.logging.set_verbosity(optuna.logging.ERROR)
         with opening(self.storage):

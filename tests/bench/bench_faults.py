@@ -264,7 +264,7 @@ def idle(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
         (folder / str(count)).mkdir()
         run = Run(folder / str(count), bench, crew, Terminal(Console(quiet=True)))
         run.bind_to_store()
-        run.search()
+        search(run)
         trials = [trial for trial in run.log.finished() if trial.recipe in crew.spent]
         spent = [crew.spent[trial.recipe] for trial in trials]
         found[f"trials_by_{count}"] = len(trials)

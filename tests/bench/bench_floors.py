@@ -26,6 +26,7 @@ from landscape import Bits, Floats, Tabulated, demo
 from search.racing.item_scores import ItemScores
 from search.running.conclusion import choose
 from search.running.run import Run
+from search.running.search_loop import search
 from search.showing.terminal import Terminal
 
 Row = dict[str, float]
@@ -70,7 +71,7 @@ def searched(table: Tabulated, floors: Mapping[str, float], seed: int) -> Row:
         crew = Simulated(1, items, seed)
         run = Run(Path(folder), bench, crew, Terminal(Console(quiet=True)))
         run.bind_to_store()
-        run.search()
+        search(run)
         choice = choose(run)
         asked = sum(run.store.evaluations()[0].values())
         chosen_on = run.sheet_of(choice.candidate.trial) + choice.selected

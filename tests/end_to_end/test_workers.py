@@ -18,8 +18,10 @@ from search.preparing.context import load, load_outline, plan_study
 from search.preparing.models import Hardware
 from search.proposing.recipes import to_recipe
 from search.proposing.starts import warm_starts
+from search.running.baselines import open_race
 from search.running.conclusion import conclude
 from search.running.run import Run
+from search.running.search_loop import SearchLoop, search
 from search.running.workers import FAILURES, Worker, WorkerDied
 from search.showing.terminal import Terminal
 from search.storing.folder import DATABASE
@@ -87,9 +89,11 @@ def done(three, tmp_path_factory):
     """A run by three, its race as it was at its end, and who was at work."""
     crew = Crew(three)
     run = run_of(tmp_path_factory.mktemp("done") / "run", crew)
-    races, make = [], run._race
-    run._race = lambda: races.append(make()) or races[-1]
-    run.search()
+    races = []
+    with pytest.MonkeyPatch.context() as patch:
+        kept = lambda run: races.append(open_race(run)) or races[-1]  # noqa: E731
+        patch.setattr("search.running.search_loop.open_race", kept)
+        search(run)
     return run, races[0], crew
 
 
@@ -114,7 +118,7 @@ def test_answers_are_those_that_one_worker_gives(done):
 
 def test_race_of_a_resumed_run_is_the_one_that_was_stopped(done):
     run, race, crew = done
-    again = Run(run.folder, run.context, crew, run.listener)._race()
+    again = open_race(Run(run.folder, run.context, crew, run.listener))
     assert len(again.evaluated) == len(race.evaluated) > 1
     for one, other in zip(again.evaluated, race.evaluated, strict=True):
         assert one.mean == other.mean
@@ -138,7 +142,7 @@ def test_equal_proposals_at_work_at_once_are_asked_once(three, tmp_path):
     point = run.context.space.point("task_arithmetic", (0.3, 0.2, 0.1))
     for _ in range(3):
         run.log.enqueue(point)
-    run.search()  # storing a block twice is an error
+    search(run)  # storing a block twice is an error
     first, second, third = run.log.finished()[:3]
     assert first.point == second.point == third.point
     assert len(run.log.finished()) == 12
@@ -147,11 +151,11 @@ def test_equal_proposals_at_work_at_once_are_asked_once(three, tmp_path):
 def test_last_trial_is_asked_by_all_who_would_be_idle(three, tmp_path):
     crew = Crew(three)
     run = run_of(tmp_path / "run", crew)
-    run._race()
+    open_race(run)
     crew.most = 0
     spec = run.spec.model_copy(update={"search": run.spec.search.model_copy(update={"trials": 1})})
     run.context = replace(run.context, spec=spec)
-    run.search()
+    search(run)
     assert len(run.log.finished()) == 1
     assert crew.most == 2  # of its three blocks the first was known
 
@@ -164,17 +168,17 @@ def test_stopped_run_has_stored_what_was_at_work_and_goes_on(three, tmp_path, mo
         asked.append(0) or setattr(run.evaluator, "stopping", len(asked) > 20)
     )
     with pytest.raises(KeyboardInterrupt):
-        run.search()
+        search(run)
     assert not crew.jobs
     assert len(blocks_of(tmp_path / "run")) == len(asked)
     begun = {trial.number for trial in run.log.records() if trial.state != "waiting"}
     assert len(run.log.finished()) < len(begun) < 12
     again = run_of(tmp_path / "run", crew)
     with monkeypatch.context() as stopped:
-        stopped.setattr(Run, "_exhausted", lambda *_: True)
-        again.search()  # as it would have ended, had nobody stopped it
+        stopped.setattr(SearchLoop, "_exhausted", lambda *_: True)
+        search(again)  # as it would have ended, had nobody stopped it
     assert {trial.number for trial in told(again)} == begun
-    again.search()
+    search(again)
     assert sorted(trial.number for trial in told(again)) == list(range(12))
 
 
@@ -184,7 +188,7 @@ def test_worker_that_dies_is_replaced_and_its_block_asked_again(three, tmp_path)
     deaths = []
     crew.deadly = lambda job, deadly=crew.deadly: deadly(job) and not deaths.append(job)
     run = run_of(tmp_path / "run", crew)
-    run.search()
+    search(run)
     assert deaths
     assert {trial.state for trial in run.log.finished()} == {"complete"}
 
@@ -194,7 +198,7 @@ def test_candidate_that_kills_two_workers_is_set_aside(three, tmp_path):
     run = run_of(tmp_path / "run", crew)
     bad = to_recipe(run.context.space, warm_starts(run.context.space)[6][1])
     crew.deadly = lambda job: job.recipe == bad
-    run.search()
+    search(run)
     states = {trial.recipe: trial.state for trial in run.log.finished()}
     assert states.pop(bad.key) == "fail"
     assert set(states.values()) == {"complete"}

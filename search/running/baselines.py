@@ -1,0 +1,88 @@
+"""The models a search starts from: base, donors and their average, and the race they open."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import suppress
+
+from search.proposing.starts import baselines
+from search.racing.elimination import JointPosterior, successive_elimination
+from search.racing.race import Floats, Race
+from search.running.events import Note
+from search.running.run import Run
+from search.running.workers import FAILURES
+from search.storing.trials import TrialRecord
+from search.study.spec import StudyError
+
+
+def try_baselines(run: Run) -> None:
+    """Evaluate base, donors and their uniform average on a first block of search items.
+
+    Raises:
+        StudyError: One of them cannot be evaluated.
+    """
+    inputs = baselines(run.context.space)
+    with suppress(*FAILURES):  # all at once; which of them has failed is found below
+        run.scores.evaluate([*inputs.values()], "search", 1)
+    right = 0.0
+    for name, recipe in inputs.items():
+        try:
+            right += run.scores.evaluate([recipe], "search", 1)[0].mean
+        except FAILURES as error:
+            raise StudyError(f"{name} alone: {error}") from error
+    if right == 0:
+        first = run.evaluator.block_ends("search")[0]
+        run.listener(
+            Note(
+                f"neither the base nor a donor has one of the first {first} search items right; "
+                "if they should, look at how the task asks them (its doc_to_text, "
+                "apply_chat_template)"
+            )
+        )
+
+
+def best_donor(run: Run) -> str:
+    """Return the donor with the highest posterior mean after a race among the donors."""
+    donors = run.spec.models_but_base
+    known = baselines(run.context.space)
+
+    def evaluate(some: Sequence[int], items: int) -> Floats:
+        return run.scores.matrix([known[donors[index]] for index in some], "search", items)
+
+    best = successive_elimination(
+        JointPosterior.vague(len(donors)),
+        run.scores.strata("search"),
+        evaluate,
+        run.evaluator.block_ends("search"),
+    )
+    return donors[best]
+
+
+def open_race(run: Run) -> Race:
+    """Make the race as the finished trials have left it; the best donor is recorded first."""
+    race = Race(run.scores.strata("search"), front=run.spec.search.front)
+    best = best_donor(run)
+    recipe = baselines(run.context.space)[best]
+    (scores,) = run.scores.evaluate([recipe], "search")
+    for note in run.scores.check_judged(best, recipe):
+        run.listener(Note(note))
+    race.record(scores.array, run.scores.violation({"search": scores}))
+    for trial in _references(run, race):
+        scores = run.scores_of(trial)
+        race.record(scores.array, run.scores.violation({"search": scores}))
+    return race
+
+
+def _references(run: Run, race: Race) -> list[TrialRecord]:
+    """List the trials that a race depends on, in the order they were told.
+
+    They were evaluated on all search items and, where there is one objective, are the reference
+    panel, or equal to its last but for rounding.
+    """
+    size = len(run.context.splits.search)
+    trials = [trial for trial in run.log.complete() if trial.items == size]
+    if not race.front and len(trials) > race.panel:
+        violation, loss = sorted(trial.sort_key for trial in trials)[race.panel - 1]
+        limit = (violation, loss + 1e-9 * max(1.0, abs(loss)))
+        trials = [trial for trial in trials if trial.sort_key <= limit]
+    return sorted(trials, key=lambda trial: trial.tell_order)

@@ -1,0 +1,203 @@
+"""The search loop: ask, build, evaluate, race, tell.
+
+A candidate that has lost its race makes way for the next at once; there are no generations.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from merge_engine.recipe.recipe import Recipe
+from search.preparing.cost import RACED, concluding_evaluations
+from search.proposing.recipes import to_recipe
+from search.proposing.samplers import Proposer
+from search.proposing.starts import warm_starts
+from search.proposing.stopping import should_stop
+from search.racing.item_scores import ItemScores
+from search.running.baselines import open_race, try_baselines
+from search.running.evaluator import Block
+from search.running.events import Note, RaceProgress, RaceProgressed, SearchStarted, TrialFinished
+from search.running.run import Run
+from search.storing.trials import OpenTrial, TrialRecord
+
+
+@dataclass
+class RunningTrial:
+    """A trial in the race: its recipe, and its scores on the items considered so far."""
+
+    trial: OpenTrial
+    recipe: Recipe
+    scores: ItemScores
+
+
+def search(
+    run: Run, timeout: float = math.inf, after_trial: Sequence[Callable[[Run], None]] = ()
+) -> None:
+    """Run trials until the study has all of them, or early stopping or the time ends it.
+
+    Args:
+        run: The session.
+        timeout: Seconds of the session after which no trial but the first is begun.
+        after_trial: Called after each finished trial.
+
+    Raises:
+        StudyError: The base or a donor cannot be evaluated.
+    """
+    evaluations = sum(run.store.evaluations()[0].values())
+    total, items = run.spec.search.trials, run.spec.objective.items.search
+    after = concluding_evaluations(run.spec, RACED * total * items)
+    run.listener(SearchStarted(total, run.log.finished(), evaluations, after))
+    known = {trial.start for trial in run.log.records()}
+    for label, point in warm_starts(run.context.space):
+        if label not in known:
+            run.log.enqueue(point, start=label)
+    try_baselines(run)
+    SearchLoop(run, run.opened + timeout, after_trial).work()
+
+
+class SearchLoop:
+    """The trials in the race, one for each worker.
+
+    Args:
+        run: The session.
+        deadline: When to begin no further trial, by ``time.perf_counter``.
+        after_trial: Called after each finished trial.
+    """
+
+    def __init__(
+        self, run: Run, deadline: float, after_trial: Sequence[Callable[[Run], None]]
+    ) -> None:
+        self.run, self.deadline, self.after_trial = run, deadline, after_trial
+        spec = run.spec.search
+        self.proposer = Proposer(spec.sampler, run.context.space, spec.seed, front=spec.front)
+        self.race = open_race(run)
+        self._waiting: dict[Block, list[RunningTrial]] = {}  # trials by the block they need
+
+    def work(self) -> None:
+        """Ask, evaluate, race and tell until nothing is left to do."""
+        evaluator = self.run.evaluator
+        while True:
+            while evaluator.idle and self._may_begin():
+                self._advance(self._begin())
+            self._evaluate_ahead()
+            if not self._waiting:
+                break
+            self.run.listener(RaceProgressed(self._progress()))
+            block, failure = evaluator.collect()
+            for running in self._waiting.pop(block):
+                if failure is None:
+                    self._advance(running)
+                else:
+                    self._finish(running.trial.fail(str(failure)))
+        self._note_why_it_ended()
+
+    @property
+    def _running(self) -> list[RunningTrial]:
+        """Trials that wait for a block, in the order of their numbers."""
+        waiting = [one for trials in self._waiting.values() for one in trials]
+        return sorted(waiting, key=lambda one: one.trial.number)
+
+    def _may_begin(self) -> bool:
+        """Decide whether to begin another trial beside the running ones."""
+        run, open_now = self.run, [one.trial.number for one in self._running]
+        finished = run.log.finished()
+        begun = len(finished) + len(open_now)
+        if begun >= run.spec.search.trials or (begun and time.perf_counter() > self.deadline):
+            return False
+        return not self._exhausted(finished) or bool(run.log.left_running(open_now))
+
+    def _exhausted(self, finished: Sequence[TrialRecord]) -> bool:
+        """Decide whether early stopping ends the search."""
+        select = len(self.run.context.splits.select)
+        return self.run.spec.search.stop and should_stop(finished, select)
+
+    def _begin(self) -> RunningTrial:
+        """Open the next trial: one of an earlier session, a warm start, or a new proposal."""
+        start = time.perf_counter()
+        trial = self.proposer.ask(self.run.log, [one.trial.number for one in self._running])
+        self.run.ask_seconds += time.perf_counter() - start
+        recipe = to_recipe(self.run.context.space, trial.point)
+        trial.set_recipe(recipe.key)
+        return RunningTrial(trial, recipe, self.run.scores.empty())
+
+    def _advance(self, running: RunningTrial) -> None:
+        """Evaluate a trial on one more block, or tell it when the race has stopped it."""
+        evaluator = self.run.evaluator
+        while self.race.should_continue(running.scores.array):
+            items = len(running.scores.values) + 1
+            if missing := evaluator.missing_blocks(running.recipe, "search", items):
+                block = Block(running.recipe.key, "search", missing[0])
+                if block not in self._waiting:  # else another trial of the same recipe waits
+                    evaluator.submit(running.recipe, "search", missing[0])
+                self._waiting.setdefault(block, []).append(running)
+                return
+            running.scores = self.run.scores.stored(running.recipe, "search", items)
+        self._tell(running)
+
+    def _evaluate_ahead(self) -> None:
+        """Let idle workers evaluate blocks that the running trials may need next.
+
+        At the end of a search the longest trial would keep all but one of them waiting.
+        """
+        evaluator = self.run.evaluator
+        if not evaluator.idle:
+            return
+        for recipe in {one.recipe.key: one.recipe for one in self._running}.values():
+            for number in evaluator.missing_blocks(recipe, "search"):
+                block = Block(recipe.key, "search", number)
+                if evaluator.idle and block not in self._waiting:
+                    evaluator.submit(recipe, "search", number)
+                    self._waiting[block] = []
+
+    def _tell(self, running: RunningTrial) -> None:
+        """Tell a trial its recipe's estimate and that estimate's variance."""
+        run, scores = self.run, running.scores
+        violation = run.scores.violation({"search": scores})
+        faults = run.scores.faults(running.recipe, len(scores.values))
+        summary = None
+        if faults:
+            summary = f"{len(faults)} answers not judged, e.g. {': '.join(faults[0])}"
+        record = running.trial.tell(
+            self.race.record(scores.array, violation),
+            self.race.by_task(scores.array),
+            items=len(scores.values),
+            order=len(run.log.finished()),
+            violation=violation if run.spec.objective.has_constraints else None,
+            faults=summary,
+        )
+        self._finish(record)
+
+    def _finish(self, record: TrialRecord) -> None:
+        self.run.log.set_header(seconds=self.run.seconds())
+        self.run.listener(TrialFinished(record))
+        for work in self.after_trial:
+            work(self.run)
+
+    def _progress(self) -> list[RaceProgress]:
+        ends = self.run.evaluator.block_ends("search")
+        return [
+            RaceProgress(
+                one.trial.number,
+                one.recipe.merge_method,
+                sum(end <= len(one.scores.values) for end in ends),
+                len(ends),
+                self.race.lead(one.scores.array),
+            )
+            for one in self._running
+        ]
+
+    def _note_why_it_ended(self) -> None:
+        finished = self.run.log.finished()
+        if self._exhausted(finished):
+            self.run.listener(
+                Note(
+                    f"early stopping after {len(finished)} trials: the expected improvement is "
+                    "below what the select split can resolve; with search.stop: false the search "
+                    "goes on"
+                )
+            )
+        elif len(finished) < self.run.spec.search.trials:
+            self.run.listener(Note("the time is up; run it again to go on searching"))
