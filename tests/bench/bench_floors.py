@@ -1,13 +1,14 @@
 """Whether winners keep the floors they were chosen for: one JSON line per set of floors.
 
-    python tests/bench_floors.py [--floors rev,rev-high,two,none] [--seeds 20] [--first 0] [--runs]
+    PYTHONPATH=tests/support python tests/bench/bench_floors.py
+        [--floors rev,rev-high,two,none] [--seeds 20] [--first 0] [--runs]
 
 The run's own loop and choice on the demo's tabulated answers, where the true mean of every recipe
 in every task is known. ``kept`` is the share of runs whose winner truly meets all floors, ``short``
 by how many points it misses them, summed over tasks and in the mean over runs; ``says_kept`` the
 share of runs whose search and select items say that it meets them, ``test_kept`` that of the test
 items, ``test_right`` the share where these say what is true. ``value`` is the winner's true value
-in the mean, ``best`` that of the best recipe known which meets the floors, ``asked`` the item
+in the mean, ``best`` that of the best recipe known which meets the floors, ``evaluations`` the item
 evaluations of search and choice. ``--runs`` prints every run's own line, too.
 """
 
@@ -19,18 +20,14 @@ from pathlib import Path
 
 import numpy as np
 import optuna
-from rich.console import Console
 
-from bench_faults import Simulated, simulated
 from landscape import Bits, Floats, Tabulated, demo
 from search.racing.item_scores import ItemScores
 from search.running.conclusion import choose
-from search.running.run import Run
 from search.running.search_loop import search
-from search.showing.terminal import Terminal
+from simulated import simulated_context, simulated_run
 
 Row = dict[str, float]
-COUNTS = {"search": 240, "select": 200, "test": 360}
 FLOORS: Mapping[str, Mapping[str, float]] = {
     "rev": {"demo_rev": 0.95},
     "rev-high": {"demo_rev": 0.98},
@@ -46,9 +43,9 @@ def short(table: Tabulated, answers: Bits, floors: Mapping[str, float]) -> Float
     return np.sum([np.zeros(len(answers)), *missed], axis=0)
 
 
-def keeps(sheet: ItemScores, floors: Mapping[str, float]) -> bool:
-    """Whether the means of these answers meet floors."""
-    return all(sheet.by_task[task] >= floor for task, floor in floors.items())
+def keeps(scores: ItemScores, floors: Mapping[str, float]) -> bool:
+    """Whether the task means of these scores meet floors."""
+    return all(scores.by_task[task] >= floor for task, floor in floors.items())
 
 
 def best(table: Tabulated, floors: Mapping[str, float]) -> float:
@@ -65,17 +62,17 @@ def best(table: Tabulated, floors: Mapping[str, float]) -> float:
 
 
 def searched(table: Tabulated, floors: Mapping[str, float], seed: int) -> Row:
-    """One run, and the truth about its winner."""
-    items, bench = simulated(table, seed, COUNTS, {"trials": 60, "seed": seed}, floors)
+    """Run a search, and look up the true values of its winner."""
+    settings = {"trials": 60, "seed": seed}
+    constraints = {"constraints": dict(floors)}
+    context = simulated_context(table, seed, search=settings, objective=constraints)
     with tempfile.TemporaryDirectory() as folder:
-        crew = Simulated(1, items, seed)
-        run = Run(Path(folder), bench, crew, Terminal(Console(quiet=True)))
-        run.bind_to_store()
+        run = simulated_run(Path(folder), context)
         search(run)
         choice = choose(run)
-        asked = sum(run.store.evaluations()[0].values())
-        chosen_on = run.sheet_of(choice.candidate.trial) + choice.selected
-        recipe = choice.candidate.recipe
+        evaluations = sum(run.store.evaluations()[0].values())
+        chosen_on = run.scores_of(choice.candidate.trial) + choice.selected
+        recipe = run.recipe_of(choice.candidate.trial)
         (test,) = run.scores.evaluate([recipe], "test")
     truly = float(short(table, table.answers(recipe)[None], floors)[0])
     return {
@@ -85,7 +82,7 @@ def searched(table: Tabulated, floors: Mapping[str, float], seed: int) -> Row:
         "test_kept": keeps(test, floors),
         "test_right": keeps(test, floors) == (truly == 0),
         "value": table.truth(recipe),
-        "asked": asked,
+        "evaluations": evaluations,
     }
 
 

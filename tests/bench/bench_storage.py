@@ -1,10 +1,11 @@
 """What a long run costs its coordinator: seconds, one JSON line a sampler.
 
-    python tests/bench/bench_storage.py [--trials 10000] [--items 1000] [--samplers gp,tpe]
+    PYTHONPATH=tests/support python tests/bench/bench_storage.py [--trials 10000] [--items 1000]
+        [--samplers gp,tpe]
 
-A database is written as if all these trials had answered all items, and a run opened on it: made
-(with its race as it was), asked for two more trials, told one of them, concluded with a worker
-that answers at once, concluded again from what is stored, and its page drawn.
+A database is written as if all these trials had been evaluated on all search items, and a run is
+opened on it: its race is rebuilt, two more trials are proposed and told, it is concluded with
+simulated workers, concluded again from what is stored, and its report is drawn.
 """
 
 import argparse
@@ -13,113 +14,86 @@ import sqlite3
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from itertools import pairwise
+from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
 from optuna.distributions import CategoricalDistribution, distribution_to_json
-from rich.console import Console
+from typing_extensions import override
 
 from landscape import planted
-from objectives.base import Item, ItemResult, ItemSnapshot
-from objectives.items import SPLITS, Splits
 from search.preparing.context import StudyContext
-from search.proposing.gp import fitted
+from search.proposing.gp import fit_kernel
 from search.proposing.recipes import to_recipe
 from search.proposing.space import Space
 from search.proposing.starts import warm_starts
 from search.running.conclusion import conclude
-from search.running.events import SearchStarted
 from search.running.run import Run
+from search.running.search_loop import search
 from search.running.workers import EvalJob, EvalReply
 from search.showing.report import make_report
-from search.showing.terminal import Terminal
 from search.storing.folder import DATABASE
 from search.storing.store import Store
-from search.study.reading import parse_study
+from simulated import SimulatedWorkers, ignore, simulated_context
 
 BLOCK = 20
 
 
-class Questions:
-    """Items that nobody is really asked."""
+@dataclass
+class Stopwatch(SimulatedWorkers):
+    """A simulated worker that notes when it is given each job and when it has replied."""
 
-    def __init__(self, tasks: list[str], weights: dict[str, float]) -> None:
-        self.items = [Item(task, f"{place:x}", place) for place, task in enumerate(tasks)]
-        self.tasks = weights
+    submitted: list[float] = field(default_factory=list)
+    replied: list[float] = field(default_factory=list)
 
-    def snapshots(self, items: Any) -> list[ItemSnapshot]:
-        return [ItemSnapshot(str(number), "") for number in items]
+    @override
+    def submit(self, worker: int, job: EvalJob) -> None:
+        self.submitted.append(time.perf_counter())
+        super().submit(worker, job)
 
-
-class Prompt:
-    """A worker that answers at once, and by chance."""
-
-    count = 1
-
-    def __init__(self) -> None:
-        self.jobs: list[EvalJob] = []
-        self.luck = np.random.default_rng(0)
-
-    def submit(self, place: int, job: EvalJob) -> None:
-        self.jobs.append(job)
-
-    def next(self) -> tuple[int, EvalReply]:
-        drawn = self.luck.integers(2, size=len(self.jobs[-1].items)).tolist()
-        self.jobs.pop()
-        return 0, EvalReply([ItemResult(float(value)) for value in drawn], 0.0, 0.0)
+    @override
+    def next(self) -> tuple[int, EvalReply | Exception]:
+        outcome = super().next()
+        self.replied.append(time.perf_counter())
+        return outcome
 
 
-def make_context(sampler: str, items: int) -> StudyContext:
-    landscape, generator = planted(0), np.random.default_rng(0)
-    space, sizes = landscape.space, {"search": items, "select": 200, "test": 400}
-    tasks = [task for split in SPLITS for task in landscape.draw(sizes[split], generator).tasks]
-    ends = np.cumsum([0, *(sizes[split] for split in SPLITS)]).tolist()
-    splits = {
-        split: tuple(range(*part)) for split, part in zip(SPLITS, pairwise(ends), strict=True)
-    }
-    study = {
-        "base_model": space.base,
-        "models": list(space.donors),
-        "search": {"methods": list(space.methods), "trials": 10**6, "sampler": sampler},
-        "objective": {"tasks": [{"task": task} for task in landscape.weights], "block": BLOCK},
-    }
-    spec = parse_study(study, Path(), "simulated")
-    return StudyContext(
-        spec, Questions(tasks, dict(landscape.weights)), Splits(**splits), space, {}
-    )
+def make_context(sampler: str, items: int, trials: int) -> StudyContext:
+    counts = {"search": items, "select": 200, "test": 400}
+    search = {"trials": trials, "sampler": sampler, "stop": False}
+    return simulated_context(planted(0), 0, counts, search=search, objective={"block": BLOCK})
 
 
-def write(file: Path, bench: StudyContext, trials: int) -> None:
-    """The tables as that many trials would have left them, each of which answered everything."""
-    generator, size = np.random.default_rng(1), len(bench.splits.search)
-    weights, tasks = bench.weights, np.array(bench.tasks_of("search"))
+def write(file: Path, context: StudyContext, trials: int) -> None:
+    """Write the tables as that many trials, each evaluated on all items, would have left them."""
+    generator, size = np.random.default_rng(1), len(context.splits.search)
+    weights, tasks = context.weights, np.array(context.tasks_of("search"))
     share = np.array([weights[task] / (tasks == task).sum() for task in tasks])
     rows: dict[str, list[tuple[Any, ...]]] = {}
 
     def add(table: str, *row: Any) -> None:
         rows.setdefault(table, []).append(row)
 
-    warm = len(warm_starts(bench.space))
+    warm = len(warm_starts(context.space))
     for number in range(trials):
         values = (generator.random(size) < generator.uniform(0.2, 0.6)).astype(float)
-        point, recipe, of = drawn(bench.space, generator), f"recipe {number}", number + 1
+        point, recipe, of = drawn(context.space, generator), f"recipe {number}", number + 1
         noted = {"recipe": recipe, "variance": 0.24 / size, "items": size, "told": number}
         noted["tasks"] = {task: [0.5, 0.001] for task in weights}
         if number < warm:
-            noted["start"] = warm_starts(bench.space)[number][0]
-            point = warm_starts(bench.space)[number][1]
+            noted["start"] = warm_starts(context.space)[number][0]
+            point = warm_starts(context.space)[number][1]
         add("trials", of, number, 1, "COMPLETE", *2 * ["2026-01-01 00:00:00.000000"])
         add("trial_values", None, of, 0, float(values @ share / sum(weights.values())), "FINITE")
-        for name, distribution in bench.space.distributions.items():
+        for name, distribution in context.space.distributions.items():
             value = distribution.to_internal_repr(point[name])
             add("trial_params", None, of, name, value, distribution_to_json(distribution))
         for key, attribute in noted.items():
             add("trial_user_attributes", None, of, key, json.dumps(attribute))
         add("trial_system_attributes", None, of, "gain", "1.0")
-        key = to_recipe(bench.space, point).key
+        key = to_recipe(context.space, point).key
         for block in range(0, size, BLOCK):
             asked = json.dumps(values[block : block + BLOCK].tolist())
             none = json.dumps([None] * BLOCK)
@@ -150,34 +124,33 @@ def clocked(found: dict[str, float], name: str) -> Iterator[None]:
 
 def measure(folder: Path, sampler: str, options: argparse.Namespace) -> dict[str, float]:
     found: dict[str, float] = {}
-    bench = make_context(sampler, options.items)
+    context = make_context(sampler, options.items, options.trials + 2)
     Store(folder / DATABASE)
-    write(folder / DATABASE, bench, options.trials)
+    write(folder / DATABASE, context, options.trials)
+    workers, finished = Stopwatch(context.objective), list[tuple[float, float]]()
+
+    def note(run: Run) -> None:
+        finished.append((time.perf_counter(), run.seconds()["ask"]))
+
     with clocked(found, "open"):
-        run = Run(folder, bench, Prompt(), Terminal(Console(quiet=True)))
+        run = Run(folder, context, workers, ignore)
         run.bind_to_store()
-    with clocked(found, "rebuild"):
-        run._enqueue_warm_starts()
-        run._try_baselines()
-        race = run._race()
-        run.listener(SearchStarted(run.spec.search.trials, run.log.finished(), 0, 0))
-    with clocked(found, "ask"):
-        run._goes_on(np.inf)
-        turn = run._begin()
-    with clocked(found, "ask_again"):
-        run._goes_on(np.inf)
-        run._begin()
-    run.scorer.begin(turn.recipe, "search", 0)
-    run.scorer.finish()
-    with clocked(found, "tell"):
-        turn.sheet = run.sheet(turn.recipe, "search", 1)
-        run._tell(turn, race)
+    start = time.perf_counter()
+    search(run, after_trial=[note])
+    (first, ask), (_, ask_both) = finished
+    found |= {
+        "rebuild": workers.submitted[0] - start - ask,
+        "ask": ask,
+        "ask_again": ask_both - ask,
+        "tell": first - max(end for end in workers.replied if end < first),
+    }
+    found = {name: round(seconds, 2) for name, seconds in found.items()}
     for name in ("conclude", "conclude_again"):
-        fitted.cache_clear()
+        fit_kernel.cache_clear()
         with clocked(found, name):
             result, _ = conclude(run)
     (folder / "result.json").write_text(result.model_dump_json())
-    fitted.cache_clear()
+    fit_kernel.cache_clear()
     with clocked(found, "report"):
         make_report(folder, run.store)
     return found
