@@ -62,7 +62,7 @@ from search.session import (
     save_checkpoint,
 )
 from search.showing.card import model_card
-from search.showing.card import push as push_to_hub
+from search.showing.hub import push as push_to_hub
 from search.showing.report import make_report
 from search.storing.address import Storage
 from search.storing.folder import CARD, check_folder, is_held, replace_text

@@ -1,190 +1,186 @@
-"""Charts as inline SVG, as wide as there is room, with text that keeps its size.
-
-Across, places are percentages of the plot area; down, they are pixels. Curves are drawn in a nested
-drawing that is stretched to the area. What stands beside the area (ticks, names) lies in the
-padding of the element around it. Colours and widths are the style sheet's, by class.
-"""
+"""The charts of the report."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
+from itertools import combinations
+from typing import Final, NamedTuple
 
 import numpy as np
 from markupsafe import Markup
 
-from search.wording import shortened
+from search.proposing.encoding import Candidates
+from search.proposing.insight import HALF_WIDTH, PosteriorView
+from search.racing.race import Floats
+from search.showing.comparison import Row
+from search.showing.facts import RunFacts, describe_trial
+from search.showing.svg import Axis, Chart, IntervalRow, interval_chart
+from search.storing.trials import TrialRecord
 
-if TYPE_CHECKING:
-    from search.racing.race import Floats
-
-ROW = 22  # pixels of a row of intervals
-
-
-@dataclass(frozen=True)
-class Axis:
-    """A range of values, with the name of what they are and its unit."""
-
-    name: str
-    low: float
-    high: float
-
-    @classmethod
-    def around(cls, name: str, values: Sequence[float] | Floats) -> Axis:
-        """One that holds all the values, with some room."""
-        low, high = float(np.min(values)), float(np.max(values))
-        room = 0.06 * (high - low) or 1.0
-        return cls(name, low - room, high + room)
-
-    def share(self, value: float) -> float:
-        """How far along the axis a value is: 0 to 1."""
-        return (value - self.low) / (self.high - self.low)
-
-    def ticks(self, most: int = 6) -> list[float]:
-        """Round values on it."""
-        rough = (self.high - self.low) / most
-        power = 10.0 ** math.floor(math.log10(rough))
-        step = next(power * factor for factor in (1, 2, 5, 10) if power * factor >= rough)
-        first, last = math.ceil(self.low / step), math.floor(self.high / step + 1e-9)
-        return [step * number for number in range(first, last + 1)]
+DRAWN: Final = 2000  # trials in a chart
+MOMENTS: Final = 40  # at which the incumbent's posterior is computed
+PAIRS: Final = 6  # of tasks, for which the Pareto front is drawn
+NEGLIGIBLE: Final = 1e-9  # a difference of features that is rounding alone
+COLOURS: Final = 8  # that the style sheet has for methods
 
 
-@dataclass(frozen=True)
-class IntervalRow:
-    """A row: what it is, a value, the ends of its interval, and its class."""
-
-    name: str
-    mean: float
-    low: float
-    high: float
-    kind: str = ""
+def colour(method: str, methods: Sequence[str]) -> str:
+    """Return the class of a method's colour in the style sheet."""
+    return f"m{methods.index(method) % COLOURS}"
 
 
-@dataclass
-class Chart:
-    """A plot area to draw in.
-
-    Args:
-        x: Across.
-        y: Upwards.
-        height: Of the area, in pixels.
-    """
-
-    x: Axis
-    y: Axis
-    height: int = 230
-    _marks: list[Markup] = field(default_factory=list)
-
-    def band(self, x: Floats, low: Floats, high: Floats, kind: str = "") -> None:
-        """Fill between two curves (n)."""
-        there, back = self._path(x, low), self._path(x[::-1], high[::-1])
-        self._stretch(f"M{there}L{back}Z", f"band {kind}")
-
-    def line(self, x: Floats, y: Floats, kind: str = "") -> None:
-        """Draw a curve (n)."""
-        self._stretch(f"M{self._path(x, y)}", f"line {kind}")
-
-    def upright(self, x: float, low: float, high: float, kind: str = "") -> None:
-        """Draw an interval at one place."""
-        self._marks.append(
-            Markup('<line class="{}" x1="{x}" x2="{x}" y1="{:.1f}" y2="{:.1f}"/>').format(
-                kind, self._down(low), self._down(high), x=self._across(x)
+def score_charts(columns: Sequence[str], rows: Sequence[Row]) -> list[Markup]:
+    """Draw the test scores of all models, a chart for each column, on one axis."""
+    scores = [
+        [
+            IntervalRow(
+                row.name,
+                100 * cell.score.mean,
+                100 * cell.score.low,
+                100 * cell.score.high,
+                "chosen" if row.marked else "",
             )
-        )
-
-    def dot(self, x: float, y: float, title: str, kind: str = "", radius: float = 3) -> None:
-        """Draw a point that says what it is."""
-        self._marks.append(
-            Markup('<circle class="{}" cx="{}" cy="{:.1f}" r="{:.1f}">{}</circle>').format(
-                kind, self._across(x), self._down(y), radius, _title(title)
-            )
-        )
-
-    def label(self, x: float, y: float, text: str) -> None:
-        """Write beside a point."""
-        self._marks.append(
-            Markup('<text x="{}" y="{:.1f}" dx="7" dy="4">{}</text>').format(
-                self._across(x), self._down(y), text
-            )
-        )
-
-    def svg(self, what: str) -> Markup:
-        """The whole, and what it shows for those who cannot see it."""
-        grid = [
-            Markup(
-                '<line class="grid" x1="0" x2="100%" y1="{y:.1f}" y2="{y:.1f}"/>'
-                '<text class="tick" x="-8" y="{y:.1f}" dy="4" text-anchor="end">{}</text>'
-            ).format(_number(tick), y=self._down(tick))
-            for tick in self.y.ticks()
+            for cell in row.cells
+            if cell
         ]
-        names = Markup('<text class="name" x="-40" y="-10">{}</text>').format(self.y.name)
-        area = Markup('<svg width="100%" height="{}">{}</svg>').format(
-            self.height, Markup("").join(self._marks)
+        for row in rows
+    ]
+    ends = [end for row in scores for score in row for end in (score.low, score.high)]
+    axis = Axis.around("test score, %", ends)
+    return [
+        interval_chart(axis, [row[index] for row in scores], f"{column}: score on test")
+        for index, column in enumerate(columns)
+    ]
+
+
+def front_charts(columns: Sequence[str], rows: Sequence[Row]) -> list[Markup]:
+    """Draw the Pareto front, winner and baselines over pairs of tasks."""
+    charts = []
+    for one, other in list(combinations(range(1, len(columns)), 2))[:PAIRS]:
+        points = [
+            (row, 100 * first.score.mean, 100 * second.score.mean)
+            for row in rows
+            if (first := row.cells[one]) and (second := row.cells[other])
+        ]
+        chart = Chart(
+            Axis.around(f"{columns[one]}, %", [x for _, x, _ in points]),
+            Axis.around(f"{columns[other]}, %", [y for _, _, y in points]),
         )
-        parts = [*grid, names, _across_ticks(self.x, self.height), area]
-        return _drawing(what, self.height, parts)
+        for row, x, y in points:
+            kind = "chosen" if row.marked else ""
+            chart.dot(x, y, f"{row.name}: {x:.1f}, {y:.1f}", kind, 4)
+        charts.append(chart.svg(f"the Pareto front in {columns[one]} and {columns[other]}"))
+    return charts
 
-    def _across(self, x: float) -> str:
-        return f"{100 * self.x.share(x):.2f}%"
 
-    def _down(self, y: float) -> float:
-        return self.height * (1 - self.y.share(y))
+def progress_chart(facts: RunFacts, view: PosteriorView) -> Markup:
+    """Draw the incumbent's posterior mean, with its 95 % band, over item evaluations."""
+    counts = np.unique(np.linspace(3, len(view.trials), MOMENTS).astype(int))
+    evaluations, means, sides = [], [], []
+    for count in counts.tolist():
+        posterior = view.after(count)
+        best = int(np.argmax(posterior.feasible_means))
+        data = posterior.data
+        mean, deviation = posterior.values(data.x[[best]], data.method[[best]])
+        evaluations.append(facts.evaluations[view.trials[count - 1].number])
+        means.append(100 * float(mean[0]))
+        sides.append(100 * HALF_WIDTH * float(deviation[0]))
+    x, y, side = np.array(evaluations, dtype=float), np.array(means), np.array(sides)
+    chart = Chart(
+        Axis("item evaluations", 0, max(evaluations)),
+        Axis.around("posterior mean, %", [*y, y.max() + side[-1], y.max() - side[-1]]),
+    )
+    chart.band(x, y - side, y + side, "chosen")
+    chart.line(x, y, "chosen")
+    return chart.svg("posterior mean of the best trial so far")
 
-    def _path(self, x: Floats, y: Floats) -> str:
-        points = zip(x.tolist(), y.tolist(), strict=True)
-        return "L".join(f"{100 * self.x.share(a):.2f} {self._down(b):.1f}" for a, b in points)
 
-    def _stretch(self, path: str, kind: str) -> None:
-        self._marks.append(
-            Markup(
-                '<svg viewBox="0 0 100 {h}" preserveAspectRatio="none" width="100%" height="{h}">'
-                '<path class="{}" d="{}"/></svg>'
-            ).format(kind, path, h=self.height)
+def trial_chart(facts: RunFacts) -> Markup:
+    """Draw every trial's estimate, with its 95 % interval, over item evaluations."""
+    trials = thinned(facts.complete, DRAWN)
+    most = max(trial.items for trial in trials)
+    end = max(facts.evaluations.values())
+    chart = Chart(
+        Axis("item evaluations", -0.02 * end, 1.02 * end),
+        Axis.around("estimate, %", [100 * trial.value for trial in trials]),
+    )
+    for trial in trials:
+        value, side = 100 * trial.value, 100 * HALF_WIDTH * trial.variance**0.5
+        x = facts.evaluations[trial.number]
+        kind = colour(trial.point["method"], facts.spec.search.methods)
+        chart.upright(x, value - side, value + side, kind)
+        infeasible = " infeasible" if trial.violation else ""
+        title = f"{value:.1f} ± {side:.1f} %, {describe_trial(trial)}"
+        chart.dot(x, value, title, f"{kind}{infeasible}", 2 + 2.5 * trial.items / most)
+    for trial in facts.failed[:DRAWN]:
+        title = f"failed: {describe_trial(trial)}: {trial.error}"
+        chart.dot(facts.evaluations[trial.number], chart.y.low, title, "failed", 5)
+    return chart.svg("every trial's estimate")
+
+
+def thinned(complete: Sequence[TrialRecord], most: int) -> list[TrialRecord]:
+    """Keep the best of very many trials, and as many of the others, in their order."""
+    if len(complete) <= most:
+        return [*complete]
+    ranked = sorted(range(len(complete)), key=lambda index: complete[index].sort_key)
+    best, others = ranked[: most // 2], ranked[most // 2 :]
+    step = -(-len(others) // (most // 2))
+    return [complete[index] for index in sorted([*best, *others[::step]])]
+
+
+class ScaleCharts(NamedTuple):
+    """The response to the scale of each method that has one, around one trial."""
+
+    trial: int
+    charts: Mapping[str, Markup]
+
+
+def scale_charts(facts: RunFacts, view: PosteriorView) -> ScaleCharts | None:
+    """Draw the posterior over the scale, all else as in the winner or the best trial so far."""
+    centre = view.best.trial
+    if facts.result:
+        winner = facts.result.winner.trial
+        centre = next(trial for trial in facts.complete if trial.number == winner)
+    one, (low, high) = view.encoding.candidates([centre.point]), facts.space.scale
+    scales = np.linspace(low, high, 61)
+    curves = _posterior_over_scale(view, one, scales)
+    if not curves:
+        return None
+    y = Axis.around("value, %", np.concatenate([values for values, _ in curves.values()]))
+    charts = {}
+    for number, (values, deviations) in curves.items():
+        method = facts.space.methods[number]
+        kind = colour(method, facts.spec.search.methods)
+        chart, side = Chart(Axis("scale", low, high), y, height=170), HALF_WIDTH * deviations
+        chart.band(scales, values - side, values + side, kind)
+        chart.line(scales, values, kind)
+        tried = view.tried.weights[view.tried.method == number].mean(axis=(1, 2))
+        for scale in tried.tolist():
+            chart.upright(scale, y.low, y.low + 0.05 * (y.high - y.low), kind)
+        if number == one.method[0]:
+            scale, value = float(one.weights.mean()), float(view.values(one)[0][0])
+            chart.dot(scale, value, describe_trial(centre), "chosen", 4)
+        charts[method] = chart.svg(f"value of {method} over the scale")
+    return ScaleCharts(centre.number, charts)
+
+
+def _posterior_over_scale(
+    view: PosteriorView, one: Candidates, scales: Floats
+) -> dict[int, tuple[Floats, Floats]]:
+    """Compute posterior means and deviations (n) over n scales, by number of the method.
+
+    Methods whose merge does not depend on the scale are left out.
+    """
+    mean = float(one.weights.mean())
+    shape = one.weights[0] / mean if mean else np.ones_like(one.weights[0])
+    found: dict[int, tuple[Floats, Floats]] = {}
+    for number in range(len(view.space.methods)):
+        along = Candidates(
+            np.full(len(scales), number),
+            scales[:, None, None] * shape,
+            np.repeat(one.values, len(scales), axis=0),
         )
-
-
-def intervals(x: Axis, rows: Sequence[IntervalRow], what: str) -> Markup:
-    """A dot and an interval for each row, on one axis."""
-    height = ROW * len(rows)
-    parts = [_across_ticks(x, height, grid=True)]
-    for place, row in enumerate(rows):
-        low, mean, high = (f"{100 * x.share(v):.2f}%" for v in (row.low, row.mean, row.high))
-        says = f"{row.name}: {row.mean:.1f} [{row.low:.1f}, {row.high:.1f}]"
-        parts.append(
-            Markup(
-                '<g class="{}"><text class="row" x="-10" y="{y}" dy="4" text-anchor="end">{}</text>'
-                '<line x1="{}" x2="{}" y1="{y}" y2="{y}"/>'
-                '<circle cx="{}" cy="{y}" r="4">{}</circle></g>'
-            ).format(
-                row.kind, shortened(row.name, 16), low, high, mean, _title(says),
-                y=ROW * (place + 0.5),
-            )
-        )  # fmt: skip
-    return _drawing(what, height, parts)
-
-
-def _across_ticks(x: Axis, height: int, *, grid: bool = False) -> Markup:
-    lines = Markup('<line class="{}" x1="{x}" x2="{x}" y1="{}" y2="{}"/>')
-    texts = Markup('<text class="tick" x="{x}" y="{}" text-anchor="middle">{}</text>')
-    ticks = [(f"{100 * x.share(tick):.2f}%", _number(tick)) for tick in x.ticks(4)]
-    start = 0 if grid else height
-    parts = [lines.format("grid", start, height + 4, x=place) for place, _ in ticks]
-    parts += [texts.format(height + 18, number, x=place) for place, number in ticks]
-    name = Markup('<text class="name" x="100%" y="{}" text-anchor="end">{}</text>')
-    return Markup("").join([*parts, name.format(height + 36, x.name)])
-
-
-def _drawing(what: str, height: int, parts: Sequence[Markup]) -> Markup:
-    return Markup(
-        '<svg class="drawing" role="img" aria-label="{}" height="{}">{}</svg>'
-    ).format(what, height, Markup("").join(parts))  # fmt: skip
-
-
-def _title(text: str) -> Markup:
-    return Markup("<title>{}</title>").format(text)
-
-
-def _number(value: float) -> str:
-    return f"{round(value, 9):,g}" if abs(value) < 1e6 else f"{value:,.0f}"
+        features = view.encoding.encode(along[1:])  # at scale 0 the weights' ratios are lost
+        if np.ptp(features, axis=0).max() > NEGLIGIBLE:
+            found[number] = view.values(along)
+    return found
