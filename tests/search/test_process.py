@@ -1,6 +1,7 @@
 """Libraries say nothing unless they are let; our own warnings become notes."""
 
 import logging
+import os
 import warnings
 
 from search.process import quiet_libraries
@@ -15,6 +16,16 @@ def test_own_warnings_are_notes_once_and_those_of_others_are_nothing(capfd):
             warnings.warn("old", FutureWarning, stacklevel=1)
     assert notes == ["halved to 4"]
     assert capfd.readouterr() == ("", "")
+
+
+def test_environment_is_set_inside_alone_and_what_the_user_has_set_stays(monkeypatch):
+    monkeypatch.delenv("TQDM_DISABLE", raising=False)
+    monkeypatch.setenv("DATASETS_VERBOSITY", "info")
+    with quiet_libraries(print):
+        assert os.environ["TQDM_DISABLE"] == "1"
+        assert os.environ["DATASETS_VERBOSITY"] == "info"
+    assert "TQDM_DISABLE" not in os.environ
+    assert os.environ["DATASETS_VERBOSITY"] == "info"
 
 
 def test_what_was_set_is_set_back():

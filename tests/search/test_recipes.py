@@ -15,7 +15,7 @@ from merge_engine.models.model_set import ModelSet
 from merge_engine.recipe.recipe_file import parse_recipe
 from search.proposing.recipes import to_recipe
 from search.proposing.space import Space, model_units
-from search.study.parameters import allowed_methods, followers
+from search.study.parameters import allowed_methods
 from search.study.reading import parse_study
 from spaces import METHODS as SOME_METHODS
 from spaces import differences, small_space
@@ -124,7 +124,6 @@ def test_models_weight_what_all_differences_add_of_them(weights):
 
 
 def test_a_study_that_names_no_method_gets_all_but_the_one_that_changes_nothing():
-    assert set(allowed_methods("abc")) == set(METHODS)
     assert set(space_of(Path("/zoo")).methods) == set(METHODS) - {"passthrough"}
 
 
@@ -201,8 +200,6 @@ def test_epsilon_is_as_wide_as_the_density_leaves_room_for():
 
 
 def test_one_name_of_two_meanings_follows_the_method_that_searches_it():
-    assert followers("epsilon", ["della", "ram"]) == ("della",)
-    assert followers("epsilon", ["ram", "ramplus_tl"]) == ("ram", "ramplus_tl")
     both = space_of(Path("/zoo"), ["della", "ram"])
     assert to_recipe(both, both.point("ram", (1.0,) * 3)).values("x", 0) == {"epsilon": 1e-5}
     alone = space_of(Path("/zoo"), ["ram"], epsilon=2e-4)
