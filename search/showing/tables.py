@@ -96,8 +96,8 @@ def _print_scores(console: Console, scores: ScoreTable) -> None:
 def _print_verdict(console: Console, result: Result, best_donor: str) -> None:
     lead = result.difference_to_best_donor
     console.print(
-        f"[bold]{result.verdict_text}[/]: a lead of {bracketed(lead.interval, '+')} points over "
-        f"{escape(best_donor)}, the best donor on the search items.",
+        f"[bold]{result.verdict_text}[/]: its lead over {escape(best_donor)}, the best donor on "
+        f"the search items, is {bracketed(lead.interval, '+')} points.",
         highlight=False,
     )
     if lead.items_to_decide is not None:
