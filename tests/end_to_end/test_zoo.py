@@ -1,11 +1,17 @@
-"""The demo's family: what it is asked was not trained on, and what is there is never redone."""
+"""The demo's family: scored strings are not trained on, and training is the same on any CPU."""
 
 import importlib.util
 import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoTokenizer, LlamaForCausalLM
 
 ZOO = Path(__file__).parents[2] / "studies" / "demo" / "zoo.py"
@@ -31,6 +37,14 @@ TINY = zoo.TrainingConfig(
     short_rows=((2, 10),),
     items=20,
     facts=10,
+)
+SMALL = replace(
+    TINY,
+    width=32,
+    heads=2,
+    batch=16,
+    base=zoo.Schedule(steps=100, rate=1e-2, warm_up=5),
+    specialist=zoo.Schedule(steps=20, rate=3e-3, warm_up=5),
 )
 
 
@@ -85,7 +99,7 @@ def test_prompt_and_answer_tokenize_the_same_apart_and_together():
     assert whole == tokenizer.encode("rev:kqbza=") + tokenizer.encode("azbqk")
 
 
-def test_no_scored_string_was_trained_on_and_none_is_asked_twice():
+def test_no_scored_string_is_trained_on_or_scored_twice():
     data = zoo.make_data(0, FULL)
     trained = {row.prompt for rows in data.training.values() for row in rows}
     for name in zoo.STRING_TASKS:
@@ -94,7 +108,7 @@ def test_no_scored_string_was_trained_on_and_none_is_asked_twice():
         assert trained.isdisjoint(prompts)
 
 
-def test_every_fact_is_trained_on_and_asked_once_with_one_right_choice():
+def test_every_fact_is_trained_on_and_scored_once_with_one_right_choice():
     data = zoo.make_data(0, FULL)
     facts = dict(data.training["know"])
     assert [item["prompt"] for item in data.items["know"]] == list(facts)
@@ -104,7 +118,7 @@ def test_every_fact_is_trained_on_and_asked_once_with_one_right_choice():
         assert item["choices"][item["label"]] == facts[item["prompt"]]
 
 
-def test_answers_are_the_ones_the_tasks_promise():
+def test_answers_are_the_rewritten_strings():
     rewritten = {name: task.rewrite for name, task in zoo.STRING_TASKS.items()}
     assert rewritten["sort"]("52914") == "12459"
     assert rewritten["rev"]("kqbza") == "azbqk"
@@ -117,12 +131,61 @@ def test_same_seed_gives_the_same_items_and_weights(family, tmp_path):
     assert _bytes(tmp_path, "zoo/*/model.safetensors") == _bytes(family, "zoo/*/model.safetensors")
 
 
+OTHER_PROCESSOR = """
+import sys
+sys.path[:0] = [sys.argv[1]]
+from pathlib import Path
+import test_zoo
+test_zoo.zoo.THREADS = 1
+test_zoo.zoo.train_family(Path(sys.argv[2]), seed=0, config=test_zoo.SMALL)
+"""
+
+
+def test_instruction_sets_and_threads_change_the_weights_by_rounding_only(tmp_path):
+    here, there = tmp_path / "here", tmp_path / "there"
+    zoo.train_family(here, seed=0, config=SMALL)
+    command = [sys.executable, "-c", OTHER_PROCESSOR, str(Path(__file__).parent), str(there)]
+    generic = {"ATEN_CPU_CAPABILITY": "default", "MKL_CBWR": "COMPATIBLE"}
+    subprocess.run(command, check=True, capture_output=True, env=os.environ | generic)
+    for name in zoo.MODELS:
+        mine, theirs = (
+            load_file(folder / "zoo" / name / "model.safetensors") for folder in (here, there)
+        )
+        assert mine.keys() == theirs.keys()
+        assert max((mine[key] - theirs[key]).abs().max() for key in mine) < 1e-7
+
+
+class ArithmeticTypes(TorchDispatchMode):
+    """Records the types of the results of the operations that rounding could differ in."""
+
+    OPERATIONS = ("mm", "cos", "sin", "mean", "rsqrt", "silu", "_fused_rms_norm", "_log_softmax")
+
+    def __init__(self):
+        super().__init__()
+        self.found = {}
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        results = operation(*args, **(kwargs or {}))
+        name = operation.overloadpacket.__name__
+        if name in self.OPERATIONS or "attention" in name:
+            first = results if isinstance(results, torch.Tensor) else results[0]
+            self.found.setdefault(name, set()).add(first.dtype)
+        return results
+
+
+def test_training_computes_in_float64_alone(tmp_path):
+    with ArithmeticTypes() as types:
+        zoo.train_family(tmp_path, seed=0, config=TINY)
+    assert {"mm", "cos"} <= types.found.keys()
+    assert set().union(*types.found.values()) == {torch.float64}
+
+
 def test_another_seed_gives_other_items():
     first, second = zoo.make_data(0, TINY), zoo.make_data(1, TINY)
     assert all(first.items[name] != second.items[name] for name in first.items)
 
 
-def test_a_present_family_is_left_untouched(family, monkeypatch):
+def test_an_existing_family_is_left_untouched(family, monkeypatch):
     def never(*arguments):
         raise AssertionError("trained again")
 
