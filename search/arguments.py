@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib.metadata
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
@@ -149,7 +150,8 @@ def _add_report(add: Add) -> None:
 
 def _add_push(add: Add) -> None:
     add("run", metavar="RUN", type=Path, help="run folder")
-    add("repo", metavar="ORG/NAME", help="the repository, made if there is none")
+    what = "the repository, made if there is none"
+    add("repo", metavar="ORG/NAME", type=_repository, help=what)
     add("--private", action="store_true", help="if it is made, for its owners alone")
 
 
@@ -284,6 +286,12 @@ def _count(text: str) -> int:
     if not text.isdecimal() or not int(text):
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
     return int(text)
+
+
+def _repository(text: str) -> str:
+    if not re.fullmatch(r"([\w.-]+/)?[\w.-]+", text):
+        raise argparse.ArgumentTypeError(f"{text!r} is no repository's id like org/name")
+    return text
 
 
 def _text(text: str) -> str:
