@@ -1,7 +1,7 @@
 """How much of a front a search finds for its item evaluations: one JSON line per system.
 
-    python tests/bench/bench_front.py [--systems front,nsga2] [--landscapes demo] [--seeds 10]
-        [--budget 8000]
+    PYTHONPATH=tests/support python tests/bench/bench_front.py [--systems front,nsga2]
+        [--landscapes demo] [--seeds 10] [--budget 8000]
 
 ``demo`` is the demo's tabulated landscape with its tasks as objectives, which hardly conflict;
 ``conflict`` has two objectives whose best recipes are far apart. ``front`` searches as a study with
@@ -15,10 +15,11 @@ share of the objectives' box in which a point is beaten by the front's true valu
 
 import argparse
 import json
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from itertools import product
-from typing import Literal, Protocol
+from typing import Protocol
 
 import numpy as np
 import optuna
@@ -26,55 +27,39 @@ from optuna.samplers import BaseSampler, GPSampler, NSGAIISampler
 
 from landscape import LANDSCAPES, Bits, Floats, Items, Landscape, Planted, Tabulated
 from merge_engine.recipe.recipe import Recipe
-from replay import Candidate, Raced, Replay, StudySampler
+from objectives.scores import Interval
+from replay import Export, System, replay
 from rivals import StockFront
-from search.proposing.gp import posterior_of
-from search.proposing.recipes import to_recipe
-from search.proposing.space import Point, Space
 from search.proposing.starts import baselines
-from search.racing.pareto import confirmed, posterior_front
-from search.racing.race import STOP_BELOW, Estimate
-
-FINALISTS = 8
+from search.running.conclusion import find_front
+from search.running.run import Run
 
 
-class Proposer(Protocol):
-    """Proposes a point, and is told its estimates."""
+class Front:
+    """The run's own choice of a Pareto front, as finalists."""
 
-    def ask(self) -> Point:
-        """The next point."""
+    def cost(self, run: Run) -> int:
+        return 0
 
-    def tell(self, estimate: Estimate, by_task: Mapping[str, Estimate]) -> None:
-        """What it is worth in the mean and in each task."""
-
-
-@dataclass(frozen=True)
-class System:
-    """A sampler, made from a space, a seed and the number of objectives, and how it is raced.
-
-    ``raced`` for one objective or for a front; None evaluates every candidate on all items.
-    """
-
-    proposer: Callable[[Space, int, int], Proposer]
-    raced: Literal["mean", "front"] | None = None
+    def select(self, run: Run) -> Export:
+        front = tuple(run.recipe_of(one.trial) for one in find_front(run))
+        unknown = math.nan  # nothing is reported
+        return Export(front[0], Interval(unknown, unknown, unknown), finalists=front)
 
 
-def shipped(name: str, front: bool = False) -> Callable[[Space, int, int], Proposer]:
-    """A sampler of ours."""
-    return lambda space, seed, _: StudySampler(name, space, seed, front=front)
+def stock(make: Callable[[int], BaseSampler]) -> Callable[[int], System]:
+    """Search with a sampler of Optuna's for so many objectives."""
+    return lambda count: System(
+        lambda space, seed: StockFront(make, space, seed, count), Front(), raced=False
+    )
 
 
-def stock(make: Callable[[int], BaseSampler]) -> Callable[[Space, int, int], Proposer]:
-    """One of Optuna's."""
-    return lambda space, seed, count: StockFront(make, space, seed, count)
-
-
-SYSTEMS = {
-    "front": System(shipped("gp", front=True), "front"),
-    "mean": System(shipped("gp"), "mean"),
-    "random": System(shipped("random")),
-    "nsga2": System(stock(lambda seed: NSGAIISampler(seed=seed, population_size=10))),
-    "ehvi": System(stock(lambda seed: GPSampler(seed=seed))),
+SYSTEMS: Mapping[str, Callable[[int], System]] = {
+    "front": lambda _: System("gp", Front(), front=True),
+    "mean": lambda _: System("gp", Front()),
+    "random": lambda _: System("random", Front(), raced=False),
+    "nsga2": stock(lambda seed: NSGAIISampler(seed=seed, population_size=10)),
+    "ehvi": stock(lambda seed: GPSampler(seed=seed)),
 }
 
 
@@ -84,7 +69,7 @@ class Objectives(Protocol):
     landscape: Landscape
     box: tuple[Floats, Floats]
 
-    def truth(self, recipe: Recipe) -> Floats:
+    def by_task(self, recipe: Recipe) -> Floats:
         """Return the true score in each objective."""
 
 
@@ -96,10 +81,10 @@ class Demo:
         assert isinstance(table, Tabulated)
         self.landscape = self.table = table
         donors = [baselines(table.space)[donor] for donor in table.space.donors]
-        known = np.array([self.truth(recipe) for recipe in table.recipes])
-        self.box = np.array([self.truth(r) for r in donors]).min(axis=0), known.max(axis=0)
+        known = np.array([self.by_task(recipe) for recipe in table.recipes])
+        self.box = np.array([self.by_task(r) for r in donors]).min(axis=0), known.max(axis=0)
 
-    def truth(self, recipe: Recipe) -> Floats:
+    def by_task(self, recipe: Recipe) -> Floats:
         answers, tasks = self.table.answers(recipe), self.table.tasks
         return np.array([answers[tasks == task].mean() for task in self.table.weights])
 
@@ -129,8 +114,11 @@ class Conflict:
         self.space, self.landscape, self.best = one.space, self, one.best
         self.box = np.full(2, one.floor), np.full(2, one.best)
 
-    def truth(self, recipe: Recipe) -> Floats:
+    def by_task(self, recipe: Recipe) -> Floats:
         return np.array([one.truth(recipe) for one in self.objectives])
+
+    def truth(self, recipe: Recipe) -> float:
+        return float(self.by_task(recipe).mean())
 
     def draw(self, count: int, generator: np.random.Generator) -> ConflictItems:
         one, other = (each.draw(count, generator) for each in self.objectives)
@@ -146,34 +134,6 @@ def volume(front: Floats, low: Floats, high: Floats) -> float:
     return float((points[:, None] <= front[None]).all(axis=2).any(axis=1).mean())
 
 
-def search(replay: Replay, system: str, budget: int) -> list[Candidate]:
-    """Search until the budget is spent, and the candidates' front on fresh items."""
-    space, weights, how = replay.space, replay.landscape.weights, SYSTEMS[system]
-    proposer = how.proposer(space, replay.seed, len(weights))
-    raced = Raced(stop_below=STOP_BELOW if how.raced else -1.0)
-    raced.start(replay)
-    raced.contest.front = how.raced == "front"
-    estimates: list[dict[str, list[float]]] = []
-    candidates = []
-    while replay.evaluations < budget:
-        point = proposer.ask()
-        candidate = replay.candidate(to_recipe(space, point))
-        candidate.point = point
-        (estimate,) = raced.race(replay, [candidate])
-        by_task = raced.contest.by_task(replay.evaluate(candidate, candidate.seen))
-        estimates.append({task: [one.value, one.variance] for task, one in by_task.items()})
-        candidates.append(candidate)
-        proposer.tell(estimate, by_task)
-    points = [candidate.point or {} for candidate in candidates]
-    known = {task: np.array([one[task] for one in estimates]) for task in estimates[0]}
-    posteriors = {task: posterior_of(space, points, *of.T) for task, of in known.items()}
-    front = posterior_front(posteriors, FINALISTS)
-    of_front = {task: posterior[front] for task, posterior in posteriors.items()}
-    chosen = [candidates[index] for index in front]
-    answers = np.array([replay.answers(candidate, "select") for candidate in chosen])
-    return [chosen[i] for i in confirmed(of_front, replay.strata["select"], answers)]
-
-
 def main() -> None:
     """Replay and print."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -187,8 +147,9 @@ def main() -> None:
         volumes = []
         for seed in range(options.seeds):
             objectives = CASES[name](seed)
-            front = search(Replay(objectives.landscape, seed), system, options.budget)
-            truth = np.array([objectives.truth(candidate.recipe) for candidate in front])
+            searched = SYSTEMS[system](len(objectives.landscape.weights))
+            (end,) = replay(searched, objectives.landscape, seed, [options.budget])
+            truth = np.array([objectives.by_task(recipe) for recipe in end.export.finalists])
             volumes.append(volume(truth, *objectives.box))
         line = {"landscape": name, "system": system, "budget": options.budget}
         quartiles = np.quantile(volumes, [0.25, 0.5, 0.75]).round(4).tolist()

@@ -1,10 +1,11 @@
 """What a search finds for its item evaluations: one JSON line per landscape, system and budget.
 
-python tests/bench/bench_search.py [--landscapes demo,planted] [--systems run,full] [--seeds 20]
-    [--first 0] [--budgets 5000,20000,60000] [--trials] [--jobs 2] [--runs]
+    PYTHONPATH=tests/support python tests/bench/bench_search.py [--landscapes demo,planted]
+        [--systems run,full] [--seeds 20] [--first 0] [--budgets 5000,20000,60000] [--trials]
+        [--jobs 2] [--runs]
 
 A budget counts every item evaluation that goes into the choice: the search's and the selector's.
-The test items that some systems ask once more, to report, are counted apart. With ``--trials`` a
+The test items that some systems are evaluated on, to report, are counted apart. With ``--trials`` a
 budget is a number of trials, the warm starts among them, whatever each of them costs. Lists are
 quartiles over the seeds; all values are in [0, 1].
 
@@ -33,25 +34,13 @@ import optuna
 from optuna.samplers import CmaEsSampler, RandomSampler, TPESampler
 
 from landscape import LANDSCAPES, Landscape, Planted
-from replay import (
-    COUNTS,
-    Elected,
-    FixedItems,
-    FreshItems,
-    LuckyMaximum,
-    Raced,
-    StudySampler,
-    System,
-    run,
-)
+from replay import FreshItems, LuckyMaximum, System, replay
 from rivals import Started, Stock, WeightsCma, WeightsGa
 from search.proposing.space import Space
 from search.proposing.starts import UNIFORM, baselines
+from simulated import COUNTS
 
 Row = dict[str, object]
-AUTO = partial(StudySampler, "auto")
-RANDOM = partial(StudySampler, "random")
-TPE = partial(StudySampler, "tpe")
 GA7 = partial(WeightsGa, 7, "task_arithmetic")
 GA25 = partial(WeightsGa, 25, "task_arithmetic")
 STOCK_TPE = partial(Stock, lambda seed: TPESampler(seed=seed), ())
@@ -59,46 +48,42 @@ STOCK_RANDOM = partial(Stock, lambda seed: RandomSampler(seed=seed), ())
 STOCK_CMAES = partial(Stock, lambda seed: CmaEsSampler(seed=seed), ("task_arithmetic",))
 
 
-class Depths(StudySampler):
-    """What ships, but that depth groups have the same weights throughout, or their own at once."""
+def alike(space: Space) -> Space:
+    """Give depth groups the same weights throughout."""
+    return replace(space, stages=(*space.stages[:1],) * 1000)
 
-    def __init__(self, space: Space, seed: int, *, alike: bool) -> None:
-        never = (*space.stages[:1],) * 1000
-        super().__init__("auto", replace(space, stages=never if alike else ()), seed)
 
+def apart(space: Space) -> Space:
+    """Give depth groups weights of their own from the first trial."""
+    return replace(space, stages=())
+
+
+FIXED = partial(System, raced=False)
+LUCKY = partial(FIXED, selector=LuckyMaximum(), baselines=False)
 
 SYSTEMS: Mapping[str, System] = {
-    "run": System(AUTO, Raced, Elected()),  # what ships
-    "full": System(AUTO, FixedItems, FreshItems()),  # everyone answers everything
-    "run-alike": System(partial(Depths, alike=True), Raced, Elected()),  # one weight in all depths
-    "run-apart": System(partial(Depths, alike=False), Raced, Elected()),  # from the first trial
-    "run-lucky": System(AUTO, Raced, LuckyMaximum()),
-    "full-lucky": System(AUTO, FixedItems, LuckyMaximum()),
-    "full-elected": System(AUTO, FixedItems, Elected()),
-    "tpe-raced": System(TPE, Raced, Elected()),
-    "cmaes-raced": System(partial(StudySampler, "cmaes"), Raced, Elected()),
-    "random-raced": System(RANDOM, Raced, Elected()),
-    "tpe-lucky": System(TPE, FixedItems, LuckyMaximum(), baselines=False),
-    "random-lucky": System(RANDOM, FixedItems, LuckyMaximum(), baselines=False),
-    "random-fresh": System(RANDOM, FixedItems, FreshItems()),
-    "cma-lucky": System(
-        partial(WeightsCma, "task_arithmetic"),
-        partial(FixedItems, 100),
-        LuckyMaximum(),
-        baselines=False,
-    ),
-    "ga7-lucky": System(GA7, partial(FixedItems, 100), LuckyMaximum(), baselines=False),
-    "ga25-lucky": System(GA25, partial(FixedItems, 100), LuckyMaximum(), baselines=False),
-    "ga25-started": System(
-        partial(Started, GA25), partial(FixedItems, 100), LuckyMaximum(), baselines=False
-    ),
-    "stock-tpe": System(STOCK_TPE, FixedItems, LuckyMaximum(), baselines=False),
-    "stock-tpe-started": System(
-        partial(Started, STOCK_TPE), FixedItems, LuckyMaximum(), baselines=False
-    ),
-    "stock-random": System(STOCK_RANDOM, FixedItems, LuckyMaximum(), baselines=False),
-    "stock-cmaes": System(STOCK_CMAES, FixedItems, LuckyMaximum(), baselines=False),
-    "tpe": System(TPE, FixedItems, FreshItems()),
+    "run": System(),  # what ships
+    "full": FIXED(selector=FreshItems()),  # every candidate on every item
+    "run-alike": System(space=alike),
+    "run-apart": System(space=apart),
+    "run-lucky": System(selector=LuckyMaximum()),
+    "full-lucky": FIXED(selector=LuckyMaximum()),
+    "full-elected": FIXED(),
+    "tpe-raced": System("tpe"),
+    "cmaes-raced": System("cmaes"),
+    "random-raced": System("random"),
+    "tpe-lucky": LUCKY("tpe"),
+    "random-lucky": LUCKY("random"),
+    "random-fresh": FIXED("random", FreshItems()),
+    "cma-lucky": LUCKY(partial(WeightsCma, "task_arithmetic"), items=100),
+    "ga7-lucky": LUCKY(GA7, items=100),
+    "ga25-lucky": LUCKY(GA25, items=100),
+    "ga25-started": LUCKY(partial(Started, GA25), items=100),
+    "stock-tpe": LUCKY(STOCK_TPE),
+    "stock-tpe-started": LUCKY(partial(Started, STOCK_TPE)),
+    "stock-random": LUCKY(STOCK_RANDOM),
+    "stock-cmaes": LUCKY(STOCK_CMAES),
+    "tpe": FIXED("tpe", FreshItems()),
 }
 
 
@@ -108,7 +93,7 @@ def runs(pair: tuple[str, str], seed: int, budgets: Sequence[int], *, trials: bo
     landscape, system = LANDSCAPES[pair[0]](seed), SYSTEMS[pair[1]]
     uniform = landscape.truth(baselines(landscape.space)[UNIFORM])
     rows: list[Row] = []
-    ends = run(system, landscape, seed, budgets, trials=trials)
+    ends = replay(system, landscape, seed, budgets, trials=trials)
     for budget, end in zip(sorted(budgets), ends, strict=True):
         truth, reported = landscape.truth(end.export.recipe), end.export.reported
         rows.append(
@@ -126,7 +111,7 @@ def runs(pair: tuple[str, str], seed: int, budgets: Sequence[int], *, trials: bo
                 "better": end.export.verdict and end.export.verdict == "better",
                 "method": found_method(landscape, end.export.recipe.merge_method),
                 "recipes": end.recipes,
-                "asked": end.evaluations,
+                "evaluations": end.evaluations,
                 "tested": 0 if end.export.verdict is None else COUNTS["test"],
             }
         )
@@ -150,7 +135,7 @@ def summary(rows: Sequence[Row]) -> Row:
     for name in ("covered", "reached", "dropped", "better", "method"):
         said = [row[name] for row in rows if row[name] is not None]
         found[name] = round(float(np.mean(said)), 3) if said else None
-    for name in ("recipes", "asked", "tested"):
+    for name in ("recipes", "evaluations", "tested"):
         found[name] = int(np.median([row[name] for row in rows]))
     return found
 

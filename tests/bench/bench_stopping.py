@@ -1,11 +1,11 @@
 """What it costs and saves to stop a search early: one JSON line per landscape and rule.
 
-    python tests/bench/bench_stopping.py [--landscapes null_flat,planted,demo] [--seeds 12]
-        [--trials 300]
+    PYTHONPATH=tests/support python tests/bench/bench_stopping.py
+        [--landscapes null_flat,planted,demo] [--seeds 12] [--trials 300]
 
 Each search goes on to its last trial; what it would have exported is noted after fixed numbers of
 trials and where ``stopping`` with a share of the standard error would have ended it.
-``asked`` are item evaluations, the selection's among them; lists are quartiles over the seeds.
+``evaluations`` are of items, those of the selection among them; lists are quartiles over the seeds.
 """
 
 import argparse
@@ -16,9 +16,10 @@ import numpy as np
 import optuna
 
 from landscape import LANDSCAPES, Landscape
-from replay import COUNTS, Elected, Raced, Replay, StudySampler
-from search.proposing.recipes import to_recipe
+from replay import System, select, watch
 from search.proposing.stopping import should_stop
+from search.running.run import Run
+from simulated import COUNTS
 
 SHARES = (0.2, 0.1, 0.05, 0.03)
 FIXED = (60, 100, 200)
@@ -27,29 +28,28 @@ End = tuple[int, int, float]  # trials, item evaluations, regret
 
 
 def ends(landscape: Landscape, seed: int, most: int) -> dict[str, End]:
-    """Where each rule ends one search."""
-    replay, racer = Replay(landscape, seed), Raced()
-    sampler = StudySampler("auto", landscape.space, seed)
-    racer.start(replay)
-    found: dict[str, End] = {}
+    """Find where each rule ends one search."""
+    system, found = System(), dict[str, End]()
     left = {f"share {share:g}": share for share in SHARES}
-    for trials in range(1, most + 1):
-        point = sampler.ask()
-        candidate = replay.candidate(to_recipe(landscape.space, point))
-        (estimate,) = racer.race(replay, [candidate])
-        candidate.point, candidate.estimate = point, estimate
-        sampler.tell(estimate, items=candidate.seen)
-        complete = sampler.log.complete()
+
+    def goes_on(run: Run) -> bool:
+        complete = run.log.complete()
+        trials = len(complete)
         over = [n for n, share in left.items() if should_stop(complete, COUNTS["select"], share)]
         if trials == most:
             over = [*left]
+        for name in over:
+            del left[name]
         if trials in (*FIXED, most):
             over.append(f"{trials} trials")
         if over:
-            export = Elected().select(replay)
+            export = select(system.selector, run)
+            evaluations = system.evaluations(run) + export.evaluations
             regret = landscape.best - landscape.truth(export.recipe)
-            found |= dict.fromkeys(over, (trials, replay.evaluations + export.evaluations, regret))
-            left = {name: share for name, share in left.items() if name not in over}
+            found.update(dict.fromkeys(over, (trials, evaluations, regret)))
+        return trials < most
+
+    watch(system, landscape, seed, goes_on)
     return found
 
 
@@ -67,12 +67,12 @@ def main() -> None:
             for rule, end in ends(LANDSCAPES[name](seed), seed, options.trials).items():
                 gathered[rule].append(end)
         for rule, of_seeds in gathered.items():
-            trials, asked, regret = np.quantile(of_seeds, [0.25, 0.5, 0.75], axis=0).T
+            trials, evaluations, regret = np.quantile(of_seeds, [0.25, 0.5, 0.75], axis=0).T
             row = {
                 "landscape": name,
                 "rule": rule,
                 "trials": trials.tolist(),
-                "asked": asked.tolist(),
+                "evaluations": evaluations.tolist(),
                 "regret": regret.round(4).tolist(),
                 "regret_mean": round(float(np.mean([end[2] for end in of_seeds])), 4),
             }

@@ -1,11 +1,11 @@
-"""Other tools' samplers of recipes at their own settings, for ``replay.run``.
+"""Other tools' samplers of recipes at their own settings, for ``replay``.
 
 Evolution over one method's weights, as mergekit-evolve (``WeightsCma``, which needs the package
 ``cma``) and mergenetic (``WeightsGa``) do it, and Optuna's samplers as they come (``Stock``).
 ``Started`` lets any of them have our warm starts.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
@@ -13,9 +13,10 @@ import optuna
 from optuna.samplers import BaseSampler
 
 from landscape import Floats
-from replay import Estimate, Sampler
+from replay import Rival
 from search.proposing.space import Point, Space
 from search.proposing.starts import warm_starts
+from search.storing.trials import TrialRecord
 
 
 class WeightsCma:
@@ -44,8 +45,8 @@ class WeightsCma:
         most = self.space.scale[1] / max(weights.mean(), self.space.scale[1])
         return self.space.point(self.method, tuple(weights * most))
 
-    def tell(self, estimate: Estimate) -> None:
-        self.values.append(estimate.value)
+    def tell(self, trial: TrialRecord) -> None:
+        self.values.append(trial.value)
 
 
 class Stock:
@@ -67,14 +68,14 @@ class Stock:
         self.waiting.append(self.study.ask(self.space.distributions))
         return self.waiting[-1].params
 
-    def tell(self, estimate: Estimate) -> None:
-        self.study.tell(self.waiting.pop(0), estimate.value)
+    def tell(self, trial: TrialRecord) -> None:
+        self.study.tell(self.waiting.pop(0), trial.value)
 
 
 class Started:
     """A rival that tries our warm starts first, without learning from them."""
 
-    def __init__(self, make: Callable[[Space, int], Sampler], space: Space, seed: int) -> None:
+    def __init__(self, make: Callable[[Space, int], Rival], space: Space, seed: int) -> None:
         self.rival = make(space, seed)
         self.starts = [point for _, point in warm_starts(space)]
         self.asked = self.told = 0
@@ -83,10 +84,10 @@ class Started:
         self.asked += 1
         return self.starts[self.asked - 1] if self.asked <= len(self.starts) else self.rival.ask()
 
-    def tell(self, estimate: Estimate) -> None:
+    def tell(self, trial: TrialRecord) -> None:
         self.told += 1
         if self.told > len(self.starts):
-            self.rival.tell(estimate)
+            self.rival.tell(trial)
 
 
 class WeightsGa:
@@ -118,8 +119,8 @@ class WeightsGa:
         self.asked += 1
         return self.space.point(self.method, self.children[self.asked - 1].tolist())
 
-    def tell(self, estimate: Estimate) -> None:
-        self.told.append(estimate.value)
+    def tell(self, trial: TrialRecord) -> None:
+        self.told.append(trial.value)
 
     def _offspring(self) -> Floats:
         """As many children as parents, each unlike anyone."""
@@ -186,5 +187,5 @@ class StockFront:
         self.trial = self.study.ask(self.space.distributions)
         return self.trial.params
 
-    def tell(self, estimate: Estimate, by_task: Mapping[str, Estimate]) -> None:
-        self.study.tell(self.trial, [estimate.value for estimate in by_task.values()])
+    def tell(self, trial: TrialRecord) -> None:
+        self.study.tell(self.trial, [estimate.value for estimate in trial.tasks.values()])

@@ -1,28 +1,11 @@
-"""The landscapes that searches are measured on are true, and replayed searches are as real ones."""
+"""The landscapes that searches are measured on: truths, items and the surrogate of a table."""
 
 import numpy as np
 import pytest
 
-from landscape import LANDSCAPES, Tabulated, coordinates, demo, null_flat, planted
-from replay import (
-    COUNTS,
-    Elected,
-    FixedItems,
-    FreshItems,
-    LuckyMaximum,
-    Raced,
-    Replay,
-    StudySampler,
-    System,
-    run,
-)
+from landscape import LANDSCAPES, Tabulated, coordinates, demo, planted
 from search.proposing.recipes import to_recipe
 from search.proposing.starts import baselines
-from search.racing.race import Race
-
-
-def auto(space, seed):
-    return StudySampler("auto", space, seed)
 
 
 def some_recipes(landscape, count):
@@ -69,7 +52,7 @@ def test_best_recipe_of_a_planted_landscape_is_in_its_space():
         assert landscape.truth(to_recipe(landscape.space, point)) == pytest.approx(landscape.best)
 
 
-def test_near_recipes_answer_more_alike_than_far_ones():
+def test_near_recipes_correlate_more_than_far_ones():
     landscape = planted(0)
     items = landscape.draw(20_000, np.random.default_rng(0))
 
@@ -88,13 +71,13 @@ def test_nothing_beats_the_best_donor_of_a_null_landscape(seed):
         assert max(donors) == pytest.approx(landscape.best)
 
 
-def test_table_answers_what_was_tabulated(table):
+def test_recipes_of_the_table_have_their_tabulated_scores(table):
     for recipe, answers in list(zip(table.recipes, table.table, strict=True))[::20]:
         assert (table.answers(recipe) == answers).all()
     assert {r.key for r in baselines(table.space).values()} <= {r.key for r in table.recipes}
 
 
-def test_surrogate_is_right_about_good_recipes_it_has_not_seen(table):
+def test_surrogate_predicts_good_recipes_that_it_was_not_fitted_to(table):
     values, held_out = table.table @ table.item_weights, table.held_out() @ table.item_weights
     good = values >= np.sort(values)[-50]
     error = held_out[good] - values[good]
@@ -115,60 +98,3 @@ def test_items_are_dealt_to_the_tasks_by_weight_in_every_part_of_their_order(tab
     for task in table.weights:
         for start in range(0, 200, 40):
             assert 8 <= (tasks[start : start + 40] == task).sum() <= 12
-
-
-def test_estimate_of_a_stopped_candidate_is_right_on_average():
-    landscape = planted(0)
-    one, other = some_recipes(landscape, 2)
-    errors, claimed = [], []
-    for seed in range(200):
-        replay = Replay(landscape, seed)
-        race = Race(replay.strata["search"])
-        race.record(replay.evaluate(replay.candidate(other), COUNTS["search"]))
-        everything = replay.estimate(replay.answers(replay.candidate(one), "search"))
-        estimate = race.record(replay.evaluate(replay.candidate(one), 60))
-        errors.append(estimate.value - everything.value)
-        claimed.append(estimate.variance * (1 - 60 / COUNTS["search"]))
-    assert abs(np.mean(errors)) < 3 * (np.mean(claimed) / 200) ** 0.5
-    assert np.mean(np.square(errors)) == pytest.approx(np.mean(claimed), rel=0.35)
-
-
-def test_items_are_paid_for_once():
-    landscape = planted(0)
-    replay = Replay(landscape, 0)
-    candidate = replay.candidate(some_recipes(landscape, 1)[0])
-    replay.evaluate(candidate, 60)
-    replay.evaluate(candidate, 40)
-    replay.evaluate(replay.candidate(candidate.recipe), 100)
-    assert replay.evaluations == 100
-
-
-def test_same_seed_replays_the_same_run():
-    system = System(auto, Raced, Elected())
-    first, again = (run(system, planted(1), 1, [6000])[0] for _ in range(2))
-    assert first == again
-
-
-def test_racing_tries_more_recipes_within_the_same_budget():
-    raced, fixed = (
-        run(System(auto, racer, LuckyMaximum()), planted(1), 1, [10_000])[0].recipes
-        for racer in (Raced, FixedItems)
-    )
-    assert raced > 1.5 * fixed
-
-
-def test_election_keeps_to_its_share_and_is_no_part_of_the_search():
-    ends = run(System(auto, Raced, Elected()), planted(1), 1, [3000, 6000])
-    (alone,) = run(System(auto, Raced, Elected()), planted(1), 1, [6000])
-    assert ends[-1] == alone
-    assert all(end.export.evaluations <= 0.2 * end.evaluations for end in ends)
-
-
-def test_lucky_maximum_claims_more_than_fresh_items_do():
-    claims = {}
-    for selector in (LuckyMaximum(), FreshItems()):
-        system = System(auto, FixedItems, selector)
-        ends = [run(system, null_flat(seed), seed, [8000])[0] for seed in range(8)]
-        claims[selector] = np.mean([end.export.reported.mean for end in ends]) - 0.6
-    lucky, fresh = claims.values()
-    assert lucky > fresh + 0.01

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from landscape import planted
-from replay import FixedItems, LuckyMaximum, System, run
+from replay import LuckyMaximum, System, replay
 from rivals import Started, Stock, WeightsGa
 from search.proposing.starts import warm_starts
 
@@ -43,8 +43,8 @@ def test_a_mutation_is_small_and_hits_one_weight_of_three():
 
 def test_genetic_rival_begins_with_tenths_and_improves_its_population():
     landscape = planted(0)
-    system = System(lambda space, seed: ga(seed), FixedItems, LuckyMaximum(), baselines=False)
-    ends = run(system, landscape, 0, [240 * 7, 240 * 60])
+    system = System(lambda space, seed: ga(seed), LuckyMaximum(), raced=False, baselines=False)
+    ends = replay(system, landscape, 0, [240 * 7, 240 * 40])
     first, last = (landscape.truth(end.export.recipe) for end in ends)
     assert last > first
     weights = SPACE.weights([ga().ask()])

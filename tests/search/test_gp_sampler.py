@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from landscape import planted
-from replay import StudySampler
+from proposals import StudySampler
 from search.proposing.gp_sampler import MAX_TRIALS, REFRESH, propose, refit_size, training_set
 from search.proposing.proposal import RANDOM_STARTUP, ProposalRequest
 from search.proposing.recipes import to_recipe

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from replay import StudySampler
+from proposals import StudySampler
 from search.cli import main
 from search.proposing.gp import posterior_of
 from search.proposing.space import Space

@@ -7,6 +7,8 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from scipy.special import ndtr
 
+from landscape import planted
+from search.proposing.recipes import to_recipe
 from search.racing.elimination import JointPosterior, successive_elimination
 from search.racing.item_scores import ItemScores
 from search.racing.race import Race, Strata, prob_ahead
@@ -40,6 +42,25 @@ def test_moments_of_models_give_those_of_their_differences(answers):
     smoothing = STRATA.estimate(np.zeros(60)).variance
     found = contrast @ covariance @ contrast
     assert found == pytest.approx(difference.variance + smoothing)
+
+
+def test_estimate_of_a_stopped_candidate_is_right_on_average():
+    landscape = planted(0)
+    one, other = (
+        to_recipe(landscape.space, landscape.space.point(method, weights, density=0.7))
+        for method, weights in (("ties", (0.9, 0.4, 1.2)), ("dare_ties", (0.3, 1.1, 0.6)))
+    )
+    errors, claimed = [], []
+    for seed in range(200):
+        items = landscape.draw(240, np.random.default_rng(seed))
+        strata = Strata(items.tasks, landscape.weights)
+        race, values = Race(strata), items.answers(one).astype(float)
+        race.record(items.answers(other).astype(float))
+        estimate = race.record(values[:60])
+        errors.append(estimate.value - strata.estimate(values).value)
+        claimed.append(estimate.variance * (1 - 60 / 240))
+    assert abs(np.mean(errors)) < 3 * (np.mean(claimed) / 200) ** 0.5
+    assert np.mean(np.square(errors)) == pytest.approx(np.mean(claimed), rel=0.35)
 
 
 def test_variance_is_the_spread_of_estimates():

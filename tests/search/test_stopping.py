@@ -1,7 +1,7 @@
 """A search stops when no gain is left that could be told from noise, and goes on while there is."""
 
 from landscape import planted
-from replay import StudySampler
+from proposals import StudySampler
 from search.proposing.proposal import RANDOM_STARTUP
 from search.proposing.recipes import to_recipe
 from search.proposing.starts import warm_starts

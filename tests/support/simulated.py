@@ -181,7 +181,7 @@ class SimulatedWorkers(Workers):
 
 def simulated_context(
     landscape: Landscape,
-    seed: int = 0,
+    seed: int | tuple[int, ...] = 0,
     counts: Mapping[str, int] = COUNTS,
     *,
     search: Mapping[str, Any] | None = None,
