@@ -18,22 +18,7 @@ from rich.markup import escape
 from merge_engine.methods import METHODS
 from merge_engine.models.memory_plan import MemoryPlan
 from objectives.base import printable
-from search.running.events import (
-    CommandDone,
-    Event,
-    IncumbentChanged,
-    Note,
-    PlanReady,
-    RaceProgressed,
-    RunFinished,
-    SamplesReady,
-    ScoreReady,
-    SearchStarted,
-    SessionEnded,
-    Stage,
-    StopRequested,
-    TrialFinished,
-)
+from search.running import events
 from search.showing.live_view import View, estimate_of, render
 from search.showing.progress import Progress, write_stopping
 from search.showing.tables import print_result, print_sample, print_score
@@ -60,27 +45,27 @@ class Terminal:
         self._concluding = 0  # item evaluations that follow the search
         self._finish_times = deque[float](maxlen=LATEST_TRIALS)  # of this session's trials
 
-    def __call__(self, event: Event) -> None:
+    def __call__(self, event: events.Event) -> None:
         """Show an event."""
         self._progress.update(event)
         self._show(event)
 
     @singledispatchmethod
-    def _show(self, event: Event) -> None:
+    def _show(self, event: events.Event) -> None:
         pass
 
     @_show.register
-    def _(self, event: PlanReady) -> None:
+    def _(self, event: events.PlanReady) -> None:
         self._say(str(event.line))
         if isinstance(event.line, MemoryPlan):
             self._view = replace(self._view, memory=str(event.line).removeprefix("memory: "))
 
     @_show.register
-    def _(self, event: Note) -> None:
+    def _(self, event: events.Note) -> None:
         self.console.print(f"[yellow]note:[/] {escape(printable(event.text))}", highlight=False)
 
     @_show.register
-    def _(self, event: SearchStarted) -> None:
+    def _(self, event: events.SearchStarted) -> None:
         self._began = (time.perf_counter(), event.evaluations)
         self._concluding = event.concluding
         if event.finished:
@@ -96,11 +81,11 @@ class Terminal:
             self._live.start()
 
     @_show.register
-    def _(self, event: RaceProgressed) -> None:
+    def _(self, event: events.RaceProgressed) -> None:
         self._view = replace(self._view, racing=tuple(event.trials))
 
     @_show.register
-    def _(self, event: TrialFinished) -> None:
+    def _(self, event: events.TrialFinished) -> None:
         trial = event.trial
         better = self._progress.best is trial
         self._finish_times.append(time.perf_counter())
@@ -108,40 +93,40 @@ class Terminal:
             self._say(self._line(trial, better))
 
     @_show.register
-    def _(self, event: IncumbentChanged) -> None:
+    def _(self, event: events.IncumbentChanged) -> None:
         self._view = replace(self._view, best=event.trial, posterior_mean=event.posterior_mean)
 
     @_show.register
-    def _(self, event: Stage) -> None:
+    def _(self, event: events.Stage) -> None:
         self._say(event.text)
         self._view = replace(self._view, searching=False, racing=())
 
     @_show.register
-    def _(self, event: StopRequested) -> None:  # noqa: ARG002
+    def _(self, event: events.StopRequested) -> None:  # noqa: ARG002
         if self._live is None:
             write_stopping()
         self._view = replace(self._view, stopping=True)
 
     @_show.register
-    def _(self, event: SessionEnded) -> None:  # noqa: ARG002
+    def _(self, event: events.SessionEnded) -> None:  # noqa: ARG002
         self._end_live_view()
 
     @_show.register
-    def _(self, event: ScoreReady) -> None:
+    def _(self, event: events.ScoreReady) -> None:
         print_score(self.console, event)
 
     @_show.register
-    def _(self, event: SamplesReady) -> None:
+    def _(self, event: events.SamplesReady) -> None:
         for sample in event.samples:
             print_sample(self.console, sample)
 
     @_show.register
-    def _(self, event: RunFinished) -> None:
+    def _(self, event: events.RunFinished) -> None:
         self._end_live_view()
         print_result(self.console, event.result, event.folder)
 
     @_show.register
-    def _(self, event: CommandDone) -> None:
+    def _(self, event: events.CommandDone) -> None:
         if event.text:
             self._say(event.text)
 
