@@ -1,4 +1,4 @@
-"""Which shortcuts of the forward pass reproduce lm-eval's scores on a model: measured, not assumed.
+"""Measure which shortcuts of the forward pass reproduce lm-eval's scores on a model.
 
 Each shortcut is tried on a few made-up questions of random tokens whose shapes it applies to. It is
 kept if its log-likelihoods differ from ``HFLM``'s by no more than rounding (in 16 bits judged by
@@ -21,9 +21,9 @@ from transformers import DynamicCache, PreTrainedModel
 
 from objectives.inference.decoding import StopCriteria
 from objectives.inference.fast_hflm import FastHFLM
+from objectives.inference.forward import Modes
 from objectives.inference.loglikelihood import Loglikelihood
-from objectives.inference.modes import Modes
-from objectives.inference.token_tree import Request, Tokens, common_length
+from objectives.inference.token_tree import Request, Tokens
 
 _LOG = logging.getLogger(__name__)
 
@@ -80,7 +80,7 @@ def _leave_off(shortcut: str, reason: str) -> None:
 
 
 def _is_recurrent(model: PreTrainedModel) -> bool:
-    """Whether layers carry a state from token to token, which no attention mask resets."""
+    """Return whether layers carry a state from token to token, which no attention mask resets."""
     cache = DynamicCache(config=model.config)
     return any(getattr(cache, "is_linear", []))
 
@@ -90,8 +90,7 @@ class _Reference:
     """``HFLM``'s scores of the made-up questions.
 
     Attributes:
-        requests: The questions.
-        scores: ``HFLM``'s log-likelihoods, each request in a batch of its own.
+        scores: Log-likelihoods, each request in a batch of its own.
         tolerance: Largest difference of a log-likelihood that counts as rounding, in nats.
     """
 
@@ -115,7 +114,7 @@ class _Reference:
         return cls(requests, scores, softmax + model / 4 + min(4 * noise, model))
 
     def compare_scores(self, language_model: FastHFLM) -> str | None:
-        """Say how log-likelihoods of the present modes disagree; None if they agree."""
+        """Return how log-likelihoods of the present modes disagree; None if they agree."""
         scores = language_model.scorer.score_requests(self.requests)
         difference = _largest_difference(scores, self.scores)
         if difference > self.tolerance:
@@ -127,11 +126,10 @@ class _Reference:
         return None
 
     def compare_texts(self, language_model: FastHFLM) -> str | None:
-        """Say how tokens generated in the present modes disagree; None if they agree."""
+        """Return how tokens generated in the present modes disagree; None if they agree."""
         prompts = list({request.group: request.inputs for request in self.requests}.values())
-        generated = language_model.decoder.continue_prompts(
-            prompts, StopCriteria(_GENERATED_TOKENS)
-        )
+        criteria, decoder = StopCriteria(_GENERATED_TOKENS), language_model.decoder
+        generated = decoder.decode(decoder.plan(prompts, _GENERATED_TOKENS), criteria)
         for prompt, tokens in zip(prompts, generated, strict=True):
             gap = _logit_gap(language_model, prompt, tokens)
             if gap > self.tolerance:
@@ -161,7 +159,7 @@ def _questions(language_model: FastHFLM) -> list[Request]:
     requests: list[Request] = []
     for group in range(4):
         context = prefix + random_tokens(1 + group * size // 6)
-        greedy = (_greedy_token(language_model, context),)
+        greedy = (int(_last_logits(language_model, context).argmax()),)
         for answer in (random_tokens(1), greedy, greedy + random_tokens(size // 4)):
             requests.append(Request(len(requests), group, (context + answer)[:-1], answer))
     return requests
@@ -173,17 +171,10 @@ def _last_logits(language_model: FastHFLM, tokens: Sequence[int]) -> torch.Tenso
     return language_model.model(inputs).logits[0, -1].float()  # type: ignore[no-any-return]
 
 
-def _greedy_token(language_model: FastHFLM, tokens: Sequence[int]) -> int:
-    return int(_last_logits(language_model, tokens).argmax())
-
-
-def _logit_gap(language_model: FastHFLM, prompt: Tokens, ours: Sequence[int]) -> float:
+def _logit_gap(language_model: FastHFLM, prompt: Tokens, generated: Sequence[int]) -> float:
     """Return by how much the first token that is not the greedy one has a smaller logit."""
-    theirs: list[int] = []
-    while len(theirs) < len(ours) and ours[: len(theirs)] == theirs:
-        theirs.append(_greedy_token(language_model, (*prompt, *theirs)))
-    same = common_length(ours, theirs)
-    if same == len(ours):
-        return 0.0
-    logits = _last_logits(language_model, (*prompt, *ours[:same]))
-    return float(logits.max() - logits[ours[same]])
+    for length, token in enumerate(generated):
+        logits = _last_logits(language_model, (*prompt, *generated[:length]))
+        if token != int(logits.argmax()):
+            return float(logits.max() - logits[token])
+    return 0.0

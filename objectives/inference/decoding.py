@@ -43,7 +43,7 @@ class StopCriteria:
 
 @dataclass(frozen=True)
 class _Prompt:
-    """A prompt in tokens, and its index in the caller's list."""
+    """A prompt and its index in the caller's list."""
 
     index: int
     tokens: Tokens
@@ -74,19 +74,14 @@ class PromptBatch:
 
 
 class GreedyDecoder:
-    """Plans batches of prompts and continues them greedily.
-
-    Args:
-        runner: Forward passes of the model.
-        tokenizer: Finds stop strings in what is generated.
-    """
+    """Plans batches of prompts and continues them greedily, up to an end token or stop string."""
 
     def __init__(self, runner: ModelRunner, tokenizer: PreTrainedTokenizerBase) -> None:
         self._runner = runner
         self._tokenizer = tokenizer
 
     def plan(self, prompts: Iterable[Tokens], max_tokens: int) -> tuple[PromptBatch, ...]:
-        """Lay prompts, each to be continued by up to ``max_tokens``, out in batches."""
+        """Lay out prompts, to be continued by up to ``max_tokens``, in batches."""
         runner = self._runner
         plain = plain_length(runner.model.config) if runner.modes.prefix else 0
         within: list[_Prompt] = []  # texts short enough to share a prefix
@@ -104,15 +99,9 @@ class GreedyDecoder:
             )
         )
 
-    def continue_prompts(
-        self, prompts: Iterable[Tokens], criteria: StopCriteria
-    ) -> list[list[int]]:
-        """Return the tokens generated after each prompt, including the one that ended the text."""
-        return self.decode(self.plan(prompts, criteria.max_tokens), criteria)
-
     @torch.no_grad()
     def decode(self, plan: Iterable[PromptBatch], criteria: StopCriteria) -> list[list[int]]:
-        """Return the tokens generated after each planned prompt, by prompt index."""
+        """Return the tokens generated after each prompt, including the one that ended the text."""
         generated: dict[int, list[int]] = {}
         prefix: Tokens = ()
         cache: DynamicCache | None = None

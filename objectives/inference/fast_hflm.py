@@ -8,13 +8,10 @@ float32 log-softmax are the same, so scores are the same up to rounding, but
 * logits, and the last layer's MLP, are computed only at tokens that predict a target (``forward``);
 * generated texts leave the batch when they have ended (``decoding``).
 
-Texts are encoded and batches planned once; nothing that depends on weights outlives a call, so
-weights may be rewritten between calls. The same requests always make the same batches, and so give
-the same values to the bit; among other requests a value can differ by rounding, as in lm-eval.
-
-Not every model supports this: some use other attention than a mask describes, some carry a
-recurrent state. All shortcuts are off until ``agreement.settle_modes`` has compared each with
-``HFLM`` on the model at hand; it leaves off those that differ by more than rounding.
+Texts are encoded and batches planned once; nothing that depends on weights outlives a call. The
+same requests always make the same batches, and so give the same values to the bit; among other
+requests a value can differ by rounding, as in lm-eval. All shortcuts are off until
+``agreement.settle_modes`` has compared each with ``HFLM`` on the model at hand.
 """
 
 from __future__ import annotations
@@ -38,16 +35,15 @@ from typing_extensions import override
 
 from objectives.base import ObjectiveError
 from objectives.inference.decoding import GreedyDecoder, PromptBatch, StopCriteria
-from objectives.inference.forward import ModelRunner
+from objectives.inference.forward import ModelRunner, Modes
 from objectives.inference.loglikelihood import Loglikelihood, LoglikelihoodScorer, PrefixBatches
-from objectives.inference.modes import Modes
 from objectives.inference.token_tree import Request
 
-# a batch has as many tokens as ``batch_size`` sequences of this length; on a CPU larger ones do not
-# fit into its caches: with 32 sequences, 1,024 tokens took 8 % less time than 2,048, and those 30 %
-# less than 8,192
-TOKENS_PER_SEQUENCE = 256
-TOKENS_PER_SEQUENCE_ON_CPU = 32
+# a batch has as many tokens as ``batch_size`` sequences of this length; larger ones do not fit into
+# a CPU's caches: with 32 sequences, 1,024 tokens took 8 % less time than 2,048, and those 30 % less
+# than 8,192
+_TOKENS_PER_SEQUENCE = 256
+_TOKENS_PER_SEQUENCE_ON_CPU = 32
 
 _LOG = logging.getLogger(__name__)
 
@@ -72,7 +68,7 @@ class FastHFLM(HFLM):  # type: ignore[misc]  # lm-eval is published without type
 
     Args:
         batch_size: Sequences per batch of ``HFLM``'s own code; our batches have
-            ``TOKENS_PER_SEQUENCE`` tokens for each of them.
+            ``_TOKENS_PER_SEQUENCE`` tokens for each of them.
         settings: Passed to ``HFLM``. ``softmax_dtype`` is float32 unless given.
 
     Attributes:
@@ -83,12 +79,12 @@ class FastHFLM(HFLM):  # type: ignore[misc]  # lm-eval is published without type
     def __init__(self, *, batch_size: int = 32, **settings: Any) -> None:
         super().__init__(batch_size=batch_size, **{"softmax_dtype": "float32"} | settings)
         on_cpu = self.device.type == "cpu"
+        length = _TOKENS_PER_SEQUENCE_ON_CPU if on_cpu else _TOKENS_PER_SEQUENCE
         self._runner = ModelRunner(
             self.model,
             self.device,
             autocast_dtype=self.mixed_precision_dtype,
-            tokens_per_batch=batch_size
-            * (TOKENS_PER_SEQUENCE_ON_CPU if on_cpu else TOKENS_PER_SEQUENCE),
+            tokens_per_batch=batch_size * length,
         )
         self.scorer = LoglikelihoodScorer(self._runner, self.softmax_dtype)
         self.decoder = GreedyDecoder(self._runner, self.tokenizer)

@@ -6,20 +6,39 @@ import contextlib
 import copy
 import math
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
 
-from objectives.inference.modes import Modes
 from objectives.inference.token_tree import Tokens
 
 
-class ModelRunner:
-    """Runs forward passes of one live model.
+@dataclass(frozen=True)
+class Modes:
+    """Shortcuts that are on; with all of them off, lm-eval's own code evaluates the model.
 
-    Nothing that depends on weights outlives a call, so weights may be rewritten between calls.
+    Attributes:
+        scoring: Log-likelihoods in batches of our own; the next four require it.
+        sparse_logits: Logits only at positions that predict a target token.
+        sparse_mlp: The last layer's MLP only at those positions.
+        tree: The answers to one question as branches of one token tree.
+        prefix: Keys and values of a shared prefix computed once.
+        generation: Greedy decoding in batches that finished texts leave.
+    """
+
+    scoring: bool = False
+    sparse_logits: bool = False
+    sparse_mlp: bool = False
+    tree: bool = False
+    prefix: bool = False
+    generation: bool = False
+
+
+class ModelRunner:
+    """Runs forward passes of one live model, whose weights may be rewritten between calls.
 
     Args:
         model: The model.
@@ -44,7 +63,7 @@ class ModelRunner:
         self.tokens_per_batch = tokens_per_batch
         self.modes = Modes()
         self._autocast_dtype = autocast_dtype
-        self._last_mlp = last_mlp(model)
+        self._last_mlp = _last_mlp(model)
 
     def empty_cache(self) -> DynamicCache:
         """Return a cache without keys and values."""
@@ -74,13 +93,12 @@ class ModelRunner:
 
     def _logits(self, tokens: Tensor, used: Tensor, **settings: Any) -> Tensor:
         """Return the model's logits of tokens (b, t), valid where ``used`` (b, t) is True."""
-        autocast = torch.autocast(
-            self.device.type,
-            dtype=self._autocast_dtype,
-            enabled=self._autocast_dtype is not None,
-        )
+        dtype = self._autocast_dtype
         mlp = self._last_mlp if self.modes.sparse_mlp and tokens.shape[1] > 1 else None
-        with autocast, only_at(mlp, used) if mlp is not None else contextlib.nullcontext():
+        with (
+            torch.autocast(self.device.type, dtype=dtype, enabled=dtype is not None),
+            _only_at(mlp, used) if mlp is not None else contextlib.nullcontext(),
+        ):
             return cast("Tensor", self.model(tokens, **settings).logits)
 
 
@@ -101,7 +119,7 @@ def plain_length(config: PreTrainedConfig) -> float:
     return min((limit for limit in limits if limit), default=math.inf)
 
 
-def last_mlp(model: torch.nn.Module) -> torch.nn.Module | None:
+def _last_mlp(model: torch.nn.Module) -> torch.nn.Module | None:
     """Return the last layer's MLP; None where the model names none as most models do."""
     layers = [module for module in model.modules() if isinstance(module, torch.nn.ModuleList)]
     last = max(layers, key=len, default=[None])[-1]
@@ -109,7 +127,7 @@ def last_mlp(model: torch.nn.Module) -> torch.nn.Module | None:
 
 
 @contextlib.contextmanager
-def only_at(module: torch.nn.Module, used: Tensor) -> Iterator[None]:
+def _only_at(module: torch.nn.Module, used: Tensor) -> Iterator[None]:
     """Apply a position-wise module only where ``used`` (b, t) is True.
 
     Elsewhere its output is 0; after the last layer nothing reads it.
@@ -131,10 +149,7 @@ def only_at(module: torch.nn.Module, used: Tensor) -> Iterator[None]:
 
 
 def repeat_cache(cache: DynamicCache, rows: int) -> DynamicCache:
-    """Return a one-row cache expanded to ``rows`` rows, without copying keys and values.
-
-    A layer that reads on concatenates them with its own into a new tensor.
-    """
+    """Return a one-row cache expanded to ``rows`` rows, without copying keys and values."""
     layers: list[Any] = [copy.copy(layer) for layer in cache.layers]
     for layer in layers:
         if layer.is_initialized:

@@ -96,7 +96,7 @@ class LoglikelihoodScorer:
         return prefix, tuple(_pad(rows, self._runner.device) for rows in batches)
 
     def score_requests(self, requests: Sequence[Request]) -> list[Loglikelihood]:
-        """Return the requests' log-likelihoods, by request index."""
+        """Plan requests and return their log-likelihoods, by request index."""
         return self.score(self.plan(requests), len(requests))
 
     @torch.no_grad()
@@ -174,10 +174,7 @@ def _target_log_probs(
 ) -> tuple[Tensor, Tensor]:
     """Return each target's log-probability and whether it is the argmax, both (n), on the CPU.
 
-    Args:
-        logits: (m, vocabulary), at the batch's predicting positions.
-        batch: Which position predicts which target.
-        dtype: Dtype of the log-softmax.
+    ``logits`` (m, vocabulary) are at the batch's predicting positions.
     """
     sources = batch.sources
     log_probs = torch.empty(len(sources), dtype=dtype or logits.dtype, device=logits.device)

@@ -33,7 +33,6 @@ class Request:
     """A log-likelihood to compute.
 
     Attributes:
-        index: Index in the caller's list.
         group: Requests of one group, the answers to one question, may share a tree.
         inputs: What the model reads: context and continuation without its last token.
         targets: Tokens of the continuation; the last ``len(targets)`` inputs predict them.
@@ -122,12 +121,11 @@ class TokenTree:
 
 
 class Row(Protocol):
-    """A row of a batch, whose trunk may be shared with other rows."""
+    """A row of a batch, whose trunk may be cut off as a prefix shared with other rows."""
 
     @property
     def trunk(self) -> Tokens:
-        """Tokens that may be cut off as a prefix."""
-        ...
+        """Tokens that may be cut off."""
 
     def __len__(self) -> int: ...
 
@@ -187,15 +185,14 @@ def build_trees(requests: Iterable[Request], max_tokens: float) -> list[TokenTre
     trees: list[TokenTree] = []
     for group in by_group.values():
         tree = build_tree(group)
-        trees += [tree] if tree.is_chain or len(tree) <= max_tokens else _chains(group)
+        if tree.is_chain or len(tree) <= max_tokens:
+            trees.append(tree)
+            continue
+        by_sequence: dict[Tokens, list[Request]] = defaultdict(list)
+        for request in group:
+            by_sequence[request.inputs].append(request)
+        trees += map(build_tree, by_sequence.values())
     return trees
-
-
-def _chains(requests: Iterable[Request]) -> Iterator[TokenTree]:
-    by_sequence: dict[Tokens, list[Request]] = defaultdict(list)
-    for request in requests:
-        by_sequence[request.inputs].append(request)
-    return map(build_tree, by_sequence.values())
 
 
 def group_by_prefix(rows: Iterable[R]) -> Iterator[tuple[Tokens, Sequence[R]]]:
@@ -208,7 +205,7 @@ def group_by_prefix(rows: Iterable[R]) -> Iterator[tuple[Tokens, Sequence[R]]]:
     while len(rest) >= _MIN_SHARING_ROWS:
         middle = rest[len(rest) // 2].trunk
         lengths = [common_length(middle, row.trunk) for row in rest]
-        best = max(set(lengths), key=lambda length: length * (_at_least(length, lengths) - 1))
+        best = max(set(lengths), key=lambda n: n * (sum(each >= n for each in lengths) - 1))
         sharing = [row for row, length in zip(rest, lengths, strict=True) if length >= best]
         saved = best * (len(sharing) - 1)
         if len(sharing) < _MIN_SHARING_ROWS or saved < _MIN_SAVING * sum(map(len, sharing)):
@@ -217,10 +214,6 @@ def group_by_prefix(rows: Iterable[R]) -> Iterator[tuple[Tokens, Sequence[R]]]:
         rest = [row for row, length in zip(rest, lengths, strict=True) if length < best]
     if rest:
         yield (), rest
-
-
-def _at_least(length: int, lengths: Iterable[int]) -> int:
-    return sum(other >= length for other in lengths)
 
 
 def batches_by_length(

@@ -4,7 +4,7 @@ import torch
 import transformers
 
 from lm_eval_reference import ALL, difference, fast, prompts, questions, scores, stock, texts
-from objectives.inference.modes import Modes
+from objectives.inference.forward import Modes
 from tiny_models import make_model
 
 

@@ -6,8 +6,7 @@ from dataclasses import fields, replace
 import pytest
 
 from lm_eval_reference import difference, fast, prompts, questions, scores, stock, texts
-from objectives.inference.forward import plain_length
-from objectives.inference.modes import Modes
+from objectives.inference.forward import Modes, plain_length
 from tiny_models import make_model
 
 

@@ -16,7 +16,7 @@ from lm_eval.tasks import TaskManager
 
 from objectives.inference.agreement import settle_modes
 from objectives.inference.fast_hflm import FastHFLM
-from objectives.inference.modes import Modes
+from objectives.inference.forward import Modes
 from tiny_models import chat_tokenizer
 from tiny_tasks import (
     ANSWER,
