@@ -1,8 +1,7 @@
 """lm-eval's tasks as an objective.
 
-``task_index`` names of tasks, found fast · ``tasks`` tasks loaded without a model, by
-``task_factory`` from their files and by ``text_tasks`` without one, with their ``metrics`` and
-``random_state`` · ``jsonl_task`` a task file for a user's questions · ``prompts`` lm-eval's
-requests for every document · ``judging`` responses to values · ``harness`` all of them for one
-live model, with lm-eval's log kept ``quiet``.
+``task_index`` names of tasks, found fast · ``tasks`` tasks loaded without a model, from their
+files by ``task_factory``, with their ``metrics`` · ``jsonl_task`` a task file for a user's
+questions · ``prompts`` lm-eval's requests for every document · ``judging`` responses to values ·
+``harness`` all of them for one live model, with lm-eval's log kept ``quiet``.
 """

@@ -1,8 +1,7 @@
 """Evaluate one live model on lm-eval's tasks, item by item.
 
-``simple_evaluate`` loads tasks, builds prompts and wraps a model on every call. Here that happens
-once, in ``load_tasks`` and ``Harness.prepare``; ``score`` only runs the model, and gives lm-eval's
-own values, item for item. Three things make that hold:
+Tasks, prompts and the model's wrapper are made once; ``score`` only runs the model, and gives the
+values of lm-eval's ``simple_evaluate``, item for item. Three things make that hold:
 
 * prompts of the whole split are built at once, with ``simple_evaluate``'s seeds, because the
   few-shot sampler is one random stream: building a subset would change the examples of all;
@@ -11,10 +10,7 @@ own values, item for item. Three things make that hold:
   generation, because they would change greedy responses; its end-of-text tokens are kept.
 
 None of lm-eval's caches is used: they are keyed by prompt, and here the weights change under them.
-
-A failure ends with the item or the model, never with the study: generation has its limit of
-tokens, NaN in the model's output is an error of this model, and a response that cannot be scored
-has value 0 and a reason (``judging``).
+A failure ends with the item (``judging``) or the model, never with the study.
 """
 
 from __future__ import annotations
@@ -23,9 +19,9 @@ import contextlib
 import copy
 import logging
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from typing import Any, cast
+from typing import Any
 
 import torch
 from lm_eval.api.instance import Instance
@@ -43,67 +39,51 @@ from objectives.inference.fast_hflm import FastHFLM
 
 
 class Harness(Objective):
-    """Objective of lm-eval tasks for one live model; made by ``Harness.prepare``.
+    """Objective of lm-eval tasks for one live model, its prompts built once for the whole study.
+
+    Global random states are left as found. The model is put in evaluation mode. Make this before
+    writing weights into it, because lm-eval ties weights as its config says.
+
+    Args:
+        tasks: Loaded for this one harness.
+        model: The live model that every later ``score`` gets.
+        tokenizer: Its tokenizer; copied, because lm-eval sets a padding token.
+        batch_size: Sequences per forward pass.
+        prompting: Chat template and system prompt, the same for every task.
 
     Attributes:
         questions: One per item, in the items' order; their requests hold the latest responses.
         language_model: The live model as lm-eval calls it.
-        judge_seconds: Time limit for scoring one response.
+        judge_seconds: Limit per item for scoring responses.
+
+    Raises:
+        ObjectiveError: Prompts cannot be built, or do not fit the model.
     """
 
     def __init__(
-        self, tasks: Mapping[str, float], questions: Sequence[Question], language_model: FastHFLM
-    ) -> None:
-        self.tasks = tasks
-        self.items = tuple(question.item for question in questions)
-        self.questions = questions
-        self.language_model = language_model
-        self.judge_seconds = JUDGE_SECONDS
-
-    @classmethod
-    def prepare(  # the study file's own settings, each by name
-        cls,
+        self,
         tasks: Sequence[LoadedTask],
         *,
         model: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,
         batch_size: int = 32,
         prompting: Prompting = PLAIN,
-        max_length: int | None = None,
-    ) -> Harness:
-        """Build every prompt and wrap the model, once for the whole study.
-
-        Global random states are left as found. The model is put in evaluation mode. Call this
-        before writing weights into it, because lm-eval ties weights as its config says.
-
-        Args:
-            tasks: Loaded for this one harness.
-            model: The live model that every later ``score`` gets.
-            tokenizer: Its tokenizer; copied, because lm-eval sets a padding token.
-            batch_size: Sequences per forward pass.
-            prompting: Chat template and system prompt, the same for every task.
-            max_length: Limit of prompt and answer in tokens, longer prompts lose their beginning;
-                None takes the model's context length.
-
-        Raises:
-            ObjectiveError: Prompts cannot be built, or do not fit the model.
-        """
+    ) -> None:
         _check_model(model, tokenizer, batch_size, prompting)
         with quiet(logging.ERROR):  # it warns that a model object is not a path
-            language_model = FastHFLM(
-                pretrained=model,
-                tokenizer=copy.deepcopy(tokenizer),
-                batch_size=batch_size,
-                max_length=max_length,
+            self.language_model = FastHFLM(
+                pretrained=model, tokenizer=copy.deepcopy(tokenizer), batch_size=batch_size
             )
-            settle_modes(language_model)
+            settle_modes(self.language_model)
         with quiet(logging.WARNING):
-            questions = [
+            self.questions = [
                 question
                 for loaded in tasks
-                for question in build_questions(loaded, language_model, prompting)
+                for question in build_questions(loaded, self.language_model, prompting)
             ]
-        return cls({loaded.name: loaded.weight for loaded in tasks}, questions, language_model)
+        self.tasks = {loaded.name: loaded.weight for loaded in tasks}
+        self.items = tuple(question.item for question in self.questions)
+        self.judge_seconds = JUDGE_SECONDS
 
     @override
     def snapshots(self, items: Sequence[int]) -> list[ItemSnapshot]:
@@ -135,12 +115,25 @@ class Harness(Objective):
         """Put the model's responses into the requests of the numbered items.
 
         Returns:
-            The items' questions, and their generated tokens, by item number.
-
-        Raises:
-            ObjectiveError: The model is another one or in training mode, an item does not exist,
-                or the model's output is not a number.
+            The items' questions, and their numbers of generated tokens, by item number.
         """
+        self._check(model, items)
+        questions = {number: self.questions[number] for number in items}
+        tokens = dict.fromkeys(questions, 0)
+        by_type: dict[str, list[tuple[int, Instance]]] = defaultdict(list)
+        for number, question in questions.items():
+            for request in question.requests:
+                request.resps, request.filtered_resps = [], {}
+                by_type[request.request_type] += [(number, request)] * (request.repeats or 1)
+        with quiet(logging.ERROR):  # truncated prompts were reported once
+            for request_type, numbered in by_type.items():
+                responses = self._responses(request_type, [request for _, request in numbered])
+                for (number, request), (response, count) in zip(numbered, responses, strict=True):
+                    request.resps.append(response)
+                    tokens[number] += count
+        return questions, tokens
+
+    def _check(self, model: nn.Module, items: Sequence[int]) -> None:
         if model is not self.language_model.model:
             raise ObjectiveError(
                 "score: got another model than the one prepared; write weights into that one"
@@ -152,47 +145,23 @@ class Harness(Objective):
                 raise ObjectiveError(
                     f"score: item {number} does not exist; there are {len(self.questions)}"
                 )
-        questions = {number: self.questions[number] for number in items}
-        generated = {n: question for n, question in questions.items() if question.item.generated}
-        tokens = dict.fromkeys(questions, 0)
-        with quiet(logging.ERROR), _plain_decoding(model):  # truncated prompts were reported once
-            self._run([question for n, question in questions.items() if n not in generated])
-            with _nan_refused(model):
-                counts = self._run([*generated.values()])
-        return questions, tokens | dict(zip(generated, counts, strict=True))
-
-    def _run(self, questions: Sequence[Question]) -> list[int]:
-        """Put the model's responses into the questions' requests.
-
-        Returns:
-            Generated tokens of each question.
-        """
-        by_type: dict[str, list[tuple[int, Instance]]] = defaultdict(list)
-        for index, question in enumerate(questions):
-            for request in question.requests:
-                request.resps, request.filtered_resps = [], {}
-                by_type[request.request_type] += [(index, request)] * (request.repeats or 1)
-        tokens = [0] * len(questions)
-        for request_type, indexed in by_type.items():
-            responses = self._responses(request_type, [request for _, request in indexed])
-            for (index, request), (response, count) in zip(indexed, responses, strict=True):
-                request.resps.append(response)
-                tokens[index] += count
-        return tokens
 
     def _responses(self, request_type: str, requests: Sequence[Instance]) -> list[tuple[Any, int]]:
-        """Return the model's response to each request and its generated tokens.
+        """Return the model's response to each request and its number of generated tokens.
 
         Batches are halved until they fit into memory.
         """
+        language_model = self.language_model
         while True:
             # leaving the block lets go of the tensors that the failed batch held
             with contextlib.suppress(torch.OutOfMemoryError):
                 if request_type == "generate_until":
-                    return self.language_model.generate_counted(requests)
-                run = getattr(self.language_model, request_type)
+                    model = language_model.model
+                    with _plain_decoding(model), _nan_refused(model):
+                        return language_model.generate_counted(requests)
+                run = getattr(language_model, request_type)
                 return [(response, 0) for response in run(requests, disable_tqdm=True)]
-            self.language_model.halve_batches()
+            language_model.halve_batches()
 
 
 def _check_model(
@@ -216,13 +185,12 @@ def _check_model(
 
 
 @contextlib.contextmanager
-def _plain_decoding(model: nn.Module) -> Iterator[None]:
+def _plain_decoding(model: PreTrainedModel) -> Iterator[None]:
     """Set the model's own generation settings aside, all but its special tokens."""
     own = model.generation_config
     tokens = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id")
-    make = cast("Any", GenerationConfig)  # its constructor has no types
-    plain = make(**{name: getattr(own, name, None) for name in tokens})
-    model.generation_config = plain
+    plain = {name: getattr(own, name, None) for name in tokens}
+    model.generation_config = GenerationConfig(**plain)
     try:
         yield
     finally:

@@ -6,6 +6,7 @@ import json
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from string import ascii_uppercase
 from typing import Any, Final
 
 from objectives.base import ObjectiveError
@@ -13,7 +14,6 @@ from objectives.base import ObjectiveError
 QUESTIONS: Final = ("question", "prompt", "input")  # names a field of the file may have
 ANSWERS: Final = ("answer", "target", "output", "label")
 CHOICES: Final = "choices"
-LETTERS: Final = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
 TASK: Final = """\
 # The questions of {file}, written by mergesearch init; change it as you like.
@@ -58,7 +58,7 @@ def task_yaml(name: str, data: Path, folder: Path) -> str:
     Args:
         name: Name of the task.
         data: Lines of JSON with a question and an answer.
-        folder: Where the task file will be.
+        folder: Of the task file.
 
     Raises:
         ObjectiveError: A line is not JSON, or differs from the first in its fields.
@@ -78,12 +78,11 @@ def task_yaml(name: str, data: Path, folder: Path) -> str:
     template = (
         "Question: {{question}}\nAnswer:" if question == "question" else f"{{{{{question}}}}}"
     )
+    path = Path(os.path.relpath(data.expanduser().resolve(), folder.resolve())).as_posix()
     return TASK.format(
         file=data.name,
         name=_quoted(name),
-        data=_quoted(
-            Path(os.path.relpath(data.expanduser().resolve(), folder.resolve())).as_posix()
-        ),
+        data=_quoted(path),
         output_type="multiple_choice" if is_choice else "generate_until",
         text=_quoted(template),
         target=_quoted(target),
@@ -142,8 +141,8 @@ def _choice_target(rows: Rows, data: Path, answer: str) -> str:
     forms: dict[str, Callable[[Any, list[str]], bool]] = {
         answer: lambda target, choices: type(target) is int and 0 <= target < len(choices),
         f"{{{{{CHOICES}.index({answer})}}}}": lambda target, choices: target in choices,
-        f"{{{{'{LETTERS}'.index({answer})}}}}": lambda target, choices: (
-            isinstance(target, str) and len(target) == 1 and target in LETTERS[: len(choices)]
+        f"{{{{'{ascii_uppercase}'.index({answer})}}}}": lambda target, choices: (
+            target in [*ascii_uppercase[: len(choices)]]
         ),
     }
     for line, row in rows.items():

@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 import psutil
 import torch
-from lm_eval.api.task import ConfigurableTask
+from lm_eval.api.task import ConfigurableTask, Task
 from numpy.typing import NDArray
 
 from objectives.base import ItemResult, ObjectiveError, Response, objective_errors, printable
@@ -39,15 +39,14 @@ _REASON = 300  # characters kept of a reason: an exception may quote the whole r
 _FORK = multiprocessing.get_context("fork")  # a task's functions cannot always be pickled
 
 
-def judge(questions: Sequence[Question], seconds: float = JUDGE_SECONDS) -> list[ItemResult]:
+def judge(questions: Sequence[Question], seconds: float) -> list[ItemResult]:
     """Score the responses in the questions' requests.
+
+    A result has value 0 and a fault where scoring raised, hung or died.
 
     Args:
         questions: Their requests hold responses.
         seconds: Limit per item, where a task's code or generated text is involved.
-
-    Returns:
-        One result per question; with value 0 and a fault where scoring raised, hung or died.
 
     Raises:
         ObjectiveError: A log-likelihood is NaN, or a task gives no number per item.
@@ -55,18 +54,16 @@ def judge(questions: Sequence[Question], seconds: float = JUDGE_SECONDS) -> list
     for question in questions:
         _check_numbers(question)
     untrusted = [question for question in questions if _is_untrusted(question)]
-    judged = iter(_judge_apart(untrusted, seconds))
+    judged: list[ItemResult] = []
+    while len(judged) < len(untrusted):
+        judged += _judge_until_stopped(untrusted[len(judged) :], seconds)
+    apart = iter(judged)
     return [
-        next(judged) if _is_untrusted(question) else result_of(question) for question in questions
+        next(apart) if _is_untrusted(question) else _result_of(question) for question in questions
     ]
 
 
-def result_of(question: Question) -> ItemResult:
-    """Score one question's responses in this process.
-
-    Raises:
-        ObjectiveError: The metric is not one number.
-    """
+def _result_of(question: Question) -> ItemResult:
     requests = question.requests
     try:
         question.metric.filter.apply(list(requests))
@@ -130,14 +127,10 @@ def _number(value: object, metrics: dict[str, Any], question: Question) -> float
 def _check_numbers(question: Question) -> None:
     """Refuse NaN, which wins every argmax: a broken model would seem to answer "A"."""
     for request in question.requests:
-        if request.request_type != "generate_until" and any(map(_has_nan, request.resps)):
+        if request.request_type != "generate_until" and np.isnan(request.resps).any():
             raise ObjectiveError(
                 f"{question.where}: the model's log-likelihood is not a number; {NAN}"
             )
-
-
-def _has_nan(response: float | tuple[float, bool]) -> bool:
-    return math.isnan(response[0] if isinstance(response, tuple) else response)
 
 
 def _margin(question: Question, results: Sequence[Any]) -> float | None:
@@ -146,7 +139,7 @@ def _margin(question: Question, results: Sequence[Any]) -> float | None:
     None where a task's own code scores, or text is generated.
     """
     task = question.task
-    if not _is_built_in(question) or question.requests[0].request_type != "loglikelihood":
+    if not _is_built_in(task) or question.requests[0].request_type != "loglikelihood":
         return None
     logliks = np.array([loglik for loglik, _ in results])
     if task.OUTPUT_TYPE != "multiple_choice":
@@ -166,10 +159,7 @@ def _choice_scores(
 ) -> NDArray[np.float64]:
     """Return what the metric compares, for each of n choices.
 
-    Args:
-        logliks: Of the n choices; n more without the prompt for ``acc_mutual_info``.
-        choices: Their texts.
-        metric: Name of the metric.
+    ``logliks`` are of the n choices, and of n more without the prompt for ``acc_mutual_info``.
     """
     given, unconditional = logliks[: len(choices)], logliks[len(choices) :]
     if metric == "acc_mutual_info":
@@ -193,23 +183,13 @@ def _gold(question: Question, choices: Sequence[str]) -> list[int]:
     return [index for index in indices if isinstance(index, int) and 0 <= index < len(choices)]
 
 
-def _is_built_in(question: Question) -> bool:
-    return (
-        type(question.task) is ConfigurableTask
-        and question.task.get_config("process_results") is None
-    )
-
-
 def _is_untrusted(question: Question) -> bool:
     """Return whether scoring it reads generated text, or runs a task's own code."""
-    return question.item.generated or not _is_built_in(question)
+    return question.item.generated or not _is_built_in(question.task)
 
 
-def _judge_apart(questions: Sequence[Question], seconds: float) -> list[ItemResult]:
-    results: list[ItemResult] = []
-    while len(results) < len(questions):
-        results += _judge_until_stopped(questions[len(results) :], seconds)
-    return results
+def _is_built_in(task: Task) -> bool:
+    return type(task) is ConfigurableTask and task.get_config("process_results") is None
 
 
 def _judge_until_stopped(questions: Sequence[Question], seconds: float) -> list[ItemResult]:
@@ -259,16 +239,13 @@ def _judge_and_send(questions: Sequence[Question], sender: Connection, seconds: 
     _isolate(sender.fileno(), seconds * len(questions))
     for question in questions:
         try:
-            sender.send(result_of(question))
+            sender.send(_result_of(question))
         except ObjectiveError as error:
             sender.send(error)
 
 
 def _isolate(pipe: int, seconds: float) -> None:
-    """Close every file of this process but its pipe, and limit its time and memory.
-
-    The run's lock is among the files: it must be free as soon as the run itself has ended.
-    """
+    """Close every file but the pipe, the run's lock among them, and limit time and memory."""
     os.closerange(0, pipe)
     os.closerange(pipe + 1, 1 << 16)
     nowhere = Path(os.devnull).open("r+", encoding="utf-8")  # noqa: SIM115  # until the process ends

@@ -10,8 +10,6 @@ from lm_eval.api.task import Task
 
 from objectives.base import ObjectiveError
 
-PREFERRED_METRICS = ("acc", "exact_match")
-
 # Aggregations of (log-likelihood, bytes or words) per item. An item's value is then
 # exp(log-likelihood per unit): a probability, so higher is better and its range is [0, 1].
 PER_UNIT = (weighted_perplexity, bits_per_byte)
@@ -22,7 +20,6 @@ class Metric:
     """A metric of a task and the filter in front of it.
 
     Attributes:
-        name: Its name in the task.
         filter: lm-eval's FilterEnsemble: response to answer.
         aggregation: lm-eval's function from all items' metrics to the task's score.
     """
@@ -32,17 +29,13 @@ class Metric:
     aggregation: Any
 
 
-def choose_metric(where: str, task: Task, wanted: str | None) -> Metric:
-    """Return the metric to use; ``TaskEntry.metric`` has the rule.
-
-    Args:
-        where: Task, as an error names it.
-        task: lm-eval's.
-        wanted: ``TaskEntry.metric``.
+def choose_metric(task_name: str, task: Task, wanted: str | None) -> Metric:
+    """Return the metric to use, by the rule of ``TaskEntry.metric``.
 
     Raises:
         ObjectiveError: The metric or filter does not exist, or cannot be compared per item.
     """
+    where = f"task {task_name!r}"
     name, _, filter_name = (wanted or "").partition(",")
     refused = {metric: _why_unusable(task, metric) for metric in task.aggregation()}
     usable = [metric for metric, reason in refused.items() if reason is None]
@@ -54,7 +47,7 @@ def choose_metric(where: str, task: Task, wanted: str | None) -> Metric:
     if not usable:
         reasons = ", ".join(f"{metric!r} {reason}" for metric, reason in refused.items())
         raise ObjectiveError(f"{where} has no usable metric ({reasons}); leave it out")
-    preferred = [metric for metric in PREFERRED_METRICS if metric in usable]
+    preferred = [metric for metric in ("acc", "exact_match") if metric in usable]
     filters = {ensemble.name: ensemble for ensemble in task._filters}
     if filter_name and filter_name not in filters:
         raise ObjectiveError(f"{where} has no filter {filter_name!r}; it has {', '.join(filters)}")
@@ -66,9 +59,7 @@ def choose_metric(where: str, task: Task, wanted: str | None) -> Metric:
 def _why_unusable(task: Task, metric: str) -> str | None:
     """Return why a metric cannot be compared item by item, or None if it can.
 
-    Only where the task's score is the plain mean over its items does a value per item mean what
-    the task means: f1 or bleu exist for the whole set alone. Perplexities per byte or word are
-    taken item by item instead; see ``PER_UNIT``.
+    f1 or bleu, say, exist for the whole set of items alone, not as a mean of one number per item.
     """
     if task.aggregation()[metric] in PER_UNIT:
         return None

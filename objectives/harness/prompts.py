@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 import logging
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, cast
@@ -60,18 +60,16 @@ class Question:
 
 
 def build_questions(
-    loaded: LoadedTask, language_model: HFLM, prompting: Prompting = PLAIN
+    loaded: LoadedTask, language_model: HFLM, prompting: Prompting
 ) -> list[Question]:
     """Build the requests of a task's whole split, as ``simple_evaluate`` does.
 
     Raises:
         ObjectiveError: They cannot be built, or lm-eval would fail on them during the study.
     """
-    task, name, chat = loaded.task, loaded.name, prompting.apply_chat_template
-    with (
-        loaded.random_state.active(),
-        objective_errors(f"task {name!r}: its prompts could not be built"),
-    ):
+    task, chat = loaded.task, prompting.apply_chat_template
+    where = f"task {loaded.name!r}: its prompts could not be built"
+    with loaded.random_state.active(), objective_errors(where):
         task.build_all_requests(
             system_instruction=prompting.system_instruction,
             apply_chat_template=chat,
@@ -81,7 +79,7 @@ def build_questions(
         )
     by_doc: dict[int, list[Instance]] = defaultdict(list)
     for request in sorted(task.instances, key=lambda request: request.idx):
-        _check_request(name, request, language_model)
+        _check_request(loaded.name, request, language_model)
         by_doc[cast("int", request.doc_id)].append(request)
     return [
         Question(loaded.items[doc_id], task, loaded.metric, tuple(by_doc[doc_id]))
@@ -91,14 +89,12 @@ def build_questions(
 
 def _check_request(name: str, request: Instance, language_model: HFLM) -> None:
     """Refuse responses that are sampled, or leave no tokens for a prompt."""
-    if request.request_type != "generate_until":
-        return
-    settings = normalize_gen_kwargs(request.args[1], language_model.max_gen_toks)
-    check_greedy(name, settings)
-    if settings["max_gen_toks"] >= language_model.max_length:
+    if request.request_type == "generate_until":
+        check_greedy(name, normalize_gen_kwargs(request.args[1]))
+    if (limit := _max_new_tokens(request, language_model)) >= language_model.max_length:
         raise ObjectiveError(
-            f"task {name!r}: max_gen_toks is {settings['max_gen_toks']} but the model "
-            f"holds {language_model.max_length} tokens; set a smaller max_gen_toks"
+            f"task {name!r}: max_gen_toks is {limit} but the model holds "
+            f"{language_model.max_length} tokens; set a smaller max_gen_toks"
         )
 
 
@@ -108,19 +104,17 @@ def snapshots(questions: Sequence[Question], language_model: HFLM) -> list[ItemS
     lm-eval would warn on each call, prompt by prompt.
     """
     rules: dict[str, str] = {}
-    truncated: Counter[str] = Counter()
+    truncated: dict[str, list[bool]] = defaultdict(list)
     found = []
     for question in questions:
-        name = question.item.task
+        name, requests = question.item.task, question.requests
         if name not in rules:
             rules[name] = _rules(question)
-        tokens = [_tokens(request, language_model) for request in question.requests]
-        for request, encoded in zip(question.requests, tokens, strict=True):
-            if _is_truncated(request, encoded, language_model):
-                truncated[name] += 1
-                break
+        tokens = [_tokens(request, language_model) for request in requests]
+        truncated[name].append(
+            any(_is_truncated(*pair, language_model) for pair in zip(requests, tokens, strict=True))
+        )
         prompt, settings = _prompt_and_settings(question)
-        limits = [_max_new_tokens(request, language_model) for request in question.requests]
         found.append(
             ItemSnapshot(
                 prompt=prompt,
@@ -129,15 +123,15 @@ def snapshots(questions: Sequence[Question], language_model: HFLM) -> list[ItemS
                 rules=rules[name],
                 settings=settings,
                 input_tokens=_count_tokens(tokens),
-                max_new_tokens=max(limits),
+                max_new_tokens=max(_max_new_tokens(each, language_model) for each in requests),
             )
         )
-    for name, count in truncated.items():
-        _LOG.warning(
-            "task %r: %d of %d prompts do not fit in %d tokens and lose their beginning",
-            *(name, count, sum(question.item.task == name for question in questions)),
-            language_model.max_length,
-        )
+    for name, of_task in truncated.items():
+        if any(of_task):
+            _LOG.warning(
+                "task %r: %d of %d prompts do not fit in %d tokens and lose their beginning",
+                *(name, sum(of_task), len(of_task), language_model.max_length),
+            )
     return found
 
 

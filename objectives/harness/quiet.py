@@ -6,7 +6,7 @@ import functools
 import logging
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import datasets  # type: ignore[import-untyped]  # published without types
@@ -18,19 +18,14 @@ _WITH_PROGRESS_BARS = ("lm_eval.api.task", "lm_eval.api.model", "lm_eval.models.
 def quiet(level: int) -> Iterator[None]:
     """Set lm-eval's log to ``level`` and turn all progress bars off, until the block ends."""
     log = logging.getLogger("lm_eval")
-    own_level = log.level
     modules: list[Any] = [sys.modules[name] for name in _WITH_PROGRESS_BARS if name in sys.modules]
-    own_bars = [module.tqdm for module in modules]
-    data_bars_shown = not datasets.are_progress_bars_disabled()
-    log.setLevel(level)
-    datasets.disable_progress_bars()
-    for module in modules:  # some of lm-eval's bars have no switch
-        module.tqdm = functools.partial(module.tqdm, disable=True)
-    try:
+    with ExitStack() as restore:
+        restore.callback(log.setLevel, log.level)
+        log.setLevel(level)
+        if not datasets.are_progress_bars_disabled():
+            restore.callback(datasets.enable_progress_bars)
+            datasets.disable_progress_bars()
+        for module in modules:  # some of lm-eval's bars have no switch
+            restore.callback(setattr, module, "tqdm", module.tqdm)
+            module.tqdm = functools.partial(module.tqdm, disable=True)
         yield
-    finally:
-        log.setLevel(own_level)
-        if data_bars_shown:
-            datasets.enable_progress_bars()
-        for module, bar in zip(modules, own_bars, strict=True):
-            module.tqdm = bar

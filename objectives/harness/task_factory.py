@@ -21,11 +21,7 @@ from objectives.harness.task_index import LM_EVAL_TASKS
 
 
 class SafeTaskFactory(TaskFactory):  # type: ignore[misc]  # lm-eval is published without types
-    """Builds each task in the folder of its YAML, where its data files are.
-
-    Args:
-        unsafe_code: Allow tasks that run code written by a model.
-    """
+    """Builds each task in the folder of its YAML, where its data files are."""
 
     def __init__(self, *, unsafe_code: bool) -> None:
         super().__init__()
@@ -58,11 +54,7 @@ class SafeTaskFactory(TaskFactory):  # type: ignore[misc]  # lm-eval is publishe
                 ) from error
 
     def check_safe(self, name: str, is_unsafe: object) -> None:
-        """Refuse a task that runs code written by a model, unless such tasks are allowed.
-
-        Raises:
-            ObjectiveError: It is refused.
-        """
+        """Raise an ``ObjectiveError`` for a task that runs a model's code, unless it is allowed."""
         if is_unsafe and not self._unsafe_code:
             raise ObjectiveError(
                 f"task {name!r} runs code the model writes, and merged models are untrusted; "
@@ -78,10 +70,7 @@ def _inside_folder_of(entry: Entry) -> contextlib.AbstractContextManager[None]:
 
 
 def _broken_line(entry: Entry) -> str | None:
-    """Return an error about the first line of a task's JSONL files that is not JSON, if any.
-
-    The reader of data names no line.
-    """
+    """Return an error that names the first line of a task's JSONL files that is not JSON."""
     files = ((entry.cfg or {}).get("dataset_kwargs") or {}).get("data_files") or {}
     for file in files.values() if isinstance(files, dict) else ():
         if isinstance(file, str) and file.endswith(".jsonl"):

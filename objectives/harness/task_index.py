@@ -38,11 +38,9 @@ _KEPT = ("task", "group", "unsafe_code")
 
 
 def find_tasks(names: Sequence[str], include_path: Sequence[Path]) -> TaskManager:
-    """Return a task manager that knows the named tasks.
+    """Return a task manager that knows the named tasks, groups and tags.
 
-    Args:
-        names: Tasks, groups and tags that must exist.
-        include_path: Folders with task YAMLs; their names take precedence over lm-eval's.
+    Tasks in the folders of ``include_path`` take precedence over lm-eval's.
 
     Raises:
         ObjectiveError: A name is unknown.
@@ -53,8 +51,8 @@ def find_tasks(names: Sequence[str], include_path: Sequence[Path]) -> TaskManage
     if {*names, *(name for entry in index.values() for name in members(entry))} - index.keys():
         for name, entry in registered_tasks().items():
             index.setdefault(name, entry)
-    for name in _unknown(names, index):
-        raise _unknown_task(name, index, folders)
+    if unknown := next(_unknown(names, index), None):
+        raise _unknown_task(unknown, index, folders)
     return manager
 
 
@@ -95,7 +93,7 @@ def _cache_folder() -> Path:
 
 
 def _write(file: Path, text: str) -> None:
-    """Write a file in one step: another process may read or write it at the same time."""
+    """Write a file in one step: other processes may read and write it."""
     file.parent.mkdir(parents=True, exist_ok=True)
     partial = file.with_suffix(f".{os.getpid()}.partial")
     partial.write_text(text, encoding="utf-8")
@@ -133,23 +131,22 @@ def _unknown(names: Iterable[object], index: Mapping[str, Entry]) -> Iterator[st
 def _unknown_task(name: str, known: Iterable[str], folders: Sequence[Path]) -> ObjectiveError:
     close = difflib.get_close_matches(name, known)
     searched = ", ".join([*map(str, folders), "lm-eval's own tasks"])
-    skipped = [
-        path for folder in folders for path in sorted(folder.rglob("*.yaml")) if _is_broken(path)
-    ]
     fixes = [f"did you mean {' or '.join(map(repr, close))}?"] if close else []
-    fixes += [f"{path} cannot be read: correct it" for path in skipped]
+    for file in [file for folder in folders for file in sorted(folder.rglob("*.yaml"))]:
+        try:
+            _read(file)
+        except ObjectiveError:  # lm-eval's index leaves such a file out silently
+            fixes.append(f"{file} cannot be read: correct it")
     return ObjectiveError(
         f"no task {name!r} in {searched}; {'; '.join(fixes) or 'check its spelling'}"
     )
 
 
-def _is_broken(file: Path) -> bool:
-    """Return whether lm-eval's index left a file out silently, because it cannot be read."""
+def _read(file: Path) -> dict[str, Any]:
     try:
-        load_yaml(file, resolve_func=False)
-    except (OSError, ValueError, yaml.YAMLError):
-        return True
-    return False
+        return load_yaml(file, resolve_func=False)  # type: ignore[no-any-return]
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise ObjectiveError(f"{file}: no task file: {' '.join(str(error).split())}") from None
 
 
 def name_in(file: Path) -> str:
@@ -158,10 +155,7 @@ def name_in(file: Path) -> str:
     Raises:
         ObjectiveError: It defines none.
     """
-    try:
-        config = load_yaml(file, resolve_func=False)
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        raise ObjectiveError(f"{file}: no task file: {' '.join(str(error).split())}") from None
+    config = _read(file)
     for kind in ("task", "group"):
         if isinstance(name := config.get(kind), str):
             return name

@@ -5,14 +5,19 @@ Nothing here imports transformers, which takes seconds: errors in a task are fou
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import logging
-from collections.abc import Mapping, Sequence
+import random
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import datasets  # type: ignore[import-untyped]  # published without types
+import numpy as np
+import torch
 from lm_eval.api.task import ConfigurableTask, Task
 from lm_eval.models.utils import normalize_gen_kwargs
 from lm_eval.tasks import TaskManager
@@ -21,23 +26,53 @@ from objectives.base import Item, ObjectiveError, objective_errors
 from objectives.entries import PromptEntry, TaskEntry, TextEntry
 from objectives.harness.metrics import Metric, choose_metric
 from objectives.harness.quiet import quiet
-from objectives.harness.random_state import TaskRandomState
 from objectives.harness.task_factory import SafeTaskFactory
 from objectives.harness.task_index import find_tasks
-from objectives.harness.text_tasks import PROMPT_TASK, prompt_task, text_task
+
+
+class TaskRandomState:
+    """States of the global random generators for one task's code, kept between its calls.
+
+    Task files draw from these generators, numpy's legacy one too. Their first state is that of
+    ``simple_evaluate``'s default seeds.
+    """
+
+    def __init__(self) -> None:
+        self._states: tuple[Any, ...] | None = None
+
+    @contextlib.contextmanager
+    def active(self) -> Iterator[None]:
+        """Run a task's code with its own random states, and restore everyone else's."""
+        others = _get_states()
+        with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+            if self._states is None:
+                random.seed(0)
+                np.random.seed(1234)  # noqa: NPY002
+                torch.manual_seed(1234)
+            else:
+                _set_states(self._states)
+            try:
+                yield
+            finally:
+                self._states = _get_states()
+                _set_states(others)
+
+
+def _get_states() -> tuple[Any, ...]:
+    return random.getstate(), np.random.get_state(), torch.get_rng_state()  # noqa: NPY002
+
+
+def _set_states(states: tuple[Any, ...]) -> None:
+    random.setstate(states[0])
+    np.random.set_state(states[1])  # noqa: NPY002
+    torch.set_rng_state(states[2])
 
 
 @dataclass(frozen=True)
 class LoadedTask:
-    """A task with its data.
+    """A task of lm-eval with its data: one item per document of its evaluation split.
 
-    Attributes:
-        name: Name of the task.
-        task: lm-eval's.
-        metric: The metric that is used.
-        weight: In the study's mean.
-        items: One for each document of its evaluation split.
-        random_state: What building its prompts draws from.
+    Building its prompts draws from ``random_state``.
     """
 
     name: str
@@ -54,9 +89,7 @@ def load_tasks(
     *,
     unsafe_code: bool = False,
 ) -> list[LoadedTask]:
-    """Find and load a study's tasks, with every check that needs no model.
-
-    Global random states are left as found.
+    """Load a study's tasks, with every check that needs no model, and leave random states alone.
 
     Args:
         entries: The study's tasks; each leaf task may occur once.
@@ -81,7 +114,7 @@ def load_tasks(
             random_state = TaskRandomState()
             with random_state.active():
                 if isinstance(entry, TextEntry):
-                    tasks = _build_text_task(entry)
+                    tasks = {entry.name: _text_task(entry)}
                 else:
                     tasks = _build_tasks(entry.task, factory, manager)
             if twice := loaded.keys() & tasks.keys():
@@ -97,20 +130,50 @@ def load_tasks(
 
 def load_prompts(entry: PromptEntry) -> LoadedTask:
     """Return prompts as a task; its items are the prompts, in their order."""
+    name, rows = "prompt", [{"prompt": prompt} for prompt in entry.prompts]
+    config = {
+        "task": name,
+        "custom_dataset": lambda: {"test": datasets.Dataset.from_list(rows)},
+        "test_split": "test",
+        "output_type": "generate_until",
+        "doc_to_text": "prompt",
+        "doc_to_target": "",
+        "generation_kwargs": {"until": [], "max_gen_toks": entry.max_tokens, "do_sample": False},
+        "metric_list": [{"metric": "exact_match", "aggregation": "mean", "higher_is_better": True}],
+    }
     random_state = TaskRandomState()
     with quiet(logging.WARNING):
         with random_state.active():
-            task = ConfigurableTask(config=prompt_task(entry))
-        return _prepare(PROMPT_TASK, task, TaskEntry(task=PROMPT_TASK), 1.0, random_state)
+            task = ConfigurableTask(config=config)
+        return _prepare(name, task, TaskEntry(task=name), 1.0, random_state)
 
 
-def _build_text_task(entry: TextEntry) -> dict[str, Task]:
+def _text_task(entry: TextEntry) -> Task:
+    config = {
+        "task": entry.name,
+        "dataset_path": "text",
+        "dataset_kwargs": {
+            "data_files": {"test": [str(file) for file in entry.text]},
+            "sample_by": entry.unit,
+        },
+        "test_split": "test",
+        "process_docs": _not_blank,
+        "output_type": "loglikelihood_rolling",
+        "doc_to_text": "",
+        "doc_to_target": "{{text}}",
+        "metric_list": [{"metric": "byte_perplexity"}],
+    }
     with objective_errors(f"task {entry.name!r} could not be loaded"):
-        return {entry.name: ConfigurableTask(config=text_task(entry))}
+        return ConfigurableTask(config=config)
+
+
+# Its source is part of the items' ``rules`` hash: a change refuses the runs made before it.
+def _not_blank(documents: datasets.Dataset) -> datasets.Dataset:
+    return documents.filter(lambda document: bool(document["text"].strip()))
 
 
 def _build_tasks(name: str, factory: SafeTaskFactory, manager: TaskManager) -> dict[str, Task]:
-    """Return the leaf tasks of a task, group or tag by their names."""
+    """Return the leaf tasks of a task, group or tag."""
     # Private, but reading a task's name draws from the global random generator: only lm-eval's
     # own ``load`` leaves the prompts drawn afterwards as they are in ``simple_evaluate``.
     manager._factory = factory
@@ -137,18 +200,14 @@ def _prepare(
         )
     task.set_config("num_fewshot", own or 0 if shots is None else shots)
     task.set_fewshot_seed(1234)
-    if _is_generated(task):
+    if task.OUTPUT_TYPE == "generate_until":
         check_greedy(name, normalize_gen_kwargs(task.get_config("generation_kwargs") or {}))
-    metric = choose_metric(f"task {name!r}", task, settings.metric)
+    metric = choose_metric(name, task, settings.metric)
     return LoadedTask(name, task, metric, weight, _items(name, task), random_state)
 
 
 def check_greedy(name: str, settings: Mapping[str, Any]) -> None:
-    """Refuse generation settings that sample.
-
-    Raises:
-        ObjectiveError: They do.
-    """
+    """Raise an ``ObjectiveError`` for generation settings that sample."""
     if settings["do_sample"]:
         raise ObjectiveError(
             f"task {name!r}: its answers are sampled, so a score would be luck; "
@@ -156,13 +215,9 @@ def check_greedy(name: str, settings: Mapping[str, Any]) -> None:
         )
 
 
-def _is_generated(task: Task) -> bool:
-    return bool(task.OUTPUT_TYPE == "generate_until")
-
-
 def _items(name: str, task: Task) -> tuple[Item, ...]:
     where = f"task {name!r}: its items could not be read"
-    generated = _is_generated(task)
+    generated = task.OUTPUT_TYPE == "generate_until"
     with objective_errors(where), TaskRandomState().active():
         return tuple(
             Item(name, _content_key(task, document), row, generated=generated)
@@ -173,8 +228,7 @@ def _items(name: str, task: Task) -> tuple[Item, ...]:
 def _content_key(task: Task, doc: Mapping[str, Any]) -> str:
     """Hash a document's question, choices and target, without few-shot examples.
 
-    The examples are drawn at random, so with them a document that occurs twice would look like
-    two.
+    Those are drawn at random, and a document that occurs twice has to have one key.
     """
     choices = task.doc_to_choice(doc) if task.get_config("doc_to_choice") is not None else None
     content = [task.doc_to_text(doc), choices, task.doc_to_target(doc)]

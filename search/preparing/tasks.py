@@ -121,7 +121,7 @@ def _harness(
     from objectives.harness.prompts import Prompting
 
     wanted = spec.objective
-    return Harness.prepare(
+    return Harness(
         tasks,
         model=model,
         tokenizer=tokenizer,

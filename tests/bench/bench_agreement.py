@@ -94,7 +94,7 @@ def compare(model: PreTrainedModel, tasks: list[Any], tolerance: float) -> dict[
 def grown(model: PreTrainedModel, folder: Path) -> int:
     """Count items whose value in growing blocks is not the one of all at once."""
     tasks = load_tasks([TaskEntry(task=task) for task in PREDICTED], [folder])
-    harness = Harness.prepare(tasks, model=model, tokenizer=chat_tokenizer(), batch_size=8)
+    harness = Harness(tasks, model=model, tokenizer=chat_tokenizer(), batch_size=8)
     whole = [answer.value for answer in harness.score(model, range(ENDS[-1]))]
     parts = [
         answer.value

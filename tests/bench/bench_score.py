@@ -220,7 +220,7 @@ def compare(task: str, model: transformers.PreTrainedModel, clock: Callable[[], 
         before = clock() - start
         tokens_before, _ = meter.take()
         mine = load_tasks([TaskEntry(task=task)], [folder])
-        harness = Harness.prepare(mine, model=model, tokenizer=tokenizer)
+        harness = Harness(mine, model=model, tokenizer=tokenizer)
         items = range(len(harness.items))
         harness.score(model, items)  # plans
         trials = []
@@ -257,7 +257,7 @@ def compare(task: str, model: transformers.PreTrainedModel, clock: Callable[[], 
 def growth(model: transformers.PreTrainedModel, clock: Callable[[], float]) -> dict:
     with task_folder("growth", 2000) as folder:
         tasks = load_tasks([TaskEntry(task="growth")], [folder])
-        harness = Harness.prepare(tasks, model=model, tokenizer=make_tokenizer())
+        harness = Harness(tasks, model=model, tokenizer=make_tokenizer())
         meter = Meter(model, clock)
         cost, read = {}, {}
         for count in (100, 2000):

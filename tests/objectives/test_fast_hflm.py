@@ -81,7 +81,7 @@ def test_a_text_is_encoded_once_for_its_snapshot_and_every_score(folder):
     model = make_model()
     tokenizer = make_tokenizer()
     tasks = load_tasks([TaskEntry(task="choice_shots")], [folder])
-    harness = Harness.prepare(tasks, model=model, tokenizer=tokenizer)
+    harness = Harness(tasks, model=model, tokenizer=tokenizer)
     items = range(len(harness.items))
     harness.snapshots(items)
     with pytest.MonkeyPatch.context() as patch:

@@ -150,8 +150,9 @@ def test_a_group_shares_its_weight_over_its_tasks(folder, model):
     assert harness.tasks == {"choice": 1.5, "answer": 1.5, "filtered": 1.0}
 
 
-def test_prompts_that_do_not_fit_are_reported_once(folder, model, caplog):
-    harness = prepare(folder, model, "answer", "choice", max_length=18)
+def test_prompts_that_do_not_fit_are_reported_once(folder, caplog):
+    model = make_model(max_position_embeddings=18)
+    harness = prepare(folder, model, "answer", "choice")
     harness.snapshots(everything(harness))
     assert caplog.messages[0].startswith("task 'answer': ")
     assert caplog.messages[0].endswith("do not fit in 18 tokens and lose their beginning")

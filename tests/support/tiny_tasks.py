@@ -103,7 +103,7 @@ def prepare(folder, model, *specs, **settings):
     specs = [TaskEntry(task=spec) if isinstance(spec, str) else spec for spec in specs]
     settings = {"tokenizer": make_tokenizer(), "batch_size": 8} | settings
     tasks = load_tasks(specs, [folder], unsafe_code=settings.pop("unsafe_code", False))
-    return Harness.prepare(tasks, model=model, **settings)
+    return Harness(tasks, model=model, **settings)
 
 
 def values_of(harness, model, items=None):
