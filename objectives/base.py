@@ -36,11 +36,7 @@ class ObjectiveError(ValueError):
 
 @contextlib.contextmanager
 def objective_errors(where: str) -> Iterator[None]:
-    """Turn whatever a task's file or a user's code raises into an ``ObjectiveError``.
-
-    Args:
-        where: What the message begins with.
-    """
+    """Raise an ``ObjectiveError`` that begins with ``where`` for any error of a user's code."""
     try:
         yield
     except ObjectiveError:
@@ -54,7 +50,7 @@ class Item:
     """One document of one task. Its number is its index in ``Objective.items``.
 
     Attributes:
-        task: Name of the task it counts for.
+        task: Its name.
         key: Hex hash of question and target; items with equal keys are the same question, even
             in two tasks or twice in one.
         doc_id: Row of the task's evaluation split, counted from 0.
@@ -111,10 +107,10 @@ class ItemResult:
 
     Attributes:
         value: In the unit of the task's own metric; higher is better.
-        margin: The same on a continuous scale, where the task has one: it shows a small change
-            that leaves ``value`` as it is. Log-likelihoods are natural.
+        margin: A continuous score, such as a log-likelihood in nats, where the task has one: it
+            shows changes too small for ``value``.
         fault: Why the answer could not be scored, as printable text; ``value`` is then 0.
-        tokens: Tokens that the model generated, end-of-text included.
+        tokens: Tokens generated, end-of-text included.
     """
 
     value: float
@@ -128,10 +124,9 @@ class Response:
     """Text of a model's answer to an item; untrusted.
 
     Attributes:
-        text: Generated text, the chosen answer, or the log-likelihood of a given one; None if
-            unknown.
+        text: Generated text, the chosen answer, or the log-likelihood of a given one.
         target: Correct answer; None where there is none.
-        prompt: ``ItemSnapshot.prompt``; None if unknown.
+        prompt: ``ItemSnapshot.prompt``.
     """
 
     text: str | None = None
@@ -156,19 +151,15 @@ class Objective(Protocol):
         """Return the inputs of the numbered items, to be compared when a run is resumed."""
 
     def score(self, model: nn.Module, items: Sequence[int]) -> list[ItemResult]:
-        """Evaluate ``model`` on the numbered items.
+        """Return one result per numbered item; a task's score is the mean of its items' values.
 
         Args:
             model: The live model, in evaluation mode and without gradients.
             items: Item numbers, in any order.
-
-        Returns:
-            One result per item, in the order given; a task's score is the mean of its items'
-            values.
 
         Raises:
             ObjectiveError: The model gave no usable answer to an item.
         """
 
     def respond(self, model: nn.Module, items: Sequence[int]) -> list[Response]:
-        """Return the text of the model's answers: one ``Response`` per item, in the order given."""
+        """Return the text of the model's answers, one ``Response`` per item."""

@@ -44,9 +44,7 @@ class TextEntry(_Entry):
 
     Attributes:
         text: Files of plain UTF-8 text; blank items are left out.
-        name: Name of the task.
         unit: What one item is: a whole file, a paragraph (blank lines between them) or a line.
-        weight: Weight of the task.
     """
 
     text: tuple[Path, ...] = Field(min_length=1)
@@ -71,12 +69,7 @@ class PluginEntry(_Entry):
 
 
 class PromptEntry(_Entry):
-    """Prompts to be continued greedily, without a target: for samples, never for a score.
-
-    Attributes:
-        prompts: One or more.
-        max_tokens: Limit of each continuation, in tokens.
-    """
+    """Prompts to be continued greedily by up to ``max_tokens``: for samples, never for a score."""
 
     prompts: tuple[str, ...] = Field(min_length=1)
     max_tokens: PositiveInt

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -36,18 +37,14 @@ def split_items(
     every prefix of a split is a stratified sample of all tasks.
 
     Args:
-        items: All items; the result holds indices into this sequence.
+        items: All items; the splits hold indices into this sequence.
         tasks: Positive weight of each task.
-        counts: Sizes of ``search``, ``select`` and ``test``.
-        seed: Of the shuffle; the same seed, items and counts give the same splits.
-
-    Returns:
-        The three splits, each in the order of evaluation.
+        counts: Sizes of ``search``, ``select`` and ``test``, each 1 or more.
+        seed: Of the shuffle.
 
     Raises:
         ObjectiveError: There are too few items, or a split would have none of a task.
     """
-    _check_counts(counts)
     shuffled = _shuffled_by_task(items, tasks, seed)
     total = sum(counts[split] for split in SPLITS)
     held = {task: len(numbers) for task, numbers in shuffled.items()}
@@ -60,30 +57,16 @@ def split_items(
     by_split: dict[str, dict[str, list[int]]] = {split: {} for split in SPLITS}
     for task, sizes in _divide(shares, counts).items():
         remaining = iter(shuffled[task])
-        for split in SPLITS:
-            by_split[split][task] = [next(remaining) for _ in range(sizes[split])]
+        for split, size in sizes.items():
+            by_split[split][task] = list(itertools.islice(remaining, size))
     return Splits(**{split: _interleaved(by_split[split], tasks) for split in SPLITS})
 
 
 def blocks(order: Sequence[int], size: int) -> tuple[tuple[int, ...], ...]:
-    """Cut an order of items into consecutive blocks of ``size``; the last may be shorter.
-
-    Raises:
-        ObjectiveError: ``size`` is below 1.
-    """
+    """Cut an order of items into consecutive blocks of ``size``; the last may be shorter."""
     if size < 1:
         raise ObjectiveError(f"block size {size} holds no item; make it 1 or more")
     return tuple(tuple(order[start : start + size]) for start in range(0, len(order), size))
-
-
-def _check_counts(counts: Mapping[str, int]) -> None:
-    if set(counts) != set(SPLITS):
-        raise ObjectiveError(
-            f"objective.items: got {sorted(counts)}; give exactly {', '.join(SPLITS)}"
-        )
-    for split in SPLITS:
-        if counts[split] < 1:
-            raise ObjectiveError(f"objective.items: {split} is {counts[split]}; make it 1 or more")
 
 
 def _shuffled_by_task(
@@ -100,12 +83,8 @@ def _shuffled_by_task(
             raise ObjectiveError(f"item {number} is of task {task!r}, which has no weight")
         by_task[task].append(number)
     for numbers in by_task.values():
-        numbers.sort(key=lambda number: _shuffle_key(seed, items[number].key))
+        numbers.sort(key=lambda n: hashlib.sha256(f"{seed}/{items[n].key}".encode()).digest())
     return by_task
-
-
-def _shuffle_key(seed: int, key: str) -> bytes:
-    return hashlib.sha256(f"{seed}/{key}".encode()).digest()
 
 
 def _water_fill(
@@ -127,13 +106,10 @@ def _water_fill(
 
 
 def _divide(shares: Mapping[str, int], counts: Mapping[str, int]) -> dict[str, dict[str, int]]:
-    """Divide each task's share over the splits so that these have exactly ``counts`` items.
+    """Return sizes by task and split, of exactly ``counts`` items per split.
 
     Each task is divided in proportion to what the splits still lack, smallest share first: small
     tasks need the ratio most, and large ones absorb the rounding.
-
-    Returns:
-        Sizes by task, then by split.
     """
     lacking: dict[str, int] = {split: counts[split] for split in SPLITS}
     sizes: dict[str, dict[str, int]] = {}
@@ -150,10 +126,7 @@ def _divide(shares: Mapping[str, int], counts: Mapping[str, int]) -> dict[str, d
 
 
 def _largest_remainder(total: int, weights: Mapping[str, float]) -> dict[str, int]:
-    """Round a division of ``total`` in proportion to ``weights`` to integers of that sum.
-
-    Largest-remainder method; ties go to the first.
-    """
+    """Divide ``total`` into integers by the largest-remainder method; ties go to the first."""
     mass = sum(weights.values()) or 1.0
     ideal = {name: total * weight / mass for name, weight in weights.items()}
     whole = {name: math.floor(share) for name, share in ideal.items()}

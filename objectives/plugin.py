@@ -29,16 +29,9 @@ if TYPE_CHECKING:
 
 _T = TypeVar("_T")
 
-_REQUIRED = ("tasks", "items", "snapshots", "score")
-
 
 class Plugin(Objective):
     """A user's objective with everything it returns checked.
-
-    Args:
-        entry: Its entry in the task list.
-        model: The live model.
-        tokenizer: Its tokenizer.
 
     Raises:
         ObjectiveError: The class cannot be used, or its tasks and items do not fit.
@@ -51,7 +44,8 @@ class Plugin(Objective):
         make = find_class(entry.objective)
         with objective_errors(f"{self._where} could not be made"):
             own = make(model, tokenizer, **entry.options)
-        if missing := [name for name in _REQUIRED if not hasattr(own, name)]:
+        required = ("tasks", "items", "snapshots", "score")
+        if missing := [name for name in required if not hasattr(own, name)]:
             raise ObjectiveError(
                 f"{self._where} has no {', '.join(missing)}; see objectives.base.Objective"
             )
@@ -91,11 +85,7 @@ class Plugin(Objective):
 
 
 class Suite(Objective):
-    """Several objectives as one, their items one after another.
-
-    Args:
-        parts: The objectives; no task may be in two of them.
-    """
+    """Several objectives as one, their items one after another; no task may be in two of them."""
 
     def __init__(self, parts: Sequence[Objective]) -> None:
         self._parts = parts
@@ -122,12 +112,7 @@ class Suite(Objective):
     def _map(
         self, items: Sequence[int], call: Callable[[Objective, Sequence[int]], list[_T]]
     ) -> list[_T]:
-        """Call every part with its own item numbers; return the results in the order of ``items``.
-
-        Args:
-            items: Item numbers of the suite.
-            call: From a part and its own item numbers to one result per item.
-        """
+        """Call every part with its own item numbers; return the results in the items' order."""
         by_part: dict[int, list[int]] = defaultdict(list)
         for number in items:
             by_part[bisect.bisect_right(self._starts, number) - 1].append(number)
@@ -144,23 +129,21 @@ def find_class(path: str) -> Callable[..., object]:
     Raises:
         ObjectiveError: It does not exist, or its module cannot be imported.
     """
-    module, colon, name = path.partition(":")
-    if not (colon and module and name):
-        raise ObjectiveError(f"objective {path!r}: write it as package.module:Class")
-    try:
-        found = getattr(importlib.import_module(module), name)
-    except ModuleNotFoundError as error:
-        raise ObjectiveError(
-            f"objective {path!r}: {error}; install it, or put its folder on PYTHONPATH"
-        ) from error
-    except AttributeError as error:
-        raise ObjectiveError(
-            f"objective {path!r}: {module} has no {name}; check the name behind the colon"
-        ) from error
-    except Exception as error:  # the user's module may raise anything
-        raise ObjectiveError(f"objective {path!r}: {type(error).__name__}: {error}") from error
+    where = f"objective {path!r}"
+    module, _, name = path.partition(":")
+    if not (module and name):
+        raise ObjectiveError(f"{where}: write it as package.module:Class")
+    with objective_errors(where):  # the user's module may raise anything
+        try:
+            found = getattr(importlib.import_module(module), name)
+        except ModuleNotFoundError as error:
+            fix = "install it, or put its folder on PYTHONPATH"
+            raise ObjectiveError(f"{where}: {error}; {fix}") from error
+        except AttributeError as error:
+            fix = "check the name behind the colon"
+            raise ObjectiveError(f"{where}: {module} has no {name}; {fix}") from error
     if not callable(found):
-        raise ObjectiveError(f"objective {path!r}: {name} is a {type(found).__name__}, not a class")
+        raise ObjectiveError(f"{where}: {name} is a {type(found).__name__}, not a class")
     return cast("Callable[..., object]", found)
 
 

@@ -26,15 +26,9 @@ class Interval:
 
 
 def task_means(values: Sequence[float], tasks_of_items: Sequence[str]) -> dict[str, float]:
-    """Return the mean value of each task, tasks in order of first appearance.
-
-    Args:
-        values: n item values.
-        tasks_of_items: n task names.
-    """
-    return {
-        task: float(of_task.mean()) for task, of_task in _by_task(values, tasks_of_items).items()
-    }
+    """Return the mean value of each task, tasks in order of first appearance."""
+    by_task = _by_task(values, tasks_of_items)
+    return {task: float(of_task.mean()) for task, of_task in by_task.items()}
 
 
 def weighted_mean(means: Mapping[str, float], weights: Mapping[str, float]) -> float:
@@ -63,7 +57,7 @@ def bootstrap(
         tasks_of_items: n task names.
         weights: Weight of each task, of any scale.
         resamples: Bootstrap replicates.
-        seed: The same seed gives the same interval.
+        seed: Of the resampling.
 
     Raises:
         ObjectiveError: As ``weighted_mean``, or lengths differ, or there are no values.
@@ -129,11 +123,7 @@ def paired_bootstrap(
     resamples: int = 10_000,
     seed: int = 0,
 ) -> Interval:
-    """Return ``bootstrap`` of ``first - second``, two models' values on the same n items.
-
-    Raises:
-        ObjectiveError: As ``bootstrap``.
-    """
+    """Return ``bootstrap`` of ``first - second``, two models' values on the same n items."""
     if len(first) != len(second):
         raise ObjectiveError(
             f"paired values: got {len(first)} and {len(second)}; score both on the same items"

@@ -142,8 +142,6 @@ TEN = [Item("a", f"{row}", row) for row in range(10)]
             {"search": 3, "select": 3, "test": 3},
             r"'b' gets 2 of 9 items \(search 1, select 1, test 0.*would miss from test",
         ),
-        (TEN, {"a": 1}, {"search": 5, "test": 5}, "give exactly search, select, test"),
-        (TEN, {"a": 1}, {"search": 5, "select": 0, "test": 5}, "select is 0; make it 1 or more"),
         (TEN, {"b": 1}, {"search": 1, "select": 1, "test": 1}, "task 'a', which has no weight"),
     ],
 )
