@@ -10,6 +10,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # a core each, instead of threads that 
     os.environ["OMP_NUM_THREADS"] = "1"
 
 import json
+import math
 import string
 import warnings
 from collections.abc import Callable, Iterator
@@ -23,11 +24,19 @@ import yaml
 from hypothesis import settings
 from safetensors.torch import load_file
 
+from landscape import demo
 from merge_engine.building.builder import built_tensors
 from merge_engine.building.export import write_checkpoint
 from merge_engine.building.plan import plan_merge
+from merge_engine.errors import MergeError
 from merge_engine.recipe.recipe_file import parse_recipe
+from search.proposing.starts import baselines
+from search.running.workers import EvalJob
+from search.session import finish
+from simulated import SimulatedWorkers, simulated_context, simulated_run
 from tiny_models import make_llama
+
+SCRIPT = "<script>alert(1)</script>"  # of prompts
 
 gc.freeze()  # what has been imported is no garbage, and need not be looked through again
 
@@ -59,6 +68,30 @@ def zoo(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for seed, name in enumerate("abc", start=1):
         make_llama(folder / name, seed=seed, base=base)
     return folder
+
+
+@pytest.fixture(scope="session")
+def simulated_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run on simulated workers, not to be changed.
+
+    It has a Pareto front, floors, failed trials and prompts that are HTML.
+    """
+    search = {"trials": 24, "front": True, "stop": False}
+    floors = {"constraints": {"demo_rev": 0.5}}
+    counts = {"search": 120, "select": 80, "test": 80}
+    context = simulated_context(
+        demo(0), 0, counts, search=search, objective=floors, prompt=f"{SCRIPT} {{}}".format
+    )
+    inputs = {recipe.key for recipe in baselines(context.space).values()}
+
+    def failure(job: EvalJob) -> Exception | None:
+        fails = job.recipe.key not in inputs and int(job.recipe.key, 16) % 6 == 0
+        return MergeError("tensor 'model.norm.weight' has NaN or Inf") if fails else None
+
+    workers = SimulatedWorkers(context.objective, failure=failure)
+    run = simulated_run(tmp_path_factory.mktemp("simulated") / "run", context, workers)
+    finish(run, math.inf)
+    return run.folder
 
 
 @pytest.fixture(scope="session")

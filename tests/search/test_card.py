@@ -101,3 +101,8 @@ def test_another_trials_card_says_so_and_claims_no_test_that_was_not(run, tmp_pa
         assert ("model-index" in text) == tested
         assert ("It has not been tested" in text) != tested
         assert read_result(run).verdict_text not in text
+
+
+def test_card_of_a_study_with_floors_states_them(simulated_folder):
+    text = (simulated_folder / "checkpoint" / "README.md").read_text()
+    assert read_result(simulated_folder).floors_text in text

@@ -13,7 +13,6 @@ from search.proposing.space import Space
 from search.racing.elimination import JointPosterior
 from search.racing.pareto import confirmed, leading, nondominated, posterior_front, widest
 from search.racing.race import Estimate, Strata
-from search.storing.result import Result
 
 SPACE = Space("base", ("a", "b"), ("task_arithmetic",), (0.0, 1.0), {})
 
@@ -84,24 +83,6 @@ def test_front_is_that_of_what_is_believed_and_fresh_items_correct_it():
     answers = np.zeros((len(front), 100))
     answers[2] = 1.0  # the third is right wherever the others are wrong
     assert confirmed(unsure, strata, answers) == [2]
-
-
-def test_run_for_the_front_tests_its_recipes_and_running_again_changes_nothing(
-    make_study, tmp_path, capsys
-):
-    study = make_study(tmp_path, search__front=True, search__trials=14)
-    command = ["run", str(study), "--out", str(tmp_path / "run"), "--device", "cpu"]
-    assert main(command) == 0
-    first = Result.model_validate_json((tmp_path / "run" / "result.json").read_text())
-    assert first.front
-    assert len({one.trial for one in first.front}) == len(first.front)
-    assert all(set(one.test.tasks) == {"pick", "tell"} for one in first.front)
-    assert first.times_tested == 1
-    assert "the Pareto front over the tasks" in capsys.readouterr().out
-    assert main(command) == 0
-    again = Result.model_validate_json((tmp_path / "run" / "result.json").read_text())
-    assert again.front == first.front
-    assert again.item_evaluations == first.item_evaluations
 
 
 def test_limit_on_tokens_is_refused_where_none_are_written(make_study, tmp_path, capsys):

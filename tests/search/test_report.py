@@ -1,23 +1,23 @@
-"""The page of a run: that it stands alone, says what was found and lets nothing through."""
+"""report.html: it stands alone, states the result and escapes untrusted text."""
 
 import json
+import math
 import re
 import shutil
 from html.parser import HTMLParser
 
 import pytest
-import torch
-from safetensors.torch import load_file, save_file
 
-import search.session
+from landscape import planted
 from search.cli import main
-from search.running.workers import LocalWorker
+from search.running.search_loop import search
+from search.session import finish
 from search.showing.report import make_report
-from search.storing.folder import DATABASE, locked
+from search.storing.folder import locked
 from search.storing.result import Result, read_result
 from search.storing.samples import read_samples
-from search.storing.store import Store
 from search.wording import printable_lines
+from simulated import simulated_context, simulated_run
 
 VOID = {"br", "hr", "img", "input", "link", "meta"}
 SCRIPT = "<script>alert(1)</script>"
@@ -62,58 +62,17 @@ def drawn(run):
     return page
 
 
-@pytest.fixture(scope="module")
-def finished(make_study, zoo, tmp_path_factory):
-    """A run for the front, under a floor, with failed trials and prompts that are HTML."""
-    folder = tmp_path_factory.mktemp("finished")
-    large = shutil.copytree(zoo / "c", folder / "large")
-    tensors = load_file(large / "model.safetensors")
-    tensors["model.norm.weight"] = torch.full_like(tensors["model.norm.weight"], 1000.0)
-    save_file(tensors, large / "model.safetensors", metadata={"format": "pt"})
-    study = make_study(
-        folder,
-        models=[str(zoo / "a"), str(large)],
-        dtype="float16",  # in which 100 times the large one is infinite
-        search__scale=[0, 100],
-        search__trials=20,
-        search__front=True,
-        objective__constraints={"tell": 0.01},
-    )
-    for rows in (folder / "tasks").glob("*.jsonl"):
-        text = rows.read_text().replace('"question": "', f'"question": "{SCRIPT}')
-        rows.write_text(text)
-    assert main(["run", str(study), "--out", str(folder / "run"), "--device", "cpu"]) == 0
-    return folder / "run"
+@pytest.fixture
+def finished(simulated_folder, tmp_path):
+    return shutil.copytree(simulated_folder, tmp_path / "finished")
 
 
-def test_page_is_there_while_a_run_goes_on_and_its_failure_stops_nothing(
-    make_study, tmp_path, monkeypatch, capsys
-):
-    study, run = make_study(tmp_path, search__trials=3), tmp_path / "run"
-    seen, draw = [], search.session.make_report
-
-    def drawing(folder, store):
-        seen.append((folder / "report.html").is_file())
-        if len(seen) == 2:
-            raise KeyError("no such thing")
-        return draw(folder, store)
-
-    monkeypatch.setattr(search.session, "make_report", drawing)
-    monkeypatch.setattr(search.session, "REPORT_EVERY", 0.0)
-    monkeypatch.setattr(search.session, "SHOWING_SHARE", 1e9)
-    assert main(["run", str(study), "--out", str(run), "--device", "cpu"]) == 0
-    assert seen == [False, True, True, True]
-    out = capsys.readouterr().out
-    assert "there is no report.html: 'no such thing'" in out
-    assert "report.html, checkpoint/" in out
-    assert "The winner is" in (run / "report.html").read_text()
-
-
-def test_report_stands_alone_and_says_what_was_found(finished):
+def test_report_stands_alone_and_states_the_result(finished):
     page = drawn(finished)
     result = Result.model_validate_json((finished / "result.json").read_text())
     assert result.verdict_text in page.text
-    for name in ("base", "a", "large", "uniform", "winner", "pick", "tell"):
+    assert result.floors_text in page.text
+    for name in ("base", "sort", "rev", "know", "uniform", "winner", "demo_inc"):
         assert name in page.words
     for difference in (
         result.base.difference,
@@ -151,7 +110,7 @@ def test_responses_of_the_models_are_on_the_page(finished):
             assert printable_lines(one.text) in page.words or not one.text
 
 
-def test_failed_trials_are_drawn_and_say_why(finished):
+def test_failed_trials_are_drawn_with_their_errors(finished):
     page = drawn(finished)
     failed = json.loads((finished / "result.json").read_text())["failed_trials"]
     assert failed
@@ -160,51 +119,50 @@ def test_failed_trials_are_drawn_and_say_why(finished):
     assert "has NaN or Inf" in page.text
 
 
-def test_interrupted_run_and_one_of_one_trial_have_a_page(make_study, tmp_path, monkeypatch):
-    study, run, left, ask = make_study(tmp_path), tmp_path / "run", [], LocalWorker.next
+@pytest.mark.parametrize("trials", [1, 7])
+def test_interrupted_run_has_a_page_without_a_result(tmp_path, trials):
+    counts = {"search": 60, "select": 40, "test": 40}
+    context = simulated_context(planted(0), 0, counts, search={"trials": 16})
 
-    def interrupted(self):
-        left.append(left.pop() - 1)
-        if not left[0]:
+    def interrupt(run):
+        if len(run.log.finished()) == trials:
             raise KeyboardInterrupt
-        return ask(self)
 
-    monkeypatch.setattr(LocalWorker, "next", interrupted)
-    command = ["run", str(study), "--out", str(run), "--device", "cpu"]
-    for blocks in (3, 16):
-        left[:] = [blocks]
-        assert main(command) == 130
-        done = [
-            trial for trial in Store(run / DATABASE).study().trials if trial.state.is_finished()
-        ]
-        words = drawn(run).text
-        assert f"The search has stopped: {len(done)} of at most 16 trials" in words
-        with locked(run):
-            assert f"The search goes on: {len(done)} of at most 16 trials" in drawn(run).text
-        by_the_run_itself = make_report(run, Store(run / DATABASE))
-        assert f"The search so far: {len(done)} of" in by_the_run_itself
-        assert ("with a posterior mean of" in words) == (len(done) > 2)
-        assert ("On the search items so far" in words) == (len(done) > 2)
-        if len(done) > 2:
-            table = words.partition("On the search items so far")[2].partition("this is no result")
-            for name in ("base", "a", "b", "c", "uniform", "best so far"):
-                items, score = re.search(rf" {name} (\d+) items (\d+\.\d) ± \d+", table[0]).groups()
-                assert int(items) % 8 == 0
-                assert 0 <= float(score) <= 100
-            assert table[1]
-        assert "On the test items" not in words
-    left[:] = [-1]
-    command[3] = str(tmp_path / "one")
-    assert main([*command, "--timeout", "0.001s"]) == 0
-    assert "The winner is" in drawn(tmp_path / "one").text
+    run = simulated_run(tmp_path / "run", context)
+    with pytest.raises(KeyboardInterrupt):
+        search(run, after_trial=[interrupt])
+    words = drawn(run.folder).text
+    assert f"The search has stopped: {trials} of at most 16 trials" in words
+    with locked(run.folder):
+        assert f"The search goes on: {trials} of at most 16 trials" in drawn(run.folder).text
+    by_the_run_itself = make_report(run.folder, run.store)
+    assert f"The search so far: {trials} of" in by_the_run_itself
+    assert "On the test items" not in words
+    assert ("with a posterior mean of" in words) == (trials > 2)
+    assert ("On the search items so far" in words) == (trials > 2)
+    if trials > 2:
+        table = words.partition("On the search items so far")[2].partition("this is no result")
+        for name in ("base", "a", "b", "c", "uniform", "best so far"):
+            items, score = re.search(rf" {name} (\d+) items (\d+\.\d) ± \d+", table[0]).groups()
+            assert int(items) % 20 == 0
+            assert 0 <= float(score) <= 100
+        assert table[1]
 
 
-def test_run_that_goes_on_after_its_result_shows_both(finished, tmp_path):
+def test_run_of_one_trial_has_a_page_with_its_result(tmp_path):
+    counts = {"search": 60, "select": 40, "test": 40}
+    context = simulated_context(planted(0), 0, counts, search={"trials": 1})
+    run = simulated_run(tmp_path / "run", context)
+    finish(run, math.inf)
+    assert "The winner is" in drawn(run.folder).text
+
+
+def test_run_that_goes_on_after_its_result_has_both_on_its_page(finished, tmp_path):
     run = shutil.copytree(finished, tmp_path / "run")
     result = json.loads((run / "result.json").read_text())
     (run / "result.json").write_text(json.dumps(result | {"trials": 3, "failed_trials": 0}))
     words = drawn(run).text
-    assert "The search has stopped: 20 of at most 20 trials" in words
+    assert "The search has stopped: 24 of at most 24 trials" in words
     assert "On the test items" in words
 
 

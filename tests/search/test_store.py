@@ -1,4 +1,4 @@
-"""Where a run is stored: a file or a server, which may go away, and which others use as well."""
+"""Runs stored in a file or on a server, which may go away, and which other runs use as well."""
 
 import signal
 import sys
@@ -9,14 +9,17 @@ import psycopg
 import pytest
 from sqlalchemy import Engine, event
 
+from landscape import planted
 from objectives.base import ItemResult
 from postgresql import PASSWORD, running
 from search.cli import main
+from search.running.search_loop import search
 from search.running.workers import LocalWorker
 from search.storing.address import Storage
 from search.storing.folder import DATABASE, REMEMBERED
 from search.storing.store import Store
 from search.storing.trials import TrialLog
+from simulated import simulated_context, simulated_run
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +47,7 @@ def command(study, run, *options):
 
 
 def outcome(run, url=None):
-    """All that was decided, and all answers."""
+    """Return all complete trials, and all results on search items."""
     store = Store(Storage.of(run, url))
     trials = TrialLog(store.study()).complete()
     answers = {key: store.results(key, "search") for key in store.recipes("search")}
@@ -52,14 +55,14 @@ def outcome(run, url=None):
 
 
 def after(monkeypatch, blocks, what):
-    """Have something happen before the block of this number is asked, once."""
-    asked, ask = [], LocalWorker.next
+    """Have something happen once, before the block of this number is evaluated."""
+    begun, evaluate = [], LocalWorker.next
 
     def next_of(self):
-        asked.append(0)
-        if len(asked) == blocks:
+        begun.append(0)
+        if len(begun) == blocks:
             what()
-        return ask(self)
+        return evaluate(self)
 
     monkeypatch.setattr(LocalWorker, "next", next_of)
 
@@ -134,30 +137,33 @@ def test_studies_in_one_database_do_not_mix(server):
     assert other.recipes("test") == {"another"}
 
 
-def test_runs_that_begin_at_once_in_one_new_database_are_each_as_on_a_file(
-    study, undisturbed, server, tmp_path
-):
+def test_runs_that_begin_at_once_in_one_new_database_are_each_as_on_a_file(server, tmp_path):
     with psycopg.connect(server.url().replace("+psycopg", ""), autocommit=True) as admin:
         admin.execute("create database shared")
     url = server.url(database="shared")
-    runs = [tmp_path / name for name in "ab"]
-    options = ("--storage", url, "--trials", "5")
+    counts = {"search": 40, "select": 20, "test": 20}
+    context = simulated_context(planted(0), 0, counts, search={"trials": 12})
+
+    def begin(folder, url=None):
+        folder.mkdir()
+        run = simulated_run(folder, context, store=Store(Storage.of(folder, url)))
+        search(run)
+        answers = {key: run.store.results(key, "search") for key in run.store.recipes("search")}
+        return [(one.number, one.point, one.value) for one in run.log.complete()], answers
+
+    alone = begin(tmp_path / "alone")
     with ThreadPoolExecutor(2) as at_once:
-        ends = at_once.map(main, [command(study, run, *options) for run in runs])
-    assert [*ends] == [0, 0]
-    for run in runs:
-        decisions, answers = outcome(run, url)
-        assert decisions == outcome(undisturbed)[0][:5]
-        assert answers.items() <= outcome(undisturbed)[1].items()
+        both = [*at_once.map(lambda name: begin(tmp_path / name, url), "ab")]
+    assert both == [alone, alone]
 
 
-def test_tables_are_made_once_whoever_comes_first(server):
+def test_stores_opened_at_once_make_the_tables_once(server):
     with psycopg.connect(server.url().replace("+psycopg", ""), autocommit=True) as admin:
         admin.execute("create database raced")
     url = server.url(database="raced")
     with ThreadPoolExecutor(4) as at_once:
-        places = [Storage.of(_folder(name), url) for name in "abcd"]
-        stores = list(at_once.map(Store, places))
+        storages = [Storage.of(_folder(name), url) for name in "abcd"]
+        stores = list(at_once.map(Store, storages))
     assert len({store.storage.study for store in stores}) == 4
     assert [store.items() for store in stores] == [[]] * 4  # all tables are there
 
@@ -196,7 +202,9 @@ def test_server_that_does_not_let_us_in_is_exit_2_and_one_line(
         ("mysql+pymysql://me:s3cret@host/db", "pip install pymysql"),
     ],
 )
-def test_url_that_cannot_be_used_is_said(study, tmp_path, monkeypatch, capsys, url, message):
+def test_url_that_cannot_be_used_is_exit_2_and_one_line(
+    study, tmp_path, monkeypatch, capsys, url, message
+):
     for driver in ("psycopg", "pymysql"):
         monkeypatch.setitem(sys.modules, driver, None)
     assert main(command(study, tmp_path / "run", "--storage", url)) == 2
@@ -206,7 +214,7 @@ def test_url_that_cannot_be_used_is_said(study, tmp_path, monkeypatch, capsys, u
     assert "s3cret" not in error
 
 
-def test_run_is_not_gone_on_with_in_another_database(study, undisturbed, tmp_path, capsys):
+def test_run_does_not_go_on_in_another_database(study, undisturbed, tmp_path, capsys):
     other = f"sqlite:///{tmp_path / 'other.db'}"
     assert main(command(study, undisturbed, "--storage", other)) == 2
     error = capsys.readouterr().err

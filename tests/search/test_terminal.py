@@ -1,21 +1,23 @@
 """What people see of a run, in a terminal and in a pipe."""
 
 import io
+import math
 import os
 import pty
 import re
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from types import SimpleNamespace
 
 from rich.console import Console
 
-from search.cli import main
+from landscape import planted
 from search.racing.race import Estimate
 from search.running.events import BlockEvaluated, SearchStarted, TrialFinished
+from search.session import finish
 from search.showing.terminal import LEAST_TRIALS, Terminal
 from search.storing.trials import TrialRecord
+from simulated import simulated_context, simulated_run
 
 TRIAL = TrialRecord(
     number=9, state="complete", point={"method": "ties"}, estimate=Estimate(0.5, 0.01)
@@ -46,17 +48,17 @@ def all_of(ours):
     return written.decode()
 
 
-def test_terminal_has_a_live_view_that_goes_away(make_study, tmp_path, monkeypatch):
+def test_terminal_has_a_live_view_that_goes_away(tmp_path, monkeypatch):
     for name, value in {"TERM": "xterm", "NO_COLOR": "1", "COLUMNS": "80", "LINES": "24"}.items():
         monkeypatch.setenv(name, value)
-    run = str(tmp_path / "run")
-    command = ["run", str(make_study(tmp_path)), "--out", run, "--device", "cpu", "--trials", "4"]
+    counts = {"search": 40, "select": 20, "test": 20}
+    context = simulated_context(planted(0), 0, counts, search={"trials": 4})
     ours, theirs = pty.openpty()
     with ThreadPoolExecutor() as threads:
         reading = threads.submit(all_of, ours)
         with open(theirs, "w") as stdout:
-            monkeypatch.setattr(sys, "stdout", stdout)
-            assert main(command) == 0
+            terminal = Terminal(Console(file=stdout))
+            finish(simulated_run(tmp_path / "run", context, listener=terminal), math.inf)
         written = reading.result()
     assert "of at most 4" in written
     assert not re.search(r"\x1b\[[\d;]*3\dm", written), "a colour, though there is to be none"
