@@ -85,8 +85,8 @@ def plan_memory(
         largest = max(largest, min(sum(sizes.values()), ROWS * WIDTH))
     work = 4 * (members + 2) * largest
     most = limit if limit is not None else 1 << 62
-    on_host = min(_free("cpu") // sharers, most)
-    free = on_host if on_cpu else min(_free(device), most)
+    on_host = min(free_bytes("cpu") // sharers, most)
+    free = on_host if on_cpu else min(free_bytes(device), most)
     if live + work > free:
         raise MergeError(
             f"memory: the live model takes {_text(live)} and merging its largest tensor "
@@ -113,10 +113,10 @@ def parse_size(text: str) -> int:
         raise ValueError(f"{text!r} is no size; write it like 24GB or 512MiB") from None
 
 
-def _free(device: str) -> int:
+def free_bytes(device: str) -> int:
     """Return the bytes free on a device; "auto": on all GPUs."""
     if device == "auto":
-        return sum(_free(f"cuda:{number}") for number in range(torch.cuda.device_count()))
+        return sum(free_bytes(f"cuda:{number}") for number in range(torch.cuda.device_count()))
     if torch.device(device).type == "cuda":
         return int(torch.cuda.mem_get_info(torch.device(device))[0])
     return int(psutil.virtual_memory().available)

@@ -60,11 +60,11 @@ def registered_tasks() -> Mapping[str, Entry]:
     """Return lm-eval's own index: name of a task, group or tag to its entry."""
     tasks = LM_EVAL_TASKS.stat().st_mtime_ns  # an lm-eval under development gets new folders
     key = hashlib.sha256(f"{version('lm-eval')} {LM_EVAL_TASKS} {tasks}".encode()).hexdigest()[:16]
-    return _read_index(_cache_folder() / "task_index" / f"{key}.json")
+    return read_index(_cache_folder() / "task_index" / f"{key}.json")
 
 
 @functools.cache
-def _read_index(file: Path) -> Mapping[str, Entry]:
+def read_index(file: Path) -> Mapping[str, Entry]:
     """Read the kept index, or build and keep it if the file is missing or damaged."""
     with suppress(OSError, ValueError, KeyError, TypeError):
         rows = json.loads(file.read_text(encoding="utf-8"))

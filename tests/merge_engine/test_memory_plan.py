@@ -22,7 +22,7 @@ def planned(models, device, limit=None):
 def free(monkeypatch):
     """What is free on each device, as the test says it."""
     amounts = {"cpu": 10**9, "cuda": 10**9}
-    monkeypatch.setattr(memory, "_free", lambda device: amounts[torch.device(device).type])
+    monkeypatch.setattr(memory, "free_bytes", lambda device: amounts[torch.device(device).type])
     return amounts
 
 

@@ -41,7 +41,7 @@ def small_lm_eval(tmp_path, monkeypatch):
 
 
 def read_again():
-    task_index._read_index.cache_clear()
+    task_index.read_index.cache_clear()
     return registered_tasks()
 
 
