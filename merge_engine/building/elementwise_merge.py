@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -12,13 +12,7 @@ from typing_extensions import override
 from merge_engine.building.pack_merge import PackMerge, to_device
 from merge_engine.errors import MergeError
 from merge_engine.methods import Elementwise
-from merge_engine.methods.contract import (
-    KernelValues,
-    Number,
-    Parameters,
-    TaskVector,
-    TaskVectors,
-)
+from merge_engine.methods.contract import KernelValues, Number, Parameters, TaskVectors
 from merge_engine.methods.preparation import UNBOUNDED
 from merge_engine.methods.task_vectors import kept_masses
 from merge_engine.numerics.noise import Noise, key_of
@@ -27,48 +21,12 @@ from merge_engine.numerics.statistics import row_width
 
 
 @dataclass(frozen=True)
-class _TaskVector(TaskVector):
-    """A donor's task vector in one tensor."""
-
-    merge: PackMerge
-    name: str
-    index: int  # of the donor in the recipe
-
-    @property
-    @override
-    def magnitudes(self) -> Magnitudes:
-        return self.merge.models.measurements.magnitudes(self.name, *self._models)
-
-    @override
-    def rescale_factor(self, chance: int) -> float:
-        key = key_of(self.merge.recipe.seed, self.name, self.index)
-        masses = self.merge.models.measurements.masses(self.name, *self._models, key)
-        return _norm_ratio(float(masses[-1]), float(masses[chance]))
-
-    @property
-    def _models(self) -> tuple[str, str]:
-        return self.merge.recipe.donors[self.index].model, self.merge.base
-
-
-def _norm_ratio(before: float, after: float) -> float:
-    return before / after if min(before, after) >= 1e-7 else 1.0
-
-
-@dataclass(frozen=True)
 class _TaskVectors(TaskVectors):
     """The task vectors of some of the recipe's donors in one tensor."""
 
     merge: PackMerge
     name: str
-    indices: Sequence[int]
-
-    @override
-    def __len__(self) -> int:
-        return len(self.indices)
-
-    @override
-    def __iter__(self) -> Iterator[_TaskVector]:
-        return (_TaskVector(self.merge, self.name, index) for index in self.indices)
+    indices: Sequence[int]  # of the donors in the recipe
 
     @property
     @override
@@ -78,16 +36,32 @@ class _TaskVectors(TaskVectors):
     @property
     @override
     def variances(self) -> Variances:
-        return self.merge.models.measurements.variances(self.name, self._donors, self.merge.base)
+        return self.merge.models.measurements.variances(self.name, self._models, self.merge.base)
+
+    @override
+    def magnitudes(self, donor: int) -> Magnitudes:
+        model = self._models[donor]
+        return self.merge.models.measurements.magnitudes(self.name, model, self.merge.base)
+
+    @override
+    def rescale_factor(self, donor: int, chance: int) -> float:
+        key = key_of(self.merge.recipe.seed, self.name, self.indices[donor])
+        measurements, model = self.merge.models.measurements, self._models[donor]
+        masses = measurements.masses(self.name, model, self.merge.base, key)
+        return _norm_ratio(float(masses[-1]), float(masses[chance]))
 
     @override
     def overlaps(self, epsilon: float) -> Tensor:
         measurements = self.merge.models.measurements
-        return measurements.overlaps(self.name, self._donors, self.merge.base, epsilon)
+        return measurements.overlaps(self.name, self._models, self.merge.base, epsilon)
 
     @property
-    def _donors(self) -> tuple[str, ...]:
+    def _models(self) -> tuple[str, ...]:
         return tuple(self.merge.recipe.donors[index].model for index in self.indices)
+
+
+def _norm_ratio(before: float, after: float) -> float:
+    return before / after if min(before, after) >= 1e-7 else 1.0
 
 
 def write_elementwise(out: Tensor, method: Elementwise, merge: PackMerge) -> None:
@@ -97,13 +71,17 @@ def write_elementwise(out: Tensor, method: Elementwise, merge: PackMerge) -> Non
         MergeError: The parameters do not work for a tensor; the message names it.
     """
     recipe = merge.recipe
-    parameters = [Parameters.from_values(each) for each in merge.values]
-    used = _used_donors(len(recipe.donors), parameters)
+    weights = [w for each in merge.values if isinstance(w := each.get("weight"), tuple)]
+    used = tuple(
+        index
+        for index in range(len(recipe.donors))
+        if not weights or any(weight[index] for weight in weights)
+    )
     base = merge.read(merge.base)
     if not used or not out.numel():
         out.copy_(base.view(out.shape))
         return
-    kernel_values = _prepared(method, merge, parameters, used)
+    kernel_values = _prepared(method, merge, used)
     scalars, per_donor = _joined(merge, kernel_values)
     noise = None
     if method.random or any(each.has_ties for each in kernel_values):
@@ -122,28 +100,22 @@ def write_elementwise(out: Tensor, method: Elementwise, merge: PackMerge) -> Non
     merge.models.runner.write(out, method.kernel, inputs, {**scalars, **per_donor}, noise)
 
 
-def _used_donors(count: int, parameters: Sequence[Parameters]) -> tuple[int, ...]:
-    """Return the indices of the donors with a weight in any tensor; the others are not read."""
-    weights = [each.per_donor.get("weight", (1,) * count) for each in parameters]
-    return tuple(index for index in range(count) if any(weight[index] for weight in weights))
-
-
-def _prepared(
-    method: Elementwise, merge: PackMerge, parameters: Sequence[Parameters], used: Sequence[int]
-) -> list[KernelValues]:
+def _prepared(method: Elementwise, merge: PackMerge, used: Sequence[int]) -> list[KernelValues]:
     """Return the kernel's values for each tensor."""
     found = []
     for index, name in enumerate(merge.pack.names):
-        own = parameters[index].of_donors(used)
-        if method.prepare is None:
-            found.append(KernelValues(own.shared, own.per_donor))
-            continue
+        own = Parameters.from_values(merge.values[index], used)
+        values = KernelValues(own.shared, own.per_donor)
         try:
-            found.append(method.prepare(own, _TaskVectors(merge, name, used)))
+            if method.prepare:
+                values = method.prepare(own, _TaskVectors(merge, name, used))
+            if method.combine:
+                values = method.combine(own, values)
         except MergeError:
             raise  # of a model, which the message names
         except ValueError as error:
             raise merge.refused(index, error) from error
+        found.append(values)
     return found
 
 

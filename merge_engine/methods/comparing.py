@@ -1,7 +1,7 @@
 """Kernels that choose elements by comparing donors with each other, or a donor with the base.
 
-Kernels compute in float32, return float32 and do not change their inputs. Notation: n donors,
-tensors of any shape ``s``.
+Kernels compute in float32, return float32 and do not change their inputs. Notation: base (*s) and
+n donors (*s), of any shape ``s``.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ def sce(
     ``sum_j d_j``, plus on a tie.
 
     Args:
-        base: The base model's tensor, (*s).
-        donors: n tensors, (*s).
+        base: The base model's tensor.
+        donors: The donors' tensors.
         weight: The n weights w_i.
         low: The smallest selected variance.
         low_share: Chance to select an element exactly at ``low``, in LEVELS.
@@ -61,11 +61,6 @@ def sce(
 def ram(base: Tensor, donors: Sequence[Tensor], *, epsilon: Number) -> Tensor:
     """Average each element over the donors that changed it by more than ``epsilon``.
 
-    Args:
-        base: The base model's tensor, (*s).
-        donors: n tensors, (*s).
-        epsilon: Largest change that counts as unchanged.
-
     Source: Yuan et al. 2026, https://arxiv.org/abs/2601.13572
     """
     deltas = [_active(delta, epsilon) for delta in task_vectors(base, donors)]
@@ -77,15 +72,9 @@ def ramplus_tl(
 ) -> Tensor:
     """Apply ``ram`` with larger changes of the elements that one donor alone changed.
 
-    Those of donor i are multiplied by ``1 + r clip(shared_i / unique_i, 0, alpha)``, where
-    ``unique_i`` counts the elements of this tensor that it alone changed, and ``shared_i`` those
-    that other donors changed, too.
-
-    Args:
-        base: The base model's tensor, (*s).
-        donors: n tensors, (*s).
-        factor: Each donor's factor of the elements that it alone changed.
-        epsilon: Largest change that counts as unchanged.
+    Those of donor i are multiplied by ``factor_i = 1 + r clip(shared_i / unique_i, 0, alpha)``,
+    where ``unique_i`` counts the elements of this tensor that it alone changed by more than
+    ``epsilon``, and ``shared_i`` those that other donors changed, too.
 
     Source: Yuan et al. 2026, https://arxiv.org/abs/2601.13572; per tensor as in mergekit
     """
@@ -110,12 +99,8 @@ def _changed(deltas: Sequence[Tensor]) -> Tensor:
 def nearswap(base: Tensor, donors: Sequence[Tensor], *, t: float) -> Tensor:
     """Move each element from the base towards the donor, by ``t`` at the most.
 
-    ``base + w (donor - base)`` with ``w = clip(t / max(|donor - base|, 1e-6), 0, 1)``.
-
-    Args:
-        base: The base model's tensor, (*s).
-        donors: One tensor, (*s).
-        t: Largest change of an element, in the units of the weights.
+    ``base + w (donor - base)`` with ``w = clip(t / max(|donor - base|, 1e-6), 0, 1)``; t is in the
+    units of the weights, and there is one donor.
 
     Source: alchemonaut 2024, https://huggingface.co/alchemonaut/QuartetAnemoi-70B-t0.0001
     """
@@ -128,16 +113,11 @@ def nearswap(base: Tensor, donors: Sequence[Tensor], *, t: float) -> Tensor:
 def arcee_fusion(
     base: Tensor, donors: Sequence[Tensor], *, salience_mask: Sequence[Tensor]
 ) -> Tensor:
-    """Take the donor's most salient elements, and the base's elsewhere.
+    """Take the donor's most salient elements by its mask (*s) bool, and the base's elsewhere.
 
     ``statistics.salient`` defines salience. Its quartiles are over all elements; mergekit estimates
     them from a random million in larger tensors, so its result depends on a seed and agrees with
     this one up to sampling error.
-
-    Args:
-        base: The base model's tensor, (*s).
-        donors: One tensor, (*s).
-        salience_mask: One mask, (*s) bool.
 
     Source: Arcee AI's mergekit, https://www.arcee.ai
     """

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from typing import Protocol
@@ -29,26 +29,17 @@ class Base(Enum):
 
 @dataclass(frozen=True)
 class Param:
-    """One parameter of a method.
-
-    Args:
-        kind: Its type. Words of YAML ("1e-2", "false") are converted if that is exact.
-        default: None if the parameter is required.
-        per_donor: One value for each donor, else one for each tensor.
-        valid: Closed range of legal values.
-        search: Range a study searches unless the user gives one; None: the default is kept.
-        effect: False if mergekit has the parameter, but it has no effect.
-    """
+    """One parameter of a method."""
 
     kind: type[float] | type[int] | type[bool]
-    default: Value | None = None
-    per_donor: bool = False
-    valid: tuple[float, float] = (-math.inf, math.inf)
-    search: tuple[float, float] | None = None
-    effect: bool = True
+    default: Value | None = None  # None: the parameter is required
+    per_donor: bool = False  # one value for each donor, else one for each tensor
+    valid: tuple[float, float] = (-math.inf, math.inf)  # closed range of legal values
+    search: tuple[float, float] | None = None  # range of a study; None: the default is kept
+    effect: bool = True  # False: mergekit has the parameter, but it has no effect
 
     def typed(self, value: object) -> Value:
-        """Convert a value to the parameter's type.
+        """Convert a value to the parameter's type; words of YAML ("1e-2", "false"), too.
 
         Raises:
             ValueError: The value is of another type, or outside the legal range.
@@ -79,31 +70,18 @@ def _boolean(value: object) -> bool:
 
 @dataclass(frozen=True)
 class Parameters:
-    """A method's parameters for one tensor, by argument name.
+    """A method's parameters for one tensor, by argument name."""
 
-    Args:
-        shared: One value for all donors.
-        per_donor: n values, one for each donor.
-    """
-
-    shared: Mapping[str, Value]
-    per_donor: Mapping[str, tuple[Value, ...]]
+    shared: Mapping[str, Value]  # one value for all donors
+    per_donor: Mapping[str, tuple[Value, ...]]  # n values, one for each donor
 
     @classmethod
-    def from_values(cls, values: Values) -> Parameters:
-        """Separate the values for all donors from those for each."""
+    def from_values(cls, values: Values, donors: Sequence[int]) -> Parameters:
+        """Separate the values for all donors from those for each, and keep those of some donors."""
         return cls(
             {name: value for name, value in values.items() if not isinstance(value, tuple)},
-            {name: value for name, value in values.items() if isinstance(value, tuple)},
+            {n: tuple(v[d] for d in donors) for n, v in values.items() if isinstance(v, tuple)},
         )
-
-    def of_donors(self, indices: Sequence[int]) -> Parameters:
-        """Return the parameters of some of the donors."""
-        chosen = {
-            name: tuple(values[index] for index in indices)
-            for name, values in self.per_donor.items()
-        }
-        return Parameters(self.shared, chosen)
 
 
 @dataclass(frozen=True)
@@ -125,32 +103,8 @@ class KernelValues:
     rescales: bool = False
 
 
-class TaskVector(Protocol):
-    """One donor's task vector in one tensor: the statistics that preparations use."""
-
-    @property
-    def magnitudes(self) -> Magnitudes:
-        """Order statistics of the elements' magnitudes."""
-
-    def rescale_factor(self, chance: int) -> float:
-        """Return the ratio of the L1 norms before and after the donor's random mask.
-
-        Args:
-            chance: Chance of every element to be kept, in LEVELS.
-
-        Returns:
-            The ratio; 1 where either norm is below 1e-7.
-        """
-
-
 class TaskVectors(Protocol):
-    """The task vectors of n donors in one tensor."""
-
-    def __len__(self) -> int:
-        """Return the number of donors."""
-
-    def __iter__(self) -> Iterator[TaskVector]:
-        """Iterate over the donors' task vectors, in order."""
+    """Statistics of n donors' task vectors in one tensor."""
 
     @property
     def width(self) -> int:
@@ -159,6 +113,20 @@ class TaskVectors(Protocol):
     @property
     def variances(self) -> Variances:
         """Order statistics of the elements' variances over the donors."""
+
+    def magnitudes(self, donor: int) -> Magnitudes:
+        """Return order statistics of the magnitudes of one donor, 0 to n - 1."""
+
+    def rescale_factor(self, donor: int, chance: int) -> float:
+        """Return the ratio of the L1 norms before and after a donor's random mask.
+
+        Args:
+            donor: 0 to n - 1.
+            chance: Chance of every element to be kept, in LEVELS.
+
+        Returns:
+            The ratio; 1 where either norm is below 1e-7.
+        """
 
     def overlaps(self, epsilon: float) -> Tensor:
         """Count the elements that each donor changes by more than ``epsilon``.
@@ -169,23 +137,17 @@ class TaskVectors(Protocol):
 
 
 Prepare = Callable[[Parameters, TaskVectors], KernelValues]
+Combine = Callable[[Parameters, KernelValues], KernelValues]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Method:
-    """A merge method.
-
-    Args:
-        base: The role of the base model.
-        donors: Least and most models, besides an ORIGIN base; None: no limit.
-        params: Its parameters, by mergekit's names.
-        paper: Link to its source.
-    """
+    """A merge method."""
 
     base: Base
-    donors: tuple[int, int | None]
-    params: Mapping[str, Param]
-    paper: str
+    donors: tuple[int, int | None]  # fewest and most, besides an ORIGIN base; None: no limit
+    params: Mapping[str, Param]  # by mergekit's names
+    paper: str  # link to its source
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -217,6 +179,7 @@ class Elementwise(Method):
         kernel: ``kernel(base, donors, **values)`` returns the merged tensor in float32, for any
             part of the flattened tensors.
         prepare: Computes the kernel's values from the parameters; None: they are the same.
+        combine: Adds the values of the sum, if ``prepare`` leaves them out.
         random: The kernel takes ``noise``: uniform numbers of each donor's shape.
         elementwise_stat: Name of a statistic of donor and base with a number for every element,
             which the kernel takes for each donor: ``rank_share`` or ``salience_mask``.
@@ -226,5 +189,6 @@ class Elementwise(Method):
     donors: tuple[int, int | None] = (0, None)
     kernel: Callable[..., Tensor]
     prepare: Prepare | None = None
+    combine: Combine | None = None
     random: bool = False
     elementwise_stat: str | None = None

@@ -41,22 +41,23 @@ def slerp(gram: Tensor, *, t: float) -> Tensor:
     """Interpolate along the arc from the first tensor (t = 0) to the second (t = 1).
 
     With ``cos W = G_01 / sqrt(G_00 G_11)``: ``(sin((1-t)W), sin(tW)) / sin W``; the straight line
-    ``(1-t, t)`` where the two are nearly parallel. One that is zero counts as orthogonal.
-
-    Args:
-        gram: Inner products of the two tensors, (*r, 2, 2).
-        t: Position on the arc, unitless; outside [0, 1] it extrapolates.
-
-    Returns:
-        Coefficients, (*r, 2).
+    ``(1-t, t)`` where the two are nearly parallel. One that is zero counts as orthogonal; outside
+    [0, 1] t extrapolates.
 
     Source: Shoemake 1985, https://doi.org/10.1145/325165.325242
     """
+    norms = _norms(gram)
+    cosine = _cosine(gram, torch.where(norms > 1e-8, norms, 1.0))
+    return _on_arc(t, cosine, cosine.abs() > LERP_COSINE)
+
+
+def _cosine(gram: Tensor, norms: Tensor) -> Tensor:
+    return (gram[..., 0, 1] / norms.prod(-1)).clamp(-1, 1).unsqueeze(-1)  # (*r, 1)
+
+
+def _on_arc(t: float, cosine: Tensor, straight: Tensor) -> Tensor:
+    """Return the coefficients at ``t`` on the arc, or where ``straight`` on the line between."""
     share = torch.tensor([1 - t, t], dtype=torch.float64)
-    norms = _norms(gram)  # (*r, 2)
-    norms = torch.where(norms > 1e-8, norms, 1.0)
-    cosine = (gram[..., 0, 1] / norms.prod(-1)).clamp(-1, 1).unsqueeze(-1)  # (*r, 1)
-    straight = cosine.abs() > LERP_COSINE
     angle = torch.where(straight, 0.0, cosine).acos()
     return torch.where(straight, share, (share * angle).sin() / angle.sin())
 
@@ -87,23 +88,12 @@ def nuslerp(gram: Tensor, *, weight: Sequence[float]) -> Tensor:
     Weights that cancel out give ``t = 1/2``. The straight line ``(1-t, t)`` only where a float32
     cosine would be one.
 
-    Args:
-        gram: Inner products of the two, (*r, 2, 2).
-        weight: Two weights; only their ratio matters.
-
-    Returns:
-        Coefficients, (*r, 2).
-
     Source: Goddard et al. 2024, https://arxiv.org/abs/2403.13257
     """
     total = math.fsum(weight)
     t = weight[1] / total if abs(total) >= 1e-6 else 0.5
-    share = torch.tensor([1 - t, t], dtype=torch.float64)
-    norms = _norms(gram).clamp_min(1e-7)  # (*r, 2)
-    cosine = (gram[..., 0, 1] / norms.prod(-1)).clamp(-1, 1).unsqueeze(-1)  # (*r, 1)
-    straight = 1 - cosine.square() <= COLINEAR
-    angle = torch.where(straight, 0.0, cosine).acos()
-    return torch.where(straight, share, (share * angle).sin() / angle.sin())
+    cosine = _cosine(gram, _norms(gram).clamp_min(1e-7))
+    return _on_arc(t, cosine, 1 - cosine.square() <= COLINEAR)
 
 
 def nuslerp_dim(*, nuslerp_flatten: bool, nuslerp_row_wise: bool) -> int | None:
@@ -125,14 +115,9 @@ def multislerp(
     eps)`` it is ``c_i = a_i sum_j w_j |x_j| / sqrt(a' G a)``. mergekit's further step in the
     tangent space is zero by construction: m's direction is the point that the plane touches.
 
-    Args:
-        gram: Inner products, (*r, n, n).
-        weight: n weights.
-        normalize_weights: Make them sum to one.
-        eps: Added to the lengths; where m is shorter, two tensors are interpolated linearly.
-
-    Returns:
-        Coefficients, (*r, n); 1 for a single tensor, 0 where all tensors are zero.
+    The weights are first made to sum to one if ``normalize_weights``. Where m is shorter than
+    ``eps``, two tensors are interpolated linearly. The coefficient of a single tensor is 1; where
+    all tensors are zero they are 0.
 
     Raises:
         ValueError: The weights sum to zero, or the directions of more than two tensors cancel out.
@@ -162,14 +147,8 @@ def karcher(gram: Tensor, *, max_iter: int, tol: float) -> Tensor:
     ``m <- cos|T| m + sin|T| T / |T|``. The length is the mean of the tensors' lengths. All vectors
     are combinations of the u_i and are kept as their coefficients.
 
-    Args:
-        gram: Inner products, (*r, n, n).
-        max_iter: Largest number of steps.
-        tol: Smallest angle and step (radians); tensors shorter than ``tol`` or opposite to m,
-            whose logarithm is undefined, do not contribute to the direction.
-
-    Returns:
-        Coefficients, (*r, n).
+    There are at most ``max_iter`` steps, none shorter than ``tol`` (radians). Tensors shorter than
+    ``tol`` or opposite to m, whose logarithm is undefined, do not contribute to the direction.
 
     Source: Karcher 1977, https://doi.org/10.1002/cpa.3160300502; merging models by it:
         https://arxiv.org/abs/2603.04972
@@ -185,13 +164,9 @@ def karcher(gram: Tensor, *, max_iter: int, tol: float) -> Tensor:
 
 
 def _karcher_direction(cosines: Tensor, known: Tensor, max_iter: int, tol: float) -> Tensor:
-    """Return the coefficients (*r, n) of the mean of unit vectors.
+    """Return the coefficients (*r, n) of the mean of the unit vectors that are ``known`` (*r, n).
 
-    Args:
-        cosines: Inner products of the unit vectors, (*r, n, n).
-        known: Which of them contribute, (*r, n).
-        max_iter: As in ``karcher``.
-        tol: As in ``karcher``.
+    ``cosines`` are the inner products of all of them, (*r, n, n).
     """
 
     def times(vector: Tensor) -> Tensor:
@@ -226,14 +201,9 @@ def model_stock(gram: Tensor) -> Tensor:
     """Move from the base towards the donors' mean as far as their task vectors agree.
 
     With ``c`` the mean cosine over the pairs of the n task vectors, ``t = n c / (1 + (n-1) c)``
-    and ``c_i = t / n`` (eq. 4; for n > 2 the mean of pairs, which the authors confirmed).
-
-    Args:
-        gram: Inner products of the task vectors, (*r, n, n). A product of norms under 1e-6 counts
-            as 1e-6, as in mergekit, so that nearly untouched tensors stay at the base.
-
-    Returns:
-        Coefficients, (*r, n).
+    and ``c_i = t / n`` (eq. 4; for n > 2 the mean of pairs, which the authors confirmed). A product
+    of norms under 1e-6 counts as 1e-6, as in mergekit, so that nearly untouched tensors stay at the
+    base.
 
     Source: Jang et al. 2024, https://arxiv.org/abs/2403.19522
     """

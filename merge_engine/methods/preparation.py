@@ -1,7 +1,7 @@
 """Preparations: a method's parameters and statistics of whole task vectors to its kernel's values.
 
-A density becomes bounds on magnitudes or a chance, ``rescale`` becomes a factor, and ``normalize``
-of a plain sum becomes part of that factor.
+A density becomes bounds on magnitudes or a chance, and ``rescale`` a factor. Then ``plain_sum`` or
+``elected_sum`` add the values of the sum.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from dataclasses import replace
 from types import MappingProxyType
 from typing import Final
 
-from merge_engine.methods.contract import KernelValues, Parameters, TaskVector, TaskVectors
+from merge_engine.methods.contract import KernelValues, Parameters, TaskVectors
 from merge_engine.numerics.noise import LEVELS, level
 from merge_engine.numerics.order_statistics import EVERYTHING, NOTHING, Band
 
@@ -22,44 +22,30 @@ UNBOUNDED: Final[Mapping[str, float]] = MappingProxyType({"high": math.inf, "hig
 
 def ties(parameters: Parameters, deltas: TaskVectors) -> KernelValues:
     """Return bounds that keep the ``max(1, int(density * numel))`` largest magnitudes."""
-    settings = zip(deltas, parameters.per_donor["density"], strict=True)
-    bands = [_largest(delta, density) for delta, density in settings]
-    return _elected(parameters, _banded(parameters, bands))
+    bands = []
+    for donor, density in enumerate(parameters.per_donor["density"]):
+        if (band := _all_or_none(density)) is None:
+            magnitudes = deltas.magnitudes(donor)
+            kept = max(1, int(density * magnitudes.size))
+            band = magnitudes.band(magnitudes.size - kept, kept)
+        bands.append(band)
+    return _banded(parameters, bands)
 
 
-def _largest(delta: TaskVector, density: float) -> Band:
-    if (band := _all_or_none(density)) is not None:
-        return band
-    size = delta.magnitudes.size
-    kept = max(1, int(density * size))
-    return delta.magnitudes.band(size - kept, kept)
-
-
-def breadcrumbs_ties(parameters: Parameters, deltas: TaskVectors) -> KernelValues:
+def breadcrumbs(parameters: Parameters, deltas: TaskVectors) -> KernelValues:
     """Return bounds that drop the ``int(gamma * numel)`` largest magnitudes.
 
     The next ``int(density * numel)`` are kept; fewer are dropped where too few would be left.
     """
-    return _elected(parameters, _trimmed(parameters, deltas))
-
-
-def breadcrumbs(parameters: Parameters, deltas: TaskVectors) -> KernelValues:
-    """Return the bounds of ``breadcrumbs_ties``, for a plain sum."""
-    return _summed(parameters, _trimmed(parameters, deltas))
-
-
-def _trimmed(parameters: Parameters, deltas: TaskVectors) -> KernelValues:
-    per_donor = parameters.per_donor
-    settings = zip(deltas, per_donor["density"], per_donor["gamma"], strict=True)
-    return _banded(parameters, [_middle(*setting) for setting in settings])
-
-
-def _middle(delta: TaskVector, density: float, gamma: float) -> Band:
-    if (band := _all_or_none(density)) is not None:
-        return band
-    size = delta.magnitudes.size
-    kept = int(density * size)
-    return delta.magnitudes.band(max(0, size - kept - int(gamma * size)), kept)
+    densities, gammas = parameters.per_donor["density"], parameters.per_donor["gamma"]
+    bands = []
+    for donor, (density, gamma) in enumerate(zip(densities, gammas, strict=True)):
+        if (band := _all_or_none(density)) is None:
+            magnitudes = deltas.magnitudes(donor)
+            kept, dropped = int(density * magnitudes.size), int(gamma * magnitudes.size)
+            band = magnitudes.band(max(0, magnitudes.size - kept - dropped), kept)
+        bands.append(band)
+    return _banded(parameters, bands)
 
 
 def _all_or_none(density: float) -> Band | None:
@@ -85,24 +71,14 @@ def _banded(parameters: Parameters, bands: Sequence[Band]) -> KernelValues:
     return KernelValues({}, per_donor, has_ties=any(band.tied for band in bands))
 
 
-def dare_ties(parameters: Parameters, deltas: TaskVectors) -> KernelValues:
+def dare(parameters: Parameters, deltas: TaskVectors) -> KernelValues:
     """Return each donor's chance, and the factor that restores its L1 norm under its mask."""
-    return _elected(parameters, _drawn(parameters, deltas))
-
-
-def dare_linear(parameters: Parameters, deltas: TaskVectors) -> KernelValues:
-    """Return the chances and factors of ``dare_ties``, for a plain sum."""
-    return _summed(parameters, _drawn(parameters, deltas))
-
-
-def _drawn(parameters: Parameters, deltas: TaskVectors) -> KernelValues:
     chances = tuple(level(density) for density in parameters.per_donor["density"])
     rescale = parameters.shared["rescale"]
+    settings = enumerate(zip(parameters.per_donor["weight"], chances, strict=True))
     factors = tuple(
-        weight * (delta.rescale_factor(chance) if rescale and 0 < chance < LEVELS else 1.0)
-        for delta, weight, chance in zip(
-            deltas, parameters.per_donor["weight"], chances, strict=True
-        )
+        weight * (deltas.rescale_factor(donor, chance) if rescale and 0 < chance < LEVELS else 1.0)
+        for donor, (weight, chance) in settings
     )
     return KernelValues({}, {"chance": chances, "factor": factors})
 
@@ -113,15 +89,6 @@ def della(parameters: Parameters, deltas: TaskVectors) -> KernelValues:
     Raises:
         ValueError: A chance is outside (0, 1).
     """
-    return _elected(parameters, _drawn_by_rank(parameters, deltas))
-
-
-def della_linear(parameters: Parameters, deltas: TaskVectors) -> KernelValues:
-    """Return the chances of ``della``, for a plain sum."""
-    return _summed(parameters, _drawn_by_rank(parameters, deltas))
-
-
-def _drawn_by_rank(parameters: Parameters, deltas: TaskVectors) -> KernelValues:
     per_donor = parameters.per_donor
     chances = [
         _chances(density, epsilon if deltas.width > 1 else 0.0)
@@ -146,8 +113,8 @@ def _chances(density: float, epsilon: float) -> tuple[float, float]:
     return density - epsilon, 2 * epsilon
 
 
-def _summed(parameters: Parameters, values: KernelValues) -> KernelValues:
-    """Multiply the factors of a plain sum by ``lambda``, over the weights' sum if ``normalize``.
+def plain_sum(parameters: Parameters, values: KernelValues) -> KernelValues:
+    """Multiply the factors by ``lambda``, over the weights' sum if ``normalize``.
 
     Weights that cancel out divide nothing.
     """
@@ -159,14 +126,11 @@ def _summed(parameters: Parameters, values: KernelValues) -> KernelValues:
     return replace(values, per_donor={**values.per_donor, "factor": factors})
 
 
-def _elected(parameters: Parameters, values: KernelValues) -> KernelValues:
-    """Add the values of a sum with sign election: ``lambda``, and weights if ``normalize``."""
+def elected_sum(parameters: Parameters, values: KernelValues) -> KernelValues:
+    """Add ``lambda``, and the weights if ``normalize``."""
     weight = {"weight": parameters.per_donor["weight"]} if parameters.shared["normalize"] else {}
-    return replace(
-        values,
-        scalars={"lambda_": parameters.shared["lambda_"]},
-        per_donor={**values.per_donor, **weight},
-    )
+    scalars = {"lambda_": parameters.shared["lambda_"]}
+    return replace(values, scalars=scalars, per_donor={**values.per_donor, **weight})
 
 
 def sce(parameters: Parameters, deltas: TaskVectors) -> KernelValues:
@@ -174,7 +138,7 @@ def sce(parameters: Parameters, deltas: TaskVectors) -> KernelValues:
     band, change = deltas.variances.largest(parameters.shared["select_topk"])
     total = float(change.sum())
     # mergekit's own switch; on for most fine-tuned tensors, whose changes are small.
-    weight = (change / total).tolist() if total >= 1e-6 else [1 / len(deltas)] * len(deltas)
+    weight = (change / total).tolist() if total >= 1e-6 else [1 / len(change)] * len(change)
     scalars = {"low": band.low, "low_share": level(band.low_share)}
     return KernelValues(scalars, {"weight": tuple(weight)}, has_ties=band.tied)
 

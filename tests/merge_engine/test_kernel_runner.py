@@ -17,7 +17,7 @@ from in_memory import in_memory
 from merge_engine.building.builder import merge_into
 from merge_engine.methods import METHODS, Base
 from merge_engine.methods.linear import weighted_sum
-from merge_engine.methods.task_vectors import breadcrumbs, dare_linear, kept_masses
+from merge_engine.methods.task_vectors import dare, kept_masses, trimmed_sum
 from merge_engine.numerics import kernel_runner as kernel_runner
 from merge_engine.numerics.kernel_runner import (
     CHUNK,
@@ -160,7 +160,7 @@ def test_a_kernel_is_compiled_once_whatever_sizes_values_and_keys_are(compiled):
         values = {"factor": [density, 0.3], "chance": [level(density), level(0.5)]}
         out = torch.empty(size)
         noise = page_of(size).noise(seed, (0, 1), out.device, even=False)
-        compiled.write(out, dare_linear, (base, donors), values, noise)
+        compiled.write(out, dare, (base, donors), values, noise)
         return out
 
     write(10_000, 0.4, 3)
@@ -177,7 +177,7 @@ def kept_by(runner: KernelRunner, size: int, chance: float, seed: int) -> Tensor
     out = torch.empty(size)
     values = {"factor": [1.0, 2.0], "chance": [level(chance)] * 2}
     noise = page_of(size).noise(seed, (0, 1), out.device, even=False)
-    runner.write(out, dare_linear, (base, [ones] * 2), values, noise)
+    runner.write(out, dare, (base, [ones] * 2), values, noise)
     return out
 
 
@@ -220,7 +220,7 @@ def test_equals_are_chosen_by_their_position_and_key_alone(size, seed):
             out = torch.empty(size)
             noise = page_of(size).noise(seed, (0,), out.device, even=True)
             inputs = (torch.zeros(size), [ones])
-            KernelRunner(compiled=False).write(out, breadcrumbs, inputs, values, noise)
+            KernelRunner(compiled=False).write(out, trimmed_sum, inputs, values, noise)
         results.append(out)
     assert torch.equal(*results)
     # An even choice of 0.4 of them is right to a few elements, however many there are.
