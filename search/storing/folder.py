@@ -6,13 +6,14 @@ What is wrong with it is said at once, so nothing that is slow to import is impo
 from __future__ import annotations
 
 import errno
-import fcntl
 import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Final
+
+from filelock import FileLock, Timeout
 
 from merge_engine.building.export import FULL
 from search.study.spec import StudyError
@@ -77,16 +78,15 @@ def locked(run: Path) -> Iterator[None]:
     try:
         run.mkdir(parents=True, exist_ok=True)
         _check_ours(run)
-        lock = (run / _LOCK).open("w")
+        lock = FileLock(run / _LOCK)
+        held = lock.acquire(blocking=False)
+    except Timeout:
+        raise _held(run) from None
     except OSError as error:
         if error.errno in FULL:
             raise
         raise StudyError(f"{run}: {error.strerror}; choose another folder") from None
-    with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise _held(run) from None
+    with held:
         yield
 
 
@@ -95,15 +95,16 @@ def _held(run: Path) -> StudyError:
 
 
 def is_held(run: Path) -> bool:
-    """Whether a process is seen to hold the run folder."""
-    try:
-        with (run / _LOCK).open() as lock:
-            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    except OSError:
+    """Return whether another lock on the run folder is held, by this process or another."""
+    if not (run / _LOCK).is_file():  # to try a lock makes its file
         return False
-    return False
+    try:
+        with FileLock(run / _LOCK).acquire(blocking=False):
+            return False
+    except Timeout:
+        return True
+    except OSError:  # read-only
+        return False
 
 
 def set_aside(run: Path) -> None:
