@@ -445,7 +445,7 @@ def test_check_of_models_with_a_damaged_tokenizer_names_it(models, capsys, conte
     refused(models, capsys, command, ("bad/tokenizer.json", "damaged", "fetch"))
 
 
-def test_place_that_cannot_be_written_is_named(models, capsys):
+def test_folder_that_cannot_be_written_is_named(models, capsys):
     (models / "file").write_text("in the way")
     recipe = write_recipe(models, {})
     for out in ("file", "file/out", "bad"):
@@ -841,9 +841,7 @@ def test_mistake_is_named_in_one_line_and_nothing_is_written(
     assert tree(tmp_path) == before
 
 
-def test_study_whose_models_have_nothing_right_is_run_and_it_is_said(
-    zoo, tmp_path, monkeypatch, capsys
-):
+def test_study_whose_models_score_0_runs_with_a_note(zoo, tmp_path, monkeypatch, capsys):
     rows = [{"question": f"{letter}?", "answer": letter} for letter in "ABCDEFGHIJKL"]  # unknown
     furnish(tmp_path, zoo)
     write("tasks/tell.jsonl", "".join(json.dumps(row) + "\n" for row in rows))(tmp_path)

@@ -97,7 +97,7 @@ def test_export_saves_any_trial_of_a_run(make_study, zoo, tmp_path, capsys):
     assert "no finished trial 99" in capsys.readouterr().err
 
 
-def test_code_that_comes_with_a_model_does_not_run_unasked(make_study, zoo, tmp_path, capsys):
+def test_code_that_comes_with_a_model_does_not_run_by_default(make_study, zoo, tmp_path, capsys):
     names = {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.OwnModel"}
     for name in ("base", "a"):
         copy = shutil.copytree(zoo / name, tmp_path / name)
@@ -162,7 +162,7 @@ def test_help_fits_a_screen_and_ends_with_an_example(command, monkeypatch, capsy
         ("search.session, search.preparing.check, objectives.harness.tasks", {"transformers"}),
     ],
 )
-def test_what_is_heavy_is_not_imported_for_help_and_before_checks(modules, heavy):
+def test_heavy_packages_are_not_imported_for_help_and_before_checks(modules, heavy):
     code = f"import sys, {modules}; assert not {heavy} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
 

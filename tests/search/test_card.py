@@ -39,7 +39,7 @@ def test_card_names_the_models_that_are_on_the_hub(run):
     assert card.data.base_model_relation == "merge"
 
 
-def test_card_says_what_result_json_says(run):
+def test_card_agrees_with_result_json(run):
     result, text = read_result(run), (run / "checkpoint" / "README.md").read_text()
     card = ModelCard(text)
     assert card.data.base_model is None, "folders are no models of the Hub"
@@ -88,7 +88,7 @@ def test_licence_is_named_only_where_all_have_it(run, other):
     assert f"- base: {'mit' if other == 'license: mit' else 'not known'}" in card.text
 
 
-def test_another_trials_card_says_so_and_claims_no_test_that_was_not(run, tmp_path):
+def test_card_of_another_trial_has_no_test_that_was_not_made(run, tmp_path):
     winner = read_result(run).winner.trial
     donor, searched = ({1, 2} - {winner}).pop(), ({4, 5} - {winner}).pop()
     for number, tested in ((donor, True), (searched, False)):

@@ -7,7 +7,7 @@ from search.showing.charts import thinned
 from search.storing.trials import TrialRecord
 
 
-def test_of_many_trials_the_best_and_some_others_are_kept_in_their_order():
+def test_best_of_many_trials_and_some_others_are_drawn_in_their_order():
     values = np.random.default_rng(0).permutation(60) / 60
     trials = [
         TrialRecord(number, "complete", estimate=Estimate(float(value), 1e-4))

@@ -53,7 +53,7 @@ def test_candidates_are_points_of_the_space_and_back(space, seed):
     assert encoding.candidates(points).weights == pytest.approx(candidates.weights, abs=2e-5)
 
 
-def test_some_candidates_do_without_some_donors():
+def test_some_candidates_leave_donors_out():
     candidates = RecipeEncoding(SPACE).random(100, np.random.default_rng(0))
     absent = (candidates.weights == 0).any(axis=(1, 2))
     assert 0.1 < absent.mean() < 0.6

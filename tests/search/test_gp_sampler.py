@@ -17,7 +17,7 @@ from search.storing.trials import TrialRecord
 
 
 @given(st.integers(20, 400))
-def test_hyperparameters_are_fitted_seldom_and_of_the_trials_there_are(count):
+def test_hyperparameters_are_refitted_on_a_geometric_schedule(count):
     assert 20 <= refit_size(count, 20) <= count <= refit_size(count, 20) * 1.15 + 1
 
 

@@ -150,7 +150,7 @@ def test_push_uploads_card_recipe_and_weights_and_again_into_the_same_repository
     assert len(hub.commits) == 2
 
 
-def test_push_to_programs_is_json_alone_and_says_as_much(run, hub, push):
+def test_push_with_json_writes_json_lines_alone(run, hub, push):
     status, out, error = push(hub.url, "--json")
     assert (status, error) == (0, "")
     note, result = map(json.loads, out.splitlines())
@@ -165,7 +165,7 @@ def test_push_to_programs_is_json_alone_and_says_as_much(run, hub, push):
     }
 
 
-def test_push_says_what_is_in_its_way(hub, push):
+def test_push_that_is_refused_is_one_line_with_the_fix(hub, push):
     refused, nobody = push(hub.url, token="hf_wrong"), push(hub.url, token="")
     unreachable = push("http://127.0.0.1:9")
     misnamed = push(hub.url, repo="a name")
@@ -179,7 +179,7 @@ def test_push_says_what_is_in_its_way(hub, push):
 
 
 @pytest.mark.parametrize("failing", [500, 503, 429, "cut", "garbage"])
-def test_a_hub_that_fails_is_no_refusal(hub, push, failing):
+def test_hub_that_fails_is_exit_1_with_advice(hub, push, failing):
     hub.failing = failing
     status, _, error = push(hub.url)
     assert status == 1

@@ -25,7 +25,7 @@ def view():
     return PosteriorView(SPACE, trials)
 
 
-def test_method_that_is_better_is_known_to_be(view):
+def test_better_method_has_a_high_probability_of_being_best(view):
     first, second = method_chances(view)
     assert first.method == "task_arithmetic"
     assert first.chance > 0.99
@@ -34,7 +34,7 @@ def test_method_that_is_better_is_known_to_be(view):
     assert view.best.trial == first.best.trial
 
 
-def test_sensitivity_is_to_what_decides_alone(view):
+def test_sensitivity_is_that_to_the_parameters_that_matter(view):
     effects = sensitivity(view)
     assert [name for name, _ in effects[:2]] == ["method", "scale"]
     assert effects[0][1] == pytest.approx(0.64, abs=0.2)  # of methods 0.01, of scales 1 / 180

@@ -20,7 +20,7 @@ def test_mixture_and_sticks_are_inverse(raw):
 
 
 @given(st.lists(st.floats(0, 1), min_size=1, max_size=5))
-def test_any_sticks_are_a_mixture(sticks):
+def test_sticks_make_weights_that_sum_to_one(sticks):
     shares = break_sticks(np.array(sticks))
     assert len(shares) == len(sticks) + 1
     assert sum(shares) == pytest.approx(1.0)

@@ -12,7 +12,7 @@ def test_methods_are_allowed_by_the_number_and_kind_of_donors():
     assert allowed_methods(donors) == DIFFERENCE_METHODS
 
 
-def test_what_follows_from_scale_and_mixture_is_not_searched_by_name():
+def test_parameters_that_follow_from_scale_and_mixture_are_not_searched():
     for method in METHODS:
         assert not {"weight", "lambda", "scale"} & set(searchable([method]))
     assert "t" not in searchable(["slerp"])

@@ -1,4 +1,4 @@
-"""Several goals: the front, who is on it, and a search that looks for it."""
+"""Pareto fronts of several tasks, and the search for one."""
 
 import numpy as np
 import pytest
@@ -7,7 +7,6 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from proposals import StudySampler
-from search.cli import main
 from search.proposing.gp import posterior_of
 from search.proposing.space import Space
 from search.racing.elimination import JointPosterior
@@ -18,14 +17,14 @@ SPACE = Space("base", ("a", "b"), ("task_arithmetic",), (0.0, 1.0), {})
 
 
 @given(arrays(float, (12, 3), elements=st.integers(0, 4)))
-def test_front_holds_whom_nobody_beats_and_beats_or_equals_all_others(values):
+def test_front_is_the_nondominated_rows(values):
     front = nondominated(values)
-    for place, row in enumerate(values):
-        beaten = any((o >= row).all() and (o > row).any() for o in values)
-        assert (place in front) != beaten
+    for index, row in enumerate(values):
+        dominated = any((o >= row).all() and (o > row).any() for o in values)
+        assert (index in front) != dominated
 
 
-def test_thinned_front_covers_nearly_what_the_whole_does():
+def test_widest_rows_cover_nearly_the_hypervolume_of_all():
     x = np.linspace(0, 1, 60)
     arc = np.stack([np.cos(x * np.pi / 2), np.sin(x * np.pi / 2)], axis=1)
     kept = widest(arc, 12)
@@ -39,7 +38,7 @@ def test_thinned_front_covers_nearly_what_the_whole_does():
 
 
 @given(arrays(float, (12, 3), elements=st.integers(0, 4)), st.integers(3, 15))
-def test_of_many_the_best_in_each_goal_are_kept_and_of_few_all(values, most):
+def test_leading_rows_include_the_best_of_each_task(values, most):
     kept = leading(values, most)
     assert kept == sorted(set(kept))
     assert len(kept) == min(most, 12)
@@ -47,12 +46,12 @@ def test_of_many_the_best_in_each_goal_are_kept_and_of_few_all(values, most):
 
 
 def values_at(scale):
-    """Two goals, best at either end: what one point scores."""
+    """Return the scores of a point on two tasks, best at either end."""
     return {"x": [1 - (scale - 0.2) ** 2, 1e-6], "y": [1 - (scale - 0.8) ** 2, 1e-6]}
 
 
 def searched(front, count=40):
-    """Scales a study proposes after its warm starts."""
+    """List the scales that a study proposes after its warm starts."""
     sampler, scales = StudySampler("gp", SPACE, 0, front=front), []
     for _ in range(count):
         scales.append(sampler.ask()["scale"])
@@ -61,7 +60,7 @@ def searched(front, count=40):
     return np.array(scales[-20:])
 
 
-def test_search_for_the_front_proposes_all_along_it_and_for_the_mean_at_one_place():
+def test_search_for_the_front_proposes_all_along_it_and_for_the_mean_near_one_point():
     along, at_once = searched(front=True), searched(front=False)
     inside = along[(along > 0.15) & (along < 0.85)]
     assert len(inside) > 14
@@ -70,28 +69,16 @@ def test_search_for_the_front_proposes_all_along_it_and_for_the_mean_at_one_plac
     assert np.median(np.abs(at_once - 0.5)) < 0.1
 
 
-def test_front_is_that_of_what_is_believed_and_fresh_items_correct_it():
+def test_front_is_that_of_posterior_means_and_fresh_items_correct_it():
     scales = np.linspace(0, 1, 11)
     points = [SPACE.point("task_arithmetic", (scale, scale)) for scale in scales]
     estimates = {t: np.array([values_at(scale)[t] for scale in scales]) for t in ("x", "y")}
     posteriors = {task: posterior_of(SPACE, points, *of.T) for task, of in estimates.items()}
     front = posterior_front(posteriors, most=20)
-    beliefs = {task: posterior[front] for task, posterior in posteriors.items()}
+    of_front = {task: posterior[front] for task, posterior in posteriors.items()}
     assert scales[front] == pytest.approx([0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8])
-    unsure = {task: JointPosterior(one.means, np.eye(len(front))) for task, one in beliefs.items()}
+    unsure = {task: JointPosterior(one.means, np.eye(len(front))) for task, one in of_front.items()}
     strata = Strata(("x", "y") * 50, {"x": 1.0, "y": 1.0})
     answers = np.zeros((len(front), 100))
     answers[2] = 1.0  # the third is right wherever the others are wrong
     assert confirmed(unsure, strata, answers) == [2]
-
-
-def test_limit_on_tokens_is_refused_where_none_are_written(make_study, tmp_path, capsys):
-    choices = {"objective__tasks": [{"task": "pick"}], "objective__max_mean_tokens": 9}
-    assert main(["check", str(make_study(tmp_path, **choices))]) == 2
-    assert "no task has a model write" in capsys.readouterr().err
-
-
-def test_front_is_refused_to_a_sampler_of_one_objective(make_study, tmp_path, capsys):
-    study = make_study(tmp_path, search__front=True, search__sampler="tpe")
-    assert main(["check", str(study)]) == 2
-    assert "search.front: the sampler 'tpe' has one objective, the mean" in capsys.readouterr().err

@@ -7,7 +7,7 @@ import warnings
 from search.process import quiet_libraries
 
 
-def test_own_warnings_are_notes_once_and_those_of_others_are_nothing(capfd):
+def test_own_warnings_are_notes_once_and_those_of_libraries_are_dropped(capfd):
     notes = []
     with quiet_libraries(notes.append):
         for _ in range(2):
@@ -18,7 +18,7 @@ def test_own_warnings_are_notes_once_and_those_of_others_are_nothing(capfd):
     assert capfd.readouterr() == ("", "")
 
 
-def test_environment_is_set_inside_alone_and_what_the_user_has_set_stays(monkeypatch):
+def test_environment_is_set_inside_the_context_and_the_users_values_stay(monkeypatch):
     monkeypatch.delenv("TQDM_DISABLE", raising=False)
     monkeypatch.setenv("DATASETS_VERBOSITY", "info")
     with quiet_libraries(print):
@@ -28,7 +28,7 @@ def test_environment_is_set_inside_alone_and_what_the_user_has_set_stays(monkeyp
     assert os.environ["DATASETS_VERBOSITY"] == "info"
 
 
-def test_what_was_set_is_set_back():
+def test_context_restores_the_environment():
     def settings():
         names = (None, "merge_engine", "objectives", "search")
         return [list(logging.getLogger(name).handlers) for name in names], warnings.filters[:]

@@ -3,6 +3,7 @@ import sys
 import pytest
 import yaml
 
+from search.cli import main
 from search.study.reading import load_study
 from search.study.spec import BelowBase, ModelDifference, StudyError, StudySpec
 
@@ -82,7 +83,7 @@ def test_sampler_whose_package_is_missing_names_the_extra(make_study, tmp_path, 
         ({"objective": [1]}, "'objective' has to be a mapping"),
     ],
 )
-def test_wrong_study_is_refused_with_place_and_fix(make_study, tmp_path, changes, message):
+def test_wrong_study_is_refused_with_the_key_and_the_fix(make_study, tmp_path, changes, message):
     with pytest.raises(StudyError, match=message):
         load_study(make_study(tmp_path, **changes))
 
@@ -98,7 +99,7 @@ def test_text_files_are_found_from_the_study_and_named_after_themselves(make_stu
     assert (second.name, second.unit) == ("one", "line")
 
 
-def test_code_of_others_is_off_unless_asked_for(make_study, tmp_path):
+def test_code_of_models_is_off_by_default(make_study, tmp_path):
     spec = load_study(make_study(tmp_path))
     assert not spec.trust_remote_code
     assert not spec.objective.unsafe_code
@@ -159,3 +160,15 @@ def test_missing_parts_are_named(tmp_path):
     file.write_text(yaml.safe_dump({"base_model": "a/b", "models": ["a/c"], "search": {}}))
     with pytest.raises(StudyError, match=r"objective.tasks: Tuple should have"):
         load_study(file)
+
+
+def test_token_limit_is_refused_where_nothing_is_generated(make_study, tmp_path, capsys):
+    choices = {"objective__tasks": [{"task": "pick"}], "objective__max_mean_tokens": 9}
+    assert main(["check", str(make_study(tmp_path, **choices))]) == 2
+    assert "no task has a model write" in capsys.readouterr().err
+
+
+def test_front_is_refused_to_a_sampler_of_one_objective(make_study, tmp_path, capsys):
+    study = make_study(tmp_path, search__front=True, search__sampler="tpe")
+    assert main(["check", str(study)]) == 2
+    assert "search.front: the sampler 'tpe' has one objective, the mean" in capsys.readouterr().err

@@ -115,7 +115,7 @@ WEIGHTS = st.lists(st.just(0.0) | st.floats(0.3, 1.5), min_size=3, max_size=3)
 
 
 @given(WEIGHTS)
-def test_models_weight_what_all_differences_add_of_them(weights):
+def test_weight_of_a_model_is_the_sum_over_its_differences(weights):
     recipe = to_recipe(differences(), differences().point("task_arithmetic", weights))
     first, second, third = weights
     assert [source.model for source in recipe.donors] == ["a", "b", "c"]
@@ -185,7 +185,7 @@ def test_methods_of_few_models_take_the_donors_that_weigh_most(method, base, mod
     assert [source.model for source in recipe.models] == models
 
 
-def test_nuslerp_goes_as_far_as_the_mixture_says():
+def test_nuslerp_interpolates_by_the_mixture():
     space = space_of(Path("/zoo"))
     first, second = to_recipe(space, space.point("nuslerp", (0.5, 0.1, 0.9))).values("x", 0)[
         "weight"
@@ -193,7 +193,7 @@ def test_nuslerp_goes_as_far_as_the_mixture_says():
     assert second / (first + second) == pytest.approx(0.9 / 1.4)
 
 
-def test_epsilon_is_as_wide_as_the_density_leaves_room_for():
+def test_epsilon_is_bounded_by_the_density():
     space = space_of(Path("/zoo"), ["della"], density=0.95, epsilon=0.3)
     values = to_recipe(space, space.point("della", (1.0, 1.0, 1.0))).values("x", 0)
     assert values["epsilon"] == (0.049999,) * 3 or values["epsilon"] == (0.049998,) * 3

@@ -65,13 +65,13 @@ def test_killed_trial_is_proposed_again(name):
     assert all(SPACE.contains(point) for point in points)
 
 
-def test_what_cmaes_has_learned_is_in_the_database(tmp_path):
+def test_state_of_cmaes_is_in_the_database(tmp_path):
     count = STARTS + 14
     assert proposed("cmaes", count, database=tmp_path / "study.db") == proposed("cmaes", count)
 
 
 @pytest.mark.parametrize("name", ["gp", "tpe", "cmaes", "nsga2", "optuna.samplers:TPESampler"])
-def test_samplers_that_learn_beat_chance(name):
+def test_samplers_that_learn_beat_random_points(name):
     late = {
         name: np.mean([p["scale"] - p["mix_1"] ** 2 for p in proposed(name, STARTS + 80)[-20:]])
         for name in (name, "random")

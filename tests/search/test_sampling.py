@@ -45,7 +45,7 @@ def greedy(folder, text, tokens):
     return tokenizer.decode(written[0, prompt.shape[1] :], skip_special_tokens=True)
 
 
-def test_every_model_continues_the_prompts_greedily_as_they_are_shown_to_it(run, sampled):
+def test_every_model_continues_the_prompts_greedily(run, sampled):
     status, event = sampled("--prompt", "abc=", "--prompt", "x?", "--max-tokens", "4")
     assert status == 0
     assert [sample["prompt"] for sample in event["samples"]] == ["babc=", "bx?"]
@@ -58,7 +58,7 @@ def test_every_model_continues_the_prompts_greedily_as_they_are_shown_to_it(run,
             assert text == greedy(folder, sample["prompt"], 4)
 
 
-def test_items_gained_and_lost_have_the_words_whose_worth_was_stored(run, sampled):
+def test_items_gained_and_lost_have_the_responses_whose_scores_were_stored(run, sampled):
     result = read_result(run)
     at_its_end = read_samples(run, result)
     assert any(sample.task for sample in at_its_end), "the run has asked itself"
@@ -78,7 +78,7 @@ def test_items_gained_and_lost_have_the_words_whose_worth_was_stored(run, sample
     assert all(any(text.startswith(prompt) for text in frozen) for prompt in asked)
 
 
-def test_prompts_and_items_are_kept_side_by_side(run, sampled):
+def test_samples_of_prompts_and_of_items_are_stored_side_by_side(run, sampled):
     sampled("--prompt", "abc", "--max-tokens", "2")
     sampled("--items", "1")
     kept = read_samples(run, read_result(run))
@@ -86,7 +86,7 @@ def test_prompts_and_items_are_kept_side_by_side(run, sampled):
     assert [sample.prompt for sample in kept if sample.task is None] == ["babc"]
 
 
-def test_in_a_pipe_there_are_plain_blocks_and_nothing_unprintable(run, capsys):
+def test_sample_writes_plain_printable_blocks_to_a_pipe(run, capsys):
     command = ["sample", str(run), "--prompt", "a\x1b[2J", "--device", "cpu"]
     assert main(command) == 0  # though the model holds 64 tokens, and 128 may be written
     out = capsys.readouterr().out
@@ -96,7 +96,7 @@ def test_in_a_pipe_there_are_plain_blocks_and_nothing_unprintable(run, capsys):
     assert "winner:\n" in out
 
 
-def test_without_a_winner_there_is_nothing_to_show(make_study, tmp_path, capsys):
+def test_sample_without_a_winner_is_exit_2(make_study, tmp_path, capsys):
     assert main(["sample", str(tmp_path)]) == 2
     study, run = make_study(tmp_path / "study"), tmp_path / "run"
     assert main(["sample", str(run), "--prompt", " "]) == 2

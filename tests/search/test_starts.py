@@ -19,7 +19,7 @@ def test_baselines_are_base_each_donor_and_their_average():
     assert weights[UNIFORM] == pytest.approx((1 / 3,) * 3, abs=1e-6)
 
 
-def test_warm_starts_are_the_baselines_again_so_they_cost_nothing_twice():
+def test_warm_starts_include_the_baselines():
     points = small_space()
     starts = {to_recipe(points, point).key for _, point in warm_starts(points)}
     assert {recipe.key for recipe in baselines(points).values()} <= starts

@@ -74,7 +74,7 @@ def test_lines_that_are_commented_out_are_valid_too(zoo, folder):
     assert spec.objective.constraints == {"pick": 0.5}
 
 
-def test_own_questions_are_asked(zoo, folder, capsys):
+def test_study_of_the_users_questions_is_written_and_checked(zoo, folder, capsys):
     file = folder / "study.yaml"
     tasks = [folder / "mine" / name for name in ("tell it.jsonl", "pick.jsonl")]
     assert main(command(zoo, *tasks, out=file)) == 0
@@ -115,7 +115,7 @@ def test_models_of_the_hub_are_not_fetched(folder, capsys):
     assert load_study(out).models == ("org/a@v1",)
 
 
-def test_what_is_missing_is_asked_for_in_a_terminal(zoo, folder, monkeypatch, capsys):
+def test_missing_options_are_prompted_for_in_a_terminal(zoo, folder, monkeypatch, capsys):
     ours, theirs = pty.openpty()
     line = command(zoo, folder / "mine" / "pick.jsonl", out=folder / "study.yaml")
     os.write(ours, f"{zoo / 'base'}\n".encode())
@@ -127,7 +127,7 @@ def test_what_is_missing_is_asked_for_in_a_terminal(zoo, folder, monkeypatch, ca
 
 
 @pytest.mark.parametrize("option", ["--base", "--models", "--tasks"])
-def test_what_is_missing_elsewhere_is_named(zoo, folder, monkeypatch, capsys, option):
+def test_missing_options_are_an_error_outside_a_terminal(zoo, folder, monkeypatch, capsys, option):
     line = command(zoo, folder / "mine" / "pick.jsonl", out=folder / "study.yaml")
     start = line.index(option)
     end = next(n for n, word in enumerate(line) if n > start and word.startswith("--"))

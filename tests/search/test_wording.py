@@ -21,7 +21,7 @@ def test_intervals_are_in_per_cent_and_gains_have_a_sign():
     assert plus_minus(Interval(0.01, -0.02, 0.04), "+") == "+1.0 ± 3.0"
 
 
-def test_a_name_is_short_where_nobody_else_in_the_table_is_called_so():
+def test_name_is_short_where_no_other_has_the_same_last_part():
     names = ["/here/math", "/here/base", "org/code", "/here/code"]
     assert [*short_names(names, "/").values()] == ["math", "/here/base", "org/code", "/here/code"]
 
