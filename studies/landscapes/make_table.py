@@ -2,10 +2,10 @@
 
     python studies/landscapes/make_table.py studies/demo/study.yaml studies/landscapes/demo.npz
 
-Searches are then replayed on the table in seconds (``tests/bench_search.py``). Recipes are the
-study's warm starts and, for every method, Sobol points of its space and then what TPE proposes
-when it is told the value on all tabulated items: the table is densest where searches go. Run again,
-it goes on where it stopped, or extends a finished table if more is asked for.
+Searches are then replayed on the table in seconds (``tests/bench/bench_search.py``). Recipes are
+the study's warm starts and, for every method, Sobol points of its space and then TPE's proposals,
+given the value on all tabulated items: the table is densest where searches go. A second call
+resumes an unfinished table, or extends a finished one.
 
 The file holds, for n recipes and m items: ``answers`` (n, ceil(m / 8)) packed bits; ``tasks`` (m)
 names and ``items`` (m) keys of the items; ``space``, ``weights`` of the tasks, ``points`` and

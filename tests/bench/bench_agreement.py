@@ -1,14 +1,14 @@
 """``FastHFLM`` against ``HFLM`` under ``simple_evaluate``: one JSON line per model and dtype.
 
-    python bench_agreement.py [--models Llama,...] [--dtypes float32,bfloat16] [--device cuda]
+    PYTHONPATH=tests/support python tests/bench/bench_agreement.py [--models Llama,...]
+        [--dtypes float32,bfloat16] [--device cuda]
 
-run in tests/bench with ``PYTHONPATH=../support``. Tiny models of random weights are evaluated on
-tasks of every output type, with and without a chat template, then again after their weights were
-changed in place. ``items_differ`` counts items (of ``items``) with another value of a metric;
-``stock_differ`` those that differ between ``HFLM`` in batches of one and of 8. Perplexities differ
-in their last bits between any two runs of a model of random weights, and count beyond a relative
-``1e-5`` in float32, ``1e-2`` in bfloat16. ``values_grown`` counts items with another value when
-they are evaluated in growing blocks.
+Tiny models of random weights are evaluated on tasks of every output type, with and without a chat
+template, then again after their weights were changed in place. ``items_differ`` counts items (of
+``items``) with another value of a metric; ``stock_differ`` those that differ between ``HFLM`` in
+batches of one and of 8. Perplexities differ in their last bits between any two runs of a model of
+random weights, and count beyond a relative ``1e-5`` in float32, ``1e-2`` in bfloat16.
+``values_grown`` counts items with another value when they are evaluated in growing blocks.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """What a candidate costs: one JSON line for every method.
 
-python tests/bench_build.py [--millions 110] [--donors 3] [--methods ties,linear] [--no-oracle]
+    python tests/bench/bench_build.py [--millions 110] [--donors 3] [--methods ties,linear]
+        [--no-oracle] [--no-compile] [--mapped]
 
 Random weights of a Llama's shapes: bfloat16 donors, in memory unless ``--mapped``, built in place
 into a live bfloat16 model.

@@ -1,6 +1,6 @@
 """When a race stops candidates: one JSON line per discordance and true difference.
 
-python tests/bench/bench_racing.py [--races 1000]
+    python tests/bench/bench_racing.py [--races 1000]
 
 A candidate and the incumbent are evaluated on 240 items of four tasks in blocks of 20 and differ on
 a share of them, the discordance. ``stopped`` is the share of candidates not evaluated on all,
