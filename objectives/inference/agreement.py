@@ -29,7 +29,6 @@ _LOG = logging.getLogger(__name__)
 
 _GENERATED_TOKENS = 4
 _MIN_LENGTH = 12  # tokens a model must accept for the questions to have their shapes
-
 _SHORTCUTS: Final = {  # by field of Modes, each tried with those kept before it
     "scoring": "batches ordered by length",
     "sparse_logits": "logits at answer tokens only",
@@ -67,12 +66,11 @@ def settle_modes(language_model: FastHFLM) -> None:
             problem = compare(language_model)
         except Exception as error:  # a model may raise anything at inputs it does not support
             problem = f"{type(error).__name__}: {error}".splitlines()[0]
-        if problem is None:
-            continue
-        language_model.use_modes(agreed)
-        _leave_off(shortcut, problem)
-        if name == "scoring":
-            return
+        if problem is not None:
+            language_model.use_modes(agreed)
+            _leave_off(shortcut, problem)
+            if name == "scoring":
+                return
 
 
 def _leave_off(shortcut: str, reason: str) -> None:

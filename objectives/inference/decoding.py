@@ -23,8 +23,7 @@ class StopCriteria:
 
     Attributes:
         max_tokens: Most tokens, at least one.
-        strings: Stop strings; a text ends once it contains one.
-        lookback: How many of the latest tokens are searched for a stop string.
+        strings: Stop strings, searched for in the ``lookback`` latest tokens.
     """
 
     max_tokens: int
@@ -61,7 +60,6 @@ class PromptBatch:
     """Prompts behind one prefix, padded on the left.
 
     Attributes:
-        prefix: Tokens before all of them.
         tokens: (b, t).
         mask: (b, t), 1 at tokens and 0 at padding.
         indices: (b), index of each prompt in the caller's list.

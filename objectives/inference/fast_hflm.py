@@ -36,7 +36,12 @@ from typing_extensions import override
 from objectives.base import ObjectiveError
 from objectives.inference.decoding import GreedyDecoder, PromptBatch, StopCriteria
 from objectives.inference.forward import ModelRunner, Modes
-from objectives.inference.loglikelihood import Loglikelihood, LoglikelihoodScorer, PrefixBatches
+from objectives.inference.loglikelihood import (
+    SOFTMAX_DTYPE,
+    Loglikelihood,
+    LoglikelihoodScorer,
+    PrefixBatches,
+)
 from objectives.inference.token_tree import Request
 
 # a batch has as many tokens as ``batch_size`` sequences of this length; larger ones do not fit into
@@ -69,24 +74,19 @@ class FastHFLM(HFLM):  # type: ignore[misc]  # lm-eval is published without type
     Args:
         batch_size: Sequences per batch of ``HFLM``'s own code; our batches have
             ``_TOKENS_PER_SEQUENCE`` tokens for each of them.
-        settings: Passed to ``HFLM``. ``softmax_dtype`` is float32 unless given.
+        settings: Model, tokenizer and context length, passed to ``HFLM``.
 
     Attributes:
         scorer: Log-likelihoods of requests in tokens, with the shortcuts that are on.
         decoder: Greedy decoding of prompts in tokens.
     """
 
-    def __init__(self, *, batch_size: int = 32, **settings: Any) -> None:
-        super().__init__(batch_size=batch_size, **{"softmax_dtype": "float32"} | settings)
+    def __init__(self, *, batch_size: int, **settings: Any) -> None:
+        super().__init__(batch_size=batch_size, softmax_dtype=SOFTMAX_DTYPE, **settings)
         on_cpu = self.device.type == "cpu"
         length = _TOKENS_PER_SEQUENCE_ON_CPU if on_cpu else _TOKENS_PER_SEQUENCE
-        self._runner = ModelRunner(
-            self.model,
-            self.device,
-            autocast_dtype=self.mixed_precision_dtype,
-            tokens_per_batch=batch_size * length,
-        )
-        self.scorer = LoglikelihoodScorer(self._runner, self.softmax_dtype)
+        self._runner = ModelRunner(self.model, self.device, batch_size * length)
+        self.scorer = LoglikelihoodScorer(self._runner)
         self.decoder = GreedyDecoder(self._runner, self.tokenizer)
         self._encoded: dict[str, list[int]] = {}
         self._plan_scoring = functools.lru_cache(_PLANS)(self._plan_texts)
@@ -133,19 +133,14 @@ class FastHFLM(HFLM):  # type: ignore[misc]  # lm-eval is published without type
             self._encoded[string] = super().tok_encode(string)
         return self._encoded[string]
 
-    # -- log-likelihoods -------------------------------------------------------------------
-
     @override
     def loglikelihood(
         self, requests: list[Instance], disable_tqdm: bool = False
     ) -> list[Loglikelihood]:
-        if not self.modes.scoring or self.enable_thinking:
+        if not self.modes.scoring:
             return cast("list[Loglikelihood]", super().loglikelihood(requests, disable_tqdm))
         texts = tuple((request.task_name, _group(request), *request.args) for request in requests)
-        scores = self.scorer.score(self._plan_scoring(texts), len(requests))
-        for request, score in zip(requests, scores, strict=True):
-            self.cache_hook.add_partial("loglikelihood", request.args, score)
-        return scores
+        return self.scorer.score(self._plan_scoring(texts), len(requests))
 
     @override
     def _loglikelihood_tokens(
@@ -188,15 +183,11 @@ class FastHFLM(HFLM):  # type: ignore[misc]  # lm-eval is published without type
             return tokens[:1], tokens[1:]
         return [self.prefix_token_id], tokens
 
-    # -- generation ------------------------------------------------------------------------
-
     @override
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
-        return [text for text, _ in self.generate_counted(requests, disable_tqdm)]
+        return [text for text, _ in self.generate_counted(requests)]
 
-    def generate_counted(
-        self, requests: Sequence[Instance], disable_tqdm: bool = True
-    ) -> list[GeneratedText]:
+    def generate_counted(self, requests: Sequence[Instance]) -> list[GeneratedText]:
         """Return what ``generate_until`` does, each text with the number of its tokens.
 
         The token that ends a text, or completes a stop string, is counted.
@@ -208,10 +199,7 @@ class FastHFLM(HFLM):  # type: ignore[misc]  # lm-eval is published without type
         for indices in by_settings.values():
             group = [requests[index] for index in indices]
             criteria = self._greedy_criteria(group[0].args[1])
-            if criteria is None:
-                found = self._stock_texts(group, disable_tqdm)
-            else:
-                found = self._greedy_texts(group, criteria)
+            found = self._greedy_texts(group, criteria) if criteria else self._stock_texts(group)
             for index, text in zip(indices, found, strict=True):
                 texts[index] = text
         return texts
@@ -221,17 +209,14 @@ class FastHFLM(HFLM):  # type: ignore[misc]  # lm-eval is published without type
     ) -> list[GeneratedText]:
         """Continue prompts with our own decoder."""
         prompts = tuple(request.args[0] for request in requests)
-        texts: list[GeneratedText] = []
         plan = self._plan_generation(prompts, criteria.max_tokens)
-        for tokens in self.decoder.decode(plan, criteria):
-            text = self.tok_decode(tokens)
-            text = postprocess_generated_text(text, list(criteria.strings), None)
-            texts.append((text, len(tokens)))
-        for request, (text, _) in zip(requests, texts, strict=True):
-            self.cache_hook.add_partial("generate_until", request.args, text)
-        return texts
+        strings = list(criteria.strings)
+        return [
+            (postprocess_generated_text(self.tok_decode(tokens), strings, None), len(tokens))
+            for tokens in self.decoder.decode(plan, criteria)
+        ]
 
-    def _stock_texts(self, requests: Sequence[Instance], disable_tqdm: bool) -> list[GeneratedText]:
+    def _stock_texts(self, requests: Sequence[Instance]) -> list[GeneratedText]:
         """Continue prompts of equal settings with ``HFLM``'s own code."""
 
         def batch_order(index: int) -> tuple[int, str]:  # HFLM's own
@@ -240,10 +225,9 @@ class FastHFLM(HFLM):  # type: ignore[misc]  # lm-eval is published without type
 
         order = sorted(range(len(requests)), key=batch_order)
         self._generated_lengths.clear()  # HFLM returns texts alone; _model_generate adds lengths
-        texts = super().generate_until([requests[index] for index in order], disable_tqdm)
-        counted = zip(texts, self._generated_lengths, strict=True)
-        by_index = dict(zip(order, counted, strict=True))
-        return [by_index[index] for index in range(len(requests))]
+        texts = super().generate_until([requests[index] for index in order], disable_tqdm=True)
+        found = zip(order, texts, self._generated_lengths, strict=True)
+        return [(text, length) for _, text, length in sorted(found)]
 
     @override
     def _model_generate(
@@ -264,7 +248,6 @@ class FastHFLM(HFLM):  # type: ignore[misc]  # lm-eval is published without type
         until, max_tokens = wanted.pop("until"), wanted.pop("max_gen_toks")
         if (
             not self.modes.generation
-            or self.think_end_token is not None
             or wanted not in ({"do_sample": False}, {"do_sample": False, "temperature": 0.0})
             or not 0 < max_tokens < self.max_length
             or own is None

@@ -40,29 +40,17 @@ class Modes:
 class ModelRunner:
     """Runs forward passes of one live model, whose weights may be rewritten between calls.
 
-    Args:
-        model: The model.
-        device: Device of the model's inputs.
-        autocast_dtype: Dtype of ``torch.autocast``; None leaves it off.
-        tokens_per_batch: Most tokens of a batch, padding included.
-
     Attributes:
+        device: Device of the model's inputs.
+        tokens_per_batch: Most tokens of a batch, padding included.
         modes: Shortcuts that are on; none at first.
     """
 
-    def __init__(
-        self,
-        model: PreTrainedModel,
-        device: torch.device,
-        *,
-        autocast_dtype: torch.dtype | None,
-        tokens_per_batch: int,
-    ) -> None:
+    def __init__(self, model: PreTrainedModel, device: torch.device, tokens_per_batch: int) -> None:
         self.model = model
         self.device = device
         self.tokens_per_batch = tokens_per_batch
         self.modes = Modes()
-        self._autocast_dtype = autocast_dtype
         self._last_mlp = _last_mlp(model)
 
     def empty_cache(self) -> DynamicCache:
@@ -93,12 +81,8 @@ class ModelRunner:
 
     def _logits(self, tokens: Tensor, used: Tensor, **settings: Any) -> Tensor:
         """Return the model's logits of tokens (b, t), valid where ``used`` (b, t) is True."""
-        dtype = self._autocast_dtype
         mlp = self._last_mlp if self.modes.sparse_mlp and tokens.shape[1] > 1 else None
-        with (
-            torch.autocast(self.device.type, dtype=dtype, enabled=dtype is not None),
-            _only_at(mlp, used) if mlp is not None else contextlib.nullcontext(),
-        ):
+        with _only_at(mlp, used) if mlp is not None else contextlib.nullcontext():
             return cast("Tensor", self.model(tokens, **settings).logits)
 
 

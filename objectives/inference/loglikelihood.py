@@ -26,6 +26,7 @@ from objectives.inference.token_tree import (
     group_by_prefix,
 )
 
+SOFTMAX_DTYPE = torch.float32
 _SOFTMAX_ROWS = 1024  # positions whose log-softmax is in memory at once
 
 Loglikelihood = tuple[float, bool]  # its value in nats, and whether greedy decoding gives the text
@@ -58,16 +59,10 @@ PrefixBatches = tuple[Tokens, tuple[TreeBatch, ...]]  # a prefix, and batches of
 
 
 class LoglikelihoodScorer:
-    """Plans batches for log-likelihood requests and evaluates them.
+    """Plans batches for log-likelihood requests and evaluates them."""
 
-    Args:
-        runner: Forward passes of the model.
-        softmax_dtype: Dtype of the log-softmax; None takes the logits'.
-    """
-
-    def __init__(self, runner: ModelRunner, softmax_dtype: torch.dtype | None) -> None:
+    def __init__(self, runner: ModelRunner) -> None:
         self._runner = runner
-        self._softmax_dtype = softmax_dtype
 
     def plan(self, requests: Iterable[Request]) -> tuple[PrefixBatches, ...]:
         """Lay requests out in batches, grouped by prefix.
@@ -107,7 +102,7 @@ class LoglikelihoodScorer:
             cache = self._runner.cache_prefix(prefix)
             for batch in batches:
                 logits = self._logits(batch, len(prefix), cache)  # (m, vocabulary)
-                log_probs, greedy = _target_log_probs(logits, batch, self._softmax_dtype)
+                log_probs, greedy = _target_log_probs(logits, batch)
                 start = 0
                 for index, length in batch.target_counts:
                     own = slice(start, start + length)
@@ -169,21 +164,19 @@ def _tree_mask(subtree_ends: Tensor, prefix: int, dtype: torch.dtype) -> Tensor:
     return mask[:, None]
 
 
-def _target_log_probs(
-    logits: Tensor, batch: TreeBatch, dtype: torch.dtype | None
-) -> tuple[Tensor, Tensor]:
+def _target_log_probs(logits: Tensor, batch: TreeBatch) -> tuple[Tensor, Tensor]:
     """Return each target's log-probability and whether it is the argmax, both (n), on the CPU.
 
     ``logits`` (m, vocabulary) are at the batch's predicting positions.
     """
     sources = batch.sources
-    log_probs = torch.empty(len(sources), dtype=dtype or logits.dtype, device=logits.device)
+    log_probs = torch.empty(len(sources), dtype=SOFTMAX_DTYPE, device=logits.device)
     greedy = torch.zeros(len(sources), dtype=torch.bool, device=logits.device)
     for first in range(0, len(logits), _SOFTMAX_ROWS):
         part = logits[first : first + _SOFTMAX_ROWS]
         chosen = ((sources >= first) & (sources < first + len(part))).nonzero()[:, 0]
         rows, targets = sources[chosen] - first, batch.targets[chosen]
-        part_log_probs = part.log_softmax(-1, dtype=dtype)  # (m', vocabulary)
+        part_log_probs = part.log_softmax(-1, dtype=SOFTMAX_DTYPE)  # (m', vocabulary)
         log_probs[chosen] = part_log_probs[rows, targets]
         # argmax takes six times as long as amax and matters only where a target has the maximum
         largest = (log_probs[chosen] == part_log_probs.amax(-1)[rows]).nonzero()[:, 0]

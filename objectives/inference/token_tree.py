@@ -80,10 +80,8 @@ class TokenTree:
     """The prefix tree of a few sequences; one entry per node, in preorder.
 
     Attributes:
-        tokens: Token of each node.
         positions: Position of each node in its sequence, a cut-off prefix included.
         subtree_ends: One past the last descendant of each node.
-        predictions: Which nodes predict which targets.
         trunk_length: Number of nodes before the first branch and the first prediction.
     """
 
@@ -148,15 +146,13 @@ def build_tree(requests: Iterable[Request]) -> TokenTree:
     ends: list[int] = []
     predictions = []
     path: list[int] = []  # nodes of the previous sequence
-    previous: Tokens | None = None
-    branch: int | None = None  # length of the shortest common prefix so far
-    for request in sorted(requests, key=lambda request: request.inputs):
-        if previous is not None:
-            shared = common_length(previous, request.inputs)
-            branch = shared if branch is None else min(branch, shared)
-            for node in path[shared:]:
-                ends[node] = len(tokens)
-            del path[shared:]
+    previous: Tokens = ()
+    ordered = sorted(requests, key=lambda request: request.inputs)
+    for request in ordered:
+        shared = common_length(previous, request.inputs)
+        for node in path[shared:]:
+            ends[node] = len(tokens)
+        del path[shared:]
         for token in request.inputs[len(path) :]:
             positions.append(len(path))
             path.append(len(tokens))
@@ -168,17 +164,13 @@ def build_tree(requests: Iterable[Request]) -> TokenTree:
     for node in path:
         ends[node] = len(tokens)
     first = min(prediction.nodes[0] for prediction in predictions)
-    trunk_length = first if branch is None else min(first, branch)
-    return TokenTree(tuple(tokens), tuple(positions), tuple(ends), tuple(predictions), trunk_length)
+    branch = common_length(ordered[0].inputs, ordered[-1].inputs)
+    trunk = min(first, branch)
+    return TokenTree(tuple(tokens), tuple(positions), tuple(ends), tuple(predictions), trunk)
 
 
 def build_trees(requests: Iterable[Request], max_tokens: float) -> list[TokenTree]:
-    """Build one tree per group, or one per sequence where the group's tree would be too long.
-
-    Args:
-        requests: In any order.
-        max_tokens: Most nodes of a tree with branches; 0 allows no branches.
-    """
+    """Build one tree per group, or per sequence for trees with branches above ``max_tokens``."""
     by_group: dict[Hashable, list[Request]] = defaultdict(list)
     for request in requests:
         by_group[request.group].append(request)
