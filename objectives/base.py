@@ -19,8 +19,7 @@ def printable(text: str) -> str:
     escaped as well (``\n``), so that one message stays one line.
     """
     return "".join(
-        letter if letter.isprintable() else letter.encode("unicode_escape").decode()
-        for letter in text
+        each if each.isprintable() else each.encode("unicode_escape").decode() for each in text
     )
 
 
@@ -47,10 +46,9 @@ def objective_errors(where: str) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Item:
-    """One document of one task. Its number is its index in ``Objective.items``.
+    """One document of the named task. Its number is its index in ``Objective.items``.
 
     Attributes:
-        task: Its name.
         key: Hex hash of question and target; items with equal keys are the same question, even
             in two tasks or twice in one.
         doc_id: Row of the task's evaluation split, counted from 0.

@@ -52,13 +52,6 @@ def bootstrap(
 ) -> Interval:
     """Return the percentile bootstrap of the weighted mean, items resampled within each task.
 
-    Args:
-        values: n item values.
-        tasks_of_items: n task names.
-        weights: Weight of each task, of any scale.
-        resamples: Bootstrap replicates.
-        seed: Of the resampling.
-
     Raises:
         ObjectiveError: As ``weighted_mean``, or lengths differ, or there are no values.
     """

@@ -69,7 +69,7 @@ class Harness(Objective):
         batch_size: int = 32,
         prompting: Prompting = PLAIN,
     ) -> None:
-        _check_model(model, tokenizer, batch_size, prompting)
+        _check_model(model, tokenizer, prompting)
         with quiet(logging.ERROR):  # it warns that a model object is not a path
             self.language_model = FastHFLM(
                 pretrained=model, tokenizer=copy.deepcopy(tokenizer), batch_size=batch_size
@@ -165,17 +165,12 @@ class Harness(Objective):
 
 
 def _check_model(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    batch_size: int,
-    prompting: Prompting,
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompting: Prompting
 ) -> None:
     if not isinstance(model, PreTrainedModel):
         raise ObjectiveError(
             f"got a {type(model).__name__}; lm-eval evaluates transformers models only"
         )
-    if batch_size < 1:
-        raise ObjectiveError(f"batch_size is {batch_size}; make it 1 or more")
     if tokenizer.eos_token_id is None:
         raise ObjectiveError("the tokenizer has no end-of-text token; set its eos_token")
     if prompting.apply_chat_template and tokenizer.chat_template is None:

@@ -92,8 +92,7 @@ def task_yaml(name: str, data: Path, folder: Path) -> str:
 
 
 def _quoted(text: str) -> str:
-    """Return a text as JSON, which YAML reads alike."""
-    return json.dumps(text, ensure_ascii=False)
+    return json.dumps(text, ensure_ascii=False)  # YAML reads it alike
 
 
 def _read_rows(data: Path) -> Rows:
@@ -137,7 +136,7 @@ def _find_field(rows: Rows, data: Path, names: Sequence[str]) -> str:
 
 
 def _choice_target(rows: Rows, data: Path, answer: str) -> str:
-    """Return ``doc_to_target``, by how all answers name their choice: index, text or letter."""
+    """Return ``doc_to_target``: all answers name their choice by index, by text or by letter."""
     forms: dict[str, Callable[[Any, list[str]], bool]] = {
         answer: lambda target, choices: type(target) is int and 0 <= target < len(choices),
         f"{{{{{CHOICES}.index({answer})}}}}": lambda target, choices: target in choices,

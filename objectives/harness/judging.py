@@ -35,6 +35,7 @@ JUDGE_SECONDS = 30.0  # per item; MATH itself gives up on a formula after 15 s
 NAN = "a model that was sound elsewhere needs a wider dtype in the study (bfloat16, float32)"
 _JUDGE_MEMORY = 4 << 30  # bytes beyond those of the process when it is forked
 _REASON = 300  # characters kept of a reason: an exception may quote the whole response
+_DIED = "the process that scored it died"
 
 _FORK = multiprocessing.get_context("fork")  # a task's functions cannot always be pickled
 
@@ -76,7 +77,14 @@ def _result_of(question: Question) -> ItemResult:
         loglikelihood, units = value
         margin = loglikelihood / max(units, 1)
         return ItemResult(math.exp(margin), margin)
-    return ItemResult(_number(value, metrics, question), _margin(question, results))
+    if not isinstance(value, numbers.Real | np.bool_):
+        raise ObjectiveError(
+            f"{question.where}: {question.metric.name!r} is {value!r}, not one number per item; "
+            f"the task gives {', '.join(metrics)}"
+        )
+    if math.isnan(value):
+        raise ObjectiveError(f"{question.where}: {question.metric.name!r} is not a number (NaN)")
+    return ItemResult(float(value), _margin(question, results))
 
 
 def response_of(question: Question) -> Response:
@@ -106,22 +114,6 @@ def _target(question: Question) -> str | None:
     target = question.task.doc_to_target(question.requests[0].doc)
     targets = target if isinstance(target, list | tuple) else [target]
     return " | ".join(map(str, targets)) or None
-
-
-def _fault(reason: str) -> ItemResult:
-    return ItemResult(0.0, fault=printable(reason[:_REASON]))
-
-
-def _number(value: object, metrics: dict[str, Any], question: Question) -> float:
-    name = question.metric.name
-    if not isinstance(value, numbers.Real | np.bool_):
-        raise ObjectiveError(
-            f"{question.where}: {name!r} is {value!r}, not one number per item; "
-            f"the task gives {', '.join(metrics)}"
-        )
-    if math.isnan(value):
-        raise ObjectiveError(f"{question.where}: {name!r} is not a number (NaN)")
-    return float(value)
 
 
 def _check_numbers(question: Question) -> None:
@@ -215,7 +207,8 @@ def _judge_until_stopped(questions: Sequence[Question], seconds: float) -> list[
     return results
 
 
-_DIED = "the process that scored it died"
+def _fault(reason: str) -> ItemResult:
+    return ItemResult(0.0, fault=printable(reason[:_REASON]))
 
 
 def _too_long(seconds: float) -> str:

@@ -17,6 +17,7 @@ from lm_eval.models.utils import normalize_gen_kwargs
 from objectives.base import Item, ItemSnapshot, ObjectiveError, objective_errors
 from objectives.harness.metrics import Metric
 from objectives.harness.tasks import LoadedTask, check_greedy, digest
+from objectives.inference.token_tree import common_length
 
 if TYPE_CHECKING:
     from lm_eval.models.huggingface import HFLM
@@ -103,13 +104,12 @@ def snapshots(questions: Sequence[Question], language_model: HFLM) -> list[ItemS
 
     lm-eval would warn on each call, prompt by prompt.
     """
-    rules: dict[str, str] = {}
+    of_task = {question.item.task: question for question in questions}
+    rules = {name: _rules(question) for name, question in of_task.items()}
     truncated: dict[str, list[bool]] = defaultdict(list)
     found = []
     for question in questions:
         name, requests = question.item.task, question.requests
-        if name not in rules:
-            rules[name] = _rules(question)
         tokens = [_tokens(request, language_model) for request in requests]
         truncated[name].append(
             any(_is_truncated(*pair, language_model) for pair in zip(requests, tokens, strict=True))
@@ -126,11 +126,11 @@ def snapshots(questions: Sequence[Question], language_model: HFLM) -> list[ItemS
                 max_new_tokens=max(_max_new_tokens(each, language_model) for each in requests),
             )
         )
-    for name, of_task in truncated.items():
-        if any(of_task):
+    for name, each in truncated.items():
+        if any(each):
             _LOG.warning(
                 "task %r: %d of %d prompts do not fit in %d tokens and lose their beginning",
-                *(name, sum(of_task), len(of_task), language_model.max_length),
+                *(name, sum(each), len(each), language_model.max_length),
             )
     return found
 
@@ -146,9 +146,7 @@ def _tokens(request: Instance, language_model: HFLM) -> list[int]:
 
 def _count_tokens(tokens: Sequence[list[int]]) -> int:
     """Count the tokens of a question's requests, a beginning they share once."""
-    columns = enumerate(zip(*tokens, strict=False))
-    shortest = min(map(len, tokens))
-    shared = next((index for index, column in columns if len(set(column)) > 1), shortest)
+    shared = min(common_length(tokens[0], each) for each in tokens)
     return sum(map(len, tokens)) - shared * (len(tokens) - 1)
 
 

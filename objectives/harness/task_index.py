@@ -51,7 +51,7 @@ def find_tasks(names: Sequence[str], include_path: Sequence[Path]) -> TaskManage
     if {*names, *(name for entry in index.values() for name in members(entry))} - index.keys():
         for name, entry in registered_tasks().items():
             index.setdefault(name, entry)
-    if unknown := next(_unknown(names, index), None):
+    if (unknown := next(_unknown(names, index), None)) is not None:
         raise _unknown_task(unknown, index, folders)
     return manager
 

@@ -200,10 +200,16 @@ def _prepare(
         )
     task.set_config("num_fewshot", own or 0 if shots is None else shots)
     task.set_fewshot_seed(1234)
-    if task.OUTPUT_TYPE == "generate_until":
+    if generated := task.OUTPUT_TYPE == "generate_until":
         check_greedy(name, normalize_gen_kwargs(task.get_config("generation_kwargs") or {}))
     metric = choose_metric(name, task, settings.metric)
-    return LoadedTask(name, task, metric, weight, _items(name, task), random_state)
+    where = f"task {name!r}: its items could not be read"
+    with objective_errors(where), TaskRandomState().active():
+        items = tuple(
+            Item(name, _content_key(task, document), row, generated=generated)
+            for row, document in enumerate(task.eval_docs)
+        )
+    return LoadedTask(name, task, metric, weight, items, random_state)
 
 
 def check_greedy(name: str, settings: Mapping[str, Any]) -> None:
@@ -212,16 +218,6 @@ def check_greedy(name: str, settings: Mapping[str, Any]) -> None:
         raise ObjectiveError(
             f"task {name!r}: its answers are sampled, so a score would be luck; "
             "set do_sample: false in its generation_kwargs"
-        )
-
-
-def _items(name: str, task: Task) -> tuple[Item, ...]:
-    where = f"task {name!r}: its items could not be read"
-    generated = task.OUTPUT_TYPE == "generate_until"
-    with objective_errors(where), TaskRandomState().active():
-        return tuple(
-            Item(name, _content_key(task, document), row, generated=generated)
-            for row, document in enumerate(task.eval_docs)
         )
 
 

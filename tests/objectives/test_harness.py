@@ -259,7 +259,6 @@ def test_settings_that_cannot_be_used_are_refused(folder, model):
     for specs, settings, message in [
         ([], {}, "the list is empty"),
         (["choice", "choice"], {}, "'choice' is listed twice"),
-        (["choice"], {"batch_size": 0}, "batch_size is 0"),
         (["choice"], {"prompting": Prompting(True)}, "has no chat template"),
     ]:
         with pytest.raises(ObjectiveError, match=message):
