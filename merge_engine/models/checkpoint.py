@@ -82,10 +82,9 @@ def locate(model: str) -> Path:
     from huggingface_hub import snapshot_download
 
     name, _, revision = model.partition("@")
+    patterns = list(HUB_FILES)
     try:
-        return Path(
-            snapshot_download(name, revision=revision or None, allow_patterns=list(HUB_FILES))
-        )
+        return Path(snapshot_download(name, revision=revision or None, allow_patterns=patterns))
     except Exception as error:  # the hub client raises some twenty kinds, all meaning "not got"
         reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
         raise MergeError(
@@ -105,10 +104,6 @@ class TensorInfo:
 
 class Checkpoint:
     """One model's files. The header of each is read once, tensors every time.
-
-    Args:
-        model: Name of the model.
-        folder: Where its files are; None: where ``locate`` finds it.
 
     Raises:
         MergeError: There is no such model.
@@ -133,25 +128,23 @@ class Checkpoint:
     def _json(self, name: str) -> Mapping[str, Any]:
         file = self.folder / name
         if not file.is_file():
-            raise MergeError(f"model {self.model!r}: no {name} in {self.folder}; {self._advice}")
+            raise self._missing(name)
         try:
             found = json.loads(file.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             raise MergeError(f"{file}: damaged or cut short: {error}; fetch it again") from None
         if not isinstance(found, dict):
-            raise MergeError(
-                f"{file}: damaged: expected a mapping of keys to values; fetch it again"
-            )
+            raise MergeError(f"{file}: damaged: expected a JSON object; fetch it again")
         return found
 
-    @cached_property
-    def _advice(self) -> str:
-        """What to do about a folder that lacks one of a model's files."""
+    def _missing(self, name: str) -> MergeError:
+        """Return the error of a folder that lacks one of a model's files."""
+        advice = "fetch it again"
         if (self.folder / "adapter_config.json").is_file():
-            return f"it is an adapter: name it with its base, as 'BASE+{self.model}'"
-        if any(self.folder.glob("*.bin")):
-            return "it has only .bin files: convert it to safetensors"
-        return "fetch it again"
+            advice = f"it is an adapter: name it with its base, as 'BASE+{self.model}'"
+        elif any(self.folder.glob("*.bin")):
+            advice = "it has only .bin files: convert it to safetensors"
+        return MergeError(f"model {self.model!r}: no {name} in {self.folder}; {advice}")
 
     @cached_property
     def tensors(self) -> Mapping[str, TensorInfo]:
@@ -250,9 +243,7 @@ class Checkpoint:
             return [self.folder / name for name in names]
         if (single := self.folder / "model.safetensors").is_file():
             return [single]
-        raise MergeError(
-            f"model {self.model!r}: no model.safetensors in {self.folder}; {self._advice}"
-        )
+        raise self._missing("model.safetensors")
 
     @cached_property
     def _index(self) -> Mapping[str, str]:
@@ -277,11 +268,7 @@ class Checkpoint:
 
 
 class Adapted(Checkpoint):
-    """A model with a LoRA adapter, named ``base+adapter``; no merged copy is stored.
-
-    Raises:
-        MergeError: The model or the adapter cannot be used, or they do not fit each other.
-    """
+    """A model with a LoRA adapter, named ``base+adapter``; no merged copy is stored."""
 
     def __init__(self, model: str, base: str, adapter: str) -> None:
         super().__init__(model, locate(base))

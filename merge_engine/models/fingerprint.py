@@ -15,10 +15,7 @@ def fingerprint(files: Iterable[Path], *, dated: bool = True) -> str:
 
     A fine-tune may differ outside of the samples only, so the modification time is hashed as well:
     measuring a copied model again costs seconds, mistaking one for another would cost the study.
-
-    Args:
-        files: Of a model or an adapter, in order.
-        dated: Hash the modification time. Without it copies have equal fingerprints.
+    Without it (not ``dated``) copies have equal fingerprints.
     """
     digest = hashlib.blake2b(digest_size=16)
     for file in files:

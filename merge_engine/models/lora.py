@@ -31,25 +31,20 @@ _SUPPORTED: Mapping[str, tuple[object, ...]] = {
 
 @dataclass(frozen=True)
 class Update:
-    """A low-rank change of one weight.
+    """A low-rank change of one weight."""
 
-    Args:
-        down: Key of A in the adapter's file; (rank, in), of an embedding (rank, rows).
-        up: Key of B; (out, rank), of an embedding (columns, rank).
-        scale: Unitless factor of the product.
-        transposed: The product is the change of the weight's transpose, as for an embedding.
-    """
-
-    down: str
-    up: str
-    scale: float
-    transposed: bool
+    down: str  # key of A in the adapter's file; (rank, in), of an embedding (rank, rows)
+    up: str  # key of B; (out, rank), of an embedding (columns, rank)
+    scale: float  # unitless factor of the product
+    transposed: bool  # the product changes the weight's transpose, as for an embedding
 
 
 class Adapter:
     """A LoRA adapter: which tensors of its base it changes, and how.
 
     Attributes:
+        weights: The file with the matrices A and B.
+        files: All that the changes depend on.
         shapes: Of the adapter's own tensors, by key.
         updates: Low-rank changes, by the name of the base's tensor.
         replaced: Keys of tensors that replace the base's, by the name of the base's tensor.
@@ -60,6 +55,8 @@ class Adapter:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        self.weights = folder / "adapter_model.safetensors"
+        self.files = (folder / "adapter_config.json", self.weights)
         self._handle: Any = None  # the open file
         self._config = self._read_config()
         file = self._open()
@@ -70,33 +67,22 @@ class Adapter:
             self._add(key)
 
     def check(self, shapes: Mapping[str, tuple[int, ...]], base: str) -> None:
-        """Compare with the tensors of a base.
+        """Refuse changes of tensors that the base lacks or has in another shape.
 
         Raises:
-            MergeError: It changes a tensor that the base lacks or has in another shape.
+            MergeError: Names the first one.
         """
-        trained = self._config.get("base_model_name_or_path")
-        hint = f"it was trained on {trained!r}; name that one before the '+'"
         for name, mine in self._changed():
-            if name not in shapes:
-                raise MergeError(
-                    f"adapter {self.folder}: changes {name!r}, which is not in {base!r}; {hint}"
+            if mine != shapes.get(name):
+                found = (
+                    f"{name!r} of shape {list(mine)}, which in {base!r} has {list(shapes[name])}"
+                    if name in shapes
+                    else f"{name!r}, which is not in {base!r}"
                 )
-            if mine != shapes[name]:
                 raise MergeError(
-                    f"adapter {self.folder}: changes {name!r} of shape {list(mine)}, which in "
-                    f"{base!r} has {list(shapes[name])}; {hint}"
+                    f"adapter {self.folder}: changes {found}; it was trained on "
+                    f"{self._config.get('base_model_name_or_path')!r}; name that one before the '+'"
                 )
-
-    @property
-    def files(self) -> tuple[Path, Path]:
-        """The files that the changes depend on."""
-        return self.folder / "adapter_config.json", self.weights
-
-    @property
-    def weights(self) -> Path:
-        """The file with the matrices A and B."""
-        return self.folder / "adapter_model.safetensors"
 
     def changes(self, name: str) -> bool:
         """Return whether the adapter changes a tensor of its base."""
@@ -118,7 +104,7 @@ class Adapter:
         self._handle = None
 
     def _read_config(self) -> dict[str, Any]:
-        file = self.folder / "adapter_config.json"
+        file, _ = self.files
         try:
             config = dict(json.loads(file.read_text(encoding="utf-8")))
         except (OSError, ValueError) as error:

@@ -20,13 +20,7 @@ from merge_engine.numerics.kernel_runner import KernelRunner
 from merge_engine.numerics.noise import masses_below
 from merge_engine.numerics.order_statistics import Magnitudes, Variances
 from merge_engine.numerics.packing import TensorPack
-from merge_engine.numerics.statistics import (
-    gram_by_row,
-    overlaps,
-    row_ranks,
-    row_width,
-    salient,
-)
+from merge_engine.numerics.statistics import gram_by_row, overlaps, row_ranks, row_width, salient
 
 CACHED_FROM = 65_536  # elements from which on reading a statistic is quicker than measuring it
 
@@ -36,18 +30,13 @@ T = TypeVar("T")
 class Measurements:
     """Statistics of models' tensors, kept in memory and, where worth it, in the cache on disk.
 
-    Args:
-        placement: Reads the tensors.
-        runner: Runs what is counted row by row.
-        repeated: Several recipes are to be built, so that statistics as large as the weights are
-            worth storing on disk.
+    Those as large as the weights are worth it if several recipes are to be built (``repeated``).
     """
 
     def __init__(self, placement: Placement, runner: KernelRunner, *, repeated: bool) -> None:
         self.kept: dict[tuple[object, ...], Any] = {}
         self._cache = StatisticsCache()
         self._placement = placement
-        self._source = placement.source
         self._runner = runner
         self._repeated = repeated
 
@@ -119,14 +108,7 @@ class Measurements:
         )
 
     def elementwise(self, kind: str, pack: TensorPack, donor: str, base: str) -> Tensor:
-        """Return a statistic of every element of a donor, packed like the donor.
-
-        Args:
-            kind: A key of ELEMENTWISE.
-            pack: Which tensors.
-            donor: Which donor.
-            base: The model it is compared with.
-        """
+        """Return a statistic of every element of a donor, a key of ELEMENTWISE, packed like it."""
         if pack not in self._placement.packs:
             (name,) = pack.names
             return self._elementwise(kind, name, donor, base)
@@ -194,9 +176,10 @@ class Measurements:
 
     def _cache_file(self, kind: str, name: str, models: tuple[str, ...]) -> Path | None:
         """Return a statistic's file in the cache; None if it is not to be stored."""
-        if math.prod(self._source.tensors[name].shape) < CACHED_FROM:
+        if math.prod(self._placement.source.tensors[name].shape) < CACHED_FROM:
             return None
-        keys = [key for model in models if (key := self._source.cache_key(model, name))]
+        source = self._placement.source
+        keys = [key for model in models if (key := source.cache_key(model, name))]
         return self._cache.file_of(kind, keys) if len(keys) == len(models) else None
 
 

@@ -29,23 +29,14 @@ _SIZE = re.compile(r"\s*\d*\.?\d+\s*[a-z]*\s*", re.IGNORECASE)
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """Memory that a study needs, in bytes, and where the donors live.
+    """Memory that a study needs, in bytes, and where the donors live."""
 
-    Args:
-        device: Where the live model is.
-        live: Of the live model.
-        work: Most that merging one tensor takes besides: float32 copies of the largest.
-        donors: Of all models as they are stored.
-        free: Free on the device, or what the user allows of it.
-        tier: Where the donors live.
-    """
-
-    device: str
-    live: int
-    work: int
-    donors: int
-    free: int
-    tier: Tier
+    device: str  # where the live model is
+    live: int  # of the live model
+    work: int  # most that merging one tensor takes besides: float32 copies of the largest
+    donors: int  # of all models as they are stored
+    free: int  # on the device, or what the user allows of it
+    tier: Tier  # where the donors live
 
     def __str__(self) -> str:
         return (
@@ -102,11 +93,7 @@ def plan_memory(
 
 
 def parse_size(text: str) -> int:
-    """Return the bytes of a size such as "24GB" or "512 MiB".
-
-    Raises:
-        ValueError: It is no such size.
-    """
+    """Return the bytes of a size such as "24GB" or "512 MiB"; raise ValueError if it is none."""
     try:
         return TypeAdapter(ByteSize).validate_python(text if _SIZE.fullmatch(text) else "")
     except ValidationError:

@@ -6,36 +6,21 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property, reduce
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from typing_extensions import override
 
 from merge_engine.errors import MergeError
-from merge_engine.models.checkpoint import Checkpoint, Reader, TensorInfo, open_models
+from merge_engine.models.checkpoint import Checkpoint, TensorInfo, open_models
 from merge_engine.models.measurements import Measurements
 from merge_engine.models.memory_plan import Tier
 from merge_engine.models.placement import Inputs, Placement, TensorSource
-from merge_engine.models.tensor_names import (
-    depth_in,
-    is_vocabulary,
-    layer_counts,
-    layer_position,
-)
+from merge_engine.models.tensor_names import depth_in, is_vocabulary, layer_counts, layer_position
+from merge_engine.models.vocabulary import Vocabulary
 from merge_engine.numerics.kernel_runner import KernelRunner, compiling_pays
 from merge_engine.numerics.statistics import all_finite
-
-
-class RowMap(Protocol):
-    """Maps a tensor with one row per token to the rows of the result (``Vocabulary``)."""
-
-    @property
-    def size(self) -> int:
-        """Number of rows of the result."""
-
-    def align(self, model: str, models: Sequence[str], base: str | None, read: Reader) -> Tensor:
-        """Return one model's tensor with the result's rows."""
 
 
 class Layout(NamedTuple):
@@ -62,7 +47,7 @@ class AlignedTensors(TensorSource):
     Args:
         checkpoints: The models.
         layout: Of which tensors the result is made; None: of all, by name.
-        rows: The result's vocabulary, if the models do not share one.
+        vocabulary: The result's, if the models do not share one.
         base: The model whose rows stand in for those that another lacks.
 
     Raises:
@@ -73,10 +58,10 @@ class AlignedTensors(TensorSource):
         self,
         checkpoints: Mapping[str, Checkpoint],
         layout: Layout | None = None,
-        rows: RowMap | None = None,
+        vocabulary: Vocabulary | None = None,
         base: str | None = None,
     ) -> None:
-        self._rows, self._base = rows, base
+        self._vocabulary, self._base = vocabulary, base
         self._known_finite: set[tuple[str, str]] = set()
         inputs, self._depths = layout or Layout.same_names(checkpoints)
         self.checkpoints = dict(checkpoints)
@@ -93,9 +78,9 @@ class AlignedTensors(TensorSource):
         shape = infos[0].shape
         return replace(infos[0], dtype=dtype, shape=(rows.size, *shape[1:]) if rows else shape)
 
-    def _rows_of(self, name: str) -> RowMap | None:
+    def _rows_of(self, name: str) -> Vocabulary | None:
         """Return what maps a tensor's rows to the result's vocabulary; None if they stay."""
-        return self._rows if is_vocabulary(name) else None
+        return self._vocabulary if is_vocabulary(name) else None
 
     @override
     def depth(self, name: str) -> float:
@@ -145,10 +130,7 @@ class AlignedTensors(TensorSource):
 class ModelSet:
     """Models that fit one another. The first is the reference: its config is the result's.
 
-    Args:
-        source: The models' tensors.
-        candidates: How many recipes are to be built: compiling kernels pays for many.
-        runner: Runs the kernels; None: compiled if that pays.
+    Kernels are compiled if that pays for the number of candidates, unless a runner is given.
 
     Attributes:
         placement: Where the tensors live.
@@ -159,10 +141,10 @@ class ModelSet:
         self, source: TensorSource, candidates: int = 1, runner: KernelRunner | None = None
     ) -> None:
         self.source = source
-        self.repeated = candidates > 1
         self.runner = runner or KernelRunner(compiling_pays(self.parameters, candidates))
+        self._repeated = candidates > 1
         self.placement = Placement(source)
-        self.measurements = Measurements(self.placement, self.runner, repeated=self.repeated)
+        self.measurements = Measurements(self.placement, self.runner, repeated=self._repeated)
 
     @classmethod
     def open(
@@ -176,9 +158,9 @@ class ModelSet:
         return cls(AlignedTensors(open_models(models)), candidates, runner)
 
     def place(self, device: torch.device, tier: Tier) -> None:
-        """Decide where tensors live from now on, as ``Placement`` has it."""
+        """Decide where tensors live from now on (``Placement``)."""
         self.placement = Placement(self.source, device, tier)
-        self.measurements = Measurements(self.placement, self.runner, repeated=self.repeated)
+        self.measurements = Measurements(self.placement, self.runner, repeated=self._repeated)
 
     @property
     def checkpoints(self) -> Mapping[str, Checkpoint]:
@@ -188,7 +170,7 @@ class ModelSet:
     @property
     def reference(self) -> Checkpoint:
         """The model whose config and tokenizer the result gets."""
-        return next(iter(self.source.checkpoints.values()))
+        return next(iter(self.checkpoints.values()))
 
     @property
     def inputs(self) -> Inputs:
@@ -246,11 +228,7 @@ class ModelSet:
 
 
 def _own_names(wanted: Mapping[str, str], checkpoints: Mapping[str, Checkpoint]) -> dict[str, str]:
-    """Return the models that have a tensor, and its name in each.
-
-    Raises:
-        MergeError: A model lacks it that must have it.
-    """
+    """Return the models that have a tensor and its name in each; refuse one that must have it."""
     found = {model: checkpoints[model].name_in(own) for model, own in wanted.items()}
     for model, own in wanted.items():
         if found[model] is None and checkpoints[model].must_have(own):
@@ -263,11 +241,7 @@ def _own_names(wanted: Mapping[str, str], checkpoints: Mapping[str, Checkpoint])
 
 
 def _check_shapes(name: str, owners: Sequence[tuple[Checkpoint, str]], *, resized: bool) -> None:
-    """Compare a tensor's shapes, or if it is resized all but the number of rows.
-
-    Raises:
-        MergeError: Two models differ.
-    """
+    """Refuse models in which a tensor's shapes differ, if it is resized in more than the rows."""
     (first, own), *others = owners
     mine = first.tensors[own].shape
     for other, its in others:

@@ -48,13 +48,9 @@ class TensorSource(Protocol):
 class Placement:
     """Reads tensors of a source; those that all models have stay in memory, in packs.
 
-    Memory of our own is read half as fast again as a mapped file, and one pass merges a pack.
-
-    Args:
-        source: The models' tensors.
-        device: Where recipes are built.
-        tier: Where the packs stay: "device" there, "pinned" in page-locked host memory, "disk":
-            there are no packs, every read goes to the source.
+    Memory of our own is read half as fast again as a mapped file, and one pass merges a pack. Packs
+    stay on the device that builds (tier "device") or in page-locked host memory ("pinned"); with
+    "disk" there are none, and every read goes to the source.
     """
 
     def __init__(

@@ -45,11 +45,7 @@ def default_folder() -> Path:
 
 
 def user_limit() -> int | None:
-    """Return ``$MERGESEARCH_CACHE_LIMIT`` in bytes; None if it is not set.
-
-    Raises:
-        MergeError: It is no size.
-    """
+    """Return ``$MERGESEARCH_CACHE_LIMIT`` in bytes, None if unset; MergeError if it is no size."""
     if not (text := os.environ.get("MERGESEARCH_CACHE_LIMIT")):
         return None
     try:
@@ -66,11 +62,9 @@ class StatisticsCache:
         self._until_trim = 0  # bytes that may be stored before the folder is measured again
 
     def file_of(self, kind: str, tensors: Sequence[tuple[str, str]]) -> Path:
-        """Return the file of one statistic.
+        """Return the file of one statistic, ``kind`` naming all but the weights it depends on.
 
-        Args:
-            kind: Which statistic, with all that it depends on besides the weights.
-            tensors: For each model, in order, its fingerprint and its own name of the tensor.
+        ``tensors`` are, for each model in order, its fingerprint and its own name of the tensor.
         """
         parts = [str(FORMAT), kind, *(part for tensor in tensors for part in tensor)]
         digest = hashlib.blake2b("\n".join(parts).encode(), digest_size=20).hexdigest()
@@ -101,25 +95,18 @@ class StatisticsCache:
                 self._until_trim = self.trim() // CHECKS
 
     def limit(self, held: int) -> int:
-        """Return the bytes that the folder may hold.
+        """Return the limit in bytes of a folder that has ``held``: the user's, or else 20 GiB.
 
-        The user's limit, or else 20 GiB, but no more than a tenth of what is free on the disk and
-        what the folder holds already.
-
-        Args:
-            held: Bytes in the folder.
+        The default is no more than a tenth of what is free on the disk and ``held``.
         """
         if (own := user_limit()) is not None:
             return own
         return min(MOST, (shutil.disk_usage(self.folder).free + held) // SHARE)
 
     def trim(self) -> int:
-        """Remove the least recently used files until the folder is within its limit.
+        """Remove the least recently used files until the folder is within its limit; return that.
 
         Other files in the folder are neither counted nor removed.
-
-        Returns:
-            The limit in bytes.
         """
         found = []
         for file in self.folder.glob("??/*"):

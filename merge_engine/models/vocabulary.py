@@ -32,35 +32,20 @@ _SPECIAL_IDS = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_t
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """The result's tokenizer, and the map from each model's rows to the result's.
-
-    Args:
-        tokenizer: The result's.
-        size: Number of rows of the result, padding included.
-        rows: For each model and token id of the result the model's own row; -1: it has none.
-        fixed: For token ids that the recipe gives a row: the model and row; None: zeros.
-        forced: Token ids that get the given row even in models that have one.
-        renumbered: Token ids of the reference -> those of the result.
-    """
+    """The result's tokenizer, and the map from each model's rows to the result's."""
 
     tokenizer: Any
-    size: int
-    rows: Mapping[str, Tensor]
-    fixed: Mapping[int, tuple[str, int] | None]
-    forced: frozenset[int]
-    renumbered: Mapping[int, int]
+    size: int  # number of rows of the result, padding included
+    rows: Mapping[str, Tensor]  # by model: its own row of each token id of the result; -1: none
+    fixed: Mapping[int, tuple[str, int] | None]  # token id -> row that the recipe gives; None: 0
+    forced: frozenset[int]  # token ids that get the given row even in models that have one
+    renumbered: Mapping[int, int]  # token ids of the reference -> those of the result
 
     def align(self, model: str, models: Sequence[str], base: str | None, read: Reader) -> Tensor:
-        """Return one model's tensor with the result's rows.
+        """Return one model's tensor with the result's rows: (size, *) float32.
 
-        Args:
-            model: The model.
-            models: All models that have the tensor.
-            base: The base, if it is one of them.
-            read: Reads a model's tensor as stored, one row per token.
-
-        Returns:
-            (size, *) float32; padding rows are the mean of the others.
+        Padding rows are the mean of the others. ``models`` are all that have the tensor, and
+        ``read`` reads a model's tensor as stored, one row per token.
 
         Raises:
             MergeError: The recipe takes a row from a model that lacks the tensor.
@@ -121,21 +106,12 @@ class Vocabulary:
 def make_vocabulary(
     settings: Tokenizer, checkpoints: Mapping[str, Checkpoint], base: str
 ) -> Vocabulary:
-    """Read the models' tokenizers, and make the result's.
-
-    Args:
-        settings: The recipe's ``tokenizer``.
-        checkpoints: The models, by name.
-        base: The model whose tokens come first.
+    """Read the models' tokenizers, and make the result's, in which the base's tokens come first.
 
     Raises:
         MergeError: A tokenizer is missing or cannot be used, or no model has a token's row.
     """
-    first = _load(checkpoints[base].folder)
-    if first is None:
-        raise MergeError(
-            f"model {base!r}: no tokenizer in {checkpoints[base].folder}; fetch it again"
-        )
+    first = load_tokenizer(checkpoints[base])
     tokenizers = {model: _load(each.folder) or first for model, each in checkpoints.items()}
     heights = {model: _height(each) for model, each in checkpoints.items()}
     out = _tokenizer(settings, tokenizers, heights, base)
@@ -179,21 +155,13 @@ def with_chat_template(tokenizer: Any, recipe: Recipe, models: Mapping[str, Chec
 
 
 def load_tokenizer(checkpoint: Checkpoint, *, trust_remote_code: bool = False) -> Any:
-    """Load a model's tokenizer.
-
-    Raises:
-        MergeError: It has none, or a damaged one.
-    """
+    """Load a model's tokenizer; raise MergeError if it has none or a damaged one."""
     check_tokenizer(checkpoint)
     return _load(checkpoint.folder, trust_remote_code)
 
 
 def check_tokenizer(checkpoint: Checkpoint) -> None:
-    """Check that a model has a tokenizer, without loading it.
-
-    Raises:
-        MergeError: It has none.
-    """
+    """Raise MergeError if a model has no tokenizer, without loading it."""
     if not _has_tokenizer(checkpoint.folder):
         raise MergeError(
             f"model {checkpoint.model!r}: no tokenizer in {checkpoint.folder}; fetch it again"
@@ -259,11 +227,7 @@ def _tokenizer(
 
 
 def _check_all_have_rows(tokenizer: Any, height: int, model: str) -> None:
-    """Check that every token has a row in its model's embedding.
-
-    Raises:
-        MergeError: One has none: the model cannot read it.
-    """
+    """Refuse a tokenizer with a token that has no row in its model's embedding."""
     unused = [token for token, number in tokenizer.get_vocab().items() if number >= height]
     if unused:
         raise MergeError(
@@ -301,15 +265,13 @@ def _fixed(
         if isinstance(source, ZeroRow):
             found[tokens[token]] = None
             continue
-        model = source.model if isinstance(source, TokenOfModel) else source
+        if isinstance(source, str):
+            source = TokenOfModel(kind="model_token", model=source, token=token)
+        model, row = source.model, source.token_id
         if model not in numbers:
             raise MergeError(f"{where}: {model!r} is none of the recipe's models; add it to them")
-        row: int | None
-        if isinstance(source, TokenOfModel) and source.token_id is not None:
-            row = source.token_id
-        else:
-            wanted = source.token if isinstance(source, TokenOfModel) else token
-            row = numbers[model].get(str(wanted))
+        if row is None:
+            row = numbers[model].get(str(source.token))
         if row is None or not 0 <= row < heights[model]:
             raise MergeError(f"{where}: {model!r} has no row for it; name another source")
         found[tokens[token]] = (model, row)

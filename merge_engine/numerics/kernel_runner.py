@@ -13,7 +13,7 @@ import shutil
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,7 +21,6 @@ from torch import Tensor
 from merge_engine.numerics.noise import Noise, drawn, weyl
 from merge_engine.numerics.packing import WIDTH
 
-T = TypeVar("T")
 _LOG = logging.getLogger(__name__)
 Kernel = Callable[..., Tensor]
 CHUNK = 1 << 16
@@ -56,15 +55,13 @@ class KernelRunner:
 
     A kernel's values are numbers, for the whole tensor or one a row, (rows, 1); lists of n of
     either; flags; and lists of n tensors with a number for every element, of which a kernel gets
-    the same part as of the donors.
-
-    Args:
-        compiled: Run through ``torch.compile`` (see ``configure_compiler``); else in chunks.
+    the same part as of the donors. If ``compiled`` it runs through ``torch.compile`` (see
+    ``configure_compiler``), else in chunks.
     """
 
     def __init__(self, compiled: bool) -> None:
         self.compiled = compiled
-        self._compiled_kernels: dict[tuple[object, Kernel], Callable[..., Any]] = {}
+        self._compiled: dict[Kernel, Callable[..., Any]] = {}
 
     def write(
         self,
@@ -83,7 +80,7 @@ class KernelRunner:
             values: The kernel's other arguments, as the class describes them.
             noise: Defines the noise, if the kernel takes noise.
         """
-        self._each(_write, kernel, _Rows.flatten(inputs, values, noise, out.view(-1)))
+        self._run(kernel, _Rows.flatten(inputs, values, noise, out))
 
     def sums(
         self,
@@ -92,51 +89,33 @@ class KernelRunner:
         values: Mapping[str, Any],
         noise: Noise | None = None,
     ) -> Tensor:
-        """Return sums along each row.
+        """Return a kernel's k sums along each row of WIDTH elements and the rest, (k, rows).
 
-        Args:
-            kernel: Returns k sums for each of some rows, (k, rows).
-            inputs: As in ``write``.
-            values: As in ``write``.
-            noise: As in ``write``.
-
-        Returns:
-            (k, rows) float64, of every row of WIDTH elements and the rest.
+        The kernel returns them for some rows; the other arguments are those of ``write``.
         """
-        found = self._each(_measure, kernel, _Rows.flatten(inputs, values, noise, None))
+        found = self._run(kernel, _Rows.flatten(inputs, values, noise, None))
         return torch.cat(found, 1) if found else torch.zeros(1, 0, dtype=torch.float64)
 
-    def _each(
-        self,
-        make: Callable[[Kernel], Callable[..., T]],
-        kernel: Kernel,
-        whole: _Rows,
-    ) -> list[T]:
+    def _run(self, kernel: Kernel, whole: _Rows) -> list[Any]:
         """Run over all rows: in chunks, or compiled where there is more than one row.
 
         The compiler would specialise on a single row, which the rest of a tensor always is.
         """
-        done: list[T] = []
+        done: list[Any] = []
+        run = _on_rows(kernel)
         for rows in whole.split():
             if self.compiled and rows.count > 1:
+                if kernel not in self._compiled:
+                    self._compiled[kernel] = torch.compile(run, dynamic=True, options=_OPTIONS)
                 try:
-                    done.append(self._compiled(make, kernel)(*rows.arguments()))
+                    done.append(self._compiled[kernel](*rows.arguments()))
                     continue
                 except torch._dynamo.exc.BackendCompilerFailed as error:
                     reason = str(error).splitlines()[0]
                     _LOG.warning("kernels are not compiled but run in chunks: %s", reason)
                     self.compiled = False
-            run = make(kernel)
             done += [run(*chunk.arguments()) for chunk in rows.chunks()]
         return done
-
-    def _compiled(
-        self, make: Callable[[Kernel], Callable[..., T]], kernel: Kernel
-    ) -> Callable[..., T]:
-        if (make, kernel) not in self._compiled_kernels:
-            compiled = torch.compile(make(kernel), dynamic=True, options=_OPTIONS)
-            self._compiled_kernels[make, kernel] = compiled
-        return self._compiled_kernels[make, kernel]
 
 
 @dataclass(frozen=True)
@@ -170,7 +149,7 @@ class _Rows:
 
     @property
     def count(self) -> int:
-        return self.donors[0].shape[0]
+        return len(self.donors[0])
 
     def split(self) -> Iterator[_Rows]:
         """Yield the long row as rows of WIDTH, and the rest, if there are any."""
@@ -210,12 +189,9 @@ class _Rows:
         )
 
     def arguments(self) -> tuple[Any, ...]:
-        """Return the arguments of ``_write`` and ``_measure``'s functions."""
-        noise = None
-        if self.noise is not None:
-            columns = _columns(self.donors[0].shape[1], self.donors[0].device)
-            noise = (self.noise.first, columns, self.noise.keys, self.noise.even)
-        return self.out, self.base, self.donors, noise, self.values
+        """Return the arguments of an ``_on_rows`` function."""
+        columns = _columns(self.donors[0].shape[1], self.donors[0].device) if self.noise else None
+        return self.out, self.base, self.donors, self.values, self.noise, columns
 
 
 @functools.lru_cache(maxsize=64)
@@ -223,31 +199,28 @@ def _columns(width: int, device: torch.device) -> Tensor:
     return weyl(torch.arange(width, dtype=torch.int32, device=device))
 
 
-def _write(kernel: Kernel) -> Callable[..., None]:
-    def write(out: Tensor, *arguments: Any) -> None:
-        out.copy_(_run(kernel, *arguments))
+def _on_rows(kernel: Kernel) -> Callable[..., Tensor | None]:
+    """Return a function that draws the noise, runs the kernel, and writes the result to ``out``.
 
-    return write
+    Without an ``out`` it returns the result in float64.
+    """
 
+    def run(
+        out: Tensor | None,
+        base: Tensor | None,
+        donors: list[Tensor],
+        values: dict[str, Any],
+        noise: Noise | None,
+        columns: Tensor,
+    ) -> Tensor | None:
+        drawn_noise = {} if noise is None else {"noise": drawn(noise, columns)}
+        result = kernel(base, donors, **values, **drawn_noise)
+        if out is None:
+            return result.double()
+        out.copy_(result)
+        return None
 
-def _measure(kernel: Kernel) -> Callable[..., Tensor]:
-    def measure(_out: None, *arguments: Any) -> Tensor:
-        return _run(kernel, *arguments).double()
-
-    return measure
-
-
-def _run(
-    kernel: Kernel,
-    base: Tensor | None,
-    donors: list[Tensor],
-    noise: tuple[Tensor, Tensor, Any, bool] | None,
-    values: dict[str, Any],
-) -> Tensor:
-    if noise is None:
-        return kernel(base, donors, **values)
-    first, columns, keys, even = noise
-    return kernel(base, donors, **values, noise=drawn(Noise(first, keys, even), columns))
+    return run
 
 
 def _tensors(value: Any, size: int, device: torch.device) -> Any:

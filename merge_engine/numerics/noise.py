@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -29,37 +29,23 @@ _GOLDEN = 0x9E3779B9 - (1 << 32)  # of 2**32
 _PIECE = 1 << 20  # numbers drawn at a time, so that intermediate results stay in the cache
 
 
-@dataclass(frozen=True)
-class Noise:
-    """Positions and keys that define a kernel's noise over rows of numbers.
+class Noise(NamedTuple):
+    """Positions and keys that define a kernel's noise over rows of numbers."""
 
-    Args:
-        first: Position of each row's first number in its tensor, modulo BLOCK, through ``weyl``,
-            (rows, 1) int32.
-        keys: For each donor the two halves of its key, each () or (rows, 1) int32.
-        even: One evenly spread sequence for all donors will do, instead of random numbers.
-    """
-
-    first: Tensor
-    keys: tuple[tuple[Tensor, Tensor], ...]
-    even: bool = False
+    first: Tensor  # position of each row's first number, modulo BLOCK, by ``weyl``; (rows, 1) int32
+    keys: tuple[tuple[Tensor, Tensor], ...]  # of each donor, two halves, each (rows, 1) int32
+    even: bool = False  # one evenly spread sequence for all donors, not random numbers
 
     def rows(self, part: slice) -> Noise:
         """Return the noise of some of the rows."""
-        keys = tuple((_cut(low, part), _cut(high, part)) for low, high in self.keys)
+        keys = tuple((low[part], high[part]) for low, high in self.keys)
         return Noise(self.first[part], keys, self.even)
-
-
-def _cut(column: Tensor, part: slice) -> Tensor:
-    return column[part] if column.dim() else column
 
 
 def drawn(noise: Noise, columns: Tensor) -> list[Tensor]:
     """Return each donor's numbers, (rows, width) int32 in [0, LEVELS).
 
-    Args:
-        noise: Defines the numbers.
-        columns: Positions within a row through ``weyl``, (width,) int32.
+    ``columns`` are the positions within a row through ``weyl``, (width,) int32.
     """
     positions = noise.first + columns  # ``weyl`` is linear
     if noise.even:  # the key moves the whole of it, so that tensors do not all start alike
@@ -83,10 +69,7 @@ def key_of(seed: int, tensor: str, donor: int) -> int:
 
 
 def uniform_at(key: int, start: int, count: int, device: torch.device | str = "cpu") -> Tensor:
-    """Draw a key's numbers at the positions ``[start, start + count)``: (count,) float32 in [0, 1).
-
-    They are multiples of 1 / LEVELS.
-    """
+    """Draw a key's numbers at positions ``[start, start + count)``: (count,) float32 in [0, 1)."""
     numbers = torch.empty(count, dtype=torch.float32, device=device)
     done = 0
     while done < count:
@@ -115,17 +98,13 @@ def halves(key: int, block: int = 0) -> tuple[int, int]:
 def hashed(positions: Tensor, low: int | Tensor, high: int | Tensor) -> Tensor:
     """Return the top 16 bits of ``lowbias32(position ^ low)``, with ``high`` mixed in halfway.
 
-    The mixer's last step changes the lower bits alone and is left out.
+    The mixer's last step changes the lower bits alone and is left out. The numbers, in [0, LEVELS),
+    stay integers: comparing them is far cheaper than converting them.
 
     Args:
-        positions: Within one block, through ``weyl``, int32.
-        low: First half of the key, as ``halves`` gives it; as a tensor of int32 it is no constant
-            to a compiler.
+        positions: Within one block, through ``weyl``, int32, any shape.
+        low: First half of the key (``halves``), int32; as a tensor no constant to a compiler.
         high: Second half.
-
-    Returns:
-        Numbers in [0, LEVELS), int32, of the shape of ``positions``. They stay integers:
-        comparing them is far cheaper than converting them.
     """
     bits = positions ^ low
     bits = (bits ^ _shifted(bits, 16)) * _FACTORS[0]
@@ -136,10 +115,7 @@ def hashed(positions: Tensor, low: int | Tensor, high: int | Tensor) -> Tensor:
 def spread(positions: Tensor) -> Tensor:
     """Return evenly spread numbers in [0, LEVELS), at a fraction of the cost of ``hashed``.
 
-    They serve to keep a share of equal elements.
-
-    Args:
-        positions: Of the elements, through ``weyl``, int32.
+    They serve to keep a share of equal elements, whose positions are given as to ``hashed``.
     """
     return _shifted(positions, 16)
 
@@ -152,14 +128,8 @@ def level(chance: float) -> int:
 def masses_below(magnitudes: Tensor, key: int) -> Tensor:
     """Sum, for each level k, the magnitudes whose random number is below ``k / LEVELS``.
 
-    This tabulates what a random mask of any density keeps of a donor.
-
-    Args:
-        magnitudes: Not negative, any shape, on any device.
-        key: Of the random numbers.
-
-    Returns:
-        (LEVELS + 1,) float64, on the CPU. Summed as whole numbers, so every machine has the same.
+    This tabulates what a random mask of any density keeps of a donor: (LEVELS + 1,) float64, on the
+    CPU, of magnitudes of any shape. Summed as whole numbers, so every machine has the same.
     """
     flat = magnitudes.reshape(-1)
     largest = float(flat.max()) if flat.numel() else 0.0

@@ -25,23 +25,14 @@ _TALLY = 1 << 19  # elements whose squared changes are summed at a time
 
 @dataclass(frozen=True)
 class Band:
-    """Magnitudes that are kept: those between two bounds, and a share of those at a bound.
-
-    Args:
-        low: Lower bound.
-        high: Upper bound; infinite if there is none.
-        low_share: Share of the elements exactly at ``low`` that is kept.
-        high_share: Share of those exactly at ``high``.
-        mass: Sum of the kept magnitudes.
-        total: Sum of all magnitudes.
-    """
+    """Magnitudes that are kept: those between two bounds, and a share of those at a bound."""
 
     low: float
-    high: float
-    low_share: float
-    high_share: float
-    mass: float
-    total: float
+    high: float  # infinite: no upper bound
+    low_share: float  # of the elements exactly at ``low`` that is kept
+    high_share: float  # of those exactly at ``high``
+    mass: float  # sum of the kept magnitudes
+    total: float  # sum of all magnitudes
 
     @property
     def tied(self) -> bool:
@@ -62,8 +53,8 @@ NOTHING = Band(math.inf, math.inf, 1.0, 0.0, 0.0, 0.0)
 class Magnitudes:
     """Sorted magnitudes of a tensor; of a large one those at equally spaced ranks.
 
-    Rank 0 is the smallest. With all ranks kept, up to TABLE + 1 elements, every
-    answer is exact. Otherwise a rank is rounded to the nearest one kept, which is off by at most
+    Rank 0 is the smallest. With all ranks kept, up to TABLE + 1 elements, every answer is exact.
+    Otherwise a rank is rounded to the nearest one kept, which is off by at most
     1 / (2 * TABLE) = 7.6e-6 of the elements, and half an element.
 
     Args:
@@ -205,14 +196,10 @@ class Variances:
         return self.order.tensors() | own
 
     def largest(self, share: float) -> tuple[Band, Tensor]:
-        """Return the band of the share of elements of positive variance that is largest.
+        """Return the band of the largest ``share`` of the elements of positive variance.
 
-        Args:
-            share: Of those elements; from 1 on the band has all elements, of no variance too.
-
-        Returns:
-            The band of variances, and each donor's sum of squared changes in it, divided by the
-            number of all elements, (n,) float64.
+        From 1 on it has all elements, of no variance too. Also return each donor's sum of squared
+        changes in it, divided by the number of all elements, (n,) float64.
         """
         size = self.order.size
         if share >= 1:
@@ -226,14 +213,9 @@ class Variances:
 
 
 def _tally_by_variance(out: Tensor, base: Tensor, donors: Sequence[Tensor]) -> Tensor:
-    """Write the variances of flat task vectors, and sum their squares by groups of variance.
+    """Write the variances of flat task vectors to ``out``, and sum their squares by variance.
 
     A group is of equal variances, or in large tensors of those that share 8 bits of mantissa.
-
-    Args:
-        out: Receives the variances, (size,) float32.
-        base: (size,), on the CPU.
-        donors: n tensors, (size,).
 
     Returns:
         By ascending variance the size of each group, then the sum of each donor's squares in it,

@@ -21,10 +21,9 @@ ROWS = 1 << 15  # of a pack at most, so that memory is allocated in pieces
 
 
 class TensorPack:
-    """Layout of k tensors in a matrix of (rows, WIDTH) numbers. Equal only to itself.
+    """Layout of k tensors, given in order, in a matrix of (rows, WIDTH) numbers.
 
-    Args:
-        shapes: Of the tensors by name, in the order they lie in.
+    A pack is equal only to itself.
     """
 
     def __init__(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
@@ -40,8 +39,7 @@ class TensorPack:
         packs: list[dict[str, tuple[int, ...]]] = []
         free = 0
         for name, shape in shapes.items():
-            rows = _rows(shape)
-            if rows > free:
+            if (rows := _rows(shape)) > free:
                 packs.append({})
                 free = ROWS
             packs[-1][name] = shape

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 PIECE = 1 << 15  # elements that stay in a cache; torch gives more than these several threads
+_GRAM_PIECE = 1 << 20  # elements of each tensor whose products are summed at a time
 _BLOCK = 1 << 22  # elements whose rows are ranked at a time
 
 
@@ -30,10 +31,8 @@ def variance(deltas: Sequence[Tensor]) -> Tensor:
 def overlaps(base: Tensor, donors: Sequence[Tensor], *, epsilon: float | Tensor) -> Tensor:
     """Count the elements of each row that each donor changed alone, and together with others.
 
-    Args:
-        base: Rows of fewer than 2**24 elements, (rows, width): float32 counts no further.
-        donors: n of that shape.
-        epsilon: Largest change that counts as none.
+    A change of at most ``epsilon`` counts as none. Base and donors are (rows, width), of a width
+    below 2**24: float32 counts no further.
 
     Returns:
         The n counts of the first kind, then those of the second, (2 n, rows) float32.
@@ -50,14 +49,8 @@ def salient(base: Tensor, donor: Tensor) -> Tensor:
 
     An element's importance is ``|donor - base|`` times the Kullback-Leibler divergence of its row's
     softmax from the base's. It is salient from ``median + 1.5 (Q3 - Q1)`` of the tensor on, the
-    quartiles being the elements of rank ``floor(q (numel - 1))``.
-
-    Args:
-        base: Any shape (*s); a row runs along the last dimension.
-        donor: (*s).
-
-    Returns:
-        (*s), bool, on the CPU.
+    quartiles being the elements of rank ``floor(q (numel - 1))``. Base, donor and mask have any
+    shape (*s); a row runs along the last dimension. The mask is on the CPU.
     """
     width = base.shape[-1] if base.dim() else 1
     start, end = (tensor.detach().cpu().reshape(-1, max(width, 1)) for tensor in (base, donor))
@@ -94,15 +87,9 @@ def row_width(shape: Sequence[int]) -> int:
 
 
 def row_ranks(delta: Tensor) -> Tensor:
-    """Return the rank of every element's magnitude in its row; 0 is the smallest.
+    """Return the rank of every element's magnitude in its row (``row_width``); 0 is the smallest.
 
-    Of equal magnitudes the first has the lower rank, on every machine.
-
-    Args:
-        delta: Any shape (*s); a row is as long as ``row_width`` says.
-
-    Returns:
-        (*s), int32, contiguous.
+    Of equal magnitudes the first has the lower rank, on every machine. (*s) int32, contiguous.
     """
     width = row_width(delta.shape)
     across = delta.detach().transpose(1, -1) if delta.dim() > 1 else delta.detach()
@@ -135,24 +122,18 @@ def sort_ascending(flat: Tensor) -> Tensor:
     return flat.sort().values
 
 
-def gram_by_row(tensors: Sequence[Tensor], start: Tensor, chunk: int = 1 << 20) -> Tensor:
+def gram_by_row(tensors: Sequence[Tensor], start: Tensor) -> Tensor:
     """Return inner products of n tensors less a start, row by row and in pieces that fit the cache.
 
-    Args:
-        tensors: n tensors, (rows, width).
-        start: (rows, width).
-        chunk: Elements of a piece.
-
-    Returns:
-        (rows, n, n) float64, on the CPU.
+    The tensors are (rows, width), the result is (rows, n, n) float64, on the CPU.
     """
     rows, width = start.shape
     shape = (rows, len(tensors), len(tensors))
     total = torch.zeros(shape, dtype=torch.float64, device=start.device)
-    for column in range(0, width, chunk):
-        step = max(1, chunk // width)
+    for column in range(0, width, _GRAM_PIECE):
+        step = max(1, _GRAM_PIECE // width)
         for row in range(0, rows, step):
-            part = (slice(row, row + step), slice(column, column + chunk))
+            part = (slice(row, row + step), slice(column, column + _GRAM_PIECE))
             stacked = torch.stack([tensor[part].double() for tensor in tensors], 1)
             block = stacked - start[part].double()[:, None]
             total[part[0]] += block @ block.mT

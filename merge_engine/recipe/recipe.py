@@ -254,9 +254,6 @@ class Recipe(FrozenModel):
             inputs: The tensor's name in each model, where it differs from that in the result: the
                 filters of a donor's settings are matched with the donor's own name.
 
-        Returns:
-            A tuple with one value per donor, or one value, as ``Param.per_donor`` says.
-
         Raises:
             MergeError: A value is missing, of the wrong type or out of range.
         """

@@ -68,17 +68,11 @@ def _dump_values(values: tuple[Scalar, ...]) -> Raw:
 
 
 def value_at(setting: Setting, name: str, depth: float) -> Scalar | None:
-    """Return the value of a setting for one tensor.
+    """Return the value of a setting for one tensor; None if no clause matches its full name.
 
-    Args:
-        setting: The clauses; the first that matches is used.
-        name: The tensor's full name; a clause matches if it contains the clause's filter.
-        depth: Relative depth of the tensor's layer, from 0 (first layer, and tensors outside the
-            layers) to 1 (last layer, and the only layer of a slice of one).
-
-    Returns:
-        The value: a gradient of numbers is interpolated linearly, one of words or booleans is a
-        step function. None if no clause matches, so that the next outer scope applies.
+    A gradient of numbers is interpolated linearly, one of words or booleans is a step function of
+    the relative depth of the tensor's layer: from 0 (first layer, and tensors outside the layers)
+    to 1 (last layer, and the only layer of a slice of one).
     """
     for clause in setting:
         if clause.filter is None or clause.filter in name:
