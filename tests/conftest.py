@@ -1,4 +1,4 @@
-"""What several test modules need: quiet offline libraries, and tiny real models on disk."""
+"""Fixtures: offline libraries, tiny real models and studies on disk, a simulated run."""
 
 import gc
 import os
@@ -50,7 +50,7 @@ settings.load_profile("mergesearch")
 def statistics_cache(
     tmp_path_factory: pytest.TempPathFactory, pytestconfig: pytest.Config
 ) -> Iterator[Path]:
-    """What is computed once per donor is kept for this session alone."""
+    """Keep statistics of donors for this session alone."""
     with pytest.MonkeyPatch.context() as patch:
         folder = tmp_path_factory.mktemp("cache")
         # lm-eval's index takes ten seconds to build: from one session to the next
@@ -110,9 +110,9 @@ def build_recipe(mapping: dict, out: Path) -> dict[str, torch.Tensor]:
 
 
 def build_with_mergekit(mapping: dict, out: Path, **options: object) -> dict[str, torch.Tensor]:
-    """What mergekit-yaml does, in this process."""
+    """Build as mergekit-yaml does, in this process."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # its own business
+        warnings.simplefilter("ignore")  # mergekit's own
         from mergekit.config import MergeConfiguration
         from mergekit.merge import run_merge
         from mergekit.options import MergeOptions

@@ -24,6 +24,10 @@ ROOMS = {
     "objectives": ["base", "entries", "items", "scores", "inference", "harness", "plugin"],
 }
 MODULE, CLASS, FUNCTION = 400, 220, 60  # lines at most
+BY_TOPIC = {  # test files of several modules, or of what is no module
+    *("test_methods", "test_method_docs", "test_published_recipes"),
+    *("test_leaderboard", "test_pitfalls"),
+}
 
 
 @cache
@@ -100,3 +104,10 @@ def test_no_other_distribution_ships_our_names():
     owners = importlib.metadata.packages_distributions()
     for package in PACKAGES:
         assert set(owners.get(package, [])) <= {"mergesearch"}
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_every_test_file_is_named_after_a_module(package):
+    known = {f"test_{file.stem}" for file in (ROOT / package).rglob("*.py")}
+    files = {file.stem for file in (ROOT / "tests" / package).glob("test_*.py")}
+    assert files - known <= BY_TOPIC

@@ -392,7 +392,7 @@ def planted_depth(seed: int) -> Planted:
 
 
 def planted_even(seed: int) -> Planted:
-    """The best weights are the same in all depths, which nobody knows."""
+    """The best weights are the same in all depths, which the search does not know."""
     return _planted_in_depth(seed, slope=0.0, jitter=0.0)
 
 

@@ -1,4 +1,4 @@
-"""The rivals are what they are said to be, as far as that can be told from what they propose."""
+"""Rivals propose as the tools that they stand for."""
 
 from functools import partial
 

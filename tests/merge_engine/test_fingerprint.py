@@ -1,4 +1,4 @@
-"""A fingerprint tells weights from any others."""
+"""A fingerprint differs wherever weights differ."""
 
 import json
 import os

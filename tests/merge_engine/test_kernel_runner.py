@@ -326,7 +326,7 @@ def test_compiling_pays_only_with_a_compiler_and_for_much_work(monkeypatch):
 
 
 @pytest.mark.parametrize("work", ["write", "sums"])
-def test_compiler_that_does_not_work_is_said_and_done_without(work, caplog):
+def test_compiler_that_fails_is_noted_and_done_without(work, caplog):
     import torch._inductor.config as inductor
 
     def kernel(_base, donors):

@@ -21,7 +21,7 @@ def test_gram_is_that_of_the_task_vectors(zoo):
     torch.testing.assert_close(whole, expected.sum(0))
 
 
-def test_elements_are_counted_by_who_changed_them():
+def test_elements_are_counted_by_the_donors_that_change_them():
     base = torch.tensor([0.0, 0.0, 0.0, 0.0, 1.0, 2.0])
     first = torch.tensor([3.0, 0.1, -2.0, 0.0, 1.0, 2.0])
     second = torch.tensor([3.0, 0.0, 0.1, -0.2, 5.0, 2.0])

@@ -20,7 +20,7 @@ def planned(models, device, limit=None):
 
 @pytest.fixture
 def free(monkeypatch):
-    """What is free on each device, as the test says it."""
+    """Let the test set the bytes free on each device."""
     amounts = {"cpu": 10**9, "cuda": 10**9}
     monkeypatch.setattr(memory, "free_bytes", lambda device: amounts[torch.device(device).type])
     return amounts

@@ -33,7 +33,7 @@ def by_hand(key: int, position: int) -> float:
     return (x >> 16) / 2**16
 
 
-def test_numbers_depend_on_key_and_place_alone():
+def test_numbers_depend_on_key_and_index_alone():
     key = key_of(0, "model.norm.weight", 1)
     assert torch.equal(uniform(key, (7, 11)).flatten(), uniform(key, (77,)))
     assert torch.equal(uniform(key, (50,)), uniform(key, (77,))[:50])
@@ -98,7 +98,7 @@ def test_keys_are_independent_at_every_near_distance(one, other):
 
 @pytest.mark.parametrize("key", [3, key_of(0, "x", 0)])
 @pytest.mark.parametrize("lag", [1, 2, 3, 4, 5, 8, 16, 128, 256, 768, 1024, 4096])
-def test_neighbouring_places_are_independent(lag, key):
+def test_neighbouring_indices_are_independent(lag, key):
     drawn = uniform(key, (400_000 + lag,)).double()
     first, second = drawn[:-lag], drawn[lag:]
     cells = torch.bincount((first * 10).long() * 10 + (second * 10).long(), minlength=100)

@@ -259,7 +259,7 @@ def test_tied_and_untied_heads_are_merged_like_mergekit_does(
     assert ("lm_head.weight" in mine) == ("untied" in others)
 
 
-def test_config_says_untied_if_there_is_a_head(tied, tmp_path, build):
+def test_config_is_untied_if_there_is_a_head(tied, tmp_path, build):
     """mergekit copies the base's flag, and what trusts it loads the embedding as the head."""
     mine = build(two_models(tied, tied=0.5, untied=0.5), tmp_path / "mine")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "mine")

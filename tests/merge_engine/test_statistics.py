@@ -27,7 +27,7 @@ def test_ranks_are_those_of_a_double_argsort(shape, dtype):
 
 
 @pytest.mark.parametrize("width", [65_536, 65_537])
-def test_every_rank_of_a_wide_row_is_told_apart(width):
+def test_every_rank_of_a_wide_row_is_distinct(width):
     delta = torch.randn(2, width, generator=torch.Generator().manual_seed(1))
     ranks = row_ranks(delta)
     shares = ranks / (width - 1)

@@ -1,4 +1,4 @@
-"""What is computed once per donor: the same from the disk, and never somebody else's."""
+"""Cached statistics of donors: equal to computed ones, and never those of other weights."""
 
 import os
 import shutil

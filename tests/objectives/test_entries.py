@@ -27,7 +27,7 @@ def test_a_key_that_no_entry_has_is_refused():
         TaskEntry(task="t", fewshot=3)
 
 
-def test_every_kind_of_entry_is_told_by_a_key_it_requires():
+def test_every_kind_of_entry_is_recognised_by_a_key_it_requires():
     for key, kind in ENTRY_KINDS.items():
         assert kind.model_fields[key].is_required()
 

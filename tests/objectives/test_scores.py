@@ -37,7 +37,7 @@ def test_only_ratios_of_weights_matter(pairs, scale):
 
 
 @given(VALUES, st.integers(0, 99))
-def test_interval_holds_its_mean_within_the_range_of_values(pairs, seed):
+def test_interval_contains_its_mean_within_the_range_of_values(pairs, seed):
     tasks, values = zip(*pairs, strict=True)
     weights = dict.fromkeys(tasks, 1.0)
     interval = bootstrap(values, tasks, weights, resamples=200, seed=seed)
@@ -53,7 +53,7 @@ def test_a_constant_difference_has_no_width(pairs, shift):
     assert (interval.mean, interval.low, interval.high) == pytest.approx((shift,) * 3, abs=1e-9)
 
 
-def test_interval_covers_the_true_difference_as_often_as_it_says():
+def test_interval_covers_the_true_difference_at_its_nominal_rate():
     generator = np.random.default_rng(0)
     tasks = ["a"] * 60 + ["b"] * 120
     weights = {"a": 2.0, "b": 1.0}
@@ -80,7 +80,7 @@ def test_interval_of_correct_and_wrong_answers_is_wilsons(n, data):
     assert interval.high == pytest.approx(middle + half, abs=1e-6)
 
 
-def test_interval_of_scores_near_the_edge_covers_them_as_often_as_it_says():
+def test_interval_of_scores_near_the_edge_covers_them_at_its_nominal_rate():
     generator = np.random.default_rng(0)
     tasks, weights = ["a"] * 90 + ["b"] * 45, {"a": 1.0, "b": 2.0}
     truth = (0.98 + 2 * 0.6) / 3

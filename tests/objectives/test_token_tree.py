@@ -30,7 +30,7 @@ def make_requests(sequences):
 
 
 @given(SEQUENCES)
-def test_a_tree_holds_each_sequence_on_the_path_to_its_last_node(sequences):
+def test_a_tree_has_each_sequence_on_the_path_to_its_last_node(sequences):
     requests = make_requests(sequences)
     tree = build_tree(requests)
     prefixes = {r.inputs[:end] for r in requests for end in range(1, len(r.inputs) + 1)}

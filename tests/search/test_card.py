@@ -68,15 +68,6 @@ def test_card_agrees_with_result_json(run):
     assert f"Seed {result.seed}; mergesearch {result.versions['mergesearch']}" in card.text
 
 
-def test_finishing_again_writes_the_card_again(run):
-    file = run / "checkpoint" / "README.md"
-    text = file.read_text()
-    file.unlink()
-    study = run.parent / "study.yaml"
-    assert main(["run", str(study), "--out", str(run), "--device", "cpu"]) == 0
-    assert file.read_text() == text == card_of(run)
-
-
 @pytest.mark.parametrize("other", ["license: mit", "license: [", ""])
 def test_licence_is_named_only_where_all_have_it(run, other):
     file = run.parent / "base" / "README.md"

@@ -1,4 +1,4 @@
-"""The end of a run on simulated workers: who wins under constraints, and the Pareto front."""
+"""The end of a run on simulated workers: the winner under constraints, and the Pareto front."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""The surrogate's posterior says which method is best and which parameters matter."""
+"""The surrogate's posterior: which method is best, and which parameters matter."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""Libraries say nothing unless they are let; our own warnings become notes."""
+"""Libraries are silent by default; our own warnings become notes."""
 
 import logging
 import os

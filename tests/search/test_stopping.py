@@ -1,4 +1,4 @@
-"""A search stops when no gain is left that could be told from noise, and goes on while there is."""
+"""Early stopping: a search ends when no gain is left that the select split could resolve."""
 
 from landscape import planted
 from proposals import StudySampler

@@ -1,4 +1,4 @@
-"""A study that ``init`` writes: what it says, what it refuses, and that it runs."""
+"""``init``: the study it writes, what it refuses, and that the study runs."""
 
 import json
 import os

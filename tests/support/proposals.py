@@ -1,4 +1,4 @@
-"""A sampler that is asked for points and told their exact values, without a run."""
+"""A study's sampler with ask and tell, without a run."""
 
 from collections.abc import Mapping
 from types import MappingProxyType
@@ -13,10 +13,7 @@ from search.storing.trials import OpenTrial, TrialLog
 
 
 class StudySampler:
-    """A sampler of ``search.proposing.samplers``, asked for trials as a run does.
-
-    Several may be asked for before the first is told.
-    """
+    """A sampler of ``search.proposing.samplers``; several trials may be open at once."""
 
     def __init__(self, name: str, space: Space, seed: int, *, front: bool = False) -> None:
         self.proposer = Proposer(name, space, seed, front=front)

@@ -1,4 +1,4 @@
-"""A key's random numbers for a whole tensor, which what is drawn in chunks is compared with."""
+"""A key's random numbers for a whole tensor, to be compared with those drawn in chunks."""
 
 from collections.abc import Sequence
 
