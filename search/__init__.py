@@ -10,7 +10,7 @@ The rooms in reading order, each importing only those before it:
 ``running`` the loop: workers, evaluation, conclusion
 ``showing`` for people and programs: terminal, JSON lines, report, model card
 
-Above them ``session`` holds a run folder and does the work, ``commands`` are the commands,
-``arguments`` and ``options`` the command line, ``cli`` the entry point, ``process`` what is set
-once per process.
+Above them ``session`` checks everything and holds a run folder, ``steps`` are what is done with it,
+``commands`` the commands, ``arguments`` and ``options`` the command line, ``cli`` the entry point,
+``process`` what is set once per process.
 """

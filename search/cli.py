@@ -9,7 +9,7 @@ from contextlib import nullcontext, redirect_stdout
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from search.arguments import UsageError, parse
+from search.arguments import COMMANDS, UsageError, parse
 from search.options import Options
 from search.process import quiet_libraries
 
@@ -55,7 +55,8 @@ def _run(command: str, options: Options) -> None:
         from search.running.events import Note
 
         user_limit()  # a wrong one is said now, not by the first of many candidates
-        run: Callable[[Any, Listener], None] = getattr(import_module("search.commands"), command)
+        module = import_module(f"search.commands.{COMMANDS[command].module}")
+        run: Callable[[Any, Listener], None] = getattr(module, command)
         # What tasks print on their own account is no event.
         with redirect_stdout(sys.stderr) if options.json else nullcontext():
             run(options, listener)

@@ -1,25 +1,112 @@
-"""Options of the commands, as the command line gives them."""
+"""Options of the commands: one dataclass each, whose fields say how the command line gives them."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+import re
+from argparse import ArgumentTypeError
+from collections.abc import Callable
+from dataclasses import MISSING, dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Final, Literal
+
+DEMO: Final = Path(__file__).parent.parent / "studies" / "demo"
+_STORAGE: Final = ("--storage URL", "database (default: a file in the folder)")
+
+
+def _argument(
+    spelling: str,
+    meaning: str,
+    parse: Callable[[str], Any] = str,
+    default: Any = MISSING,
+    **more: Any,
+) -> Any:
+    """Return a dataclass field that an argument sets.
+
+    Args:
+        spelling: ``--out RUN``, or ``RUN`` for a positional argument.
+        meaning: What ``--help`` says of it.
+        parse: Parses a value.
+        default: Without one the argument is required.
+        more: Of argparse's ``add_argument``.
+    """
+    *flags, metavar = spelling.split()
+    if flags and default is MISSING:
+        more["required"] = True
+    added = {"flags": flags, "metavar": metavar, "help": meaning, "type": parse, **more}
+    return field(default=default, metadata=added)
+
+
+def _flag(spelling: str, meaning: str, *, default: bool = False) -> Any:
+    """Return a dataclass field that is ``default`` unless a flag is given."""
+    action = "store_false" if default else "store_true"
+    added = {"flags": spelling.split(), "help": meaning, "action": action}
+    return field(default=default, metadata=added)
+
+
+def _gpus(text: str) -> float:
+    try:
+        gpus = float(text)
+    except ValueError:
+        gpus = -1.0
+    if not (0 <= gpus <= 1 or gpus.is_integer()):
+        raise ArgumentTypeError(f"{text!r} is no number of GPUs like 1, 2 or 0.5")
+    return gpus
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or not int(text):
+        raise ArgumentTypeError(f"{text!r} is not a whole number above 0")
+    return int(text)
+
+
+def _repository(text: str) -> str:
+    if not re.fullmatch(r"([\w.-]+/)?[\w.-]+", text):
+        raise ArgumentTypeError(f"{text!r} is no repository's id like org/name")
+    return text
+
+
+def _text(text: str) -> str:
+    if not text.strip():
+        raise ArgumentTypeError("it is empty")
+    return text
+
+
+def _seed(text: str) -> int:
+    if not text.isdecimal():
+        raise ArgumentTypeError(f"{text!r} is not a whole number")
+    return int(text)
+
+
+def _seconds(text: str) -> float:
+    number, unit = text[:-1], text[-1:]
+    try:
+        seconds = float(number) * {"s": 1, "m": 60, "h": 3600}[unit]
+    except (ValueError, KeyError):
+        seconds = 0.0
+    if not 0 < seconds < math.inf:
+        raise ArgumentTypeError(f"{text!r} is no length of time like 45s, 90m or 8h")
+    return seconds
+
+
+def _size(text: str) -> int:
+    from merge_engine.models.memory_plan import parse_size
+
+    try:
+        return parse_size(text)
+    except ValueError as error:
+        raise ArgumentTypeError(str(error)) from None
 
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """Options of every command.
+    """Options of every command; without ``device`` the first GPU is used, else the CPU."""
 
-    Attributes:
-        device: Of the live model; None: the first GPU, else the CPU.
-        json: Print events as JSON lines.
-        verbose: Let libraries print.
-    """
-
-    device: str | None = None
-    json: bool = False
-    verbose: bool = False
+    device: str | None = _argument(
+        "--device D", "where the model lives (default: a GPU, else cpu)", default=None
+    )
+    json: bool = _flag("--json", "print one JSON object a line for each event")
+    verbose: bool = _flag("-v --verbose", "let libraries print what they like")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,102 +114,140 @@ class SessionOptions(Options):
     """Options of every command that evaluates recipes of a run.
 
     Attributes:
-        storage: URL of the database; None: a file in the run folder.
-        force_new: Set the folder's study aside and begin another.
         memory: Limit in bytes; None: what is free.
         compiled: Merge kernels may be compiled, where that pays.
         workers: Number of worker processes; None: this process.
         gpus_per_worker: A share of one, or several; None: one if there are any.
-        ray_address: The workers' cluster; None: this machine.
+        force_new: Set the folder's study aside and begin another.
     """
 
-    storage: str | None = None
+    storage: str | None = _argument(*_STORAGE, default=None)
+    memory: int | None = _argument(
+        "--memory SIZE", "use no more than this, like 24GB", _size, default=None
+    )
+    compiled: bool = _flag("--no-compile", "merge in chunks instead", default=True)
+    workers: int | None = _argument(
+        "--workers N", "so many processes, each with a model", _count, default=None
+    )
+    gpus_per_worker: float | None = _argument(
+        "--gpus-per-worker N", "2: a model over two GPUs; 0.5: two models on one", _gpus, None
+    )
+    ray_address: str | None = _argument(
+        "--ray-address URL", "the cluster they are on (default: this machine)", default=None
+    )
     force_new: bool = False
-    memory: int | None = None
-    compiled: bool = True
-    workers: int | None = None
-    gpus_per_worker: float | None = None
-    ray_address: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunOptions(SessionOptions):
-    """Options of ``run`` and ``demo``; ``timeout`` in seconds, None for the study's own values."""
+    """Options of ``run``; ``timeout`` in seconds; None: the study's own values."""
 
-    study: Path
-    out: Path
-    trials: int | None = None
-    seed: int | None = None
-    timeout: float | None = None
+    study: Path = _argument("STUDY", "the study's YAML file", Path)
+    out: Path = _argument("--out RUN", "run folder, made or resumed", Path)
+    trials: int | None = _argument("--trials N", "instead of the study's number", _count, None)
+    seed: int | None = _argument("--seed S", "instead of the study's seed", _seed, None)
+    timeout: float | None = _argument(
+        "--timeout T", "search no longer than, like 90m or 8h", _seconds, default=None
+    )
+    force_new: bool = _flag("--force-new", "set the folder's study aside, begin another")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DemoOptions(RunOptions):
+    """Options of ``demo``."""
+
+    study: Path = DEMO / "study.yaml"
+    out: Path = _argument("--out RUN", "run folder", Path, Path("runs/demo"))
 
 
 @dataclass(frozen=True, kw_only=True)
 class InitOptions(Options):
-    """Options of ``init``; what is None is asked for where somebody can answer."""
+    """Options of ``init``, which asks for what is None if a person can answer."""
 
-    base: str | None
-    models: list[str] | None
-    tasks: list[str] | None
-    out: Path
-    trials: int | None
+    base: str | None = _argument(
+        "--base B", "what the models were fine-tuned from: a folder or hub id", default=None
+    )
+    models: list[str] | None = _argument(
+        "--models M", "to merge; BASE+ADAPTER is a LoRA adapter", default=None, nargs="+"
+    )
+    tasks: list[str] | None = _argument(
+        "--tasks T", "names that lm-eval knows, or .yaml or .jsonl files", default=None, nargs="+"
+    )
+    out: Path = _argument(
+        "--out FILE", "to write (default: study.yaml)", Path, default=Path("study.yaml")
+    )
+    trials: int | None = _argument("--trials N", "recipes to evaluate at most", _count, None)
 
 
 @dataclass(frozen=True, kw_only=True)
 class BuildOptions(Options):
     """Options of ``build``."""
 
-    recipe: Path
-    out: Path
+    recipe: Path = _argument("RECIPE", "a mergekit recipe", Path)
+    out: Path = _argument("OUT", "the folder to make", Path)
 
 
 @dataclass(frozen=True, kw_only=True)
 class ScoreOptions(Options):
-    """Options of ``score``; ``model`` is a folder, a hub id or a recipe file."""
+    """Options of ``score``."""
 
-    model: str
-    study: Path
-    split: Literal["search", "select", "test"]
+    model: str = _argument("MODEL", "a checkpoint folder, a hub id or a recipe's YAML file")
+    study: Path = _argument("STUDY", "the study's YAML file", Path)
+    split: Literal["search", "select", "test"] = _argument(
+        "--split S",
+        "search, select (the default) or test",
+        default="select",
+        choices=("search", "select", "test"),
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
 class CheckOptions(Options):
-    """Options of ``check``; ``file`` is a study or a recipe."""
+    """Options of ``check``."""
 
-    file: Path
+    file: Path = _argument("FILE", "a study or a recipe", Path)
 
 
 @dataclass(frozen=True, kw_only=True)
 class ExportOptions(SessionOptions):
-    """Options of ``export``; ``trial`` None exports the winner."""
+    """Options of ``export``."""
 
-    run: Path
-    out: Path
-    trial: int | None
+    run: Path = _argument("RUN", "run folder", Path)
+    out: Path = _argument("OUT", "the folder to make", Path)
+    trial: int | None = _argument("--trial N", "its number (default: the winner)", int, None)
 
 
 @dataclass(frozen=True, kw_only=True)
 class SampleOptions(SessionOptions):
-    """Options of ``sample``; ``prompt`` None shows ``items`` test items gained and lost."""
+    """Options of ``sample``."""
 
-    run: Path
-    prompt: list[str] | None
-    max_tokens: int
-    items: int
+    run: Path = _argument("RUN", "run folder", Path)
+    prompt: list[str] | None = _argument(
+        "--prompt TEXT",
+        "to be continued; may be given again (default: test items the winner gained and lost)",
+        _text,
+        default=None,
+        action="append",
+    )
+    max_tokens: int = _argument("--max-tokens N", "to write (default: 128)", _count, 128)
+    items: int = _argument("--items N", "of each at most (default: 6)", _count, 6)
 
 
 @dataclass(frozen=True, kw_only=True)
 class ReportOptions(Options):
-    """Options of ``report``; ``out`` None writes report.html in the run folder."""
+    """Options of ``report``."""
 
-    run: Path
-    storage: str | None
-    out: Path | None
+    run: Path = _argument("RUN", "run folder", Path)
+    out: Path | None = _argument(
+        "--out FILE", "to write (default: RUN/report.html)", Path, default=None
+    )
+    storage: str | None = _argument(*_STORAGE, default=None)
 
 
 @dataclass(frozen=True, kw_only=True)
 class PushOptions(Options):
     """Options of ``push``."""
 
-    run: Path
-    repo: str
-    private: bool
+    run: Path = _argument("RUN", "run folder", Path)
+    repo: str = _argument("ORG/NAME", "the repository, made if there is none", _repository)
+    private: bool = _flag("--private", "if it is made, for its owners alone")

@@ -32,7 +32,7 @@ from merge_engine.errors import MergeError
 from merge_engine.recipe.recipe_file import parse_recipe
 from search.proposing.starts import baselines
 from search.running.workers import EvalJob
-from search.session import finish
+from search.steps import finish
 from simulated import SimulatedWorkers, simulated_context, simulated_run
 from tiny_models import make_llama
 

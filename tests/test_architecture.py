@@ -18,7 +18,7 @@ PACKAGES = {
 ROOMS = {
     "search": [
         *("wording", "study", "racing", "storing", "proposing", "preparing", "process"),
-        *("running", "showing", "options", "session", "arguments", "commands", "cli"),
+        *("running", "showing", "options", "steps", "session", "arguments", "commands", "cli"),
     ],
     "merge_engine": ["errors", "schema", "numerics", "methods", "recipe", "models", "building"],
     "objectives": ["base", "entries", "items", "scores", "inference", "harness", "plugin"],

@@ -26,9 +26,9 @@ from search.preparing.models import (
     torch_dtype,
 )
 from search.preparing.tasks import TaskPlan, bind_prompts, bind_tasks, plan_tasks
-from search.proposing.samplers import load_sampler
 from search.proposing.space import Space
 from search.proposing.starts import warm_starts
+from search.study.sampler_table import SAMPLERS
 from search.study.spec import StudySpec
 
 if TYPE_CHECKING:
@@ -140,7 +140,10 @@ def plan_study(spec: StudySpec, *, compiled: bool = True) -> StudyPlan:
     )
     dtype = study_dtype(spec, models.reference)
     check_tokenizer(models.reference)
-    load_sampler(spec.search.sampler)  # one of the user's may be missing
+    if spec.search.sampler not in SAMPLERS:  # the user's own may be missing
+        from search.proposing.samplers import load_sampler
+
+        load_sampler(spec.search.sampler)
     tasks = plan_tasks(spec)
     space = Space.from_spec(spec, models.layer_filters, dtype)
     return StudyPlan(spec, models, dtype, tasks, space, starts=len(warm_starts(space)))

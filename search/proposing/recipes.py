@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from scipy.optimize import nnls
 
 from merge_engine.errors import MergeError
 from merge_engine.methods import METHODS, Base, Param
@@ -206,6 +205,8 @@ def _donor_weights(space: Space, of_models: Floats) -> Floats:
     Raises:
         MergeError: There are none.
     """
+    from scipy.optimize import nnls  # slow to import
+
     if space.models == space.donors:
         return of_models
     found = [nnls(space.signs.T, of_unit) for of_unit in of_models]

@@ -14,10 +14,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution
 
 from merge_engine.recipe.recipe import Recipe
 from merge_engine.recipe.recipe_file import load_recipe
@@ -25,6 +24,9 @@ from search.proposing.mixture import break_sticks, join_sticks, zero_small_weigh
 from search.racing.race import Floats
 from search.study.parameters import followers, searchable
 from search.study.spec import ModelDifference, StudySpec, as_differences, models_but_base
+
+if TYPE_CHECKING:
+    from optuna.distributions import BaseDistribution
 
 Point = Mapping[str, Any]
 STAGE = 20  # trials that a stage lasts
@@ -98,8 +100,8 @@ class Space:
         )
 
     @cached_property
-    def distributions(self) -> Mapping[str, BaseDistribution]:
-        """Optuna's distribution of every searched parameter; the same names for every method."""
+    def bounds(self) -> Mapping[str, tuple[float, float]]:
+        """The range of every searched parameter but the method; the same names for every method."""
         ranges = {
             **{self._name("scale", unit): self.scale for unit in range(len(self.units))},
             **{
@@ -109,10 +111,16 @@ class Space:
             },
             **self.ranges,
         }
-        searched = {name: bounds for name, bounds in ranges.items() if bounds[0] < bounds[1]}
+        return {name: bounds for name, bounds in ranges.items() if bounds[0] < bounds[1]}
+
+    @cached_property
+    def distributions(self) -> Mapping[str, BaseDistribution]:
+        """Optuna's distribution of every searched parameter."""
+        from optuna.distributions import CategoricalDistribution, FloatDistribution
+
         return {
             "method": CategoricalDistribution(self.methods),
-            **{name: FloatDistribution(*bounds) for name, bounds in searched.items()},
+            **{name: FloatDistribution(*bounds) for name, bounds in self.bounds.items()},
         }
 
     def shared_units(self, trials: int) -> tuple[int, ...]:
@@ -122,11 +130,10 @@ class Space:
 
     def contains(self, point: Point) -> bool:
         """Return whether the point has this space's parameters, each within its range."""
-        return point.keys() == self.distributions.keys() and all(
-            distribution.low <= point[name] <= distribution.high
-            if isinstance(distribution, FloatDistribution)
-            else point[name] in self.methods
-            for name, distribution in self.distributions.items()
+        return (
+            point.keys() == {"method", *self.bounds}
+            and point["method"] in self.methods
+            and all(low <= point[name] <= high for name, (low, high) in self.bounds.items())
         )
 
     def params_of(self, method: str) -> list[str]:

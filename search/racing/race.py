@@ -17,7 +17,6 @@ from typing import Final, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.special import ndtr
 
 Floats = NDArray[np.float64]
 
@@ -101,6 +100,8 @@ def prob_ahead(strata: Strata, differences: Floats) -> float:
         strata: Of all n items.
         differences: (m), on the first m items.
     """
+    from scipy.special import ndtr  # slow to import
+
     now = strata.estimate(differences)
     left = now.variance * (1 - len(differences) / strata.size)
     return float(ndtr(now.value / left**0.5)) if left else float(now.value > 0)

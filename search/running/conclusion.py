@@ -8,7 +8,6 @@ from dataclasses import dataclass
 import numpy as np
 
 from merge_engine.recipe.recipe import Recipe
-from objectives.scores import score_interval
 from search.proposing.gp import posterior_of
 from search.proposing.gp_sampler import MAX_TRIALS
 from search.proposing.starts import UNIFORM, baselines
@@ -130,7 +129,7 @@ def conclude(run: Run) -> tuple[Result, Recipe]:
     seed = run.spec.search.seed
     intervals = {name: winner.minus(scores, seed) for name, scores in compared.items()}
     found = {
-        name: Baseline(test=score_of(scores, seed), difference=Difference.of(intervals[name]))
+        name: Baseline(test=Score.of(scores, seed), difference=Difference.of(intervals[name]))
         for name, scores in compared.items()
     }
     earlier = run.store.recipes("test") - {one.key for one in tested}
@@ -170,7 +169,7 @@ def tested_winner(run: Run, candidate: Candidate) -> Winner:
     return Winner(
         recipe=recipe.model_dump(mode="json"),
         trial=candidate.number,
-        test=score_of(run.scores.stored(recipe, "test"), run.spec.search.seed),
+        test=Score.of(run.scores.stored(recipe, "test"), run.spec.search.seed),
     )
 
 
@@ -184,16 +183,5 @@ def other_trial(run: Run, number: int, recipe: Recipe, result: Result | None) ->
         number,
         trial.estimate and trial.estimate.value,
         trial.items,
-        score_of(run.scores.stored(recipe, "test"), run.spec.search.seed) if tested else None,
-    )
-
-
-def score_of(scores: ItemScores, seed: int) -> Score:
-    """Summarise scores: task means, and the 95 % interval of their weighted mean."""
-    interval = score_interval(scores.values, scores.tasks, scores.weights, seed=seed)
-    return Score(
-        mean=interval.mean,
-        ci95=(interval.low, interval.high),
-        tasks=scores.by_task,
-        tokens=scores.mean_tokens,
+        Score.of(run.scores.stored(recipe, "test"), run.spec.search.seed) if tested else None,
     )

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from merge_engine.models.memory_plan import MemoryPlan
-from search.racing.race import Estimate
-from search.storing.result import Result, Score
-from search.storing.samples import Sample
-from search.storing.trials import TrialRecord
+if TYPE_CHECKING:  # events are light
+    from merge_engine.models.memory_plan import MemoryPlan
+    from search.racing.race import Estimate
+    from search.storing.result import Result, Score
+    from search.storing.samples import Sample
+    from search.storing.trials import TrialRecord
 
 
 @dataclass(frozen=True)

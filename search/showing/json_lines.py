@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
-from typing import Any, Final, TextIO
+from typing import TYPE_CHECKING, Any, Final, TextIO
 
 from search.running import events
 from search.showing.progress import Progress, write_stopping
-from search.storing.trials import TrialRecord
+
+if TYPE_CHECKING:
+    from search.storing.trials import TrialRecord
 
 # Name and facts of each kind of event but trials; kinds that are not listed are not written.
 _LINES: Final[Mapping[type, Callable[[Any], tuple[str, Mapping[str, Any]]]]] = {

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from rich.console import Group, OverflowMethod, RenderableType
 from rich.constrain import Constrain
@@ -15,8 +15,10 @@ from rich.text import Text
 from objectives.base import printable
 from search.running.events import RaceProgress
 from search.showing.progress import STOPPING
-from search.storing.trials import TrialRecord
 from search.wording import duration, percent, short_names
+
+if TYPE_CHECKING:
+    from search.storing.trials import TrialRecord
 
 WIDTH: Final = 80  # columns at most: a terminal made narrower then rarely breaks a line
 SHOWN: Final = 4  # trials in the race; of the others, how many there are

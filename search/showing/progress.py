@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from search.running.events import BlockEvaluated, Event, SearchStarted, TrialFinished
-from search.storing.trials import TrialRecord
+
+if TYPE_CHECKING:
+    from search.storing.trials import TrialRecord
 
 STOPPING: Final = "stopping after this block; Ctrl-C again stops now"
 

@@ -9,7 +9,7 @@ import time
 from collections import deque
 from dataclasses import replace
 from functools import singledispatchmethod
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from rich.console import Console, RenderableType
 from rich.live import Live
@@ -22,8 +22,10 @@ from search.running import events
 from search.showing.live_view import View, estimate_of, render
 from search.showing.progress import Progress, write_stopping
 from search.showing.tables import print_result, print_sample, print_score
-from search.storing.trials import TrialRecord
 from search.wording import duration
+
+if TYPE_CHECKING:
+    from search.storing.trials import TrialRecord
 
 LEAST_TRIALS: Final = 10  # finished in this session, for an estimate of the time left
 LATEST_TRIALS: Final = 20  # whose pace that estimate follows

@@ -12,7 +12,8 @@ from pydantic import BaseModel, Field, ValidationError
 
 from merge_engine.errors import first_error
 from merge_engine.schema import FrozenModel
-from objectives.scores import Interval
+from objectives.scores import Interval, score_interval
+from search.racing.item_scores import ItemScores
 from search.study.spec import StudyError
 from search.wording import percent, short_names
 
@@ -35,6 +36,17 @@ class Score(FrozenModel):
     ci95: tuple[float, float]
     tasks: dict[str, float]
     tokens: float | None = None
+
+    @classmethod
+    def of(cls, scores: ItemScores, seed: int) -> Self:
+        """Summarise scores: task means, and the 95 % interval of their weighted mean."""
+        interval = score_interval(scores.values, scores.tasks, scores.weights, seed=seed)
+        return cls(
+            mean=interval.mean,
+            ci95=(interval.low, interval.high),
+            tasks=scores.by_task,
+            tokens=scores.mean_tokens,
+        )
 
     @property
     def interval(self) -> Interval:

@@ -24,8 +24,8 @@ import psutil
 
 from landscape import planted
 from objectives.items import SPLITS
-from search.arguments import DEMO
 from search.cli import main
+from search.options import DEMO
 from search.preparing.context import load_outline, plan_study
 from search.preparing.models import Hardware
 from search.proposing.recipes import to_recipe

@@ -159,7 +159,10 @@ def test_help_fits_a_screen_and_ends_with_an_example(command, monkeypatch, capsy
     [
         ("search.cli", {"torch", "lm_eval", "optuna", "rich", "pydantic"}),
         # with these, studies, models and tasks are checked
-        ("search.session, search.preparing.check, objectives.harness.tasks", {"transformers"}),
+        (
+            "search.commands.files, search.showing.terminal, objectives.harness.tasks",
+            {"transformers", "optuna", "sqlalchemy", "scipy"},
+        ),
     ],
 )
 def test_heavy_packages_are_not_imported_for_help_and_before_checks(modules, heavy):

@@ -17,8 +17,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from merge_engine.recipe.recipe_file import load_recipe
-from search.arguments import DEMO
 from search.cli import main
+from search.options import DEMO
 from search.preparing.context import load, plan_study
 from search.preparing.models import Hardware
 from search.storing.folder import DATABASE

@@ -11,8 +11,8 @@ import pytest
 from landscape import planted
 from search.cli import main
 from search.running.search_loop import search
-from search.session import finish
 from search.showing.report import make_report
+from search.steps import finish
 from search.storing.folder import locked
 from search.storing.result import Result, read_result
 from search.storing.samples import read_samples

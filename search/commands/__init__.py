@@ -1,0 +1,1 @@
+"""The commands, one function each, by their names on the command line."""

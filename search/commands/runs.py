@@ -1,0 +1,104 @@
+"""Commands that begin from a run folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from merge_engine.errors import MergeError
+from merge_engine.recipe.recipe import Recipe
+from objectives.entries import PromptEntry
+from search.options import ExportOptions, PushOptions, ReportOptions, SampleOptions
+from search.running.conclusion import other_trial
+from search.running.events import CommandDone, Listener, Note, SamplesReady
+from search.running.run import Run
+from search.running.sampling import of_items, of_prompts
+from search.session import Session
+from search.showing.card import model_card
+from search.showing.hub import push as push_to_hub
+from search.showing.report import make_report
+from search.steps import is_export_of, save_checkpoint
+from search.storing.address import Storage
+from search.storing.folder import CARD, check_folder, is_held, replace_text
+from search.storing.result import read_result
+from search.storing.resume import find_trial, stored_spec
+from search.storing.samples import store_samples
+from search.storing.store import Store
+from search.storing.trials import TrialLog
+from search.study.spec import StudyError
+
+
+def export(options: ExportOptions, listener: Listener) -> None:
+    """Save the checkpoint of a run's winner, or of another of its trials."""
+    if options.out.exists():
+        raise MergeError(f"{options.out} exists; choose another folder or remove it")
+    check_folder(options.out)
+    spec, result = stored_spec(options.run, options.storage), read_result(options.run)
+    won = result.winner.recipe if result else None
+    if options.trial is not None:  # one that is missing is said before anything is loaded
+        store = Store(Storage.of(options.run, options.storage))
+        find_trial(options.run, TrialLog(store.study()), options.trial)
+    elif won is None:
+        raise StudyError(f"{options.run} has no winner yet; name a --trial")
+
+    def save(run: Run) -> None:
+        other = None
+        if options.trial is None:
+            recipe = Recipe.model_validate(won)
+        else:
+            recipe = run.find_recipe(options.trial)
+            other = other_trial(run, options.trial, recipe, result)
+        card = model_card(options.out.name, run.spec, recipe, result, other)
+        save_checkpoint(run, recipe, options.out, card)
+        listener(CommandDone("", {"checkpoint": str(options.out)}))
+
+    Session(spec, options.run, options, listener, source=options.run).hold(save)
+
+
+def sample(options: SampleOptions, listener: Listener) -> None:
+    """Show what base, donors and winner write to prompts, or to test items gained and lost."""
+    spec, result = stored_spec(options.run, options.storage), read_result(options.run)
+    if result is None:
+        raise StudyError(f"{options.run} has no winner yet; ask again when the run has finished")
+
+    def respond(run: Run) -> None:
+        if options.prompt:
+            prompts = PromptEntry(prompts=tuple(options.prompt), max_tokens=options.max_tokens)
+            samples = of_prompts(run, result, prompts)
+        else:
+            samples = of_items(run, result, options.items)
+        if not samples:
+            raise StudyError(
+                "the winner and the best donor answer all test items alike, or in no words; "
+                "give a --prompt"
+            )
+        store_samples(run.folder, result, samples)
+        listener(SamplesReady(samples))
+
+    Session(spec, options.run, options, listener, source=options.run).hold(respond)
+
+
+def report(options: ReportOptions, listener: Listener) -> None:
+    """Write a run's page, finished or not."""
+    stored_spec(options.run, options.storage)
+    file = options.out or options.run / "report.html"
+    if file.is_dir():
+        raise StudyError(f"{file} is a folder; name the file to write in it")
+    check_folder(file.parent)
+    store = Store(Storage.of(options.run, options.storage))
+    page = make_report(options.run, store, held=is_held(options.run))
+    replace_text(file, page)
+    listener(CommandDone(str(file), {"report": str(file)}))
+
+
+def push(options: PushOptions, listener: Listener) -> None:
+    """Upload the checkpoint of a run's winner to the Hub."""
+    run, result = options.run, read_result(options.run)
+    if result is None:
+        raise StudyError(f"{run} has no result yet; push it when the run has finished")
+    recipe, checkpoint = Recipe.model_validate(result.winner.recipe), run / "checkpoint"
+    if not is_export_of(checkpoint, recipe) or not (checkpoint / CARD).is_file():
+        raise StudyError(f"{checkpoint} is not what result.json speaks of; finish the run again")
+    if folders := [model for model in recipe.models_read if Path(model).is_absolute()]:
+        listener(Note(f"the recipe names folders of this machine: {', '.join(folders)}"))
+    url = push_to_hub(checkpoint, run / "recipe.yaml", options.repo, private=options.private)
+    listener(CommandDone(url, {"url": url}))

@@ -1,0 +1,184 @@
+"""Steps of a run whose folder is held: open its database, search, conclude, export, report."""
+
+from __future__ import annotations
+
+import shutil
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from types import FrameType
+from typing import Final
+
+from merge_engine.recipe.recipe import Recipe
+from merge_engine.recipe.recipe_file import load_recipe
+from search.preparing.context import StudyContext
+from search.running.conclusion import conclude
+from search.running.events import (
+    IncumbentChanged,
+    Listener,
+    Note,
+    RunFinished,
+    SessionEnded,
+    Stage,
+    StopRequested,
+)
+from search.running.run import Run
+from search.running.sampling import ITEMS, of_items
+from search.running.search_loop import search
+from search.running.workers import FAILURES, Workers
+from search.showing.card import model_card
+from search.showing.report import make_report
+from search.storing.address import DATABASE_ERRORS, Storage
+from search.storing.folder import CARD, replace_text
+from search.storing.result import Result
+from search.storing.samples import read_samples, store_samples
+from search.storing.store import Store
+
+REPORT_EVERY: Final = 30.0  # seconds between two drawings of a run's page
+BEST_EVERY: Final = 1.0  # seconds between two announcements of the best trial
+SHOWING_SHARE: Final = 0.05  # of a run's time, for each of them
+
+
+def work_on(
+    folder: Path,
+    url: str | None,
+    context: StudyContext,
+    workers: Workers,
+    listener: Listener,
+    work: Callable[[Run], None],
+) -> None:
+    """Open the database of a run and do ``work``, again when a lost connection has ended it.
+
+    Raises:
+        Interrupted: The database cannot go on.
+    """
+    storage = Storage.of(folder, url)
+    store = Store(storage, lambda text: listener(Note(text)))
+    storage.remember(folder)
+    opened = time.perf_counter()  # reconnecting does not begin the session anew
+    store.persist(lambda: _attempt(Run(folder, context, workers, listener, store, opened), work))
+
+
+def _attempt(run: Run, work: Callable[[Run], None]) -> None:
+    try:
+        run.bind_to_store()
+        with _interruptible(run):
+            work(run)
+    except DATABASE_ERRORS:
+        run.evaluator.abandon()
+        raise
+    finally:
+        run.listener(SessionEnded())
+
+
+@contextmanager
+def _interruptible(run: Run) -> Iterator[None]:
+    """Have Ctrl-C end the work after the blocks that are evaluated now, a second one at once."""
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        signal.signal(signal.SIGINT, before)
+        if not run.request_stop():
+            signal.default_int_handler(number, frame)
+        run.listener(StopRequested())
+
+    if threading.current_thread() is not threading.main_thread():  # it gets no signals
+        yield
+        return
+    before = signal.signal(signal.SIGINT, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def finish(run: Run, timeout: float) -> None:
+    """Search, select, test, export and report; each step resumes what an earlier session has done.
+
+    Args:
+        run: The run.
+        timeout: Of the search, in seconds.
+    """
+    shows = _throttled(_announce_best, BEST_EVERY), _throttled(draw_report, REPORT_EVERY)
+    search(run, timeout, shows)
+    result, recipe = conclude(run)
+    replace_text(run.folder / "recipe.yaml", recipe.to_yaml())
+    checkpoint = run.folder / "checkpoint"
+    card = model_card(run.folder.name, run.spec, recipe, result)
+    if is_export_of(checkpoint, recipe):
+        replace_text(checkpoint / CARD, card)
+    else:
+        shutil.rmtree(checkpoint, ignore_errors=True)
+        save_checkpoint(run, recipe, checkpoint, card)
+    replace_text(run.folder / "result.json", result.model_dump_json(indent=2) + "\n")
+    _sample_test_items(run, result)
+    draw_report(run)
+    run.listener(RunFinished(result, run.folder))
+
+
+def _throttled(work: Callable[[Run], None], every: float) -> Callable[[Run], None]:
+    """Return ``work``, left out where it ended less than ``every`` seconds ago.
+
+    It is left out for longer where it would take more than ``SHOWING_SHARE`` of the time.
+    """
+    due = time.monotonic() + every
+
+    def do(run: Run) -> None:
+        nonlocal due
+        if (start := time.monotonic()) >= due:
+            work(run)
+            end = time.monotonic()
+            due = end + max(every, (end - start) / SHOWING_SHARE)
+
+    return do
+
+
+def _announce_best(run: Run) -> None:
+    """Announce the trial with the best posterior mean; a failure of this stops no run."""
+    with suppress(Exception):
+        candidates, posterior = run.posterior()
+        best = posterior.ranked([one.trial.violation for one in candidates])[0]
+        run.listener(IncumbentChanged(candidates[best].trial, float(posterior.means[best])))
+
+
+def _sample_test_items(run: Run, result: Result) -> None:
+    """Store the responses to a few test items gained and lost, if there are none so far."""
+    if read_samples(run.folder, result):
+        return
+    run.listener(Stage("generating the responses to some items gained and lost"))
+    try:
+        store_samples(run.folder, result, of_items(run, result, ITEMS))
+    except FAILURES as error:
+        run.listener(Note(f"responses are not shown: {error}"))
+
+
+def draw_report(run: Run) -> None:
+    """Write the run's page; a failure of this stops no run."""
+    try:
+        page = make_report(run.folder, run.store)
+        replace_text(run.folder / "report.html", page)
+    except Exception as error:  # whatever it is
+        run.listener(Note(f"there is no report.html: {error}"))
+
+
+def is_export_of(checkpoint: Path, recipe: Recipe) -> bool:
+    """Return whether a folder holds the checkpoint of this recipe."""
+    file = checkpoint / "mergekit_config.yml"
+    return file.is_file() and load_recipe(file)[0].key == recipe.key
+
+
+def save_checkpoint(run: Run, recipe: Recipe, out: Path, card: str) -> None:
+    """Export a recipe, and say how its rebuilt answers compare with those in the database."""
+    run.listener(Stage(f"saving {out}"))
+    compared, differing, machine = run.evaluator.export(recipe, out, card)
+    if not out.is_dir():
+        run.listener(Note(f"{out} lies on the machine {machine}, whose worker has written it"))
+    text = f"rebuilt: all {compared} answers are those in the database"
+    if differing:
+        text = (
+            f"rebuilt: {compared - differing} of {compared} answers are those in the database, the "
+            "others differ as rounding does (another machine, or smaller batches)"
+        )
+    run.listener(Stage(text))
