@@ -99,9 +99,9 @@ class Session:
         if url or has_run(folder):
             self._check_storage()
         context, workers = self._prepare()
-        from search.steps import work_on
-
         try:
+            from search.steps import work_on
+
             if not folder.exists():  # no folder is made for donors with NaN or Inf
                 workers.call("check_finite")
             with locked(folder):
