@@ -65,7 +65,7 @@ def split_items(
 def blocks(order: Sequence[int], size: int) -> tuple[tuple[int, ...], ...]:
     """Cut an order of items into consecutive blocks of ``size``; the last may be shorter."""
     if size < 1:
-        raise ObjectiveError(f"block size {size} holds no item; make it 1 or more")
+        raise ObjectiveError(f"block size is {size}; make it 1 or more")
     return tuple(tuple(order[start : start + size]) for start in range(0, len(order), size))
 
 

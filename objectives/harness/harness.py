@@ -31,7 +31,7 @@ from typing_extensions import override
 
 from objectives.base import ItemResult, ItemSnapshot, Objective, ObjectiveError, Response
 from objectives.harness.judging import JUDGE_SECONDS, NAN, judge, response_of
-from objectives.harness.prompts import PLAIN, Prompting, Question, build_questions, snapshots
+from objectives.harness.prompts import Prompting, Question, build_questions, snapshots
 from objectives.harness.quiet import quiet
 from objectives.harness.tasks import LoadedTask
 from objectives.inference.agreement import settle_modes
@@ -67,8 +67,9 @@ class Harness(Objective):
         model: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,
         batch_size: int = 32,
-        prompting: Prompting = PLAIN,
+        prompting: Prompting | None = None,
     ) -> None:
+        prompting = prompting or Prompting()
         _check_model(model, tokenizer, prompting)
         with quiet(logging.ERROR):  # it warns that a model object is not a path
             self.language_model = FastHFLM(

@@ -88,7 +88,7 @@ def _result_of(question: Question) -> ItemResult:
 
 
 def response_of(question: Question) -> Response:
-    """Return the responses in a question's requests as text.
+    """Return the responses in a question's requests as text, several targets separated by bars.
 
     Raises:
         ObjectiveError: A log-likelihood is NaN, or the task's own code raised.
@@ -97,7 +97,9 @@ def response_of(question: Question) -> Response:
     responses = [request.resps[0] for request in question.requests]
     with objective_errors(f"{question.where}: its target could not be read"):
         if question.item.generated:
-            return Response("\n".join(responses), _target(question))
+            target = question.task.doc_to_target(question.requests[0].doc)
+            targets = target if isinstance(target, list | tuple) else [target]
+            return Response("\n".join(responses), " | ".join(map(str, targets)) or None)
         if question.task.OUTPUT_TYPE == "multiple_choice":
             choices = question.task.doc_to_choice(question.requests[0].doc)
             logliks = np.array([loglik for loglik, _ in responses])
@@ -107,13 +109,6 @@ def response_of(question: Question) -> Response:
     if question.requests[0].request_type == "loglikelihood":
         return Response(f"log-likelihood {responses[0][0]:.2f}", question.requests[0].args[1])
     return Response(f"log-likelihood {sum(responses):.2f}")
-
-
-def _target(question: Question) -> str | None:
-    """Return the text to be generated; alternatives are separated by bars."""
-    target = question.task.doc_to_target(question.requests[0].doc)
-    targets = target if isinstance(target, list | tuple) else [target]
-    return " | ".join(map(str, targets)) or None
 
 
 def _check_numbers(question: Question) -> None:
@@ -254,5 +249,5 @@ def _isolate(pipe: int, seconds: float) -> None:
 
 def _limit(kind: int, wanted: int) -> None:
     hard = resource.getrlimit(kind)[1]
-    wanted = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
-    resource.setrlimit(kind, (wanted, hard))
+    soft = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+    resource.setrlimit(kind, (soft, hard))

@@ -42,9 +42,6 @@ class Prompting:
     system_instruction: str | None = None
 
 
-PLAIN = Prompting()
-
-
 @dataclass(frozen=True)
 class Question:
     """One document of one task: the requests made for it, and the metric that scores them."""
@@ -94,7 +91,7 @@ def _check_request(name: str, request: Instance, language_model: HFLM) -> None:
         check_greedy(name, normalize_gen_kwargs(request.args[1]))
     if (limit := _max_new_tokens(request, language_model)) >= language_model.max_length:
         raise ObjectiveError(
-            f"task {name!r}: max_gen_toks is {limit} but the model holds "
+            f"task {name!r}: max_gen_toks is {limit} but the model's context has "
             f"{language_model.max_length} tokens; set a smaller max_gen_toks"
         )
 

@@ -74,8 +74,12 @@ def read_index(file: Path) -> Mapping[str, Entry]:
         }
     with quiet(logging.ERROR):
         index: dict[str, Entry] = TaskManager().task_index
+    rows = [_row(entry) for entry in index.values()]
     with suppress(OSError):  # without the file, the next start takes ten seconds more
-        _write(file, json.dumps([_row(entry) for entry in index.values()], default=str))
+        file.parent.mkdir(parents=True, exist_ok=True)
+        partial = file.with_suffix(f".{os.getpid()}.partial")
+        partial.write_text(json.dumps(rows, default=str), encoding="utf-8")
+        partial.replace(file)  # in one step: other processes may read and write it
     return index
 
 
@@ -90,14 +94,6 @@ def _cache_folder() -> Path:
     if own := os.environ.get("MERGESEARCH_CACHE"):
         return Path(own).expanduser()
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "mergesearch"
-
-
-def _write(file: Path, text: str) -> None:
-    """Write a file in one step: other processes may read and write it."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    partial = file.with_suffix(f".{os.getpid()}.partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(file)
 
 
 def members(entry: Entry) -> Iterator[str]:

@@ -116,7 +116,10 @@ class GreedyDecoder:
         rows = list(batch.indices)  # prompt index of each row still in the batch
         unfinished = set(rows)
         generated: dict[int, list[int]] = {index: [] for index in rows}
-        cache = self._runner.empty_cache() if prefix is None else repeat_cache(prefix, len(rows))
+        if prefix is None:
+            cache = DynamicCache(config=self._runner.model.config)
+        else:
+            cache = repeat_cache(prefix, len(rows))
         before = batch.mask.new_ones(len(rows), len(batch.prefix))
         mask = torch.cat([before, batch.mask], dim=1)  # (b, prefix + t)
         positions = (mask.cumsum(1) - 1).clamp(min=0)[:, len(batch.prefix) :]  # (b, t)

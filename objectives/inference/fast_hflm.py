@@ -99,9 +99,10 @@ class FastHFLM(HFLM):  # type: ignore[misc]  # lm-eval is published without type
         return self._runner.modes
 
     def use_modes(self, modes: Modes) -> None:
-        """Evaluate with these shortcuts from here on."""
+        """Evaluate with these shortcuts from here on, and plan batches anew."""
         self._runner.modes = modes
-        self._forget_plans()
+        self._plan_scoring.cache_clear()
+        self._plan_generation.cache_clear()
 
     def halve_batches(self) -> None:
         """Evaluate in batches of half the size from here on.
@@ -116,13 +117,9 @@ class FastHFLM(HFLM):  # type: ignore[misc]  # lm-eval is published without type
             )
         self.batch_size_per_gpu //= 2
         self._runner.tokens_per_batch //= 2
-        self._forget_plans()
+        self.use_modes(self.modes)
         torch.cuda.empty_cache()
         _LOG.warning("out of memory: batch size halved to %d", self.batch_size_per_gpu)
-
-    def _forget_plans(self) -> None:
-        self._plan_scoring.cache_clear()
-        self._plan_generation.cache_clear()
 
     @override
     def tok_encode(self, string: str, *args: Any, **settings: Any) -> list[int]:

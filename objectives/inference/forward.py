@@ -53,15 +53,11 @@ class ModelRunner:
         self.modes = Modes()
         self._last_mlp = _last_mlp(model)
 
-    def empty_cache(self) -> DynamicCache:
-        """Return a cache without keys and values."""
-        return DynamicCache(config=self.model.config)
-
     def cache_prefix(self, prefix: Tokens) -> DynamicCache | None:
         """Return keys and values of a prefix, for one row; None without a prefix."""
         if not prefix:
             return None
-        cache = self.empty_cache()
+        cache = DynamicCache(config=self.model.config)
         self.next_token_logits(torch.tensor([prefix], device=self.device), past_key_values=cache)
         return cache
 

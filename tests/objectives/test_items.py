@@ -159,5 +159,5 @@ def test_blocks_cut_an_order_without_changing_it(order, size):
 
 
 def test_an_empty_block_is_refused():
-    with pytest.raises(ObjectiveError, match="block size 0 holds no item"):
+    with pytest.raises(ObjectiveError, match="block size is 0; make it 1 or more"):
         blocks([1, 2], 0)

@@ -19,7 +19,7 @@ class Fixed:
 
     def __init__(self, model, tokenizer, name="fixed", values=(0.0, 1.0, 0.5), weight=4.0):
         self.tasks = {name: weight}
-        self.items = [Item(name, f"{name}{place}", place) for place in range(len(values))]
+        self.items = [Item(name, f"{name}{row}", row) for row in range(len(values))]
         self.values = values
 
     def snapshots(self, items):
