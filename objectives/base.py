@@ -46,18 +46,14 @@ def objective_errors(where: str) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Item:
-    """One document of the named task. Its number is its index in ``Objective.items``.
-
-    Attributes:
-        key: Hex hash of question and target; items with equal keys are the same question, even
-            in two tasks or twice in one.
-        doc_id: Row of the task's evaluation split, counted from 0.
-        generated: Whether the model generates the answer, so that its length in tokens counts.
-    """
+    """One document of the named task. Its number is its index in ``Objective.items``."""
 
     task: str
+    # Hex hash of question and target; items with equal keys are the same question, even in two
+    # tasks or twice in one.
     key: str
-    doc_id: int
+    doc_id: int  # row of the task's evaluation split, counted from 0
+    # Whether the model generates the answer, so that its length in tokens counts.
     generated: bool = False
 
 
@@ -66,24 +62,15 @@ class ItemSnapshot:
     """Model-independent inputs of an item, stored with a run.
 
     A resumed run refuses items whose ``full_prompt``, ``gold``, ``encoding`` or ``rules`` differ.
-
-    Attributes:
-        prompt: Text of the prompt, with the choices where there are some.
-        gold: Target, and the row of data it comes from.
-        encoding: Hash of the token ids.
-        rules: Hash of how the task builds prompts and scores responses.
-        settings: Generation settings as JSON; "" where nothing is generated.
-        input_tokens: Tokens of the prompts, a shared beginning counted once; 0 if unknown.
-        max_new_tokens: Limit of a response in tokens; 0 where nothing is generated.
     """
 
-    prompt: str
-    gold: str
-    encoding: str = ""
-    rules: str = ""
-    settings: str = ""
-    input_tokens: int = 0
-    max_new_tokens: int = 0
+    prompt: str  # text of the prompt, with the choices where there are some
+    gold: str  # target, and the row of data it comes from
+    encoding: str = ""  # hash of the token ids
+    rules: str = ""  # hash of how the task builds prompts and scores responses
+    settings: str = ""  # generation settings as JSON; "" where nothing is generated
+    input_tokens: int = 0  # tokens of the prompts, a shared beginning counted once; 0 if unknown
+    max_new_tokens: int = 0  # limit of a response in tokens; 0 where nothing is generated
 
     @property
     def full_prompt(self) -> str:
@@ -101,35 +88,25 @@ def without_settings(full_prompt: str) -> str:
 
 @dataclass(frozen=True)
 class ItemResult:
-    """Score of a model's answer to one item.
+    """Score of a model's answer to one item."""
 
-    Attributes:
-        value: In the unit of the task's own metric; higher is better.
-        margin: A continuous score, such as a log-likelihood in nats, where the task has one: it
-            shows changes too small for ``value``.
-        fault: Why the answer could not be scored, as printable text; ``value`` is then 0.
-        tokens: Tokens generated, end-of-text included.
-    """
-
-    value: float
+    value: float  # in the unit of the task's own metric; higher is better
+    # A continuous score, such as a log-likelihood in nats, where the task has one: it shows changes
+    # too small for `value`.
     margin: float | None = None
+    # Why the answer could not be scored, as printable text; `value` is then 0.
     fault: str | None = None
-    tokens: int = 0
+    tokens: int = 0  # tokens generated, end-of-text included
 
 
 @dataclass(frozen=True)
 class Response:
-    """Text of a model's answer to an item; untrusted.
+    """Text of a model's answer to an item; untrusted."""
 
-    Attributes:
-        text: Generated text, the chosen answer, or the log-likelihood of a given one.
-        target: Correct answer; None where there is none.
-        prompt: ``ItemSnapshot.prompt``.
-    """
-
+    # Generated text, the chosen answer, or the log-likelihood of a given one.
     text: str | None = None
-    target: str | None = None
-    prompt: str | None = None
+    target: str | None = None  # correct answer; None where there is none
+    prompt: str | None = None  # `ItemSnapshot.prompt`
 
 
 class Objective(Protocol):

@@ -17,16 +17,11 @@ PER_UNIT = (weighted_perplexity, bits_per_byte)
 
 @dataclass(frozen=True)
 class Metric:
-    """A metric of a task and the filter in front of it.
-
-    Attributes:
-        filter: lm-eval's FilterEnsemble: response to answer.
-        aggregation: lm-eval's function from all items' metrics to the task's score.
-    """
+    """A metric of a task and the filter in front of it."""
 
     name: str
-    filter: Any
-    aggregation: Any
+    filter: Any  # lm-eval's FilterEnsemble: response to answer
+    aggregation: Any  # lm-eval's function from all items' metrics to the task's score
 
 
 def choose_metric(task_name: str, task: Task, wanted: str | None) -> Metric:

@@ -30,15 +30,10 @@ _DATA_KEYS = ("metadata", "dataset_path", "dataset_name", "dataset_kwargs")
 
 @dataclass(frozen=True)
 class Prompting:
-    """Prompt settings of every task of a study.
+    """Prompt settings of every task of a study."""
 
-    Attributes:
-        apply_chat_template: Format prompts with the tokenizer's chat template.
-        system_instruction: The system prompt or, without a template, the text that every prompt
-            begins with.
-    """
-
-    apply_chat_template: bool = False
+    apply_chat_template: bool = False  # format prompts with the tokenizer's chat template
+    # The system prompt or, without a template, the text that every prompt begins with.
     system_instruction: str | None = None
 
 

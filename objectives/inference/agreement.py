@@ -85,16 +85,11 @@ def _is_recurrent(model: PreTrainedModel) -> bool:
 
 @dataclass(frozen=True)
 class _Reference:
-    """``HFLM``'s scores of the made-up questions.
-
-    Attributes:
-        scores: Log-likelihoods, each request in a batch of its own.
-        tolerance: Largest difference of a log-likelihood that counts as rounding, in nats.
-    """
+    """``HFLM``'s scores of the made-up questions."""
 
     requests: list[Request]
-    scores: list[Loglikelihood]
-    tolerance: float
+    scores: list[Loglikelihood]  # log-likelihoods, each request in a batch of its own
+    tolerance: float  # largest difference of a log-likelihood that counts as rounding, in nats
 
     @classmethod
     def measure(cls, language_model: FastHFLM) -> _Reference:

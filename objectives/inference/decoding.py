@@ -19,15 +19,10 @@ _UNFINISHED = 0.5
 
 @dataclass(frozen=True)
 class StopCriteria:
-    """When a generated text ends, besides at the model's end-of-text tokens.
+    """When a generated text ends, besides at the model's end-of-text tokens."""
 
-    Attributes:
-        max_tokens: Most tokens, at least one.
-        strings: Stop strings, searched for in the ``lookback`` latest tokens.
-    """
-
-    max_tokens: int
-    strings: tuple[str, ...] = ()
+    max_tokens: int  # most tokens, at least one
+    strings: tuple[str, ...] = ()  # stop strings, searched for in the `lookback` latest tokens
     lookback: int = 1
 
     @classmethod
@@ -57,18 +52,12 @@ class _Prompt:
 
 @dataclass(frozen=True)
 class PromptBatch:
-    """Prompts behind one prefix, padded on the left.
-
-    Attributes:
-        tokens: (b, t).
-        mask: (b, t), 1 at tokens and 0 at padding.
-        indices: (b), index of each prompt in the caller's list.
-    """
+    """Prompts behind one prefix, padded on the left."""
 
     prefix: Tokens
-    tokens: Tensor
-    mask: Tensor
-    indices: Tokens
+    tokens: Tensor  # (b, t)
+    mask: Tensor  # (b, t), 1 at tokens and 0 at padding
+    indices: Tokens  # (b), index of each prompt in the caller's list
 
 
 class GreedyDecoder:

@@ -34,24 +34,16 @@ Loglikelihood = tuple[float, bool]  # its value in nats, and whether greedy deco
 
 @dataclass(frozen=True)
 class TreeBatch:
-    """Token trees padded on the right, and what they predict.
+    """Token trees padded on the right, and what they predict."""
 
-    Attributes:
-        tokens: (b, t).
-        positions: (b, t), position of each token in its sequence.
-        subtree_ends: (b, t), see ``TokenTree``; None where plain causal attention is the same.
-        predicting: (b, t), True at the m positions that predict a target.
-        sources: (n), which of the m positions predicts each target.
-        targets: (n), the target tokens.
-        target_counts: (request index, number of its targets), in the order of ``targets``.
-    """
-
-    tokens: Tensor
-    positions: Tensor
+    tokens: Tensor  # (b, t)
+    positions: Tensor  # (b, t), position of each token in its sequence
+    # (b, t), see `TokenTree`; None where plain causal attention is the same.
     subtree_ends: Tensor | None
-    predicting: Tensor
-    sources: Tensor
-    targets: Tensor
+    predicting: Tensor  # (b, t), True at the m positions that predict a target
+    sources: Tensor  # (n), which of the m positions predicts each target
+    targets: Tensor  # (n), the target tokens
+    # (request index, number of its targets), in the order of `targets`.
     target_counts: tuple[tuple[int, int], ...]
 
 

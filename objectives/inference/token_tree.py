@@ -30,20 +30,13 @@ Tokens = tuple[int, ...]
 
 @dataclass(frozen=True)
 class Request:
-    """A log-likelihood to compute.
-
-    Attributes:
-        group: Requests of one group, the answers to one question, may share a tree.
-        inputs: What the model reads: context and continuation without its last token.
-        targets: Tokens of the continuation; the last ``len(targets)`` inputs predict them.
-        task: Prefixes are shared within a task only.
-    """
+    """A log-likelihood to compute."""
 
     index: int
-    group: Hashable
-    inputs: Tokens
-    targets: Tokens
-    task: Hashable = None
+    group: Hashable  # requests of one group, the answers to one question, may share a tree
+    inputs: Tokens  # what the model reads: context and continuation without its last token
+    targets: Tokens  # tokens of the continuation; the last `len(targets)` inputs predict them
+    task: Hashable = None  # prefixes are shared within a task only
 
     @classmethod
     def truncated(
@@ -77,19 +70,13 @@ class Prediction:
 
 @dataclass(frozen=True)
 class TokenTree:
-    """The prefix tree of a few sequences; one entry per node, in preorder.
-
-    Attributes:
-        positions: Position of each node in its sequence, a cut-off prefix included.
-        subtree_ends: One past the last descendant of each node.
-        trunk_length: Number of nodes before the first branch and the first prediction.
-    """
+    """The prefix tree of a few sequences; one entry per node, in preorder."""
 
     tokens: Tokens
-    positions: Tokens
-    subtree_ends: Tokens
+    positions: Tokens  # position of each node in its sequence, a cut-off prefix included
+    subtree_ends: Tokens  # one past the last descendant of each node
     predictions: tuple[Prediction, ...]
-    trunk_length: int
+    trunk_length: int  # number of nodes before the first branch and the first prediction
 
     def __len__(self) -> int:
         return len(self.tokens)

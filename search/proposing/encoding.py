@@ -25,17 +25,11 @@ Bits = NDArray[np.bool_]
 
 @dataclass(frozen=True)
 class Candidates:
-    """n candidate recipes as arrays.
+    """n candidate recipes as arrays."""
 
-    Args:
-        method: Index of each one's method among the space's, (n,).
-        weights: Of the k donors in each of the u units, (n, u, k).
-        values: Of the p searched parameters, in units of their range, (n, p).
-    """
-
-    method: Ints
-    weights: Floats
-    values: Floats
+    method: Ints  # index of each one's method among the space's, (n,)
+    weights: Floats  # of the k donors in each of the u units, (n, u, k)
+    values: Floats  # of the p searched parameters, in units of their range, (n, p)
 
     def __len__(self) -> int:
         return len(self.method)

@@ -63,17 +63,11 @@ class Observation(NamedTuple):
 
 @dataclass(frozen=True)
 class Kernel:
-    """The process's hyper-parameters, all but ``lengths`` in units of the values' spread.
+    """The process's hyper-parameters, all but ``lengths`` in units of the values' spread."""
 
-    Args:
-        signal: Variance of the process.
-        noise: Factor on the trials' variances.
-        lengths: One length scale per feature, (d,).
-    """
-
-    signal: float
-    noise: float
-    lengths: Floats
+    signal: float  # variance of the process
+    noise: float  # factor on the trials' variances
+    lengths: Floats  # one length scale per feature, (d,)
 
     @classmethod
     def from_theta(cls, theta: Floats) -> Kernel:
@@ -148,25 +142,15 @@ def negative_log_posterior(
 
 @dataclass(frozen=True)
 class TrainingData:
-    """Observations as standardised arrays.
+    """Observations as standardised arrays."""
 
-    Args:
-        x: Features, (n, d).
-        method: (n,).
-        y: Values and minus constraint violations, standardised, (n, 2).
-        variance: Of the standardised values, (n,).
-        feasible_from: The least y[:, 1] that meets all constraints.
-        centre: Value that is 0 in y.
-        spread: Value that is 1 in y, above ``centre``.
-    """
-
-    x: Floats
-    method: Ints
-    y: Floats
-    variance: Floats
-    feasible_from: float
-    centre: float
-    spread: float
+    x: Floats  # features, (n, d)
+    method: Ints  # (n,)
+    y: Floats  # values and minus constraint violations, standardised, (n, 2)
+    variance: Floats  # of the standardised values, (n,)
+    feasible_from: float  # the least y[:, 1] that meets all constraints
+    centre: float  # value that is 0 in y
+    spread: float  # value that is 1 in y, above `centre`
 
     @classmethod
     def from_observations(cls, observations: Sequence[Observation]) -> TrainingData:

@@ -16,36 +16,24 @@ RANDOM_STARTUP: Final = 5  # random points after the warm starts, before trials 
 
 
 class Proposal(NamedTuple):
-    """A point to evaluate next.
+    """A point to evaluate next."""
 
-    Args:
-        point: Value of each parameter of the space.
-        expected_improvement: Over the incumbent, in units of the values; None: not modelled.
-    """
-
-    point: dict[str, Any]
+    point: dict[str, Any]  # value of each parameter of the space
+    # Over the incumbent, in units of the values; None: not modelled.
     expected_improvement: float | None = None
 
 
 @dataclass(frozen=True)
 class ProposalRequest:
-    """One trial's request for a point: a sampler's answer depends on nothing else.
+    """One trial's request for a point: a sampler's answer depends on nothing else."""
 
-    Args:
-        space: The search space.
-        seed: The study's.
-        number: Of the trial to propose.
-        starts: How many warm starts the study has.
-        trials: All trials so far but this one, in the order of their numbers.
-        front: Whether every task is an objective of its own (``search.front``).
-    """
-
-    space: Space
-    seed: int
-    number: int
-    starts: int
+    space: Space  # the search space
+    seed: int  # the study's
+    number: int  # of the trial to propose
+    starts: int  # how many warm starts the study has
+    # All trials so far but this one, in the order of their numbers.
     trials: Sequence[TrialRecord] = ()
-    front: bool = False
+    front: bool = False  # whether every task is an objective of its own (`search.front`)
 
     @property
     def trial_seed(self) -> int:

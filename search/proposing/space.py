@@ -34,32 +34,22 @@ STAGE = 20  # trials that a stage lasts
 
 @dataclass(frozen=True)
 class Space:
-    """The search space of a study.
+    """The search space of a study."""
 
-    Args:
-        base: The base model.
-        donors: k models or differences of two.
-        methods: Names in METHODS.
-        scale: Range of the donors' mean weight.
-        ranges: Range of every other searched or fixed parameter, equal ends for a fixed one.
-        units: u parts of the model with weights of their own: for each the tensor-name filters that
-            make it up. The last unit has every other tensor, too.
-        stages: How units share weights before each has its own: the group of each unit, stage
-            after stage, from coarse to fine.
-        dtype: Of the merged weights.
-        seed: Of random methods' masks.
-        starts: Recipes to try first, besides the default warm starts.
-    """
-
-    base: str
-    donors: tuple[str | ModelDifference, ...]
-    methods: tuple[str, ...]
-    scale: tuple[float, float]
+    base: str  # the base model
+    donors: tuple[str | ModelDifference, ...]  # k models or differences of two
+    methods: tuple[str, ...]  # names in METHODS
+    scale: tuple[float, float]  # range of the donors' mean weight
+    # Range of every other searched or fixed parameter, equal ends for a fixed one.
     ranges: Mapping[str, tuple[float, float]]
+    # u parts of the model with weights of their own: for each the tensor-name filters that make it
+    # up. The last unit has every other tensor, too.
     units: tuple[tuple[str, ...], ...] = ((),)
-    dtype: str = "float32"
-    seed: int = 0
-    starts: tuple[Recipe, ...] = ()
+    dtype: str = "float32"  # of the merged weights
+    seed: int = 0  # of random methods' masks
+    starts: tuple[Recipe, ...] = ()  # recipes to try first, besides the default warm starts
+    # How units share weights before each has its own: the group of each unit, stage after stage,
+    # from coarse to fine.
     stages: tuple[tuple[int, ...], ...] = ()
 
     @classmethod

@@ -20,15 +20,10 @@ COMMON: Final = 1000.0  # variance of the items' difficulty, in that of a candid
 
 @dataclass(frozen=True)
 class JointPosterior:
-    """A normal distribution of k candidates' values.
+    """A normal distribution of k candidates' values."""
 
-    Args:
-        means: (k).
-        covariance: (k, k).
-    """
-
-    means: Floats
-    covariance: Floats
+    means: Floats  # (k)
+    covariance: Floats  # (k, k)
 
     @classmethod
     def vague(cls, count: int) -> JointPosterior:

@@ -14,18 +14,12 @@ from search.racing.race import Floats
 
 @dataclass(frozen=True)
 class ItemScores:
-    """Scores of one recipe on some items.
+    """Scores of one recipe on some items."""
 
-    Args:
-        values: One per item.
-        tasks: Task of each item.
-        weights: Of the tasks in the mean.
-        tokens: Tokens written for each item, None where the model writes nothing.
-    """
-
-    values: tuple[float, ...]
-    tasks: tuple[str, ...]
-    weights: Mapping[str, float]
+    values: tuple[float, ...]  # one per item
+    tasks: tuple[str, ...]  # task of each item
+    weights: Mapping[str, float]  # of the tasks in the mean
+    # Tokens written for each item, None where the model writes nothing.
     tokens: tuple[int | None, ...] = ()
 
     @classmethod

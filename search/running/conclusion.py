@@ -36,17 +36,11 @@ from search.study.spec import StudyError
 
 @dataclass(frozen=True)
 class Choice:
-    """The winner, and what is known of it before the test.
+    """The winner, and what is known of it before the test."""
 
-    Args:
-        candidate: The winner.
-        posterior_mean: Of its value, after the search.
-        selected: Its scores on the select items it was evaluated on.
-    """
-
-    candidate: Candidate
-    posterior_mean: float
-    selected: ItemScores
+    candidate: Candidate  # the winner
+    posterior_mean: float  # of its value, after the search
+    selected: ItemScores  # its scores on the select items it was evaluated on
 
 
 def choose(run: Run) -> Choice:

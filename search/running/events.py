@@ -38,19 +38,12 @@ class Stage:
 
 @dataclass(frozen=True)
 class SearchStarted:
-    """A search begins, or is resumed.
+    """A search begins, or is resumed."""
 
-    Args:
-        trials: At most, earlier sessions' included.
-        finished: Trials of earlier sessions.
-        evaluations: Item evaluations of earlier sessions.
-        concluding: Item evaluations that follow the search, about.
-    """
-
-    trials: int
-    finished: Sequence[TrialRecord]
-    evaluations: int
-    concluding: int
+    trials: int  # at most, earlier sessions' included
+    finished: Sequence[TrialRecord]  # trials of earlier sessions
+    evaluations: int  # item evaluations of earlier sessions
+    concluding: int  # item evaluations that follow the search, about
 
 
 @dataclass(frozen=True)
@@ -62,20 +55,13 @@ class BlockEvaluated:
 
 @dataclass(frozen=True)
 class RaceProgress:
-    """A trial in the race.
+    """A trial in the race."""
 
-    Args:
-        trial: Its number.
-        method: Of its recipe.
-        blocks: Evaluated so far.
-        of: Blocks of the search split.
-        lead: Over the incumbent on the items both were evaluated on; None: nothing to compare.
-    """
-
-    trial: int
-    method: str
-    blocks: int
-    of: int
+    trial: int  # its number
+    method: str  # of its recipe
+    blocks: int  # evaluated so far
+    of: int  # blocks of the search split
+    # Over the incumbent on the items both were evaluated on; None: nothing to compare.
     lead: Estimate | None
 
 

@@ -31,15 +31,10 @@ _LOG = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Cluster:
-    """The machines that workers run on.
+    """The machines that workers run on."""
 
-    Args:
-        address: Of a Ray cluster to join; None: this machine alone.
-        verbose: Show what Ray and the workers' libraries print.
-    """
-
-    address: str | None = None
-    verbose: bool = False
+    address: str | None = None  # of a Ray cluster to join; None: this machine alone
+    verbose: bool = False  # show what Ray and the workers' libraries print
 
 
 class _Actor:

@@ -40,33 +40,20 @@ class EvalJob:
 
 @dataclass(frozen=True)
 class EvalReply:
-    """What a job gave.
+    """What a job gave."""
 
-    Args:
-        results: One per item.
-        build_seconds: That building took.
-        score_seconds: That evaluating took.
-        notes: Warnings of the worker's libraries.
-    """
-
-    results: Sequence[ItemResult]
-    build_seconds: float
-    score_seconds: float
-    notes: Sequence[str] = ()
+    results: Sequence[ItemResult]  # one per item
+    build_seconds: float  # that building took
+    score_seconds: float  # that evaluating took
+    notes: Sequence[str] = ()  # warnings of the worker's libraries
 
 
 class ExportCheck(NamedTuple):
-    """How a recipe that was built once more and saved compares with its stored results.
+    """How a recipe that was built once more and saved compares with its stored results."""
 
-    Args:
-        compared: Results that were evaluated again.
-        differing: Those of them that are not the same to the bit.
-        machine: Name of the machine that has the folder.
-    """
-
-    compared: int
-    differing: int
-    machine: str
+    compared: int  # results that were evaluated again
+    differing: int  # those of them that are not the same to the bit
+    machine: str  # name of the machine that has the folder
 
 
 class WorkerDied(Interrupted):

@@ -30,23 +30,15 @@ class Cell(NamedTuple):
 
 
 class Row(NamedTuple):
-    """A model's scores.
+    """A model's scores."""
 
-    Args:
-        name: Of the model.
-        title: Its full name.
-        note: Stands beneath the name.
-        cells: One for the mean and one for each task; None: no items of it were evaluated.
-        tokens: Mean number of tokens written for an item.
-        marked: It is the winner, a trial of the front, or the best trial so far.
-    """
-
-    name: str
-    title: str
-    note: str
+    name: str  # of the model
+    title: str  # its full name
+    note: str  # stands beneath the name
+    # One for the mean and one for each task; None: no items of it were evaluated.
     cells: Sequence[Cell | None]
-    tokens: float | None = None
-    marked: bool = False
+    tokens: float | None = None  # mean number of tokens written for an item
+    marked: bool = False  # it is the winner, a trial of the front, or the best trial so far
 
 
 class Change(NamedTuple):

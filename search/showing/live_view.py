@@ -26,31 +26,19 @@ SHOWN: Final = 4  # trials in the race; of the others, how many there are
 
 @dataclass(frozen=True)
 class View:
-    """State of a run.
+    """State of a run."""
 
-    Args:
-        total: Trials at most.
-        done: Trials that are finished.
-        best: The incumbent: the highest posterior mean, or at first the highest estimate.
-        posterior_mean: Of the incumbent's value; None: not computed yet.
-        racing: Trials in the race.
-        evaluations: Item evaluations so far.
-        left: Seconds until the run is over; None: not known yet.
-        searching: Whether the search goes on.
-        memory: The memory plan, in a line.
-        stopping: Whether the run ends after the blocks that are being evaluated.
-    """
-
-    total: int = 0
-    done: int = 0
+    total: int = 0  # trials at most
+    done: int = 0  # trials that are finished
+    # The incumbent: the highest posterior mean, or at first the highest estimate.
     best: TrialRecord | None = None
-    posterior_mean: float | None = None
-    racing: tuple[RaceProgress, ...] = ()
-    evaluations: int = 0
-    left: float | None = None
-    searching: bool = True
-    memory: str = ""
-    stopping: bool = False
+    posterior_mean: float | None = None  # of the incumbent's value; None: not computed yet
+    racing: tuple[RaceProgress, ...] = ()  # trials in the race
+    evaluations: int = 0  # item evaluations so far
+    left: float | None = None  # seconds until the run is over; None: not known yet
+    searching: bool = True  # whether the search goes on
+    memory: str = ""  # the memory plan, in a line
+    stopping: bool = False  # whether the run ends after the blocks that are being evaluated
 
 
 def render(view: View) -> RenderableType:

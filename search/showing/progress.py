@@ -16,19 +16,12 @@ STOPPING: Final = "stopping after this block; Ctrl-C again stops now"
 
 @dataclass
 class Progress:
-    """Trials and item evaluations so far.
+    """Trials and item evaluations so far."""
 
-    Args:
-        total: Trials at most.
-        done: Trials that are finished.
-        evaluations: Item evaluations, earlier sessions' included.
-        best: The feasible trial with the highest estimate.
-    """
-
-    total: int = 0
-    done: int = 0
-    evaluations: int = 0
-    best: TrialRecord | None = None
+    total: int = 0  # trials at most
+    done: int = 0  # trials that are finished
+    evaluations: int = 0  # item evaluations, earlier sessions' included
+    best: TrialRecord | None = None  # the feasible trial with the highest estimate
 
     def update(self, event: Event) -> None:
         """Count an event."""

@@ -64,17 +64,11 @@ class IntervalRow:
 
 @dataclass
 class Chart:
-    """A plot area to draw in.
+    """A plot area to draw in."""
 
-    Args:
-        x: Horizontal axis.
-        y: Vertical axis.
-        height: Of the area, in pixels.
-    """
-
-    x: Axis
-    y: Axis
-    height: int = 230
+    x: Axis  # horizontal axis
+    y: Axis  # vertical axis
+    height: int = 230  # of the area, in pixels
     _marks: list[Markup] = field(default_factory=list)
 
     def band(self, x: Floats, low: Floats, high: Floats, kind: str = "") -> None:

@@ -23,18 +23,12 @@ Kind = TypeVar("Kind", bound=BaseModel)
 
 
 class Score(FrozenModel):
-    """A model's score on the test items.
+    """A model's score on the test items."""
 
-    Args:
-        mean: Weighted mean over the tasks.
-        ci95: Ends of its 95 % interval.
-        tasks: Mean of each task.
-        tokens: Mean number of tokens written for an item; None: no task generates text.
-    """
-
-    mean: float
-    ci95: tuple[float, float]
-    tasks: dict[str, float]
+    mean: float  # weighted mean over the tasks
+    ci95: tuple[float, float]  # ends of its 95 % interval
+    tasks: dict[str, float]  # mean of each task
+    # Mean number of tokens written for an item; None: no task generates text.
     tokens: float | None = None
 
     @classmethod
@@ -118,54 +112,36 @@ class Seconds(FrozenModel):
 
 
 class Result(FrozenModel):
-    """What a run found.
+    """What a run found."""
 
-    Args:
-        version: Of this format.
-        verdict: "better" where the winner's leads over base and every donor are above zero.
-        winner: The chosen recipe.
-        front: The Pareto front over the tasks, as it was before the test; empty where the study
-            does not ask for it.
-        donors: Each donor's score.
-        floors: Least means of constrained tasks on the test items; the winner was chosen for
-            meeting them on other items.
-        base: The base model's score.
-        uniform: The uniform average's score.
-        difference_to_best_donor: The lead that the verdict's sentence names.
-        search_score: The winner's estimate on the search items, which it was chosen on.
-        believed_score: Its posterior mean after the search, without that optimism.
-        select_score: Its mean on the select items it was evaluated on; None: it had no rival.
-        trials: How many are complete.
-        failed_trials: How many have failed.
-        item_evaluations: Of all splits.
-        items_asked: Item evaluations of each split.
-        times_tested: How many winners were evaluated on the test items so far: more than one if a
-            finished run was extended.
-        seconds: Where the time went.
-        seed: Of the study.
-        versions: Of the packages the numbers depend on.
-    """
-
-    version: Literal[1] = 1
+    version: Literal[1] = 1  # of this format
+    # "better" where the winner's leads over base and every donor are above zero.
     verdict: Literal["better", "not better"]
-    winner: Winner
+    winner: Winner  # the chosen recipe
+    # The Pareto front over the tasks, as it was before the test; empty where the study does not ask
+    # for it.
     front: list[Winner] = Field(default=[])
-    donors: dict[str, Baseline]
+    donors: dict[str, Baseline]  # each donor's score
+    # Least means of constrained tasks on the test items; the winner was chosen for meeting them on
+    # other items.
     floors: dict[str, float] = Field(default={})
-    base: Baseline
-    uniform: Baseline
-    difference_to_best_donor: DonorDifference
-    search_score: float
-    believed_score: float
+    base: Baseline  # the base model's score
+    uniform: Baseline  # the uniform average's score
+    difference_to_best_donor: DonorDifference  # the lead that the verdict's sentence names
+    search_score: float  # the winner's estimate on the search items, which it was chosen on
+    believed_score: float  # its posterior mean after the search, without that optimism
+    # Its mean on the select items it was evaluated on; None: it had no rival.
     select_score: float | None
-    trials: int
-    failed_trials: int
-    item_evaluations: int
-    items_asked: dict[str, int]
+    trials: int  # how many are complete
+    failed_trials: int  # how many have failed
+    item_evaluations: int  # of all splits
+    items_asked: dict[str, int]  # item evaluations of each split
+    # How many winners were evaluated on the test items so far: more than one if a finished run was
+    # extended.
     times_tested: int
-    seconds: Seconds
-    seed: int
-    versions: dict[str, str]
+    seconds: Seconds  # where the time went
+    seed: int  # of the study
+    versions: dict[str, str]  # of the packages the numbers depend on
 
     @property
     def verdict_text(self) -> str:
@@ -189,34 +165,22 @@ class Result(FrozenModel):
 
 
 class ScoreRow(NamedTuple):
-    """A model in a table of test scores.
+    """A model in a table of test scores."""
 
-    Args:
-        kind: What the model is.
-        name: Short and unique in the table.
-        model: A donor's folder or id; else the name, or the trial of the recipe.
-        test: Its score.
-        lead: The winner's lead over it; None: it is the winner, or another recipe of the run.
-    """
-
-    kind: Literal["base", "donor", "uniform", "winner", "trial"]
-    name: str
-    model: str
-    test: Score
+    kind: Literal["base", "donor", "uniform", "winner", "trial"]  # what the model is
+    name: str  # short and unique in the table
+    model: str  # a donor's folder or id; else the name, or the trial of the recipe
+    test: Score  # its score
+    # The winner's lead over it; None: it is the winner, or another recipe of the run.
     lead: Difference | None = None
 
 
 @dataclass(frozen=True)
 class ScoreTable:
-    """Test scores of the models of a run.
+    """Test scores of the models of a run."""
 
-    Args:
-        tasks: Short name of each task.
-        rows: Base, donors, uniform average, and last the winner or another trial.
-    """
-
-    tasks: Mapping[str, str]
-    rows: Sequence[ScoreRow]
+    tasks: Mapping[str, str]  # short name of each task
+    rows: Sequence[ScoreRow]  # base, donors, uniform average, and last the winner or another trial
 
     @classmethod
     def of_result(cls, result: Result, other: OtherTrial | None = None) -> Self:

@@ -14,19 +14,12 @@ FILE: Final = "samples.json"
 
 
 class ModelResponse(FrozenModel):
-    """A model's response to a prompt, untrusted text.
+    """A model's response to a prompt, untrusted text."""
 
-    Args:
-        name: Of the model in tables.
-        model: Its folder or id, or the winner's trial.
-        text: What it wrote, or the choice it took; None: the item has no text.
-        value: Its stored score, of a test item.
-    """
-
-    name: str
-    model: str
-    text: str | None
-    value: float | None = None
+    name: str  # of the model in tables
+    model: str  # its folder or id, or the winner's trial
+    text: str | None  # what it wrote, or the choice it took; None: the item has no text
+    value: float | None = None  # its stored score, of a test item
 
     @property
     def title(self) -> str:
@@ -35,23 +28,15 @@ class ModelResponse(FrozenModel):
 
 
 class Sample(FrozenModel):
-    """A prompt, untrusted text, and each model's response to it.
+    """A prompt, untrusted text, and each model's response to it."""
 
-    Args:
-        prompt: As the models read it.
-        responses: Of base, donors and winner.
-        task: Of the test item that the prompt is; None: the user gave the prompt.
-        item: The item's row in the task's data.
-        change: Whether the winner gained or lost the item against the best donor.
-        right: The item's target.
-    """
-
-    prompt: str
-    responses: list[ModelResponse]
-    task: str | None = None
-    item: int | None = None
+    prompt: str  # as the models read it
+    responses: list[ModelResponse]  # of base, donors and winner
+    task: str | None = None  # of the test item that the prompt is; None: the user gave the prompt
+    item: int | None = None  # the item's row in the task's data
+    # Whether the winner gained or lost the item against the best donor.
     change: Literal["gained", "lost"] | None = None
-    right: str | None = None
+    right: str | None = None  # the item's target
 
     @property
     def title(self) -> str:

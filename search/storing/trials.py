@@ -41,39 +41,24 @@ _STATES: Final[Mapping[TrialState, State]] = MappingProxyType(
 
 @dataclass(frozen=True)
 class TrialRecord:
-    """One trial of a search as the database holds it.
+    """One trial of a search as the database holds it."""
 
-    Args:
-        number: Position in the study, from 0 on.
-        state: Whether it waits, runs, is complete, or has failed.
-        point: Value of each searched parameter.
-        recipe: Key of the recipe that the point stands for; "" until it is known.
-        start: Label of the warm start it came from; None: a sampler proposed it.
-        estimate: Value and variance of the recipe's score on all search items, if complete.
-        items: Search items evaluated.
-        tasks: The same estimate for each task.
-        violation: Constraint violation: how far limits are missed, summed; 0: feasible.
-        tell_order: How many trials were finished before it, if complete.
-        expected_improvement: Over the incumbent, when it was proposed; None: not modelled.
-        error: Why it failed.
-        faults: How many answers could not be judged, and why the first could not.
-        completed: When it was finished.
-    """
-
-    number: int
-    state: State
-    point: Mapping[str, Any] = field(default_factory=dict)
-    recipe: str = ""
-    start: str | None = None
+    number: int  # position in the study, from 0 on
+    state: State  # whether it waits, runs, is complete, or has failed
+    point: Mapping[str, Any] = field(default_factory=dict)  # value of each searched parameter
+    recipe: str = ""  # key of the recipe that the point stands for; "" until it is known
+    start: str | None = None  # label of the warm start it came from; None: a sampler proposed it
+    # Value and variance of the recipe's score on all search items, if complete.
     estimate: Estimate | None = None
-    items: int = 0
-    tasks: Mapping[str, Estimate] = field(default_factory=dict)
-    violation: float = 0.0
-    tell_order: int = 0
+    items: int = 0  # search items evaluated
+    tasks: Mapping[str, Estimate] = field(default_factory=dict)  # the same estimate for each task
+    violation: float = 0.0  # constraint violation: how far limits are missed, summed; 0: feasible
+    tell_order: int = 0  # how many trials were finished before it, if complete
+    # Over the incumbent, when it was proposed; None: not modelled.
     expected_improvement: float | None = None
-    error: str | None = None
-    faults: str | None = None
-    completed: datetime | None = None
+    error: str | None = None  # why it failed
+    faults: str | None = None  # how many answers could not be judged, and why the first could not
+    completed: datetime | None = None  # when it was finished
 
     @property
     def value(self) -> float:
@@ -121,15 +106,10 @@ class TrialRecord:
 
 @dataclass(frozen=True)
 class Candidate:
-    """A recipe that has an estimate.
+    """A recipe that has an estimate."""
 
-    Args:
-        number: Of the trial that first proposed it.
-        trial: Its latest complete trial.
-    """
-
-    number: int
-    trial: TrialRecord
+    number: int  # of the trial that first proposed it
+    trial: TrialRecord  # its latest complete trial
 
 
 def candidates(complete: Iterable[TrialRecord]) -> list[Candidate]:
