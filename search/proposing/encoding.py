@@ -113,10 +113,7 @@ class RecipeEncoding:
     def perturb(self, some: Candidates, width: float, generator: np.random.Generator) -> Candidates:
         """Take a random step from each candidate, sometimes to fewer donors or another method.
 
-        Args:
-            some: n candidates.
-            width: Standard deviation of a weight's or a parameter's step.
-            generator: Of the steps.
+        ``width`` is the standard deviation of a weight's or a parameter's step.
 
         Returns:
             n candidates.

@@ -286,11 +286,7 @@ def posterior_of(
 ) -> JointPosterior:
     """Return the joint posterior of the values, without noise, of evaluated points.
 
-    Args:
-        space: The search space.
-        points: n.
-        values: Estimates, (n,).
-        variances: Of the estimates, (n,).
+    Estimates and their variances are (n,), for n points.
     """
     encoding = RecipeEncoding(space)
     tried = encoding.candidates(points)

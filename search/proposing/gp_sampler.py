@@ -79,12 +79,6 @@ def maximise_acquisition(
 ) -> tuple[Candidates, float]:
     """Search among random candidates and steps, ever smaller ones, from the best of them.
 
-    Args:
-        posterior: Of the trials tried.
-        encoding: Of candidates.
-        tried: n candidates, the posterior's.
-        seed: Of the candidates drawn.
-
     Returns:
         One candidate, and its acquisition.
     """
@@ -134,13 +128,7 @@ def refit_size(count: int, first: int) -> int:
 def observations(
     trials: Sequence[TrialRecord], encoded: Candidates, encoding: RecipeEncoding
 ) -> tuple[Observation, ...]:
-    """Return n complete trials as the process sees them.
-
-    Args:
-        trials: n.
-        encoded: The trials' candidates, n.
-        encoding: Of candidates.
-    """
+    """Return n complete trials as the process sees them."""
     features = encoding.encode(encoded).tolist()
     return tuple(
         Observation(method, tuple(row), trial.value, trial.variance, trial.violation)
@@ -153,10 +141,6 @@ def scalarise(estimates: Sequence[Mapping[str, Estimate]], seed: int) -> list[Es
 
     The augmented Chebyshev function of ParEGO, which is highest near the best in each objective:
     Knowles 2006, eq. 2, https://doi.org/10.1109/TEVC.2005.851274.
-
-    Args:
-        estimates: Of n trials: each task's estimate.
-        seed: Of the weights.
     """
     values, variances = np.array([list(one.values()) for one in estimates]).transpose(2, 0, 1)
     spread = np.ptp(values, axis=0)

@@ -36,12 +36,7 @@ class MethodChance(NamedTuple):
 
 
 class PosteriorView:
-    """The posterior after complete trials, of which very many are thinned as the sampler does.
-
-    Args:
-        space: The search space.
-        complete: Complete trials, in the order of their numbers.
-    """
+    """The posterior after complete trials, of which very many are thinned as the sampler does."""
 
     def __init__(self, space: Space, complete: Sequence[TrialRecord]) -> None:
         self.space, self.encoding = space, RecipeEncoding(space)

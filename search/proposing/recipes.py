@@ -23,10 +23,7 @@ def to_recipe(space: Space, point: Point) -> Recipe:
 def recipe_with_weights(space: Space, point: Point, of_models: Floats) -> Recipe:
     """Return the recipe with a point's method and parameters and these weights.
 
-    Args:
-        space: The search space.
-        point: One of its points.
-        of_models: Weights of the m models in each of the u units, (u, m).
+    ``of_models`` are the weights of the m models in each of the u units, (u, m).
     """
     rounded = of_models.round(6) + 0.0  # which makes -0.0 zero
     weights: list[tuple[float, ...]] = [*map(tuple, rounded.tolist())]

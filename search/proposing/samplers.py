@@ -37,8 +37,6 @@ class Proposer:
 
     Args:
         name: A key of ``SAMPLERS``, or ``package.module:Class``, a sampler of Optuna's interface.
-        space: The search space.
-        seed: The study's.
         front: Whether every task is an objective of its own (``search.front``).
 
     Raises:
@@ -51,12 +49,7 @@ class Proposer:
         self._source, self._starts = load_sampler(name), len(warm_starts(space))
 
     def ask(self, log: TrialLog, open_now: Collection[int] = ()) -> OpenTrial:
-        """Open a trial that an earlier session left running, else a waiting one, else a new one.
-
-        Args:
-            log: The study's trials.
-            open_now: Numbers of the trials that this session runs.
-        """
+        """Open a trial that an earlier session left running, else a waiting one, else a new one."""
         trials = log.records()
         left = next(
             (one for one in trials if one.state == "running" and one.number not in open_now), None
@@ -76,9 +69,6 @@ class Proposer:
 
 def load_sampler(name: str) -> Source:
     """Return the source of the samplers of a study.
-
-    Args:
-        name: A key of ``SAMPLERS``, or ``package.module:Class``.
 
     Raises:
         StudyError: There is no such class, or it is no sampler of Optuna's interface.

@@ -184,13 +184,7 @@ class Space:
 def model_units(
     layers: Sequence[str], groups: int, split: Sequence[str]
 ) -> tuple[tuple[str, ...], ...]:
-    """Return each unit's filters: depth groups times name splits, then what the splits leave over.
-
-    Args:
-        layers: Tensor-name filter of each layer, first to last.
-        groups: Depth groups.
-        split: Parts of tensor names, like "mlp".
-    """
+    """Return each unit's filters: depth groups times name splits, then what the splits leave."""
     if groups == 1:
         return (*((part,) for part in split), ())
     depths = [
@@ -204,9 +198,7 @@ def model_units(
 def coarse_to_fine(groups: int, parts: int) -> tuple[tuple[int, ...], ...]:
     """Return the stages before ``model_units`` have their own weights: 1, 2, 4, ... depth groups.
 
-    Args:
-        groups: Depth groups.
-        parts: Names by which each is split.
+    ``parts`` names split each depth group.
     """
     depths = [depth for depth in range(groups) for _ in range(parts)] + [*range(groups)]
     counts = [2**power for power in range(groups.bit_length()) if 2**power < groups]

@@ -22,11 +22,6 @@ def should_stop(trials: Sequence[TrialRecord], items: int, share: float = SHARE)
 
     Proposals without an expected improvement (every sampler's but ``gp``, and several objectives')
     never stop it.
-
-    Args:
-        trials: Finished trials, in their order.
-        items: Number of select items.
-        share: As SHARE.
     """
     complete = [trial for trial in trials if trial.state == "complete"]
     last = [trial.expected_improvement for trial in complete[-WINDOW:]]

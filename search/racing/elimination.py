@@ -70,13 +70,8 @@ def successive_elimination(
 
     A candidate is dropped when its posterior probability of beating the leader is below STOP_BELOW.
 
-    Args:
-        posterior: Of the candidates, before these items.
-        strata: Of the items.
-        evaluate: Gives some candidates' values (k, m) on the first m items.
-        ends: How many items have been evaluated after each block.
-        budget: Item evaluations at most.
-        violation: A candidate's constraint violation after so many items.
+    ``evaluate`` gives some candidates' values (k, m) on the first m items; ``ends`` is how many
+    items have been evaluated after each block; ``violation`` is a candidate's after so many items.
 
     Returns:
         Index of the survivor that leads.

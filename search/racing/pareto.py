@@ -20,9 +20,7 @@ from search.racing.race import Floats, Strata
 def posterior_front(posteriors: Mapping[str, JointPosterior], most: int) -> list[int]:
     """Find the front of posterior means.
 
-    Args:
-        posteriors: Of each task: the values of n candidates.
-        most: Candidates on it at most, those that span the largest hypervolume.
+    At most ``most`` of them: those that span the largest hypervolume.
 
     Returns:
         Indices of the candidates on the front.

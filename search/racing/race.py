@@ -34,12 +34,7 @@ class Estimate(NamedTuple):
 
 
 class Strata:
-    """The tasks of n items in the order they are evaluated.
-
-    Args:
-        tasks: n names.
-        weights: Of the tasks in the mean.
-    """
+    """The tasks of n items in the order they are evaluated."""
 
     def __init__(self, tasks: Sequence[str], weights: Mapping[str, float]) -> None:
         self.weights, self.size = weights, len(tasks)
@@ -96,9 +91,7 @@ def prob_ahead(strata: Strata, differences: Floats) -> float:
     1982, https://doi.org/10.1080/07474948208836014. It is a martingale, so that of the candidates
     stopped below a probability, over all looks, about that share at most would have ended ahead.
 
-    Args:
-        strata: Of all n items.
-        differences: (m), on the first m items.
+    ``differences`` (m) are those on the first m items.
     """
     from scipy.special import ndtr  # slow to import
 
@@ -120,11 +113,7 @@ class Race:
 
     Its state is a function of the scores it was given, in their order.
 
-    Args:
-        strata: Of all items.
-        stop_below: As STOP_BELOW.
-        panel: As PANEL.
-        front: Whether a candidate goes on that may end ahead of each of the best in some task.
+    With ``front``, a candidate goes on that may end ahead of each of the best in some task.
     """
 
     def __init__(
@@ -172,9 +161,7 @@ class Race:
         The estimate is the reference panel's mean on all items, plus the paired difference to it on
         the items seen. Its variance is that of the difference: all else is common to all.
 
-        Args:
-            values: (m), on the first m items; the first candidate's on all.
-            violation: Constraint violation; less is better, whatever the mean.
+        ``values`` (m) are on the first m items; the first candidate's are on all.
         """
         if len(values) == self.strata.size:
             mean = self.strata.estimate(values).value

@@ -34,11 +34,7 @@ class Block(NamedTuple):
 class Evaluator:
     """Hands blocks of items to workers and stores their results.
 
-    Args:
-        context: Which items are in a block.
-        store: Where finished blocks go.
-        workers: Build and evaluate recipes.
-        on_block: Called with the number of items of each block that was evaluated.
+    ``on_block`` is called with the number of items of each block that was evaluated.
     """
 
     def __init__(
@@ -78,10 +74,7 @@ class Evaluator:
     def stored(self, recipe: Recipe, split: Split, items: int | None = None) -> list[ItemResult]:
         """Read a recipe's results on the first items of a split, in scoring order.
 
-        Args:
-            recipe: The recipe.
-            split: The split.
-            items: How many of the first, rounded up to whole blocks; None: all.
+        ``items`` are how many of the first, rounded up to whole blocks; None: all.
 
         Raises:
             LookupError: Some of them are not evaluated yet.

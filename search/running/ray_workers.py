@@ -77,11 +77,7 @@ class RayWorkers(Workers):
     """Workers of one study on a Ray cluster, or on this machine's devices.
 
     Args:
-        spec: The study.
-        hardware: What each may use.
-        count: How many.
         gpus: For each, or a share of one; None: one each if there are any.
-        cluster: The machines they run on.
         say: Receives the plan of the first one's memory, line by line.
 
     Raises:

@@ -39,10 +39,6 @@ class Run:
     """One session of a run.
 
     Args:
-        folder: The run folder.
-        context: The study's space, items and models.
-        workers: Build and evaluate recipes.
-        listener: Called with every event.
         store: The run's database; None: the folder's own.
         opened: When the session began, by ``time.perf_counter``; None: now.
     """

@@ -89,11 +89,7 @@ def changed(
 ) -> list[int]:
     """Choose indices of n items whose score rose, then of those where it fell.
 
-    Args:
-        tasks: n task names.
-        before: n scores.
-        after: n scores.
-        count: At most so many of each; large changes first, in turn from each task.
+    At most ``count`` of each; large changes first, in turn from each task.
     """
     found = []
     for sign in (1, -1):

@@ -18,12 +18,7 @@ from search.study.spec import BelowBase, StudyError
 
 
 class Scores:
-    """Scores of recipes on the study's items, evaluated where they are not stored.
-
-    Args:
-        context: The study's items, tasks and limits.
-        evaluator: Evaluates what is missing.
-    """
+    """Scores of recipes on the study's items, evaluated where they are not stored."""
 
     def __init__(self, context: StudyContext, evaluator: Evaluator) -> None:
         self.context, self.evaluator = context, evaluator

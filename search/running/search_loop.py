@@ -38,10 +38,7 @@ def search(
 ) -> None:
     """Run trials until the study has all of them, or early stopping or the time ends it.
 
-    Args:
-        run: The session.
-        timeout: Seconds of the session after which no trial but the first is begun.
-        after_trial: Called after each finished trial.
+    ``timeout`` are seconds of the session after which no trial but the first is begun.
 
     Raises:
         StudyError: The base or a donor cannot be evaluated.
@@ -61,10 +58,7 @@ def search(
 class SearchLoop:
     """The trials in the race, one for each worker.
 
-    Args:
-        run: The session.
-        deadline: When to begin no further trial, by ``time.perf_counter``.
-        after_trial: Called after each finished trial.
+    After ``deadline``, by ``time.perf_counter``, no further trial is begun.
     """
 
     def __init__(

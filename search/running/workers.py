@@ -133,12 +133,6 @@ class Worker:
         On another machine, or in smaller batches, rounding may decide a few items otherwise. Where
         judging failed, now or then, there is nothing to compare: a time limit was in play.
 
-        Args:
-            recipe: To be saved.
-            evaluated: What it was evaluated on, and the results.
-            out: The folder to make.
-            card: The model card to be written into it.
-
         Raises:
             ObjectiveError: More than ``ROUNDED`` of the results differ: what would be saved is not
                 what was scored.

@@ -47,10 +47,7 @@ class Storage:
     def of(cls, folder: Path, url: str | None = None, *, new: bool = False) -> Self:
         """Address a run folder's study: the one it remembers, else the URL's, else a file in it.
 
-        Args:
-            folder: The run folder; it may not exist yet.
-            url: As Optuna's RDBStorage takes it.
-            new: Ignore what the folder remembers.
+        With ``new``, what the folder remembers is ignored.
 
         Raises:
             StudyError: The URL is not one, or not that of the run.

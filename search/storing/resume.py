@@ -79,10 +79,6 @@ def check_items(folder: Path, store: Store, objective: Objective, splits: Splits
 def stored_spec(folder: Path, url: str | None = None) -> StudySpec:
     """Read the study a run folder belongs to.
 
-    Args:
-        folder: The run folder.
-        url: Of its database, where that needs a password.
-
     Raises:
         StudyError: There is no run in it, or another version of this program made it.
     """

@@ -51,13 +51,7 @@ def freeze(objective: Objective, splits: Splits) -> list[FrozenItem]:
 def difference(
     stored: Sequence[FrozenItem], now: Sequence[FrozenItem], objective: Objective
 ) -> str | None:
-    """What would not be asked as it was, in words; None if nothing.
-
-    Args:
-        stored: The items of the run so far.
-        now: The same study's items as they would be asked now.
-        objective: What would ask them.
-    """
+    """What would not be asked as it was, in words; None if nothing."""
     if [_content(item) for item in stored] == [_content(item) for item in now]:
         return None
     numbers: dict[tuple[str, int | str], int] = {}

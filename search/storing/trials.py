@@ -9,15 +9,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
-from types import MappingProxyType
 from typing import Any, Final, Literal, Self
 
-from optuna.distributions import (
-    BaseDistribution,
-    CategoricalDistribution,
-    FloatDistribution,
-    IntDistribution,
-)
+from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution
 from optuna.samplers import BaseSampler
 from optuna.study import Study
 from optuna.trial import FrozenTrial, Trial, TrialState
@@ -28,15 +22,13 @@ State = Literal["waiting", "running", "complete", "fail"]
 
 DEFAULT_VARIANCE: Final = 0.001  # of a trial without one: 250 items, half of them right
 _CONSTRAINT: Final = "floors"  # the one constraint of a study: how far all limits are missed
-_STATES: Final[Mapping[TrialState, State]] = MappingProxyType(
-    {
-        TrialState.WAITING: "waiting",
-        TrialState.RUNNING: "running",
-        TrialState.COMPLETE: "complete",
-        TrialState.PRUNED: "fail",  # this program prunes no trial
-        TrialState.FAIL: "fail",
-    }
-)
+_STATES: Final[Mapping[TrialState, State]] = {
+    TrialState.WAITING: "waiting",
+    TrialState.RUNNING: "running",
+    TrialState.COMPLETE: "complete",
+    TrialState.PRUNED: "fail",  # this program prunes no trial
+    TrialState.FAIL: "fail",
+}
 
 
 @dataclass(frozen=True)
@@ -124,13 +116,12 @@ def candidates(complete: Iterable[TrialRecord]) -> list[Candidate]:
 class OpenTrial:
     """A running trial: it is told an estimate, or why it failed, once."""
 
-    def __init__(self, study: Study, trial: Trial, recipe: str = "") -> None:
+    def __init__(self, study: Study, trial: Trial) -> None:
         self._study, self._trial = study, trial
-        self.number, self.point, self.recipe = trial.number, trial.params, recipe
+        self.number, self.point = trial.number, trial.params
 
     def set_recipe(self, key: str) -> None:
         """Store the key of the recipe that the point stands for."""
-        self.recipe = key
         self._trial.set_user_attr("recipe", key)
 
     def fail(self, error: str) -> TrialRecord:
@@ -150,13 +141,8 @@ class OpenTrial:
     ) -> TrialRecord:
         """Finish the trial with its estimate.
 
-        Args:
-            estimate: Of the recipe's score on all search items.
-            tasks: Of each task's score.
-            items: Search items evaluated.
-            order: How many trials were finished before it.
-            violation: Constraint violation; None: the study has no constraints.
-            faults: What could not be judged.
+        ``order`` is how many trials were finished before it; ``violation`` is None where the study
+        has no constraints.
         """
         noted = {
             "faults": faults,
@@ -200,13 +186,7 @@ class TrialLog:
         start: str | None = None,
         expected_improvement: float | None = None,
     ) -> None:
-        """Add a waiting trial with this point, which a kill cannot lose any more.
-
-        Args:
-            point: Value of each parameter.
-            start: Label of a warm start.
-            expected_improvement: Of a proposal.
-        """
+        """Add a waiting trial with this point, which a kill cannot lose any more."""
         noted = {"start": start, "gain": expected_improvement}
         known = {name: value for name, value in noted.items() if value is not None}
         self._study.enqueue_trial(dict(point), user_attrs=known)
@@ -214,8 +194,7 @@ class TrialLog:
     def left_running(self, open_now: Sequence[int]) -> list[TrialRecord]:
         """Read the trials that an earlier session left running.
 
-        Args:
-            open_now: Numbers of those that this session runs.
+        ``open_now`` are the numbers of those that this session runs.
         """
         return [record for record in self.records("running") if record.number not in open_now]
 
@@ -228,10 +207,7 @@ class TrialLog:
     ) -> OpenTrial:
         """Take up a running trial, else open the first that waits, else a new one.
 
-        Args:
-            distributions: Of the parameters.
-            left: A trial that an earlier session left running.
-            sampler: Chooses parameters that the trial does not have yet; None: it has all.
+        ``sampler`` chooses parameters that the trial does not have yet; None: it has all.
         """
         if sampler is not None:
             self._study.sampler = sampler
@@ -259,8 +235,6 @@ def _suggest(trial: Trial, name: str, distribution: BaseDistribution) -> None:
     match distribution:
         case FloatDistribution(low=low, high=high, log=log):
             trial.suggest_float(name, low, high, log=log)
-        case IntDistribution(low=low, high=high):
-            trial.suggest_int(name, low, high)
         case CategoricalDistribution(choices=choices):
             trial.suggest_categorical(name, choices)
         case _:
