@@ -12,10 +12,11 @@ from collections.abc import Mapping, Sequence
 from typing import Final
 
 import numpy as np
+from optuna.samplers import BaseSampler, RandomSampler
 
 from search.proposing.encoding import Candidates, RecipeEncoding
 from search.proposing.gp import Observation, Posterior, TrainingData, fit_kernel, one_thread
-from search.proposing.proposal import Proposal, ProposalRequest, random_point
+from search.proposing.proposal import Proposal, ProposalRequest
 from search.racing.race import Estimate
 from search.storing.trials import TrialRecord
 
@@ -31,7 +32,7 @@ STEPS: Final = 10
 WIDTHS: Final = (0.3, 0.1, 0.03)
 
 
-def propose(request: ProposalRequest) -> Proposal:
+def propose(request: ProposalRequest) -> Proposal | BaseSampler:
     """Return the point of the highest acquisition, after the start-up; before, a random one."""
     complete = [trial for trial in request.trials if trial.state == "complete"]
     pending = [trial for trial in request.trials if trial.state == "running"]
@@ -39,7 +40,7 @@ def propose(request: ProposalRequest) -> Proposal:
     encoding = RecipeEncoding(space, space.shared_units(len(complete) - request.startup))
     if len(complete) < request.startup:
         if not encoding.shared:
-            return Proposal(random_point(space.distributions, request.trial_seed))
+            return RandomSampler(request.trial_seed)
         generator = np.random.default_rng(request.trial_seed)
         return Proposal(encoding.point(encoding.random(1, generator)))
     with one_thread():

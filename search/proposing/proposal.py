@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Final, NamedTuple
-
-import numpy as np
-from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution
 
 from search.proposing.space import Space
 from search.storing.trials import TrialRecord
@@ -49,19 +46,3 @@ class ProposalRequest:
     def after_starts(self) -> int:
         """How many trials there were after the warm starts."""
         return max(0, self.number - self.starts)
-
-
-def random_point(distributions: Mapping[str, BaseDistribution], seed: int) -> dict[str, Any]:
-    """Draw a uniform point, the same as Optuna's ``RandomSampler`` of this seed."""
-    generator = np.random.RandomState(seed)
-    point: dict[str, Any] = {}
-    for name, of in distributions.items():
-        if isinstance(of, CategoricalDistribution):
-            one_hot = generator.uniform(size=len(of.choices)) if len(of.choices) > 1 else [1.0]
-            point[name] = of.choices[int(np.argmax(one_hot))]
-        elif isinstance(of, FloatDistribution):
-            drawn = float(generator.uniform(of.low, of.high))
-            point[name] = min(drawn, float(np.nextafter(of.high, of.high - 1)))
-        else:
-            raise TypeError(f"{name}: no uniform draw from {of!r}")
-    return point

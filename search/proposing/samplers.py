@@ -15,12 +15,12 @@ from importlib import import_module
 
 import optuna
 from optuna.distributions import BaseDistribution, FloatDistribution
-from optuna.samplers import BaseSampler, CmaEsSampler, NSGAIISampler, TPESampler
+from optuna.samplers import BaseSampler, CmaEsSampler, NSGAIISampler, RandomSampler, TPESampler
 from optuna.study import Study
 from optuna.trial import FrozenTrial
 from typing_extensions import override
 
-from search.proposing.proposal import Proposal, ProposalRequest, random_point
+from search.proposing.proposal import Proposal, ProposalRequest
 from search.proposing.space import Space
 from search.proposing.starts import warm_starts
 from search.storing.trials import OpenTrial, TrialLog
@@ -90,9 +90,9 @@ def load_sampler(name: str) -> Source:
     return lambda request: made(seed=request.trial_seed)
 
 
-def random(request: ProposalRequest) -> Proposal:
-    """Propose a uniform point."""
-    return Proposal(random_point(request.space.distributions, request.trial_seed))
+def random(request: ProposalRequest) -> BaseSampler:
+    """Return Optuna's sampler of uniform points."""
+    return RandomSampler(request.trial_seed)
 
 
 def grid(request: ProposalRequest) -> Proposal:

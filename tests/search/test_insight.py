@@ -1,10 +1,10 @@
 """The surrogate's posterior: which method is best, and which parameters matter."""
 
 import numpy as np
+import optuna
 import pytest
 
 from search.proposing.insight import PosteriorView, method_chances, sensitivity
-from search.proposing.proposal import random_point
 from search.proposing.space import Space
 from search.racing.race import Estimate
 from search.storing.trials import TrialRecord
@@ -16,8 +16,9 @@ SPACE = Space("base", ("a", "b"), ("task_arithmetic", "ties"), (0.0, 1.0), {"den
 def view():
     """After trials of which the scale alone decides, and ties are worse."""
     generator, trials = np.random.default_rng(0), []
+    study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
     for number in range(60):
-        point = random_point(SPACE.distributions, seed=number)
+        point = study.ask(SPACE.distributions).params
         worse = 0.2 * (point["method"] == "ties")
         value = 0.9 - (point["scale"] - 0.5) ** 2 - worse + 0.01 * generator.standard_normal()
         estimate = Estimate(float(value), 1e-4)

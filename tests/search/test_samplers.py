@@ -4,7 +4,7 @@ import numpy as np
 import optuna
 import pytest
 
-from search.proposing.proposal import RANDOM_STARTUP, random_point
+from search.proposing.proposal import RANDOM_STARTUP
 from search.proposing.samplers import Proposer, load_sampler
 from search.proposing.space import Space
 from search.proposing.starts import warm_starts
@@ -85,13 +85,6 @@ def test_grid_is_an_even_curve_of_each_method():
         scales = sorted(point["scale"] for point in points if point["method"] == method)
         assert scales == pytest.approx(np.linspace(0, 1, 9))
     assert {(w[0] - w[1]) for [w] in SPACE.weights(points).tolist()} == {0.0}
-
-
-@pytest.mark.parametrize("seed", range(20))
-def test_random_points_are_those_of_optunas_sampler(seed):
-    study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=seed))
-    trial = study.ask(SPACE.distributions)
-    assert random_point(SPACE.distributions, seed) == trial.params
 
 
 @pytest.mark.parametrize(
