@@ -17,5 +17,6 @@ def test_result_has_verdict_floors_and_front(simulated_folder):
     assert result.verdict_text in text
     assert result.floors_text in text
     assert "the Pareto front over the tasks" in text
+    assert "report.html, checkpoint/" in text
     numbers = {int(line[0]) for line in lines if line and line[0].isdigit()}
     assert {one.trial for one in result.front} <= numbers

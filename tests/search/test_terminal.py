@@ -65,3 +65,19 @@ def test_terminal_has_a_live_view_that_goes_away(tmp_path, monkeypatch):
     after = written[written.rindex("\x1b[?25h") :]  # the cursor is shown again
     assert "of at most" not in after
     assert "on the test items" in after
+
+
+def test_pipe_has_a_line_for_every_trial_and_no_escape_sequence(tmp_path):
+    counts = {"search": 40, "select": 20, "test": 20}
+    context = simulated_context(planted(0), 0, counts, search={"trials": 4})
+    with io.StringIO() as file:
+        terminal = Terminal(Console(file=file))
+        finish(simulated_run(tmp_path / "run", context, listener=terminal), math.inf)
+        text = file.getvalue()
+    assert [number for number in range(4) if f"{number + 1}/4  trial {number}" in text] == [
+        0,
+        1,
+        2,
+        3,
+    ]
+    assert "\x1b" not in text
