@@ -25,21 +25,13 @@ from search.options import (
 
 
 class Command(NamedTuple):
-    """A command of mergesearch.
+    """A command of mergesearch."""
 
-    Attributes:
-        module: Of its function, in ``search.commands``.
-        options: Type of its options.
-        summary: What it does.
-        usage: Its arguments in short.
-        example: Arguments that work.
-    """
-
-    module: str
-    options: type[Options]
-    summary: str
-    usage: str
-    example: str
+    module: str  # of its function, in `search.commands`
+    options: type[Options]  # type of its options
+    summary: str  # what it does
+    usage: str  # its arguments in short
+    example: str  # arguments that work
 
 
 COMMANDS: Final[Mapping[str, Command]] = MappingProxyType(

@@ -45,9 +45,7 @@ def errors_name(file: Path) -> Iterator[None]:
 def choose_device(device: str | None, *, elsewhere: bool = False) -> str:
     """Return the device that is named, else the first GPU if there is one, else the CPU.
 
-    Args:
-        device: Of torch's names, or "auto" for all GPUs; None: not named.
-        elsewhere: It may be on other machines, so that it need not be here.
+    With ``elsewhere`` it may be on other machines, so that it need not be here.
 
     Raises:
         StudyError: It is not here.
@@ -66,23 +64,14 @@ def choose_device(device: str | None, *, elsewhere: bool = False) -> str:
 
 @dataclass(frozen=True)
 class Session:
-    """One process's work on a run.
+    """One process's work on a run."""
 
-    Attributes:
-        spec: The study.
-        folder: The run folder.
-        options: Database, hardware and workers.
-        listener: Receives every event.
-        source: File or folder that errors about the study name.
-        searches: Recipes are searched: the cost is announced.
-    """
-
-    spec: StudySpec
-    folder: Path
-    options: SessionOptions
-    listener: Listener
-    source: Path
-    searches: bool = False
+    spec: StudySpec  # the study
+    folder: Path  # the run folder
+    options: SessionOptions  # database, hardware and workers
+    listener: Listener  # receives every event
+    source: Path  # file or folder that errors about the study name
+    searches: bool = False  # recipes are searched: the cost is announced
 
     def hold(self, work: Callable[[Run], None]) -> None:
         """Check everything, then do ``work`` with the run while its folder is locked.

@@ -95,12 +95,7 @@ def _interruptible(run: Run) -> Iterator[None]:
 
 
 def finish(run: Run, timeout: float) -> None:
-    """Search, select, test, export and report; each step resumes what an earlier session has done.
-
-    Args:
-        run: The run.
-        timeout: Of the search, in seconds.
-    """
+    """Search, select, test, export and report; each step resumes what an earlier session did."""
     shows = _throttled(_announce_best, BEST_EVERY), _throttled(draw_report, REPORT_EVERY)
     search(run, timeout, shows)
     result, recipe = conclude(run)

@@ -183,9 +183,7 @@ class Builder:
     def build(self, recipe: Recipe, *, force: bool = False) -> None:
         """Write a recipe's weights into the model, in place, unless it has them already.
 
-        Args:
-            recipe: What to build.
-            force: Build it even if it was built last.
+        With ``force``, also if it was built last.
 
         Raises:
             MergeError: The recipe cannot be built; the live model then has no recipe's weights.

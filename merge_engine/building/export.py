@@ -38,21 +38,14 @@ _DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 @dataclass(frozen=True)
 class CheckpointFiles:
-    """The files of a checkpoint besides the weights.
+    """The files of a checkpoint besides the weights."""
 
-    Args:
-        reference: The model whose config, generation config and tokenizer files are copied.
-        recipe: Stored as ``mergekit_config.yml``.
-        config: Used instead of the reference's.
-        generation_config: Used instead of the reference's.
-        tokenizer: Used instead of the reference's.
-    """
-
+    # The model whose config, generation config and tokenizer files are copied.
     reference: Checkpoint
-    recipe: Recipe
-    config: Mapping[str, Any] | None = None
-    generation_config: Mapping[str, Any] | None = None
-    tokenizer: Any = None
+    recipe: Recipe  # stored as `mergekit_config.yml`
+    config: Mapping[str, Any] | None = None  # used instead of the reference's
+    generation_config: Mapping[str, Any] | None = None  # used instead of the reference's
+    tokenizer: Any = None  # used instead of the reference's
 
 
 def write_checkpoint(

@@ -21,11 +21,7 @@ from merge_engine.recipe.recipe import Recipe
 def merge_pack(out: Tensor, recipe: Recipe, pack: TensorPack, models: ModelSet) -> None:
     """Merge tensors that all models of a recipe have, and round once, on writing.
 
-    Args:
-        out: The packed result, or of a pack of one tensor that tensor: contiguous, a float dtype.
-        recipe: In the ``models`` form.
-        pack: The tensors.
-        models: The models.
+    ``out`` is the packed result: contiguous, of a float dtype.
 
     Raises:
         MergeError: The parameters do not work for a tensor; the message names it.

@@ -18,21 +18,13 @@ from merge_engine.recipe.recipe import Recipe
 
 @dataclass(frozen=True)
 class PackMerge:
-    """A recipe, the tensors that one pass merges, and the models they are read from.
+    """A recipe, the tensors that one pass merges, and the models they are read from."""
 
-    Args:
-        recipe: In the ``models`` form.
-        pack: The k tensors.
-        models: The models.
-        device: Where the result is written.
-        values: The method's parameters for each tensor.
-    """
-
-    recipe: Recipe
-    pack: TensorPack
-    models: ModelSet
-    device: torch.device
-    values: Sequence[Values]
+    recipe: Recipe  # in the `models` form
+    pack: TensorPack  # the k tensors
+    models: ModelSet  # the models
+    device: torch.device  # where the result is written
+    values: Sequence[Values]  # the method's parameters for each tensor
 
     def read(self, model: str) -> Tensor:
         """Return a model's tensors, packed, on the device."""

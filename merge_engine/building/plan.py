@@ -37,30 +37,20 @@ _LAYER_COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 
 @dataclass(frozen=True)
 class Part:
-    """A run of layers of the result.
+    """A run of layers of the result."""
 
-    Args:
-        recipe: In the ``models`` form.
-        model_set: Its models, with the run's tensors under the names they have in the result.
-    """
-
-    recipe: Recipe
+    recipe: Recipe  # in the `models` form
+    # Its models, with the run's tensors under the names they have in the result.
     model_set: ModelSet
 
 
 @dataclass(frozen=True)
 class Plan:
-    """A merge that is checked and ready to be built.
+    """A merge that is checked and ready to be built."""
 
-    Args:
-        recipe: As the user wrote it.
-        parts: Runs of layers, in order.
-        files: What the result gets besides weights.
-    """
-
-    recipe: Recipe
-    parts: tuple[Part, ...]
-    files: CheckpointFiles
+    recipe: Recipe  # as the user wrote it
+    parts: tuple[Part, ...]  # runs of layers, in order
+    files: CheckpointFiles  # what the result gets besides weights
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -118,11 +108,6 @@ def plan_parts(
 ) -> tuple[Part, ...]:
     """Return the parts of a recipe with their models' tensors aligned.
 
-    Args:
-        recipe: The recipe.
-        checkpoints: Its models.
-        rows: The result's vocabulary; None: that of the models.
-
     Raises:
         MergeError: The models' tensors do not fit one another, or layers do not exist.
     """
@@ -157,11 +142,7 @@ def _layout(
 ) -> Layout:
     """Return the result's tensors of a run of layers.
 
-    Args:
-        checkpoints: The models.
-        layers: Which layers of each.
-        start: Number of the first one in the result.
-        ends: Whether the run is the first, and whether it is the last.
+    ``start`` is the first layer's number in the result, ``ends`` whether the run is first, last.
     """
     wanted: dict[str, dict[str, str]] = {}
     depths: dict[str, float] = {}

@@ -86,20 +86,14 @@ class Parameters:
 
 @dataclass(frozen=True)
 class KernelValues:
-    """A kernel's numbers for one tensor, by argument name.
+    """A kernel's numbers for one tensor, by argument name."""
 
-    Args:
-        scalars: One number for the tensor.
-        per_donor: n numbers, one for each donor.
-        has_ties: Some of several elements of equal magnitude are to be kept, so the kernel needs
-            noise even if its method is not random.
-        rescales: ``factor`` is still to be multiplied by what restores each task vector's L1 norm
-            under the mask.
-    """
-
-    scalars: Mapping[str, float]
-    per_donor: Mapping[str, tuple[float, ...]]
+    scalars: Mapping[str, float]  # one number for the tensor
+    per_donor: Mapping[str, tuple[float, ...]]  # n numbers, one for each donor
+    # Some of several elements of equal magnitude are to be kept, so the kernel needs noise even if
+    # its method is not random.
     has_ties: bool = False
+    # `factor` is still to be multiplied by what restores each task vector's L1 norm under the mask.
     rescales: bool = False
 
 
@@ -152,20 +146,16 @@ class Method:
 
 @dataclass(frozen=True, kw_only=True)
 class Linear(Method):
-    """A method whose result is a weighted sum of its inputs.
+    """A method whose result is a weighted sum of its inputs."""
 
-    Args:
-        coefficients: ``coefficients(gram, **values)`` returns the coefficient of each task vector
-            if there is an origin, else of each tensor: (n,), or (rows, n).
-        gram: Whether the coefficients depend on the inputs' inner products.
-        layout: Names of the parameters of ``dim``, which ``coefficients`` does not take.
-        dim: ``dim(**layout)`` returns the dimension along which inner products run, so that each
-            row has its own coefficients; None: they run over the whole tensor.
-    """
-
+    # `coefficients(gram, **values)` returns the coefficient of each task vector if there is an
+    # origin, else of each tensor: (n,), or (rows, n).
     coefficients: Callable[..., Tensor]
-    gram: bool = False
+    gram: bool = False  # whether the coefficients depend on the inputs' inner products
+    # Names of the parameters of `dim`, which `coefficients` does not take.
     layout: tuple[str, ...] = ()
+    # `dim(**layout)` returns the dimension along which inner products run, so that each row has its
+    # own coefficients; None: they run over the whole tensor.
     dim: Callable[..., int | None] = lambda: None
 
 
@@ -174,21 +164,17 @@ class Elementwise(Method):
     """A method whose result at an element depends on the inputs there, given their statistics.
 
     Its base is an ORIGIN, and by default it takes any number of donors.
-
-    Args:
-        kernel: ``kernel(base, donors, **values)`` returns the merged tensor in float32, for any
-            part of the flattened tensors.
-        prepare: Computes the kernel's values from the parameters; None: they are the same.
-        combine: Adds the values of the sum, if ``prepare`` leaves them out.
-        random: The kernel takes ``noise``: uniform numbers of each donor's shape.
-        elementwise_stat: Name of a statistic of donor and base with a number for every element,
-            which the kernel takes for each donor: ``rank_share`` or ``salience_mask``.
     """
 
     base: Base = Base.ORIGIN
     donors: tuple[int, int | None] = (0, None)
+    # `kernel(base, donors, **values)` returns the merged tensor in float32, for any part of the
+    # flattened tensors.
     kernel: Callable[..., Tensor]
+    # Computes the kernel's values from the parameters; None: they are the same.
     prepare: Prepare | None = None
-    combine: Combine | None = None
-    random: bool = False
+    combine: Combine | None = None  # adds the values of the sum, if `prepare` leaves them out
+    random: bool = False  # the kernel takes `noise`: uniform numbers of each donor's shape
+    # Name of a statistic of donor and base with a number for every element, which the kernel takes
+    # for each donor: `rank_share` or `salience_mask`.
     elementwise_stat: str | None = None

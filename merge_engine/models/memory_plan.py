@@ -56,13 +56,7 @@ def plan_memory(
 ) -> MemoryPlan:
     """Plan from the memory that is free now.
 
-    Args:
-        tensors: Shapes and dtypes of one model's tensors.
-        members: Number of models.
-        dtype: Of the live model.
-        device: Where the live model is to be; "auto": on all GPUs together.
-        limit: Bytes to use at most; None: all that is free.
-        sharers: Number of processes that share the host.
+    ``sharers`` processes share the host; ``limit`` is in bytes, None: all that is free.
 
     Raises:
         MergeError: The live model and merging its largest tensor do not fit.

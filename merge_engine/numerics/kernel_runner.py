@@ -73,12 +73,7 @@ class KernelRunner:
     ) -> None:
         """Write ``kernel(base, donors, **values)`` into ``out``, rounded to its dtype.
 
-        Args:
-            out: Contiguous, any shape.
-            kernel: Works on any rows of the tensors.
-            inputs: The base, if the kernel has one, and the donors, of ``out``'s shape.
-            values: The kernel's other arguments, as the class describes them.
-            noise: Defines the noise, if the kernel takes noise.
+        ``noise`` defines the noise, if the kernel takes noise.
         """
         self._run(kernel, _Rows.flatten(inputs, values, noise, out))
 

@@ -56,20 +56,14 @@ class Magnitudes:
     Rank 0 is the smallest. With all ranks kept, up to TABLE + 1 elements, every answer is exact.
     Otherwise a rank is rounded to the nearest one kept, which is off by at most
     1 / (2 * TABLE) = 7.6e-6 of the elements, and half an element.
-
-    Args:
-        ranks: Ascending ranks, the first 0 and the last that of the largest element, (m,) int64.
-        values: The magnitudes at these ranks, (m,) float32.
-        lower: Of all elements of that magnitude, the share of lower rank, (m,) float32.
-        masses: Sum of all magnitudes of lower rank, (m,) float64.
-        total: Sum of all magnitudes.
     """
 
+    # Ascending ranks, the first 0 and the last that of the largest element, (m,) int64.
     ranks: Tensor
-    values: Tensor
-    lower: Tensor
-    masses: Tensor
-    total: float
+    values: Tensor  # the magnitudes at these ranks, (m,) float32
+    lower: Tensor  # of all elements of that magnitude, the share of lower rank, (m,) float32
+    masses: Tensor  # sum of all magnitudes of lower rank, (m,) float64
+    total: float  # sum of all magnitudes
 
     @classmethod
     def of(cls, delta: Tensor) -> Magnitudes:
@@ -155,16 +149,12 @@ class Variances:
     Exact up to TABLE + 1 elements. Else the share that is kept is off by at most 7.6e-6, and a
     sum of squared changes by at most those whose variance is within 2**-8 of the lowest kept one:
     they are taken to be spread evenly over their elements.
-
-    Args:
-        order: The variances, as magnitudes.
-        positive: Number of variances above zero.
-        changes: For each donor and each of the order's m ranks the sum of squared changes over the
-            elements of no lower variance, (n, m) float64.
     """
 
-    order: Magnitudes
-    positive: int
+    order: Magnitudes  # the variances, as magnitudes
+    positive: int  # number of variances above zero
+    # For each donor and each of the order's m ranks the sum of squared changes over the elements of
+    # no lower variance, (n, m) float64.
     changes: Tensor
 
     @classmethod

@@ -115,34 +115,26 @@ class Recipe(FrozenModel):
 
     Exactly one of ``models``, ``slices`` and ``modules`` is given. ``parts`` is their common form;
     a recipe in the ``models`` form has one part, itself.
-
-    Args:
-        merge_method: A key of METHODS.
-        base_model: Folder or hub id, if the method has a base. The result gets its config.
-        models: The merged models in order; the base may be among them.
-        slices: The layers of the result, stacked from first to last.
-        modules: A module's models or slices, by name.
-        parameters: Settings for all models and tensors; a model's own settings take precedence.
-        dtype: The dtype mergekit computes in; this engine always computes in float32.
-        out_dtype: Dtype of the written tensors; default ``dtype``, then that of the donors.
-        tokenizer_source: Short for ``tokenizer`` with only this source.
-        tokenizer: Vocabulary of the result; by default the base's, which all models then share.
-        chat_template: ``auto`` (the most frequent one), ``chatml``, or the text of a template.
-        seed: Seed of the masks of random methods. mergekit ignores it.
     """
 
-    merge_method: str
+    merge_method: str  # a key of METHODS
+    # Folder or hub id, if the method has a base. The result gets its config.
     base_model: ModelName | None = None
-    models: tuple[Source, ...] = ()
-    slices: tuple[Slice, ...] = ()
-    modules: dict[str, Module] = Field(default={})
+    models: tuple[Source, ...] = ()  # the merged models in order; the base may be among them
+    slices: tuple[Slice, ...] = ()  # the layers of the result, stacked from first to last
+    modules: dict[str, Module] = Field(default={})  # a module's models or slices, by name
+    # Settings for all models and tensors; a model's own settings take precedence.
     parameters: Settings = Field(default={})
+    # The dtype mergekit computes in; this engine always computes in float32.
     dtype: DtypeName | None = None
+    # Dtype of the written tensors; default `dtype`, then that of the donors.
     out_dtype: DtypeName | None = None
-    tokenizer_source: ModelName | None = None
+    tokenizer_source: ModelName | None = None  # short for `tokenizer` with only this source
+    # Vocabulary of the result; by default the base's, which all models then share.
     tokenizer: Tokenizer | None = None
+    # `auto` (the most frequent one), `chatml`, or the text of a template.
     chat_template: str | None = None
-    seed: int = 0
+    seed: int = 0  # seed of the masks of random methods. mergekit ignores it
 
     @property
     def vocabulary(self) -> Tokenizer | None:

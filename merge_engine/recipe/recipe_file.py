@@ -77,9 +77,7 @@ def _rename_models(part: Any, rename: Callable[[str], str]) -> Any:
 def parse_recipe(mapping: Mapping[str, Any], where: str) -> tuple[Recipe, list[str]]:
     """Check a recipe's mapping, as YAML gives it.
 
-    Args:
-        mapping: The recipe.
-        where: Where it is from, for messages.
+    ``where`` is where the mapping is from, for messages.
 
     Returns:
         The recipe, and notes for the user on what is read differently from mergekit.

@@ -39,23 +39,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class StudyPlan:
-    """All of a study that is known without weights and without transformers.
+    """All of a study that is known without weights and without transformers."""
 
-    Attributes:
-        spec: The study.
-        model_set: The base and the donors: their headers, aligned.
-        dtype: Name of the live model's dtype.
-        tasks: Tasks and items.
-        space: The recipes that are searched.
-        starts: Number of warm starts.
-    """
-
-    spec: StudySpec
-    model_set: ModelSet
-    dtype: str
-    tasks: TaskPlan
-    space: Space
-    starts: int
+    spec: StudySpec  # the study
+    model_set: ModelSet  # the base and the donors: their headers, aligned
+    dtype: str  # name of the live model's dtype
+    tasks: TaskPlan  # tasks and items
+    space: Space  # the recipes that are searched
+    starts: int  # number of warm starts
 
     @property
     def kernels(self) -> str:
@@ -84,21 +75,13 @@ class StudyPlan:
 
 @dataclass(frozen=True)
 class StudyContext:
-    """Everything of a study that is made once and needs no live model.
+    """Everything of a study that is made once and needs no live model."""
 
-    Attributes:
-        spec: The study.
-        objective: The items, and how they are scored.
-        splits: Item numbers of each split.
-        space: The recipes that are searched.
-        models: Content hash of each model's weights, by its name.
-    """
-
-    spec: StudySpec
-    objective: Objective
-    splits: Splits
-    space: Space
-    models: Mapping[str, str]
+    spec: StudySpec  # the study
+    objective: Objective  # the items, and how they are scored
+    splits: Splits  # item numbers of each split
+    space: Space  # the recipes that are searched
+    models: Mapping[str, str]  # content hash of each model's weights, by its name
 
     @property
     def weights(self) -> dict[str, float]:
@@ -116,21 +99,13 @@ class StudyContext:
 
 @dataclass(frozen=True)
 class LiveContext(StudyContext):
-    """A study's objects with a live model, so that candidates can be evaluated.
+    """A study's objects with a live model, so that candidates can be evaluated."""
 
-    Attributes:
-        builder: Writes recipes into the live model.
-    """
-
-    builder: Builder
+    builder: Builder  # writes recipes into the live model
 
 
 def plan_study(spec: StudySpec, *, compiled: bool = True) -> StudyPlan:
     """Check everything that headers and tasks can tell, without weights and without a device.
-
-    Args:
-        spec: The study.
-        compiled: Merge kernels may be compiled, where that pays.
 
     Raises:
         MergeError, ObjectiveError, StudyError: A model, task or warm start cannot be used.
@@ -156,10 +131,7 @@ def load(
 ) -> LiveContext:
     """Place the donors, load the one live model and prepare the prompts for it.
 
-    Args:
-        plan: The study's.
-        hardware: What may be used.
-        say: Receives the memory plan and how merges are run, before anything is loaded.
+    ``say`` receives the memory plan and how merges are run, before anything is loaded.
 
     Raises:
         MergeError, ObjectiveError, StudyError: The model does not fit, or it, its tokenizer or a

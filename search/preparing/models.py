@@ -29,19 +29,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Hardware:
-    """The device and memory that one worker may use.
+    """The device and memory that one worker may use."""
 
-    Attributes:
-        device: Of the live model; "auto": spread over all GPUs.
-        memory: Limit in bytes; None: what is free.
-        compiled: Kernels may be compiled, where that pays.
-        sharers: Number of workers that share the host's memory.
-    """
-
-    device: str
-    memory: int | None = None
-    compiled: bool = True
-    sharers: int = 1
+    device: str  # of the live model; "auto": spread over all GPUs
+    memory: int | None = None  # limit in bytes; None: what is free
+    compiled: bool = True  # kernels may be compiled, where that pays
+    sharers: int = 1  # number of workers that share the host's memory
 
     @property
     def builds_on(self) -> torch.device:

@@ -25,17 +25,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class TaskPlan:
-    """What is known of a study's tasks before there is a model.
+    """What is known of a study's tasks before there is a model."""
 
-    Attributes:
-        loaded: lm-eval's tasks and the texts, with their items; own objectives come with a model.
-        items: All items of ``loaded``.
-        splits: None where own objectives have items besides.
-    """
-
+    # lm-eval's tasks and the texts, with their items; own objectives come with a model.
     loaded: tuple[LoadedTask, ...]
-    items: tuple[Item, ...]
-    splits: Splits | None
+    items: tuple[Item, ...]  # all items of `loaded`
+    splits: Splits | None  # none where own objectives have items besides
 
 
 def plan_tasks(spec: StudySpec) -> TaskPlan:

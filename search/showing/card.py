@@ -32,12 +32,7 @@ def model_card(
 ) -> str:
     """Write the card of a checkpoint.
 
-    Args:
-        name: Of the model.
-        spec: The study.
-        recipe: The recipe of the checkpoint.
-        result: The run's result; None: it has none so far.
-        other: The recipe's trial, where it is not the winner.
+    ``other`` is the recipe's trial, where it is not the winner.
     """
     models = recipe.models_read
     test = other.test if other else result.winner.test if result else None

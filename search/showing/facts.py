@@ -23,32 +23,14 @@ _PARTS: Final = {  # of a run's time, by their names in result.json
 
 
 class RunFacts:
-    """A run as its database has it.
-
-    Args:
-        store: The run's database.
-        result: The run's result; None: there is none so far.
-
-    Attributes:
-        spec: The study.
-        trials: Finished trials, in the order they were finished.
-        complete: Those that have an estimate.
-        failed: Those that have failed.
-        names: Short name of the base, of each donor and of the uniform average.
-        weights: Of the tasks in the mean.
-        baselines: Key of the recipe of the base, of each donor and of the uniform average.
-        items: Items of each split, in scoring order.
-        space: The search space.
-        split_evaluations: Item evaluations of each split.
-        evaluations: Item evaluations up to and with each trial, by its number.
-    """
+    """A run as its database has it; ``result`` is None while there is none."""
 
     def __init__(self, store: Store, result: Result | None) -> None:
         self.store, self.result = store, result
         log = TrialLog(store.study())
         header = log.header()
         self.spec = StudySpec.model_validate(header["spec"])
-        self.trials = sorted(
+        self.trials = sorted(  # in the order they were finished
             log.finished(), key=lambda trial: (trial.completed or datetime.min, trial.number)
         )
         self.complete = [trial for trial in self.trials if trial.state == "complete"]
@@ -65,7 +47,7 @@ class RunFacts:
         self.space = Space.from_spec(self.spec.model_copy(update={"search": search}), (), "float32")
         self.split_evaluations, self._scoring_seconds = store.evaluations()
         self._seconds: Mapping[str, float] = header.get("seconds", {})
-        self.evaluations = _cumulative_evaluations(self.trials)
+        self.evaluations = _cumulative_evaluations(self.trials)  # by trial number
 
     @property
     def last_finished(self) -> datetime | None:

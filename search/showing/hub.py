@@ -18,12 +18,6 @@ TEMPORARY: Final = (408, 429)  # HTTP statuses of requests that may succeed late
 def push(checkpoint: Path, recipe: Path, repo: str, *, private: bool) -> str:
     """Upload a checkpoint with its card, and the recipe, in one commit; return the address.
 
-    Args:
-        checkpoint: Folder of the checkpoint.
-        recipe: The recipe's file.
-        repo: Id of the repository, which is created where it does not exist.
-        private: Create it as a private one.
-
     Raises:
         StudyError: The id is invalid, there is no token, or the Hub refuses.
         Interrupted: The Hub cannot be reached, or fails.

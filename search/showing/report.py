@@ -49,10 +49,7 @@ LEAST_TRIALS: Final = 3  # complete, for the Gaussian process
 def make_report(run: Path, store: Store, *, held: bool | None = None) -> str:
     """Render the page of a run, with its result if it has one so far.
 
-    Args:
-        run: The run folder.
-        store: The run's database.
-        held: Whether another process holds the folder; None: this one does.
+    ``held``: whether another process holds the folder; None: this one does.
 
     Raises:
         StudyError: Another version of this program wrote the result.

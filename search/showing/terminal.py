@@ -32,11 +32,7 @@ LATEST_TRIALS: Final = 20  # whose pace that estimate follows
 
 
 class Terminal:
-    """Listener that writes to a terminal or a pipe.
-
-    Args:
-        console: Where to.
-    """
+    """Listener that writes to a terminal or a pipe."""
 
     def __init__(self, console: Console) -> None:
         self.console = console

@@ -42,10 +42,7 @@ def load_study(path: Path) -> StudySpec:
 def parse_study(mapping: Mapping[str, Any], folder: Path, where: str) -> StudySpec:
     """Check a study given as a mapping; ``load_study`` without the file.
 
-    Args:
-        mapping: The YAML's content.
-        folder: Relative paths count from it.
-        where: Begins every error message.
+    Relative paths count from ``folder``; ``where`` begins every error message.
 
     Raises:
         StudyError, MergeError: What is wrong, where, and what to do.

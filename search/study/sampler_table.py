@@ -10,19 +10,14 @@ from typing import Final
 
 @dataclass(frozen=True)
 class SamplerEntry:
-    """What a study has to know of a sampler before it is imported.
+    """What a study has to know of a sampler before it is imported."""
 
-    Attributes:
-        source: ``module:attribute`` of a function of a ``ProposalRequest``, or of a sampler class
-            of Optuna's interface.
-        many_objectives: Works with ``search.front``: it does not follow the mean alone.
-        constraints: Prefers feasible recipes where the objective has constraints.
-        needs: A package beyond mergesearch's own; the extra of that name installs it.
-    """
-
+    # `module:attribute` of a function of a `ProposalRequest`, or of a sampler class of Optuna's
+    # interface.
     source: str
-    many_objectives: bool = False
-    constraints: bool = True
+    many_objectives: bool = False  # works with `search.front`: it does not follow the mean alone
+    constraints: bool = True  # prefers feasible recipes where the objective has constraints
+    # A package beyond mergesearch's own; the extra of that name installs it.
     needs: str | None = None
 
 

@@ -58,31 +58,22 @@ class ItemCounts(FrozenModel):
 
 
 class ObjectiveSpec(FrozenModel):
-    """What is evaluated, and how.
+    """What is evaluated, and how."""
 
-    Attributes:
-        tasks: Their weighted mean is maximised.
-        include_path: Folders of task files, besides lm-eval's own tasks.
-        items: Number of items of each split.
-        constraints: The least mean of a task, by its name.
-        max_mean_tokens: The most tokens a model may write for an item, in the mean.
-        apply_chat_template: Prompt through the base model's chat template, in every task.
-        system_instruction: The same for every task and every candidate.
-        unsafe_code: Allow tasks that run code written by a model, unprotected, on this machine.
-        batch_size: Of the forward passes.
-        block: Items that are evaluated between two decisions of a race.
-    """
-
-    tasks: tuple[Entry, ...] = Field(min_length=1)
-    include_path: tuple[Path, ...] = ()
-    items: ItemCounts = ItemCounts()
+    tasks: tuple[Entry, ...] = Field(min_length=1)  # their weighted mean is maximised
+    include_path: tuple[Path, ...] = ()  # folders of task files, besides lm-eval's own tasks
+    items: ItemCounts = ItemCounts()  # number of items of each split
+    # The least mean of a task, by its name.
     constraints: dict[str, Floor] = Field(default_factory=dict)
+    # The most tokens a model may write for an item, in the mean.
     max_mean_tokens: PositiveFloat | None = None
+    # Prompt through the base model's chat template, in every task.
     apply_chat_template: bool = False
-    system_instruction: str | None = None
+    system_instruction: str | None = None  # the same for every task and every candidate
+    # Allow tasks that run code written by a model, unprotected, on this machine.
     unsafe_code: bool = False
-    batch_size: PositiveInt = 64
-    block: PositiveInt = 20
+    batch_size: PositiveInt = 64  # of the forward passes
+    block: PositiveInt = 20  # items that are evaluated between two decisions of a race
 
     @property
     def has_constraints(self) -> bool:
@@ -101,55 +92,36 @@ class ModelDifference(FrozenModel):
 
 
 class SearchSpec(FrozenModel):
-    """What is searched, and how.
+    """What is searched, and how."""
 
-    Attributes:
-        methods: Merge methods to choose among.
-        scale: The donors' mean weight.
-        ranges: Of the methods' other parameters, by name.
-        layer_groups: Groups of consecutive layers that have weights of their own.
-        split: Parts of tensor names; tensors whose name has one get weights of their own.
-        trials: Recipes to evaluate at most.
-        finalists: Recipes compared on the select split.
-        sampler: A key of ``SAMPLERS``, or ``package.module:Class``.
-        start: Recipes, or folders of runs that found them, to be evaluated first.
-        front: Look for the Pareto front of the tasks, besides the best mean.
-        stop: End early when the expected improvement is below what the select split resolves.
-        seed: The same seed evaluates the same recipes.
-    """
-
-    methods: tuple[str, ...] = Field(min_length=1)
-    scale: Range = (0.0, 1.5)
+    methods: tuple[str, ...] = Field(min_length=1)  # merge methods to choose among
+    scale: Range = (0.0, 1.5)  # the donors' mean weight
+    # Of the methods' other parameters, by name.
     ranges: dict[str, Range] = Field(default_factory=dict)
-    layer_groups: PositiveInt = 1
+    layer_groups: PositiveInt = 1  # groups of consecutive layers that have weights of their own
+    # Parts of tensor names; tensors whose name has one get weights of their own.
     split: tuple[str, ...] = ()
-    trials: PositiveInt = 100
-    finalists: PositiveInt = 8
-    sampler: str = "auto"
+    trials: PositiveInt = 100  # recipes to evaluate at most
+    finalists: PositiveInt = 8  # recipes compared on the select split
+    sampler: str = "auto"  # a key of `SAMPLERS`, or `package.module:Class`
+    # Recipes, or folders of runs that found them, to be evaluated first.
     start: tuple[Path, ...] = ()
-    front: bool = False
+    front: bool = False  # look for the Pareto front of the tasks, besides the best mean
+    # End early when the expected improvement is below what the select split resolves.
     stop: bool = True
-    seed: NonNegativeInt = 0
+    seed: NonNegativeInt = 0  # the same seed evaluates the same recipes
 
 
 class StudySpec(FrozenModel):
-    """A whole study.
+    """A whole study."""
 
-    Attributes:
-        base_model: Absolute folder or hub id, like each of the models.
-        models: The donors: a model whose task vector starts from the base, or a difference.
-        dtype: Of the exported checkpoint; None: the base model's.
-        trust_remote_code: Run Python files that come with the base model.
-        search: What is searched, and how.
-        objective: What is evaluated, and how.
-    """
-
-    base_model: str
+    base_model: str  # absolute folder or hub id, like each of the models
+    # The donors: a model whose task vector starts from the base, or a difference.
     models: tuple[str | ModelDifference, ...] = Field(min_length=1)
-    dtype: DtypeName | None = None
-    trust_remote_code: bool = False
-    search: SearchSpec
-    objective: ObjectiveSpec
+    dtype: DtypeName | None = None  # of the exported checkpoint; None: the base model's
+    trust_remote_code: bool = False  # run Python files that come with the base model
+    search: SearchSpec  # what is searched, and how
+    objective: ObjectiveSpec  # what is evaluated, and how
 
     @property
     def models_but_base(self) -> tuple[str, ...]:

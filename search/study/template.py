@@ -65,14 +65,6 @@ def write_study(
 ) -> list[str]:
     """Write a study, and beside it, in ``tasks``, the task files that it needs.
 
-    Args:
-        file: The study's.
-        base: A folder or a hub id, like each of the models.
-        models: The donors.
-        tasks: Each a name lm-eval knows, its YAML file, or a JSONL file of questions.
-        trials: None: the default.
-        write: As from ``all_or_nothing``.
-
     Returns:
         Notes for the user.
 
