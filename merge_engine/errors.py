@@ -20,11 +20,7 @@ def suggestion(name: str, known: Iterable[str]) -> str:
 
 
 def check_keys(where: str, keys: Iterable[object], known: Iterable[str], kind: str = "key") -> None:
-    """Refuse the first key of a mapping, or word of a list, that is not known.
-
-    Raises:
-        MergeError: Names the key, where it was found, and the closest known one.
-    """
+    """Refuse the first key of a mapping, or word of a list, that is not known."""
     for key in keys:
         if key not in (names := tuple(known)):
             raise MergeError(f"{where}: unknown {kind} {key!r}{suggestion(str(key), names)}")

@@ -124,11 +124,7 @@ class Suite(Objective):
 
 
 def find_class(path: str) -> Callable[..., object]:
-    """Import the class named ``package.module:Class``.
-
-    Raises:
-        ObjectiveError: It does not exist, or its module cannot be imported.
-    """
+    """Import the class named ``package.module:Class``."""
     where = f"objective {path!r}"
     module, _, name = path.partition(":")
     if not (module and name):
@@ -152,7 +148,6 @@ def _is_valid(result: object) -> bool:
 
 
 def _scaled(tasks: Mapping[str, float], weight: float) -> Mapping[str, float]:
-    """Return the tasks' weights, scaled to sum to ``weight``."""
     if not tasks or not all(0 < own < math.inf for own in tasks.values()):
         raise ObjectiveError(f"tasks are {dict(tasks)}; give at least one, each a positive weight")
     total = sum(tasks.values())

@@ -139,7 +139,6 @@ def _by_task(
 
 
 def _shares(weights: Mapping[str, float], tasks: Mapping[str, object]) -> dict[str, float]:
-    """Return the weights, scaled to sum to one."""
     if weights.keys() != tasks.keys():
         raise ObjectiveError(
             f"weights are for {sorted(weights)} but values for {sorted(tasks)}; "

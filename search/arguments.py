@@ -6,7 +6,7 @@ import argparse
 import importlib.metadata
 import inspect
 from collections.abc import Mapping, Sequence
-from types import MappingProxyType
+from dataclasses import MISSING, fields
 from typing import Any, Final, NamedTuple, NoReturn
 
 from search.options import (
@@ -28,86 +28,36 @@ class Command(NamedTuple):
     """A command of mergesearch."""
 
     module: str  # of its function, in `search.commands`
-    options: type[Options]  # type of its options
-    summary: str  # what it does
-    usage: str  # its arguments in short
+    options: type[Options]  # type of its options, whose docstring says what it does
     example: str  # arguments that work
 
+    @property
+    def summary(self) -> str:
+        """What the command does, as a phrase."""
+        text = inspect.getdoc(self.options) or ""
+        return text[:1].lower() + text[1:].rstrip(".")
 
-COMMANDS: Final[Mapping[str, Command]] = MappingProxyType(
-    {
-        "demo": Command(
-            "files",
-            DemoOptions,
-            "train a small family, search it, show the result",
-            "[options]",
-            "--seed 1",
-        ),
-        "run": Command(
-            "files",
-            RunOptions,
-            "run a study, or go on with it",
-            "STUDY --out RUN [options]",
-            "study.yaml --out runs/mine",
-        ),
-        "init": Command(
-            "files",
-            InitOptions,
-            "write a study to begin with; asks for what is missing",
-            "--base B --models M ... --tasks T ... [options]",
-            "--base base --models a b --tasks my.jsonl",
-        ),
-        "build": Command(
-            "files",
-            BuildOptions,
-            "merge a recipe into a checkpoint",
-            "RECIPE OUT [options]",
-            "recipe.yaml merged",
-        ),
-        "score": Command(
-            "files",
-            ScoreOptions,
-            "score a model as a study does",
-            "MODEL STUDY [options]",
-            "merged study.yaml",
-        ),
-        "check": Command(
-            "files",
-            CheckOptions,
-            "validate a file and print its plan",
-            "FILE [options]",
-            "study.yaml",
-        ),
-        "export": Command(
-            "runs",
-            ExportOptions,
-            "save another trial of a run",
-            "RUN OUT [options]",
-            "runs/mine out --trial 7",
-        ),
-        "sample": Command(
-            "runs",
-            SampleOptions,
-            "show what the models write",
-            "RUN [options]",
-            "runs/mine --prompt 'Sort: d a c'",
-        ),
-        "report": Command(
-            "runs",
-            ReportOptions,
-            "draw a run's page, finished or not",
-            "RUN [options]",
-            "runs/mine",
-        ),
-        "push": Command(
-            "runs",
-            PushOptions,
-            "upload a run's winner to the Hub",
-            "RUN ORG/NAME [options]",
-            "runs/mine org/name",
-        ),
-    }
-)
+    @property
+    def usage(self) -> str:
+        """Arguments that are required."""
+        added = [field.metadata for field in fields(self.options) if field.default is MISSING]
+        return " ".join(
+            [*(" ".join([*one["flags"], one["metavar"]]) for one in added), "[options]"]
+        )
+
+
+COMMANDS: Final[Mapping[str, Command]] = {
+    "demo": Command("files", DemoOptions, "--seed 1"),
+    "run": Command("files", RunOptions, "study.yaml --out runs/mine"),
+    "init": Command("files", InitOptions, "--base base --models a b --tasks my.jsonl"),
+    "build": Command("files", BuildOptions, "recipe.yaml merged"),
+    "score": Command("files", ScoreOptions, "merged study.yaml"),
+    "check": Command("files", CheckOptions, "study.yaml"),
+    "export": Command("runs", ExportOptions, "runs/mine out --trial 7"),
+    "sample": Command("runs", SampleOptions, "runs/mine --prompt 'Sort: d a c'"),
+    "report": Command("runs", ReportOptions, "runs/mine"),
+    "push": Command("runs", PushOptions, "runs/mine org/name"),
+}
 
 
 class UsageError(ValueError):
@@ -115,11 +65,7 @@ class UsageError(ValueError):
 
 
 def parse(argv: Sequence[str]) -> tuple[str, Options]:
-    """Return a command's name and its options.
-
-    Raises:
-        UsageError: The command line cannot be parsed.
-    """
+    """Return a command's name and its options."""
     values = vars(_make_parser().parse_args(argv))
     command = values.pop("command")
     return command, COMMANDS[command].options(**values)

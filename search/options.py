@@ -1,4 +1,7 @@
-"""Options of the commands: one dataclass each, whose fields say how the command line gives them."""
+"""Options of the commands: one dataclass each, which also says what the command does.
+
+Its fields say how the command line gives them.
+"""
 
 from __future__ import annotations
 
@@ -23,12 +26,8 @@ def _argument(
 ) -> Any:
     """Return a dataclass field that an argument sets.
 
-    Args:
-        spelling: ``--out RUN``, or ``RUN`` for a positional argument.
-        meaning: What ``--help`` says of it.
-        parse: Parses a value.
-        default: Without one the argument is required.
-        more: Of argparse's ``add_argument``.
+    ``spelling`` is ``--out RUN``, or ``RUN`` for a positional argument; without a ``default`` the
+    argument is required; ``more`` goes to argparse's ``add_argument``.
     """
     *flags, metavar = spelling.split()
     if flags and default is MISSING:
@@ -111,15 +110,7 @@ class Options:
 
 @dataclass(frozen=True, kw_only=True)
 class SessionOptions(Options):
-    """Options of every command that evaluates recipes of a run.
-
-    Attributes:
-        memory: Limit in bytes; None: what is free.
-        compiled: Merge kernels may be compiled, where that pays.
-        workers: Number of worker processes; None: this process.
-        gpus_per_worker: A share of one, or several; None: one if there are any.
-        force_new: Set the folder's study aside and begin another.
-    """
+    """Options of every command that evaluates recipes of a run, in this process or by workers."""
 
     storage: str | None = _argument(*_STORAGE, default=None)
     memory: int | None = _argument(
@@ -140,7 +131,7 @@ class SessionOptions(Options):
 
 @dataclass(frozen=True, kw_only=True)
 class RunOptions(SessionOptions):
-    """Options of ``run``; ``timeout`` in seconds; None: the study's own values."""
+    """Run a study, or go on with it."""
 
     study: Path = _argument("STUDY", "the study's YAML file", Path)
     out: Path = _argument("--out RUN", "run folder, made or resumed", Path)
@@ -154,7 +145,7 @@ class RunOptions(SessionOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class DemoOptions(RunOptions):
-    """Options of ``demo``."""
+    """Train a small family, search it, show the result."""
 
     study: Path = DEMO / "study.yaml"
     out: Path = _argument("--out RUN", "run folder", Path, Path("runs/demo"))
@@ -162,7 +153,7 @@ class DemoOptions(RunOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class InitOptions(Options):
-    """Options of ``init``, which asks for what is None if a person can answer."""
+    """Write a study to begin with; asks for what is missing."""
 
     base: str | None = _argument(
         "--base B", "what the models were fine-tuned from: a folder or hub id", default=None
@@ -181,7 +172,7 @@ class InitOptions(Options):
 
 @dataclass(frozen=True, kw_only=True)
 class BuildOptions(Options):
-    """Options of ``build``."""
+    """Merge a recipe into a checkpoint."""
 
     recipe: Path = _argument("RECIPE", "a mergekit recipe", Path)
     out: Path = _argument("OUT", "the folder to make", Path)
@@ -189,7 +180,7 @@ class BuildOptions(Options):
 
 @dataclass(frozen=True, kw_only=True)
 class ScoreOptions(Options):
-    """Options of ``score``."""
+    """Score a model as a study does."""
 
     model: str = _argument("MODEL", "a checkpoint folder, a hub id or a recipe's YAML file")
     study: Path = _argument("STUDY", "the study's YAML file", Path)
@@ -203,14 +194,14 @@ class ScoreOptions(Options):
 
 @dataclass(frozen=True, kw_only=True)
 class CheckOptions(Options):
-    """Options of ``check``."""
+    """Validate a file and print its plan."""
 
     file: Path = _argument("FILE", "a study or a recipe", Path)
 
 
 @dataclass(frozen=True, kw_only=True)
 class ExportOptions(SessionOptions):
-    """Options of ``export``."""
+    """Save another trial of a run."""
 
     run: Path = _argument("RUN", "run folder", Path)
     out: Path = _argument("OUT", "the folder to make", Path)
@@ -219,7 +210,7 @@ class ExportOptions(SessionOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class SampleOptions(SessionOptions):
-    """Options of ``sample``."""
+    """Show what the models write."""
 
     run: Path = _argument("RUN", "run folder", Path)
     prompt: list[str] | None = _argument(
@@ -235,7 +226,7 @@ class SampleOptions(SessionOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class ReportOptions(Options):
-    """Options of ``report``."""
+    """Draw a run's page, finished or not."""
 
     run: Path = _argument("RUN", "run folder", Path)
     out: Path | None = _argument(
@@ -246,7 +237,7 @@ class ReportOptions(Options):
 
 @dataclass(frozen=True, kw_only=True)
 class PushOptions(Options):
-    """Options of ``push``."""
+    """Upload a run's winner to the Hub."""
 
     run: Path = _argument("RUN", "run folder", Path)
     repo: str = _argument("ORG/NAME", "the repository, made if there is none", _repository)

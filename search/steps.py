@@ -50,11 +50,7 @@ def work_on(
     listener: Listener,
     work: Callable[[Run], None],
 ) -> None:
-    """Open the database of a run and do ``work``, again when a lost connection has ended it.
-
-    Raises:
-        Interrupted: The database cannot go on.
-    """
+    """Open the database of a run and do ``work``, again when a lost connection has ended it."""
     storage = Storage.of(folder, url)
     store = Store(storage, lambda text: listener(Note(text)))
     storage.remember(folder)

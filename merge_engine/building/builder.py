@@ -68,11 +68,7 @@ def merge_into(out: Tensor, recipe: Recipe, name: str, models: ModelSet) -> None
 
 
 def _of_owners(recipe: Recipe, name: str, owners: Mapping[str, str]) -> Recipe:
-    """Return the recipe without the models that lack a tensor.
-
-    Raises:
-        MergeError: The base or all models lack it.
-    """
+    """Return the recipe without the models that lack a tensor."""
     if recipe.origin and recipe.origin not in owners:
         raise MergeError(
             f"{name!r} is missing in the base model {recipe.origin!r}, so {recipe.merge_method} "
@@ -88,17 +84,12 @@ def _of_owners(recipe: Recipe, name: str, owners: Mapping[str, str]) -> Recipe:
 
 
 def _too_few(recipe: Recipe) -> bool:
-    """Return whether fewer models are left than the method takes."""
     count = len(recipe.donors) + (recipe.method.base is Base.ENDPOINT and recipe.base is not None)
     return count < recipe.method.donors[0]
 
 
 def _same_in_all(recipe: Recipe, name: str, read: Reader) -> Tensor:
-    """Return a tensor that is equal in all models.
-
-    Raises:
-        MergeError: It differs.
-    """
+    """Return a tensor that is equal in all models."""
     first, *others = (read(model) for model in recipe.models_read)
     if not all(torch.equal(first, other) for other in others):
         raise MergeError(
@@ -212,11 +203,7 @@ class Builder:
         self.loaded = recipe
 
     def _parts(self, recipe: Recipe) -> tuple[Part, ...]:
-        """Return the recipe's runs of layers.
-
-        Raises:
-            MergeError: It has another vocabulary, or its models do not fit one another.
-        """
+        """Return the recipe's runs of layers."""
         if recipe.vocabulary is not None:
             raise MergeError(
                 "a recipe with a tokenizer changes the vocabulary, which a live model cannot; "
@@ -234,12 +221,7 @@ class Builder:
 
 
 def _check_covered(live: Iterable[str], merged: Iterable[str]) -> None:
-    """Compare the live model's tensors with those of the merge.
-
-    Raises:
-        MergeError: The live model has more or fewer layers, a tensor that the merge lacks, or a
-            tied head where the merge has one of its own.
-    """
+    """Compare the live model's tensors with those of the merge."""
     have, get = layer_counts(live), layer_counts(merged)
     for stack_name in have.keys() & get.keys():
         if have[stack_name] != get[stack_name]:

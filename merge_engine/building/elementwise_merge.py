@@ -101,7 +101,6 @@ def write_elementwise(out: Tensor, method: Elementwise, merge: PackMerge) -> Non
 
 
 def _prepared(method: Elementwise, merge: PackMerge, used: Sequence[int]) -> list[KernelValues]:
-    """Return the kernel's values for each tensor."""
     found = []
     for index, name in enumerate(merge.pack.names):
         own = Parameters.from_values(merge.values[index], used)

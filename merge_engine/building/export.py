@@ -148,7 +148,6 @@ def _write_weights(
 
 
 def _shards(shapes: Mapping[str, Tensor], shard_bytes: int) -> list[list[str]]:
-    """Return the names of each file's tensors."""
     shards: list[list[str]] = [[]]
     size = 0
     for name, tensor in shapes.items():

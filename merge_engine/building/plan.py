@@ -106,11 +106,7 @@ def plan_merge(recipe: Recipe) -> Plan:
 def plan_parts(
     recipe: Recipe, checkpoints: Mapping[str, Checkpoint], rows: Vocabulary | None = None
 ) -> tuple[Part, ...]:
-    """Return the parts of a recipe with their models' tensors aligned.
-
-    Raises:
-        MergeError: The models' tensors do not fit one another, or layers do not exist.
-    """
+    """Return the parts of a recipe with their models' tensors aligned."""
     flat = recipe.parts
     parts, start = [], 0
     for number, part in enumerate(flat):
@@ -173,11 +169,7 @@ def _length(layers: Mapping[str, tuple[int, int]]) -> int:
 
 
 def _check_ranges(part: FlatPart, checkpoints: Mapping[str, Checkpoint]) -> None:
-    """Check that each model has one stack of layers, and the layers that are named.
-
-    Raises:
-        MergeError: It does not.
-    """
+    """Check that each model has one stack of layers, and the layers that are named."""
     assert part.layers is not None
     for model, (first, last) in part.layers.items():
         counts = layer_counts(checkpoints[model].tensors)
@@ -210,11 +202,7 @@ def _config(recipe: Recipe, reference: Checkpoint, parts: tuple[Part, ...]) -> d
 def _with_layers(
     config: Mapping[str, Any], recipe: Recipe, reference: Checkpoint
 ) -> dict[str, Any]:
-    """Return a config with the result's number of layers, and its lists of one entry per layer.
-
-    Raises:
-        MergeError: The config does not say how many layers there are.
-    """
+    """Return a config with the result's number of layers, and its lists of one entry per layer."""
     layers: list[int] = []  # number of each in the reference, or else in the first source
     for part in recipe.parts:
         assert part.layers is not None

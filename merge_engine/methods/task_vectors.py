@@ -148,7 +148,6 @@ def _thinned(
 
 
 def _by_rank(rank_share: Sequence[Tensor], chance: Numbers, spread: Numbers) -> list[Tensor]:
-    """Return the chance of every element."""
     settings = zip(rank_share, chance, spread, strict=True)
     return [least + share.float() * more for share, least, more in settings]
 

@@ -103,11 +103,7 @@ class TensorInfo:
 
 
 class Checkpoint:
-    """One model's files. The header of each is read once, tensors every time.
-
-    Raises:
-        MergeError: There is no such model.
-    """
+    """One model's files. The header of each is read once, tensors every time."""
 
     def __init__(self, model: str, folder: Path | None = None) -> None:
         self.model = model
@@ -169,7 +165,6 @@ class Checkpoint:
         return {name: info for name, info in sorted(found.items()) if self._is_own(name)}
 
     def _is_own(self, name: str) -> bool:
-        """Return whether a stored tensor is part of the model."""
         tied = self.config.get("tie_word_embeddings", False)
         return not name.endswith(_RECOMPUTED) and not (tied and name == "lm_head.weight")
 
@@ -306,11 +301,7 @@ class Adapted(Checkpoint):
 
 
 def open_model(model: str) -> Checkpoint:
-    """Open a model by its name: a folder, a hub id, or ``base+adapter``.
-
-    Raises:
-        MergeError: It is missing or damaged.
-    """
+    """Open a model by its name: a folder, a hub id, or ``base+adapter``."""
     if "+" not in model or Path(model).expanduser().is_dir():
         return Checkpoint(model)
     cuts = [match.start() for match in re.finditer(r"\+", model)]

@@ -67,11 +67,7 @@ class Adapter:
             self._add(key)
 
     def check(self, shapes: Mapping[str, tuple[int, ...]], base: str) -> None:
-        """Refuse changes of tensors that the base lacks or has in another shape.
-
-        Raises:
-            MergeError: Names the first one.
-        """
+        """Refuse changes of tensors that the base lacks or has in another shape."""
         for name, mine in self._changed():
             if mine != shapes.get(name):
                 found = (

@@ -137,7 +137,6 @@ class Measurements:
         return self._placement.read(model, name)
 
     def _task_vector(self, name: str, donor: str, base: str) -> Tensor:
-        """Return a donor's task vector in one tensor, (*s) float32."""
         return self._read(donor, name).float() - self._read(base, name).float()
 
     def _cached(

@@ -100,11 +100,7 @@ class AlignedTensors(TensorSource):
         return self._read_own(model, own[model])
 
     def _read_own(self, model: str, own: str) -> Tensor:
-        """Read a tensor by the model's own name, and check on first use that it is finite.
-
-        Raises:
-            MergeError: It has NaN or Inf, which some methods would hide.
-        """
+        """Read a tensor by the model's own name, and check on first use that it is finite."""
         checkpoint = self.checkpoints[model]
         tensor = checkpoint.read(own)
         if (model, own) not in self._known_finite:
@@ -150,11 +146,7 @@ class ModelSet:
     def open(
         cls, models: Iterable[str], candidates: int = 1, runner: KernelRunner | None = None
     ) -> ModelSet:
-        """Open models by name, and compare their tensors by name and shape.
-
-        Raises:
-            MergeError: A model is missing or damaged, or is not of the others' shape.
-        """
+        """Open models by name, and compare their tensors by name and shape."""
         return cls(AlignedTensors(open_models(models)), candidates, runner)
 
     def place(self, device: torch.device, tier: Tier) -> None:

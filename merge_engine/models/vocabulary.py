@@ -188,7 +188,6 @@ def _load(folder: Path, trust_remote_code: bool = False) -> Any:
 
 
 def _height(checkpoint: Checkpoint) -> int:
-    """Return the number of rows of a model's embedding."""
     name = input_embedding(checkpoint.tensors)
     if name is None:
         raise MergeError(
@@ -251,11 +250,7 @@ def _fixed(
     numbers: Mapping[str, Mapping[str, int]],
     heights: Mapping[str, int],
 ) -> dict[int, tuple[str, int] | None]:
-    """Return the rows that the recipe names, by the result's token id: model and row, or None.
-
-    Raises:
-        MergeError: A row does not exist.
-    """
+    """Return the rows that the recipe names, by the result's token id: model and row, or None."""
     found: dict[int, tuple[str, int] | None] = {}
     for token, way in settings.tokens.items():
         where = f"tokenizer.tokens.{token}"

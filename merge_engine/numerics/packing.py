@@ -105,5 +105,4 @@ class TensorPack:
 
 
 def _rows(shape: Sequence[int]) -> int:
-    """Return the number of rows that a tensor takes."""
     return -(-prod(shape) // WIDTH)

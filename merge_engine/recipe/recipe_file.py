@@ -120,11 +120,7 @@ _EXAMPLES = {
 
 
 def _entries(mapping: Mapping[str, Any], path: str) -> Iterator[tuple[str, Any, type[BaseModel]]]:
-    """Yield the path of every mapping nested in a recipe, the mapping, and the model it must fit.
-
-    Raises:
-        MergeError: There is something else where a mapping is expected.
-    """
+    """Yield the path of each mapping nested in a recipe, the mapping, and the model it must fit."""
     for name in _LISTS.keys() & mapping.keys():
         entries = mapping[name]
         if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
@@ -142,11 +138,7 @@ def _entries(mapping: Mapping[str, Any], path: str) -> Iterator[tuple[str, Any, 
 def _vocabulary_entries(
     mapping: Mapping[str, Any], path: str
 ) -> Iterator[tuple[str, Any, type[BaseModel]]]:
-    """Yield the mappings under ``tokenizer`` as ``_entries`` does.
-
-    Raises:
-        MergeError: It is no mapping, or ``tokenizer_source`` is given, too.
-    """
+    """Yield the mappings under ``tokenizer`` as ``_entries`` does."""
     if (raw := mapping.get("tokenizer")) is None:
         return
     if mapping.get("tokenizer_source") is not None:

@@ -146,11 +146,7 @@ def _read(file: Path) -> dict[str, Any]:
 
 
 def name_in(file: Path) -> str:
-    """Return the name of the task or group that a YAML file defines.
-
-    Raises:
-        ObjectiveError: It defines none.
-    """
+    """Return the name of the task or group that a YAML file defines."""
     config = _read(file)
     for kind in ("task", "group"):
         if isinstance(name := config.get(kind), str):

@@ -173,7 +173,6 @@ def _not_blank(documents: datasets.Dataset) -> datasets.Dataset:
 
 
 def _build_tasks(name: str, factory: SafeTaskFactory, manager: TaskManager) -> dict[str, Task]:
-    """Return the leaf tasks of a task, group or tag."""
     # Private, but reading a task's name draws from the global random generator: only lm-eval's
     # own ``load`` leaves the prompts drawn afterwards as they are in ``simple_evaluate``.
     manager._factory = factory

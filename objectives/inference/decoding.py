@@ -37,8 +37,6 @@ class StopCriteria:
 
 @dataclass(frozen=True)
 class _Prompt:
-    """A prompt and its index in the caller's list."""
-
     index: int
     tokens: Tokens
 
@@ -160,7 +158,6 @@ class GreedyDecoder:
 
 
 def _pad(prefix: Tokens, prompts: Sequence[_Prompt], device: torch.device) -> PromptBatch:
-    """Return prompts as the rows of one batch."""
     shape = (len(prompts), max(map(len, prompts)))
     tokens = torch.zeros(shape, dtype=torch.long)
     mask = torch.zeros(shape, dtype=torch.long)

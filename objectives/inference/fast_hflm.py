@@ -204,7 +204,6 @@ class FastHFLM(HFLM):  # type: ignore[misc]  # lm-eval is published without type
     def _greedy_texts(
         self, requests: Sequence[Instance], criteria: StopCriteria
     ) -> list[GeneratedText]:
-        """Continue prompts with our own decoder."""
         prompts = tuple(request.args[0] for request in requests)
         plan = self._plan_generation(prompts, criteria.max_tokens)
         strings = list(criteria.strings)

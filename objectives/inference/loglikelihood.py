@@ -115,7 +115,6 @@ class LoglikelihoodScorer:
 
 
 def _pad(rows: Sequence[TokenTree], device: torch.device) -> TreeBatch:
-    """Return trees as the rows of one batch."""
     shape = (len(rows), max(map(len, rows)))
     tokens = torch.zeros(shape, dtype=torch.long)
     positions = torch.zeros(shape, dtype=torch.long)

@@ -24,11 +24,7 @@ Report = tuple[list[str], list[str]]  # lines, and notes
 
 
 def check_recipe(file: Path) -> Report:
-    """Validate a recipe with the headers of its models.
-
-    Raises:
-        MergeError: It cannot be built.
-    """
+    """Validate a recipe with the headers of its models."""
     recipe, notes = load_recipe(file)
     plan = plan_merge(recipe)
     dtype = recipe.out_dtype or recipe.dtype or model_dtype(plan.files.reference)
@@ -44,11 +40,7 @@ def check_recipe(file: Path) -> Report:
 
 
 def check_study(file: Path, device: str) -> Report:
-    """Validate a study with the headers of its models and the items of its tasks.
-
-    Raises:
-        StudyError, MergeError, ObjectiveError: It cannot be run.
-    """
+    """Validate a study with the headers of its models and the items of its tasks."""
     spec = load_study(file)
     plan = plan_study(spec)
     memory = plan.place_donors(Hardware(device))

@@ -56,11 +56,7 @@ class StudyPlan:
         return f"kernels: {how} ({self.model_set.parameters / 1e6:.1f} M parameters)"
 
     def place_donors(self, hardware: Hardware) -> MemoryPlan:
-        """Decide where the donors live while candidates are built.
-
-        Raises:
-            MergeError: The live model does not fit.
-        """
+        """Decide where the donors live while candidates are built."""
         plan = plan_memory(
             self.model_set.tensors,
             len(self.model_set.checkpoints),
@@ -146,21 +142,13 @@ def load(
 
 
 def load_outline(plan: StudyPlan) -> StudyContext:
-    """Prepare the prompts with a model that has no weights: nothing can be evaluated with it.
-
-    Raises:
-        MergeError, ObjectiveError, StudyError: The model, its tokenizer or a prompt cannot be used.
-    """
+    """Prepare the prompts with a model that has no weights: nothing can be evaluated with it."""
     reference, trusted = plan.model_set.reference, plan.spec.trust_remote_code
     return _bind(plan, load_without_weights(reference, plan.dtype, trust_remote_code=trusted))
 
 
 def load_prompts(context: LiveContext, prompts: PromptEntry) -> Objective:
-    """Prepare prompts for the live model, as the study's tasks are prepared.
-
-    Raises:
-        ObjectiveError: They cannot be prepared.
-    """
+    """Prepare prompts for the live model, as the study's tasks are prepared."""
     tokenizer = load_study_tokenizer(context.spec, context.builder.model_set.reference)
     model = cast("PreTrainedModel", context.builder.model)  # as ``load`` has made it
     return bind_prompts(context.spec, prompts, model, tokenizer)

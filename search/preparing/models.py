@@ -102,11 +102,7 @@ def load_without_weights(
 
 
 def load_study_tokenizer(spec: StudySpec, checkpoint: Checkpoint) -> PreTrainedTokenizerBase:
-    """Load a checkpoint's tokenizer as the study allows.
-
-    Raises:
-        MergeError, StudyError: It cannot be used, or needs ``trust_remote_code``.
-    """
+    """Load a checkpoint's tokenizer as the study allows."""
     with _explained(checkpoint):
         tokenizer: PreTrainedTokenizerBase = load_tokenizer(
             checkpoint, trust_remote_code=spec.trust_remote_code

@@ -197,11 +197,7 @@ def _added(values: Mapping[str, Any], count: int, donors: int) -> list[float]:
 
 
 def _donor_weights(space: Space, of_models: Floats) -> Floats:
-    """Return the weights (u, k) of the donors that add up to weights (u, m) of the models.
-
-    Raises:
-        MergeError: There are none.
-    """
+    """Return the weights (u, k) of the donors that add up to weights (u, m) of the models."""
     from scipy.optimize import nnls  # slow to import
 
     if space.models == space.donors:

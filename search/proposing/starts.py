@@ -55,7 +55,6 @@ def warm_starts(space: Space) -> list[tuple[str, dict[str, Any]]]:
 
 
 def _own_starts(space: Space, recipes: Sequence[Recipe]) -> list[tuple[str, dict[str, Any]]]:
-    """Return the user's recipes as warm starts."""
     starts = []
     for number, recipe in enumerate(recipes, start=1):
         try:

@@ -36,7 +36,6 @@ class ItemScores:
         )
 
     def __add__(self, other: ItemScores) -> ItemScores:
-        """Join the scores on other items of the same tasks."""
         return ItemScores(
             self.values + other.values,
             self.tasks + other.tasks,

@@ -181,7 +181,6 @@ class Race:
 
     @property
     def _panel_values(self) -> Floats:
-        """Mean values (n) of the reference panel."""
         mean: Floats = np.mean([one.values for one in self.evaluated[: self.panel]], axis=0)
         return mean
 

@@ -166,11 +166,7 @@ class RayWorkers(Workers):
         return self._actors[worker].load.remote(self._spec, hardware, self._threads)
 
     def _replace(self, worker: int) -> bool:
-        """Start a new worker for one that died; return whether that one had loaded.
-
-        Raises:
-            StudyError: It died ``MAX_LOADS`` times while it loaded.
-        """
+        """Start a new worker for one that died; return whether that one had loaded."""
         try:
             self._result(self._loaded[worker])
             self._failed_loads[worker] = 0
@@ -186,11 +182,7 @@ class RayWorkers(Workers):
         return had_loaded
 
     def _result(self, reference: Any) -> Any:
-        """Wait for what a worker's call returns.
-
-        Raises:
-            WorkerDied: Its process ended.
-        """
+        """Wait for what a worker's call returns."""
         failed = self._ray.exceptions.RayTaskError
         try:
             return self._ray.get(reference)
@@ -203,11 +195,7 @@ class RayWorkers(Workers):
 
 
 def import_ray() -> Any:
-    """Import the package ray.
-
-    Raises:
-        StudyError: It is not installed.
-    """
+    """Import the package ray."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # else Ray reports to its makers
     try:
         import ray

@@ -94,11 +94,7 @@ class Run:
         return to_recipe(self.context.space, trial.point)
 
     def find_recipe(self, number: int) -> Recipe:
-        """Return the recipe of a finished trial.
-
-        Raises:
-            StudyError: There is no such trial.
-        """
+        """Return the recipe of a finished trial."""
         return self.recipe_of(find_trial(self.folder, self.log, number))
 
     def posterior(self) -> tuple[list[Candidate], JointPosterior]:

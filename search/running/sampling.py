@@ -31,11 +31,7 @@ class _Model(NamedTuple):
 
 
 def of_prompts(run: Run, result: Result, prompts: PromptEntry) -> list[Sample]:
-    """Generate the responses of base, donors and winner to prompts, templates applied.
-
-    Raises:
-        ObjectiveError: A prompt is empty or too long.
-    """
+    """Generate the responses of base, donors and winner to prompts, templates applied."""
     models = _models(run, result)
     responses = [run.workers.call("respond", one.recipe, prompts) for one in models]
     return [
@@ -104,7 +100,6 @@ def changed(
 
 
 def _models(run: Run, result: Result) -> list[_Model]:
-    """List the base, the donors, and last the winner."""
     recipes = baselines(run.context.space)
     names = {run.spec.base_model: "base"} | short_names(run.spec.models_but_base, "/")
     models = [_Model(name, model, recipes[model]) for model, name in names.items()]

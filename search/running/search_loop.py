@@ -95,7 +95,6 @@ class SearchLoop:
         return sorted(waiting, key=lambda one: one.trial.number)
 
     def _may_begin(self) -> bool:
-        """Decide whether to begin another trial beside the running ones."""
         run, open_now = self.run, [one.trial.number for one in self._running]
         finished = run.log.finished()
         begun = len(finished) + len(open_now)
@@ -104,7 +103,6 @@ class SearchLoop:
         return not self._exhausted(finished) or bool(run.log.left_running(open_now))
 
     def _exhausted(self, finished: Sequence[TrialRecord]) -> bool:
-        """Decide whether early stopping ends the search."""
         select = len(self.run.context.splits.select)
         return self.run.spec.search.stop and should_stop(finished, select)
 

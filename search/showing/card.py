@@ -75,7 +75,6 @@ def model_card(
 
 
 def _table(scores: ScoreTable) -> str:
-    """Format test scores as a Markdown table."""
     tasks = [*scores.tasks]
     rows = [["", *tasks, "mean", "winner's lead"], ["---"] * (len(tasks) + 3)]
     for row in scores.rows:
@@ -115,7 +114,6 @@ def _name(model: str) -> str:
 
 
 def _cell(text: str) -> str:
-    """Escape text for a cell of a Markdown table."""
     return printable(text).replace("|", r"\|")
 
 

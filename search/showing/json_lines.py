@@ -45,7 +45,7 @@ class JsonLines:
         self._progress = Progress()
 
     def __call__(self, event: events.Event) -> None:
-        """Write an event."""
+        """Handle an event."""
         self._progress.update(event)
         if isinstance(event, events.TrialFinished):
             self._print("trial", self._describe(event.trial))

@@ -97,7 +97,6 @@ def estimate_of(trial: TrialRecord) -> str:
 
 
 def _describe(trial: TrialRecord) -> str:
-    """Name a trial by number, method and scale."""
     scale = trial.point.get("scale")
     recipe = str(trial.point.get("method")) + ("" if scale is None else f" at scale {scale:.2f}")
     return f"trial {trial.number}, {recipe}"

@@ -44,7 +44,7 @@ class Terminal:
         self._finish_times = deque[float](maxlen=LATEST_TRIALS)  # of this session's trials
 
     def __call__(self, event: events.Event) -> None:
-        """Show an event."""
+        """Handle an event."""
         self._progress.update(event)
         self._show(event)
 

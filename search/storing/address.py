@@ -23,7 +23,7 @@ from search.study.spec import StudyError
 
 # A server that is gone is noticed, and does not hang the run.
 _NETWORK = {"connect_timeout": 10, "keepalives_idle": 30, "tcp_user_timeout": 60_000}
-_CONNECT: Final[Mapping[str, dict[str, int]]] = {
+CONNECT_OPTIONS: Final[Mapping[str, dict[str, int]]] = {
     "sqlite": {"timeout": 60},  # seconds another program may hold its lock
     "psycopg": _NETWORK,
     "psycopg2": _NETWORK,
@@ -95,17 +95,13 @@ class Storage:
 
     def engine_options(self) -> dict[str, Any]:
         """Return the options that SQLAlchemy's engine is made with."""
-        options = _CONNECT.get(self.url.get_driver_name(), {})
+        options = CONNECT_OPTIONS.get(self.url.get_driver_name(), {})
         if self.is_file:
-            options = _CONNECT["sqlite"]
+            options = CONNECT_OPTIONS["sqlite"]
         return {"connect_args": options, "pool_pre_ping": not self.is_file}
 
     def check(self) -> None:
-        """Connect once, if there is a server, to see that it lets us in.
-
-        Raises:
-            StudyError: It does not, or its driver is not installed.
-        """
+        """Connect once, if there is a server, to see that it lets us in."""
         if self.is_file:
             return
         with opening(self):

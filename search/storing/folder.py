@@ -30,11 +30,7 @@ class Interrupted(Exception):  # noqa: N818  an event, not a mistake
 
 
 def check_folder(folder: Path) -> None:
-    """Refuse a folder that cannot be made or written into, before anything long starts.
-
-    Raises:
-        StudyError: Why, and what to do.
-    """
+    """Refuse a folder that cannot be made or written into, before anything long starts."""
     whole = folder.absolute()
     there = next(path for path in (whole, *whole.parents) if path.exists())
     if not there.is_dir():
@@ -47,11 +43,7 @@ def check_folder(folder: Path) -> None:
 
 
 def check_run_folder(folder: Path) -> None:
-    """Refuse a folder in which no run can begin or go on.
-
-    Raises:
-        StudyError: It cannot be written, holds other files, or is at work.
-    """
+    """Refuse a folder in which no run can begin or go on."""
     check_folder(folder)
     _check_ours(folder)
     if is_held(folder):

@@ -206,11 +206,7 @@ class ScoreTable:
 
 
 def read_result(run: Path) -> Result | None:
-    """Read the result of a run folder, if it has one so far.
-
-    Raises:
-        StudyError: Another version of this program wrote it.
-    """
+    """Read the result of a run folder, if it has one so far."""
     return read_json(run / "result.json", Result)
 
 

@@ -13,7 +13,7 @@ from objectives.base import Objective
 from objectives.items import Splits
 from search.storing.address import Storage
 from search.storing.folder import DATABASE, has_run
-from search.storing.snapshot import difference, freeze
+from search.storing.snapshot import difference, snapshot_items
 from search.storing.store import Store
 from search.storing.trials import TrialLog, TrialRecord
 from search.study.spec import StudyError, StudySpec
@@ -22,21 +22,13 @@ MAY_CHANGE = ("search.trials", "search.stop")  # when a search ends, not what it
 
 
 def check_run(folder: Path, spec: StudySpec, storage: Storage) -> None:
-    """Refuse a folder in which another study has been run, before anything long starts.
-
-    Raises:
-        StudyError: It has.
-    """
+    """Refuse a folder in which another study has been run, before anything long starts."""
     if (folder / DATABASE).is_file():
         check_same(folder, TrialLog(Store(storage).study()), spec)
 
 
 def check_same(folder: Path, log: TrialLog, spec: StudySpec) -> None:
-    """Refuse a study that differs from the one stored with the run.
-
-    Raises:
-        StudyError: What has changed.
-    """
+    """Refuse a study that differs from the one stored with the run."""
     stored = log.header().get("spec")
     if stored and (changed := _changes(stored, spec.model_dump(mode="json"))):
         raise StudyError(
@@ -46,11 +38,7 @@ def check_same(folder: Path, log: TrialLog, spec: StudySpec) -> None:
 
 
 def check_models(folder: Path, log: TrialLog, models: Mapping[str, str]) -> None:
-    """Store the content hash of each model's weights, or refuse to go on with other weights.
-
-    Raises:
-        StudyError: Which models have changed.
-    """
+    """Store the content hash of each model's weights, or refuse to go on with other weights."""
     stored = log.header().get("models", {})
     if changed := [name for name, now in models.items() if stored.get(name, now) != now]:
         raise StudyError(
@@ -61,12 +49,8 @@ def check_models(folder: Path, log: TrialLog, models: Mapping[str, str]) -> None
 
 
 def check_items(folder: Path, store: Store, objective: Objective, splits: Splits) -> None:
-    """Store the snapshots of the study's items, or refuse to go on with other items.
-
-    Raises:
-        StudyError: What has changed.
-    """
-    stored, now = store.items(), freeze(objective, splits)
+    """Store the snapshots of the study's items, or refuse to go on with other items."""
+    stored, now = store.items(), snapshot_items(objective, splits)
     if not stored:
         store.save_items(now)
     elif what := difference(stored, now, objective):
@@ -97,11 +81,7 @@ def stored_spec(folder: Path, url: str | None = None) -> StudySpec:
 
 
 def find_trial(folder: Path, log: TrialLog, number: int) -> TrialRecord:
-    """Find a finished trial by its number.
-
-    Raises:
-        StudyError: There is no such trial.
-    """
+    """Find a finished trial by its number."""
     trials = {trial.number: trial for trial in log.finished()}
     if number not in trials:
         raise StudyError(

@@ -53,11 +53,7 @@ class Samples(FrozenModel):
 
 
 def read_samples(folder: Path, result: Result) -> list[Sample]:
-    """Read the samples of a run's winner; none where they are of an earlier winner.
-
-    Raises:
-        StudyError: Another version of this program wrote the file.
-    """
+    """Read the samples of a run's winner; none where they are of an earlier winner."""
     kept = read_json(folder / FILE, Samples)
     return kept.samples if kept and kept.trial == result.winner.trial else []
 

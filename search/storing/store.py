@@ -39,7 +39,7 @@ from sqlalchemy.pool import NullPool
 from objectives.base import ItemResult
 from search.storing.address import DATABASE_ERRORS, Storage, cause_of, opening, reason_of
 from search.storing.folder import Interrupted
-from search.storing.snapshot import FrozenItem
+from search.storing.snapshot import StoredItem
 from search.study.spec import StudyError
 
 PAUSES: Final = (1, 2, 4, 8, 15, 30, 60, 60, 60)  # seconds between attempts to reach a server
@@ -68,13 +68,12 @@ _ITEMS = Table(
     Column("place", Integer, primary_key=True),
     *(
         Column(field.name, Integer if field.name == "doc_id" else Text, nullable=False)
-        for field in fields(FrozenItem)
+        for field in fields(StoredItem)
     ),
 )
 
 
 def _opened(storage: Storage, **options: Any) -> RDBStorage:
-    """Open the database, with all its tables."""
     url = storage.url.render_as_string(hide_password=False)
     database = RDBStorage(url, engine_kwargs={**storage.engine_options(), **options})
     _META.create_all(database.engine)
@@ -145,11 +144,7 @@ class Store:
         raise Interrupted(f"{self.storage.name} is gone: {reason}")
 
     def persist(self, attempt: Callable[[], None]) -> None:
-        """Do work that goes on from what is stored, again when a broken connection ended it.
-
-        Raises:
-            Interrupted: The database cannot go on.
-        """
+        """Do work that goes on from what is stored, again when a broken connection ended it."""
         for _ in range(RECONNECTS):
             try:
                 return attempt()
@@ -172,15 +167,15 @@ class Store:
             load_if_exists=True,
         )
 
-    def items(self) -> list[FrozenItem]:
+    def items(self) -> list[StoredItem]:
         """Read the snapshots of the study's items; none before a run has begun."""
-        columns = [_ITEMS.c[field.name] for field in fields(FrozenItem)]
+        columns = [_ITEMS.c[field.name] for field in fields(StoredItem)]
         mine = select(*columns).where(_ITEMS.c.study == self._study)
         with self._engine.connect() as connection:
             rows = connection.execute(mine.order_by(_ITEMS.c.place))
-            return [FrozenItem(**row._mapping) for row in rows]
+            return [StoredItem(**row._mapping) for row in rows]
 
-    def save_items(self, items: Sequence[FrozenItem]) -> None:
+    def save_items(self, items: Sequence[StoredItem]) -> None:
         """Store the snapshots of the study's items, all or none."""
         rows = [
             {"study": self._study, "place": number, **asdict(item)}
@@ -242,6 +237,5 @@ class Store:
 
 
 def _results_of(row: Any) -> list[ItemResult]:
-    """Read the results of a block, one per item."""
     columns = (row.answers, row.margins, row.faults, row.tokens)
     return [ItemResult(*parts) for parts in zip(*map(json.loads, columns), strict=True)]

@@ -28,11 +28,7 @@ from search.study.spec import (
 
 
 def load_study(path: Path) -> StudySpec:
-    """Read a study file; its relative paths count from the file's own folder.
-
-    Raises:
-        StudyError: What is wrong, where, and what to do.
-    """
+    """Read a study file; its relative paths count from the file's own folder."""
     try:
         return parse_study(load_yaml(path), path.parent, where=str(path))
     except MergeError as error:
@@ -134,7 +130,6 @@ def _objective(raw: dict[str, Any], folder: Path, where: str) -> dict[str, Any]:
 
 
 def _paths(raw: Any, folder: Path) -> list[Path]:
-    """Return one path or several as absolute ones."""
     return [(folder / path).resolve() for path in ([raw] if isinstance(raw, str) else raw or [])]
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from types import MappingProxyType
 from typing import Final
 
 
@@ -12,26 +11,21 @@ from typing import Final
 class SamplerEntry:
     """What a study has to know of a sampler before it is imported."""
 
-    # `module:attribute` of a function of a `ProposalRequest`, or of a sampler class of Optuna's
-    # interface.
-    source: str
+    source: str  # `module:attribute` that gives a proposal or an Optuna sampler for a request
     many_objectives: bool = False  # works with `search.front`: it does not follow the mean alone
     constraints: bool = True  # prefers feasible recipes where the objective has constraints
-    # A package beyond mergesearch's own; the extra of that name installs it.
-    needs: str | None = None
+    needs: str | None = None  # a package that the extra of this name installs
 
 
-SAMPLERS: Final[Mapping[str, SamplerEntry]] = MappingProxyType(
-    {
-        "auto": SamplerEntry("search.proposing.gp_sampler:propose", many_objectives=True),
-        "gp": SamplerEntry("search.proposing.gp_sampler:propose", many_objectives=True),
-        "random": SamplerEntry("search.proposing.samplers:random", many_objectives=True),
-        "cmaes": SamplerEntry("search.proposing.samplers:CmaEs", constraints=False, needs="cmaes"),
-        "tpe": SamplerEntry("search.proposing.samplers:Tpe"),
-        "nsga2": SamplerEntry("search.proposing.samplers:nsga2"),
-        "grid": SamplerEntry("search.proposing.samplers:grid"),
-    }
-)
+SAMPLERS: Final[Mapping[str, SamplerEntry]] = {
+    "auto": SamplerEntry("search.proposing.gp_sampler:propose", many_objectives=True),
+    "gp": SamplerEntry("search.proposing.gp_sampler:propose", many_objectives=True),
+    "random": SamplerEntry("search.proposing.samplers:random", many_objectives=True),
+    "cmaes": SamplerEntry("search.proposing.samplers:CmaEs", constraints=False, needs="cmaes"),
+    "tpe": SamplerEntry("search.proposing.samplers:Tpe"),
+    "nsga2": SamplerEntry("search.proposing.samplers:nsga2"),
+    "grid": SamplerEntry("search.proposing.samplers:grid"),
+}
 
 
 def find_sampler(name: str) -> SamplerEntry | None:

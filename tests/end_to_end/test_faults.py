@@ -9,7 +9,7 @@ import pytest
 
 from search.cli import main
 from search.running.workers import LocalWorker
-from search.storing import store as storage
+from search.storing.address import CONNECT_OPTIONS
 from search.storing.folder import DATABASE
 from search.storing.store import Store
 from search.storing.trials import TrialLog
@@ -101,7 +101,7 @@ def test_locked_database_is_waited_for_and_then_the_run_stops(study, tmp_path, m
             threading.Timer(seconds, lock.close).start()
         return ask(worker)
 
-    monkeypatch.setitem(storage._CONNECT, "sqlite", {"timeout": 2})
+    monkeypatch.setitem(CONNECT_OPTIONS, "sqlite", {"timeout": 2})
     monkeypatch.setattr(LocalWorker, "next", next_of)
     assert main(command(study, run)) == 1
     assert len(asked) == 8
@@ -110,7 +110,7 @@ def test_locked_database_is_waited_for_and_then_the_run_stops(study, tmp_path, m
     assert AGAIN in error
     assert error.count("mergesearch:") == 1
     monkeypatch.setattr(LocalWorker, "next", ask)
-    monkeypatch.setitem(storage._CONNECT, "sqlite", {"timeout": 60})
+    monkeypatch.setitem(CONNECT_OPTIONS, "sqlite", {"timeout": 60})
     assert main(command(study, run)) == 0
     assert len(told(run)) == 6
 

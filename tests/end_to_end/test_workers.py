@@ -19,7 +19,7 @@ from search.running.conclusion import conclude
 from search.running.search_loop import search
 from search.running.workers import Worker
 from search.storing.folder import DATABASE
-from search.storing.snapshot import freeze
+from search.storing.snapshot import snapshot_items
 from search.storing.store import Store
 from search.storing.trials import TrialLog
 from search.study.reading import load_study
@@ -85,7 +85,7 @@ def test_context_without_weights_has_the_same_items(study, run):
     outline = load_outline(plan_study(load_study(study)))
     assert outline.splits == run.context.splits
     assert outline.space == run.context.space
-    assert freeze(outline.objective, outline.splits) == run.store.items()
+    assert snapshot_items(outline.objective, outline.splits) == run.store.items()
 
 
 def test_missing_ray_is_an_error_before_anything_is_prepared(study, tmp_path, monkeypatch, capsys):
