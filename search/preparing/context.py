@@ -135,16 +135,14 @@ def load(
     """
     say(plan.place_donors(hardware))
     say(plan.kernels)
-    reference, trusted = plan.model_set.reference, plan.spec.trust_remote_code
-    model = load_model(reference, plan.dtype, hardware.device, trust_remote_code=trusted)
+    model = load_model(plan.spec, plan.model_set.reference, plan.dtype, hardware.device)
     outline = _bind(plan, model)
     return LiveContext(**vars(outline), builder=Builder(model, plan.model_set))
 
 
 def load_outline(plan: StudyPlan) -> StudyContext:
     """Prepare the prompts with a model that has no weights: nothing can be evaluated with it."""
-    reference, trusted = plan.model_set.reference, plan.spec.trust_remote_code
-    return _bind(plan, load_without_weights(reference, plan.dtype, trust_remote_code=trusted))
+    return _bind(plan, load_without_weights(plan.spec, plan.model_set.reference, plan.dtype))
 
 
 def load_prompts(context: LiveContext, prompts: PromptEntry) -> Objective:
@@ -156,8 +154,7 @@ def load_prompts(context: LiveContext, prompts: PromptEntry) -> Objective:
 
 def _bind(plan: StudyPlan, model: PreTrainedModel) -> StudyContext:
     """Prepare the study's prompts and own objectives for a model."""
-    reference = plan.model_set.reference
-    tokenizer = load_study_tokenizer(plan.spec, reference)
+    tokenizer = load_study_tokenizer(plan.spec, plan.model_set.reference)
     objective, splits = bind_tasks(plan.spec, plan.tasks, model, tokenizer)
     hashes = {name: model.content_hash for name, model in plan.model_set.checkpoints.items()}
     return StudyContext(plan.spec, objective, splits, plan.space, hashes)

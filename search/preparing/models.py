@@ -61,9 +61,7 @@ def study_dtype(spec: StudySpec, reference: Checkpoint) -> str:
     return spec.dtype or model_dtype(reference)
 
 
-def load_model(
-    checkpoint: Checkpoint, dtype: str, device: str, *, trust_remote_code: bool = False
-) -> PreTrainedModel:
+def load_model(spec: StudySpec, checkpoint: Checkpoint, dtype: str, device: str) -> PreTrainedModel:
     """Load a checkpoint as a live model in evaluation mode.
 
     Raises:
@@ -76,15 +74,13 @@ def load_model(
             checkpoint.folder,
             dtype=torch_dtype(dtype),
             device_map=device,
-            trust_remote_code=trust_remote_code,
+            trust_remote_code=spec.trust_remote_code,
         )
     model.eval()
     return model
 
 
-def load_without_weights(
-    checkpoint: Checkpoint, dtype: str, *, trust_remote_code: bool = False
-) -> PreTrainedModel:
+def load_without_weights(spec: StudySpec, checkpoint: Checkpoint, dtype: str) -> PreTrainedModel:
     """Make a checkpoint's model on the meta device, which holds no numbers.
 
     Raises:
@@ -92,11 +88,12 @@ def load_without_weights(
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
+    trusted = spec.trust_remote_code
     with _explained(checkpoint):
-        config = AutoConfig.from_pretrained(checkpoint.folder, trust_remote_code=trust_remote_code)
+        config = AutoConfig.from_pretrained(checkpoint.folder, trust_remote_code=trusted)
     with torch.device("meta"):
         model: PreTrainedModel = AutoModelForCausalLM.from_config(
-            config, dtype=torch_dtype(dtype), trust_remote_code=trust_remote_code
+            config, dtype=torch_dtype(dtype), trust_remote_code=trusted
         )
     return model
 
@@ -132,12 +129,12 @@ def load_scored(spec: StudySpec, model: str, device: str) -> tuple[PreTrainedMod
         MergeError, StudyError: It cannot be loaded or built.
     """
     base = Checkpoint(spec.base_model)
-    dtype, trusted = study_dtype(spec, base), spec.trust_remote_code
+    dtype = study_dtype(spec, base)
     if not model.endswith((".yaml", ".yml")):
-        return load_model(Checkpoint(model), dtype, device, trust_remote_code=trusted), base
+        return load_model(spec, Checkpoint(model), dtype, device), base
     recipe, _ = load_recipe(Path(model))
     models = open_model_set(recipe.models_read)
-    live = load_model(models.reference, dtype, device, trust_remote_code=trusted)
+    live = load_model(spec, models.reference, dtype, device)
     Builder(live, models).build(recipe)
     return live, base
 
