@@ -1,4 +1,4 @@
-"""Events of a command, and who listens to them: a terminal, or a file of JSON lines."""
+"""Events of a command, and the listener that shows them: a terminal, or JSON lines."""
 
 from __future__ import annotations
 
@@ -15,39 +15,43 @@ if TYPE_CHECKING:  # events are light
     from search.storing.trials import TrialRecord
 
 
+class Event:
+    """Something that a listener shows, or counts."""
+
+
 @dataclass(frozen=True)
-class PlanReady:
+class PlanReady(Event):
     """A line of what a command will take: memory, item evaluations, workers."""
 
     line: str | MemoryPlan
 
 
 @dataclass(frozen=True)
-class Note:
-    """Something the user should know."""
+class Note(Event):
+    """A remark for the user."""
 
     text: str
 
 
 @dataclass(frozen=True)
-class Stage:
+class Stage(Event):
     """A part of the work begins, or has ended, outside the search."""
 
     text: str
 
 
 @dataclass(frozen=True)
-class SearchStarted:
+class SearchStarted(Event):
     """A search begins, or is resumed."""
 
     trials: int  # at most, earlier sessions' included
     finished: Sequence[TrialRecord]  # trials of earlier sessions
     evaluations: int  # item evaluations of earlier sessions
-    concluding: int  # item evaluations that follow the search, about
+    concluding: int  # item evaluations after the search, about
 
 
 @dataclass(frozen=True)
-class BlockEvaluated:
+class BlockEvaluated(Event):
     """A recipe was evaluated on a block of so many items."""
 
     items: int
@@ -55,7 +59,7 @@ class BlockEvaluated:
 
 @dataclass(frozen=True)
 class RaceProgress:
-    """A trial in the race."""
+    """How far a trial in the race is evaluated."""
 
     trial: int  # its number
     method: str  # of its recipe
@@ -66,21 +70,21 @@ class RaceProgress:
 
 
 @dataclass(frozen=True)
-class RaceProgressed:
+class RaceProgressed(Event):
     """Trials in the race, by number."""
 
     trials: Sequence[RaceProgress]
 
 
 @dataclass(frozen=True)
-class TrialFinished:
+class TrialFinished(Event):
     """A trial has its estimate, or has failed."""
 
     trial: TrialRecord
 
 
 @dataclass(frozen=True)
-class IncumbentChanged:
+class IncumbentChanged(Event):
     """The trial with the highest posterior mean among the feasible ones, computed anew."""
 
     trial: TrialRecord
@@ -88,17 +92,17 @@ class IncumbentChanged:
 
 
 @dataclass(frozen=True)
-class StopRequested:
+class StopRequested(Event):
     """The run ends after the blocks that are being evaluated; raised in a signal's handler."""
 
 
 @dataclass(frozen=True)
-class SessionEnded:
+class SessionEnded(Event):
     """The work on a run is over, or has failed."""
 
 
 @dataclass(frozen=True)
-class ScoreReady:
+class ScoreReady(Event):
     """A model's score on a split, and what ``score`` prints of each item."""
 
     model: str
@@ -108,14 +112,14 @@ class ScoreReady:
 
 
 @dataclass(frozen=True)
-class SamplesReady:
+class SamplesReady(Event):
     """Responses of a run's models to the same prompts."""
 
     samples: Sequence[Sample]
 
 
 @dataclass(frozen=True)
-class RunFinished:
+class RunFinished(Event):
     """A run has a result."""
 
     result: Result
@@ -123,27 +127,11 @@ class RunFinished:
 
 
 @dataclass(frozen=True)
-class CommandDone:
+class CommandDone(Event):
     """Another command is done: its text for people, its facts for programs."""
 
     text: str
     facts: Mapping[str, Any] = field(default_factory=dict)
 
 
-Event = (
-    PlanReady
-    | Note
-    | Stage
-    | SearchStarted
-    | BlockEvaluated
-    | RaceProgressed
-    | TrialFinished
-    | IncumbentChanged
-    | StopRequested
-    | SessionEnded
-    | ScoreReady
-    | SamplesReady
-    | RunFinished
-    | CommandDone
-)
 Listener = Callable[[Event], None]
