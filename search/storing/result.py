@@ -1,4 +1,4 @@
-"""result.json: what a run found. All means are in the tasks' own unit."""
+"""result.json: the outcome of a run. All means are in the tasks' own unit."""
 
 from __future__ import annotations
 
@@ -22,11 +22,21 @@ PACKAGES = ("mergesearch", "torch", "transformers", "lm_eval", "optuna", "safete
 Kind = TypeVar("Kind", bound=BaseModel)
 
 
-class Score(FrozenModel):
-    """A model's score on the test items."""
+class _Mean(FrozenModel):
+    """A weighted mean over the tasks, with its interval."""
 
-    mean: float  # weighted mean over the tasks
+    mean: float
     ci95: tuple[float, float]  # ends of its 95 % interval
+
+    @property
+    def interval(self) -> Interval:
+        """The mean with its 95 % interval."""
+        return Interval(self.mean, *self.ci95)
+
+
+class Score(_Mean):
+    """A model's score on the items of a split."""
+
     tasks: dict[str, float]  # mean of each task
     # Mean number of tokens written for an item; None: no task generates text.
     tokens: float | None = None
@@ -42,27 +52,14 @@ class Score(FrozenModel):
             tokens=scores.mean_tokens,
         )
 
-    @property
-    def interval(self) -> Interval:
-        """The mean with its 95 % interval."""
-        return Interval(self.mean, *self.ci95)
 
-
-class Difference(FrozenModel):
-    """The winner's lead: its mean less another model's, paired by test item, with its interval."""
-
-    mean: float
-    ci95: tuple[float, float]
+class Difference(_Mean):
+    """The winner's lead: its mean less another model's, paired by test item."""
 
     @classmethod
     def of(cls, interval: Interval) -> Self:
-        """Take the numbers of an interval."""
+        """Convert an interval."""
         return cls(mean=interval.mean, ci95=(interval.low, interval.high))
-
-    @property
-    def interval(self) -> Interval:
-        """The mean with its 95 % interval."""
-        return Interval(self.mean, *self.ci95)
 
 
 class Baseline(FrozenModel):
@@ -73,15 +70,11 @@ class Baseline(FrozenModel):
 
 
 class DonorDifference(Difference):
-    """The winner's lead over the donor that had the best posterior mean on the search items.
+    """The winner's lead over the donor that had the best posterior mean on the search items."""
 
-    Args:
-        donor: Its name.
-        items_to_decide: Number of test items that would show a lead of this size with a power of
-            80 %; None: these have shown it, or the lead is not positive.
-    """
-
-    donor: str
+    donor: str  # its name in the study
+    # Number of test items that would show a lead of this size with a power of 80 %; None: these
+    # have shown it, or the lead is not positive.
     items_to_decide: int | None
 
 
@@ -94,12 +87,12 @@ class Winner(FrozenModel):
 
 
 class OtherTrial(NamedTuple):
-    """A trial that is not the winner: its estimate, its search items, and its test score if any."""
+    """A trial that is not the winner."""
 
     number: int
-    search_score: float | None
-    items: int
-    test: Score | None
+    search_score: float | None  # its estimate; None: it failed
+    items: int  # search items it was evaluated on
+    test: Score | None  # None: it was not tested
 
 
 class Seconds(FrozenModel):
@@ -112,21 +105,19 @@ class Seconds(FrozenModel):
 
 
 class Result(FrozenModel):
-    """What a run found."""
+    """The outcome of a run: verdict, winner, front, baselines and costs."""
 
     version: Literal[1] = 1  # of this format
     # "better" where the winner's leads over base and every donor are above zero.
     verdict: Literal["better", "not better"]
     winner: Winner  # the chosen recipe
-    # The Pareto front over the tasks, as it was before the test; empty where the study does not ask
-    # for it.
+    # The Pareto front over the tasks, as it was before the test; empty without ``search.front``.
     front: list[Winner] = Field(default=[])
-    donors: dict[str, Baseline]  # each donor's score
-    # Least means of constrained tasks on the test items; the winner was chosen for meeting them on
-    # other items.
+    donors: dict[str, Baseline]
+    # Least means of constrained tasks; the winner was chosen for meeting them on other items.
     floors: dict[str, float] = Field(default={})
-    base: Baseline  # the base model's score
-    uniform: Baseline  # the uniform average's score
+    base: Baseline
+    uniform: Baseline  # the uniform average of the donors
     difference_to_best_donor: DonorDifference  # the lead that the verdict's sentence names
     search_score: float  # the winner's estimate on the search items, which it was chosen on
     believed_score: float  # its posterior mean after the search, without that optimism
@@ -136,9 +127,7 @@ class Result(FrozenModel):
     failed_trials: int  # how many have failed
     item_evaluations: int  # of all splits
     items_asked: dict[str, int]  # item evaluations of each split
-    # How many winners were evaluated on the test items so far: more than one if a finished run was
-    # extended.
-    times_tested: int
+    times_tested: int  # winners evaluated on the test items; several if the run was extended
     seconds: Seconds  # where the time went
     seed: int  # of the study
     versions: dict[str, str]  # of the packages the numbers depend on
@@ -167,12 +156,11 @@ class Result(FrozenModel):
 class ScoreRow(NamedTuple):
     """A model in a table of test scores."""
 
-    kind: Literal["base", "donor", "uniform", "winner", "trial"]  # what the model is
+    kind: Literal["base", "donor", "uniform", "winner", "trial"]
     name: str  # short and unique in the table
     model: str  # a donor's folder or id; else the name, or the trial of the recipe
-    test: Score  # its score
-    # The winner's lead over it; None: it is the winner, or another recipe of the run.
-    lead: Difference | None = None
+    test: Score
+    lead: Difference | None = None  # of the winner over it; None: it is the winner or a trial
 
 
 @dataclass(frozen=True)
@@ -220,8 +208,8 @@ def read_json(file: Path, kind: type[Kind]) -> Kind | None:
         return kind.model_validate_json(file.read_bytes()) if file.is_file() else None
     except ValidationError as error:
         raise StudyError(
-            f"{file} is none of this version of mergesearch ({first_error(error)}); finish the "
-            "run again, or remove it"
+            f"{file} is not valid in this version of mergesearch ({first_error(error)}); finish "
+            "the run again, or remove it"
         ) from None
 
 

@@ -173,5 +173,5 @@ def test_report_of_no_run_or_of_another_version_is_exit_2(finished, tmp_path, ca
     (run / "result.json").write_text("{}")
     assert main(["report", str(run)]) == 2
     error = capsys.readouterr().err
-    assert "result.json is none of this version" in error
+    assert "result.json is not valid in this version" in error
     assert error.count("\n") == 1
