@@ -7,6 +7,7 @@ from typing import Final, NamedTuple
 
 import numpy as np
 
+from merge_engine.recipe.recipe import Recipe
 from objectives.base import without_settings
 from objectives.scores import Interval, paired_bootstrap, score_interval
 from search.proposing.starts import UNIFORM
@@ -65,14 +66,14 @@ def result_rows(facts: RunFacts, result: Result, winner: TaskScores) -> list[Row
     return rows
 
 
-def front_rows(facts: RunFacts, front: Sequence[tuple[Winner, str]]) -> list[Row]:
-    """Tabulate trials of the Pareto front, given with their recipes' keys, on the test items."""
-    return [
-        _marked_row(
-            f"trial {one.trial}", str(one.recipe["merge_method"]), one, facts.test_scores(key)
-        )
-        for one, key in front
-    ]
+def front_rows(facts: RunFacts, front: Sequence[Winner]) -> list[Row]:
+    """Tabulate trials of the Pareto front on the test items."""
+    rows = []
+    for one in front:
+        recipe = Recipe.model_validate(one.recipe)
+        scores = facts.test_scores(recipe.key)
+        rows.append(_marked_row(f"trial {one.trial}", recipe.merge_method, one, scores))
+    return rows
 
 
 def _marked_row(name: str, note: str, one: Winner, scores: TaskScores) -> Row:
@@ -124,19 +125,13 @@ def _search_cells(
     cells: list[Cell | None] = []
     for weights in (facts.weights, *({task: 1.0} for task in facts.weights)):
         indices = [index for index, task in enumerate(tasks) if task in weights]
-        if {tasks[index] for index in indices} != {*weights}:
-            cells.append(None)
-            continue
+        of_items = tuple(tasks[index] for index in indices)
         scores, *others = [
-            ItemScores(
-                tuple(some[index] for index in indices),
-                tuple(tasks[index] for index in indices),
-                weights,
-            )
+            ItemScores(tuple(some[index] for index in indices), of_items, weights)
             for some in (values, leader)
             if some is not None
         ]
-        cells.append(_cell(scores, *others))
+        cells.append(_cell(scores, *others) if {*of_items} == {*weights} else None)
     return cells
 
 

@@ -1,8 +1,8 @@
-"""What a run's database and result.json say of a run; no model is loaded."""
+"""Facts of a run, read from its database and result.json; no model is loaded."""
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Mapping
 from datetime import datetime
 from typing import Final
@@ -23,7 +23,7 @@ _PARTS: Final = {  # of a run's time, by their names in result.json
 
 
 class RunFacts:
-    """A run as its database has it; ``result`` is None while there is none."""
+    """Study, trials, items and scores of a run, which may have no result yet."""
 
     def __init__(self, store: Store, result: Result | None) -> None:
         self.store, self.result = store, result
@@ -55,11 +55,6 @@ class RunFacts:
         return self.trials[-1].completed if self.trials else None
 
     @property
-    def base_name(self) -> str:
-        """Last part of the base model's name."""
-        return self.spec.base_model.rsplit("/", 1)[-1]
-
-    @property
     def is_finished(self) -> bool:
         """Whether the result is that of all trials."""
         result = self.result
@@ -82,9 +77,9 @@ class RunFacts:
 
     def test_scores(self, recipe: str) -> dict[str, list[float]]:
         """Read a recipe's scores on all test items, by task."""
-        by_task: dict[str, list[float]] = {}
+        by_task = defaultdict[str, list[float]](list)
         for item, value in zip(self.items["test"], self.scores(recipe, "test"), strict=True):
-            by_task.setdefault(item.task, []).append(value)
+            by_task[item.task].append(value)
         return by_task
 
 

@@ -1,4 +1,4 @@
-"""Counts of a search that goes on, kept by whoever shows it."""
+"""Counts of a search that goes on, as its events report them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""report.html: what a run found, how and how surely, on one page that needs no other file.
+"""report.html: the search and the result of a run on one page that needs no other file.
 
 Everything is read from the run's database and result.json; no model is loaded. Statements about
 recipes between and beyond the trials are those of the Gaussian process of ``proposing.gp``.
@@ -108,16 +108,12 @@ def _search_part(facts: RunFacts) -> dict[str, Any]:
 
 def _result_part(facts: RunFacts, result: Result) -> dict[str, Any]:
     """Describe the winner and what it was compared with on the test items."""
-    winner, donor = (
-        Recipe.model_validate(result.winner.recipe),
-        result.difference_to_best_donor.donor,
-    )
+    winner = Recipe.model_validate(result.winner.recipe)
+    donor = result.difference_to_best_donor.donor
     scores, donor_key = facts.test_scores(winner.key), facts.baselines[donor]
     columns = ["mean", *short_names(scores, "_").values()]
     rows = result_rows(facts, result, scores)
-    front = front_rows(
-        facts, [(one, Recipe.model_validate(one.recipe).key) for one in result.front]
-    )
+    front = front_rows(facts, result.front)
     changes = item_changes(facts, donor_key, winner.key)
     return {
         "best_donor": facts.names[donor],

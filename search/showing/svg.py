@@ -33,7 +33,7 @@ class Axis:
 
     @classmethod
     def around(cls, name: str, values: Sequence[float] | Floats) -> Axis:
-        """Make an axis that holds all the values, with a margin."""
+        """Make an axis that spans all the values, with a margin."""
         low, high = float(np.min(values)), float(np.max(values))
         margin = 0.06 * (high - low) or 1.0
         return cls(name, low - margin, high + margin)
@@ -137,14 +137,14 @@ def interval_chart(x: Axis, rows: Sequence[IntervalRow], what: str) -> Markup:
     parts = [_across_ticks(x, height, grid=True)]
     for index, row in enumerate(rows):
         low, mean, high = (f"{100 * x.share(v):.2f}%" for v in (row.low, row.mean, row.high))
-        says = f"{row.name}: {row.mean:.1f} [{row.low:.1f}, {row.high:.1f}]"
+        title = f"{row.name}: {row.mean:.1f} [{row.low:.1f}, {row.high:.1f}]"
         parts.append(
             Markup(
                 '<g class="{}"><text class="row" x="-10" y="{y}" dy="4" text-anchor="end">{}</text>'
                 '<line x1="{}" x2="{}" y1="{y}" y2="{y}"/>'
                 '<circle cx="{}" cy="{y}" r="4">{}</circle></g>'
             ).format(
-                row.kind, shortened(row.name, 16), low, high, mean, _title(says),
+                row.kind, shortened(row.name, 16), low, high, mean, _title(title),
                 y=ROW * (index + 0.5),
             )
         )  # fmt: skip

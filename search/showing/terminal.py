@@ -1,6 +1,6 @@
 """Events for people: a live view while a search goes on, and lines and tables that stay.
 
-Where the output is no terminal, or one that cannot move its cursor: a line for every trial.
+A pipe, and a terminal that cannot move its cursor, gets a line for every trial.
 """
 
 from __future__ import annotations
@@ -39,8 +39,9 @@ class Terminal:
         self._view = View()
         self._live: Live | None = None
         self._progress = Progress()
-        self._began = (0.0, 0)  # when the search was begun, and after how many item evaluations
-        self._concluding = 0  # item evaluations that follow the search
+        self._began = 0.0  # when this session's search was begun
+        self._evaluations_before = 0  # item evaluations of earlier sessions
+        self._concluding = 0  # item evaluations after the search
         self._finish_times = deque[float](maxlen=LATEST_TRIALS)  # of this session's trials
 
     def __call__(self, event: events.Event) -> None:
@@ -64,8 +65,8 @@ class Terminal:
 
     @_show.register
     def _(self, event: events.SearchStarted) -> None:
-        self._began = (time.perf_counter(), event.evaluations)
-        self._concluding = event.concluding
+        self._began = time.perf_counter()
+        self._evaluations_before, self._concluding = event.evaluations, event.concluding
         if event.finished:
             done, total = len(event.finished), event.trials
             self._say(f"resumed: {done} of {total} trials are finished already")
@@ -150,16 +151,15 @@ class Terminal:
         )
 
     def _seconds_left(self) -> float | None:
-        """Estimate the seconds left: all other trials at the latest pace, and what follows."""
+        """Estimate the seconds left: trials at the latest pace, and the evaluations after them."""
         if len(self._finish_times) < LEAST_TRIALS:
             return None
-        began, before = self._began
         first, last = self._finish_times[0], self._finish_times[-1]
         per_trial = (last - first) / (len(self._finish_times) - 1)
-        per_item = (last - began) / max(1, self._progress.evaluations - before)
-        return (
-            per_trial * (self._progress.total - self._progress.done) + per_item * self._concluding
-        )
+        evaluations = self._progress.evaluations - self._evaluations_before
+        per_item = (last - self._began) / max(1, evaluations)
+        trials = self._progress.total - self._progress.done
+        return per_trial * trials + per_item * self._concluding
 
     def _line(self, trial: TrialRecord, better: bool) -> str:
         what = trial.start or _describe_point(trial)

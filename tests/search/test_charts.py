@@ -1,4 +1,4 @@
-"""Which trials a chart has."""
+"""Charts of very many trials."""
 
 import numpy as np
 

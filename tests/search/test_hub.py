@@ -26,7 +26,7 @@ def run(make_study, tmp_path_factory):
 
 
 class Hub(ThreadingHTTPServer):
-    """A hub of one repository: what was made of it, committed to it and uploaded beside it."""
+    """A hub of one repository: requests to create it, its commits and its uploaded objects."""
 
     def __init__(self):
         super().__init__(("127.0.0.1", 0), Answers)

@@ -1,4 +1,4 @@
-"""What programs get of a command: one JSON object a line."""
+"""Events of a command as JSON, one object a line."""
 
 import io
 import json

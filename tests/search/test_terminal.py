@@ -1,4 +1,4 @@
-"""What people see of a run, in a terminal and in a pipe."""
+"""Output of a run in a terminal and in a pipe."""
 
 import io
 import math
@@ -74,10 +74,5 @@ def test_pipe_has_a_line_for_every_trial_and_no_escape_sequence(tmp_path):
         terminal = Terminal(Console(file=file))
         finish(simulated_run(tmp_path / "run", context, listener=terminal), math.inf)
         text = file.getvalue()
-    assert [number for number in range(4) if f"{number + 1}/4  trial {number}" in text] == [
-        0,
-        1,
-        2,
-        3,
-    ]
+    assert all(f"{number + 1}/4  trial {number}" in text for number in range(4))
     assert "\x1b" not in text
