@@ -1,8 +1,8 @@
 """Bad input as people give it: exit code 2, one line that says where and what to do, nothing done.
 
 Three tables: models that are damaged, recipes that ask for what cannot be, and mistakes in
-studies, tasks and options. ``python tests/end_to_end/test_bad_input.py`` runs each mistake as a
-process of its own and prints the slowest.
+studies, tasks and options. Run as a script, with ``PYTHONPATH=.:tests/support``, it tries each
+mistake as a process of its own and prints the slowest.
 """
 
 import json
