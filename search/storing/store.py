@@ -172,8 +172,8 @@ class Store:
         columns = [_ITEMS.c[field.name] for field in fields(StoredItem)]
         mine = select(*columns).where(_ITEMS.c.study == self._study)
         with self._engine.connect() as connection:
-            rows = connection.execute(mine.order_by(_ITEMS.c.place))
-            return [StoredItem(**row._mapping) for row in rows]
+            rows = connection.execute(mine.order_by(_ITEMS.c.place)).mappings()
+            return [StoredItem(**row) for row in rows]
 
     def save_items(self, items: Sequence[StoredItem]) -> None:
         """Store the snapshots of the study's items, all or none."""
