@@ -39,11 +39,10 @@ class Command(NamedTuple):
 
     @property
     def usage(self) -> str:
-        """Arguments that are required."""
-        added = [field.metadata for field in fields(self.options) if field.default is MISSING]
-        return " ".join(
-            [*(" ".join([*one["flags"], one["metavar"]]) for one in added), "[options]"]
-        )
+        """Arguments in short."""
+        required = [one.metadata for one in fields(self.options) if one.default is MISSING]
+        words = [word for one in required for word in (*one["flags"], one["metavar"])]
+        return self.options.usage or " ".join([*words, "[options]"])
 
 
 COMMANDS: Final[Mapping[str, Command]] = {

@@ -11,7 +11,7 @@ from argparse import ArgumentTypeError
 from collections.abc import Callable
 from dataclasses import MISSING, dataclass, field
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import Any, ClassVar, Final, Literal
 
 DEMO: Final = Path(__file__).parent.parent / "studies" / "demo"
 _STORAGE: Final = ("--storage URL", "database (default: a file in the folder)")
@@ -101,6 +101,7 @@ def _size(text: str) -> int:
 class Options:
     """Options of every command; without ``device`` the first GPU is used, else the CPU."""
 
+    usage: ClassVar[str] = ""  # arguments in short, where it is not the required ones alone
     device: str | None = _argument(
         "--device D", "where the model lives (default: a GPU, else cpu)", default=None
     )
@@ -155,6 +156,7 @@ class DemoOptions(RunOptions):
 class InitOptions(Options):
     """Write a study to begin with; asks for what is missing."""
 
+    usage: ClassVar[str] = "--base B --models M ... --tasks T ... [options]"
     base: str | None = _argument(
         "--base B", "what the models were fine-tuned from: a folder or hub id", default=None
     )
