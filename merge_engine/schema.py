@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -24,19 +24,39 @@ class FrozenModel(BaseModel):
 
 
 def load_yaml(path: Path) -> Mapping[str, Any]:
-    """Return the mapping in a YAML file.
+    """Return the mapping in a YAML file of one document.
+
+    Raises:
+        MergeError: The file is missing, is not YAML, or holds something else.
+    """
+    first, *others = load_documents(path)
+    if others:
+        raise MergeError(
+            f"{path}: {1 + len(others)} documents, separated by '---', where one is expected; "
+            "recipes that use one another are built by `mergesearch build`: name the built folder"
+        )
+    return first
+
+
+def load_documents(path: Path) -> Sequence[Mapping[str, Any]]:
+    """Return the mappings in a YAML file, one for each document that is not empty.
 
     Raises:
         MergeError: The file is missing, is not YAML, or holds something else.
     """
     try:
-        mapping = yaml.safe_load(path.read_text(encoding="utf-8"))
+        # Bytes: PyYAML then finds UTF-16, which PowerShell writes, by its byte order mark.
+        found = list(yaml.safe_load_all(path.read_bytes()))
     except OSError as error:
         raise MergeError(f"{path}: {error.strerror}; check the path") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except yaml.reader.ReaderError as error:
+        reason = " ".join(str(error.reason).split())
+        raise MergeError(f"{path}: not YAML: {reason}; save it as UTF-8 text") from None
+    except yaml.YAMLError as error:
         raise MergeError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
-    if mapping is None:
+    documents = [document for document in found if document is not None]
+    if not documents:
         raise MergeError(f"{path} is empty; `mergesearch init` writes a study to begin with")
-    if not isinstance(mapping, dict):
+    if not all(isinstance(document, dict) for document in documents):
         raise MergeError(f"{path}: expected a mapping of keys to values, like 'dtype: float32'")
-    return mapping
+    return documents

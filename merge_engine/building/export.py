@@ -26,13 +26,13 @@ from merge_engine.recipe.recipe import Recipe
 SHARD_BYTES = 5_000_000_000
 FULL = (errno.ENOSPC, errno.EDQUOT)  # of a full disk
 TOKENIZER_FILES = (
-    "tokenizer*",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.*",
-    "merges.txt",
-    "chat_template*",
+    *("tokenizer*", "special_tokens_map.json", "added_tokens.json", "chat_template*"),
+    *("*vocab*", "*.model", "*.spm", "*.tiktoken", "*.tokenizer", "tekken.json", "merges.txt"),
+    *("bpe.codes", "byte_maps.json", "dict.txt", "emoji.json", "normalizer.json", "word_*.json"),
+    "additional_chat_templates/*.jinja",
 )
+# Files of what prepares images, sound and video, which a tokenizer of the result does not replace.
+PROCESSOR_FILES = ("*processor_config.json", "audio_tokenizer*")
 _DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
@@ -105,13 +105,24 @@ def _write_others(files: CheckpointFiles, shapes: Mapping[str, Tensor], folder: 
         _write_json(files.generation_config, folder / "generation_config.json")
     elif (file := reference.folder / "generation_config.json").is_file():
         shutil.copyfile(file, folder / file.name)
+    patterns = [*PROCESSOR_FILES]
+    if "auto_map" in config:  # the model's class is in Python files of its own
+        patterns.append("*.py")
     if files.tokenizer is not None:
         files.tokenizer.save_pretrained(folder)
     else:
-        for pattern in TOKENIZER_FILES:
-            for file in reference.folder.glob(pattern):
-                shutil.copyfile(file, folder / file.name)
+        patterns += TOKENIZER_FILES
+    _copy_files(reference.folder, patterns, folder)
     (folder / "mergekit_config.yml").write_text(files.recipe.to_yaml(), encoding="utf-8")
+
+
+def _copy_files(source: Path, patterns: Iterable[str], folder: Path) -> None:
+    """Copy the files that match a pattern and have not been written already."""
+    for file in (file for pattern in patterns for file in source.glob(pattern) if file.is_file()):
+        target = folder / file.relative_to(source)
+        if not target.exists():
+            target.parent.mkdir(exist_ok=True)
+            shutil.copyfile(file, target)
 
 
 def _write_json(contents: Mapping[str, Any], file: Path) -> None:

@@ -26,7 +26,11 @@ from merge_engine.models.lora import Adapter
 from merge_engine.models.tensor_names import input_embedding, is_head_weight, layer_position
 from merge_engine.numerics.statistics import all_finite
 
-HUB_FILES = ("*.safetensors", "*.json", "*.jinja", "*.txt", "*.model", "README.md")
+HUB_FILES = (
+    *("*.safetensors", "*.json", "*.jinja", "*.txt", "*.model", "*.spm", "*.tiktoken"),
+    *("*.tokenizer", "bpe.codes", "README.md"),
+    "*.py",  # copied to what is built, and not run
+)
 INDEX = "model.safetensors.index.json"
 _RECOMPUTED = ".rotary_emb.inv_freq"  # buffers that old checkpoints store; no model reads them
 DTYPES: Mapping[str, torch.dtype] = {  # by their names in safetensors headers

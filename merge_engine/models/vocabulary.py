@@ -169,7 +169,8 @@ def check_tokenizer(checkpoint: Checkpoint) -> None:
 
 
 def _has_tokenizer(folder: Path) -> bool:
-    return any(folder.glob("tokenizer*")) or any(folder.glob("vocab.*"))
+    patterns = ("tokenizer*", "vocab*", "*.model", "*.spm", "*.tiktoken")
+    return any(file for pattern in patterns for file in folder.glob(pattern))
 
 
 def _load(folder: Path, trust_remote_code: bool = False) -> Any:

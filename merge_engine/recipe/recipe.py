@@ -26,6 +26,12 @@ def _model_name(raw: object) -> object:
     """Return mergekit's mapping form of a model as the equivalent string."""
     if not isinstance(raw, dict):
         return raw
+    if raw.get("override_architecture"):
+        raise ValueError(
+            "override_architecture is not supported; correct 'architectures' in the model's "
+            "config.json instead"
+        )
+    raw = {key: value for key, value in raw.items() if key != "override_architecture"}
     if set(raw) <= {"path", "revision"} and "path" in raw:
         return f"{raw['path']}@{raw['revision']}" if raw.get("revision") else str(raw["path"])
     if set(raw) <= {"model", "lora"} and "model" in raw:
@@ -34,7 +40,13 @@ def _model_name(raw: object) -> object:
     raise ValueError("a model is a name, {path, revision} or {model, lora}")
 
 
+def _source_name(raw: object) -> object:
+    """Return the model of a vocabulary without ``model:``, with which old recipes began it."""
+    return raw.removeprefix("model:") if isinstance(raw, str) else _model_name(raw)
+
+
 ModelName = Annotated[str, BeforeValidator(_model_name)]
+SourceName = Annotated[str, BeforeValidator(_source_name)]
 
 
 class Source(FrozenModel):
@@ -97,7 +109,7 @@ class Token(FrozenModel):
 class Tokenizer(FrozenModel):
     """The vocabulary of the result: ``union``, ``base`` or a model's."""
 
-    source: ModelName = "union"
+    source: SourceName = "union"
     tokens: dict[str, Token] = Field(default={})
     pad_to_multiple_of: Annotated[int, Field(ge=1)] | None = None
 
@@ -129,7 +141,7 @@ class Recipe(FrozenModel):
     dtype: DtypeName | None = None
     # Dtype of the written tensors; default `dtype`, then that of the donors.
     out_dtype: DtypeName | None = None
-    tokenizer_source: ModelName | None = None  # short for `tokenizer` with only this source
+    tokenizer_source: SourceName | None = None  # short for `tokenizer` with only this source
     # Vocabulary of the result; by default the base's, which all models then share.
     tokenizer: Tokenizer | None = None
     # `auto` (the most frequent one), `chatml`, or the text of a template.

@@ -86,6 +86,9 @@ def parse_recipe(mapping: Mapping[str, Any], where: str) -> tuple[Recipe, list[s
         MergeError: It is not a recipe; the message says which key is wrong and how to fix it.
     """
     known_parameters = {name for method in METHODS.values() for name in method.params}
+    for key, (tool, advice) in _OTHER_TOOLS.items():
+        if key in mapping and "merge_method" not in mapping:
+            raise MergeError(f"{where}: {key!r} makes it a configuration of {tool}; {advice}")
     check_keys(where, mapping, {*Recipe.model_fields, *known_parameters})
     if (method := mapping.get("merge_method")) not in METHODS:
         raise MergeError(
@@ -111,6 +114,12 @@ def parse_recipe(mapping: Mapping[str, Any], where: str) -> tuple[Recipe, list[s
     return recipe, notes + ignored
 
 
+_TO_EXPERTS = "build it with mergekit-moe: dense models are not made into experts here"
+_OTHER_TOOLS = {  # by a key that only their configurations have
+    "gate_mode": ("mergekit-moe", _TO_EXPERTS),
+    "experts": ("mergekit-moe", _TO_EXPERTS),
+    "genome": ("mergekit-evolve", "`mergesearch init` writes a study, which searches recipes"),
+}
 _LISTS: Mapping[str, type[BaseModel]] = {"models": Source, "slices": Slice, "sources": SliceSource}
 _EXAMPLES = {
     "models": "'- model: NAME' entries",
@@ -257,11 +266,6 @@ def _check_inputs(recipe: Recipe, where: str) -> None:
     if method.base in (Base.ORIGIN, Base.ENDPOINT) and base is None:
         among = " and list it among the slice's sources" if "slices[" in where else ""
         raise MergeError(f"{where}: {recipe.merge_method} needs a base_model; name one{among}")
-    if method.base is Base.ENDPOINT and base not in names:
-        raise MergeError(
-            f"{where}: {recipe.merge_method} starts from base_model {base!r}, "
-            "which has to be one of 'models'"
-        )
     fewest, most = method.donors
     count = len(recipe.donors) + (method.base is Base.ENDPOINT)
     if count < fewest or (most is not None and count > most):

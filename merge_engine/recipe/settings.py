@@ -2,7 +2,7 @@
 
 As in mergekit a setting is a scalar; a list of scalars (a gradient over depth); ``{filter, value}``
 for the tensors whose name contains ``filter``; or a list of such clauses, of which the first that
-matches is used.
+matches is used. Here ``filter`` may also be a list of parts of names.
 """
 
 from __future__ import annotations
@@ -32,17 +32,28 @@ def parse_setting(raw: Raw) -> Setting:
         ValueError: ``raw`` is neither a scalar, a gradient, a clause nor a list of clauses.
     """
     if isinstance(raw, list) and any(isinstance(part, dict) for part in raw):
-        return tuple(_parse_clause(part) for part in raw)
-    return (_parse_clause(raw),)
+        return tuple(clause for part in raw for clause in _parse_clause(part))
+    return _parse_clause(raw)
 
 
-def _parse_clause(raw: Raw) -> Clause:
+def _parse_clause(raw: Raw) -> Setting:
+    """Return one clause, or one for each name of a list of filters."""
     if not isinstance(raw, dict):
-        return Clause(None, _parse_values(raw))
+        return (Clause(None, _parse_values(raw)),)
     if "value" not in raw or set(raw) - {"filter", "value"}:
         raise ValueError(f"{raw!r}: a clause has the keys 'value' and, optionally, 'filter'")
-    name = raw.get("filter")
-    return Clause(None if name in (None, "*") else str(name), _parse_values(raw["value"]))
+    names = raw.get("filter")
+    values = _parse_values(raw["value"])
+    return tuple(
+        Clause(None if name in (None, "*") else _parse_filter(name), values)
+        for name in (names if isinstance(names, list) and names else [names])
+    )
+
+
+def _parse_filter(raw: Raw) -> str:
+    if not isinstance(raw, str | int):
+        raise ValueError(f"{raw!r}: a filter is a part of tensors' names, like mlp, or a list")
+    return str(raw)
 
 
 def _parse_values(raw: Raw) -> tuple[Scalar, ...]:

@@ -1,5 +1,6 @@
 import json
 import os
+import shutil
 import subprocess
 import sys
 
@@ -69,6 +70,47 @@ def test_tensors_of_every_width_and_shape_come_back(source, recipe, tmp_path):
     read = load_file(tmp_path / "out" / "model.safetensors")
     assert read.keys() == tensors.keys()
     assert all(torch.equal(read[name], tensor) for name, tensor in tensors.items())
+
+
+OWN_MODEL = """
+from transformers import LlamaForCausalLM
+
+class MyModel(LlamaForCausalLM):
+    pass
+"""
+
+
+def test_model_with_python_files_of_its_own_loads_from_what_is_built(zoo, tmp_path, build):
+    shutil.copytree(zoo / "a", model := tmp_path / "own")
+    (model / "modeling_mine.py").write_text(OWN_MODEL)
+    config = json.loads((model / "config.json").read_text())
+    classes = {"AutoModelForCausalLM": "modeling_mine.MyModel"}
+    (model / "config.json").write_text(json.dumps(config | {"auto_map": classes}))
+    models = [{"model": str(model), "parameters": {"weight": 1.0}}]
+    build({"merge_method": "linear", "models": models}, tmp_path / "out")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out", trust_remote_code=True)
+    assert type(loaded).__name__ == "MyModel"
+
+
+@pytest.mark.parametrize("replaced", [False, True])
+def test_every_file_of_tokenizer_and_processor_is_written(zoo, recipe, tmp_path, replaced):
+    shutil.copytree(zoo / "a", folder := tmp_path / "model")
+    processor = ["preprocessor_config.json", "processor_config.json"]
+    processor += ["video_preprocessor_config.json"]
+    tokenizer = ["spiece.model", "sentencepiece.bpe.model", "source.spm", "qwen.tiktoken"]
+    tokenizer += ["vocab.txt", "additional_chat_templates/tool.jinja"]
+    (folder / "additional_chat_templates").mkdir()
+    for name in (*processor, *tokenizer, "model.gguf", "modeling_mine.py", "README.md"):
+        (folder / name).write_text("{}")
+    source = Checkpoint(str(folder))
+    other = AutoTokenizer.from_pretrained(zoo / "b") if replaced else None
+    files = CheckpointFiles(source, recipe, tokenizer=other)
+    tensors = {name: source.read(name) for name in source.tensors}
+    write_checkpoint(tensors.items(), tmp_path / "out", shapes=tensors, files=files)
+    written = {str(f.relative_to(tmp_path / "out")) for f in (tmp_path / "out").rglob("*")}
+    assert written >= {*processor}
+    assert written.isdisjoint({"model.gguf", "modeling_mine.py", "README.md"})
+    assert written.isdisjoint(tokenizer) if replaced else written >= {*tokenizer}
 
 
 PEAKS = """

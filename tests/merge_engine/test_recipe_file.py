@@ -34,7 +34,9 @@ def test_shared_parameters_are_not_read_from_a_model():
         ({"models": {"model": "a"}}, "'models' has to be a list"),
         ({"models": [{"model": "a"}, {"model": "a"}]}, "listed more than once"),
         ({"base_model": None}, "task_arithmetic needs a base_model"),
-        ({"merge_method": "slerp"}, "slerp starts from base_model 'base', which has to be one of"),
+        ({"merge_method": "slerp"}, "slerp takes exactly 2 models, got 3"),
+        ({"parameters": {"weight": {"filter": {"a": 1}, "value": 1}}}, "a filter is a part of"),
+        ({"base_model": {"model": "a", "override_architecture": "X"}}, "override_architecture is"),
         ({"merge_method": "model_stock", "models": [{"model": "a"}]}, "at least 2 models besides"),
         ({"dtype": "int4"}, "dtype: Input should be"),
         ({"slices": []}, "one of models, slices and modules; it has models and slices"),
@@ -93,3 +95,46 @@ def test_every_folder_that_a_recipe_names_becomes_absolute_but_no_word_of_its_vo
     for source, found in (("base", "base"), ("a", a)):
         path.write_text(yaml.safe_dump(mapping | {"tokenizer_source": source}))
         assert load_recipe(path)[0].tokenizer_source == found
+
+
+@pytest.mark.parametrize(
+    ("mapping", "message"),
+    [
+        ({"base_model": "b", "gate_mode": "hidden", "experts": []}, "'gate_mode' .* mergekit-moe"),
+        ({"base_model": "b", "experts": [{"source_model": "a"}]}, "'experts' .* of mergekit-moe"),
+        ({"genome": {"models": ["a"]}, "tasks": []}, "'genome' .* mergekit-evolve; .* init"),
+    ],
+)
+def test_configuration_of_another_tool_is_refused_by_its_name(mapping, message):
+    with pytest.raises(MergeError, match=message):
+        parse_recipe(mapping, "r.yaml")
+
+
+def test_prefix_of_old_recipes_is_taken_off_a_source_of_the_vocabulary():
+    assert parsed(tokenizer_source="model:a")[0].tokenizer_source == "a"
+    assert parsed(tokenizer={"source": "model:org/name"})[0].tokenizer.source == "org/name"
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-8-sig", "utf-8"])
+def test_recipe_is_read_in_any_encoding_of_unicode(tmp_path, encoding):
+    path = tmp_path / "r.yaml"
+    path.write_text(yaml.safe_dump(TASK_ARITHMETIC) + "# é\n", encoding=encoding)
+    assert load_recipe(path)[0].base_model == "base"
+
+
+@pytest.mark.parametrize("encoding", ["utf-16-le", "latin-1"])
+def test_text_in_an_unknown_encoding_is_to_be_saved_again(tmp_path, encoding):
+    path = tmp_path / "r.yaml"
+    path.write_text(yaml.safe_dump(TASK_ARITHMETIC) + "# é\n", encoding=encoding)
+    with pytest.raises(MergeError, match=r"not YAML: .*; save it as UTF-8 text"):
+        load_recipe(path)
+
+
+def test_several_documents_are_no_single_recipe(tmp_path):
+    path = tmp_path / "r.yaml"
+    text = yaml.safe_dump(TASK_ARITHMETIC)
+    path.write_text(f"---\n{text}---\n")
+    assert load_recipe(path)[0].base_model == "base"  # the second is empty
+    path.write_text(f"{text}---\n{text}")
+    with pytest.raises(MergeError, match=r"2 documents, .* are built by `mergesearch build`"):
+        load_recipe(path)

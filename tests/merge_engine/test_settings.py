@@ -39,3 +39,10 @@ def test_gradient_of_booleans_is_a_step_function():
 def test_a_malformed_setting_is_refused(raw):
     with pytest.raises(ValueError, match=r"expected a number|a clause has the keys"):
         parse_setting(raw)
+
+
+def test_list_of_filters_stands_for_a_clause_each():
+    setting = parse_setting([{"filter": ["self_attn", "mlp"], "value": 1}, {"value": 2}])
+    names = ("layers.0.self_attn.q_proj", "layers.0.mlp.up_proj", "norm")
+    assert [value_at(setting, name, 0.0) for name in names] == [1, 1, 2]
+    assert parse_setting(dump_setting(setting)) == setting
