@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping
 import torch
 from torch import Tensor, nn
 
+from merge_engine.building.live_tensors import LiveTensors
 from merge_engine.building.merging import merge_pack
 from merge_engine.building.pack_merge import to_device
 from merge_engine.building.plan import Part, Plan, plan_parts, written_dtype
@@ -17,7 +18,7 @@ from merge_engine.errors import MergeError
 from merge_engine.methods import Base
 from merge_engine.models.checkpoint import Reader
 from merge_engine.models.model_set import ModelSet
-from merge_engine.models.tensor_names import is_head_weight, layer_counts
+from merge_engine.models.tensor_names import layer_counts
 from merge_engine.numerics.packing import TensorPack
 from merge_engine.numerics.statistics import all_finite
 from merge_engine.recipe.recipe import Recipe
@@ -152,23 +153,32 @@ class Builder:
         self.model_set = model_set
         self.loaded: Recipe | None = None
         self.version = 0
-        self._targets = dict(_stored_tensors(model))
-        _check_covered(self._targets, model_set.names)
+        shapes = {name: info.shape for name, info in model_set.tensors.items()}
+        self._live = LiveTensors(model, shapes)
+        self._owners: Mapping[str, Part] = {}  # of the recipe that was built last
+        model_set.arrange([*self._live.separate.values(), *self._live.runs])
         self._packs = list(self._pack())
         packed = {name for pack, _ in self._packs for name in pack.names}
-        self._unpacked = [name for name in self._targets if name not in packed]
+        self._unpacked = [name for name in self._live.targets if name not in packed]
 
     def _pack(self) -> Iterator[tuple[TensorPack, Tensor]]:
-        """Move the live model's tensors into matrices that are packed like the donors'."""
+        """Move the live model's tensors into matrices that are packed like the donors'.
+
+        A run that lies end to end in one live tensor is such a matrix already.
+        """
+        in_runs = {name for run in self._live.runs for name in run}
         for pack in self.model_set.placement.packs:
-            live = [self._targets.get(name) for name in pack.names]
-            kinds = {(each.dtype, each.device) if each is not None else None for each in live}
-            if len(kinds) == 1 and (kind := kinds.pop()) and kind[0].is_floating_point:
-                matrix = pack.empty(*kind)
-                for name in pack.names:
-                    pack.view(matrix, name).copy_(self._targets[name].detach())
-                    self._targets[name].data = pack.view(matrix, name)
-                yield pack, matrix
+            live = [self._live.targets[name] for name in pack.names]
+            if not live[0].dtype.is_floating_point:
+                continue
+            if pack.names[0] in in_runs:
+                yield pack, pack.laid_on(live[0])
+                continue
+            matrix = pack.empty(live[0].dtype, live[0].device)
+            for name, target in zip(pack.names, live, strict=True):
+                pack.view(matrix, name).copy_(target.detach())
+                target.data = pack.view(matrix, name)
+            yield pack, matrix
 
     @torch.no_grad()
     def build(self, recipe: Recipe, *, force: bool = False) -> None:
@@ -184,23 +194,47 @@ class Builder:
         self.loaded = None  # a failed build leaves parts of two recipes, which must never be scored
         self.version += 1
         parts = self._parts(recipe)
-        owners = {name: part for part in parts for name in part.model_set.names}
-        _check_covered(self._targets, owners)
+        self._owners = {name: part for part in parts for name in part.model_set.names}
+        _check_same_layers(self.model_set.names, self._owners)
         whole = parts[0].model_set is self.model_set  # else layers are stacked, as in no donor
+        if whole:
+            self._merge_packs(parts[0].recipe)
+        for name in self._unpacked if whole else self._live.targets:
+            self._merge_one(name)
+        for name, target in self._live.targets.items():
+            if (dtype := self._written_dtype(name)) != target.dtype:
+                target.copy_(target.to(dtype))  # transformers keeps it in a wider one
+        self._live.convert()
+        self.loaded = recipe
+
+    def _merge_packs(self, recipe: Recipe) -> None:
+        """Merge the tensors that lie in packs, one pass for each."""
         done: list[torch.cuda.Event] = []
-        for pack, matrix in self._packs if whole else ():
-            merge_pack(matrix, parts[0].recipe, pack, self.model_set)
+        for pack, matrix in self._packs:
+            merge_pack(matrix, recipe, pack, self.model_set)
             if matrix.is_cuda:  # copies may be one pack ahead of the kernels, not all
                 done.append(torch.cuda.current_stream(matrix.device).record_event())
                 if len(done) > 1:
                     done.pop(0).synchronize()
             if matrix.dtype == torch.float16:  # other dtypes do not overflow
                 for name in pack.names:
-                    _check_finite(pack.view(matrix, name), parts[0].recipe, name)
-        for name in self._unpacked if whole else self._targets:
-            merge_into(self._targets[name], owners[name].recipe, name, owners[name].model_set)
-            _check_finite(self._targets[name], owners[name].recipe, name)
-        self.loaded = recipe
+                    _check_finite(pack.view(matrix, name), recipe, name)
+
+    def _merge_one(self, name: str) -> None:
+        """Merge one tensor into the live model, where it need not be contiguous."""
+        part, target = self._owners[name], self._live.targets[name]
+        out = target if target.is_contiguous() else torch.empty(target.shape).to(target)
+        merge_into(out, part.recipe, name, part.model_set)
+        _check_finite(out, part.recipe, name)
+        if out is not target:
+            target.copy_(out)
+
+    def _written_dtype(self, name: str) -> torch.dtype:
+        """Return the dtype to write a tensor in: the recipe's, or that of the live model."""
+        part, target = self._owners[name], self._live.targets.get(name)
+        if target is not None and not (part.recipe.out_dtype or part.recipe.dtype):
+            return target.dtype
+        return written_dtype(part.recipe, part.model_set, name)
 
     def _parts(self, recipe: Recipe) -> tuple[Part, ...]:
         """Return the recipe's runs of layers."""
@@ -214,35 +248,39 @@ class Builder:
             return (Part(first.recipe, self.model_set),)
         return plan_parts(recipe, self.model_set.checkpoints)
 
+    def shapes(self) -> dict[str, Tensor]:
+        """Return the tensors of ``tensors()`` on the meta device: shapes and dtypes."""
+        return {
+            name: torch.empty(
+                part.model_set.tensors[name].shape, dtype=self._written_dtype(name), device="meta"
+            )
+            for name, part in self._owners.items()
+        }
+
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """Yield the live model's tensors by name."""
-        for name, target in self._targets.items():
-            yield name, target.detach()
+        """Yield the weights of the recipe that is loaded, under the names they are stored by.
+
+        Those that the live model does not read are merged now.
+        """
+        for name, part in self._owners.items():
+            dtype, target = self._written_dtype(name), self._live.targets.get(name)
+            if target is not None:
+                yield name, target.detach().to(dtype).contiguous()
+            else:
+                yield (
+                    name,
+                    merge_tensor(
+                        part.recipe, name, part.model_set, part.model_set.placement.device, dtype
+                    ),
+                )
 
 
-def _check_covered(live: Iterable[str], merged: Iterable[str]) -> None:
-    """Compare the live model's tensors with those of the merge."""
-    have, get = layer_counts(live), layer_counts(merged)
-    for stack_name in have.keys() & get.keys():
-        if have[stack_name] != get[stack_name]:
+def _check_same_layers(have: Iterable[str], merged: Iterable[str]) -> None:
+    """Refuse a merge of another number of layers than the live model's."""
+    counts, others = layer_counts(have), layer_counts(merged)
+    for stack in counts.keys() & others.keys():
+        if counts[stack] != others[stack]:
             raise MergeError(
-                f"the merge has {get[stack_name]} layers and the live model {have[stack_name]}; "
+                f"the merge has {others[stack]} layers and the live model {counts[stack]}; "
                 "a merge of another shape can only be built as a checkpoint (mergesearch build)"
             )
-    if missing := sorted(set(live) - set(merged)):
-        raise MergeError(
-            f"the live model has {missing[0]!r}, which the donors lack; fetch the base again, or "
-            "name donors that were fine-tuned from it"
-        )
-    if heads := [name for name in set(merged) - set(live) if is_head_weight(name)]:
-        raise MergeError(
-            f"the merge has {heads[0]!r}, which the live model ties to its embedding; take an "
-            "untied model for the base, or build a checkpoint (mergesearch build)"
-        )
-
-
-def _stored_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Yield the parameters, tied ones once, and the buffers that are stored in checkpoints."""
-    yield from model.named_parameters()
-    stored = model.state_dict().keys()
-    yield from ((name, buffer) for name, buffer in model.named_buffers() if name in stored)

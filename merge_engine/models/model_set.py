@@ -154,6 +154,13 @@ class ModelSet:
         self.placement = Placement(self.source, device, tier)
         self.measurements = Measurements(self.placement, self.runner, repeated=self._repeated)
 
+    def arrange(self, groups: Iterable[Sequence[str]]) -> None:
+        """Decide, before any tensor is read, which tensors lie in packs together."""
+        if self.placement.groups == (groups := [tuple(group) for group in groups]):
+            return
+        self.placement = Placement(self.source, self.placement.device, self.placement.tier, groups)
+        self.measurements = Measurements(self.placement, self.runner, repeated=self._repeated)
+
     @property
     def checkpoints(self) -> Mapping[str, Checkpoint]:
         """The models' files, by model."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Protocol
 
 import torch
@@ -50,16 +50,22 @@ class Placement:
 
     Memory of our own is read half as fast again as a mapped file, and one pass merges a pack. Packs
     stay on the device that builds (tier "device") or in page-locked host memory ("pinned"); with
-    "disk" there are none, and every read goes to the source.
+    "disk" there are none, and every read goes to the source. A pack has tensors of one of the
+    ``groups`` of names, in their order (default: one group of all).
     """
 
     def __init__(
-        self, source: TensorSource, device: torch.device | None = None, tier: Tier = "disk"
+        self,
+        source: TensorSource,
+        device: torch.device | None = None,
+        tier: Tier = "disk",
+        groups: Sequence[Sequence[str]] | None = None,
     ) -> None:
         self.source = source
-        self._device = device or torch.device("cpu")
-        self._tier = tier
-        self.packs = () if tier == "disk" else _cut_packs(source)
+        self.device = device or torch.device("cpu")
+        self.tier: Tier = tier
+        self.groups = [tuple(source.tensors)] if groups is None else groups
+        self.packs = () if tier == "disk" else tuple(_cut_packs(source, self.groups))
         self._pack_of = {name: pack for pack in self.packs for name in pack.names}
         self._packed: dict[tuple[str, TensorPack], Tensor] = {}
 
@@ -86,19 +92,25 @@ class Placement:
 
     def allocate(self, pack: TensorPack, dtype: torch.dtype) -> Tensor:
         """Return a matrix of zeros for a pack, (rows, WIDTH), where the packs stay."""
-        pinned = self._tier == "pinned"
-        return pack.empty(dtype, torch.device("cpu") if pinned else self._device, pinned)
+        pinned = self.tier == "pinned"
+        return pack.empty(dtype, torch.device("cpu") if pinned else self.device, pinned)
 
     def release(self) -> None:
         """Free the packs; tensors read later are read from the source again."""
         self._packed.clear()
 
 
-def _cut_packs(source: TensorSource) -> tuple[TensorPack, ...]:
-    """Lay the float tensors that all models have into packs: each of one dtype in every model."""
-    kinds: dict[tuple[torch.dtype, ...], dict[str, tuple[int, ...]]] = defaultdict(dict)
-    for name, info in source.tensors.items():
-        if len(source.inputs[name]) == len(source.checkpoints) and info.dtype.is_floating_point:
-            dtypes = tuple(source.dtype_of(model, name) for model in source.checkpoints)
-            kinds[dtypes][name] = info.shape
-    return tuple(pack for shapes in kinds.values() for pack in TensorPack.cut(shapes))
+def _cut_packs(source: TensorSource, groups: Iterable[Sequence[str]]) -> Iterator[TensorPack]:
+    """Lay the float tensors that all models have into packs: each of one dtype in every model.
+
+    A pack has tensors of one group, in its order.
+    """
+    for group in groups:
+        kinds: dict[tuple[torch.dtype, ...], dict[str, tuple[int, ...]]] = defaultdict(dict)
+        for name in group:
+            info = source.tensors[name]
+            if len(source.inputs[name]) == len(source.checkpoints) and info.dtype.is_floating_point:
+                dtypes = tuple(source.dtype_of(model, name) for model in source.checkpoints)
+                kinds[dtypes][name] = info.shape
+        for shapes in kinds.values():
+            yield from TensorPack.cut(shapes)

@@ -62,6 +62,13 @@ class TensorPack:
         start = self._starts[name] * WIDTH
         return matrix.view(-1)[start : start + prod(shape)].view(shape)
 
+    def laid_on(self, first: Tensor) -> Tensor:
+        """Return the matrix that begins with a tensor's memory, where all tensors lie end to end.
+
+        The size of each has to be a multiple of WIDTH.
+        """
+        return first.as_strided((int(self._counts.sum()), WIDTH), (WIDTH, 1))
+
     def fill(self, matrix: Tensor, tensors: Iterable[Tensor]) -> Tensor:
         """Copy the tensors into a matrix, and return it."""
         for name, tensor in zip(self.shapes, tensors, strict=True):

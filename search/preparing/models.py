@@ -16,6 +16,7 @@ import torch
 
 from merge_engine.building.builder import Builder
 from merge_engine.errors import MergeError
+from merge_engine.models.architecture import auto_class, load_config, make_without_weights
 from merge_engine.models.checkpoint import Checkpoint
 from merge_engine.models.model_set import ModelSet
 from merge_engine.models.vocabulary import load_tokenizer
@@ -67,14 +68,14 @@ def load_model(spec: StudySpec, checkpoint: Checkpoint, dtype: str, device: str)
     Raises:
         StudyError: transformers cannot use it, or it needs ``trust_remote_code``.
     """
-    from transformers import AutoModelForCausalLM
-
+    trusted = spec.trust_remote_code
     with _explained(checkpoint):
-        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+        auto = auto_class(load_config(checkpoint.folder, trust_remote_code=trusted))
+        model: PreTrainedModel = auto.from_pretrained(
             checkpoint.folder,
             dtype=torch_dtype(dtype),
             device_map=device,
-            trust_remote_code=spec.trust_remote_code,
+            trust_remote_code=trusted,
         )
     model.eval()
     return model
@@ -86,16 +87,10 @@ def load_without_weights(spec: StudySpec, checkpoint: Checkpoint, dtype: str) ->
     Raises:
         StudyError: transformers cannot use it, or it needs ``trust_remote_code``.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
-
     trusted = spec.trust_remote_code
     with _explained(checkpoint):
-        config = AutoConfig.from_pretrained(checkpoint.folder, trust_remote_code=trusted)
-    with torch.device("meta"):
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(
-            config, dtype=torch_dtype(dtype), trust_remote_code=trusted
-        )
-    return model
+        config = load_config(checkpoint.folder, trust_remote_code=trusted)
+        return make_without_weights(config, torch_dtype(dtype), trust_remote_code=trusted)
 
 
 def load_study_tokenizer(spec: StudySpec, checkpoint: Checkpoint) -> PreTrainedTokenizerBase:
@@ -146,13 +141,13 @@ def _explained(checkpoint: Checkpoint) -> Iterator[None]:
         yield
     except MergeError:
         raise
-    except ValueError as error:
+    except (ImportError, ValueError) as error:
         if "trust_remote_code" in str(error):
             raise StudyError(
                 f"model {checkpoint.model!r} brings Python code of its own; read it, and if you "
                 "trust it, set trust_remote_code: true in the study"
             ) from error
-        reason = str(error).split(". ")[0].splitlines()[0]
+        reason = " ".join(str(error).split()).split(". ")[0]
         raise StudyError(
             f"{checkpoint.folder}: transformers cannot use it: {reason}; correct its "
             "config.json, or update transformers"

@@ -154,7 +154,7 @@ class Worker:
                 "restore them, or begin anew with --force-new"
             )
         files = CheckpointFiles(reference=builder.model_set.reference, recipe=recipe)
-        write_checkpoint(builder.tensors(), out, shapes=dict(builder.tensors()), files=files)
+        write_checkpoint(builder.tensors(), out, shapes=builder.shapes(), files=files)
         (out / CARD).write_text(card, encoding="utf-8")
         return ExportCheck(len(pairs), differing, socket.gethostname())
 

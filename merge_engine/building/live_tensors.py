@@ -1,0 +1,103 @@
+"""A live model's tensors, under the names of the stored ones that they are made of."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Collection, Mapping, Sequence
+
+from torch import Tensor, nn
+
+from merge_engine.errors import MergeError
+from merge_engine.models.conversion import Conversion, Shapes, find_conversions
+from merge_engine.models.tensor_names import is_head_weight
+from merge_engine.numerics.packing import WIDTH
+
+
+class LiveTensors:
+    """Where each stored tensor of a live model is written.
+
+    That is a live tensor, a part of one, or memory of its own whose values ``convert`` moves into
+    the model.
+
+    Args:
+        model: The live model.
+        shapes: Shapes of the stored tensors, by name.
+
+    Attributes:
+        targets: Where a stored tensor is written, by its name; one that the model does not read
+            has none.
+        separate: Names of those that are tensors of their own, by dtype and device.
+        runs: Names of those that lie end to end in one live tensor, in their order there.
+
+    Raises:
+        MergeError: The live model has a tensor that no stored one becomes.
+    """
+
+    def __init__(self, model: nn.Module, shapes: Shapes) -> None:
+        self.targets: dict[str, Tensor] = {}
+        self._live = _saved_tensors(model)
+        self._converted: list[Conversion] = []
+        self.separate: dict[object, list[str]] = defaultdict(list)
+        self.runs: list[Sequence[str]] = []
+        found = find_conversions(model, shapes)
+        _check_read(self._live, model, found)
+        for conversion in found:
+            if not self._live.keys() & set(conversion.live):
+                continue  # a tied head, or a buffer that is computed
+            views = conversion.views(self._live)
+            if views is None:
+                like = self._live[conversion.live[0]]
+                views = {name: like.new_empty(shapes[name]) for name in conversion.names}
+                self._converted.append(conversion)
+            elif conversion.converter is not None:
+                self.targets |= {name: view.detach() for name, view in views.items()}
+                self.runs += _runs(views)
+                continue
+            for name, target in views.items():
+                self.targets[name] = target
+                self.separate[target.dtype, target.device].append(name)
+
+    def convert(self) -> None:
+        """Move the values that have memory of their own into the model."""
+        for conversion in self._converted:
+            stored = {name: self.targets[name] for name in conversion.names}
+            for name, value in conversion.convert(stored).items():
+                self._live[name].copy_(value)
+
+
+def _saved_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Return the live parameters, tied ones once, and the buffers that checkpoints store."""
+    found: dict[str, Tensor] = dict(model.named_parameters())
+    kept = model.state_dict().keys()
+    return found | {name: each for name, each in model.named_buffers() if name in kept}
+
+
+def _runs(views: Mapping[str, Tensor]) -> list[Sequence[str]]:
+    """Return the names of views in their order in memory, if rows of a pack can be laid on them."""
+    names = sorted(views, key=lambda name: views[name].storage_offset())
+    whole = all(view.is_contiguous() and view.numel() % WIDTH == 0 for view in views.values())
+    return [names] if whole else []
+
+
+def _check_read(
+    live: Mapping[str, Tensor], model: nn.Module, found: Collection[Conversion]
+) -> None:
+    """Refuse live tensors that no stored one becomes, and a stored head that the model ties."""
+    read = {name: conversion for conversion in found for name in conversion.live}
+    buffers = dict(model.named_buffers())
+    if missing := sorted(live.keys() - read.keys() - buffers.keys()):
+        raise MergeError(
+            f"the live model has {missing[0]!r}, which the donors lack; fetch the base again, or "
+            "name donors that were fine-tuned from it"
+        )
+    tied = (
+        name
+        for live_name, conversion in read.items()
+        if live_name not in live
+        for name in conversion.names
+    )
+    if heads := [name for name in tied if is_head_weight(name)]:
+        raise MergeError(
+            f"the merge has {heads[0]!r}, which the live model ties to its embedding; take an "
+            "untied model for the base, or build a checkpoint (mergesearch build)"
+        )
