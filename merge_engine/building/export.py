@@ -20,7 +20,8 @@ import torch
 from torch import Tensor
 
 from merge_engine.errors import MergeError
-from merge_engine.models.checkpoint import DTYPES, Checkpoint
+from merge_engine.models.checkpoint import Checkpoint
+from merge_engine.models.weights_file import DTYPES
 from merge_engine.recipe.recipe import Recipe
 
 SHARD_BYTES = 5_000_000_000
@@ -99,7 +100,8 @@ def _write_others(files: CheckpointFiles, shapes: Mapping[str, Tensor], folder: 
     floats = (each.dtype for each in shapes.values() if each.dtype.is_floating_point)
     dtype = str(next(floats, torch.float32)).removeprefix("torch.")
     config = dict(files.config or reference.config) | {"dtype": dtype}
-    config.pop("torch_dtype", None)  # the older name of the same key
+    for key in ("torch_dtype", "quantization_config"):  # dtype's older name; of other weights
+        config.pop(key, None)
     _write_json(config, folder / "config.json")
     if files.generation_config is not None:
         _write_json(files.generation_config, folder / "generation_config.json")

@@ -1,13 +1,11 @@
-"""Checkpoints in safetensors: headers first, then tensor by tensor.
+"""Checkpoints: headers first, then tensor by tensor.
 
-A model is a folder or a hub id (``org/name`` or ``org/name@revision``), found through
-huggingface_hub's cache and downloaded if the cache lacks it. ``base+adapter`` is a model with
-a LoRA adapter.
+A model is a folder or a hub id (``org/name`` or ``org/name@revision``). ``base+adapter`` is a model
+with a LoRA adapter.
 """
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -16,85 +14,24 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import Tensor
 from typing_extensions import override
 
 from merge_engine.errors import MergeError
 from merge_engine.models.fingerprint import fingerprint
+from merge_engine.models.locating import files_there, locate
 from merge_engine.models.lora import Adapter
+from merge_engine.models.model_folder import WEIGHTS, Weights, find_weights, read_json, way_out
+from merge_engine.models.quantised import find_quantised
 from merge_engine.models.tensor_names import input_embedding, is_head_weight, layer_position
+from merge_engine.models.weights_file import DTYPES, open_weights
 from merge_engine.numerics.statistics import all_finite
 
-HUB_FILES = (
-    *("*.safetensors", "*.json", "*.jinja", "*.txt", "*.model", "*.spm", "*.tiktoken"),
-    *("*.tokenizer", "bpe.codes", "README.md"),
-    "*.py",  # copied to what is built, and not run
-)
-INDEX = "model.safetensors.index.json"
 _RECOMPUTED = ".rotary_emb.inv_freq"  # buffers that old checkpoints store; no model reads them
-DTYPES: Mapping[str, torch.dtype] = {  # by their names in safetensors headers
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
+# Modules in which torch.compile, FSDP and activation checkpointing hold a model's own.
+_WRAPPERS = re.compile(r"(?:^|\.)(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 Reader = Callable[[str], Tensor]  # from a name, of a model or of a tensor, to a tensor
-
-
-def is_hub_id(model: str) -> bool:
-    """Return whether a string has the form ``org/name`` or ``org/name@revision``."""
-    return re.fullmatch(r"[\w.-]+/[\w.-]+(@[\w./-]+)?", model) is not None
-
-
-def is_local(model: str) -> bool:
-    """Return whether a model, or a model and its adapter, can be read without a download."""
-    if Path(model).expanduser().is_dir():
-        return True
-    if "+" in model:
-        return all(map(is_local, model.split("+")))
-    from huggingface_hub import snapshot_download
-
-    name, _, revision = model.partition("@")
-    try:
-        folder = snapshot_download(name, revision=revision or None, local_files_only=True)
-    except OSError:
-        return False
-    return any(Path(folder).glob("*.safetensors"))
-
-
-def locate(model: str) -> Path:
-    """Return the folder of a model; one named by a hub id is downloaded unless it is cached.
-
-    Raises:
-        MergeError: There is neither such a folder nor such a model.
-    """
-    if (folder := Path(model).expanduser()).is_dir():
-        return folder
-    if folder.is_file():
-        raise MergeError(f"model {model!r} is a file; name the folder it is in")
-    if not is_hub_id(model):
-        raise MergeError(
-            f"model {model!r}: no such folder, and not a hub id like org/name; check the path"
-        )
-    from huggingface_hub import snapshot_download
-
-    name, _, revision = model.partition("@")
-    patterns = list(HUB_FILES)
-    try:
-        return Path(snapshot_download(name, revision=revision or None, allow_patterns=patterns))
-    except Exception as error:  # the hub client raises some twenty kinds, all meaning "not got"
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
-        raise MergeError(
-            f"model {model!r}: no such folder, and not to be had from the hub ({reason}); check "
-            "its name and the connection, and log in with `hf auth login` if it is gated or private"
-        ) from None
 
 
 @dataclass(frozen=True)
@@ -126,47 +63,58 @@ class Checkpoint:
         return self._json(name) if (self.folder / name).is_file() else {}
 
     def _json(self, name: str) -> Mapping[str, Any]:
-        file = self.folder / name
-        if not file.is_file():
+        if not (self.folder / name).is_file():
             raise self._missing(name)
-        try:
-            found = json.loads(file.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise MergeError(f"{file}: damaged or cut short: {error}; fetch it again") from None
-        if not isinstance(found, dict):
-            raise MergeError(f"{file}: damaged: expected a JSON object; fetch it again")
-        return found
+        return read_json(self.folder / name)
 
     def _missing(self, name: str) -> MergeError:
         """Return the error of a folder that lacks one of a model's files."""
         advice = "fetch it again"
-        if (self.folder / "adapter_config.json").is_file():
-            advice = f"it is an adapter: name it with its base, as 'BASE+{self.model}'"
-        elif any(self.folder.glob("*.bin")):
-            advice = "it has only .bin files: convert it to safetensors"
+        if find_weights(self.folder) is None:
+            advice = way_out(files_there(self.model, self.folder), self.model, self.folder)
         return MergeError(f"model {self.model!r}: no {name} in {self.folder}; {advice}")
 
     @cached_property
     def tensors(self) -> Mapping[str, TensorInfo]:
         """The model's tensors by name, sorted; a stored copy of a tied head is left out."""
         found: dict[str, TensorInfo] = {}
-        for file in self._files():
-            handle = self._open(file)
-            for name in handle.keys():  # noqa: SIM118  not a mapping
-                part = handle.get_slice(name)
-                dtype = DTYPES.get(part.get_dtype())
-                if dtype is None:
-                    raise MergeError(
-                        f"{file}: {name!r} has the dtype {part.get_dtype()}, which is "
-                        "quantised; merge the full-precision model"
-                    )
-                found[name] = TensorInfo(file, tuple(part.get_shape()), dtype)
-        if lost := sorted(name for name in self._index if self._is_own(name) and name not in found):
+        for name, (file, part) in self._headers().items():
+            dtype = DTYPES.get(part.get_dtype())
+            if dtype is None:
+                raise MergeError(
+                    f"{file}: {name!r} has the dtype {part.get_dtype()}, which cannot be merged; "
+                    "save the model in float32, bfloat16 or float16"
+                )
+            found[name] = TensorInfo(file, tuple(part.get_shape()), dtype)
+        listed = self._weights.file_of
+        if lost := sorted(name for name in listed if self._is_own(name) and name not in found):
             raise MergeError(
-                f"{self.folder / INDEX}: lists {lost[0]!r}, which {self._index[lost[0]]!r} lacks; "
+                f"{self._weights.index}: lists {lost[0]!r}, which {listed[lost[0]]!r} lacks; "
                 "fetch both again"
             )
         return {name: info for name, info in sorted(found.items()) if self._is_own(name)}
+
+    def _headers(self) -> dict[str, tuple[Path, Any]]:
+        """Return each stored tensor's file and header; refuse what is not a model's own weights."""
+        found: dict[str, tuple[Path, Any]] = {}
+        for file in self._weights.files:
+            handle = self._open(file)
+            found |= {name: (file, handle.get_slice(name)) for name in handle.keys()}  # noqa: SIM118
+        dtypes = {name: part.get_dtype() for name, (_, part) in found.items()}
+        if quantised := find_quantised(dtypes, self.config):
+            raise MergeError(
+                f"model {self.model!r} is quantised ({quantised.kind}: it has "
+                f"{quantised.tensor!r}); merge the full-precision model it was made from, or "
+                f"{quantised.advice}"
+            )
+        wrapped = next((match for name in found if (match := _WRAPPERS.search(name))), None)
+        prefix = wrapped[1] if wrapped else "module"
+        if wrapped or (found and all(name.startswith("module.") for name in found)):
+            raise MergeError(
+                f"model {self.model!r}: the names of its tensors have {prefix + '.'!r} in them, of "
+                "a wrapper in training; save the model inside it (unwrap_model in accelerate)"
+            )
+        return found
 
     def _is_own(self, name: str) -> bool:
         tied = self.config.get("tie_word_embeddings", False)
@@ -184,12 +132,12 @@ class Checkpoint:
     @cached_property
     def fingerprint(self) -> str:
         """Identifies the model's weights; a copy of the files has another fingerprint."""
-        return fingerprint(self._files())
+        return fingerprint(self._weights.files)
 
     @property
     def content_hash(self) -> str:
         """Identifies the model's weights; a copy of the files has the same hash."""
-        return fingerprint(self._files(), dated=False)
+        return fingerprint(self._weights.files, dated=False)
 
     def must_have(self, name: str) -> bool:
         """Return whether the model is incomplete without a tensor.
@@ -233,36 +181,16 @@ class Checkpoint:
         """Close the files: until then what was read of them counts as this process's memory."""
         self._handles.clear()
 
-    def _files(self) -> list[Path]:
-        if names := sorted(set(self._index.values())):
-            if missing := [name for name in names if not (self.folder / name).is_file()]:
-                raise MergeError(
-                    f"{self.folder / INDEX}: names {missing[0]!r}, which is missing; fetch it again"
-                )
-            return [self.folder / name for name in names]
-        if (single := self.folder / "model.safetensors").is_file():
-            return [single]
-        raise self._missing("model.safetensors")
-
     @cached_property
-    def _index(self) -> Mapping[str, str]:
-        """File of each tensor of a sharded model; empty if it is in one file."""
-        if not (self.folder / INDEX).is_file():
-            return {}
-        files = self._json(INDEX).get("weight_map")
-        if not (files and isinstance(files, dict) and all(type(f) is str for f in files.values())):
-            raise MergeError(
-                f"{self.folder / INDEX}: its 'weight_map' is no mapping of tensors to "
-                "files; fetch it again"
-            )
-        return files
+    def _weights(self) -> Weights:
+        found = find_weights(self.folder)
+        if found is None:
+            raise self._missing(" or ".join(WEIGHTS))
+        return found
 
     def _open(self, file: Path) -> Any:
         if file not in self._handles:
-            try:
-                self._handles[file] = safe_open(file, framework="pt", device="cpu")
-            except (SafetensorError, OSError) as error:
-                raise MergeError(f"{file}: damaged or cut short: {error}; fetch it again") from None
+            self._handles[file] = open_weights(file)
         return self._handles[file]
 
 

@@ -10,10 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from merge_engine.errors import MergeError
+from merge_engine.models.model_folder import find_adapter
+from merge_engine.models.weights_file import open_weights
 
 _PREFIX = "base_model.model."
 # Settings that change the formula, and the values with which it is the one above.
@@ -55,7 +56,7 @@ class Adapter:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.weights = folder / "adapter_model.safetensors"
+        self.weights = find_adapter(folder)
         self.files = (folder / "adapter_config.json", self.weights)
         self._handle: Any = None  # the open file
         self._config = self._read_config()
@@ -115,12 +116,7 @@ class Adapter:
 
     def _open(self) -> Any:
         if self._handle is None:
-            try:
-                self._handle = safe_open(self.weights, framework="pt", device="cpu")
-            except (SafetensorError, OSError) as error:
-                raise MergeError(
-                    f"{self.weights}: missing, damaged or cut short: {error}; fetch it again"
-                ) from None
+            self._handle = open_weights(self.weights)
         return self._handle
 
     def _add(self, key: str) -> None:

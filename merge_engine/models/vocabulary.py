@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from merge_engine.errors import MergeError
-from merge_engine.models.checkpoint import Checkpoint, Reader, locate
+from merge_engine.models.checkpoint import Checkpoint, Reader
+from merge_engine.models.locating import locate
 from merge_engine.models.tensor_names import input_embedding
 from merge_engine.recipe.recipe import Recipe, Tokenizer, TokenOfModel, ZeroRow
 

@@ -17,7 +17,7 @@ import torch
 from merge_engine.building.builder import built_tensors
 from merge_engine.building.export import write_checkpoint
 from merge_engine.building.plan import plan_merge
-from merge_engine.models.checkpoint import is_local
+from merge_engine.models.locating import is_local
 from merge_engine.numerics.kernel_runner import configure_compiler
 from merge_engine.recipe.recipe_file import load_recipe
 from merge_engine.schema import load_yaml

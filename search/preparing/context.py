@@ -11,8 +11,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, cast
 
 from merge_engine.building.builder import Builder
+from merge_engine.models.checkpoint import Checkpoint
 from merge_engine.models.memory_plan import MemoryPlan, plan_memory
 from merge_engine.models.model_set import ModelSet
+from merge_engine.models.quantised import quantisation_of
 from merge_engine.models.vocabulary import check_tokenizer
 from objectives.base import Item, Objective
 from objectives.items import Split, Splits
@@ -29,7 +31,7 @@ from search.preparing.tasks import TaskPlan, bind_prompts, bind_tasks, plan_task
 from search.proposing.space import Space
 from search.proposing.starts import warm_starts
 from search.study.sampler_table import SAMPLERS
-from search.study.spec import StudySpec
+from search.study.spec import StudyError, StudySpec
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -111,6 +113,7 @@ def plan_study(spec: StudySpec, *, compiled: bool = True) -> StudyPlan:
     )
     dtype = study_dtype(spec, models.reference)
     check_tokenizer(models.reference)
+    _check_config(models.reference)
     if spec.search.sampler not in SAMPLERS:  # the user's own may be missing
         from search.proposing.samplers import load_sampler
 
@@ -118,6 +121,15 @@ def plan_study(spec: StudySpec, *, compiled: bool = True) -> StudyPlan:
     tasks = plan_tasks(spec)
     space = Space.from_spec(spec, models.layer_filters, dtype)
     return StudyPlan(spec, models, dtype, tasks, space, starts=len(warm_starts(space)))
+
+
+def _check_config(base: Checkpoint) -> None:
+    """Refuse a config that makes transformers load the base's full-precision tensors otherwise."""
+    if quantisation_of(base.config):
+        raise StudyError(
+            f"{base.folder / 'config.json'}: speaks of quantization_config, but the tensors are in "
+            "full precision; remove that key, by which transformers would load them as quantised"
+        )
 
 
 def load(

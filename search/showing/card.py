@@ -10,7 +10,7 @@ import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from merge_engine.errors import MergeError
-from merge_engine.models.checkpoint import locate
+from merge_engine.models.locating import locate
 from merge_engine.recipe.recipe import Recipe
 from objectives.base import printable
 from search.storing.folder import CARD

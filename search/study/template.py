@@ -12,7 +12,7 @@ from typing import Final
 
 import yaml
 
-from merge_engine.models.checkpoint import is_hub_id
+from merge_engine.models.locating import is_hub_id
 from objectives.base import ObjectiveError
 from objectives.entries import TaskEntry
 from objectives.harness.jsonl_task import task_yaml

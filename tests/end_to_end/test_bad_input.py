@@ -6,6 +6,7 @@ mistake as a process of its own and prints the slowest.
 """
 
 import json
+import os
 import shutil
 import struct
 import subprocess
@@ -218,7 +219,7 @@ DAMAGED = {
     ),
     "pointer instead of the file": Case(
         write(f"bad/{WEIGHTS}", b"version https://git-lfs.github.com/spec/v1\noid sha256:1\n"),
-        (f"bad/{WEIGHTS}", "damaged", "fetch"),
+        (f"bad/{WEIGHTS}", "Git LFS pointer", "git lfs pull"),
     ),
     "offsets beyond the file": Case(
         rewrite_header(lambda header: header[NORM].update(data_offsets=[0, 1 << 40])),
@@ -230,7 +231,7 @@ DAMAGED = {
     ),
     "quantised weights": Case(
         rewrite_header(lambda header: header[NORM].update(dtype="F8_E4M3", shape=[128])),
-        (f"bad/{WEIGHTS}", NORM, "quantised", "merge the full-precision model"),
+        ("bad", "quantised (FP8", NORM, "merge the full-precision model"),
     ),
     "base cut short": Case(cut(f"base/{WEIGHTS}", -100), (f"base/{WEIGHTS}", "damaged", "fetch")),
     "no weights": Case(remove(f"bad/{WEIGHTS}"), ("bad", f"no {WEIGHTS}", "fetch")),
@@ -555,8 +556,24 @@ def without_tokenizer(folder: Path) -> None:
         file.unlink()
 
 
-def only_bin(folder: Path) -> None:
-    (folder / "b" / "model.safetensors").rename(folder / "b" / "pytorch_model.bin")
+class Hostile:
+    """Makes a folder when it is unpickled."""
+
+    def __reduce__(self):
+        return os.system, ("mkdir made_by_the_pickle",)
+
+
+def hostile_bin(folder: Path) -> None:
+    (folder / "b" / "model.safetensors").unlink()
+    torch.save({"model.norm.weight": Hostile()}, folder / "b" / "pytorch_model.bin")
+
+
+def quantised(folder: Path) -> None:
+    name = "model.layers.0.mlp.up_proj"
+    tensors = load_file(folder / "b" / "model.safetensors")
+    tensors[f"{name}.weight"] = tensors[f"{name}.weight"].to(torch.int8)
+    tensors[f"{name}.SCB"] = torch.ones(3)
+    save_file(tensors, folder / "b" / "model.safetensors")
 
 
 def adapter_alone(folder: Path) -> None:
@@ -649,7 +666,20 @@ MISTAKES = {
     "adapter without its base": Mistake(
         RUN, ("study.yaml", "b'", "adapter", "BASE+"), adapter_alone
     ),
-    "weights of the old kind": Mistake(RUN, ("study.yaml", "b'", ".bin", "convert it"), only_bin),
+    "pickled weights that would run a command": Mistake(
+        RUN, ("study.yaml", "b/pytorch_model.bin", "system'", "nothing of it was run"), hostile_bin
+    ),
+    "quantised donor": Mistake(
+        RUN, ("study.yaml", "b'", "bitsandbytes 8-bit", "full-precision"), quantised
+    ),
+    "quantised donor in a recipe": Mistake(
+        BUILD, ("recipe.yaml", "b'", "bitsandbytes 8-bit", "full-precision"), quantised
+    ),
+    "config of a quantised model that its tensors are not": Mistake(
+        RUN,
+        ("study.yaml", "base/config.json", "quantization_config", "remove"),
+        config("base", quantization_config={"quant_method": "fp8"}),
+    ),
     "no tokenizer": Mistake(RUN, ("study.yaml", "base'", "tokenizer"), without_tokenizer),
     "architecture that nobody knows": Mistake(
         RUN,

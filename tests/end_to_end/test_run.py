@@ -26,6 +26,7 @@ from search.storing.result import Result
 from search.storing.store import Store
 from search.storing.trials import TrialLog
 from search.study.reading import load_study
+from tiny_models import pickled_twin
 
 
 def trials_of(run):
@@ -73,6 +74,26 @@ def test_run_leaves_result_recipe_and_checkpoint(finished, zoo):
         "tokenizer.json",
         "tokenizer_config.json",
     ]
+
+
+def test_pickled_models_give_the_same_run(make_study, zoo, tmp_path):
+    kinds = {"base": {}, "a": {"shards": 2}, "b": {"legacy": True}}
+    twins = {n: str(pickled_twin(zoo / n, tmp_path / n, **kind)) for n, kind in kinds.items()}
+    answers, weights = [], []
+    for name, of in (("own", {n: str(zoo / n) for n in kinds}), ("pickled", twins)):
+        study = make_study(
+            tmp_path / name,
+            base_model=of["base"],
+            models=[of["a"], of["b"]],
+            search__trials=3,
+            search__methods=["task_arithmetic"],
+        )
+        out = tmp_path / name / "run"
+        assert main(["run", str(study), "--out", str(out), "--device", "cpu"]) == 0
+        answers.append(sorted(row[1:] for row in answers_of(out)))
+        weights.append(load_file(out / "checkpoint" / "model.safetensors"))
+    assert answers[0] == answers[1]
+    assert all(torch.equal(tensor, weights[1][name]) for name, tensor in weights[0].items())
 
 
 def test_checkpoint_holds_the_recipe_built_again(finished):

@@ -44,6 +44,14 @@ def test_what_is_written_loads_in_transformers_as_it_was(source, recipe, tmp_pat
     assert json.loads((out / "config.json").read_text())["dtype"] == "bfloat16"
 
 
+def test_result_of_a_model_once_quantised_is_not_said_to_be_quantised(source, recipe, tmp_path):
+    tensors = {name: source.read(name) for name in source.tensors}
+    config = source.config | {"quantization_config": {"quant_method": "fp8"}}
+    files = CheckpointFiles(source, recipe, config)
+    write_checkpoint(tensors.items(), tmp_path / "out", shapes=tensors, files=files)
+    assert "quantization_config" not in json.loads((tmp_path / "out" / "config.json").read_text())
+
+
 def test_interrupted_write_leaves_no_folder_that_looks_whole(source, recipe, tmp_path):
     def failing():
         yield "model.norm.weight", source.read("model.norm.weight")

@@ -6,6 +6,7 @@ import warnings
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from merge_engine.errors import MergeError
@@ -122,3 +123,14 @@ def test_folder_with_a_plus_in_its_name_is_a_folder(zoo, tmp_path):
     assert model.tensors
     adapter = save_adapter(zoo / "base", tmp_path / "adapter", **KINDS["plain"])
     assert open_model(f"{tmp_path / 'a+b'}+{adapter}").tensors == model.tensors
+
+
+def test_pickled_adapter_reads_like_safetensors(zoo, tmp_path):
+    adapter = save_adapter(zoo / "base", tmp_path / "adapter", **KINDS["plain"])
+    mine = open_model(f"{zoo / 'base'}+{adapter}")
+    pickled = shutil.copytree(adapter, tmp_path / "pickled")
+    torch.save(load_file(adapter / "adapter_model.safetensors"), pickled / "adapter_model.bin")
+    (pickled / "adapter_model.safetensors").unlink()
+    other = open_model(f"{zoo / 'base'}+{pickled}")
+    assert all(torch.equal(mine.read(name), other.read(name)) for name in mine.tensors)
+    assert other.content_hash != open_model(str(zoo / "base")).content_hash

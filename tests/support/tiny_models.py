@@ -1,5 +1,7 @@
 """Tiny models of random weights, in memory and on disk, and tokenizers of one character a token."""
 
+import json
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -86,6 +88,30 @@ def make_llama(
             parameter.add_(torch.randn_like(parameter), alpha=delta)
     model.to(dtype).save_pretrained(folder, max_shard_size=shard_size)
     tiny_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def pickled_twin(model: Path, folder: Path, shards: int = 1, *, legacy: bool = False) -> Path:
+    """Copy a model with its weights as ``pytorch_model.bin``, as transformers 4 saved them.
+
+    Tied tensors share memory, every second matrix is a transposed view of a
+    Parameter. ``legacy``: in the format before PyTorch 1.6, which is no zip file.
+    """
+    shutil.copytree(model, folder, ignore=shutil.ignore_patterns("*.safetensors", "*.index.json"))
+    state = AutoModelForCausalLM.from_pretrained(model, dtype="auto").state_dict()
+    names = list(state)
+    for name in names[1::2]:
+        if state[name].dim() == 2 and name != "lm_head.weight":
+            state[name] = torch.nn.Parameter(state[name].t().contiguous().t())
+    files = [f"pytorch_model-{n:05d}-of-{shards:05d}.bin" for n in range(1, shards + 1)]
+    if shards == 1:
+        torch.save(state, folder / "pytorch_model.bin", _use_new_zipfile_serialization=not legacy)
+        return folder
+    for number, file in enumerate(files):
+        torch.save({name: state[name] for name in names[number::shards]}, folder / file)
+    weight_map = {name: files[number % shards] for number, name in enumerate(names)}
+    index = {"metadata": {"total_size": 0}, "weight_map": weight_map}
+    (folder / "pytorch_model.bin.index.json").write_text(json.dumps(index))
     return folder
 
 

@@ -1,0 +1,127 @@
+"""A model's folder: which files hold its weights, and what it holds where it has none."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from itertools import chain, islice
+from pathlib import Path
+from typing import Any
+
+from merge_engine.errors import MergeError
+
+WEIGHTS = ("model.safetensors", "pytorch_model.bin")  # the first that there is, as transformers
+ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
+_LISTED = 10_000  # files of a folder that are looked at to say what it holds
+_FULL = "name the model in transformers' format that"
+_OTHERS = (  # what may be there instead of weights, by its path, and the way out
+    (r"adapter_config\.json", "it is an adapter: name it with its base, as 'BASE+{model}'"),
+    (
+        r"snapshots/([^/]+)/.*",
+        "it is a model's folder in the hub's cache: name {folder}/snapshots/{part}",
+    ),
+    (r"(checkpoint-\d+)/.*", "it holds a training's checkpoints: name {folder}/{part}"),
+    (r".*\.gguf", f"it holds {{path}}, which is in the GGUF format: {_FULL} it was made from"),
+    (
+        r"(.*/)?consolidated[^/]*\.(pth|pt|safetensors)",
+        f"it holds {{path}}, in its authors' own format: {_FULL} they publish beside it",
+    ),
+    (
+        r"zero_to_fp32\.py|(.*/)?[^/]*optim_states\.pt",
+        "it holds {path}, of a DeepSpeed ZeRO checkpoint: run zero_to_fp32.py there",
+    ),
+    (
+        r"(.*/)?[^/]*\.distcp|pytorch_model_fsdp[^/]*",
+        "it holds {path}, of an FSDP checkpoint: join it with `accelerate merge-weights`",
+    ),
+    (
+        r"tf_model[^/]*\.h5|flax_model[^/]*\.msgpack|.*\.ckpt\.index",
+        "it holds {path}, of another framework: save it from PyTorch",
+    ),
+    (
+        r"(model|pytorch_model)-\d+-of-\d+\.(safetensors|bin)",
+        "it holds {path} without the index of such files: fetch that, too",
+    ),
+    (
+        r".*\.(safetensors|bin|pth|pt|ckpt|onnx)",
+        "it holds {path}, which is no model's weights by its name: save the model with "
+        "save_pretrained",
+    ),
+)
+
+
+@dataclass(frozen=True)
+class Weights:
+    """The files with a model's weights."""
+
+    files: tuple[Path, ...]
+    index: Path | None = None  # of a model in several files
+    file_of: Mapping[str, str] = field(default_factory=dict)  # by tensor, of such a model
+
+
+def find_weights(folder: Path) -> Weights | None:
+    """Return the files that transformers would load; None if there are none.
+
+    Safetensors come before ``.bin``, and one file before an index, which may be of an earlier save.
+
+    Raises:
+        MergeError: An index is damaged, or a file that it names is missing.
+    """
+    for name in WEIGHTS:
+        if (single := folder / name).is_file():
+            return Weights((single,))
+        if (index := folder / f"{name}.index.json").is_file():
+            return _indexed(index)
+    return None
+
+
+def _indexed(index: Path) -> Weights:
+    files = read_json(index).get("weight_map")
+    if not (files and isinstance(files, dict) and all(type(f) is str for f in files.values())):
+        raise MergeError(
+            f"{index}: its 'weight_map' is no mapping of tensors to files; fetch it again"
+        )
+    names = sorted(set(files.values()))
+    if missing := [name for name in names if not (index.parent / name).is_file()]:
+        raise MergeError(f"{index}: names {missing[0]!r}, which is missing; fetch it again")
+    return Weights(tuple(index.parent / name for name in names), index, files)
+
+
+def find_adapter(folder: Path) -> Path:
+    """Return the file with an adapter's weights: safetensors, unless there is a ``.bin`` alone."""
+    first, second = (folder / name for name in ADAPTER_WEIGHTS)
+    return second if second.is_file() and not first.is_file() else first
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """Return the object in a JSON file.
+
+    Raises:
+        MergeError: It is damaged.
+    """
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise MergeError(f"{file}: damaged or cut short: {error}; fetch it again") from None
+    if not isinstance(found, dict):
+        raise MergeError(f"{file}: damaged: expected a JSON object; fetch it again")
+    return found
+
+
+def list_files(folder: Path) -> list[str]:
+    """Return paths below a folder, relative to it: three levels, as in the hub's cache."""
+    levels = chain.from_iterable(folder.glob(pattern) for pattern in ("*", "*/*", "*/*/*"))
+    return [path.relative_to(folder).as_posix() for path in islice(levels, _LISTED)]
+
+
+def way_out(paths: Iterable[str], model: str, folder: Path) -> str:
+    """Return what a folder without a model's weights holds instead, and what to do."""
+    found = sorted(paths, key=lambda path: [int(n) for n in re.findall(r"-(\d+)/", path)])
+    for pattern, advice in _OTHERS:
+        if matches := [match for path in found if (match := re.fullmatch(pattern, path))]:
+            last = matches[-1]  # of a training's checkpoints the latest
+            part = next(iter(last.groups()), None)
+            return advice.format(model=model, folder=folder, path=last[0], part=part)
+    return "fetch it again"
