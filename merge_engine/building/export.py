@@ -113,7 +113,7 @@ def _write_others(files: CheckpointFiles, shapes: Mapping[str, Tensor], folder: 
     if files.tokenizer is not None:
         files.tokenizer.save_pretrained(folder)
     else:
-        patterns += TOKENIZER_FILES
+        _copy_files(reference.tokenizer_folder, TOKENIZER_FILES, folder)
     _copy_files(reference.folder, patterns, folder)
     (folder / "mergekit_config.yml").write_text(files.recipe.to_yaml(), encoding="utf-8")
 

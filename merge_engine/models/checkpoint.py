@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from merge_engine.errors import MergeError
+from merge_engine.models.adapter_fit import Base, fit
 from merge_engine.models.fingerprint import fingerprint
 from merge_engine.models.locating import files_there, locate
 from merge_engine.models.lora import Adapter
@@ -50,6 +51,11 @@ class Checkpoint:
         self.model = model
         self.folder = folder or locate(model)
         self._handles: dict[Path, Any] = {}  # open files
+
+    @property
+    def tokenizer_folder(self) -> Path:
+        """The folder with the model's tokenizer, if it has one."""
+        return self.folder
 
     @cached_property
     def config(self) -> Mapping[str, Any]:
@@ -199,37 +205,81 @@ class Adapted(Checkpoint):
 
     def __init__(self, model: str, base: str, adapter: str) -> None:
         super().__init__(model, locate(base))
+        self._base = Checkpoint(base, self.folder)
         self._adapter = Adapter(locate(adapter))
-        self._adapter.check({name: info.shape for name, info in self.tensors.items()}, base)
+        shapes = {name: info.shape for name, info in self._base.tensors.items()}
+        self._fitted = fit(self._adapter, Base(base, self._base.config.get("model_type"), shapes))
+
+    @cached_property
+    @override
+    def tensors(self) -> Mapping[str, TensorInfo]:
+        found = dict(self._base.tensors)
+        for name, shape in self._fitted.shapes.items():
+            found[name] = replace(self._base.tensors[self._base_name(name)], shape=shape)
+        return dict(sorted(found.items()))
+
+    @cached_property
+    @override
+    def config(self) -> Mapping[str, Any]:
+        config = dict(self._base.config)
+        if self._fitted.untied_head:
+            config["tie_word_embeddings"] = False
+        name = input_embedding(self._fitted.shapes)
+        if name is None or self.tensors[name].shape == self._base.tensors[name].shape:
+            return config
+        return with_rows(config, self.tensors[name].shape[0])
+
+    @cached_property
+    @override
+    def tokenizer_folder(self) -> Path:
+        name = input_embedding(self.tensors)
+        rows = self.tensors[name].shape[0] if name else 0
+        return self._adapter.tokenizer(rows) or self._base.tokenizer_folder
 
     @cached_property
     @override
     def fingerprint(self) -> str:
-        return f"{super().fingerprint}+{fingerprint(self._adapter.files)}"
+        return f"{self._base.fingerprint}+{fingerprint(self._adapter.files)}"
 
     @property
     @override
     def content_hash(self) -> str:
-        return f"{super().content_hash}+{fingerprint(self._adapter.files, dated=False)}"
+        return f"{self._base.content_hash}+{fingerprint(self._adapter.files, dated=False)}"
+
+    def _base_name(self, name: str) -> str:
+        """Return the base's tensor that one of the model's is made of."""
+        return self._base.name_in(name) or name
 
     @override
     def read(self, name: str) -> Tensor:
-        return self._adapter.apply(name, super().read(name))
+        tensor = self._base.read(self._base_name(name))
+        change = self._fitted.changes.get(name)
+        return self._adapter.apply(change, tensor) if change else tensor
 
     @override
     def file_of(self, name: str) -> Path:
         # NaN in the model's own tensor is not the adapter's fault.
-        changed = self._adapter.changes(name) and all_finite(super().read(name))
-        return self._adapter.weights if changed else super().file_of(name)
+        own = self._base_name(name)
+        changed = name in self._fitted.changes and all_finite(self._base.read(own))
+        return self._adapter.weights if changed else self._base.file_of(own)
 
     @override
     def read_dtype(self, name: str) -> torch.dtype:
-        return torch.float32 if self._adapter.changes(name) else super().read_dtype(name)
+        changed = name in self._fitted.changes
+        return torch.float32 if changed else self._base.read_dtype(name)
 
     @override
     def release(self) -> None:
-        super().release()
+        self._base.release()
         self._adapter.release()
+
+
+def with_rows(config: Mapping[str, Any], rows: int) -> dict[str, Any]:
+    """Return a model's config with another number of rows in embedding and head."""
+    inner = config.get("text_config")
+    if isinstance(inner, dict) and "vocab_size" in inner:
+        return {**config, "text_config": with_rows(inner, rows)}
+    return {**config, "vocab_size": rows}
 
 
 def open_model(model: str) -> Checkpoint:

@@ -1,57 +1,78 @@
-"""LoRA adapters as peft saves them: ``W + scale * B @ A``, computed when a tensor is read."""
+"""LoRA adapters as peft saves them: what they make of a base's tensor, when it is read.
+
+A module's weight is ``W + scale * B @ A``, with DoRA ``m * (W + scale * B @ A)`` divided by its
+norms; or it is stored whole, or some of its rows are.
+"""
 
 from __future__ import annotations
 
 import json
-import math
 import re
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections import defaultdict
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from merge_engine.errors import MergeError
+from merge_engine.models.adapter_config import read_adapter_config
 from merge_engine.models.model_folder import find_adapter
 from merge_engine.models.weights_file import open_weights
 
 _PREFIX = "base_model.model."
-# Settings that change the formula, and the values with which it is the one above.
-_SUPPORTED: Mapping[str, tuple[object, ...]] = {
-    "peft_type": ("LORA",),
-    "fan_in_fan_out": (False, None),
-    "use_dora": (False, None),
-    "lora_bias": (False, None),
-    "use_qalora": (False, None),
-    "layer_replication": (None,),
-    "target_parameters": (None, []),
-    "init_lora_weights": (True, False, None, "gaussian", "orthogonal", "eva"),
-}
+_WRAPPERS = re.compile(r"\.(base_layer|original_module|token_adapter|modules_to_save)(?=\.)")
+_ADAPTER_NAME = re.compile(  # "default" if there is one; peft leaves it out
+    r"\.(lora_\w+|modules_to_save|trainable_tokens_delta)\.default(?=\.|$)"
+)
+_LORA = re.compile(r"(.*)\.(lora_\w+?|trainable_tokens_delta)(\.(?:weight|bias))?")
+_TOKENIZER = ("tokenizer.json", "tokenizer.model", "vocab.*", "*.tiktoken")
 
 
 @dataclass(frozen=True)
-class Update:
-    """A low-rank change of one weight."""
+class LowRank:
+    """A product of matrices that is added to a weight."""
 
     down: str  # key of A in the adapter's file; (rank, in), of an embedding (rank, rows)
     up: str  # key of B; (out, rank), of an embedding (columns, rank)
     scale: float  # unitless factor of the product
     transposed: bool  # the product changes the weight's transpose, as for an embedding
+    magnitude: str | None = None  # key of DoRA's norms, one for each row of the product
+
+    def add_to(self, weight: Tensor, down: Tensor, up: Tensor, norms: Tensor | None) -> Tensor:
+        """Return the changed weight; all are float32."""
+        product = up @ down
+        result = weight.add(product.T if self.transposed else product, alpha=self.scale)
+        if norms is not None:
+            dim = 0 if self.transposed else 1
+            factor = norms.flatten() / torch.linalg.vector_norm(result, dim=dim)
+            result *= factor.unsqueeze(dim)
+        return result
+
+
+@dataclass(frozen=True)
+class Change:
+    """What an adapter makes of one tensor. The steps are taken in the order of the fields."""
+
+    base: str | None = None  # key of a tensor that stands for the base's, as if it was resized
+    saved: str | None = None  # key of a tensor that was trained instead of it
+    low_rank: LowRank | None = None  # what is added to it
+    bias: tuple[str, float] | None = None  # key of a tensor that is added to it, and its factor
+    rows: tuple[str, tuple[int, ...]] | None = None  # key of rows that replace it, and which
 
 
 class Adapter:
-    """A LoRA adapter: which tensors of its base it changes, and how.
+    """A LoRA adapter: what it makes of its base's tensors.
 
     Attributes:
-        weights: The file with the matrices A and B.
+        weights: The file with the adapter's tensors.
         files: All that the changes depend on.
         shapes: Of the adapter's own tensors, by key.
-        updates: Low-rank changes, by the name of the base's tensor.
-        replaced: Keys of tensors that replace the base's, by the name of the base's tensor.
+        changes: What it makes of tensors of a base, by their names in training.
 
     Raises:
-        MergeError: It is damaged, or not a plain LoRA adapter.
+        MergeError: It is damaged, or of a kind that cannot be computed here.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -59,98 +80,108 @@ class Adapter:
         self.weights = find_adapter(folder)
         self.files = (folder / "adapter_config.json", self.weights)
         self._handle: Any = None  # the open file
-        self._config = self._read_config()
+        self.config = read_adapter_config(self.files[0])
         file = self._open()
         self.shapes = {key: tuple(file.get_slice(key).get_shape()) for key in sorted(file.keys())}
-        self.updates: dict[str, Update] = {}
-        self.replaced: dict[str, str] = {}
+        self.changes: dict[str, Change] = {}
+        parts: dict[str, dict[str, str]] = defaultdict(dict)  # keys of modules' parts, by module
         for key in self.shapes:
-            self._add(key)
+            name = _ADAPTER_NAME.sub(r".\1", key.removeprefix(_PREFIX))
+            if match := _LORA.fullmatch(name):
+                part = match[2] + (".bias" if match[3] == ".bias" else "")
+                parts[_own_name(match[1])][part] = key
+            else:
+                self._add_whole(name, key)
+        for module, keys in parts.items():
+            self._add_parts(module, keys)
 
-    def check(self, shapes: Mapping[str, tuple[int, ...]], base: str) -> None:
-        """Refuse changes of tensors that the base lacks or has in another shape."""
-        for name, mine in self._changed():
-            if mine != shapes.get(name):
-                found = (
-                    f"{name!r} of shape {list(mine)}, which in {base!r} has {list(shapes[name])}"
-                    if name in shapes
-                    else f"{name!r}, which is not in {base!r}"
-                )
-                raise MergeError(
-                    f"adapter {self.folder}: changes {found}; it was trained on "
-                    f"{self._config.get('base_model_name_or_path')!r}; name that one before the '+'"
-                )
+    def tokenizer(self, rows: int) -> Path | None:
+        """Return its folder if there is a tokenizer in it, all of whose tokens have a row."""
+        if not any(any(self.folder.glob(pattern)) for pattern in _TOKENIZER):
+            return None
+        return self.folder if _last_added_token(self.folder) < rows else None
 
-    def changes(self, name: str) -> bool:
-        """Return whether the adapter changes a tensor of its base."""
-        return name in self.updates or name in self.replaced
-
-    def apply(self, name: str, weight: Tensor) -> Tensor:
-        """Return the base's tensor with the adapter's change: float32 if there is one."""
-        if name in self.replaced:
-            weight = self._open().get_tensor(self.replaced[name]).float()
-        if name not in self.updates:
-            return weight
-        update = self.updates[name]
-        down, up = (self._open().get_tensor(key).float() for key in (update.down, update.up))
-        product = up @ down
-        return weight.float().add(product.T if update.transposed else product, alpha=update.scale)
+    def apply(self, change: Change, weight: Tensor) -> Tensor:
+        """Return what becomes of a tensor of the base, in float32."""
+        if key := change.saved or change.base:
+            weight = self._read(key)
+        weight = weight.float()
+        if low := change.low_rank:
+            norms = self._read(low.magnitude) if low.magnitude else None
+            weight = low.add_to(weight, self._read(low.down), self._read(low.up), norms)
+        if change.bias:
+            weight = weight.add(self._read(change.bias[0]), alpha=change.bias[1])
+        if change.rows:
+            key, numbers = change.rows
+            weight = weight.index_copy(0, torch.tensor(numbers), self._read(key))
+        return weight
 
     def release(self) -> None:
         """Close the file."""
         self._handle = None
 
-    def _read_config(self) -> dict[str, Any]:
-        file, _ = self.files
-        try:
-            config = dict(json.loads(file.read_text(encoding="utf-8")))
-        except (OSError, ValueError) as error:
-            raise MergeError(f"{file}: {error}; expected a LoRA adapter as peft saves it") from None
-        for key, supported in _SUPPORTED.items():
-            if key in config and config[key] not in supported:
-                raise MergeError(
-                    f"{file}: {key} is {config[key]!r}, which cannot be added to a base here; "
-                    "merge the adapter with peft (merge_and_unload) and name the result"
-                )
-        return config
+    def _read(self, key: str) -> Tensor:
+        tensor: Tensor = self._open().get_tensor(key)
+        return tensor.float()
 
     def _open(self) -> Any:
         if self._handle is None:
             self._handle = open_weights(self.weights)
         return self._handle
 
-    def _add(self, key: str) -> None:
-        """Record which tensor of the base a tensor of the adapter changes, and how."""
-        name = key.removeprefix(_PREFIX)
-        if match := re.fullmatch(r"(.*)\.lora_(embedding_)?A(?:\.weight)?", name):
-            module, embedding = match[1], bool(match[2])
-            up = key.replace(".lora_embedding_A", ".lora_embedding_B").replace(
-                ".lora_A.", ".lora_B."
-            )
-            if up not in self.shapes or len(self.shapes[key]) != 2:
-                raise MergeError(
-                    f"{self.weights}: {key!r} is not one of a pair of matrices; fetch it again"
-                )
-            ranks = self.shapes[key][0], self.shapes[up][-1]
-            if ranks[0] != ranks[1] or len(self.shapes[up]) != 2:
-                raise MergeError(
-                    f"{self.weights}: {key!r} and its B have ranks {ranks[0]} and {ranks[1]}; "
-                    "fetch it again"
-                )
-            scale = self._scale(module, self.shapes[key][0])
-            self.updates[f"{module}.weight"] = Update(key, up, scale, embedding)
-        elif not re.search(r"\.lora_(embedding_)?B(\.weight)?$", name):
-            self.replaced[name.replace(".base_layer.", ".")] = key
+    def _change(self, name: str, **parts: Any) -> None:
+        self.changes[name] = replace(self.changes.get(name, Change()), **parts)
 
-    def _scale(self, module: str, rank: int) -> float:
-        patterns = self._config.get("alpha_pattern") or {}
-        alphas = [a for p, a in patterns.items() if re.match(rf"(.*\.)?({p})$", module)]
-        alpha = float(alphas[0] if alphas else self._config.get("lora_alpha", 8))
-        return alpha / (math.sqrt(rank) if self._config.get("use_rslora") else rank)
+    def _add_whole(self, name: str, key: str) -> None:
+        """Record a tensor of the base that is stored whole."""
+        own = _own_name(name)
+        module = own.rpartition(".")[0]
+        if ".modules_to_save." in name or (own == name and self.config.saves(module)):
+            self._change(own, saved=key)
+        else:
+            self._change(own, base=key)
 
-    def _changed(self) -> Iterator[tuple[str, tuple[int, ...]]]:
-        """Yield the base's tensors that are changed, with their shapes in training."""
-        yield from ((name, self.shapes[key]) for name, key in self.replaced.items())
-        for name, update in self.updates.items():
-            shape = (self.shapes[update.up][0], self.shapes[update.down][1])
-            yield name, shape[::-1] if update.transposed else shape
+    def _add_parts(self, module: str, keys: dict[str, str]) -> None:
+        """Record the change of a module that is stored in parts: matrices, norms, rows, a bias."""
+        weight = f"{module}.weight"
+        if rows := keys.pop("trainable_tokens_delta", None):
+            self._change(weight, rows=(rows, self.config.token_rows(module)))
+        if not keys:
+            return
+        embedding = "_embedding" if "lora_embedding_A" in keys else ""
+        down, up = (keys.pop(f"lora{embedding}_{side}", None) for side in "AB")
+        if down is None or up is None:
+            raise self._damaged(next(iter([down, up, *keys.values()])), "is not one of a pair")
+        ranks = self.shapes[down][0], self.shapes[up][-1]
+        if ranks[0] != ranks[1] or {len(self.shapes[key]) for key in (down, up)} != {2}:
+            raise self._damaged(down, f"and its B have ranks {ranks[0]} and {ranks[1]}")
+        scale = self.config.scale(module, ranks[0])
+        magnitude = keys.pop("lora_magnitude_vector", None)
+        if self.config.use_dora != (magnitude is not None):
+            raise self._damaged(down, f"does not go with use_dora: {self.config.use_dora}")
+        self._change(weight, low_rank=LowRank(down, up, scale, bool(embedding), magnitude))
+        if bias := keys.pop("lora_B.bias", None):
+            self._change(f"{module}.bias", bias=(bias, scale))
+        for key in keys.values():
+            raise self._damaged(key, "is no part of LoRA known here")
+
+    def _damaged(self, key: str | None, what: str) -> MergeError:
+        return MergeError(f"{self.weights}: {key!r} {what}; fetch it again")
+
+
+def _own_name(name: str) -> str:
+    """Return a name without the modules that peft wraps others in."""
+    return _WRAPPERS.sub("", f"{name}.").removesuffix(".")
+
+
+def _last_added_token(folder: Path) -> int:
+    """Return the largest number of the tokens that were added to a tokenizer; -1: unknown."""
+    try:
+        if (file := folder / "tokenizer.json").is_file():
+            added = json.loads(file.read_text(encoding="utf-8"))["added_tokens"]
+            return max((int(token["id"]) for token in added), default=-1)
+        if (file := folder / "added_tokens.json").is_file():
+            return max(map(int, json.loads(file.read_text(encoding="utf-8")).values()), default=-1)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise MergeError(f"{file}: damaged: {error!r}; fetch it again") from None
+    return -1

@@ -18,8 +18,7 @@ import torch
 from torch import Tensor
 
 from merge_engine.errors import MergeError
-from merge_engine.models.checkpoint import Checkpoint, Reader
-from merge_engine.models.locating import locate
+from merge_engine.models.checkpoint import Checkpoint, Reader, open_model
 from merge_engine.models.tensor_names import input_embedding
 from merge_engine.recipe.recipe import Recipe, Tokenizer, TokenOfModel, ZeroRow
 
@@ -113,7 +112,9 @@ def make_vocabulary(
         MergeError: A tokenizer is missing or cannot be used, or no model has a token's row.
     """
     first = load_tokenizer(checkpoints[base])
-    tokenizers = {model: _load(each.folder) or first for model, each in checkpoints.items()}
+    tokenizers = {
+        model: _load(each.tokenizer_folder) or first for model, each in checkpoints.items()
+    }
     heights = {model: _height(each) for model, each in checkpoints.items()}
     out = _tokenizer(settings, tokenizers, heights, base)
     out.add_tokens([token for token in settings.tokens if token not in out.get_vocab()])
@@ -140,7 +141,7 @@ def with_chat_template(tokenizer: Any, recipe: Recipe, models: Mapping[str, Chec
     """
     template = recipe.chat_template
     if template == "auto":
-        found = [_load(checkpoint.folder) for checkpoint in models.values()]
+        found = [_load(checkpoint.tokenizer_folder) for checkpoint in models.values()]
         texts = [t.chat_template.strip() for t in found if t and isinstance(t.chat_template, str)]
         template = Counter(texts).most_common(1)[0][0] if texts else None
     elif template == "chatml":
@@ -158,12 +159,12 @@ def with_chat_template(tokenizer: Any, recipe: Recipe, models: Mapping[str, Chec
 def load_tokenizer(checkpoint: Checkpoint, *, trust_remote_code: bool = False) -> Any:
     """Load a model's tokenizer; raise MergeError if it has none or a damaged one."""
     check_tokenizer(checkpoint)
-    return _load(checkpoint.folder, trust_remote_code)
+    return _load(checkpoint.tokenizer_folder, trust_remote_code)
 
 
 def check_tokenizer(checkpoint: Checkpoint) -> None:
     """Raise MergeError if a model has no tokenizer, without loading it."""
-    if not _has_tokenizer(checkpoint.folder):
+    if not _has_tokenizer(checkpoint.tokenizer_folder):
         raise MergeError(
             f"model {checkpoint.model!r}: no tokenizer in {checkpoint.folder}; fetch it again"
         )
@@ -204,7 +205,7 @@ def _tokenizer(
 ) -> Any:
     """Return the result's tokenizer, without tokens that the recipe adds."""
     if settings.source not in ("base", "union"):
-        folder = locate(settings.source.partition("+")[0])
+        folder = open_model(settings.source).tokenizer_folder
         if (named := _load(folder)) is None:
             raise MergeError(
                 f"tokenizer source {settings.source!r}: no tokenizer in {folder}; name another"

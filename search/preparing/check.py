@@ -87,7 +87,7 @@ def _vocabulary_notes(reference: Checkpoint, checkpoints: Iterable[Checkpoint]) 
 
 def _vocabulary(checkpoint: Checkpoint) -> object:
     """Return the content of a fast tokenizer's vocabulary, None where there is none."""
-    file = checkpoint.folder / "tokenizer.json"
+    file = checkpoint.tokenizer_folder / "tokenizer.json"
     if not file.is_file():
         return None
     try:

@@ -1,0 +1,101 @@
+"""``adapter_config.json`` of a LoRA adapter: the settings that its changes depend on."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from merge_engine.errors import MergeError
+
+# Settings that change the formula in ways that are not computed here, and what they are. Each is
+# refused unless it is empty.
+_REFUSED: Mapping[str, str] = {
+    "target_parameters": "LoRA on parameters without a module of their own, as of fused experts",
+    "layer_replication": "layers that are used several times",
+    "use_qalora": "QALoRA",
+    "use_bdlora": "block-diagonal LoRA",
+    "alora_invocation_tokens": "aLoRA, active from a token on",
+    "arrow_config": "Arrow, a router of several adapters",
+    "kasa_config": "KaSA",
+}
+# Ways to begin that leave the base's weights as they are; the others take a part out of them.
+_KEEP_BASE = (True, False, None, "gaussian", "orthogonal", "eva", "mica")
+
+
+class AdapterConfig(BaseModel):
+    """Settings of a LoRA adapter; peft's others do not matter to the merged weights."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+    base_model_name_or_path: str | None = None  # what it was trained on
+    lora_alpha: float = 8  # numerator of the scale
+    alpha_pattern: dict[str, float] | None = None  # other alphas, by the end of a module's name
+    use_rslora: bool = False  # divide by the root of the rank, not the rank
+    use_dora: bool = False  # a weight's norms are learned as well
+    fan_in_fan_out: bool = False  # modules store their weights as (in, out), like GPT-2's
+    modules_to_save: list[str] | None = None  # ends of names of modules that were trained in full
+    # Rows of the input embedding that were trained, or of modules by the end of their names.
+    trainable_token_indices: list[int] | dict[str, list[int]] | None = None
+    ensure_weight_tying: bool = False  # a tied head was changed with the embedding
+
+    def scale(self, module: str, rank: int) -> float:
+        """Return the factor of a module's product of matrices."""
+        patterns = self.alpha_pattern or {}
+        alphas = [a for p, a in patterns.items() if re.match(rf"(.*\.)?({p})$", module)]
+        alpha = alphas[0] if alphas else self.lora_alpha
+        return alpha / (math.sqrt(rank) if self.use_rslora else rank)
+
+    def saves(self, module: str) -> bool:
+        """Return whether a module was trained in full, as a copy of the base's."""
+        return module.endswith(tuple(self.modules_to_save or ()))
+
+    def token_rows(self, module: str) -> tuple[int, ...]:
+        """Return which rows of a module's weight were trained."""
+        rows = self.trainable_token_indices or []
+        if isinstance(rows, dict):
+            rows = next((of for end, of in rows.items() if module.endswith(end)), [])
+        return tuple(rows)
+
+
+def read_adapter_config(file: Path) -> AdapterConfig:
+    """Read ``adapter_config.json``.
+
+    Raises:
+        MergeError: It is damaged, or of an adapter that cannot be computed here.
+    """
+    try:
+        raw = json.loads(file.read_text(encoding="utf-8"))
+        if isinstance(raw, dict):
+            raw = {key: value for key, value in raw.items() if value is not None}
+        config = AdapterConfig.model_validate(raw)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"])) or "its content"
+        raise MergeError(f"{file}: damaged: {where}: {first['msg']}; fetch it again") from None
+    except (OSError, ValueError) as error:
+        raise MergeError(f"{file}: {error}; expected a LoRA adapter as peft saves it") from None
+    if found := _unknown_formula(raw):
+        raise MergeError(
+            f"{file}: {found}, which cannot be added to a base here; merge the adapter with peft "
+            "(merge_and_unload) and name the result"
+        )
+    return config
+
+
+def _unknown_formula(raw: Mapping[str, Any]) -> str | None:
+    """Return the setting with which the change is not computed here; None if there is none."""
+    if (kind := raw.get("peft_type")) != "LORA":
+        return f"peft_type is {kind!r}"
+    init = raw.get("init_lora_weights")
+    if init not in _KEEP_BASE:
+        return f"init_lora_weights is {init!r}"
+    for key, what in _REFUSED.items():
+        if raw.get(key):
+            return f"{key} is {raw[key]!r} ({what})"
+    return None
