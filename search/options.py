@@ -176,8 +176,14 @@ class InitOptions(Options):
 class BuildOptions(Options):
     """Merge a recipe into a checkpoint."""
 
-    recipe: Path = _argument("RECIPE", "a mergekit recipe", Path)
+    recipe: Path = _argument("RECIPE", "a mergekit recipe, or several that use one another", Path)
     out: Path = _argument("OUT", "the folder to make", Path)
+    intermediate_dir: Path | None = _argument(
+        "--intermediate-dir DIR",
+        "keep the results that other recipes of the file use, and use those that are there",
+        Path,
+        default=None,
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

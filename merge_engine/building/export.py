@@ -47,6 +47,7 @@ class CheckpointFiles:
     config: Mapping[str, Any] | None = None  # used instead of the reference's
     generation_config: Mapping[str, Any] | None = None  # used instead of the reference's
     tokenizer: Any = None  # used instead of the reference's
+    text: str | None = None  # stored instead: with the recipes of models that were built for it
 
 
 def write_checkpoint(
@@ -95,6 +96,13 @@ def write_checkpoint(
         raise
 
 
+def write_outline(out: Path, shapes: Mapping[str, Tensor], files: CheckpointFiles) -> None:
+    """Write a model folder without values, which can be planned with and takes no space on disk."""
+    out.mkdir(parents=True)
+    _write_headers(shapes, out, SHARD_BYTES)
+    _write_others(files, shapes, out)
+
+
 def _write_others(files: CheckpointFiles, shapes: Mapping[str, Tensor], folder: Path) -> None:
     reference = files.reference
     floats = (each.dtype for each in shapes.values() if each.dtype.is_floating_point)
@@ -115,7 +123,9 @@ def _write_others(files: CheckpointFiles, shapes: Mapping[str, Tensor], folder: 
     else:
         _copy_files(reference.tokenizer_folder, TOKENIZER_FILES, folder)
     _copy_files(reference.folder, patterns, folder)
-    (folder / "mergekit_config.yml").write_text(files.recipe.to_yaml(), encoding="utf-8")
+    (folder / "mergekit_config.yml").write_text(
+        files.text or files.recipe.to_yaml(), encoding="utf-8"
+    )
 
 
 def _copy_files(source: Path, patterns: Iterable[str], folder: Path) -> None:
@@ -138,6 +148,19 @@ def _write_weights(
     shard_bytes: int,
 ) -> None:
     """Write tensors into one file, or into shards with an index."""
+    offsets = _write_headers(shapes, folder, shard_bytes)
+    for name, tensor in tensors:
+        path, offset = offsets.pop(name)
+        with path.open("r+b") as opened:
+            opened.seek(offset)
+            opened.write(_bytes(tensor, like=shapes[name]))
+    assert not offsets, f"{next(iter(offsets))} is in shapes and not in tensors"
+
+
+def _write_headers(
+    shapes: Mapping[str, Tensor], folder: Path, shard_bytes: int
+) -> dict[str, tuple[Path, int]]:
+    """Begin the files, with an index if there are several; return each tensor's file and offset."""
     shards = _shards(shapes, shard_bytes)
     count = len(shards)
     files = [
@@ -147,17 +170,12 @@ def _write_weights(
     offsets: dict[str, tuple[Path, int]] = {}
     for file, names in zip(files, shards, strict=True):
         offsets |= _write_header(folder / file, {name: shapes[name] for name in names})
-    for name, tensor in tensors:
-        path, offset = offsets.pop(name)
-        with path.open("r+b") as opened:
-            opened.seek(offset)
-            opened.write(_bytes(tensor, like=shapes[name]))
-    assert not offsets, f"{next(iter(offsets))} is in shapes and not in tensors"
     if count > 1:
         weight_map = {n: file for file, names in zip(files, shards, strict=True) for n in names}
         total = sum(tensor.nbytes for tensor in shapes.values())
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         _write_json(index, folder / "model.safetensors.index.json")
+    return offsets
 
 
 def _shards(shapes: Mapping[str, Tensor], shard_bytes: int) -> list[list[str]]:

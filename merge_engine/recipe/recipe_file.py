@@ -8,7 +8,7 @@ refused with the closest known one.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -40,19 +40,31 @@ def load_recipe(path: Path) -> tuple[Recipe, list[str]]:
     """
     mapping = load_yaml(path)
     recipe, notes = parse_recipe(mapping, where=str(path))
-    return _with_absolute_folders(recipe, path.parent), notes
+    return with_absolute_folders(recipe, path.parent), notes
 
 
-def _with_absolute_folders(recipe: Recipe, folder: Path) -> Recipe:
-    """Return the recipe with absolute paths for models that are folders relative to ``folder``."""
+def with_absolute_folders(recipe: Recipe, folder: Path, other_than: Collection[str] = ()) -> Recipe:
+    """Return the recipe with absolute paths for models that are folders relative to ``folder``.
+
+    Models in ``other_than`` are names of another kind, and stay.
+    """
 
     def rename(model: str) -> str:
-        if (folder / model).is_dir():
-            return str((folder / model).resolve())
-        return "+".join(rename(part) for part in model.split("+")) if "+" in model else model
+        beside = model not in other_than and (folder / model).is_dir()
+        return str((folder / model).resolve()) if beside else model
 
-    renamed: Recipe = _rename_models(recipe, rename)
-    return renamed
+    return rename_models(recipe, rename)
+
+
+def rename_models(recipe: Recipe, rename: Callable[[str], str]) -> Recipe:
+    """Return the recipe with every model renamed; of ``base+adapter`` each, if not the whole."""
+
+    def rename_parts(model: str) -> str:
+        renamed = rename(model)
+        return "+".join(map(rename, model.split("+"))) if renamed == model else renamed
+
+    changed: Recipe = _rename_models(recipe, rename_parts)
+    return changed
 
 
 def _rename_models(part: Any, rename: Callable[[str], str]) -> Any:
@@ -72,6 +84,11 @@ def _rename_models(part: Any, rename: Callable[[str], str]) -> Any:
         elif name in ("source", "tokenizer_source"):
             changes[name] = value if value in ("base", "union") else rename(value)
     return part.model_copy(update=changes)
+
+
+def is_recipe(mapping: Mapping[str, Any]) -> bool:
+    """Return whether a YAML document is meant as a recipe, if only another tool's."""
+    return "merge_method" in mapping or any(key in mapping for key in _OTHER_TOOLS)
 
 
 def parse_recipe(mapping: Mapping[str, Any], where: str) -> tuple[Recipe, list[str]]:

@@ -6,21 +6,24 @@ transformers and lm-eval with the modules that use them.
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import math
 import shlex
+import shutil
 import sys
+from collections.abc import Iterable
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
-from merge_engine.building.builder import built_tensors
-from merge_engine.building.export import write_checkpoint
-from merge_engine.building.plan import plan_merge
+from merge_engine.building.stages import build_stage, is_built, planned
+from merge_engine.errors import MergeError
 from merge_engine.models.locating import is_local
-from merge_engine.numerics.kernel_runner import configure_compiler
-from merge_engine.recipe.recipe_file import load_recipe
-from merge_engine.schema import load_yaml
+from merge_engine.recipe.recipe_file import is_recipe
+from merge_engine.recipe.stages import load_stages
+from merge_engine.schema import load_documents
 from search.options import (
     DEMO,
     BuildOptions,
@@ -74,18 +77,43 @@ def run(options: RunOptions, listener: Listener) -> None:
 
 
 def build(options: BuildOptions, listener: Listener) -> None:
-    """Merge a recipe into a checkpoint."""
-    recipe, notes = load_recipe(options.recipe)
+    """Merge a recipe into a checkpoint; first the recipes whose results it uses, one by one."""
+    stages, notes = load_stages(options.recipe)
     for note in notes:
         listener(Note(note))
-    with errors_name(options.recipe):
-        plan = plan_merge(recipe)
-    if any(part.model_set.runner.compiled for part in plan.parts):
-        configure_compiler()
-    tensors = built_tensors(plan, torch.device(choose_device(options.device)))
-    write_checkpoint(tensors, options.out, shapes=plan.shapes(), files=plan.files)
-    text = f"{options.out}: {len(plan.names)} tensors of {recipe.merge_method}"
-    listener(CommandDone(text, {"checkpoint": str(options.out), "tensors": len(plan.names)}))
+    device = torch.device(choose_device(options.device))
+    kept = options.intermediate_dir
+    folder = kept or options.out.with_name(f"{options.out.name}.stages")
+    stages = [stage for stage in stages if stage.needed or kept]
+    if options.out.exists():
+        raise MergeError(f"{options.out} exists; choose another folder or remove it")
+    if len(stages) > 1:
+        with planned(stages):
+            pass  # what is wrong is said before anything is built
+    *others, result = stages
+    made: list[Path] = []
+    try:
+        for stage in others:
+            out = folder / stage.name
+            if is_built(stage, out):
+                listener(Note(f"{out} is there already"))
+            else:
+                listener(Stage(f"building {stage.name}"))
+                build_stage(stage, folder, out, device)
+            made.append(out)
+        count = build_stage(result, folder, options.out, device)
+    finally:
+        _remove_results([] if kept else made)
+    text = f"{options.out}: {count} tensors of {result.recipe.merge_method}"
+    listener(CommandDone(text, {"checkpoint": str(options.out), "tensors": count}))
+
+
+def _remove_results(folders: Iterable[Path]) -> None:
+    """Remove what was built on the way, and the folder it is in unless it has more."""
+    for folder in folders:
+        shutil.rmtree(folder, ignore_errors=True)
+        with contextlib.suppress(OSError):
+            folder.parent.rmdir()
 
 
 def score(options: ScoreOptions, listener: Listener) -> None:
@@ -149,9 +177,9 @@ def _given(words: list[str] | None, option: str, what: str) -> list[str]:
 def check(options: CheckOptions, listener: Listener) -> None:
     """Validate a study or a recipe, and print what using it would take."""
     file, device = options.file, choose_device(options.device)
-    is_recipe = "merge_method" in load_yaml(file)
+    recipes = any(map(is_recipe, load_documents(file)))
     with errors_name(file):
-        plan, notes = check_recipe(file) if is_recipe else check_study(file, device)
+        plan, notes = check_recipe(file) if recipes else check_study(file, device)
     for note in notes:
         listener(Note(note))
     for line in plan:

@@ -9,11 +9,12 @@ from pathlib import Path
 
 import torch
 
-from merge_engine.building.plan import plan_merge
+from merge_engine.building.plan import Plan
+from merge_engine.building.stages import planned
 from merge_engine.errors import MergeError
 from merge_engine.models.checkpoint import Checkpoint, TensorInfo
 from merge_engine.models.tensor_names import layer_counts
-from merge_engine.recipe.recipe_file import load_recipe
+from merge_engine.recipe.stages import load_stages
 from objectives.items import SPLITS
 from search.preparing.context import load_outline, plan_study
 from search.preparing.cost import describe_cost
@@ -24,9 +25,20 @@ Report = tuple[list[str], list[str]]  # lines, and notes
 
 
 def check_recipe(file: Path) -> Report:
-    """Validate a recipe with the headers of its models."""
-    recipe, notes = load_recipe(file)
-    plan = plan_merge(recipe)
+    """Validate a file's recipe, or recipes, with the headers of the models."""
+    stages, notes = load_stages(file)
+    lines: list[str] = []
+    with planned(stages) as plans:
+        for stage, plan in zip(stages, plans, strict=True):
+            own_lines, own_notes = _describe_plan(plan)
+            several = len(stages) > 1
+            lines += [*([f"{stage.where}:"] if several else []), *own_lines]
+            notes += [f"{stage.where}: {note}" if several else note for note in own_notes]
+    return lines, notes
+
+
+def _describe_plan(plan: Plan) -> Report:
+    recipe, notes = plan.recipe, []
     dtype = recipe.out_dtype or recipe.dtype or model_dtype(plan.files.reference)
     lines = [f"recipe: {recipe.merge_method}, writes {dtype}"]
     checkpoints = {
