@@ -21,7 +21,7 @@ from search.options import SessionOptions
 from search.preparing.context import StudyContext, load, load_outline, plan_study
 from search.preparing.cost import describe_cost
 from search.preparing.models import Hardware
-from search.running.events import Listener, PlanReady
+from search.running.events import Listener, Note, PlanReady
 from search.running.ray_workers import Cluster, RayWorkers, import_ray
 from search.running.workers import LocalWorker, Workers
 from search.storing.folder import check_folder, check_run_folder, has_run, locked, set_aside
@@ -124,11 +124,14 @@ class Session:
             import_ray()  # where it is missing, that is said before anything is prepared
         with errors_name(self.source):
             plan = plan_study(self.spec, compiled=options.compiled)
+            notes = plan.notes() if self.searches else []
             if options.workers is None:
                 context = load(plan, hardware, say)
             else:
                 outline = load_outline(plan)
         if self.searches:
+            for note in notes:
+                self.listener(Note(note))
             say(describe_cost(plan))
         if options.workers is None:
             return context, LocalWorker(context)

@@ -21,7 +21,7 @@ from merge_engine.models.model_set import ModelSet
 from merge_engine.models.tensor_names import layer_counts
 from merge_engine.numerics.packing import TensorPack
 from merge_engine.numerics.statistics import all_finite
-from merge_engine.recipe.recipe import Recipe
+from merge_engine.recipe.recipe import Recipe, Tokenizer
 
 
 def merge_tensor(
@@ -238,15 +238,12 @@ class Builder:
 
     def _parts(self, recipe: Recipe) -> tuple[Part, ...]:
         """Return the recipe's runs of layers."""
-        if recipe.vocabulary is not None:
-            raise MergeError(
-                "a recipe with a tokenizer changes the vocabulary, which a live model cannot; "
-                "build it as a checkpoint (mergesearch build)"
-            )
+        rows = self.model_set.vocabulary
+        _check_vocabulary(recipe, self.model_set, rows.settings if rows else None)
         first, *_ = recipe.parts
         if first.layers is None:
             return (Part(first.recipe, self.model_set),)
-        return plan_parts(recipe, self.model_set.checkpoints)
+        return plan_parts(recipe, self.model_set.checkpoints, rows)
 
     def shapes(self) -> dict[str, Tensor]:
         """Return the tensors of ``tensors()`` on the meta device: shapes and dtypes."""
@@ -273,6 +270,26 @@ class Builder:
                         part.recipe, name, part.model_set, part.model_set.placement.device, dtype
                     ),
                 )
+
+
+def _check_vocabulary(recipe: Recipe, models: ModelSet, live: Tokenizer | None) -> None:
+    """Refuse a recipe whose checkpoint would have another vocabulary than the live model's."""
+    if recipe.vocabulary != live:
+        raise MergeError(
+            f"the recipe's tokenizer is {_said(recipe.vocabulary)} and that of the live model, "
+            f"which cannot change its vocabulary, {_said(live)}; build the recipe as a checkpoint "
+            "(mergesearch build)"
+        )
+    models_read = (recipe.base_model, *recipe.models_read[1:])
+    if live and models_read != tuple(models.checkpoints):
+        raise MergeError(
+            f"the live model's vocabulary is made of the base and models {[*models.checkpoints]}, "
+            f"and the recipe names {[*models_read]}; build it as a checkpoint (mergesearch build)"
+        )
+
+
+def _said(tokenizer: Tokenizer | None) -> str:
+    return repr(tokenizer.source) if tokenizer else "the base's as it is"
 
 
 def _check_same_layers(have: Iterable[str], merged: Iterable[str]) -> None:

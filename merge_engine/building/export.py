@@ -21,6 +21,7 @@ from torch import Tensor
 
 from merge_engine.errors import MergeError
 from merge_engine.models.checkpoint import Checkpoint
+from merge_engine.models.vocabulary import Vocabulary
 from merge_engine.models.weights_file import DTYPES
 from merge_engine.recipe.recipe import Recipe
 
@@ -48,6 +49,26 @@ class CheckpointFiles:
     generation_config: Mapping[str, Any] | None = None  # used instead of the reference's
     tokenizer: Any = None  # used instead of the reference's
     text: str | None = None  # stored instead: with the recipes of models that were built for it
+
+    @classmethod
+    def of(
+        cls,
+        reference: Checkpoint,
+        recipe: Recipe,
+        vocabulary: Vocabulary | None = None,
+        config: Mapping[str, Any] | None = None,
+        tokenizer: Any = None,
+    ) -> CheckpointFiles:
+        """Return the files of a result with this vocabulary; None: with the reference's."""
+        if vocabulary is None:
+            return cls(reference, recipe, config, None, tokenizer)
+        return cls(
+            reference,
+            recipe,
+            vocabulary.resize(config or reference.config),
+            vocabulary.renumber(reference.generation_config) or None,
+            tokenizer or vocabulary.tokenizer,
+        )
 
 
 def write_checkpoint(

@@ -24,6 +24,7 @@ from merge_engine.models.tensor_names import (
     layer_counts,
     layer_position,
 )
+from merge_engine.models.token_table import vocabulary_notes
 from merge_engine.models.vocabulary import (
     Vocabulary,
     load_tokenizer,
@@ -56,6 +57,14 @@ class Plan:
     def names(self) -> tuple[str, ...]:
         """Names of the result's tensors."""
         return tuple(name for part in self.parts for name in part.model_set.names)
+
+    def notes(self) -> list[str]:
+        """Return notes on models whose rows do not fit one another, though their shapes do."""
+        if self.recipe.vocabulary is not None:
+            return []
+        found = {m: one for part in self.parts for m, one in part.model_set.checkpoints.items()}
+        reference = self.files.reference
+        return vocabulary_notes(({reference.model: reference} | found).values())
 
     def shapes(self) -> dict[str, torch.Tensor]:
         """Return the result's tensors on the meta device: shapes and dtypes without values."""
@@ -95,11 +104,8 @@ def plan_merge(recipe: Recipe) -> Plan:
     for part in parts:
         for name in part.model_set.names:
             part.recipe.values(name, part.model_set.depth(name), part.model_set.inputs[name])
-    config, generation = _config(recipe, reference, parts), None
-    if vocabulary:
-        config = vocabulary.resize(config)
-        generation = vocabulary.renumber(reference.generation_config)
-    files = CheckpointFiles(reference, recipe, config, generation, tokenizer)
+    config = _config(recipe, reference, parts)
+    files = CheckpointFiles.of(reference, recipe, vocabulary, config, tokenizer)
     return Plan(recipe, parts, files)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -35,8 +35,16 @@ def planned(stages: Sequence[Stage]) -> Iterator[list[Plan]]:
         yield plans
 
 
-def build_stage(stage: Stage, folder: Path, out: Path, device: torch.device) -> int:
+def build_stage(
+    stage: Stage,
+    folder: Path,
+    out: Path,
+    device: torch.device,
+    say: Callable[[str], None] = lambda _: None,
+) -> int:
     """Build one stage into ``out``; the results that it uses are in ``folder``.
+
+    ``say`` receives notes on models that do not fit one another.
 
     Returns:
         The number of its tensors.
@@ -48,6 +56,8 @@ def build_stage(stage: Stage, folder: Path, out: Path, device: torch.device) -> 
     if any(part.model_set.runner.compiled for part in plan.parts):
         configure_compiler()
     with _errors_of(stage):
+        for note in plan.notes():
+            say(note)
         tensors = built_tensors(plan, device)
         write_checkpoint(tensors, out, shapes=plan.shapes(), files=plan.files)
     return len(plan.names)

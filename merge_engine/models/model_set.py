@@ -18,9 +18,10 @@ from merge_engine.models.measurements import Measurements
 from merge_engine.models.memory_plan import Tier
 from merge_engine.models.placement import Inputs, Placement, TensorSource
 from merge_engine.models.tensor_names import depth_in, is_vocabulary, layer_counts, layer_position
-from merge_engine.models.vocabulary import Vocabulary
+from merge_engine.models.vocabulary import Vocabulary, make_vocabulary
 from merge_engine.numerics.kernel_runner import KernelRunner, compiling_pays
 from merge_engine.numerics.statistics import all_finite
+from merge_engine.recipe.recipe import Tokenizer
 
 
 class Layout(NamedTuple):
@@ -61,7 +62,7 @@ class AlignedTensors(TensorSource):
         vocabulary: Vocabulary | None = None,
         base: str | None = None,
     ) -> None:
-        self._vocabulary, self._base = vocabulary, base
+        self.vocabulary, self._base = vocabulary, base
         self._known_finite: set[tuple[str, str]] = set()
         inputs, self._depths = layout or Layout.same_names(checkpoints)
         self.checkpoints = dict(checkpoints)
@@ -80,7 +81,7 @@ class AlignedTensors(TensorSource):
 
     def _rows_of(self, name: str) -> Vocabulary | None:
         """Return what maps a tensor's rows to the result's vocabulary; None if they stay."""
-        return self._vocabulary if is_vocabulary(name) else None
+        return self.vocabulary if is_vocabulary(name) else None
 
     @override
     def depth(self, name: str) -> float:
@@ -144,10 +145,20 @@ class ModelSet:
 
     @classmethod
     def open(
-        cls, models: Iterable[str], candidates: int = 1, runner: KernelRunner | None = None
+        cls,
+        models: Iterable[str],
+        candidates: int = 1,
+        runner: KernelRunner | None = None,
+        tokenizer: Tokenizer | None = None,
     ) -> ModelSet:
-        """Open models by name, and compare their tensors by name and shape."""
-        return cls(AlignedTensors(open_models(models)), candidates, runner)
+        """Open models by name, and compare their tensors by name and shape.
+
+        ``tokenizer`` is the vocabulary to give them, in which the first model is the base.
+        """
+        checkpoints = open_models(models)
+        base = next(iter(checkpoints))
+        rows = make_vocabulary(tokenizer, checkpoints, base) if tokenizer else None
+        return cls(AlignedTensors(checkpoints, vocabulary=rows, base=base), candidates, runner)
 
     def place(self, device: torch.device, tier: Tier) -> None:
         """Decide where tensors live from now on (``Placement``)."""
@@ -170,6 +181,11 @@ class ModelSet:
     def reference(self) -> Checkpoint:
         """The model whose config and tokenizer the result gets."""
         return next(iter(self.checkpoints.values()))
+
+    @property
+    def vocabulary(self) -> Vocabulary | None:
+        """The vocabulary that the models' rows are mapped to; None: they share one."""
+        return self.source.vocabulary
 
     @property
     def inputs(self) -> Inputs:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from merge_engine.models.checkpoint import Checkpoint, TensorInfo
 from merge_engine.models.memory_plan import Tier
+from merge_engine.models.vocabulary import Vocabulary
 from merge_engine.numerics.packing import TensorPack
 
 Inputs = Mapping[str, Mapping[str, str]]  # name in the result -> model -> the model's own name
@@ -23,11 +24,13 @@ class TensorSource(Protocol):
         checkpoints: The models' files, by model; empty if the tensors have none.
         inputs: For each tensor the models that have it, and its name in each of them.
         tensors: Shape and dtype of each tensor of the result.
+        vocabulary: The result's, if the models do not share one.
     """
 
     checkpoints: Mapping[str, Checkpoint]
     inputs: Inputs
     tensors: Mapping[str, TensorInfo]
+    vocabulary: Vocabulary | None = None
 
     def depth(self, name: str) -> float:
         """Return a tensor's relative depth: 0 first layer or outside the layers, 1 last layer."""

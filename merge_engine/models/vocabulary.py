@@ -7,6 +7,7 @@ the mean of the rows of the models that have it.
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
@@ -27,19 +28,21 @@ CHATML = (
     "message['content'] + '<|im_end|>' + '\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
-_SPECIAL_IDS = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id")
+_SPECIAL_ID = re.compile(r"\w+_token_(id|index)")  # keys of configs: eos_token_id and the like
 
 
 @dataclass(frozen=True)
 class Vocabulary:
     """The result's tokenizer, and the map from each model's rows to the result's."""
 
+    settings: Tokenizer  # what was asked for
     tokenizer: Any
     size: int  # number of rows of the result, padding included
     rows: Mapping[str, Tensor]  # by model: its own row of each token id of the result; -1: none
     fixed: Mapping[int, tuple[str, int] | None]  # token id -> row that the recipe gives; None: 0
     forced: frozenset[int]  # token ids that get the given row even in models that have one
-    renumbered: Mapping[int, int]  # token ids of the reference -> those of the result
+    # Token ids of the reference -> those of the result; None: the result lacks the token.
+    renumbered: Mapping[int, int | None]
 
     def align(self, model: str, models: Sequence[str], base: str | None, read: Reader) -> Tensor:
         """Return one model's tensor with the result's rows: (size, *) float32.
@@ -85,14 +88,20 @@ class Vocabulary:
         lacking &= ~found
 
     def renumber(self, config: Mapping[str, Any]) -> dict[str, Any]:
-        """Return a config, or generation config, with the result's ids of special tokens."""
+        """Return a config, or generation config, with the result's ids of special tokens.
 
-        def change(number: Any) -> Any:
+        A token that the result lacks is replaced by its tokenizer's own of that name, or by None.
+        """
+
+        def change(key: str, number: Any) -> Any:
             if isinstance(number, list):
-                return [change(each) for each in number]
-            return self.renumbered.get(number, number)
+                found = [change(key, each) for each in number]
+                return [each for each in dict.fromkeys(found) if each is not None] or None
+            new = self.renumbered.get(number, number) if isinstance(number, int) else number
+            return getattr(self.tokenizer, key, None) if new is None else new
 
-        ids = {key: change(config[key]) for key in _SPECIAL_IDS if config.get(key) is not None}
+        special = {key: old for key, old in config.items() if _SPECIAL_ID.fullmatch(key)}
+        ids = {key: change(key, old) for key, old in special.items() if old is not None}
         return {**config, **ids}
 
     def resize(self, config: Mapping[str, Any]) -> dict[str, Any]:
@@ -124,12 +133,13 @@ def make_vocabulary(
     numbers = {model: tokenizer.get_vocab() for model, tokenizer in tokenizers.items()}
     own = {number: token for token, number in numbers[base].items()}
     return Vocabulary(
+        settings=settings,
         tokenizer=out,
         size=-(-count // multiple) * multiple,
         rows={m: _rows(tokens, count, numbers[m], heights[m]) for m in checkpoints},
         fixed=_fixed(settings, tokens, numbers, heights),
         forced=frozenset(tokens[token] for token, way in settings.tokens.items() if way.force),
-        renumbered={number: tokens[token] for number, token in own.items() if token in tokens},
+        renumbered={number: tokens.get(token) for number, token in own.items()},
     )
 
 
@@ -211,7 +221,6 @@ def _tokenizer(
                 f"tokenizer source {settings.source!r}: no tokenizer in {folder}; name another"
             )
         return named
-    _check_all_have_rows(tokenizers[base], heights[base], base)
     out = deepcopy(tokenizers[base])
     if settings.source == "union":
         plain: dict[str, None] = {}
@@ -226,16 +235,6 @@ def _tokenizer(
         out.add_tokens([token for token in plain if token not in known and token not in special])
         out.add_tokens([token for name, token in special.items() if name not in known])
     return out
-
-
-def _check_all_have_rows(tokenizer: Any, height: int, model: str) -> None:
-    """Refuse a tokenizer with a token that has no row in its model's embedding."""
-    unused = [token for token, number in tokenizer.get_vocab().items() if number >= height]
-    if unused:
-        raise MergeError(
-            f"model {model!r}: its tokenizer has {len(unused)} tokens beyond the {height} rows of "
-            f"its embedding, such as {min(unused)!r}; name another tokenizer source"
-        )
 
 
 def _rows(tokens: Mapping[str, int], count: int, own: Mapping[str, int], height: int) -> Tensor:

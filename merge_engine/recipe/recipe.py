@@ -296,6 +296,8 @@ class Recipe(FrozenModel):
         """Return the recipe as mergekit's YAML; ``parse_recipe`` is the inverse."""
         mapping = self.model_dump(mode="json", exclude_defaults=True)
         mapping.pop("seed", None)
+        if self.tokenizer is not None:  # by its name even where it is the default
+            mapping["tokenizer"] = {"source": self.tokenizer.source} | mapping["tokenizer"]
         if self._is_random:
             mapping["seed"] = self.seed
         return yaml.safe_dump(mapping, sort_keys=False, default_flow_style=False)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
@@ -27,6 +27,8 @@ from merge_engine.recipe.recipe import (
     Tokenizer,
 )
 from merge_engine.schema import load_yaml
+
+_Part = TypeVar("_Part", bound=BaseModel)
 
 
 def load_recipe(path: Path) -> tuple[Recipe, list[str]]:
@@ -56,14 +58,17 @@ def with_absolute_folders(recipe: Recipe, folder: Path, other_than: Collection[s
     return rename_models(recipe, rename)
 
 
-def rename_models(recipe: Recipe, rename: Callable[[str], str]) -> Recipe:
-    """Return the recipe with every model renamed; of ``base+adapter`` each, if not the whole."""
+def rename_models(part: _Part, rename: Callable[[str], str]) -> _Part:
+    """Return a recipe, or a part of one, with every model renamed.
+
+    Of ``base+adapter`` each is, if not the whole.
+    """
 
     def rename_parts(model: str) -> str:
         renamed = rename(model)
         return "+".join(map(rename, model.split("+"))) if renamed == model else renamed
 
-    changed: Recipe = _rename_models(recipe, rename_parts)
+    changed: _Part = _rename_models(part, rename_parts)
     return changed
 
 
@@ -117,7 +122,7 @@ def parse_recipe(mapping: Mapping[str, Any], where: str) -> tuple[Recipe, list[s
         raise MergeError(f"{where}: a recipe has one of models, slices and modules; {found}")
     mapping, notes = _with_flat_parameters(mapping, known_parameters)
     mapping, ignored = _without_residual_weights(mapping)
-    entries = (*_entries(mapping, where), *_vocabulary_entries(mapping, where))
+    entries = (*_entries(mapping, where), *tokenizer_entries(mapping, where))
     for path, entry, kind in entries:
         check_keys(path, entry, kind.model_fields)
     try:
@@ -161,10 +166,14 @@ def _entries(mapping: Mapping[str, Any], path: str) -> Iterator[tuple[str, Any, 
         yield from _entries(module, f"{path}: modules.{name}")
 
 
-def _vocabulary_entries(
+def tokenizer_entries(
     mapping: Mapping[str, Any], path: str
 ) -> Iterator[tuple[str, Any, type[BaseModel]]]:
-    """Yield the mappings under ``tokenizer`` as ``_entries`` does."""
+    """Yield the path of each mapping under ``tokenizer``, it, and the model it must fit.
+
+    Raises:
+        MergeError: It is no mapping, or ``tokenizer_source`` is given, too.
+    """
     if (raw := mapping.get("tokenizer")) is None:
         return
     if mapping.get("tokenizer_source") is not None:

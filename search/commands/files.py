@@ -34,7 +34,7 @@ from search.options import (
     ScoreOptions,
 )
 from search.preparing.check import check_recipe, check_study
-from search.preparing.models import load_scored, load_study_tokenizer
+from search.preparing.models import load_scored
 from search.preparing.tasks import bind_tasks, plan_tasks
 from search.racing.item_scores import ItemScores
 from search.running.events import CommandDone, Listener, Note, PlanReady, ScoreReady, Stage
@@ -79,8 +79,12 @@ def run(options: RunOptions, listener: Listener) -> None:
 def build(options: BuildOptions, listener: Listener) -> None:
     """Merge a recipe into a checkpoint; first the recipes whose results it uses, one by one."""
     stages, notes = load_stages(options.recipe)
-    for note in notes:
+
+    def say(note: str) -> None:
         listener(Note(note))
+
+    for note in notes:
+        say(note)
     device = torch.device(choose_device(options.device))
     kept = options.intermediate_dir
     folder = kept or options.out.with_name(f"{options.out.name}.stages")
@@ -99,9 +103,9 @@ def build(options: BuildOptions, listener: Listener) -> None:
                 listener(Note(f"{out} is there already"))
             else:
                 listener(Stage(f"building {stage.name}"))
-                build_stage(stage, folder, out, device)
+                build_stage(stage, folder, out, device, say)
             made.append(out)
-        count = build_stage(result, folder, options.out, device)
+        count = build_stage(result, folder, options.out, device, say)
     finally:
         _remove_results([] if kept else made)
     text = f"{options.out}: {count} tensors of {result.recipe.merge_method}"
@@ -121,9 +125,8 @@ def score(options: ScoreOptions, listener: Listener) -> None:
     spec = load_study(options.study)
     with errors_name(options.study):
         tasks = plan_tasks(spec)
-    model, base = load_scored(spec, options.model, choose_device(options.device))
+    model, tokenizer = load_scored(spec, options.model, choose_device(options.device))
     with errors_name(options.study):
-        tokenizer = load_study_tokenizer(spec, base)
         objective, splits = bind_tasks(spec, tasks, model, tokenizer)
     numbers = getattr(splits, options.split)
     items = [objective.items[number] for number in numbers]

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from math import prod
 from pathlib import Path
 
@@ -11,7 +10,6 @@ import torch
 
 from merge_engine.building.plan import Plan
 from merge_engine.building.stages import planned
-from merge_engine.errors import MergeError
 from merge_engine.models.checkpoint import Checkpoint, TensorInfo
 from merge_engine.models.tensor_names import layer_counts
 from merge_engine.recipe.stages import load_stages
@@ -38,7 +36,7 @@ def check_recipe(file: Path) -> Report:
 
 
 def _describe_plan(plan: Plan) -> Report:
-    recipe, notes = plan.recipe, []
+    recipe = plan.recipe
     dtype = recipe.out_dtype or recipe.dtype or model_dtype(plan.files.reference)
     lines = [f"recipe: {recipe.merge_method}, writes {dtype}"]
     checkpoints = {
@@ -46,9 +44,7 @@ def _describe_plan(plan: Plan) -> Report:
         for part in plan.parts
         for model, checkpoint in part.model_set.checkpoints.items()
     }
-    if recipe.vocabulary is None:
-        notes += _vocabulary_notes(plan.files.reference, checkpoints.values())
-    return lines + _describe_models(plan.shapes(), checkpoints), notes
+    return lines + _describe_models(plan.shapes(), checkpoints), plan.notes()
 
 
 def check_study(file: Path, device: str) -> Report:
@@ -70,7 +66,7 @@ def check_study(file: Path, device: str) -> Report:
         counted = ", ".join(f"{task} {tasks.count(task)}" for task in dict.fromkeys(tasks))
         lines.append(f"{split}: {len(tasks)} items ({counted})")
     lines.append(describe_cost(plan))
-    return lines, _vocabulary_notes(models.reference, models.checkpoints.values())
+    return lines, plan.notes()
 
 
 def _describe_models(
@@ -84,25 +80,3 @@ def _describe_models(
         *(f"model: {model} ({each.folder})" for model, each in checkpoints.items()),
         f"shape: {len(tensors)} tensors, {size / 1e6:.1f} M parameters, {layers} layers",
     ]
-
-
-def _vocabulary_notes(reference: Checkpoint, checkpoints: Iterable[Checkpoint]) -> list[str]:
-    """Return a note on each model with another vocabulary than the reference's."""
-    expected = _vocabulary(reference)
-    return [
-        f"model {checkpoint.model!r} has another vocabulary than {reference.model!r}; rows "
-        "of the embeddings are merged by number, and the result gets the latter's tokenizer"
-        for checkpoint in checkpoints
-        if expected is not None and _vocabulary(checkpoint) not in (None, expected)
-    ]
-
-
-def _vocabulary(checkpoint: Checkpoint) -> object:
-    """Return the content of a fast tokenizer's vocabulary, None where there is none."""
-    file = checkpoint.tokenizer_folder / "tokenizer.json"
-    if not file.is_file():
-        return None
-    try:
-        return json.loads(file.read_text(encoding="utf-8"))["model"].get("vocab")
-    except (ValueError, LookupError, TypeError, AttributeError) as error:
-        raise MergeError(f"{file}: damaged or cut short: {error}; fetch it again") from None

@@ -15,16 +15,17 @@ from merge_engine.models.checkpoint import Checkpoint
 from merge_engine.models.memory_plan import MemoryPlan, plan_memory
 from merge_engine.models.model_set import ModelSet
 from merge_engine.models.quantised import quantisation_of
+from merge_engine.models.token_table import vocabulary_notes
 from merge_engine.models.vocabulary import check_tokenizer
 from objectives.base import Item, Objective
 from objectives.items import Split, Splits
 from search.preparing.models import (
     Hardware,
     load_model,
-    load_study_tokenizer,
     load_without_weights,
     open_model_set,
     study_dtype,
+    study_tokenizer,
     torch_dtype,
 )
 from search.preparing.tasks import TaskPlan, bind_prompts, bind_tasks, plan_tasks
@@ -56,6 +57,12 @@ class StudyPlan:
         compiled = self.model_set.runner.compiled
         how = "compiled once, one pass a candidate" if compiled else "run in chunks"
         return f"kernels: {how} ({self.model_set.parameters / 1e6:.1f} M parameters)"
+
+    def notes(self) -> list[str]:
+        """Return notes on models whose rows do not fit one another, though their shapes do."""
+        if self.spec.tokenizer is not None:
+            return []
+        return vocabulary_notes(self.model_set.checkpoints.values())
 
     def place_donors(self, hardware: Hardware) -> MemoryPlan:
         """Decide where the donors live while candidates are built."""
@@ -109,10 +116,13 @@ def plan_study(spec: StudySpec, *, compiled: bool = True) -> StudyPlan:
         MergeError, ObjectiveError, StudyError: A model, task or warm start cannot be used.
     """
     models = open_model_set(
-        [spec.base_model, *spec.models_but_base], spec.search.trials if compiled else 0
+        [spec.base_model, *spec.models_but_base],
+        spec.search.trials if compiled else 0,
+        spec.tokenizer,
     )
     dtype = study_dtype(spec, models.reference)
-    check_tokenizer(models.reference)
+    if models.vocabulary is None:
+        check_tokenizer(models.reference)
     _check_config(models.reference)
     if spec.search.sampler not in SAMPLERS:  # the user's own may be missing
         from search.proposing.samplers import load_sampler
@@ -147,26 +157,34 @@ def load(
     """
     say(plan.place_donors(hardware))
     say(plan.kernels)
-    model = load_model(plan.spec, plan.model_set.reference, plan.dtype, hardware.device)
+    model = load_model(
+        plan.spec,
+        plan.model_set.reference,
+        plan.dtype,
+        hardware.device,
+        plan.model_set.vocabulary,
+    )
     outline = _bind(plan, model)
     return LiveContext(**vars(outline), builder=Builder(model, plan.model_set))
 
 
 def load_outline(plan: StudyPlan) -> StudyContext:
     """Prepare the prompts with a model that has no weights: nothing can be evaluated with it."""
-    return _bind(plan, load_without_weights(plan.spec, plan.model_set.reference, plan.dtype))
+    models = plan.model_set
+    model = load_without_weights(plan.spec, models.reference, plan.dtype, models.vocabulary)
+    return _bind(plan, model)
 
 
 def load_prompts(context: LiveContext, prompts: PromptEntry) -> Objective:
     """Prepare prompts for the live model, as the study's tasks are prepared."""
-    tokenizer = load_study_tokenizer(context.spec, context.builder.model_set.reference)
+    tokenizer = study_tokenizer(context.spec, context.builder.model_set)
     model = cast("PreTrainedModel", context.builder.model)  # as ``load`` has made it
     return bind_prompts(context.spec, prompts, model, tokenizer)
 
 
 def _bind(plan: StudyPlan, model: PreTrainedModel) -> StudyContext:
     """Prepare the study's prompts and own objectives for a model."""
-    tokenizer = load_study_tokenizer(plan.spec, plan.model_set.reference)
+    tokenizer = study_tokenizer(plan.spec, plan.model_set)
     objective, splits = bind_tasks(plan.spec, plan.tasks, model, tokenizer)
     hashes = {name: model.content_hash for name, model in plan.model_set.checkpoints.items()}
     return StudyContext(plan.spec, objective, splits, plan.space, hashes)

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -19,9 +20,12 @@ from merge_engine.errors import MergeError
 from merge_engine.models.architecture import auto_class, load_config, make_without_weights
 from merge_engine.models.checkpoint import Checkpoint
 from merge_engine.models.model_set import ModelSet
-from merge_engine.models.vocabulary import load_tokenizer
+from merge_engine.models.vocabulary import Vocabulary, load_tokenizer
 from merge_engine.numerics.kernel_runner import configure_compiler
+from merge_engine.recipe.recipe import Tokenizer
 from merge_engine.recipe.recipe_file import load_recipe
+from search.proposing.space import Space
+from search.proposing.starts import baselines
 from search.study.spec import StudyError, StudySpec
 
 if TYPE_CHECKING:
@@ -62,8 +66,16 @@ def study_dtype(spec: StudySpec, reference: Checkpoint) -> str:
     return spec.dtype or model_dtype(reference)
 
 
-def load_model(spec: StudySpec, checkpoint: Checkpoint, dtype: str, device: str) -> PreTrainedModel:
-    """Load a checkpoint as a live model in evaluation mode.
+def load_model(
+    spec: StudySpec,
+    checkpoint: Checkpoint,
+    dtype: str,
+    device: str,
+    vocabulary: Vocabulary | None = None,
+) -> PreTrainedModel:
+    """Load a checkpoint as a live model in evaluation mode, with another vocabulary if given.
+
+    Its rows are then to be written by a builder.
 
     Raises:
         StudyError: transformers cannot use it, or it needs ``trust_remote_code``.
@@ -78,11 +90,15 @@ def load_model(spec: StudySpec, checkpoint: Checkpoint, dtype: str, device: str)
             trust_remote_code=trusted,
         )
     model.eval()
-    return model
+    return _resized(model, vocabulary)
 
 
-def load_without_weights(spec: StudySpec, checkpoint: Checkpoint, dtype: str) -> PreTrainedModel:
+def load_without_weights(
+    spec: StudySpec, checkpoint: Checkpoint, dtype: str, vocabulary: Vocabulary | None = None
+) -> PreTrainedModel:
     """Make a checkpoint's model on the meta device, which holds no numbers.
+
+    Its vocabulary is another one if given.
 
     Raises:
         StudyError: transformers cannot use it, or it needs ``trust_remote_code``.
@@ -90,48 +106,97 @@ def load_without_weights(spec: StudySpec, checkpoint: Checkpoint, dtype: str) ->
     trusted = spec.trust_remote_code
     with _explained(checkpoint):
         config = load_config(checkpoint.folder, trust_remote_code=trusted)
-        return make_without_weights(config, torch_dtype(dtype), trust_remote_code=trusted)
+        model = make_without_weights(config, torch_dtype(dtype), trust_remote_code=trusted)
+    return _resized(model, vocabulary)
 
 
-def load_study_tokenizer(spec: StudySpec, checkpoint: Checkpoint) -> PreTrainedTokenizerBase:
-    """Load a checkpoint's tokenizer as the study allows."""
-    with _explained(checkpoint):
-        tokenizer: PreTrainedTokenizerBase = load_tokenizer(
-            checkpoint, trust_remote_code=spec.trust_remote_code
-        )
+def _resized(model: PreTrainedModel, vocabulary: Vocabulary | None) -> PreTrainedModel:
+    """Give a model, its config and its generation config the rows and ids of a vocabulary."""
+    if vocabulary is None:
+        return model
+    model.resize_token_embeddings(vocabulary.size, mean_resizing=False)
+    configs: list[Any] = [model.config]
+    if (inner := model.config.get_text_config()) is not model.config:
+        configs.append(inner)
+    if model.generation_config is not None:
+        configs.append(model.generation_config)
+    for config in configs:
+        own = config.to_dict()
+        for key, number in vocabulary.renumber(own).items():
+            if number != own[key]:
+                setattr(config, key, number)
+    return model
+
+
+def study_tokenizer(spec: StudySpec, models: ModelSet) -> PreTrainedTokenizerBase:
+    """Return the tokenizer of the models' vocabulary, or load the reference's."""
+    tokenizer: PreTrainedTokenizerBase
+    if models.vocabulary is not None:
+        tokenizer = deepcopy(models.vocabulary.tokenizer)  # padding is set while items are scored
+        return tokenizer
+    with _explained(models.reference):
+        tokenizer = load_tokenizer(models.reference, trust_remote_code=spec.trust_remote_code)
     return tokenizer
 
 
-def open_model_set(models: Sequence[str], candidates: int = 1) -> ModelSet:
+def open_model_set(
+    models: Sequence[str], candidates: int = 1, tokenizer: Tokenizer | None = None
+) -> ModelSet:
     """Open models of which candidates are built, compiling kernels if that pays.
+
+    ``tokenizer`` is the vocabulary they are given, in which the first is the base.
 
     Raises:
         MergeError: A model cannot be used, or is not of the others' shape.
     """
-    model_set = ModelSet.open(models, candidates)
+    model_set = ModelSet.open(models, candidates, tokenizer=tokenizer)
     if model_set.runner.compiled:
         configure_compiler()
     return model_set
 
 
-def load_scored(spec: StudySpec, model: str, device: str) -> tuple[PreTrainedModel, Checkpoint]:
+def load_scored(
+    spec: StudySpec, model: str, device: str
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load a checkpoint, hub id or recipe file as a live model in the study's dtype.
 
+    In a study with a tokenizer its models get that, and other checkpoints need to have it.
+
     Returns:
-        The model, and the study's base, whose tokenizer every model is scored with.
+        The model, and the tokenizer it is scored with: the study's, or that of a recipe file with
+        one.
 
     Raises:
         MergeError, StudyError: It cannot be loaded or built.
     """
-    base = Checkpoint(spec.base_model)
-    dtype = study_dtype(spec, base)
-    if not model.endswith((".yaml", ".yml")):
-        return load_model(spec, Checkpoint(model), dtype, device), base
-    recipe, _ = load_recipe(Path(model))
-    models = open_model_set(recipe.models_read)
-    live = load_model(spec, models.reference, dtype, device)
+    names = [spec.base_model, *spec.models_but_base]
+    mine = open_model_set(names if spec.tokenizer else names[:1], tokenizer=spec.tokenizer)
+    dtype = study_dtype(spec, mine.reference)
+    folder = Path(model).expanduser()
+    name = str(folder.resolve()) if folder.is_dir() else model
+    if model.endswith((".yaml", ".yml")):
+        recipe, _ = load_recipe(Path(model))
+        models = open_model_set(recipe.models_read, tokenizer=recipe.vocabulary)
+    elif spec.tokenizer and name in names:
+        recipe, models = baselines(Space.from_spec(spec, mine.layer_filters, dtype))[name], mine
+    else:
+        checkpoint = Checkpoint(model)
+        _check_same_tokens(checkpoint, mine.vocabulary)
+        return load_model(spec, checkpoint, dtype, device), study_tokenizer(spec, mine)
+    live = load_model(spec, models.reference, dtype, device, models.vocabulary)
     Builder(live, models).build(recipe)
-    return live, base
+    return live, study_tokenizer(spec, models if recipe.vocabulary or spec.tokenizer else mine)
+
+
+def _check_same_tokens(checkpoint: Checkpoint, vocabulary: Vocabulary | None) -> None:
+    """Refuse a model that has other tokens than a study's vocabulary."""
+    if vocabulary is None:
+        return
+    if load_tokenizer(checkpoint).get_vocab() != vocabulary.tokenizer.get_vocab():
+        raise StudyError(
+            f"model {checkpoint.model!r} has other tokens than the study's tokenizer gives; "
+            "score a recipe of it with the study's 'tokenizer', or name it among the models"
+        )
 
 
 @contextmanager

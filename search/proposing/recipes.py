@@ -119,6 +119,7 @@ def _recipe(
             "parameters": parameters,
             "dtype": "float32",  # in 16 bits mergekit's own rounding can exceed the deltas
             "out_dtype": space.dtype,
+            "tokenizer": space.tokenizer,
             "seed": space.seed,
         }
     )

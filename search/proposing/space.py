@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from merge_engine.recipe.recipe import Recipe
+from merge_engine.recipe.recipe import Recipe, Tokenizer
 from merge_engine.recipe.recipe_file import load_recipe
 from search.proposing.mixture import break_sticks, join_sticks, zero_small_weights
 from search.racing.race import Floats
@@ -46,6 +46,7 @@ class Space:
     # up. The last unit has every other tensor, too.
     units: tuple[tuple[str, ...], ...] = ((),)
     dtype: str = "float32"  # of the merged weights
+    tokenizer: Tokenizer | None = None  # their vocabulary; None: the base's
     seed: int = 0  # of random methods' masks
     starts: tuple[Recipe, ...] = ()  # recipes to try first, besides the default warm starts
     # How units share weights before each has its own: the group of each unit, stage after stage,
@@ -69,6 +70,7 @@ class Space:
             units=model_units(layers, search.layer_groups, search.split),
             stages=coarse_to_fine(search.layer_groups, len(search.split)),
             dtype=dtype,
+            tokenizer=spec.tokenizer,
             seed=search.seed,
             starts=tuple(
                 load_recipe(path / "recipe.yaml" if path.is_dir() else path)[0]

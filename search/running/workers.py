@@ -153,7 +153,8 @@ class Worker:
                 "than it did, so it is not saved: models, packages or the machine have changed; "
                 "restore them, or begin anew with --force-new"
             )
-        files = CheckpointFiles(reference=builder.model_set.reference, recipe=recipe)
+        models = builder.model_set
+        files = CheckpointFiles.of(models.reference, recipe, models.vocabulary)
         write_checkpoint(builder.tensors(), out, shapes=builder.shapes(), files=files)
         (out / CARD).write_text(card, encoding="utf-8")
         return ExportCheck(len(pairs), differing, socket.gethostname())

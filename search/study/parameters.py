@@ -13,15 +13,31 @@ from search.study.spec import ModelDifference
 DIFFERENCE_METHODS: Final = ("task_arithmetic",)
 
 
-def allowed_methods(donors: Sequence[object]) -> tuple[str, ...]:
-    """Return every method that can merge these donors."""
+def allowed_methods(donors: Sequence[object], *, aligned: bool = False) -> tuple[str, ...]:
+    """Return every method that can merge these donors.
+
+    With ``aligned``, the models are given a common vocabulary first.
+    """
     differ = any(isinstance(donor, ModelDifference) for donor in donors)
     return tuple(
         name
         for name in (DIFFERENCE_METHODS if differ else METHODS)
         if METHODS[name].donors[0] <= len(donors)
         and (METHODS[name].donors[1] != 2 or len(donors) >= 2)
+        and (not aligned or names_all_models(name, len(donors)))
     )
+
+
+def names_all_models(method: str, donors: int) -> bool:
+    """Return whether a method's recipes name the base and all donors.
+
+    A vocabulary made of all models can be made of such a recipe alone.
+    """
+    row = METHODS[method]
+    named = row.base in (Base.ORIGIN, Base.OPTIONAL) or (
+        row.base is Base.INPUT and "weight" in row.params
+    )
+    return named and row.donors[1] in (None, donors)
 
 
 def searchable(methods: Iterable[str]) -> dict[str, Param]:

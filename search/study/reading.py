@@ -12,9 +12,16 @@ from pydantic import ValidationError
 
 from merge_engine.errors import MergeError, check_keys, first_error
 from merge_engine.methods import METHODS
+from merge_engine.recipe.recipe import Tokenizer
+from merge_engine.recipe.recipe_file import rename_models, tokenizer_entries
 from merge_engine.schema import load_yaml
 from objectives.entries import ENTRY_KINDS, Entry
-from search.study.parameters import DIFFERENCE_METHODS, allowed_methods, searchable
+from search.study.parameters import (
+    DIFFERENCE_METHODS,
+    allowed_methods,
+    names_all_models,
+    searchable,
+)
 from search.study.sampler_table import SAMPLERS, find_sampler
 from search.study.spec import (
     ItemCounts,
@@ -48,13 +55,15 @@ def parse_study(mapping: Mapping[str, Any], folder: Path, where: str) -> StudySp
             f"{where}: 'merge_method' makes it a recipe and no study; `mergesearch build` merges it"
         )
     blocks = {name: _block(mapping, name, where) for name in ("search", "objective")}
-    check_keys(where, mapping, StudySpec.model_fields)
+    check_keys(where, mapping, {*StudySpec.model_fields, "tokenizer_source"})
     check_keys(f"{where}: objective", blocks["objective"], ObjectiveSpec.model_fields)
     models = mapping.get("models")
     if isinstance(models, list):
         models = [_donor(model, folder, f"{where}: models[{i}]") for i, model in enumerate(models)]
     donors = models if isinstance(models, list) else []
-    blocks["search"] = _search(blocks["search"], donors, folder, where)
+    mapping = _with_tokenizer(mapping, folder, where)
+    aligned = mapping.get("tokenizer") is not None
+    blocks["search"] = _search(blocks["search"], donors, folder, where, aligned)
     blocks["objective"] = _objective(blocks["objective"], folder, where)
     base = _model(mapping.get("base_model"), folder)
     try:
@@ -98,12 +107,28 @@ def _donor(donor: object, folder: Path, where: str) -> object:
         raise StudyError(f"{where}: {first_error(error)}") from None
 
 
+def _with_tokenizer(mapping: Mapping[str, Any], folder: Path, where: str) -> dict[str, Any]:
+    """Return the study with ``tokenizer`` checked, in place of the short ``tokenizer_source``."""
+    for path, entry, kind in tokenizer_entries(mapping, where):
+        check_keys(path, entry, kind.model_fields)
+    study = dict(mapping)
+    source = study.pop("tokenizer_source", None)
+    if (raw := study.get("tokenizer") if source is None else {"source": source}) is None:
+        return study
+    try:
+        tokenizer = Tokenizer.model_validate(raw)
+    except ValidationError as error:
+        raise StudyError(f"{where}: tokenizer.{first_error(error)}") from None
+    return study | {"tokenizer": rename_models(tokenizer, lambda name: str(_model(name, folder)))}
+
+
 def _search(
-    raw: dict[str, Any], donors: Sequence[object], folder: Path, where: str
+    raw: dict[str, Any], donors: Sequence[object], folder: Path, where: str, aligned: bool
 ) -> dict[str, Any]:
     """Return the search block with parameters gathered under ``ranges`` and methods filled in."""
     # Not passthrough: every donor is evaluated as it is anyway, to compare with.
-    raw.setdefault("methods", [name for name in allowed_methods(donors) if name != "passthrough"])
+    allowed = allowed_methods(donors, aligned=aligned)
+    raw.setdefault("methods", [name for name in allowed if name != "passthrough"])
     methods = raw["methods"]
     if not isinstance(methods, list | tuple):
         raise StudyError(f"{where}: search.methods has to be a list, got {methods!r}")
@@ -196,6 +221,11 @@ def _check_donors(spec: StudySpec, where: str) -> None:
             raise StudyError(
                 f"{where}: search.methods: {method} works on each model's own task vector and "
                 f"cannot add a difference (minus) of two; use {', '.join(DIFFERENCE_METHODS)}"
+            )
+        if spec.tokenizer and not names_all_models(method, len(spec.models)):
+            raise StudyError(
+                f"{where}: search.methods: the recipes of {method} do not name the base and all "
+                "models, of which the study's tokenizer is made; leave it out"
             )
         if method not in allowed_methods(spec.models):
             raise StudyError(

@@ -16,6 +16,7 @@ from pydantic import (
     PositiveInt,
 )
 
+from merge_engine.recipe.recipe import Tokenizer
 from merge_engine.schema import DtypeName, FrozenModel
 from objectives.entries import Entry
 
@@ -119,6 +120,8 @@ class StudySpec(FrozenModel):
     # The donors: a model whose task vector starts from the base, or a difference.
     models: tuple[str | ModelDifference, ...] = Field(min_length=1)
     dtype: DtypeName | None = None  # of the exported checkpoint; None: the base model's
+    # Vocabulary of every candidate, as in recipes; None: the base's, which all models then share.
+    tokenizer: Tokenizer | None = None
     trust_remote_code: bool = False  # run Python files that come with the base model
     search: SearchSpec  # what is searched, and how
     objective: ObjectiveSpec  # what is evaluated, and how

@@ -12,7 +12,9 @@ from typing import Final
 
 import yaml
 
-from merge_engine.models.locating import is_hub_id
+from merge_engine.models.checkpoint import open_model
+from merge_engine.models.locating import is_hub_id, is_local
+from merge_engine.models.tensor_names import input_embedding
 from objectives.base import ObjectiveError
 from objectives.entries import TaskEntry
 from objectives.harness.jsonl_task import task_yaml
@@ -87,6 +89,7 @@ def write_study(
     text = Template(TEMPLATE.read_text(encoding="utf-8")).substitute(
         base=_flow_yaml(named[0]),
         models="\n".join(f"  - {_flow_yaml(model)}" for model in named[1:]),
+        tokenizer=_tokenizer([base, *models]),
         scale=list(defaults["scale"].default),
         trials=str(trials or defaults["trials"].default).ljust(21),
         include_path=f"[{', '.join(map(_flow_yaml, include_path))}]",
@@ -98,6 +101,20 @@ def write_study(
     write(file, text)
     load_study(file)
     return notes
+
+
+def _tokenizer(models: Sequence[str]) -> str:
+    """Return the line on the vocabulary: needed where models on this machine differ in rows."""
+    comment = "vocabulary of every candidate; default: the base's"
+    if not all(map(is_local, models)):
+        return f"# tokenizer: {{source: union}}   # {comment}"
+    checkpoints = [open_model(model) for model in models]
+    names = [input_embedding(each.tensors) for each in checkpoints]
+    rows = [each.tensors[n].shape[0] for each, n in zip(checkpoints, names, strict=True) if n]
+    if len(set(rows)) < 2:
+        return f"# tokenizer: {{source: union}}   # {comment}"
+    counts = ", ".join(map(str, dict.fromkeys(rows)))
+    return f"tokenizer: {{source: union}}   # or base: the models have {counts} rows of tokens"
 
 
 def _flow_yaml(value: str) -> str:

@@ -1,0 +1,89 @@
+"""Which token each row of a model's embedding stands for, read without loading its tokenizer."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from merge_engine.errors import MergeError
+from merge_engine.models.checkpoint import Checkpoint
+from merge_engine.models.tensor_names import input_embedding
+
+SHOWN = 3  # rows that a note names
+
+
+def token_table(checkpoint: Checkpoint) -> Mapping[int, str]:
+    """Return the token of each row of a model's embedding, added tokens included.
+
+    A tokenizer that is not stored as JSON gives only its added tokens, or none.
+
+    Raises:
+        MergeError: A file is damaged.
+    """
+    folder, table = checkpoint.tokenizer_folder, dict[int, str]()
+    if (file := folder / "tokenizer.json").is_file():
+        table |= _read(file, _of_fast)
+    if (file := folder / "added_tokens.json").is_file():
+        table |= _read(file, lambda raw: {number: token for token, number in raw.items()})
+    if (file := folder / "tokenizer_config.json").is_file():
+        table |= _read(file, _of_config)
+    name = input_embedding(checkpoint.tensors)
+    height = checkpoint.tensors[name].shape[0] if name else max(table, default=0) + 1
+    return {number: token for number, token in table.items() if number < height}
+
+
+def vocabulary_notes(checkpoints: Iterable[Checkpoint]) -> list[str]:
+    """Return a note on each model in which rows stand for other tokens than in the first.
+
+    A model whose tokens are not known is left out.
+    """
+    tables = [(one.model, token_table(one)) for one in checkpoints]
+    return [
+        note
+        for model, table in tables[1:]
+        if tables[0][1] and table and (note := _note(*tables[0], model, table))
+    ]
+
+
+def _note(first: str, mine: Mapping[int, str], other: str, theirs: Mapping[int, str]) -> str:
+    """Return a note on the rows in which two models differ; empty if they do not."""
+    rows = [n for n in sorted({*mine, *theirs}) if mine.get(n) != theirs.get(n)]
+    if not rows:
+        return ""
+    shown = [f"row {n} is {_said(mine, n)} and {_said(theirs, n)}" for n in rows[:SHOWN]]
+    if more := len(rows) - len(shown):
+        shown.append(f"and so on in {more} more")
+    return (
+        f"models {first!r} and {other!r} differ in the tokens of {len(rows)} rows: "
+        f"{', '.join(shown)}; rows are merged by number and the result gets the first model's "
+        "tokenizer: write 'tokenizer: {source: union}' (or base) to merge them by token"
+    )
+
+
+def _said(table: Mapping[int, str], number: int) -> str:
+    return repr(table[number]) if number in table else "no token"
+
+
+def _of_fast(raw: Any) -> dict[int, str]:
+    """Return the tokens in the contents of a tokenizer.json."""
+    vocab = raw["model"].get("vocab") or {}
+    if isinstance(vocab, list):  # a unigram model's: pairs of token and score
+        vocab = {token: number for number, (token, *_) in enumerate(vocab)}
+    added = {entry["id"]: entry["content"] for entry in raw.get("added_tokens") or []}
+    return {number: token for token, number in vocab.items()} | added
+
+
+def _of_config(raw: Any) -> dict[int, str]:
+    """Return the added tokens in the contents of a tokenizer_config.json."""
+    added = raw.get("added_tokens_decoder") or {}
+    return {int(number): entry["content"] for number, entry in added.items()}
+
+
+def _read(file: Path, tokens_in: Any) -> dict[int, str]:
+    try:
+        found: dict[int, str] = tokens_in(json.loads(file.read_text(encoding="utf-8")))
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        raise MergeError(f"{file}: damaged or cut short: {error}; fetch it again") from None
+    return found
