@@ -240,16 +240,14 @@ def test_advice_to_a_study_of_models_with_other_rows_is_true(write, capsys):
     assert main(["check", str(file), "--device", "cpu"]) == 0
 
 
-def test_workers_make_the_same_vocabulary(write, tmp_path):
-    pytest.importorskip("ray")
-    file = write({"source": "union"}, search={"methods": ["task_arithmetic"], "trials": 6})
-    results = []
-    for out, options in (("one", []), ("two", ["--workers", "2"])):
-        words = ["run", str(file), "--out", str(tmp_path / out), "--device", "cpu", *options]
-        assert main(words) == 0
-        text = (tmp_path / out / "result.json").read_text()
-        results.append(Result.model_validate_json(text))
-    assert [one.base.test.mean for one in results] == [results[0].base.test.mean] * 2
+@pytest.mark.slow
+def test_workers_make_the_same_vocabulary(finished, tmp_path):
+    words = ["run", str(finished / "study" / "study.yaml"), "--out", str(tmp_path / "run")]
+    assert main([*words, "--device", "cpu", "--workers", "2"]) == 0
+    texts = [(run / "result.json").read_text() for run in (finished / "run", tmp_path / "run")]
+    one, two = map(Result.model_validate_json, texts)
+    assert (one.base.test, one.donors.keys()) == (two.base.test, two.donors.keys())
+    assert [b.test for b in one.donors.values()] == [b.test for b in two.donors.values()]
 
 
 def test_init_writes_the_block_for_models_with_other_rows(names, tmp_path, capsys):

@@ -1,6 +1,7 @@
 """Merges over different vocabularies against mergekit's, token by token."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -124,12 +125,38 @@ def test_special_tokens_of_the_configs_get_their_new_numbers(names, tmp_path, bu
         assert (config["eos_token_id"], config["pad_token_id"]) == (2, 1)
 
 
-def test_tokens_beyond_the_embedding_are_refused(names, tmp_path, build, make_model):
-    make_model(tmp_path / "base", seed=0, vocab_size=9, num_hidden_layers=1)
-    save_tokenizer(tmp_path / "base", TOKENS["base"])  # 11 tokens
-    mapping = recipe(names | {"base": str(tmp_path / "base")}, tokenizer_source="base")
-    with pytest.raises(MergeError, match=r"2 tokens beyond the 9 rows .* another tokenizer source"):
-        build(mapping, tmp_path / "out")
+@pytest.mark.oracle
+@pytest.mark.parametrize("source", ["base", "union"])
+def test_tokens_beyond_the_bases_rows_get_rows_and_others_those_of_mergekit(
+    names, tmp_path, build, mergekits, make_model, source
+):
+    ids = {"eos_token_id": 0, "pad_token_id": 1}
+    make_model(tmp_path / "base", seed=0, vocab_size=9, num_hidden_layers=1, **ids)
+    for file in (tmp_path / "base").glob("tokenizer*"):
+        file.unlink()
+    save_tokenizer(tmp_path / "base", [*TOKENS["base"], "<none has it>"])  # 12 tokens, 9 rows
+    mapping = recipe(names | {"base": str(tmp_path / "base")}, tokenizer_source=source)
+    mine, _ = (run(mapping, tmp_path / run.__name__) for run in (build, mergekits))
+    rows, expected = (rows_by_token(tmp_path / run.__name__) for run in (build, mergekits))
+    assert rows.keys() >= expected.keys()  # mergekit drops what no model used has a row for
+    for key, row in expected.items():
+        torch.testing.assert_close(rows[key], row, rtol=1e-5, atol=1e-6, msg=str(key))
+    assert not rows["lm_head.weight", "<none has it>"].any()
+    out = AutoTokenizer.from_pretrained(tmp_path / build.__name__)
+    assert max(out.get_vocab().values()) < len(mine["lm_head.weight"])
+
+
+def test_special_token_that_the_result_lacks_is_the_new_tokenizers_own(names, tmp_path, build):
+    folder = tmp_path / "base"
+    shutil.copytree(names["base"], folder)
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"eos_token_id": [3, 4, 10], "pad_token_id": 10, "image_token_index": 8}
+    (folder / "config.json").write_text(json.dumps(config))  # 10 is h, which b lacks
+    build(recipe(names | {"base": str(folder)}, tokenizer_source=names["b"]), tmp_path / "out")
+    built = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert built["eos_token_id"] == [TOKENS["b"].index("a"), TOKENS["b"].index("b"), 0]
+    assert built["pad_token_id"] == TOKENS["b"].index("<pad>")
+    assert built["image_token_index"] is None
 
 
 def test_slices_take_each_end_from_their_own_models(names, tmp_path, build):
@@ -207,8 +234,28 @@ def test_live_model_keeps_its_vocabulary(zoo):
     entries = [{"model": str(zoo / "a"), "parameters": {"weight": 1}}]
     mapping = {"merge_method": "linear", "models": entries, "tokenizer_source": "union"}
     live = AutoModelForCausalLM.from_pretrained(zoo / "base")
-    with pytest.raises(MergeError, match="a recipe with a tokenizer changes the vocabulary"):
+    with pytest.raises(MergeError, match="tokenizer is 'union' and that of the live model, which"):
         Builder(live, ModelSet.open([str(zoo / "a")])).build(parse_recipe(mapping, "r")[0])
+
+
+@pytest.mark.parametrize("option", ["union", "base", "model", "tokens", "padded"])
+def test_live_model_with_the_recipes_vocabulary_gets_its_rows(names, tmp_path, build, option):
+    mapping = recipe(names, "ties", **options(names)[option])
+    expected = build(mapping, tmp_path / "out")
+    parsed, _ = parse_recipe(mapping, "r")
+    models = ModelSet.open(parsed.models_read, tokenizer=parsed.vocabulary)
+    live = AutoModelForCausalLM.from_pretrained(names["base"], dtype=torch.float32)
+    live.resize_token_embeddings(models.vocabulary.size)
+    builder = Builder(live, models)
+    builder.build(parsed)
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in builder.tensors())
+
+
+def test_default_source_is_named_in_yaml(names):
+    first, _ = parse_recipe(recipe(names, tokenizer={"pad_to_multiple_of": 8}), "r.yaml")
+    written = yaml.safe_load(first.to_yaml())
+    assert written["tokenizer"] == {"source": "union", "pad_to_multiple_of": 8}
+    assert parse_recipe(written, "again")[0].key == first.key
 
 
 def test_options_survive_yaml_and_find_folders_beside_the_file(names, tmp_path):
