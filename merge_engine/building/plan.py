@@ -14,8 +14,10 @@ from typing import Any
 import torch
 
 from merge_engine.building.export import CheckpointFiles
+from merge_engine.building.layer_config import with_layers
 from merge_engine.errors import MergeError
 from merge_engine.models.checkpoint import Checkpoint, open_models
+from merge_engine.models.config_differences import config_notes
 from merge_engine.models.model_set import AlignedTensors, Layout, ModelSet
 from merge_engine.models.tensor_names import (
     depth_in,
@@ -64,7 +66,9 @@ class Plan:
             return []
         found = {m: one for part in self.parts for m, one in part.model_set.checkpoints.items()}
         reference = self.files.reference
-        return vocabulary_notes(({reference.model: reference} | found).values())
+        checkpoints = ({reference.model: reference} | found).values()
+        notes = _filter_notes(self.parts) + config_notes(reference, checkpoints)
+        return notes + vocabulary_notes(checkpoints)
 
     def shapes(self) -> dict[str, torch.Tensor]:
         """Return the result's tensors on the meta device: shapes and dtypes without values."""
@@ -107,6 +111,26 @@ def plan_merge(recipe: Recipe) -> Plan:
     config = _config(recipe, reference, parts)
     files = CheckpointFiles.of(reference, recipe, vocabulary, config, tokenizer)
     return Plan(recipe, parts, files)
+
+
+def _filter_notes(parts: tuple[Part, ...]) -> list[str]:
+    """Return a note on each filter that no tensor's name has in it."""
+    filters: dict[str, bool] = {}  # whether it matches
+    example = ""
+    for part in parts:
+        own = {own for inputs in part.model_set.inputs.values() for own in inputs.values()}
+        example = max(own, key=len, default=example)
+        scopes = (part.recipe.parameters, *(source.parameters for source in part.recipe.models))
+        for clause in (c for scope in scopes for setting in scope.values() for c in setting):
+            if clause.filter is not None and not filters.get(clause.filter):
+                names = own.union(part.model_set.names)
+                filters[clause.filter] = any(clause.filter in name for name in names)
+    return [
+        f"filter {text!r} matches no tensor, so its value is never used; it has to be a part of "
+        f"a name, such as {example!r}"
+        for text, matches in filters.items()
+        if not matches
+    ]
 
 
 def plan_parts(
@@ -213,16 +237,10 @@ def _with_layers(
     for part in recipe.parts:
         assert part.layers is not None
         layers += range(*part.layers.get(reference.model, next(iter(part.layers.values()))))
-    changed = dict(config)
     keys = [key for key in _LAYER_COUNTS if key in config]
     if not keys:
         raise MergeError(
             f"model {reference.model!r}: config.json has none of {', '.join(_LAYER_COUNTS)}; "
             "slices need to write the new number of layers there"
         )
-    for key, value in config.items():
-        if key in keys:
-            changed[key] = len(layers)
-        elif isinstance(value, list) and "layer" in key and len(value) == config[keys[0]]:
-            changed[key] = [value[layer] for layer in layers if layer < len(value)]
-    return changed
+    return with_layers(config, layers, keys)

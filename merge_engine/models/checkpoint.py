@@ -29,7 +29,10 @@ from merge_engine.models.tensor_names import input_embedding, is_head_weight, la
 from merge_engine.models.weights_file import DTYPES, open_weights
 from merge_engine.numerics.statistics import all_finite
 
-_RECOMPUTED = ".rotary_emb.inv_freq"  # buffers that old checkpoints store; no model reads them
+# Buffers that old checkpoints store; no model reads them. Masks of attention have a bias's name.
+_RECOMPUTED = re.compile(r"\.(rotary_emb\.inv_freq|attn\.masked_bias|attention\.masked_bias)$")
+_MASK = re.compile(r"\.(attn|attention)\.bias$")
+_WITH_MASKS = ("gpt2", "gpt_bigcode", "gpt_neo", "gpt_neox", "gptj", "codegen", "imagegpt")
 # Modules in which torch.compile, FSDP and activation checkpointing hold a model's own.
 _WRAPPERS = re.compile(r"(?:^|\.)(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 Reader = Callable[[str], Tensor]  # from a name, of a model or of a tensor, to a tensor
@@ -124,7 +127,9 @@ class Checkpoint:
 
     def _is_own(self, name: str) -> bool:
         tied = self.config.get("tie_word_embeddings", False)
-        return not name.endswith(_RECOMPUTED) and not (tied and name == "lm_head.weight")
+        masked = _MASK.search(name) and self.config.get("model_type") in _WITH_MASKS
+        recomputed = masked or _RECOMPUTED.search(name)
+        return not recomputed and not (tied and name == "lm_head.weight")
 
     def name_in(self, name: str) -> str | None:
         """Return the model's own name of a tensor that other models have; None if it lacks it.

@@ -19,15 +19,11 @@ import torch
 from torch import Tensor
 
 from merge_engine.errors import MergeError
+from merge_engine.models.chat_templates import CHAT_TEMPLATES
 from merge_engine.models.checkpoint import Checkpoint, Reader, open_model
 from merge_engine.models.tensor_names import input_embedding
 from merge_engine.recipe.recipe import Recipe, Tokenizer, TokenOfModel, ZeroRow
 
-CHATML = (
-    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + "
-    "message['content'] + '<|im_end|>' + '\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
-)
 _SPECIAL_ID = re.compile(r"\w+_token_(id|index)")  # keys of configs: eos_token_id and the like
 
 
@@ -147,23 +143,29 @@ def with_chat_template(tokenizer: Any, recipe: Recipe, models: Mapping[str, Chec
     """Set the recipe's chat template of a tokenizer, and return it.
 
     Raises:
-        MergeError: The template is neither ``auto``, ``chatml`` nor Jinja.
+        MergeError: The template is neither ``auto``, a name in CHAT_TEMPLATES nor Jinja.
     """
     template = recipe.chat_template
     if template == "auto":
         found = [_load(checkpoint.tokenizer_folder) for checkpoint in models.values()]
-        texts = [t.chat_template.strip() for t in found if t and isinstance(t.chat_template, str)]
+        texts = [text.strip() for each in found if (text := _main_template(each))]
         template = Counter(texts).most_common(1)[0][0] if texts else None
-    elif template == "chatml":
-        template = CHATML
+    elif template and template in CHAT_TEMPLATES:
+        template = CHAT_TEMPLATES[template]
     elif template and (len(template) < 20 or "{" not in template):
         raise MergeError(
-            f"chat_template: {template!r} is neither 'auto', 'chatml' nor the text of a template; "
-            "give one of these"
+            f"chat_template: {template!r} is neither 'auto' nor the text of a template, nor one of "
+            f"{', '.join(CHAT_TEMPLATES)}; give one of these"
         )
     if template:
         tokenizer.chat_template = template
     return tokenizer
+
+
+def _main_template(tokenizer: Any) -> str | None:
+    """Return a tokenizer's chat template; of several by name, the default one."""
+    template = tokenizer.chat_template if tokenizer else None
+    return template.get("default") if isinstance(template, dict) else template
 
 
 def load_tokenizer(checkpoint: Checkpoint, *, trust_remote_code: bool = False) -> Any:

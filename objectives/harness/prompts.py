@@ -70,6 +70,7 @@ def build_questions(
             chat_template=language_model.apply_chat_template if chat else None,
             tokenizer_name=language_model.tokenizer_name if chat else "",
         )
+    _check_instruction(loaded.name, task.instances, prompting)
     by_doc: dict[int, list[Instance]] = defaultdict(list)
     for request in sorted(task.instances, key=lambda request: request.idx):
         _check_request(loaded.name, request, language_model)
@@ -78,6 +79,18 @@ def build_questions(
         Question(loaded.items[doc_id], task, loaded.metric, tuple(by_doc[doc_id]))
         for doc_id in sorted(by_doc)
     ]
+
+
+def _check_instruction(name: str, requests: Sequence[Instance], prompting: Prompting) -> None:
+    """Refuse a system instruction that the chat template leaves out of every prompt."""
+    text = (prompting.system_instruction or "").strip()
+    prompts = [str(request.args[0]) for request in requests]
+    if prompting.apply_chat_template and prompts and not any(text in each for each in prompts):
+        raise ObjectiveError(
+            f"task {name!r}: system_instruction is in none of its prompts, because the tokenizer's "
+            "chat template has no system message; leave it out, or put it into the task's "
+            "description"
+        )
 
 
 def _check_request(name: str, request: Instance, language_model: HFLM) -> None:

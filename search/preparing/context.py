@@ -15,6 +15,7 @@ from merge_engine.models.checkpoint import Checkpoint
 from merge_engine.models.memory_plan import MemoryPlan, plan_memory
 from merge_engine.models.model_set import ModelSet
 from merge_engine.models.quantised import quantisation_of
+from merge_engine.models.config_differences import config_notes
 from merge_engine.models.token_table import vocabulary_notes
 from merge_engine.models.vocabulary import check_tokenizer
 from objectives.base import Item, Objective
@@ -62,7 +63,8 @@ class StudyPlan:
         """Return notes on models whose rows do not fit one another, though their shapes do."""
         if self.spec.tokenizer is not None:
             return []
-        return vocabulary_notes(self.model_set.checkpoints.values())
+        reference, checkpoints = self.model_set.reference, self.model_set.checkpoints.values()
+        return config_notes(reference, checkpoints) + vocabulary_notes(checkpoints)
 
     def place_donors(self, hardware: Hardware) -> MemoryPlan:
         """Decide where the donors live while candidates are built."""

@@ -373,3 +373,28 @@ def test_dtypes_of_the_result_are_mergekits(names, tmp_path, make_model, build, 
     mine = build(mapping | dtypes, tmp_path / "mine")
     theirs = mergekits(mapping | dtypes, tmp_path / "theirs")
     assert_equal(mine, theirs, 4e-3 if dtypes else 1e-6)
+
+
+def test_filter_that_matches_nothing_is_noted(names):
+    mapping = two_models(names, "linear", a=1, b=1)
+    values = [{"filter": part, "value": 2} for part in ("mlp", "self_attention", "layers.[0-3]")]
+    mapping["models"][0]["parameters"]["weight"] = [*values, {"value": 1}]
+    attention, layers = plan_merge(parse_recipe(mapping, "r")[0]).notes()
+    assert "filter 'self_attention' matches no tensor" in attention
+    assert "post_attention_layernorm.weight'" in attention
+    assert "'layers.[0-3]'" in layers
+
+
+@pytest.mark.parametrize("base", ["plain", "masked"])
+def test_masks_that_old_gpt2_checkpoints_store_are_left_out(tmp_path, build, base):
+    torch.manual_seed(0)
+    shape = {"n_layer": 2, "n_embd": 16, "n_head": 2, "vocab_size": 40, "n_positions": 16}
+    for name in ("plain", "masked"):
+        GPT2LMHeadModel(GPT2Config(**shape)).save_pretrained(tmp_path / name)
+    file = tmp_path / "masked" / "model.safetensors"
+    masks = {f"transformer.h.{i}.attn.bias": torch.ones(1, 1, 16, 16) for i in range(2)}
+    save_file(load_file(file) | masks, file, {"format": "pt"})
+    folders = {name: str(tmp_path / name) for name in ("plain", "masked")}
+    mapping = two_models(folders | {"base": folders[base]}, plain=1, masked=0.5)
+    built = build(mapping, tmp_path / "out")
+    assert built.keys() == load_file(tmp_path / "plain" / "model.safetensors").keys()

@@ -169,6 +169,18 @@ def test_a_chat_template_reaches_the_prompts(folder, model):
     assert values_of(harness, model, [0]) in ([0.0], [1.0])
 
 
+REFUSES = "{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}"
+
+
+@pytest.mark.parametrize("start", [REFUSES, "{% set messages = messages[1:] %}"])
+def test_system_instruction_that_the_template_leaves_out_is_refused(folder, model, start):
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = start + "{% for m in messages %}{{ m.content }}{% endfor %}"
+    prompting = Prompting(apply_chat_template=True, system_instruction=" Be brief. ")
+    with pytest.raises(ObjectiveError, match="system_instruction is in none of its prompts"):
+        prepare(folder, model, "answer", tokenizer=tokenizer, prompting=prompting)
+
+
 @pytest.mark.parametrize("chat", [False, True])
 def test_chat_template_and_system_prompt_give_the_values_lm_eval_gives(folder, model, chat):
     tokenizer = make_tokenizer()

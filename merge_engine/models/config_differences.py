@@ -1,0 +1,95 @@
+"""Say where models' configs differ in what their weights mean: the result has only one config."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+from merge_engine.models.checkpoint import Checkpoint
+
+# Keys without a part in what a forward pass computes, or that the merge itself looks after. Any
+# other key counts: one that this list lacks costs a note too many, not a wrong model without one.
+_IGNORED = {
+    *("architectures", "name_or_path", "transformers_version", "torch_dtype", "dtype", "auto_map"),
+    *("use_cache", "vocab_size", "tie_word_embeddings", "initializer_factor", "pretraining_tp"),
+    *("initializer_range", "max_position_embeddings", "model_max_length", "max_sequence_length"),
+    *("seq_length", "n_positions", "n_ctx", "id2label", "label2id", "problem_type", "return_dict"),
+    *("task_specific_params", "finetuning_task", "quantization_config", "gradient_checkpointing"),
+    *(
+        "router_aux_loss_coef",
+        "router_jitter_noise",
+        "router_z_loss_coef",
+        "chunk_size_feed_forward",
+    ),
+    *(
+        "num_hidden_layers",
+        "n_layer",
+        "n_layers",
+        "num_layers",
+        "is_decoder",
+        "attn_implementation",
+    ),
+}
+_IGNORED_ENDS = ("_token_id", "_token_index", "dropout", "pdrop", "drop", "_std")
+_IGNORED_STARTS = ("_", "output_", "unsloth", "use_flash", "flash_")
+_SHOWN = 3  # keys that a note has in full
+
+
+def config_notes(reference: Checkpoint, checkpoints: Iterable[Checkpoint]) -> list[str]:
+    """Return a note on each model whose weights do something else with the reference's config."""
+    notes = []
+    for model in checkpoints:
+        if dict(_flat(reference.config)) == dict(_flat(model.config)):
+            continue
+        # Files leave defaults out and name keys in older ways: what they mean is compared.
+        found = _differences(_completed(reference.config), _completed(model.config))
+        if found:
+            shown = [f"{key} {theirs!r} ({mine!r})" for key, (mine, theirs) in found.items()]
+            more = f" and {len(shown) - _SHOWN} more" if len(shown) > _SHOWN else ""
+            notes.append(
+                f"model {model.model!r} has in its config.json {', '.join(shown[:_SHOWN])}{more}; "
+                f"the result gets what {reference.model!r} has (in brackets), with which these "
+                "weights compute something else: merge models whose configs agree"
+            )
+    return notes
+
+
+def _differences(
+    mine: Mapping[str, Any], theirs: Mapping[str, Any]
+) -> dict[str, tuple[object, object]]:
+    """Return the values of keys that both have, where they differ and count."""
+    other = dict(_flat(theirs))
+    return {
+        key: (value, other[key])
+        for key, value in _flat(mine)
+        if key in other and value != other[key] and not _of_other_depth(value, other[key])
+    }
+
+
+def _of_other_depth(mine: object, theirs: object) -> bool:
+    """Return whether two lists have an entry for each of differently many layers."""
+    return isinstance(mine, list) and isinstance(theirs, list) and len(mine) != len(theirs)
+
+
+def _flat(config: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, object]]:
+    """Yield the keys that count, those of nested mappings with dots."""
+    for key, value in config.items():
+        name = str(key)
+        if name in _IGNORED or name.endswith(_IGNORED_ENDS) or name.startswith(_IGNORED_STARTS):
+            continue
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{path}{name}.")
+        else:
+            yield f"{path}{name}", value
+
+
+def _completed(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return a config with its defaults and today's keys, where transformers knows the model."""
+    from transformers import CONFIG_MAPPING
+
+    try:
+        known = CONFIG_MAPPING[config["model_type"]].from_dict(dict(config))
+        completed: Mapping[str, Any] = known.to_dict()
+    except Exception:  # each config class raises its own; an unknown model is compared as it is
+        return config
+    return completed
