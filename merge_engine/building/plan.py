@@ -61,14 +61,12 @@ class Plan:
         return tuple(name for part in self.parts for name in part.model_set.names)
 
     def notes(self) -> list[str]:
-        """Return notes on models whose rows do not fit one another, though their shapes do."""
-        if self.recipe.vocabulary is not None:
-            return []
+        """Return notes on what may not be what the user meant, though it can be built."""
         found = {m: one for part in self.parts for m, one in part.model_set.checkpoints.items()}
         reference = self.files.reference
         checkpoints = ({reference.model: reference} | found).values()
         notes = _filter_notes(self.parts) + config_notes(reference, checkpoints)
-        return notes + vocabulary_notes(checkpoints)
+        return notes if self.recipe.vocabulary else notes + vocabulary_notes(checkpoints)
 
     def shapes(self) -> dict[str, torch.Tensor]:
         """Return the result's tensors on the meta device: shapes and dtypes without values."""

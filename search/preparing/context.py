@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, cast
 
 from merge_engine.building.builder import Builder
 from merge_engine.models.checkpoint import Checkpoint
+from merge_engine.models.config_differences import config_notes
 from merge_engine.models.memory_plan import MemoryPlan, plan_memory
 from merge_engine.models.model_set import ModelSet
 from merge_engine.models.quantised import quantisation_of
-from merge_engine.models.config_differences import config_notes
 from merge_engine.models.token_table import vocabulary_notes
 from merge_engine.models.vocabulary import check_tokenizer
 from objectives.base import Item, Objective
@@ -60,11 +60,10 @@ class StudyPlan:
         return f"kernels: {how} ({self.model_set.parameters / 1e6:.1f} M parameters)"
 
     def notes(self) -> list[str]:
-        """Return notes on models whose rows do not fit one another, though their shapes do."""
-        if self.spec.tokenizer is not None:
-            return []
+        """Return notes on models that do not fit one another, though their shapes do."""
         reference, checkpoints = self.model_set.reference, self.model_set.checkpoints.values()
-        return config_notes(reference, checkpoints) + vocabulary_notes(checkpoints)
+        notes = config_notes(reference, checkpoints)
+        return notes if self.spec.tokenizer else notes + vocabulary_notes(checkpoints)
 
     def place_donors(self, hardware: Hardware) -> MemoryPlan:
         """Decide where the donors live while candidates are built."""
