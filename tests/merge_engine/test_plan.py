@@ -13,6 +13,7 @@ from merge_engine.building.plan import plan_merge
 from merge_engine.errors import MergeError
 from merge_engine.models.model_set import ModelSet
 from merge_engine.recipe.recipe_file import parse_recipe
+from tiny_models import make_model
 
 
 def assert_equal(mine, theirs, atol=1e-6):
@@ -398,3 +399,14 @@ def test_masks_that_old_gpt2_checkpoints_store_are_left_out(tmp_path, build, bas
     mapping = two_models(folders | {"base": folders[base]}, plain=1, masked=0.5)
     built = build(mapping, tmp_path / "out")
     assert built.keys() == load_file(tmp_path / "plain" / "model.safetensors").keys()
+
+
+def test_stack_of_experts_and_dense_layers_loads_whole(tmp_path, build):
+    model = make_model("Qwen2Moe", num_hidden_layers=3, mlp_only_layers=[0])
+    model.save_pretrained(tmp_path / "m")
+    whole = {"sources": [{"model": str(tmp_path / "m"), "layer_range": [0, 3]}]}
+    build({"merge_method": "passthrough", "slices": [whole, whole]}, tmp_path / "out")
+    loaded, info = AutoModelForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert loaded.config.mlp_only_layers == [0, 3]
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"]

@@ -128,3 +128,137 @@ def test_built_folder_has_config_and_tokenizer_of_the_base(tmp_path):
     built(ARITHMETIC, tmp_path)
     names = {path.name for path in (tmp_path / "mine").iterdir()}
     assert {"config.json", "generation_config.json", "tokenizer.json"} <= names
+
+
+def entry(model, **parameters):
+    return {"model": model, "parameters": parameters} if parameters else {"model": model}
+
+
+def layers(model, first, last, **parameters):
+    return entry(model, **parameters) | {"layer_range": [first, last]}
+
+
+FADING = [{"filter": "self_attn", "value": [0, 0.5, 0.3, 0.7, 1]}]
+FADING += [{"filter": "mlp", "value": [1, 0.5, 0.7, 0.3, 0]}, {"value": 0.5}]
+SILENT = [{"filter": "o_proj", "value": 0.0}, {"filter": "down_proj", "value": 0.0}, {"value": 1.0}]
+SHAPES = {  # the forms of recipes that are published most, for the models base, a, b, c
+    "linear": {
+        "merge_method": "linear",
+        "models": [entry("a", weight=1.0), entry("b", weight=0.3), entry("c", weight=0.5)],
+    },
+    "slerp, gradients by filter over slices": {
+        "merge_method": "slerp",
+        "base_model": "a",
+        "parameters": {"t": FADING},
+        "slices": [{"sources": [layers("a", 0, 3), layers("b", 0, 3)]}],
+    },
+    "slerp, the base not among the models": {
+        "merge_method": "slerp",
+        "base_model": "base",
+        "models": [entry("a")],
+        "parameters": {"t": 0.45},
+    },
+    "ties, gradients and filters by model": {
+        "merge_method": "ties",
+        "base_model": "base",
+        "models": [
+            entry("a", density=[1, 0.7, 0.1], weight=1.0),
+            entry("b", density=0.5, weight=[0, 0.3, 0.7, 1]),
+            entry("c", density=0.33, weight=[{"filter": "mlp", "value": 0.5}, {"value": 0}]),
+        ],
+        "parameters": {"normalize": True, "int8_mask": True},
+    },
+    "stacked layers of two models": {
+        "merge_method": "passthrough",
+        "slices": [{"sources": [layers("a", 0, 2)]}, {"sources": [layers("b", 1, 3)]}],
+    },
+    "stacked layers with silent copies": {
+        "merge_method": "passthrough",
+        "slices": [
+            {"sources": [layers("a", 0, 2)]},
+            {"sources": [layers("a", 1, 2, scale=SILENT)]},
+            {"sources": [layers("a", 2, 3)]},
+        ],
+    },
+    "task arithmetic with a negative weight": {
+        "merge_method": "task_arithmetic",
+        "base_model": "base",
+        "models": [entry("a", weight=1.0), entry("b", weight=-0.4)],
+    },
+    "task arithmetic, the base among the models": {
+        "merge_method": "task_arithmetic",
+        "base_model": "base",
+        "models": [entry("base"), entry("a", weight=0.6), entry("b", weight=0.4)],
+        "parameters": {"normalize": False, "lambda": 0.8},
+    },
+    "model stock": {
+        "merge_method": "model_stock",
+        "base_model": "base",
+        "models": [entry("a"), entry("b"), entry("c")],
+    },
+    "nuslerp": {
+        "merge_method": "nuslerp",
+        "models": [entry("a", weight=0.6), entry("b", weight=0.4)],
+    },
+    "multislerp": {
+        "merge_method": "multislerp",
+        "models": [entry("a", weight=0.5), entry("b", weight=0.3), entry("c", weight=0.2)],
+    },
+    "breadcrumbs": {
+        "merge_method": "breadcrumbs",
+        "base_model": "base",
+        "models": [entry("a", weight=0.5, density=0.9, gamma=0.01), entry("b", weight=0.5)],
+    },
+}
+RANDOM_SHAPES = {
+    "dare_ties": {
+        "merge_method": "dare_ties",
+        "base_model": "base",
+        "models": [
+            entry("base"),
+            entry("a", density=0.53, weight=0.4),
+            entry("b", density=[0.5, 0.6], weight=[0.2, 0.4]),
+        ],
+        "parameters": {"int8_mask": True},
+    },
+    "della": {
+        "merge_method": "della",
+        "base_model": "base",
+        "models": [entry("a", density=0.7, weight=0.5, epsilon=0.1)],
+        "parameters": {"lambda": 1.1},
+        "chat_template": "llama3",
+        "tokenizer_source": "union",
+    },
+}
+
+
+def in_zoo(zoo, mapping):
+    """The recipe with folders as models, in float32."""
+
+    def placed(part):
+        if isinstance(part, list):
+            return [placed(each) for each in part]
+        if not isinstance(part, dict):
+            return part
+        keys = ("model", "base_model")
+        return {k: str(zoo / v) if k in keys else placed(v) for k, v in part.items()}
+
+    return placed(mapping) | {"dtype": "float32"}
+
+
+@pytest.mark.oracle
+@pytest.mark.parametrize("shape", SHAPES)
+def test_published_shape_equals_mergekits(zoo, tmp_path, build, mergekits, shape):
+    mapping = in_zoo(zoo, SHAPES[shape])
+    mine, theirs = build(mapping, tmp_path / "mine"), mergekits(mapping, tmp_path / "theirs")
+    assert mine.keys() == theirs.keys()
+    for name, tensor in mine.items():
+        torch.testing.assert_close(tensor, theirs[name], rtol=1e-5, atol=2e-6, msg=name)
+
+
+@pytest.mark.parametrize("shape", [*SHAPES, *RANDOM_SHAPES])
+def test_published_shape_is_checked_and_built_by_the_commands(zoo, tmp_path, shape):
+    mapping = in_zoo(zoo, {**SHAPES, **RANDOM_SHAPES}[shape])
+    (tmp_path / "r.yaml").write_text(yaml.safe_dump(mapping))
+    assert main(["check", str(tmp_path / "r.yaml"), "--device", "cpu"]) == 0
+    assert built(yaml.safe_dump(mapping), tmp_path)

@@ -158,3 +158,12 @@ def test_adapters_and_slices_may_be_of_a_result(documents, tmp_path, zoo):
     stage = load_stages(write(tmp_path / "r.yaml", documents))[0][-1]
     assert stage.uses == {"half", "twice"}
     assert stage.placed(tmp_path).models[0].model == f"{tmp_path / 'half'}+{zoo / 'c'}"
+
+
+@pytest.mark.parametrize("command", ["check", "build"])
+def test_configuration_for_experts_is_said_to_be_mergekit_moes(tmp_path, capsys, command):
+    mapping = {"base_model": "a", "gate_mode": "hidden", "experts": [{"source_model": "b"}]}
+    path = write(tmp_path / "r.yaml", [mapping])
+    code, said = run([command, path, *([tmp_path / "o"] if command == "build" else [])], capsys)
+    assert code == 2
+    assert "'gate_mode' makes it a configuration of mergekit-moe" in said

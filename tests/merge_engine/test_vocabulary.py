@@ -276,3 +276,15 @@ def test_options_survive_yaml_and_find_folders_beside_the_file(names, tmp_path):
     assert placed.tokenizer.tokens["<new>"].source.model == str(tmp_path / "a")
     assert placed.tokenizer.tokens["b"].source == str(tmp_path / "b")
     assert placed.tokenizer.source == "union"
+
+
+def test_template_of_several_by_name_is_the_default_one(names, tmp_path, build):
+    shutil.copytree(names["a"], tmp_path / "a")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "a")
+    tokenizer.chat_template = {"default": "{{ messages }}, by default", "tool_use": "{{ tools }}"}
+    tokenizer.save_pretrained(tmp_path / "a")
+    models = [{"model": str(tmp_path / "a"), "parameters": {"weight": 1}}]
+    mapping = {"merge_method": "linear", "models": models, "chat_template": "auto"}
+    build(mapping, tmp_path / "out")
+    found = AutoTokenizer.from_pretrained(tmp_path / "out").chat_template
+    assert found == "{{ messages }}, by default"
