@@ -9,9 +9,10 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
-from transformers import LlamaForCausalLM
+from transformers import AutoTokenizer, LlamaForCausalLM
 
 from merge_engine.building.builder import Builder
+from merge_engine.models.chat_templates import CHAT_TEMPLATES
 from merge_engine.models.model_set import ModelSet
 from objectives.harness.task_index import find_tasks
 from search.cli import main
@@ -24,6 +25,8 @@ from search.storing.store import Store
 from search.storing.trials import TrialLog
 from search.study.reading import load_study
 from search.study.spec import ModelDifference
+from tiny_models import LETTERS, pickled_twin
+from vocabularies import ENDS, make_with_tokens
 
 STUDIES = Path(__file__).parents[2] / "studies"
 READY = sorted(file.parent.name for file in STUDIES.glob("*/tiny.yaml"))
@@ -49,6 +52,109 @@ def test_published_recipe_has_its_published_alpha():
     label, point = warm_starts(Space.from_spec(spec, (), "float16"))[-1]
     assert label == "start 1"
     assert point["scale"] == pytest.approx(0.3)
+
+
+PLAIN = [*ENDS, *LETTERS, *(f"<word {number}>" for number in range(400))]
+LLAMA = [*PLAIN[:310], *(f"<|reserved_{number}|>" for number in range(6))]
+HEADERS = ["<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<|end_of_text|>"]
+CHATML = ["<|im_end|>", "<|im_start|>"]
+CHATML_CHAT = CHAT_TEMPLATES["chatml"]
+LLAMA_CHAT = (
+    "{% for m in messages %}<|start_header_id|>{{ m.role }}<|end_header_id|>{{ m.content }}"
+    "<|eot_id|>{% endfor %}"
+)
+# Tokens, added tokens, rows and template of each model, as of the real ones at 1 / 401 and 1 / 100.
+STOCK_MIX = {
+    "Sao10K/L3-8B-Stheno-v3.2": (LLAMA, HEADERS, 320, LLAMA_CHAT),
+    "refuelai/Llama-3-Refueled": (LLAMA, HEADERS, 320, LLAMA_CHAT),
+    "cognitivecomputations/dolphin-2.9-llama3-8b": (
+        LLAMA,
+        [*HEADERS, *CHATML],
+        322,
+        CHAT_TEMPLATES["chatml"],
+    ),
+    "cgato/L3-TheSpice-8b-v0.8.3": (LLAMA, HEADERS, 320, None),
+    "NeverSleep/Llama-3-Lumimaid-8B-v0.1-OAS": (LLAMA, HEADERS, 320, LLAMA_CHAT),
+    "NousResearch/Hermes-2-Theta-Llama-3-8B": (  # ChatML in the place of reserved tokens
+        *([*LLAMA[:312], *CHATML, *LLAMA[314:]], HEADERS, 320, CHATML_CHAT),
+    ),
+}
+ALPHA = {
+    "psmathur/orca_mini_v3_13b": (PLAIN[:320], [], 320, None),
+    "WizardLM/WizardLM-13B-V1.2": (PLAIN[:320], ["[PAD]"], 321, None),
+    "garage-bAInd/Platypus2-13B": (PLAIN[:320], [], 320, None),
+}
+FAMILIES = {"stock_mix": STOCK_MIX, "alpha": ALPHA}
+
+
+@pytest.fixture(scope="module")
+def real(make_study, tmp_path_factory):
+    """Runs a real study over tiny models of its models' kinds; returns the folder."""
+
+    def run(name, trials):
+        folder = tmp_path_factory.mktemp(name)
+        text = (STUDIES / name / "study.yaml").read_text()
+        for seed, (model, (tokens, added, rows, template)) in enumerate(FAMILIES[name].items()):
+            place = folder / "models" / model
+            made = make_with_tokens(place, tokens, added, rows=rows, seed=seed, template=template)
+            if name == "alpha":  # uploads of 2023
+                place = pickled_twin(made, folder / "pickled" / model, shards=2)
+            text = text.replace(model, str(place))
+        study = yaml.safe_load(text)
+        if "start" in study["search"]:
+            recipe = (STUDIES / name / study["search"]["start"]).read_text()
+            for model in FAMILIES[name]:
+                recipe = recipe.replace(model, str(folder / "pickled" / model))
+            (folder / "published.yaml").write_text(recipe)
+            study["search"]["start"] = str(folder / "published.yaml")
+        study["search"]["trials"] = trials
+        chat = study["objective"].get("apply_chat_template", False)
+        tasks = {"objective__apply_chat_template": chat}
+        file = make_study(
+            folder / "study", **tasks, **{k: study[k] for k in study if k != "objective"}
+        )
+        command = ["run", str(file), "--out", str(folder / "run"), "--device", "cpu"]
+        assert main(command) == 0
+        return folder
+
+    return run
+
+
+@pytest.mark.parametrize(("name", "trials"), [("stock_mix", 6), ("alpha", 8)])
+def test_real_study_runs_on_tiny_models_of_its_rows_templates_and_formats(real, name, trials):
+    folder = real(name, trials)
+    run, base = folder / "run", next(iter(FAMILIES[name]))
+    built = folder / "built"
+    assert main(["build", str(run / "recipe.yaml"), str(built), "--device", "cpu"]) == 0
+    mine, theirs = (load_file(f / "model.safetensors") for f in (run / "checkpoint", built))
+    assert all(torch.equal(mine[tensor], theirs[tensor]) for tensor in {*mine, *theirs})
+    assert len(mine["lm_head.weight"]) == len(mine["model.embed_tokens.weight"]) == 320
+    result = AutoTokenizer.from_pretrained(run / "checkpoint")
+    own = AutoTokenizer.from_pretrained(folder / "models" / base)
+    assert result.get_vocab() == own.get_vocab()
+    assert result.chat_template == own.chat_template
+    records = TrialLog(Store(run / DATABASE).study()).records()
+    states = [record.state for record in records]
+    assert (states.count("complete"), states.count("fail")) == (trials, 0)
+
+
+def test_row_that_is_another_token_in_hermes_is_named(make_study, tmp_path, capsys):
+    names = [name for name in STOCK_MIX if "dolphin" not in name]
+    for seed, name in enumerate(names):
+        tokens, added, rows, template = STOCK_MIX[name]
+        make_with_tokens(tmp_path / name, tokens, added, rows=rows, seed=seed, template=template)
+    folders = [str(tmp_path / name) for name in names]
+    search = {"methods": ["task_arithmetic"], "trials": 4}
+    study = make_study(tmp_path / "s", base_model=folders[0], models=folders[1:], search=search)
+    for command in (["check", str(study)], ["run", str(study), "--out", str(tmp_path / "run")]):
+        assert main([*command, "--device", "cpu"]) == 0
+        said = capsys.readouterr()
+        (note,) = [line for line in (said.out + said.err).splitlines() if "differ in the" in line]
+        assert "row 312 is '<|reserved_2|>' and '<|im_end|>'" in note
+    recipe = tmp_path / "run" / "recipe.yaml"
+    assert main(["build", str(recipe), str(tmp_path / "out"), "--device", "cpu"]) == 0
+    said = capsys.readouterr()
+    assert "row 312 is '<|reserved_2|>' and '<|im_end|>'" in said.out + said.err
 
 
 @settings(max_examples=5)

@@ -8,8 +8,7 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
-from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from merge_engine.errors import MergeError
 from merge_engine.recipe.recipe_file import load_recipe
@@ -21,10 +20,10 @@ from search.proposing.starts import baselines
 from search.storing.result import Result
 from search.study.reading import load_study
 from tiny_models import LETTERS
+from vocabularies import ENDS, make_with_tokens
 
 VOCABULARY = ("model.embed_tokens.weight", "lm_head.weight")
 ROWS = {"base": 300, "a": 301, "b": 316}
-ENDS = ["<eos>", "<pad>", "<unk>"]
 PLAIN = [*LETTERS, *(f"<word {number}>" for number in range(250))]
 OWN = {"base": [], "a": ["é", "ß"], "b": ["é", "<|im_start|>", "<|im_end|>"]}  # unknown to the base
 METHODS = ["task_arithmetic", "ties", "dare_linear", "linear"]
@@ -40,30 +39,15 @@ def tokens_of(name):
     return [*first, *plain]
 
 
-def save_tokenizer(folder: Path, name: str) -> None:
-    tokens = tokens_of(name)
-    backend = Tokenizer(models.BPE({token: i for i, token in enumerate(tokens)}, []))
-    backend.pre_tokenizer = pre_tokenizers.Split("", "isolated")
-    ends = {"pad_token": "<pad>", "eos_token": "<eos>", "unk_token": "<unk>"}
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, **ends)
-    added = [token for token in OWN[name] if token.startswith("<|")]
-    tokenizer.add_tokens([AddedToken(token, special=True) for token in added])
-    tokenizer.chat_template = [
-        {"name": "default", "template": CHAT},
-        {"name": "tool_use", "template": CHAT},
-    ]
-    tokenizer.save_pretrained(folder)
-
-
 @pytest.fixture(scope="module")
-def names(make_model, tmp_path_factory):
+def names(tmp_path_factory):
     folder = tmp_path_factory.mktemp("family")
-    for seed, name in enumerate(ROWS):
-        ids = {f"{end}_token_id": tokens_of(name).index(f"<{end}>") for end in ("pad", "eos")}
-        make_model(folder / name, seed=seed, vocab_size=ROWS[name], num_hidden_layers=2, **ids)
-        for file in (folder / name).glob("tokenizer*"):
-            file.unlink()
-        save_tokenizer(folder / name, name)
+    for seed, (name, rows) in enumerate(ROWS.items()):
+        added = [token for token in OWN[name] if token.startswith("<|")]
+        templates = [{"name": kind, "template": CHAT} for kind in ("default", "tool_use")]
+        make_with_tokens(
+            folder / name, tokens_of(name), added, rows=rows, seed=seed, template=templates
+        )
     return {name: str(folder / name) for name in ROWS}
 
 

@@ -12,6 +12,14 @@ def test_methods_are_allowed_by_the_number_and_kind_of_donors():
     assert allowed_methods(donors) == DIFFERENCE_METHODS
 
 
+def test_methods_of_a_common_vocabulary_name_the_base_and_all_models():
+    left_out = set(allowed_methods("abc")) - set(allowed_methods("abc", aligned=True))
+    assert left_out == {
+        *("slerp", "karcher", "passthrough", "nuslerp", "nearswap", "arcee_fusion"),
+    }
+    assert {"nuslerp", "linear"} <= set(allowed_methods("ab", aligned=True))
+
+
 def test_parameters_that_follow_from_scale_and_mixture_are_not_searched():
     for method in METHODS:
         assert not {"weight", "lambda", "scale"} & set(searchable([method]))

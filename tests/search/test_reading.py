@@ -23,6 +23,26 @@ def test_folders_count_from_the_study_file(make_study, tmp_path, zoo):
     assert spec.models == (str(zoo / "a"),)
 
 
+def test_tokenizer_is_read_as_in_recipes_with_folders_of_the_study(make_study, tmp_path, zoo):
+    (tmp_path / "models").symlink_to(zoo)
+    tokens = {
+        "<x>": {"source": "models/a"},
+        "<y>": {"source": {"kind": "model_token", "model": "models/b", "token_id": 3}},
+    }
+    block = {"source": "models/base", "tokens": tokens, "pad_to_multiple_of": 8}
+    found = load_study(make_study(tmp_path, tokenizer=block)).tokenizer
+    assert (found.source, found.pad_to_multiple_of) == (str(zoo / "base"), 8)
+    assert found.tokens["<x>"].source == str(zoo / "a")
+    assert found.tokens["<y>"].source.model == str(zoo / "b")
+
+
+def test_short_tokenizer_source_is_the_same_study(make_study, tmp_path):
+    short = load_study(make_study(tmp_path / "short", tokenizer_source="union"))
+    long = load_study(make_study(tmp_path / "long", tokenizer={"source": "union"}))
+    assert short.tokenizer == long.tokenizer
+    assert StudySpec.model_validate(short.model_dump(mode="json")) == short
+
+
 def test_methods_default_to_all_the_donors_allow(make_study, tmp_path, zoo):
     file = make_study(tmp_path, search={}, models=[str(zoo / "a")])
     assert "model_stock" not in load_study(file).search.methods
@@ -48,6 +68,11 @@ def test_sampler_whose_package_is_missing_names_the_extra(make_study, tmp_path, 
     ("changes", "message"),
     [
         ({"serach": {}}, "unknown key 'serach'; did you mean 'search'"),
+        ({"tokenizer": {"sorce": "base"}}, "tokenizer: unknown key 'sorce'; did you mean 'source'"),
+        ({"tokenizer": "union"}, "to name a source only, use tokenizer_source"),
+        ({"tokenizer": {}, "tokenizer_source": "base"}, "both tokenizer and tokenizer_source"),
+        ({"tokenizer": {"pad_to_multiple_of": 0}}, "tokenizer.pad_to_multiple_of: Input should"),
+        ({"tokenizer": {"tokens": {"x": {"forced": 1}}}}, "unknown key 'forced'; did you mean"),
         ({"search__trails": 5}, "search: unknown key 'trails'; did you mean 'trials'"),
         ({"search__densty": 0.5}, "search: unknown key 'densty'; did you mean 'density'"),
         (
