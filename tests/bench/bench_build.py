@@ -1,10 +1,10 @@
 """What a candidate costs: one JSON line for every method.
 
     python tests/bench/bench_build.py [--millions 110] [--donors 3] [--methods ties,linear]
-        [--no-oracle] [--no-compile] [--mapped]
+        [--experts 8] [--no-oracle] [--no-compile] [--mapped]
 
-Random weights of a Llama's shapes: bfloat16 donors, in memory unless ``--mapped``, built in place
-into a live bfloat16 model.
+Random weights of a Llama's shapes, or of a Mixtral's with ``--experts`` a layer: bfloat16 donors,
+in memory unless ``--mapped``, built in place into a live bfloat16 model.
 ``copy_fraction`` is the bytes of the donors read and the model written per second, over the bytes
 read and written per second by a plain copy of as much, measured before and after each method.
 ``vs_mergekit`` is the time of mergekit's own kernels on the same tensors in memory, over ours.
@@ -26,6 +26,7 @@ import torch
 from mergekit.merge_methods import merge_tensors
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, LlamaConfig, MixtralConfig
 
 from merge_engine.building.builder import Builder
 from merge_engine.methods import METHODS, Base
@@ -35,22 +36,47 @@ from merge_engine.recipe.recipe import Recipe
 SETTINGS = {"weight": 0.4, "density": 0.5, "gamma": 0.01, "epsilon": 0.1, "t": 0.5, "scale": 0.9}
 
 
-def make_models(folder: Path, millions: float, donors: int) -> list[str]:
-    """A base and donors of a Llama's shapes with so many parameters, in bfloat16."""
-    width = 768
-    layer = {"q": (width, width), "k": (width, width), "v": (width, width), "o": (width, width)}
-    layer |= {"gate": (4 * width, width), "up": (4 * width, width), "down": (width, 4 * width)}
-    layer |= {"input_norm": (width,), "post_norm": (width,)}
+WIDTH, ROWS, EXPERT = 768, 16_000, 512  # hidden size, vocabulary, intermediate size of an expert
+
+
+def layer_shapes(experts: int) -> dict[str, tuple[int, ...]]:
+    """A layer's tensors as stored: a Llama's, or a Mixtral's with so many experts."""
+    layer = {f"self_attn.{name}_proj": (WIDTH, WIDTH) for name in "qkvo"}
+    layer |= {"input_layernorm": (WIDTH,), "post_attention_layernorm": (WIDTH,)}
+    if not experts:
+        up = dict.fromkeys(("mlp.gate_proj", "mlp.up_proj"), (4 * WIDTH, WIDTH))
+        return layer | up | {"mlp.down_proj": (WIDTH, 4 * WIDTH)}
+    layer["block_sparse_moe.gate"] = (experts, WIDTH)
+    for number in range(experts):
+        own = {"w1": (EXPERT, WIDTH), "w2": (WIDTH, EXPERT), "w3": (EXPERT, WIDTH)}
+        layer |= {f"block_sparse_moe.experts.{number}.{name}": own[name] for name in own}
+    return layer
+
+
+def make_models(folder: Path, millions: float, donors: int, experts: int) -> list[str]:
+    """A base and donors with so many parameters, in bfloat16."""
+    layer = layer_shapes(experts)
     size = sum(torch.Size(shape).numel() for shape in layer.values())
-    shapes = {"model.embed_tokens.weight": (16_000, width)}
-    for number in range(max(1, round((millions * 1e6 - 16_000 * width) / size))):
+    shapes = {"model.embed_tokens.weight": (ROWS, WIDTH), "model.norm.weight": (WIDTH,)}
+    layers = max(1, round((millions * 1e6 - ROWS * WIDTH) / size))
+    for number in range(layers):
         shapes |= {f"model.layers.{number}.{name}.weight": s for name, s in layer.items()}
+    config = (MixtralConfig if experts else LlamaConfig)(
+        vocab_size=ROWS,
+        hidden_size=WIDTH,
+        intermediate_size=EXPERT if experts else 4 * WIDTH,
+        num_hidden_layers=layers,
+        num_attention_heads=12,
+        num_key_value_heads=12,
+        tie_word_embeddings=True,
+        **({"num_local_experts": experts} if experts else {}),
+    )
     generator = torch.Generator().manual_seed(0)
     base = {n: torch.randn(s, generator=generator) * 0.02 for n, s in shapes.items()}
     for number in range(donors + 1):
         path = folder / f"m{number}"
         path.mkdir()
-        (path / "config.json").write_text("{}")
+        config.save_pretrained(path)
         changed = {
             n: (t + torch.randn(t.shape, generator=generator) * 1e-3 if number else t).bfloat16()
             for n, t in base.items()
@@ -83,18 +109,9 @@ def recipe_for(method: str, models: Sequence[str]) -> Recipe:
 
 
 def live_model(model_set: ModelSet) -> nn.Module:
-    """A bfloat16 model with the models' tensors for parameters."""
-    root = nn.Module()
-    for name, info in model_set.tensors.items():
-        *path, own = name.split(".")
-        module = root
-        for part in path:
-            if part not in dict(module.named_children()):
-                module.add_module(part, nn.Module())
-            module = module.get_submodule(part)
-        parameter = nn.Parameter(torch.empty(info.shape, dtype=torch.bfloat16), requires_grad=False)
-        module.register_parameter(own, parameter)
-    return root
+    """The base as transformers loads it, in bfloat16."""
+    folder = model_set.reference.folder
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
 
 
 def median_seconds(work: Callable[[], object], repeats: int) -> float:
@@ -181,13 +198,14 @@ def main() -> None:
     parser.add_argument("--millions", type=float, default=110)
     parser.add_argument("--donors", type=int, default=3)
     parser.add_argument("--methods", default=",".join(METHODS))
+    parser.add_argument("--experts", type=int, default=0, help="experts a layer")
     parser.add_argument("--no-oracle", action="store_true")
     parser.add_argument("--no-compile", action="store_true")
     parser.add_argument("--mapped", action="store_true", help="donors are read from mapped files")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder, torch.no_grad():
         os.environ["MERGESEARCH_CACHE"] = folder  # what is measured once is in first_seconds
-        models = make_models(Path(folder), options.millions, options.donors)
+        models = make_models(Path(folder), options.millions, options.donors, options.experts)
         model_set = ModelSet.open(models, candidates=1 if options.no_compile else 100)
         model_set.place(torch.device("cpu"), "disk" if options.mapped else "device")
         for method in options.methods.split(","):
