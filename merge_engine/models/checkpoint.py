@@ -6,6 +6,7 @@ with a LoRA adapter.
 
 from __future__ import annotations
 
+import contextlib
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
@@ -20,6 +21,8 @@ from typing_extensions import override
 
 from merge_engine.errors import MergeError
 from merge_engine.models.adapter_fit import Base, fit
+from merge_engine.models.alignment import is_multimodal, text_type
+from merge_engine.models.architecture import load_config
 from merge_engine.models.fingerprint import fingerprint
 from merge_engine.models.locating import files_there, locate
 from merge_engine.models.lora import Adapter
@@ -126,10 +129,18 @@ class Checkpoint:
         return found
 
     def _is_own(self, name: str) -> bool:
-        tied = self.config.get("tie_word_embeddings", False)
         masked = _MASK.search(name) and self.config.get("model_type") in _WITH_MASKS
         recomputed = masked or _RECOMPUTED.search(name)
-        return not recomputed and not (tied and name == "lm_head.weight")
+        return not recomputed and not (is_head_weight(name) and self._is_tied)
+
+    @cached_property
+    def _is_tied(self) -> bool:
+        """Whether the head is the embedding, as config.json says, or else transformers' default."""
+        said = self.config.get("tie_word_embeddings")
+        if said is None:
+            with contextlib.suppress(ImportError, OSError, ValueError):  # not transformers' own
+                said = getattr(load_config(self.folder), "tie_word_embeddings", False)
+        return bool(said)
 
     def name_in(self, name: str) -> str | None:
         """Return the model's own name of a tensor that other models have; None if it lacks it.
@@ -158,10 +169,10 @@ class Checkpoint:
         position = layer_position(name)
         if position is None:
             return name.endswith("weight") and not is_head_weight(name)
-        return (position.stack, position.rest) in self._layer_kinds
+        return (position.stack, position.rest) in self.layer_kinds
 
     @cached_property
-    def _layer_kinds(self) -> set[tuple[str, str]]:
+    def layer_kinds(self) -> set[tuple[str, str]]:
         """Stack and name within the layer of every tensor in a layer."""
         positions = (layer_position(name) for name in self.tensors)
         return {(position.stack, position.rest) for position in positions if position}
@@ -305,11 +316,18 @@ def open_models(models: Iterable[str]) -> dict[str, Checkpoint]:
     checkpoints = {model: open_model(model) for model in models}
     first, *others = checkpoints.values()
     for other in others:
-        for key in ("architectures", "model_type"):
-            mine, theirs = first.config.get(key), other.config.get(key)
-            if mine and theirs and mine != theirs:
+        for mine, theirs in zip(_kind(first, other), _kind(other, first), strict=True):
+            if mine and theirs and str(mine).lower() != str(theirs).lower():
                 raise MergeError(
                     f"models {first.model!r} and {other.model!r} are of different architectures: "
                     f"{mine} against {theirs}; only models of one can be merged"
                 )
     return checkpoints
+
+
+def _kind(checkpoint: Checkpoint, other: Checkpoint) -> tuple[object, ...]:
+    """Return what a model must have in common with another: with a text-only one, its text."""
+    config = checkpoint.config
+    if is_multimodal(config) != is_multimodal(other.config):
+        return (text_type(config),)
+    return config.get("architectures"), config.get("model_type")

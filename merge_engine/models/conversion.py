@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import itertools
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from copy import deepcopy
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -104,6 +104,24 @@ def find_conversions(model: nn.Module, shapes: Shapes) -> list[Conversion]:
     return found
 
 
+class Slot(NamedTuple):
+    """The place of a stored tensor in a live model."""
+
+    live: str  # name of the live tensor that it becomes, or the first of several
+    pattern: str | None  # of the converter, if there is one
+    position: int  # among the stored tensors of that pattern
+
+
+def find_slots(model: PreTrainedModel, names: Iterable[str]) -> dict[str, Slot]:
+    """Return the place of each stored tensor in a live model; of one it does not read, none."""
+    return {
+        name: Slot(live, pattern if converter else None, position)
+        for live, (converter, stored) in _renamed(model, model.state_dict(), names).items()
+        for pattern, own in stored.items()
+        for position, name in enumerate(own)
+    }
+
+
 def _not_made(live: str, conversion: Conversion, reason: str) -> MergeError:
     first, *others = conversion.names
     return MergeError(
@@ -114,7 +132,7 @@ def _not_made(live: str, conversion: Conversion, reason: str) -> MergeError:
 
 
 def _renamed(
-    model: PreTrainedModel, targets: Mapping[str, Tensor], names: Shapes
+    model: PreTrainedModel, targets: Mapping[str, Tensor], names: Iterable[str]
 ) -> dict[str, tuple[WeightConverter | None, dict[str, list[str]]]]:
     """Return the first live tensor of each conversion with its converter and stored tensors."""
     from transformers.conversion_mapping import get_model_conversion_mapping

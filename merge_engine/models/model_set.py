@@ -13,11 +13,19 @@ from torch import Tensor
 from typing_extensions import override
 
 from merge_engine.errors import MergeError
+from merge_engine.models.alignment import is_multimodal, match_names
 from merge_engine.models.checkpoint import Checkpoint, TensorInfo, open_models
 from merge_engine.models.measurements import Measurements
 from merge_engine.models.memory_plan import Tier
 from merge_engine.models.placement import Inputs, Placement, TensorSource
-from merge_engine.models.tensor_names import depth_in, is_vocabulary, layer_counts, layer_position
+from merge_engine.models.tensor_names import (
+    depth_in,
+    is_head_weight,
+    is_vocabulary,
+    layer_counts,
+    layer_filters,
+    layer_position,
+)
 from merge_engine.models.vocabulary import Vocabulary, make_vocabulary
 from merge_engine.numerics.kernel_runner import KernelRunner, compiling_pays
 from merge_engine.numerics.statistics import all_finite
@@ -31,15 +39,43 @@ class Layout(NamedTuple):
     depths: Mapping[str, float]  # relative depth in the result, 0 to 1
 
     @classmethod
-    def same_names(cls, checkpoints: Mapping[str, Checkpoint]) -> Layout:
-        """Return the layout in which every tensor is made of those of the same name."""
-        names = sorted({name for checkpoint in checkpoints.values() for name in checkpoint.tensors})
+    def aligned(cls, checkpoints: Mapping[str, Checkpoint]) -> Layout:
+        """Return the layout in which every tensor is made of those that stand for the same.
+
+        They have the first model's name, whatever they are called in others. What a multimodal
+        model has besides the text of a text-only one is taken from the multimodal ones alone, and
+        only if the first is multimodal.
+        """
+        first = next(iter(checkpoints.values()))
+        alike = {m: is_multimodal(each.config) for m, each in checkpoints.items()}
+        own = {model: _names_in(each, first) for model, each in checkpoints.items()}
+        names = sorted(set().union(*own.values()))
+        inputs = {
+            name: {
+                model: own[model].get(name, name)
+                for model in checkpoints
+                if name in own[model] or alike[model] == alike[first.model] or is_head_weight(name)
+            }
+            for name in names
+        }
         counts = layer_counts(names)
         positions = {name: layer_position(name) for name in names}
         return cls(
-            {name: dict.fromkeys(checkpoints, name) for name in names},
+            inputs,
             {n: depth_in(p.layer, counts[p.stack]) if p else 0.0 for n, p in positions.items()},
         )
+
+
+def _names_in(checkpoint: Checkpoint, first: Checkpoint) -> Mapping[str, str]:
+    """Return a model's names of its tensors, by the names that the first model has for them."""
+    same = dict(zip(checkpoint.tensors, checkpoint.tensors, strict=True))
+    if checkpoint.layer_kinds == first.layer_kinds:
+        return same
+    found = match_names(first.folder, first.tensors, checkpoint.tensors)
+    matched = {name: own for own, name in found.items()}
+    if is_multimodal(checkpoint.config) != is_multimodal(first.config):
+        return matched
+    return {own: own for own in same if own not in found} | matched
 
 
 class AlignedTensors(TensorSource):
@@ -64,7 +100,7 @@ class AlignedTensors(TensorSource):
     ) -> None:
         self.vocabulary, self._base = vocabulary, base
         self._known_finite: set[tuple[str, str]] = set()
-        inputs, self._depths = layout or Layout.same_names(checkpoints)
+        inputs, self._depths = layout or Layout.aligned(checkpoints)
         self.checkpoints = dict(checkpoints)
         self.inputs = {name: _own_names(of, checkpoints) for name, of in inputs.items()}
         self.tensors = {name: self._info(name) for name in self.inputs}
@@ -210,9 +246,7 @@ class ModelSet:
     @cached_property
     def layer_filters(self) -> tuple[str, ...]:
         """For each layer the part of its tensors' names that no other layer's tensors have."""
-        found = {p.layer: p for name in self.names if (p := layer_position(name))}
-        parts = {i: f"{p.stack.rstrip('.').split('.')[-1]}.{i}." for i, p in found.items()}
-        return tuple(parts.get(layer, "") for layer in range(max(found, default=-1) + 1))
+        return layer_filters(self.names)
 
     def depth(self, name: str) -> float:
         """Return a tensor's relative depth: 0 first layer or outside the layers, 1 last layer."""

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from typing import NamedTuple
 
 _LAYER = re.compile(r"((?:.*?\.)?(?:layers?|h|blocks?)\.)(\d+)\.(.*)", re.DOTALL)
+_TEXT_STACK = re.compile(r"(^|\.)(language_model|text_model)\.")
 _INPUT_SIDE = re.compile(r"(^|[._])(wte|wpe|embeddings?|embed(?!_out)\w*|\w+_embed\w*)([._]|$)")
 _INPUT_EMBEDDING = re.compile(r"(^|\.)(embed_tokens|wte|embed_in|word_embeddings|tok_embeddings)\.")
 _HEAD = re.compile(r"(^|\.)(lm_head|embed_out)\.(weight|bias)$")
@@ -33,6 +34,27 @@ def layer_counts(names: Iterable[str]) -> dict[str, int]:
         if position := layer_position(name):
             counts[position.stack] = max(counts.get(position.stack, 0), position.layer + 1)
     return counts
+
+
+def layer_filters(names: Iterable[str]) -> tuple[str, ...]:
+    """Return for each layer the part of its tensors' names that no other layer's tensors have.
+
+    Of a multimodal model these are the layers of the text.
+    """
+    stacks = layer_counts(names)
+    text = [stack for stack in stacks if _TEXT_STACK.search(stack)] or [*stacks]
+    others = [stack for stack in stacks if stack not in text]
+    count = max((stacks[stack] for stack in text), default=0)
+    last = {layer: stack for stack in text for layer in range(stacks[stack])}
+    return tuple(_shortest_end(last[layer], layer, others) for layer in range(count))
+
+
+def _shortest_end(stack: str, layer: int, others: Iterable[str]) -> str:
+    """Return the shortest end of a layer's prefix that occurs in no layer of other stacks."""
+    parts = stack.rstrip(".").split(".")
+    ends = [f"{'.'.join(parts[start:])}.{layer}." for start in reversed(range(len(parts)))]
+    prefixes = [f"{other}{layer}." for other in others]
+    return next((end for end in ends if not any(end in each for each in prefixes)), ends[-1])
 
 
 def depth_in(layer: int, count: int) -> float:

@@ -4,7 +4,7 @@ import pytest
 
 from merge_engine.errors import MergeError
 from merge_engine.models.model_set import ModelSet
-from merge_engine.models.tensor_names import layer_position
+from merge_engine.models.tensor_names import layer_filters, layer_position
 
 
 def test_layers_and_depth_come_from_names(zoo):
@@ -29,3 +29,25 @@ def test_other_architectures_are_refused_by_name(zoo, make_model, tmp_path):
     other = make_model(tmp_path / "deep", seed=0, num_hidden_layers=4)
     with pytest.raises(MergeError, match=r"only '.*deep' has 'model.layers.3.input_layernorm"):
         ModelSet.open([str(zoo / "base"), str(other)])
+
+
+@pytest.mark.parametrize(
+    ("stacks", "first"),
+    [
+        (["model.layers."], "layers.0."),
+        (["encoder.block.", "decoder.block."], "block.0."),
+        (["vision_tower.encoder.layers.", "language_model.model.layers."], "model.layers.0."),
+        (
+            ["vision_model.model.layers.", "language_model.model.layers."],
+            "language_model.model.layers.0.",
+        ),
+        (["model.visual.blocks.", "model.language_model.layers."], "layers.0."),
+    ],
+)
+def test_layer_filters_are_those_of_the_text(stacks, first):
+    names = [f"{stack}{layer}.w" for stack in stacks for layer in range(2)]
+    text = [stack for stack in stacks if "language_model" in stack] or stacks
+    filters = layer_filters(names)
+    assert filters[0] == first
+    for layer, part in enumerate(filters):
+        assert [name for name in names if part in name] == [f"{each}{layer}.w" for each in text]

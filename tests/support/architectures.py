@@ -45,6 +45,7 @@ _TEXT = SHAPE | {
     **dict.fromkeys(("chunk_size", "mamba_chunk_size", "block_size"), 16),
     # several embeddings
     **dict.fromkeys(("hidden_size_per_layer_input", "laurel_rank"), 8),
+    **{"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 256},
     "vocab_size_per_layer_input": SHAPE["vocab_size"],
     "global_head_dim": 8,
     "num_kv_shared_layers": 0,
@@ -67,6 +68,7 @@ DENSE = (
     *("llama", "mistral", "ministral3", "qwen2", "qwen3", "qwen3_5_text", "gemma2", "gemma3_text"),
     *("phi3", "olmo2", "olmo3", "granite", "smollm3", "exaone4", "cohere2", "glm4", "gpt_oss"),
     *("llama4_text", "lfm2", "ernie4_5", "seed_oss", "apertus", "hunyuan_v1_dense"),
+    *("gpt_neox", "gpt2", "falcon_h1", "jamba", "mamba"),
 )
 EXPERTS = (
     *("mixtral", "qwen2_moe", "qwen3_moe", "qwen3_5_moe", "qwen3_next", "deepseek_v3", "glm4_moe"),
@@ -86,6 +88,8 @@ _OWN: Mapping[str, dict[str, object]] = {
     "nemotron_h": {"layers_block_type": ["mamba", "moe", "attention", "mlp"]},
     "lfm2": {"layer_types": ["conv", "full_attention"]},
     "qwen3_5_moe_text": _LINEAR,
+    "falcon_h1": {"mamba_d_ssm": 64},
+    "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "use_mamba_kernels": False},
     "deepseek_v3": {"num_key_value_heads": 4},
     "qwen2_5_vl_text": {
         "rope_parameters": {"rope_type": "default", "mrope_section": [2, 1, 1], "rope_theta": 1e4}

@@ -1,0 +1,82 @@
+"""Which of a model's stored tensors another model's are, where the two have other names for them.
+
+Checkpoints of one architecture come in several layouts, a text-only fine-tune lacks the prefix of
+the multimodal model it was made from, and an adapter has the names of the live model. All are
+compared by the place they take in the live model.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from merge_engine.errors import MergeError
+from merge_engine.models.architecture import load_config, make_without_weights
+from merge_engine.models.conversion import find_slots
+
+_TEXT_TOWER = re.compile(r"^(?:model\.)?(?:language_model|text_model)\.(?:model\.(?=\w))?")
+
+
+def text_type(config: Mapping[str, Any]) -> str | None:
+    """Return the model type of a config's text model, which a multimodal config has a part for."""
+    inner = config.get("text_config")
+    found = inner.get("model_type") if isinstance(inner, dict) else config.get("model_type")
+    return found if isinstance(found, str) else None
+
+
+def is_multimodal(config: Mapping[str, Any]) -> bool:
+    """Return whether a config's text model is one part of several."""
+    return isinstance(config.get("text_config"), dict)
+
+
+def match_names(folder: Path, own: Iterable[str], others: Iterable[str]) -> dict[str, str]:
+    """Return which of a model's stored tensors each of another's names stands for.
+
+    Args:
+        folder: The model's folder.
+        own: Names of its stored tensors.
+        others: Names in another layout.
+
+    Returns:
+        The model's names by the other's; names that stand for none of its tensors are left out.
+
+    Raises:
+        MergeError: The other stores the experts of a layer as one tensor, and the model does not,
+            or the other way round.
+    """
+    try:
+        model = make_without_weights(load_config(folder), torch.float32)
+    except (ImportError, OSError, ValueError):  # no type that transformers has tables for
+        return {name: name for name in others if name in set(own)}
+    mine = {slot: name for name, slot in find_slots(model, own).items()}
+    decoder = model.get_decoder()
+    prefix = next((name for name, each in model.named_modules() if each is decoder), "")
+    found: dict[str, str] = {}
+    left = list(others)
+    for renamed in (
+        {name: name for name in left},
+        {f"{prefix}.{name.removeprefix('model.')}": name for name in left},
+        {_without_tower(name): name for name in left},
+    ):
+        slots = find_slots(model, [each for each, name in renamed.items() if name not in found])
+        for each, slot in slots.items():
+            if slot in mine:
+                found[renamed[each]] = mine[slot]
+            elif slot.live in {other.live for other in mine}:
+                raise MergeError(
+                    f"one model stores {renamed[each]!r}, of which another stores the parts; load "
+                    "the first with transformers and save it again, so that both have one layout"
+                )
+    return found
+
+
+def _without_tower(name: str) -> str:
+    """Return a text tensor's name in a multimodal model as a text-only model has it."""
+    rest = _TEXT_TOWER.sub("", name)
+    if rest == name or rest.startswith("lm_head."):
+        return rest
+    return f"model.{rest}"
