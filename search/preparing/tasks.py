@@ -115,6 +115,11 @@ def _harness(
     from objectives.harness.harness import Harness
     from objectives.harness.prompts import Prompting
 
+    if not model.can_generate():
+        raise StudyError(
+            f"model {spec.base_model!r} is a {type(model).__name__}, which writes no text, so that "
+            "lm-eval's tasks cannot score it; give an objective of your own"
+        )
     wanted = spec.objective
     return Harness(
         tasks,

@@ -2,8 +2,9 @@
 
 import pytest
 import torch
+from transformers import Gemma3nConfig
 
-from architectures import DENSE, EXPERTS, MULTIMODAL, save_family
+from architectures import DENSE, ENCODER_DECODER, EXPERTS, MULTIMODAL, save_family
 from merge_engine.building.builder import Builder
 from merge_engine.models.architecture import auto_class, load_config
 from merge_engine.models.checkpoint import Checkpoint
@@ -12,7 +13,7 @@ from merge_engine.models.model_set import ModelSet
 from merge_engine.recipe.recipe_file import load_recipe
 from search.cli import main
 
-ALL = tuple(dict.fromkeys((*DENSE, *EXPERTS, *MULTIMODAL)))
+ALL = tuple(dict.fromkeys((*DENSE, *EXPERTS, *MULTIMODAL, *ENCODER_DECODER)))
 
 
 @pytest.fixture(params=ALL)
@@ -41,6 +42,34 @@ def test_study_runs_and_its_checkpoint_is_the_recipe(family, make_study, tmp_pat
     live, _ = load(family / "base")
     Builder(live, ModelSet.open(recipe.models_read)).build(recipe)
     assert_equal(live.state_dict(), loaded.state_dict())
+
+
+def test_encoder_is_scored_by_an_objective_of_ones_own_alone(make_study, tmp_path, capsys):
+    family = save_family(tmp_path, "bert")
+    changes = {
+        "base_model": str(family / "base"),
+        "models": [str(family / name) for name in "ab"],
+        "search": {"methods": ["task_arithmetic"], "trials": 3},
+        "objective__items": {"search": 8, "select": 8, "test": 8},
+    }
+    own = [{"objective": "labels:Labels"}]
+    study = make_study(tmp_path / "own", **changes, objective__tasks=own)
+    assert main(["run", str(study), "--out", str(tmp_path / "run"), "--device", "cpu"]) == 0
+    loaded, report = load(tmp_path / "run" / "checkpoint")
+    assert type(loaded).__name__ == "BertForSequenceClassification"
+    assert not report["missing_keys"]
+    study = make_study(tmp_path / "tasks", **changes)
+    assert main(["run", str(study), "--out", str(tmp_path / "no"), "--device", "cpu"]) == 2
+    assert "BertForSequenceClassification, which writes no text" in capsys.readouterr().err
+
+
+def test_type_that_needs_a_package_is_refused_by_its_name(make_study, tmp_path, capsys):
+    family = save_family(tmp_path, "llama", ())
+    config = Gemma3nConfig(architectures=["Gemma3nForConditionalGeneration"])
+    config.save_pretrained(family / "base")
+    study = make_study(tmp_path / "study", base_model=str(family / "base"), models=[])
+    assert main(["check", str(study), "--device", "cpu"]) == 2
+    assert "timm" in capsys.readouterr().err
 
 
 def load(folder):

@@ -9,6 +9,8 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
+    AutoModelForSeq2SeqLM,
+    AutoModelForSequenceClassification,
     PreTrainedConfig,
     PreTrainedModel,
 )
@@ -78,6 +80,8 @@ MULTIMODAL = (
     *("gemma3", "qwen3_5", "llama4", "mistral3", "qwen2_5_vl", "qwen3_vl", "llava", "smolvlm"),
     "gemma4",
 )
+ENCODER_DECODER = ("t5", "bart")
+ENCODERS = ("bert",)
 # What a type needs besides the common sizes: of its config, and of its parts' by name.
 _OWN: Mapping[str, dict[str, object]] = {
     "qwen3_next": _LINEAR,
@@ -88,6 +92,12 @@ _OWN: Mapping[str, dict[str, object]] = {
     "nemotron_h": {"layers_block_type": ["mamba", "moe", "attention", "mlp"]},
     "lfm2": {"layer_types": ["conv", "full_attention"]},
     "qwen3_5_moe_text": _LINEAR,
+    "t5": {"d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 4}
+    | {"decoder_start_token_id": 0, "feed_forward_proj": "gated-gelu"},
+    "bart": dict.fromkeys(("encoder_layers", "decoder_layers"), 2)
+    | dict.fromkeys(("encoder_attention_heads", "decoder_attention_heads"), 4)
+    | dict.fromkeys(("encoder_ffn_dim", "decoder_ffn_dim"), 64)
+    | {"d_model": 32},
     "falcon_h1": {"mamba_d_ssm": 64},
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "use_mamba_kernels": False},
     "deepseek_v3": {"num_key_value_heads": 4},
@@ -124,8 +134,13 @@ def make_architecture(
     """Return a tiny model of a type, of random weights."""
     torch.manual_seed(seed)
     config = make_config(model_type, **changes)
-    multimodal = "vision_config" in config.sub_configs
-    auto = AutoModelForImageTextToText if multimodal else AutoModelForCausalLM
+    auto = AutoModelForCausalLM
+    if "vision_config" in config.sub_configs:
+        auto = AutoModelForImageTextToText
+    elif model_type in ENCODER_DECODER:
+        auto = AutoModelForSeq2SeqLM
+    elif model_type in ENCODERS:
+        auto = AutoModelForSequenceClassification
     return auto.from_config(config, dtype=dtype).eval()
 
 
