@@ -1,53 +1,81 @@
-"""Chat templates that a recipe may name, written from the formats' public definitions."""
+"""Chat templates that a recipe may name, made of what each format puts around a message."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Final
+from typing import Final, NamedTuple
 
-_CHATML = (
-    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + "
-    "message['content'] + '<|im_end|>' + '\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
-)
-_LLAMA3 = (
-    "{{ bos_token }}{% for message in messages %}"
-    "{{ '<|start_header_id|>' + message['role'] + '<|end_header_id|>\n\n' }}"
-    "{{ message['content'] | trim }}{{ '<|eot_id|>' }}{% endfor %}"
-    "{% if add_generation_prompt %}"
-    "{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
-)
-_ALPACA = (
-    "{% for message in messages %}{% if message['role'] == 'system' %}"
-    "{{ message['content'] | trim }}{{ '\n\n' }}"
-    "{% elif message['role'] == 'assistant' %}"
-    "{{ '### Response:\n' }}{{ message['content'] | trim }}{{ eos_token + '\n\n' }}"
-    "{% else %}{{ '### Instruction:\n' }}{{ message['content'] | trim }}{{ '\n\n' }}"
-    "{% endif %}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '### Response:\n' }}{% endif %}"
-)
-# Its system message goes before the first question.
-_MISTRAL = (
-    "{{ bos_token }}{% set before = namespace(text='') %}"
-    "{% for message in messages %}{% if message['role'] == 'system' %}"
-    "{% set before.text = message['content'] + '\n\n' %}"
-    "{% elif message['role'] == 'user' %}"
-    "{{ ' [INST] ' + before.text + message['content'] + ' [/INST]' }}"
-    "{% set before.text = '' %}"
-    "{% elif message['role'] == 'assistant' %}{{ ' ' + message['content'] + eos_token }}"
-    "{% else %}{{ raise_exception('mistral has the roles system, user and assistant') }}"
-    "{% endif %}{% endfor %}"
-)
-_EXAONE = (
-    "{% if messages[0]['role'] != 'system' %}{{ '[|system|][|endofturn|]\n' }}{% endif %}"
-    "{% for message in messages %}{{ '[|' + message['role'] + '|]' + message['content'] }}"
-    "{% if message['role'] == 'user' %}{{ '\n' }}{% else %}{{ '[|endofturn|]\n' }}{% endif %}"
-    "{% endfor %}{% if add_generation_prompt %}{{ '[|assistant|]' }}{% endif %}"
-)
+_END_OF_TURN = "[|endofturn|]"
+
+
+class _Format(NamedTuple):
+    """The texts around the content of a message, by role; a role that is missing has none."""
+
+    before: Mapping[str, str]
+    after: Mapping[str, str]
+    opening: str  # of the answer that the model is to write
+    start: str = ""  # an expression: what the whole begins with
+    eos: bool = False  # whether the tokenizer's end of text follows an answer
+
+
+def _header(role: str) -> str:
+    return f"<|start_header_id|>{role}<|end_header_id|>\n\n"
+
+
+_ROLES = ("system", "user", "assistant")
+_FORMATS = {
+    "alpaca": _Format(
+        {"user": "### Instruction:\n", "assistant": "### Response:\n"},
+        dict.fromkeys(_ROLES, "\n\n"),
+        "### Response:\n",
+        eos=True,
+    ),
+    "chatml": _Format(
+        {role: f"<|im_start|>{role}\n" for role in _ROLES},
+        dict.fromkeys(_ROLES, "<|im_end|>\n"),
+        "<|im_start|>assistant\n",
+    ),
+    "exaone": _Format(
+        {role: f"[|{role}|]" for role in _ROLES},
+        {"system": f"{_END_OF_TURN}\n", "user": "\n", "assistant": f"{_END_OF_TURN}\n"},
+        "[|assistant|]",
+        f"'' if messages[0].role == 'system' else '[|system|]{_END_OF_TURN}\\n'",
+    ),
+    "llama3": _Format(
+        {role: _header(role) for role in _ROLES},
+        dict.fromkeys(_ROLES, "<|eot_id|>"),
+        _header("assistant"),
+        "bos_token",
+    ),
+    "mistral": _Format(
+        {"system": " [INST] ", "user": " [INST] ", "assistant": " "},
+        {"system": "\n\n", "user": " [/INST]"},
+        "",
+        "bos_token",
+        eos=True,
+    ),
+}
+
+
+def _template(form: _Format) -> str:
+    """Return a format as a Jinja template.
+
+    A system message that begins as a user's does is the beginning of the first of those.
+    """
+    pieces = [f"{{{{ {form.start} }}}}"] if form.start else []
+    pieces += [f"{{% set before, after = {dict(form.before)!r}, {dict(form.after)!r} %}}"]
+    pieces += ["{% for message in messages %}"]
+    part = "{% if not (loop.previtem and loop.previtem.role == 'system') %}"
+    joined = form.before.get("system") == form.before["user"]
+    pieces += [part] * joined + ["{{ before.get(message.role, '') }}"] + ["{% endif %}"] * joined
+    pieces += ["{{ message.content }}"]
+    pieces += ["{{ eos_token if message.role == 'assistant' }}"] * form.eos
+    pieces += ["{{ after.get(message.role, '') }}{% endfor %}"]
+    if form.opening:
+        pieces += [f"{{% if add_generation_prompt %}}{{{{ {form.opening!r} }}}}{{% endif %}}"]
+    return "".join(pieces)
+
+
 CHAT_TEMPLATES: Final[Mapping[str, str]] = {
-    "alpaca": _ALPACA,
-    "chatml": _CHATML,
-    "exaone": _EXAONE,
-    "llama3": _LLAMA3,
-    "mistral": _MISTRAL,
+    name: _template(form) for name, form in _FORMATS.items()
 }

@@ -6,6 +6,7 @@ a study is found before.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
@@ -206,7 +207,13 @@ def _explained(checkpoint: Checkpoint) -> Iterator[None]:
         yield
     except MergeError:
         raise
-    except (ImportError, ValueError) as error:
+    except ImportError as error:
+        wanted = re.findall(r"requires the (\S+) library", str(error)) or [error.name or str(error)]
+        raise StudyError(
+            f"model {checkpoint.model!r}: transformers needs {' and '.join(wanted)} to use it; "
+            "install them"
+        ) from error
+    except ValueError as error:
         if "trust_remote_code" in str(error):
             raise StudyError(
                 f"model {checkpoint.model!r} brings Python code of its own; read it, and if you "

@@ -64,10 +64,12 @@ def test_encoder_is_scored_by_an_objective_of_ones_own_alone(make_study, tmp_pat
 
 
 def test_type_that_needs_a_package_is_refused_by_its_name(make_study, tmp_path, capsys):
-    family = save_family(tmp_path, "llama", ())
-    config = Gemma3nConfig(architectures=["Gemma3nForConditionalGeneration"])
-    config.save_pretrained(family / "base")
-    study = make_study(tmp_path / "study", base_model=str(family / "base"), models=[])
+    family = save_family(tmp_path, "llama")
+    for name in ("base", "a", "b"):
+        config = Gemma3nConfig(architectures=["Gemma3nForConditionalGeneration"])
+        config.save_pretrained(family / name)
+    donors = [str(family / name) for name in "ab"]
+    study = make_study(tmp_path / "study", base_model=str(family / "base"), models=donors)
     assert main(["check", str(study), "--device", "cpu"]) == 2
     assert "timm" in capsys.readouterr().err
 
