@@ -1,8 +1,8 @@
 """Read files of several recipes, of which one may use another's result as a model.
 
 Such a file has several YAML documents, as mergekit-multi reads them: each with a ``name``, which
-the others use in place of a folder or hub id. One may go without: the result. A file of a single
-recipe is one stage.
+the others use in place of a folder or hub id. One may go without: the result. mergekit-mega, which
+is older, has an ``out_path`` for a name. A file of a single recipe is one stage.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def load_stages(path: Path) -> tuple[list[Stage], list[str]]:
         MergeError: The file is missing, is not YAML, a document is not a recipe, or they use one
             another in a circle.
     """
-    documents = load_documents(path)
+    documents = _with_names(load_documents(path))
     names = _names(documents, path)
     notes: list[str] = []
     found: dict[str, Stage] = {}
@@ -71,6 +71,22 @@ def load_stages(path: Path) -> tuple[list[Stage], list[str]]:
         if not stage.needed
     ]
     return stages, notes
+
+
+def _with_names(documents: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Return documents with names in place of the ``out_path`` of the older mergekit-mega."""
+    paths = [document.get("out_path") for document in documents]
+    names = {path: Path(path).name for path in paths if isinstance(path, str)}
+
+    def named(part: Any) -> Any:
+        if isinstance(part, list):
+            return [named(each) for each in part]
+        if isinstance(part, dict):
+            return {key: named(each) for key, each in part.items()}
+        return names.get(part, part) if isinstance(part, str) else part
+
+    keys = {"out_path": "name"} if names else {}
+    return [{keys.get(key, key): named(part) for key, part in each.items()} for each in documents]
 
 
 def _names(documents: Sequence[Mapping[str, Any]], path: Path) -> list[str]:

@@ -167,3 +167,13 @@ def test_configuration_for_experts_is_said_to_be_mergekit_moes(tmp_path, capsys,
     code, said = run([command, path, *([tmp_path / "o"] if command == "build" else [])], capsys)
     assert code == 2
     assert "'gate_mode' makes it a configuration of mergekit-moe" in said
+
+
+def test_output_paths_of_mergekit_mega_are_names(documents, tmp_path):
+    named = load_stages(write(tmp_path / "named.yaml", documents))[0]
+    text = yaml.safe_dump_all(documents).replace("name: ", "out_path: ./models/")
+    for name in ("half", "quarter", "twice"):
+        text = text.replace(f"model: {name}\n", f"model: ./models/{name}\n")
+    (tmp_path / "mega.yaml").write_text(text)
+    mega = load_stages(tmp_path / "mega.yaml")[0]
+    assert [stage.recipe for stage in mega] == [stage.recipe for stage in named]
