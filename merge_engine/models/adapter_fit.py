@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from merge_engine.errors import MergeError
+from merge_engine.models.alignment import match_names
 from merge_engine.models.lora import Adapter, Change
 from merge_engine.models.tensor_names import (
     input_embedding,
     is_head_weight,
     is_vocabulary,
-    layer_position,
 )
 
 Shape = tuple[int, ...]
@@ -26,6 +27,7 @@ class Base:
     """The model that an adapter is added to."""
 
     model: str  # as the user named it
+    folder: Path  # its files
     model_type: str | None  # of its config
     shapes: Mapping[str, Shape]  # of its tensors, by name
 
@@ -71,7 +73,7 @@ def _untied(adapter: Adapter, base: Base) -> tuple[dict[str, Change], str | None
     unless they have the same rows trained, or are tied by ``ensure_weight_tying``. peft's
     merge_and_unload adds low-rank changes of one to both, and warns that this is another model.
     """
-    changes = dict(adapter.changes)
+    changes = _as_stored(adapter.changes, base)
     embedding = input_embedding(base.shapes)
     if embedding is None or any(map(is_head_weight, base.shapes)):
         return changes, None
@@ -89,6 +91,14 @@ def _untied(adapter: Adapter, base: Base) -> tuple[dict[str, Change], str | None
         return changes, None
     changes[head] = replace(last, rows=last.rows or first.rows)
     return changes, head
+
+
+def _as_stored(changes: Mapping[str, Change], base: Base) -> dict[str, Change]:
+    """Return changes by the base's stored names, where those in training are others."""
+    others = [name for name in changes if name not in base.shapes and not is_head_weight(name)]
+    weights = [name for name in others if name.endswith("weight")]
+    found = match_names(base.folder, base.shapes, weights) if weights else {}
+    return {found.get(name, name): change for name, change in changes.items()}
 
 
 def _looks_like_conv1d(
@@ -175,21 +185,7 @@ def _why_missing(name: str, change: Change, adapter: Adapter, base: Base) -> str
     weight = f"{name.removesuffix('.bias')}.weight"
     if change.bias and weight in base.shapes:
         return f"lora_bias changes {name!r}, but {weight!r} has no bias in {base.model!r}; {_MERGE}"
-    if there := _same_module(name, base.shapes):
-        return (
-            f"changes {name!r}, which {base.model!r} stores as {there!r}: this model's tensors "
-            f"have other names in memory than in its files; {_MERGE}"
-        )
     return f"changes {name!r}, which is not in {base.model!r}; {_trained_elsewhere(adapter, base)}"
-
-
-def _same_module(name: str, stored: Iterable[str]) -> str | None:
-    """Return a tensor of the same layer and module, whatever its name begins with."""
-    position = layer_position(name)
-    stack = position.stack.split(".")[-2] if position else ""
-    tail = f"{stack}.{position.layer}.{position.rest}" if position else name.partition(".")[2]
-    found = [other for other in stored if tail and f".{other}".endswith(f".{tail}")]
-    return max(found, key=lambda other: len({*other.split(".")} & {*name.split(".")}), default=None)
 
 
 def _trained_elsewhere(adapter: Adapter, base: Base) -> str:

@@ -224,7 +224,9 @@ class Adapted(Checkpoint):
         self._base = Checkpoint(base, self.folder)
         self._adapter = Adapter(locate(adapter))
         shapes = {name: info.shape for name, info in self._base.tensors.items()}
-        self._fitted = fit(self._adapter, Base(base, self._base.config.get("model_type"), shapes))
+        self._fitted = fit(
+            self._adapter, Base(base, self.folder, self._base.config.get("model_type"), shapes)
+        )
 
     @cached_property
     @override
