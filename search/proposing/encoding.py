@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from optuna.distributions import FloatDistribution
 
 from merge_engine.methods import METHODS, Base
-from search.proposing.mixture import zero_small_weights
+from search.proposing.mixture import heaviest, keep_heaviest, zero_small_weights
 from search.proposing.space import Point, Space
 from search.racing.race import Floats
 
@@ -103,10 +103,10 @@ class RecipeEncoding:
         kept = generator.random((count, 1, k)) < generator.choice([0.5, 1.0, 1.0], (count, 1, 1))
         kept[np.arange(count), 0, generator.integers(k, size=count)] = True
         shares *= kept
-        scale = generator.uniform(*self.space.scale, (count, units, 1))
+        total = self.space.used * generator.uniform(*self.space.scale, (count, units, 1))
         return Candidates(
             generator.integers(len(self.space.methods), size=count),
-            zero_small_weights(k * scale * shares / shares.sum(axis=2, keepdims=True)),
+            self._few(zero_small_weights(total * shares / shares.sum(axis=2, keepdims=True))),
             generator.random((count, len(self.searched))),
         )
 
@@ -135,7 +135,7 @@ class RecipeEncoding:
         weights, values = np.empty_like(some.weights), np.empty_like(some.values)
         for number, name in enumerate(self.space.methods):
             rows = some.method == number
-            weights[rows] = effective_weights(name, some.weights[rows])
+            weights[rows] = effective_weights(name, some.weights[rows], self.space.at_most)
             values[rows] = np.where(self._used[number], some.values[rows], self._defaults)
         return np.hstack([np.log1p(weights).reshape(len(some), -1), values])
 
@@ -149,24 +149,30 @@ class RecipeEncoding:
 
     def _in_range(self, weights: Floats) -> Floats:
         """Return the nearest weights that are at or above zero with means in the scale's range."""
-        weights = zero_small_weights(np.maximum(weights, 0.0))
-        scale = weights.mean(axis=2, keepdims=True)
-        even = np.where(scale > 0, weights / np.where(scale > 0, scale, 1.0), 1.0)
-        clipped: Floats = even * np.clip(scale, *self.space.scale)
+        weights = self._few(zero_small_weights(np.maximum(weights, 0.0)))
+        scale = weights.sum(axis=2, keepdims=True) / self.space.used
+        even = np.where(scale > 0, weights / np.where(scale > 0, scale, 1.0), self._evenly)
+        clipped: Floats = self._few(even * np.clip(scale, *self.space.scale))
         return clipped
 
+    @property
+    def _evenly(self) -> float:
+        """Weight of each of the k donors whose scale is 1."""
+        return self.space.used / len(self.space.donors)
 
-def effective_weights(method: str, weights: Floats) -> Floats:
+    def _few(self, weights: Floats) -> Floats:
+        return keep_heaviest(weights, self.space.at_most)
+
+
+def effective_weights(method: str, weights: Floats, at_most: int | None = None) -> Floats:
     """Return the weights that a method's result depends on, (n, u, k), given any (n, u, k).
 
-    Methods that take fewer donors use the heaviest. Where only the ratio counts, weights are scaled
-    to sum to 1; where a method has no weights, all are equal.
+    Methods that take fewer donors use the heaviest, as does a space with ``at_most``. Where only
+    the ratio counts, weights are scaled to sum to 1; where a method has no weights, all are equal.
     """
     row, k = METHODS[method], weights.shape[2]
-    if (most := row.donors[1]) is not None and most < k:
-        totals = weights.sum(axis=1)
-        ranks = np.argsort(np.argsort(-totals, axis=1, kind="stable"), axis=1)
-        chosen = (ranks < most)[:, None, :]
+    if (most := min(row.donors[1] or k, at_most or k)) < k:
+        chosen = heaviest(weights, most)[:, None, :]
     else:
         chosen = np.ones((1, 1, k), dtype=bool)
     if "weight" in row.params and "lambda" in row.params:

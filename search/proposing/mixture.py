@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import Final
 
 import numpy as np
+from numpy.typing import NDArray
 
 from search.racing.race import Floats
 
@@ -33,6 +34,36 @@ def join_sticks(shares: Sequence[float]) -> list[float]:
         sticks.append(1 - (1 - part) ** (len(shares) - 1 - index))
         left -= share
     return sticks
+
+
+def keep_heaviest(weights: Floats, most: int | None) -> Floats:
+    """Set all but the ``most`` heaviest of k donors to zero, in every unit; None: keep all.
+
+    Each unit's sum stays; one that has none of the donors that are kept gets all of them evenly.
+
+    Args:
+        weights: Of k donors in u units of n recipes, (n, u, k).
+        most: Donors that a recipe may use, the same ones in each of its units.
+    """
+    if most is None or most >= weights.shape[-1]:
+        return weights
+    chosen = heaviest(weights, most)[:, None, :]
+    kept = np.where(chosen, weights, 0.0)
+    totals = kept.sum(axis=-1, keepdims=True)
+    shares = np.where(totals > 0, kept / np.where(totals > 0, totals, 1.0), chosen / most)
+    scaled: Floats = shares * weights.sum(axis=-1, keepdims=True)
+    return scaled
+
+
+def heaviest(weights: Floats, most: int) -> NDArray[np.bool_]:
+    """Return which ``most`` of k donors weigh most over all units, (n, k), of weights (n, u, k).
+
+    Of equal ones the first.
+    """
+    order = np.argsort(-weights.sum(axis=1), axis=1, kind="stable")
+    ranks = np.argsort(order, axis=1, kind="stable")
+    chosen: NDArray[np.bool_] = ranks < most
+    return chosen
 
 
 def zero_small_weights(weights: Floats) -> Floats:

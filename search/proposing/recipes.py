@@ -28,7 +28,7 @@ def recipe_with_weights(space: Space, point: Point, of_models: Floats) -> Recipe
     rounded = of_models.round(6) + 0.0  # which makes -0.0 zero
     weights: list[tuple[float, ...]] = [*map(tuple, rounded.tolist())]
     method = str(point["method"])
-    chosen = _heaviest(weights, METHODS[method].donors[1])
+    chosen = _chosen(space, method, weights)
     if METHODS[method].base is Base.ENDPOINT:
         return _arc(space, method, weights, chosen)
     shared = _shared_parameters(space, point, method)
@@ -63,8 +63,22 @@ def _shared_parameters(space: Space, point: Point, method: str) -> dict[str, Any
     return shared
 
 
-def _heaviest(weights: Sequence[Sequence[float]], most: int | None) -> list[int]:
-    """Return the indices of the ``most`` models that weigh most (None: of all), in order."""
+def _chosen(space: Space, method: str, weights: Sequence[Sequence[float]]) -> list[int]:
+    """Return the indices of the models that the recipe names.
+
+    They are as many as the method takes, and no more than ``space.at_most``; but a vocabulary may
+    be made of all models, so that those without weight are named, too.
+    """
+    count, row = len(space.models), METHODS[method]
+    most = min(row.donors[1] or count, count)
+    all_named = space.tokenizer is not None and "weight" in row.params
+    if space.at_most is None or all_named or space.models != space.donors:
+        return _heaviest(weights, most)
+    return _heaviest(weights, min(most, space.at_most))
+
+
+def _heaviest(weights: Sequence[Sequence[float]], most: int) -> list[int]:
+    """Return the indices of the ``most`` models that weigh most, in order."""
     totals = [sum(of_model) for of_model in zip(*weights, strict=True)]
     ranked = sorted(range(len(totals)), key=lambda i: -totals[i])
     return sorted(ranked[:most])
@@ -161,8 +175,7 @@ def to_point(space: Space, recipe: Recipe) -> dict[str, Any]:
         models = [str(recipe.base_model), *models]
     units = [recipe.values((*unit, "")[0], 0.0) for unit in space.units]
     added = [
-        dict(zip(models, _added(values, len(models), len(space.donors)), strict=True))
-        for values in units
+        dict(zip(models, _added(values, len(models), space.used), strict=True)) for values in units
     ]
     _check_known(space, recipe.merge_method, added)
     of_models = np.array([[unit.get(m, 0.0) for m in space.models] for unit in added])
@@ -184,16 +197,16 @@ def _check_known(space: Space, method: str, added: Sequence[Mapping[str, float]]
         raise MergeError(f"it has {what}, which the study has not; leave it out")
 
 
-def _added(values: Mapping[str, Any], count: int, donors: int) -> list[float]:
+def _added(values: Mapping[str, Any], count: int, used: int) -> list[float]:
     """Return how much a recipe with these parameters adds of each of its ``count`` models.
 
-    Where only the weights' ratio counts, they sum to the number of donors.
+    Where only the weights' ratio counts, they sum to ``used``.
     """
     even = (1 - values["t"], values["t"]) if "t" in values and count == 2 else (1.0,) * count
     weights = values.get("weight", even)
     if "lambda_" not in values or values["normalize"]:
         total = sum(weights) or 1.0
-        weights = [weight * donors / total for weight in weights]
+        weights = [weight * used / total for weight in weights]
     return [weight * values.get("lambda_", 1.0) for weight in weights]
 
 

@@ -1,7 +1,8 @@
 """The search space: axes shared by all methods, and the donors' weights at its points.
 
 Scale and mixture are separate axes: ``scale`` is the donors' mean weight (so 1/k is the uniform
-average of k donors, and 1 adds every task vector in full), and ``mix_1 .. mix_{k-1}`` are the
+average of k donors, and 1 adds every task vector in full; with ``at_most`` it is the mean over as
+many donors as a recipe may use), and ``mix_1 .. mix_{k-1}`` are the
 stick-breaking coordinates of the mixture, so that no two points are one mixture. With depth groups
 or tensor-name splits every unit of the model has a scale and a mixture of its own; in the first
 stages of a search units share theirs (coarse to fine).
@@ -20,7 +21,12 @@ import numpy as np
 
 from merge_engine.recipe.recipe import Recipe, Tokenizer
 from merge_engine.recipe.recipe_file import load_recipe
-from search.proposing.mixture import break_sticks, join_sticks, zero_small_weights
+from search.proposing.mixture import (
+    break_sticks,
+    join_sticks,
+    keep_heaviest,
+    zero_small_weights,
+)
 from search.racing.race import Floats
 from search.study.parameters import followers, searchable
 from search.study.spec import ModelDifference, StudySpec, as_differences, models_but_base
@@ -39,12 +45,13 @@ class Space:
     base: str  # the base model
     donors: tuple[str | ModelDifference, ...]  # k models or differences of two
     methods: tuple[str, ...]  # names in METHODS
-    scale: tuple[float, float]  # range of the donors' mean weight
+    scale: tuple[float, float]  # range of the mean weight of ``used`` donors
     # Range of every other searched or fixed parameter, equal ends for a fixed one.
     ranges: Mapping[str, tuple[float, float]]
     # u parts of the model with weights of their own: for each the tensor-name filters that make it
     # up. The last unit has every other tensor, too.
     units: tuple[tuple[str, ...], ...] = ((),)
+    at_most: int | None = None  # donors that a recipe uses at most; None: all
     dtype: str = "float32"  # of the merged weights
     tokenizer: Tokenizer | None = None  # their vocabulary; None: the base's
     seed: int = 0  # of random methods' masks
@@ -68,6 +75,7 @@ class Space:
             scale=search.scale,
             ranges={name: bounds for name, bounds in found.items() if bounds is not None},
             units=model_units(layers, search.layer_groups, search.split),
+            at_most=search.at_most,
             stages=coarse_to_fine(search.layer_groups, len(search.split)),
             dtype=dtype,
             tokenizer=spec.tokenizer,
@@ -82,6 +90,11 @@ class Space:
     def models(self) -> tuple[str, ...]:
         """The m models whose weights a recipe gives: those that the donors are made of."""
         return models_but_base(self.base, self.donors)
+
+    @property
+    def used(self) -> int:
+        """How many of the donors a recipe uses at most."""
+        return min(len(self.donors), self.at_most or len(self.donors))
 
     @cached_property
     def signs(self) -> Floats:
@@ -142,20 +155,21 @@ class Space:
         return float(point.get(name, self.ranges[name][0]))
 
     def scale_of(self, point: Point, unit: int) -> float:
-        """Return the donors' mean weight in a unit."""
+        """Return the mean weight of ``used`` donors in a unit."""
         return float(point.get(self._name("scale", unit), self.scale[0]))
 
     def weights(self, points: Sequence[Point]) -> Floats:
         """Return n points' weights of the k donors in each of the u units, (n, u, k).
 
-        Their mean over the donors is the unit's scale.
+        At most ``used`` of them are above zero, and their sum is ``used`` times the unit's scale.
         """
         k, units = len(self.donors), range(len(self.units))
         names = [self._name(f"mix_{i}", unit) for unit in units for i in range(1, k)]
         sticks = np.array([[p[name] for name in names] for p in points])
         scales = np.array([[self.scale_of(p, unit) for unit in units] for p in points])
         shares = zero_small_weights(break_sticks(sticks.reshape(len(points), len(units), k - 1)))
-        return (k * scales.reshape(len(points), -1, 1) * shares).round(6)
+        weights = self.used * scales.reshape(len(points), -1, 1) * shares
+        return keep_heaviest(weights, self.at_most).round(6)
 
     def point(self, method: str, weights: Sequence[float], **values: float) -> dict[str, Any]:
         """Return the point with these weights of the k donors in every unit.
@@ -170,8 +184,9 @@ class Space:
         """Return the point with these weights of the k donors in each unit, (u, k)."""
         point: dict[str, Any] = {"method": method}
         for unit, of_donors in enumerate(weights):
-            k, scale = len(of_donors), sum(of_donors) / len(of_donors)
-            sticks = join_sticks([w / (scale * k) if scale else 1 / k for w in of_donors])
+            k, total = len(of_donors), sum(of_donors)
+            sticks = join_sticks([w / total if total else 1 / k for w in of_donors])
+            scale = total / self.used
             point[self._name("scale", unit)] = scale
             point |= {self._name(f"mix_{i}", unit): u for i, u in enumerate(sticks, start=1)}
         middles = {name: (low + high) / 2 for name, (low, high) in self.ranges.items()}

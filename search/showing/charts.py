@@ -154,14 +154,20 @@ def scale_charts(facts: RunFacts, view: PosteriorView) -> ScaleCharts | None:
         chart, side = Chart(Axis("scale", low, high), y, height=170), HALF_WIDTH * deviations
         chart.band(scales, values - side, values + side, kind)
         chart.line(scales, values, kind)
-        tried = view.tried.weights[view.tried.method == number].mean(axis=(1, 2))
+        tried = _mean_scales(view, view.tried[view.tried.method == number])
         for scale in tried.tolist():
             chart.upright(scale, y.low, y.low + 0.05 * (y.high - y.low), kind)
         if number == one.method[0]:
-            scale, value = float(one.weights.mean()), float(view.values(one)[0][0])
+            scale, value = float(_mean_scales(view, one)[0]), float(view.values(one)[0][0])
             chart.dot(scale, value, describe_trial(centre), "chosen", 4)
         charts[method] = chart.svg(f"value of {method} over the scale")
     return ScaleCharts(centre.number, charts)
+
+
+def _mean_scales(view: PosteriorView, some: Candidates) -> Floats:
+    """Return n candidates' scales, (n), in the mean over the parts of the model."""
+    scales: Floats = some.weights.sum(axis=2).mean(axis=1) / view.space.used
+    return scales
 
 
 def _posterior_over_scale(
@@ -171,7 +177,7 @@ def _posterior_over_scale(
 
     Methods whose merge does not depend on the scale are left out.
     """
-    mean = float(one.weights.mean())
+    mean = float(_mean_scales(view, one)[0])
     shape = one.weights[0] / mean if mean else np.ones_like(one.weights[0])
     found: dict[int, tuple[Floats, Floats]] = {}
     for number in range(len(view.space.methods)):

@@ -13,23 +13,26 @@ from search.study.spec import ModelDifference
 DIFFERENCE_METHODS: Final = ("task_arithmetic",)
 
 
-def allowed_methods(donors: Sequence[object], *, aligned: bool = False) -> tuple[str, ...]:
-    """Return every method that can merge these donors.
+def allowed_methods(
+    donors: Sequence[object], at_most: int | None = None, *, aligned: bool = False
+) -> tuple[str, ...]:
+    """Return every method that can merge ``at_most`` of these donors (None: all).
 
     With ``aligned``, the models are given a common vocabulary first.
     """
+    used = min(len(donors), at_most or len(donors))
     differ = any(isinstance(donor, ModelDifference) for donor in donors)
     return tuple(
         name
         for name in (DIFFERENCE_METHODS if differ else METHODS)
-        if METHODS[name].donors[0] <= len(donors)
-        and (METHODS[name].donors[1] != 2 or len(donors) >= 2)
-        and (not aligned or names_all_models(name, len(donors)))
+        if METHODS[name].donors[0] <= used
+        and (METHODS[name].donors[1] != 2 or used >= 2)
+        and (not aligned or names_all_models(name, len(donors), used))
     )
 
 
-def names_all_models(method: str, donors: int) -> bool:
-    """Return whether a method's recipes name the base and all donors.
+def names_all_models(method: str, donors: int, used: int) -> bool:
+    """Return whether a method's recipes name the base and all donors, of which they use some.
 
     A vocabulary made of all models can be made of such a recipe alone.
     """
@@ -37,7 +40,8 @@ def names_all_models(method: str, donors: int) -> bool:
     named = row.base in (Base.ORIGIN, Base.OPTIONAL) or (
         row.base is Base.INPUT and "weight" in row.params
     )
-    return named and row.donors[1] in (None, donors)
+    # A donor that is named and not used has the weight zero.
+    return named and row.donors[1] in (None, donors) and (used == donors or "weight" in row.params)
 
 
 def searchable(methods: Iterable[str]) -> dict[str, Param]:

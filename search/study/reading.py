@@ -127,7 +127,9 @@ def _search(
 ) -> dict[str, Any]:
     """Return the search block with parameters gathered under ``ranges`` and methods filled in."""
     # Not passthrough: every donor is evaluated as it is anyway, to compare with.
-    allowed = allowed_methods(donors, aligned=aligned)
+    at_most = raw.get("at_most")
+    most = at_most if isinstance(at_most, int) and at_most > 0 else None  # else refused later
+    allowed = allowed_methods(donors, most, aligned=aligned)
     raw.setdefault("methods", [name for name in allowed if name != "passthrough"])
     methods = raw["methods"]
     if not isinstance(methods, list | tuple):
@@ -196,6 +198,7 @@ def _text_name(raw: object) -> str:
 
 def _check(spec: StudySpec, where: str) -> None:
     _check_donors(spec, where)
+    _check_methods(spec, where)
     _check_sampler(spec, where)
     for path in spec.search.start:
         if not (path / "recipe.yaml" if path.is_dir() else path).is_file():
@@ -210,27 +213,41 @@ def _check(spec: StudySpec, where: str) -> None:
 
 
 def _check_donors(spec: StudySpec, where: str) -> None:
-    """Check that donors differ, and that the methods can merge them."""
+    """Check that donors differ, and are as many as a recipe may use."""
     differences = as_differences(spec.base_model, spec.models)
     for donor, one in zip(spec.models, differences, strict=True):
         if one.model == one.minus or differences.count(one) > 1:
             raise StudyError(f"{where}: models: {str(donor)!r} is named twice; name it once")
+    used = spec.search.at_most or len(spec.models)
+    if used > len(spec.models):
+        raise StudyError(
+            f"{where}: search.at_most: {used} is more than the {len(spec.models)} models; leave it "
+            "out or name a smaller number"
+        )
+
+
+def _check_methods(spec: StudySpec, where: str) -> None:
+    """Check that the methods can merge the donors, or as many of them as a recipe may use."""
     differ = any(isinstance(donor, ModelDifference) for donor in spec.models)
+    used = spec.search.at_most or len(spec.models)
     for method in spec.search.methods:
         if differ and method not in DIFFERENCE_METHODS:
             raise StudyError(
                 f"{where}: search.methods: {method} works on each model's own task vector and "
                 f"cannot add a difference (minus) of two; use {', '.join(DIFFERENCE_METHODS)}"
             )
-        if spec.tokenizer and not names_all_models(method, len(spec.models)):
+        if spec.tokenizer and not names_all_models(method, len(spec.models), used):
             raise StudyError(
                 f"{where}: search.methods: the recipes of {method} do not name the base and all "
                 "models, of which the study's tokenizer is made; leave it out"
             )
-        if method not in allowed_methods(spec.models):
+        if method not in allowed_methods(spec.models, used):
+            few, remedy = f"got {used}", "add models"
+            if used < len(spec.models):
+                few, remedy = f"search.at_most is {used}", "raise that"
             raise StudyError(
                 f"{where}: search.methods: {method} needs {METHODS[method].donors[0]} models or "
-                f"more, got {len(spec.models)}; leave it out or add models"
+                f"more, {few}; leave it out or {remedy}"
             )
     if differ and "normalize" in spec.search.ranges:
         raise StudyError(
@@ -252,6 +269,11 @@ def _check_sampler(spec: StudySpec, where: str) -> None:
         )
     if name == "grid" and len(set(search.scale)) == 1:
         raise StudyError(f"{where}: search.sampler: a grid needs a range of scale, like [0, 1]")
+    if name == "grid" and (search.at_most or len(spec.models)) < len(spec.models):
+        raise StudyError(
+            f"{where}: search.sampler: a grid merges all models evenly, which search.at_most "
+            "forbids; leave one of the two out"
+        )
     if search.front and not entry.many_objectives:
         able = [other for other, row in SAMPLERS.items() if row.many_objectives]
         raise StudyError(

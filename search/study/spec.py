@@ -99,6 +99,7 @@ class SearchSpec(FrozenModel):
     scale: Range = (0.0, 1.5)  # the donors' mean weight
     # Of the methods' other parameters, by name.
     ranges: dict[str, Range] = Field(default_factory=dict)
+    at_most: PositiveInt | None = None  # donors that a recipe uses at most; None: all
     layer_groups: PositiveInt = 1  # groups of consecutive layers that have weights of their own
     # Parts of tensor names; tensors whose name has one get weights of their own.
     split: tuple[str, ...] = ()

@@ -23,6 +23,8 @@ SPACE = Space("base", ("a", "b", "c"), METHODS, (0.0, 1.5), {"density": (0.1, 1.
 UNITS = Space("base", ("a", "b"), ("ties", "linear"), (0.2, 1.0), {}, (("mlp",), ()))
 
 
+FEW = Space("base", ("a", "b", "c", "d"), METHODS, (0.0, 1.5), {}, (("mlp",), ()), at_most=2)
+
 NUMBERS = st.floats(0.1, 1.4).map(lambda number: round(number, 2))
 POINTS = st.builds(
     lambda method, weights, density: SPACE.point(method, weights, density=min(density, 1.0)),
@@ -41,7 +43,7 @@ def test_recipes_are_equal_where_features_are(one, other):
     assert same == (len(keys) == 1)
 
 
-@pytest.mark.parametrize("space", [SPACE, UNITS])
+@pytest.mark.parametrize("space", [SPACE, UNITS, FEW])
 @given(st.integers(0, 1000))
 @settings(max_examples=20)
 def test_candidates_are_points_of_the_space_and_back(space, seed):

@@ -4,7 +4,9 @@ import numpy as np
 import optuna
 import pytest
 
+from proposals import StudySampler
 from search.proposing.proposal import RANDOM_STARTUP
+from search.proposing.recipes import to_recipe
 from search.proposing.samplers import Proposer, load_sampler
 from search.proposing.space import Space
 from search.proposing.starts import warm_starts
@@ -98,3 +100,19 @@ def test_grid_is_an_even_curve_of_each_method():
 def test_sampler_class_that_cannot_be_used_is_refused(name, message):
     with pytest.raises(StudyError, match=message):
         load_sampler(name)
+
+
+@pytest.mark.parametrize("name", sorted({*SAMPLERS} - {"auto", "grid"}))
+def test_recipes_of_a_pool_use_at_most_the_donors_they_may(name):
+    donors = tuple(f"donor {number}" for number in range(20))
+    methods = ("task_arithmetic", "ties", "linear", "slerp", "model_stock", "karcher")
+    space = Space("base", donors, methods, (0.0, 1.5), {"density": (0.1, 1.0)}, at_most=3)
+    sampler = StudySampler(name, space, 0)
+    used = []
+    for _ in range(len(warm_starts(space)) + RANDOM_STARTUP + 10):
+        recipe = to_recipe(space, sampler.ask())
+        inputs = [source.model for source in recipe.donors if source.model != "base"]
+        used.append(len(inputs) + (recipe.merge_method == "slerp"))
+        weight = recipe.values("x", 0.0).get("weight", ())
+        sampler.tell(Estimate(float(sum(weight)), 0.001))
+    assert max(used) == 3
