@@ -27,6 +27,7 @@ class _TaskVectors(TaskVectors):
     merge: PackMerge
     name: str
     indices: Sequence[int]  # of the donors in the recipe
+    models: tuple[str, ...]  # those donors
 
     @property
     @override
@@ -36,28 +37,24 @@ class _TaskVectors(TaskVectors):
     @property
     @override
     def variances(self) -> Variances:
-        return self.merge.models.measurements.variances(self.name, self._models, self.merge.base)
+        return self.merge.models.measurements.variances(self.name, self.models, self.merge.base)
 
     @override
     def magnitudes(self, donor: int) -> Magnitudes:
-        model = self._models[donor]
+        model = self.models[donor]
         return self.merge.models.measurements.magnitudes(self.name, model, self.merge.base)
 
     @override
     def rescale_factor(self, donor: int, chance: int) -> float:
         key = key_of(self.merge.recipe.seed, self.name, self.indices[donor])
-        measurements, model = self.merge.models.measurements, self._models[donor]
+        measurements, model = self.merge.models.measurements, self.models[donor]
         masses = measurements.masses(self.name, model, self.merge.base, key)
         return _norm_ratio(float(masses[-1]), float(masses[chance]))
 
     @override
     def overlaps(self, epsilon: float) -> Tensor:
         measurements = self.merge.models.measurements
-        return measurements.overlaps(self.name, self._models, self.merge.base, epsilon)
-
-    @property
-    def _models(self) -> tuple[str, ...]:
-        return tuple(self.merge.recipe.donors[index].model for index in self.indices)
+        return measurements.overlaps(self.name, self.models, self.merge.base, epsilon)
 
 
 def _norm_ratio(before: float, after: float) -> float:
@@ -74,19 +71,19 @@ def write_elementwise(out: Tensor, method: Elementwise, merge: PackMerge) -> Non
     weights = [w for each in merge.values if isinstance(w := each.get("weight"), tuple)]
     used = tuple(
         index
-        for index in range(len(recipe.donors))
+        for index, _ in enumerate(recipe.donors)
         if not weights or any(weight[index] for weight in weights)
     )
     base = merge.read(merge.base)
     if not used or not out.numel():
         out.copy_(base.view(out.shape))
         return
-    kernel_values = _prepared(method, merge, used)
+    models = tuple(recipe.donors[index].model for index in used)
+    kernel_values = _prepared(method, merge, used, models)
     scalars, per_donor = _joined(merge, kernel_values)
     noise = None
     if method.random or any(each.has_ties for each in kernel_values):
         noise = merge.pack.noise(recipe.seed, used, merge.device, even=not method.random)
-    models = [recipe.donors[index].model for index in used]
     inputs = base, [merge.read(model) for model in models]
     if stat := method.elementwise_stat:
         found = [
@@ -100,14 +97,16 @@ def write_elementwise(out: Tensor, method: Elementwise, merge: PackMerge) -> Non
     merge.models.runner.write(out, method.kernel, inputs, {**scalars, **per_donor}, noise)
 
 
-def _prepared(method: Elementwise, merge: PackMerge, used: Sequence[int]) -> list[KernelValues]:
+def _prepared(
+    method: Elementwise, merge: PackMerge, used: Sequence[int], models: tuple[str, ...]
+) -> list[KernelValues]:
     found = []
     for index, name in enumerate(merge.pack.names):
         own = Parameters.from_values(merge.values[index], used)
         values = KernelValues(own.shared, own.per_donor)
         try:
             if method.prepare:
-                values = method.prepare(own, _TaskVectors(merge, name, used))
+                values = method.prepare(own, _TaskVectors(merge, name, used, models))
             if method.combine:
                 values = method.combine(own, values)
         except MergeError:
