@@ -46,7 +46,8 @@ def merge_tensor(
 def merge_into(out: Tensor, recipe: Recipe, name: str, models: ModelSet) -> None:
     """Merge one tensor into a contiguous tensor of any dtype, rounding once.
 
-    Models that lack the tensor are left out.
+    Models that lack the tensor are left out; one that only the first has, whose config the result
+    gets, is copied.
 
     Raises:
         MergeError: The parameters do not work for the tensor; the message names it.
@@ -56,7 +57,11 @@ def merge_into(out: Tensor, recipe: Recipe, name: str, models: ModelSet) -> None
         return to_device(models.read(model, name), out.device)
 
     owners = models.inputs[name]
+    first, *others = recipe.models_read
     lacking = any(model not in owners for model in recipe.models_read)
+    if lacking and first in owners and not any(model in owners for model in others):
+        out.copy_(read(first))
+        return
     if lacking:
         recipe = _of_owners(recipe, name, owners)
     if not out.dtype.is_floating_point:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, cast
 
 from merge_engine.building.builder import Builder
+from merge_engine.models.alignment import is_multimodal
 from merge_engine.models.checkpoint import Checkpoint
 from merge_engine.models.config_differences import config_notes
 from merge_engine.models.memory_plan import MemoryPlan, plan_memory
@@ -32,6 +33,7 @@ from search.preparing.models import (
 from search.preparing.tasks import TaskPlan, bind_prompts, bind_tasks, plan_tasks
 from search.proposing.space import Space
 from search.proposing.starts import warm_starts
+from search.study.parameters import names_all_models
 from search.study.sampler_table import SAMPLERS
 from search.study.spec import StudyError, StudySpec
 
@@ -125,6 +127,7 @@ def plan_study(spec: StudySpec, *, compiled: bool = True) -> StudyPlan:
     if models.vocabulary is None:
         check_tokenizer(models.reference)
     _check_config(models.reference)
+    _check_kinds(spec, models)
     if spec.search.sampler not in SAMPLERS:  # the user's own may be missing
         from search.proposing.samplers import load_sampler
 
@@ -132,6 +135,18 @@ def plan_study(spec: StudySpec, *, compiled: bool = True) -> StudyPlan:
     tasks = plan_tasks(spec)
     space = Space.from_spec(spec, models.layer_filters, dtype)
     return StudyPlan(spec, models, dtype, tasks, space, starts=len(warm_starts(space)))
+
+
+def _check_kinds(spec: StudySpec, models: ModelSet) -> None:
+    """Refuse methods whose recipes leave out the base, if only that is multimodal, or is not."""
+    kinds = {is_multimodal(checkpoint.config) for checkpoint in models.checkpoints.values()}
+    methods = [m for m in spec.search.methods if not names_all_models(m, len(spec.models))]
+    if len(kinds) > 1 and methods:
+        raise StudyError(
+            f"search.methods: some models are multimodal and some text-only, and the recipes of "
+            f"{', '.join(methods)} do not name them all; leave {'them' if methods[1:] else 'it'} "
+            "out"
+        )
 
 
 def _check_config(base: Checkpoint) -> None:

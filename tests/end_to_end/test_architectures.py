@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from transformers import Gemma3nConfig
+from transformers import AutoModelForCausalLM, Gemma3nConfig
 
 from architectures import DENSE, ENCODER_DECODER, EXPERTS, MULTIMODAL, save_family
 from merge_engine.building.builder import Builder
@@ -12,7 +12,9 @@ from merge_engine.models.conversion import find_conversions
 from merge_engine.models.model_set import ModelSet
 from merge_engine.recipe.recipe_file import load_recipe
 from search.cli import main
+from tiny_models import make_tokenizer
 
+MIXED = ["linear", "model_stock", "ties", "dare_linear"]  # of methods that name all models
 ALL = tuple(dict.fromkeys((*DENSE, *EXPERTS, *MULTIMODAL, *ENCODER_DECODER)))
 
 
@@ -42,6 +44,43 @@ def test_study_runs_and_its_checkpoint_is_the_recipe(family, make_study, tmp_pat
     live, _ = load(family / "base")
     Builder(live, ModelSet.open(recipe.models_read)).build(recipe)
     assert_equal(live.state_dict(), loaded.state_dict())
+
+
+@pytest.mark.parametrize(("base", "donors"), [("multimodal", "text"), ("text", "multimodal")])
+def test_text_only_and_multimodal_models_are_searched_together(
+    base, donors, make_study, tmp_path, capsys
+):
+    """Of fine-tunes of one kind and a base of the other, the text is merged, the rest kept."""
+    whole = save_family(tmp_path / "multimodal", "gemma3", ("a", "b"))
+    for name in ("base", "a", "b"):
+        model, _ = load(whole / name)
+        text = AutoModelForCausalLM.from_config(model.config.text_config)
+        text.config.tie_word_embeddings = True
+        text.model.load_state_dict(model.model.language_model.state_dict())
+        text.tie_weights()
+        text.save_pretrained(tmp_path / "text" / name)
+        make_tokenizer().save_pretrained(tmp_path / "text" / name)
+    study = make_study(
+        tmp_path / "study",
+        base_model=str(tmp_path / base / "base"),
+        models=[str(tmp_path / donors / name) for name in "ab"],
+        search={"methods": MIXED, "trials": 12},
+        objective__items={"search": 8, "select": 8, "test": 8},
+    )
+    run = tmp_path / "run"
+    assert main(["run", str(study), "--out", str(run), "--device", "cpu"]) == 0
+    assert "failed" not in capsys.readouterr().out
+    saved, start = stored(run / "checkpoint"), stored(tmp_path / base / "base")
+    assert saved.keys() == start.keys()
+    for name, tensor in saved.items():
+        if "vision" in name or "projector" in name:
+            assert torch.equal(tensor, start[name]), name
+    assert main(["build", str(run / "recipe.yaml"), str(tmp_path / "built")]) == 0
+    assert_equal(saved, stored(tmp_path / "built"))
+    text = study.read_text().replace("- linear\n", "- linear\n  - slerp\n")
+    study.write_text(text)
+    assert main(["check", str(study), "--device", "cpu"]) == 2
+    assert "the recipes of slerp do not name them all; leave it out" in capsys.readouterr().err
 
 
 def test_encoder_is_scored_by_an_objective_of_ones_own_alone(make_study, tmp_path, capsys):
