@@ -21,10 +21,15 @@ from merge_engine.models.conversion import find_slots
 _TEXT_TOWER = re.compile(r"^(?:model\.)?(?:language_model|text_model)\.(?:model\.(?=\w))?")
 
 
-def text_type(config: Mapping[str, Any]) -> str | None:
-    """Return the model type of a config's text model, which a multimodal config has a part for."""
+def text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return the part of a config that is its text model's; of a text-only one, the whole."""
     inner = config.get("text_config")
-    found = inner.get("model_type") if isinstance(inner, dict) else config.get("model_type")
+    return inner if isinstance(inner, dict) else config
+
+
+def text_type(config: Mapping[str, Any]) -> str | None:
+    """Return the model type of a config's text model."""
+    found = text_config(config).get("model_type")
     return found if isinstance(found, str) else None
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
+from merge_engine.models.alignment import is_multimodal, text_config
 from merge_engine.models.checkpoint import Checkpoint
 
 # Keys without a part in what a forward pass computes, or that the merge itself looks after. Any
@@ -39,10 +40,13 @@ def config_notes(reference: Checkpoint, checkpoints: Iterable[Checkpoint]) -> li
     """Return a note on each model whose weights do something else with the reference's config."""
     notes = []
     for model in checkpoints:
-        if dict(_flat(reference.config)) == dict(_flat(model.config)):
+        pair = reference.config, model.config
+        if is_multimodal(pair[0]) != is_multimodal(pair[1]):
+            pair = text_config(pair[0]), text_config(pair[1])
+        if dict(_flat(pair[0])) == dict(_flat(pair[1])):
             continue
         # Files leave defaults out and name keys in older ways: what they mean is compared.
-        found = _differences(_completed(reference.config), _completed(model.config))
+        found = _differences(_completed(pair[0]), _completed(pair[1]))
         if found:
             shown = [f"{key} {theirs!r} ({mine!r})" for key, (mine, theirs) in found.items()]
             more = f" and {len(shown) - _SHOWN} more" if len(shown) > _SHOWN else ""
