@@ -2,6 +2,7 @@ import itertools
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from architectures import make_architecture, save_family
@@ -67,6 +68,18 @@ def test_experts_merge_to_the_same_bits_packed_and_one_by_one(experts):
         built.append(builder.model.state_dict())
     assert built[0].keys() == built[1].keys()
     assert all(torch.equal(tensor, built[1][name]) for name, tensor in built[0].items())
+
+
+@pytest.mark.parametrize("model_type", ["gemma3", "llava"])
+def test_layout_of_the_hub_is_the_layout_of_the_targets(model_type, tmp_path):
+    folder = save_family(tmp_path, model_type, ()) / "base"
+    file = folder / "model.safetensors"
+    old = "vision_tower.vision_model."  # as these were published
+    stored = {n.replace("vision_tower.", old): each for n, each in load_file(file).items()}
+    save_file(stored, file, metadata={"format": "pt"})
+    live = LiveTensors(load(folder), shapes_of(folder))
+    assert live.targets.keys() == stored.keys()
+    assert all(torch.equal(live.targets[name], tensor) for name, tensor in stored.items())
 
 
 def test_stored_tensors_that_the_model_does_not_read_have_no_target():
