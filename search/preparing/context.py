@@ -140,7 +140,9 @@ def plan_study(spec: StudySpec, *, compiled: bool = True) -> StudyPlan:
 def _check_kinds(spec: StudySpec, models: ModelSet) -> None:
     """Refuse methods whose recipes leave out the base, if only that is multimodal, or is not."""
     kinds = {is_multimodal(checkpoint.config) for checkpoint in models.checkpoints.values()}
-    methods = [m for m in spec.search.methods if not names_all_models(m, len(spec.models))]
+    count = len(spec.models)
+    used = spec.search.at_most or count
+    methods = [m for m in spec.search.methods if not names_all_models(m, count, used)]
     if len(kinds) > 1 and methods:
         raise StudyError(
             f"search.methods: some models are multimodal and some text-only, and the recipes of "
