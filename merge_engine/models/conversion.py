@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from merge_engine.errors import MergeError
+from merge_engine.models.tensor_names import is_vocabulary
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -124,10 +125,14 @@ def find_slots(model: PreTrainedModel, names: Iterable[str]) -> dict[str, Slot]:
 
 def _not_made(live: str, conversion: Conversion, reason: str) -> MergeError:
     first, *others = conversion.names
+    advice = "fetch the base again, or correct its config.json"
+    if is_vocabulary(first):
+        advice = (
+            "say in the study which vocabulary it is to have, as in 'tokenizer: {source: base}'"
+        )
     return MergeError(
         f"the live model's {live!r} cannot be made of {first!r}"
-        f"{f' and {len(others)} more' if others else ''}: {reason}; fetch the base again, or "
-        "correct its config.json"
+        f"{f' and {len(others)} more' if others else ''}: {reason}; {advice}"
     )
 
 

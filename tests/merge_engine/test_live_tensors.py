@@ -103,6 +103,14 @@ def test_other_shape_than_the_live_models_is_refused():
         LiveTensors(model, shapes | {"model.norm.weight": (33,)})
 
 
+def test_other_rows_than_the_live_models_need_a_tokenizer():
+    model = make_architecture("llama")
+    shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
+    rows = {"model.embed_tokens.weight": (101, 32)}
+    with pytest.raises(MergeError, match=r"\[99, 32\].*\[101, 32\]; say .* 'tokenizer: "):
+        LiveTensors(model, shapes | rows)
+
+
 def test_plain_module_has_its_own_names():
     live = LiveTensors(nn.Linear(2, 3), {"weight": (3, 2), "bias": (3,)})
     assert [*live.targets] == ["weight", "bias"]
