@@ -10,6 +10,7 @@ from objectives.base import printable
 from objectives.scores import Interval
 
 COMPARED: Final = ("base", "uniform", "winner")  # names beside the donors' in a table
+OWN_TEMPLATE: Final = "under its own chat template"  # of a donor that was asked so
 MAX_LETTERS: Final = 1500  # of a text that a model read or wrote
 
 

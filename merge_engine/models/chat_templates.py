@@ -1,9 +1,16 @@
-"""Chat templates that a recipe may name, made of what each format puts around a message."""
+"""Chat templates: those a recipe may name, made of what each format puts around a message.
+
+And a model's own, read from its tokenizer's folder.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Final, NamedTuple
+
+from merge_engine.errors import MergeError
+from merge_engine.models.model_folder import read_json
 
 _END_OF_TURN = "[|endofturn|]"
 
@@ -79,3 +86,24 @@ def _template(form: _Format) -> str:
 CHAT_TEMPLATES: Final[Mapping[str, str]] = {
     name: _template(form) for name, form in _FORMATS.items()
 }
+
+
+def read_chat_template(folder: Path) -> str | None:
+    """Read the chat template of a tokenizer's folder, without loading the tokenizer.
+
+    Of several by name it is the default one; None: there is none.
+
+    Raises:
+        MergeError: A file is damaged.
+    """
+    if (file := folder / "chat_template.jinja").is_file():
+        return file.read_text(encoding="utf-8")
+    if not (file := folder / "tokenizer_config.json").is_file():
+        return None
+    found = read_json(file).get("chat_template")
+    try:
+        if isinstance(found, list):
+            found = {one["name"]: one["template"] for one in found}.get("default")
+    except (LookupError, TypeError):
+        raise MergeError(f"{file}: its chat_template is damaged; fetch it again") from None
+    return found if isinstance(found, str) else None

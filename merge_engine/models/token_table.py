@@ -22,16 +22,38 @@ def token_table(checkpoint: Checkpoint) -> Mapping[int, str]:
     Raises:
         MergeError: A file is damaged.
     """
-    folder, table = checkpoint.tokenizer_folder, dict[int, str]()
+    table = tokenizer_table(checkpoint.tokenizer_folder)
+    name = input_embedding(checkpoint.tensors)
+    height = checkpoint.tensors[name].shape[0] if name else max(table, default=0) + 1
+    return {number: token for number, token in table.items() if number < height}
+
+
+def tokenizer_table(folder: Path) -> dict[int, str]:
+    """Return the token of each number in a folder's tokenizer, as far as JSON files have them.
+
+    Raises:
+        MergeError: A file is damaged.
+    """
+    table = dict[int, str]()
     if (file := folder / "tokenizer.json").is_file():
         table |= _read(file, _of_fast)
+    return table | added_tokens(folder)
+
+
+def added_tokens(folder: Path) -> dict[int, str]:
+    """Return the token of each number that was added to a folder's tokenizer.
+
+    Raises:
+        MergeError: A file is damaged.
+    """
+    table = dict[int, str]()
+    if (file := folder / "tokenizer.json").is_file():
+        table |= _read(file, _added_in_fast)
     if (file := folder / "added_tokens.json").is_file():
         table |= _read(file, lambda raw: {number: token for token, number in raw.items()})
     if (file := folder / "tokenizer_config.json").is_file():
         table |= _read(file, _of_config)
-    name = input_embedding(checkpoint.tensors)
-    height = checkpoint.tensors[name].shape[0] if name else max(table, default=0) + 1
-    return {number: token for number, token in table.items() if number < height}
+    return table
 
 
 def vocabulary_notes(checkpoints: Iterable[Checkpoint]) -> list[str]:
@@ -71,8 +93,12 @@ def _of_fast(raw: Any) -> dict[int, str]:
     vocab = raw["model"].get("vocab") or {}
     if isinstance(vocab, list):  # a unigram model's: pairs of token and score
         vocab = {token: number for number, (token, *_) in enumerate(vocab)}
-    added = {entry["id"]: entry["content"] for entry in raw.get("added_tokens") or []}
-    return {number: token for token, number in vocab.items()} | added
+    return {number: token for token, number in vocab.items()} | _added_in_fast(raw)
+
+
+def _added_in_fast(raw: Any) -> dict[int, str]:
+    """Return the added tokens in the contents of a tokenizer.json."""
+    return {entry["id"]: entry["content"] for entry in raw.get("added_tokens") or []}
 
 
 def _of_config(raw: Any) -> dict[int, str]:

@@ -18,6 +18,7 @@ from search.preparing.context import load_outline, plan_study
 from search.preparing.cost import describe_cost
 from search.preparing.models import Hardware, model_dtype
 from search.study.reading import load_study
+from search.wording import OWN_TEMPLATE
 
 Report = tuple[list[str], list[str]]  # lines, and notes
 
@@ -65,6 +66,7 @@ def check_study(file: Path, device: str) -> Report:
         tasks = context.tasks_of(split)
         counted = ", ".join(f"{task} {tasks.count(task)}" for task in dict.fromkeys(tasks))
         lines.append(f"{split}: {len(tasks)} items ({counted})")
+    lines += [f"scored {OWN_TEMPLATE}, too: {donor}" for donor in context.own_templates]
     lines.append(describe_cost(plan))
     return lines, plan.notes()
 

@@ -7,7 +7,7 @@ without weights, for a coordinator whose workers have the live ones.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, cast
 
 from merge_engine.building.builder import Builder
@@ -29,6 +29,13 @@ from search.preparing.models import (
     study_dtype,
     study_tokenizer,
     torch_dtype,
+)
+from search.preparing.own_templates import (
+    BoundTemplate,
+    OwnTemplate,
+    bind_own_templates,
+    find_own_templates,
+    template_notes,
 )
 from search.preparing.tasks import TaskPlan, bind_prompts, bind_tasks, plan_tasks
 from search.proposing.space import Space
@@ -53,6 +60,7 @@ class StudyPlan:
     tasks: TaskPlan  # tasks and items
     space: Space  # the recipes that are searched
     starts: int  # number of warm starts
+    own_templates: Mapping[str, OwnTemplate]  # other than the study's, by donor
 
     @property
     def kernels(self) -> str:
@@ -64,7 +72,7 @@ class StudyPlan:
     def notes(self) -> list[str]:
         """Return notes on models that do not fit one another, though their shapes do."""
         reference, checkpoints = self.model_set.reference, self.model_set.checkpoints.values()
-        notes = config_notes(reference, checkpoints)
+        notes = config_notes(reference, checkpoints) + template_notes(self.own_templates)
         return notes if self.spec.tokenizer else notes + vocabulary_notes(checkpoints)
 
     def place_donors(self, hardware: Hardware) -> MemoryPlan:
@@ -90,6 +98,12 @@ class StudyContext:
     splits: Splits  # item numbers of each split
     space: Space  # the recipes that are searched
     models: Mapping[str, str]  # content hash of each model's weights, by its name
+    # The items under donors' own chat templates, by donor.
+    own_templates: Mapping[str, BoundTemplate] = field(default_factory=dict, kw_only=True)
+
+    def objective_of(self, donor: str | None) -> Objective:
+        """Return the items under a donor's own chat template; None: under the study's."""
+        return self.objective if donor is None else self.own_templates[donor].objective
 
     @property
     def weights(self) -> dict[str, float]:
@@ -134,7 +148,8 @@ def plan_study(spec: StudySpec, *, compiled: bool = True) -> StudyPlan:
         load_sampler(spec.search.sampler)
     tasks = plan_tasks(spec)
     space = Space.from_spec(spec, models.layer_filters, dtype)
-    return StudyPlan(spec, models, dtype, tasks, space, starts=len(warm_starts(space)))
+    own_templates = find_own_templates(spec, models)
+    return StudyPlan(spec, models, dtype, tasks, space, len(warm_starts(space)), own_templates)
 
 
 def _check_kinds(spec: StudySpec, models: ModelSet) -> None:
@@ -193,9 +208,15 @@ def load_outline(plan: StudyPlan) -> StudyContext:
     return _bind(plan, model)
 
 
-def load_prompts(context: LiveContext, prompts: PromptEntry) -> Objective:
-    """Prepare prompts for the live model, as the study's tasks are prepared."""
-    tokenizer = study_tokenizer(context.spec, context.builder.model_set)
+def load_prompts(context: LiveContext, prompts: PromptEntry, donor: str | None) -> Objective:
+    """Prepare prompts for the live model, as the study's tasks are prepared.
+
+    They are under a donor's own chat template if one is named.
+    """
+    if donor is None:
+        tokenizer = study_tokenizer(context.spec, context.builder.model_set)
+    else:
+        tokenizer = context.own_templates[donor].tokenizer
     model = cast("PreTrainedModel", context.builder.model)  # as ``load`` has made it
     return bind_prompts(context.spec, prompts, model, tokenizer)
 
@@ -205,4 +226,7 @@ def _bind(plan: StudyPlan, model: PreTrainedModel) -> StudyContext:
     tokenizer = study_tokenizer(plan.spec, plan.model_set)
     objective, splits = bind_tasks(plan.spec, plan.tasks, model, tokenizer)
     hashes = {name: model.content_hash for name, model in plan.model_set.checkpoints.items()}
-    return StudyContext(plan.spec, objective, splits, plan.space, hashes)
+    own = bind_own_templates(
+        plan.spec, plan.model_set, plan.own_templates, model, tokenizer, objective
+    )
+    return StudyContext(plan.spec, objective, splits, plan.space, hashes, own_templates=own)

@@ -17,7 +17,7 @@ def describe_cost(plan: StudyPlan) -> str:
     """Return a line with the most that a study takes, in item evaluations and disk."""
     search, items = plan.spec.search, plan.spec.objective.items
     searched = (search.trials + len(plan.model_set.checkpoints) + 1) * items.search
-    evaluations = searched + concluding_evaluations(plan.spec, searched)
+    evaluations = searched + concluding_evaluations(plan.spec, searched, len(plan.own_templates))
     checkpoint = plan.model_set.parameters * torch_dtype(plan.dtype).itemsize
     return (
         f"cost: at most {evaluations:,} item evaluations, usually less than half of them, and "
@@ -25,16 +25,18 @@ def describe_cost(plan: StudyPlan) -> str:
     )
 
 
-def concluding_evaluations(spec: StudySpec, searched: float) -> int:
+def concluding_evaluations(spec: StudySpec, searched: float, own_templates: int) -> int:
     """Return how many item evaluations follow, at most, the ``searched`` ones of a search.
 
     They are those of the finalists on the select split, of the winners, base, donors and uniform
-    average on the test split, and of the winner once more before it is saved.
+    average on the test split, of donors under their ``own_templates`` on the search and the test
+    split, and of the winner once more before it is saved.
     """
     counts, finalists = spec.objective.items, spec.search.finalists
     winners, compared = (finalists if spec.search.front else 1), len(spec.models_but_base) + 2
     return (
         min(math.ceil(SELECT_SHARE * searched), finalists * counts.select)
-        + (winners + compared) * counts.test
+        + (winners + compared + own_templates) * counts.test
+        + own_templates * counts.search
         + (counts.search + counts.select + counts.test)
     )

@@ -8,20 +8,27 @@ from contextlib import suppress
 from search.proposing.starts import baselines
 from search.racing.elimination import JointPosterior, successive_elimination
 from search.racing.race import Floats, Race
+from search.running.evaluator import Evaluated, under_own_templates
 from search.running.events import Note
 from search.running.run import Run
 from search.running.workers import FAILURES
 from search.storing.trials import TrialRecord
 from search.study.spec import StudyError
+from search.wording import OWN_TEMPLATE
 
 
 def try_baselines(run: Run) -> None:
     """Evaluate base, donors and their uniform average on a first block of search items.
 
+    Donors are evaluated under their own chat templates, too.
+
     Raises:
         StudyError: One of them cannot be evaluated.
     """
-    inputs = baselines(run.context.space)
+    inputs: dict[str, Evaluated] = {
+        **baselines(run.context.space),
+        **{f"{d} {OWN_TEMPLATE}": one for d, one in under_own_templates(run.context).items()},
+    }
     with suppress(*FAILURES):  # all at once; which of them has failed is found below
         run.scores.evaluate([*inputs.values()], "search", 1)
     right = 0.0
@@ -41,13 +48,21 @@ def try_baselines(run: Run) -> None:
         )
 
 
-def best_donor(run: Run) -> str:
-    """Return the donor with the highest posterior mean after a race among the donors."""
-    donors = run.spec.models_but_base
+def best_donor(run: Run, *, own_templates: bool) -> tuple[str, Evaluated]:
+    """Return the donor with the highest posterior mean after a race among the donors.
+
+    With ``own_templates`` they race under their own chat templates as well.
+
+    Returns:
+        Its name, and what was evaluated: its recipe, or the donor under its own template.
+    """
     known = baselines(run.context.space)
+    donors: list[tuple[str, Evaluated]] = [(name, known[name]) for name in run.spec.models_but_base]
+    if own_templates:
+        donors += under_own_templates(run.context).items()
 
     def evaluate(some: Sequence[int], items: int) -> Floats:
-        return run.scores.matrix([known[donors[index]] for index in some], "search", items)
+        return run.scores.matrix([donors[index][1] for index in some], "search", items)
 
     best = successive_elimination(
         JointPosterior.vague(len(donors)),
@@ -61,7 +76,7 @@ def best_donor(run: Run) -> str:
 def open_race(run: Run) -> Race:
     """Make the race as the finished trials have left it; the best donor is recorded first."""
     race = Race(run.scores.strata("search"), front=run.spec.search.front)
-    best = best_donor(run)
+    best, _ = best_donor(run, own_templates=False)  # candidates have the study's template
     recipe = baselines(run.context.space)[best]
     (scores,) = run.scores.evaluate([recipe], "search")
     for note in run.scores.check_judged(best, recipe):

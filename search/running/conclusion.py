@@ -17,11 +17,13 @@ from search.racing.pareto import confirmed, leading, posterior_front
 from search.racing.race import Floats
 from search.racing.verdict import SELECT_SHARE, items_to_decide, verdict
 from search.running.baselines import best_donor
+from search.running.evaluator import Evaluated, UnderOwnTemplate, under_own_templates
 from search.running.events import Stage
 from search.running.run import Run
 from search.storing.result import (
     Baseline,
     Difference,
+    Donor,
     DonorDifference,
     OtherTrial,
     Result,
@@ -111,36 +113,47 @@ def conclude(run: Run) -> tuple[Result, Recipe]:
     """Choose the winner, evaluate it and its inputs on the test items, and state the verdict.
 
     The best donor is named before the test items are opened, so that its interval is honest.
+    Donors with a chat template of their own are evaluated under that, too.
     """
     choice = choose(run)
-    recipe, donor = run.recipe_of(choice.candidate.trial), best_donor(run)
-    inputs = baselines(run.context.space)
+    recipe = run.recipe_of(choice.candidate.trial)
+    donor, best = best_donor(run, own_templates=True)
+    inputs, own = baselines(run.context.space), under_own_templates(run.context)
     front = find_front(run) if run.spec.search.front else []
     run.listener(Stage("evaluating the winner, base, donors and their average on the test items"))
-    tested = [recipe, *(run.recipe_of(one.trial) for one in front), *inputs.values()]
+    fronts = [run.recipe_of(one.trial) for one in front]
+    rivals: list[Evaluated] = [*inputs.values(), *own.values()]
+    tested: list[Evaluated] = [recipe, *fronts, *rivals]
     winner, *others = run.scores.evaluate(tested, "test")
-    compared = dict(zip(inputs, others[len(front) :], strict=True))
+    compared = {one.key: scores for one, scores in zip(rivals, others[len(front) :], strict=True)}
     seed = run.spec.search.seed
-    intervals = {name: winner.minus(scores, seed) for name, scores in compared.items()}
+    intervals = {key: winner.minus(scores, seed) for key, scores in compared.items()}
     found = {
-        name: Baseline(test=Score.of(scores, seed), difference=Difference.of(intervals[name]))
-        for name, scores in compared.items()
+        key: Baseline(test=Score.of(scores, seed), difference=Difference.of(intervals[key]))
+        for key, scores in compared.items()
     }
     earlier = run.store.recipes("test") - {one.key for one in tested}
     evaluations, scoring = run.store.evaluations()
     states = [trial.state for trial in run.log.finished()]
     result = Result(
-        verdict=verdict([intervals[name] for name in inputs if name != UNIFORM]),
+        verdict=verdict([intervals[key] for key in intervals if key != inputs[UNIFORM].key]),
         winner=tested_winner(run, choice.candidate),
         front=[tested_winner(run, candidate) for candidate in front],
-        donors={model: found[model] for model in run.spec.models_but_base},
+        donors={
+            model: Donor(
+                **dict(found[inputs[model].key]),
+                own_template=found[own[model].key] if model in own else None,
+            )
+            for model in run.spec.models_but_base
+        },
         floors=run.scores.floors({"test": winner}),
-        base=found[run.spec.base_model],
-        uniform=found[UNIFORM],
+        base=found[inputs[run.spec.base_model].key],
+        uniform=found[inputs[UNIFORM].key],
         difference_to_best_donor=DonorDifference(
             donor=donor,
-            items_to_decide=items_to_decide(winner, compared[donor]),
-            **found[donor].difference.model_dump(),
+            own_template=isinstance(best, UnderOwnTemplate),
+            items_to_decide=items_to_decide(winner, compared[best.key]),
+            **found[best.key].difference.model_dump(),
         ),
         search_score=choice.candidate.trial.value,
         believed_score=choice.posterior_mean,

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
 from typing import Final, NamedTuple
@@ -17,16 +18,43 @@ from merge_engine.recipe.recipe import Recipe
 from objectives.base import ItemResult, ObjectiveError
 from objectives.items import SPLITS, Split, blocks
 from search.preparing.context import StudyContext
+from search.proposing.starts import baselines
 from search.running.workers import EvalJob, ExportCheck, WorkerDied, Workers
 from search.storing.store import Store
 
 MAX_DEATHS: Final = 2  # of workers, after which a recipe counts as failed
 
 
+@dataclass(frozen=True)
+class UnderOwnTemplate:
+    """A donor on the study's items, asked under its own chat template."""
+
+    donor: str  # its name in the study
+    recipe: Recipe  # the donor alone
+    digest: str  # hash of the template
+
+    @property
+    def key(self) -> str:
+        """Under which its results are stored."""
+        return f"{self.recipe.key}-{self.digest}"
+
+
+Evaluated = Recipe | UnderOwnTemplate  # what has results on items
+
+
+def under_own_templates(context: StudyContext) -> dict[str, UnderOwnTemplate]:
+    """Return the donors that have a chat template other than the study's, by name."""
+    known = baselines(context.space)
+    return {
+        donor: UnderOwnTemplate(donor, known[donor], own.digest)
+        for donor, own in context.own_templates.items()
+    }
+
+
 class Block(NamedTuple):
     """Items of a split that one recipe is evaluated on at once, by the block's number."""
 
-    recipe: str
+    recipe: str  # its key, or that of a donor under its own template
     split: Split
     number: int
 
@@ -71,7 +99,7 @@ class Evaluator:
         """List how many items of a split have been evaluated after each of its blocks."""
         return list(accumulate(map(len, self._blocks[split])))
 
-    def stored(self, recipe: Recipe, split: Split, items: int | None = None) -> list[ItemResult]:
+    def stored(self, recipe: Evaluated, split: Split, items: int | None = None) -> list[ItemResult]:
         """Read a recipe's results on the first items of a split, in scoring order.
 
         ``items`` are how many of the first, rounded up to whole blocks; None: all.
@@ -84,7 +112,9 @@ class Evaluator:
             raise LookupError(f"recipe {recipe.key}: {split} blocks {missing} are not evaluated")
         return [result for number in wanted for result in known[number]]
 
-    def evaluate(self, recipes: Iterable[Recipe], split: Split, items: int | None = None) -> None:
+    def evaluate(
+        self, recipes: Iterable[Evaluated], split: Split, items: int | None = None
+    ) -> None:
         """Evaluate recipes on the first items of a split, as far as results are not stored.
 
         Raises:
@@ -113,16 +143,23 @@ class Evaluator:
         others = {block.recipe for block, _ in self._jobs.values()}
         return min(left, key=lambda one: (one.recipe not in idle, one.recipe in others))
 
-    def missing_blocks(self, recipe: Recipe, split: Split, items: int | None = None) -> list[int]:
+    def missing_blocks(
+        self, recipe: Evaluated, split: Split, items: int | None = None
+    ) -> list[int]:
         """List the blocks of the split's first items that a recipe is not evaluated on."""
         stored = self.store.blocks(recipe.key, split)
         return [number for number in self._first(split, items) if number not in stored]
 
-    def submit(self, recipe: Recipe, split: Split, number: int) -> Block:
+    def submit(self, recipe: Evaluated, split: Split, number: int) -> Block:
         """Give a block to an idle worker."""
         worker = min(self.idle, key=lambda worker: self._built.get(worker) != recipe.key)
         block = Block(recipe.key, split, number)
-        self._submit(worker, block, EvalJob(recipe, self._blocks[split][number]))
+        items = self._blocks[split][number]
+        if isinstance(recipe, UnderOwnTemplate):
+            job = EvalJob(recipe.recipe, items, recipe.donor)
+        else:
+            job = EvalJob(recipe, items)
+        self._submit(worker, block, job)
         return block
 
     def _submit(self, worker: int, block: Block, job: EvalJob) -> None:

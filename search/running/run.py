@@ -21,7 +21,7 @@ from search.proposing.recipes import to_recipe
 from search.proposing.starts import baselines
 from search.racing.elimination import JointPosterior
 from search.racing.item_scores import ItemScores
-from search.running.evaluator import Evaluator
+from search.running.evaluator import Evaluator, under_own_templates
 from search.running.events import (
     BlockEvaluated,
     Listener,
@@ -81,6 +81,7 @@ class Run:
         check_models(self.folder, self.log, context.models)
         self.log.set_header(  # for what has the database alone, such as the report
             baselines={name: recipe.key for name, recipe in baselines(context.space).items()},
+            own_templates={name: one.key for name, one in under_own_templates(context).items()},
             weights=context.weights,
             spec=self.spec.model_dump(mode="json"),
         )

@@ -12,28 +12,40 @@ from itertools import zip_longest
 from typing import Final, NamedTuple
 
 from merge_engine.recipe.recipe import Recipe
+from objectives.base import Response
 from objectives.entries import PromptEntry
 from search.proposing.starts import baselines
+from search.running.evaluator import Evaluated, UnderOwnTemplate, under_own_templates
 from search.running.run import Run
 from search.storing.result import Result
 from search.storing.samples import ModelResponse, Sample
-from search.wording import short_names
+from search.wording import OWN_TEMPLATE, short_names
 
 ITEMS: Final = 6  # gained, and as many lost, sampled at the end of a run
 
 
 class _Model(NamedTuple):
-    """A model that responds: its name in tables, its folder or id, and its recipe."""
+    """A model that responds: its name in tables, its folder or id, and what is asked."""
 
     name: str
     model: str
-    recipe: Recipe
+    asked: Evaluated
+
+    def respond(self, run: Run, to: Sequence[int] | PromptEntry) -> list[Response]:
+        """Have it respond to items or prompts."""
+        one = self.asked
+        if isinstance(one, UnderOwnTemplate):
+            args: tuple[object, ...] = (one.recipe, to, one.donor)
+        else:
+            args = (one, to)
+        responses: list[Response] = run.workers.call("respond", *args)
+        return responses
 
 
 def of_prompts(run: Run, result: Result, prompts: PromptEntry) -> list[Sample]:
     """Generate the responses of base, donors and winner to prompts, templates applied."""
     models = _models(run, result)
-    responses = [run.workers.call("respond", one.recipe, prompts) for one in models]
+    responses = [one.respond(run, prompts) for one in models]
     return [
         Sample(
             prompt=of_prompt[0].prompt or "",
@@ -52,14 +64,14 @@ def of_items(run: Run, result: Result, count: int) -> list[Sample]:
     Items to which no model responds in text are left out.
     """
     models, best = _models(run, result), result.difference_to_best_donor.donor
-    values = [one.values for one in run.scores.evaluate([one.recipe for one in models], "test")]
+    values = [one.values for one in run.scores.evaluate([one.asked for one in models], "test")]
     before, after = values[[one.model for one in models].index(best)], values[-1]
     indices = changed(run.context.tasks_of("test"), before, after, count)
     if not indices:
         return []
     numbers = [run.context.splits.test[index] for index in indices]
     prompts = [each.prompt for each in run.context.objective.snapshots(numbers)]
-    responses = [run.workers.call("respond", one.recipe, numbers) for one in models]
+    responses = [one.respond(run, numbers) for one in models]
     samples = []
     for row, index in enumerate(indices):
         item = run.context.objective.items[numbers[row]]
@@ -103,5 +115,9 @@ def _models(run: Run, result: Result) -> list[_Model]:
     recipes = baselines(run.context.space)
     names = {run.spec.base_model: "base"} | short_names(run.spec.models_but_base, "/")
     models = [_Model(name, model, recipes[model]) for model, name in names.items()]
+    best, own = result.difference_to_best_donor, under_own_templates(run.context)
+    if best.own_template and best.donor in own:
+        at = [one.model for one in models].index(best.donor)
+        models[at] = _Model(f"{models[at].name} {OWN_TEMPLATE}", best.donor, own[best.donor])
     winner = Recipe.model_validate(result.winner.recipe)
     return [*models, _Model("winner", f"trial {result.winner.trial}", winner)]

@@ -13,7 +13,7 @@ from search.preparing.context import StudyContext
 from search.proposing.starts import baselines
 from search.racing.item_scores import ItemScores, constraint_violation
 from search.racing.race import Floats, Strata
-from search.running.evaluator import Evaluator
+from search.running.evaluator import Evaluated, Evaluator
 from search.study.spec import BelowBase, StudyError
 
 
@@ -31,7 +31,7 @@ class Scores:
         """Return the scores of no items."""
         return ItemScores((), (), self.context.weights)
 
-    def stored(self, recipe: Recipe, split: Split, items: int | None = None) -> ItemScores:
+    def stored(self, recipe: Evaluated, split: Split, items: int | None = None) -> ItemScores:
         """Read a recipe's scores on the first items of a split, in whole blocks; None: on all.
 
         Raises:
@@ -43,7 +43,7 @@ class Scores:
         )
 
     def evaluate(
-        self, recipes: Sequence[Recipe], split: Split, items: int | None = None
+        self, recipes: Sequence[Evaluated], split: Split, items: int | None = None
     ) -> list[ItemScores]:
         """Evaluate recipes on the first items of a split, all together, and read their scores.
 
@@ -56,7 +56,7 @@ class Scores:
         self.evaluator.evaluate([*recipes, *base], split, items)
         return [self.stored(recipe, split, items) for recipe in recipes]
 
-    def matrix(self, recipes: Sequence[Recipe], split: Split, items: int) -> Floats:
+    def matrix(self, recipes: Sequence[Evaluated], split: Split, items: int) -> Floats:
         """Evaluate k recipes on the first items of a split: values (k, m)."""
         return np.array([one.values for one in self.evaluate(recipes, split, items)])
 

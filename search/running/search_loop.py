@@ -45,7 +45,8 @@ def search(
     """
     evaluations = sum(run.store.evaluations()[0].values())
     total, items = run.spec.search.trials, run.spec.objective.items.search
-    after = concluding_evaluations(run.spec, RACED * total * items)
+    own = len(run.context.own_templates)
+    after = concluding_evaluations(run.spec, RACED * total * items, own)
     run.listener(SearchStarted(total, run.log.finished(), evaluations, after))
     known = {trial.start for trial in run.log.records()}
     for label, point in warm_starts(run.context.space):

@@ -36,6 +36,7 @@ class EvalJob:
 
     recipe: Recipe
     items: tuple[int, ...]
+    template: str | None = None  # donor whose own chat template is used; None: the study's
 
 
 @dataclass(frozen=True)
@@ -103,11 +104,16 @@ class Worker:
         with _oom_fails_candidate():
             self.context.builder.build(job.recipe)
             built = time.perf_counter()
-            results = self.context.objective.score(self.context.builder.model, job.items)
+            objective = self.context.objective_of(job.template)
+            results = objective.score(self.context.builder.model, job.items)
         return EvalReply(results, built - start, time.perf_counter() - built)
 
-    def respond(self, recipe: Recipe, to: Sequence[int] | PromptEntry) -> list[Response]:
+    def respond(
+        self, recipe: Recipe, to: Sequence[int] | PromptEntry, template: str | None = None
+    ) -> list[Response]:
         """Generate a recipe's text for items of the study, or for prompts.
+
+        They are under the own chat template of the donor ``template``; None: under the study's.
 
         Raises:
             MergeError: The recipe cannot be built.
@@ -115,9 +121,9 @@ class Worker:
         """
         with _oom_fails_candidate():
             if isinstance(to, PromptEntry):
-                objective, items = self._prompts(to), [*range(len(to.prompts))]
+                objective, items = self._prompts(to, template), [*range(len(to.prompts))]
             else:
-                objective, items = self.context.objective, [*to]
+                objective, items = self.context.objective_of(template), [*to]
             self.context.builder.build(recipe)
             return objective.respond(self.context.builder.model, items)
 

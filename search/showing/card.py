@@ -62,7 +62,7 @@ def model_card(
         result=result,
         other=other,
         lead=result and result.difference_to_best_donor,
-        best=scores and result and _cell(scores.donor_name(result.difference_to_best_donor.donor)),
+        best=scores and result and _cell(scores.best_donor(result.difference_to_best_donor).name),
         table=_table(scores) if scores and test else None,
         items=spec.objective.items.test,
         licences={_cell(part): _cell(_words(licence)) for part, licence in found.items()},

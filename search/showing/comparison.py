@@ -15,7 +15,7 @@ from search.racing.item_scores import ItemScores
 from search.showing.facts import RunFacts
 from search.storing.result import Result, ScoreRow, ScoreTable, Winner
 from search.storing.trials import TrialRecord
-from search.wording import shortened
+from search.wording import OWN_TEMPLATE, shortened
 
 RESAMPLES: Final = 2000  # for the interval of a task's lead
 PROMPT_LETTERS: Final = 240  # of an item gained or lost
@@ -61,7 +61,8 @@ def result_rows(facts: RunFacts, result: Result, winner: TaskScores) -> list[Row
             rows.append(_marked_row(row.name, row.model, result.winner, winner))
         else:
             model = models.get(row.kind, row.model)
-            scores = facts.test_scores(facts.baselines[model])
+            key = facts.donor_key(model, own_template=row.own_template)
+            scores = facts.test_scores(key)
             rows.append(_compared_row(row, model, scores, winner))
     return rows
 
@@ -85,6 +86,9 @@ def _compared_row(row: ScoreRow, model: str, scores: TaskScores, winner: TaskSco
     cells = [Cell(row.test.interval, row.lead.interval if row.lead else None)]
     for task, values in scores.items():
         cells.append(_cell(_of_task(task, values), _of_task(task, winner[task])))
+    if row.own_template:
+        name = row.name.removesuffix(f" {OWN_TEMPLATE}")
+        return Row(f"{name}, own", model, OWN_TEMPLATE, cells, row.test.tokens)
     return Row(row.name, model, "", cells, row.test.tokens)
 
 

@@ -39,6 +39,8 @@ class RunFacts:
         self.names[self.spec.base_model] = "base"
         self.weights: Mapping[str, float] = header["weights"]
         self.baselines: Mapping[str, str] = header["baselines"]
+        # Keys of donors under their own chat templates, by name.
+        self.own_templates: Mapping[str, str] = header.get("own_templates", {})
         items = store.items()
         self.items = {
             split: [item for item in items if item.split == split] for split in ("search", "test")
@@ -59,6 +61,10 @@ class RunFacts:
         """Whether the result is that of all trials."""
         result = self.result
         return bool(result and result.trials + result.failed_trials >= len(self.trials))
+
+    def donor_key(self, donor: str, *, own_template: bool) -> str:
+        """Return the key that a donor's results are stored by."""
+        return (self.own_templates if own_template else self.baselines)[donor]
 
     def times(self) -> list[tuple[str, float]]:
         """List the parts of the work, and the seconds that all sessions took for each."""

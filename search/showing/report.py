@@ -36,7 +36,7 @@ from search.showing.comparison import (
     search_rows,
 )
 from search.showing.facts import RunFacts, describe_trial
-from search.storing.result import Result, read_result
+from search.storing.result import Result, ScoreTable, read_result
 from search.storing.samples import read_samples
 from search.storing.store import Store
 from search.wording import bracketed, percent, plus_minus, printable_lines, short_names
@@ -109,14 +109,16 @@ def _search_part(facts: RunFacts) -> dict[str, Any]:
 def _result_part(facts: RunFacts, result: Result) -> dict[str, Any]:
     """Describe the winner and what it was compared with on the test items."""
     winner = Recipe.model_validate(result.winner.recipe)
-    donor = result.difference_to_best_donor.donor
-    scores, donor_key = facts.test_scores(winner.key), facts.baselines[donor]
+    lead = result.difference_to_best_donor
+    best = ScoreTable.of_result(result).best_donor(lead)
+    donor_key = facts.donor_key(lead.donor, own_template=lead.own_template)
+    scores = facts.test_scores(winner.key)
     columns = ["mean", *short_names(scores, "_").values()]
     rows = result_rows(facts, result, scores)
     front = front_rows(facts, result.front)
     changes = item_changes(facts, donor_key, winner.key)
     return {
-        "best_donor": facts.names[donor],
+        "best_donor": best.name,
         "columns": columns,
         "rows": rows,
         "charts": score_charts(columns, rows),

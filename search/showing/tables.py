@@ -74,7 +74,7 @@ def print_result(console: Console, result: Result, run: Path) -> None:
         console.print(f"Mean tokens per item: {escape(', '.join(tokens))}.", highlight=False)
     if result.front:
         _print_front(console, result, scores.tasks, run)
-    _print_verdict(console, result, scores.donor_name(result.difference_to_best_donor.donor))
+    _print_verdict(console, result, scores.best_donor(result.difference_to_best_donor).name)
     console.print(
         f"{escape(str(run))}: recipe.yaml, result.json, report.html, checkpoint/", highlight=False
     )

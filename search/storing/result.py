@@ -15,7 +15,7 @@ from merge_engine.schema import FrozenModel
 from objectives.scores import Interval, score_interval
 from search.racing.item_scores import ItemScores
 from search.study.spec import StudyError
-from search.wording import percent, short_names
+from search.wording import OWN_TEMPLATE, percent, short_names
 
 PACKAGES = ("mergesearch", "torch", "transformers", "lm_eval", "optuna", "safetensors")
 
@@ -69,10 +69,18 @@ class Baseline(FrozenModel):
     difference: Difference
 
 
+class Donor(Baseline):
+    """A donor, asked as the winner is: under the study's chat template, if it uses one."""
+
+    # The same under the donor's own chat template; None: it has no other, or none is used.
+    own_template: Baseline | None = None
+
+
 class DonorDifference(Difference):
     """The winner's lead over the donor that had the best posterior mean on the search items."""
 
     donor: str  # its name in the study
+    own_template: bool = False  # it was best under its own chat template
     # Number of test items that would show a lead of this size with a power of 80 %; None: these
     # have shown it, or the lead is not positive.
     items_to_decide: int | None
@@ -113,7 +121,7 @@ class Result(FrozenModel):
     winner: Winner  # the chosen recipe
     # The Pareto front over the tasks, as it was before the test; empty without ``search.front``.
     front: list[Winner] = Field(default=[])
-    donors: dict[str, Baseline]
+    donors: dict[str, Donor]
     # Least means of constrained tasks; the winner was chosen for meeting them on other items.
     floors: dict[str, float] = Field(default={})
     base: Baseline
@@ -161,6 +169,7 @@ class ScoreRow(NamedTuple):
     model: str  # a donor's folder or id; else the name, or the trial of the recipe
     test: Score
     lead: Difference | None = None  # of the winner over it; None: it is the winner or a trial
+    own_template: bool = False  # the donor is asked under its own chat template
 
 
 @dataclass(frozen=True)
@@ -175,10 +184,12 @@ class ScoreTable:
         """Tabulate a result; the last row is another trial's, where one is given and tested."""
         names = short_names(result.donors, "/")
         rows = [ScoreRow("base", "base", "base", result.base.test, result.base.difference)]
-        rows += [
-            ScoreRow("donor", names[model], model, donor.test, donor.difference)
-            for model, donor in result.donors.items()
-        ]
+        for model, donor in result.donors.items():
+            name, own = names[model], donor.own_template
+            rows.append(ScoreRow("donor", name, model, donor.test, donor.difference))
+            if own:
+                name = f"{name} {OWN_TEMPLATE}"
+                rows.append(ScoreRow("donor", name, model, own.test, own.difference, True))
         uniform = result.uniform
         rows.append(ScoreRow("uniform", "uniform", "uniform", uniform.test, uniform.difference))
         if other and other.test:
@@ -188,9 +199,14 @@ class ScoreTable:
             rows.append(ScoreRow("winner", "winner", f"trial {winner.trial}", winner.test))
         return cls(short_names(result.winner.test.tasks, "_"), rows)
 
-    def donor_name(self, model: str) -> str:
-        """Return a donor's name in the table."""
-        return next(row.name for row in self.rows if row.kind == "donor" and row.model == model)
+    def best_donor(self, lead: DonorDifference) -> ScoreRow:
+        """Return the row of the donor that a lead is over."""
+        wanted = (lead.donor, lead.own_template)
+        return next(
+            row
+            for row in self.rows
+            if row.kind == "donor" and (row.model, row.own_template) == wanted
+        )
 
 
 def read_result(run: Path) -> Result | None:

@@ -1,8 +1,10 @@
 from importlib import resources
 
 import pytest
+from transformers import AutoTokenizer
 
-from merge_engine.models.chat_templates import CHAT_TEMPLATES
+from merge_engine.errors import MergeError
+from merge_engine.models.chat_templates import CHAT_TEMPLATES, read_chat_template
 from tiny_models import make_tokenizer
 
 CHAT = [
@@ -49,3 +51,23 @@ def test_template_renders_what_mergekits_renders(name, messages, prompt):
 def test_template_renders_the_format(name, expected):
     assert rendered(CHAT_TEMPLATES[name], CHAT, add_generation_prompt=True) == expected
     assert rendered(CHAT_TEMPLATES[name], CHAT[1:]).startswith(("###", "[|system|][|endofturn|]"))
+
+
+@pytest.mark.parametrize(
+    "template", [None, "one {{ messages }}", {"tool_use": "other", "default": "one"}]
+)
+def test_template_read_from_a_folder_is_the_one_transformers_reads(tmp_path, template):
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = template
+    for jinja in (True, False):  # a file of its own, or a key of tokenizer_config.json
+        folder = tmp_path / str(jinja)
+        tokenizer.save_pretrained(folder, save_jinja_files=jinja)
+        read = AutoTokenizer.from_pretrained(folder)
+        expected = None if template is None else read.get_chat_template()
+        assert read_chat_template(folder) == expected
+
+
+def test_damaged_template_is_refused_by_its_file(tmp_path):
+    (tmp_path / "tokenizer_config.json").write_text('{"chat_template": [{"name": "default"}]}')
+    with pytest.raises(MergeError, match=r"tokenizer_config\.json: its chat_template is damaged"):
+        read_chat_template(tmp_path)
