@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping
 import torch
 from torch import Tensor, nn
 
-from merge_engine.building.live_tensors import LiveTensors
+from merge_engine.building.live_tensors import LiveTensors, lie_end_to_end
 from merge_engine.building.merging import merge_pack
 from merge_engine.building.pack_merge import to_device
 from merge_engine.building.plan import Part, Plan, plan_parts, written_dtype
@@ -177,7 +177,8 @@ class Builder:
             if not live[0].dtype.is_floating_point:
                 continue
             if pack.names[0] in in_runs:
-                yield pack, pack.laid_on(live[0])
+                if lie_end_to_end(live):  # not where models store parts of a run in other dtypes
+                    yield pack, pack.laid_on(live[0])
                 continue
             matrix = pack.empty(live[0].dtype, live[0].device)
             for name, target in zip(pack.names, live, strict=True):
@@ -235,11 +236,13 @@ class Builder:
             target.copy_(out)
 
     def _written_dtype(self, name: str) -> torch.dtype:
-        """Return the dtype to write a tensor in: the recipe's, or that of the live model."""
+        """Return the dtype to write a tensor in: the recipe's, or the live model's if narrower."""
         part, target = self._owners[name], self._live.targets.get(name)
-        if target is not None and not (part.recipe.out_dtype or part.recipe.dtype):
+        dtype = written_dtype(part.recipe, part.model_set, name)
+        named = part.recipe.out_dtype or part.recipe.dtype
+        if target is not None and not (named and dtype.itemsize < target.dtype.itemsize):
             return target.dtype
-        return written_dtype(part.recipe, part.model_set, name)
+        return dtype
 
     def _parts(self, recipe: Recipe) -> tuple[Part, ...]:
         """Return the recipe's runs of layers."""

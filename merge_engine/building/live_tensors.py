@@ -75,8 +75,15 @@ def _saved_tensors(model: nn.Module) -> dict[str, Tensor]:
 def _runs(views: Mapping[str, Tensor]) -> list[Sequence[str]]:
     """Return the names of views in their order in memory, if rows of a pack can be laid on them."""
     names = sorted(views, key=lambda name: views[name].storage_offset())
-    whole = all(view.is_contiguous() and view.numel() % WIDTH == 0 for view in views.values())
-    return [names] if whole else []
+    fill_rows = all(view.numel() % WIDTH == 0 for view in views.values())
+    return [names] if fill_rows and lie_end_to_end([views[name] for name in names]) else []
+
+
+def lie_end_to_end(tensors: Sequence[Tensor]) -> bool:
+    """Return whether each tensor of one storage begins where the one before it ends."""
+    starts = [tensor.storage_offset() for tensor in tensors]
+    ends = [tensor.storage_offset() + tensor.numel() for tensor in tensors]
+    return starts[1:] == ends[:-1] and all(tensor.is_contiguous() for tensor in tensors)
 
 
 def _check_read(

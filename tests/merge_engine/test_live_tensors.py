@@ -1,4 +1,5 @@
 import itertools
+import shutil
 
 import pytest
 import torch
@@ -54,8 +55,15 @@ def test_runs_are_in_the_order_of_the_live_stack(experts):
         assert all(size % (4 * WIDTH) == 0 for size in sizes)
 
 
-def test_experts_merge_to_the_same_bits_packed_and_one_by_one(experts):
+@pytest.mark.parametrize("mixed", [False, True])
+def test_experts_merge_to_the_same_bits_packed_and_one_by_one(experts, mixed, tmp_path):
     models = [str(experts / name) for name in ("base", "a", "b")]
+    if mixed:  # a donor of which some experts are in another dtype, so that packs are cut through
+        shutil.copytree(experts / "b", tmp_path / "b")
+        stored = load_file(experts / "b" / "model.safetensors")
+        changed = {n: t.bfloat16() if "experts.1.w" in n else t for n, t in stored.items()}
+        save_file(changed, tmp_path / "b" / "model.safetensors", metadata={"format": "pt"})
+        models[2] = str(tmp_path / "b")
     entries = [{"model": m, "parameters": {"weight": 0.5, "density": 0.6}} for m in models[1:]]
     mapping = {"merge_method": "dare_ties", "base_model": models[0], "models": entries}
     recipe, _ = parse_recipe(mapping, "r.yaml")
