@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, cast
 
 from merge_engine.building.builder import Builder
+from merge_engine.building.live_tensors import LiveTensors
 from merge_engine.models.alignment import is_multimodal
 from merge_engine.models.checkpoint import Checkpoint
 from merge_engine.models.config_differences import config_notes
@@ -190,6 +191,7 @@ def load(
     """
     say(plan.place_donors(hardware))
     say(plan.kernels)
+    _outline(plan)
     model = load_model(
         plan.spec,
         plan.model_set.reference,
@@ -202,10 +204,20 @@ def load(
 
 
 def load_outline(plan: StudyPlan) -> StudyContext:
-    """Prepare the prompts with a model that has no weights: nothing can be evaluated with it."""
+    """Prepare the prompts with a model that has no weights: nothing can be evaluated with it.
+
+    Raises:
+        MergeError, ObjectiveError, StudyError: As ``load``, but for memory.
+    """
+    return _bind(plan, _outline(plan))
+
+
+def _outline(plan: StudyPlan) -> PreTrainedModel:
+    """Make the live model without weights, and check that the donors' tensors become its own."""
     models = plan.model_set
     model = load_without_weights(plan.spec, models.reference, plan.dtype, models.vocabulary)
-    return _bind(plan, model)
+    LiveTensors(model, {name: info.shape for name, info in models.tensors.items()})
+    return model
 
 
 def load_prompts(context: LiveContext, prompts: PromptEntry, donor: str | None) -> Objective:

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, Gemma3nConfig
+from transformers import AutoModelForCausalLM, Gemma3nConfig, LlamaForCausalLM
 
 from architectures import DENSE, ENCODER_DECODER, EXPERTS, MULTIMODAL, save_family
 from merge_engine.building.builder import Builder
@@ -113,6 +113,20 @@ def test_type_that_needs_a_package_is_refused_by_its_name(make_study, tmp_path, 
     study = make_study(tmp_path / "study", base_model=str(family / "base"), models=donors)
     assert main(["check", str(study), "--device", "cpu"]) == 2
     assert "timm" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["check", "run"])
+def test_tensors_that_do_not_become_the_live_models_are_refused_before_it_is_loaded(
+    command, make_study, tmp_path, capsys, monkeypatch
+):
+    tied = save_family(tmp_path / "tied", "llama", (), tie_word_embeddings=True)
+    untied = save_family(tmp_path / "untied", "llama")
+    donors = [str(untied / name) for name in "ab"]
+    study = make_study(tmp_path / "study", base_model=str(tied / "base"), models=donors)
+    monkeypatch.setattr(LlamaForCausalLM, "from_pretrained", None)  # would raise
+    out = ["--out", str(tmp_path / "run")] if command == "run" else []
+    assert main([command, str(study), *out, "--device", "cpu"]) == 2
+    assert "'lm_head.weight', which the live model ties" in capsys.readouterr().err
 
 
 def load(folder):
