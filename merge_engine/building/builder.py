@@ -63,17 +63,17 @@ def merge_into(out: Tensor, recipe: Recipe, name: str, models: ModelSet) -> None
         out.copy_(read(first))
         return
     if lacking:
-        recipe = _of_owners(recipe, name, owners)
+        recipe = of_owners(recipe, name, owners)
     if not out.dtype.is_floating_point:
         out.copy_(_same_in_all(recipe, name, read))
         return
-    if lacking and _too_few(recipe):
+    if lacking and too_few(recipe):
         out.copy_(read(recipe.models_read[0]))
         return
     merge_pack(out, recipe, TensorPack({name: tuple(out.shape)}), models)
 
 
-def _of_owners(recipe: Recipe, name: str, owners: Mapping[str, str]) -> Recipe:
+def of_owners(recipe: Recipe, name: str, owners: Mapping[str, str]) -> Recipe:
     """Return the recipe without the models that lack a tensor."""
     if recipe.origin and recipe.origin not in owners:
         raise MergeError(
@@ -89,7 +89,8 @@ def _of_owners(recipe: Recipe, name: str, owners: Mapping[str, str]) -> Recipe:
     return recipe.model_copy(update={"models": models, "base_model": base})
 
 
-def _too_few(recipe: Recipe) -> bool:
+def too_few(recipe: Recipe) -> bool:
+    """Return whether a recipe has too few models to merge, so that the first is copied."""
     count = len(recipe.donors) + (recipe.method.base is Base.ENDPOINT and recipe.base is not None)
     return count < recipe.method.donors[0]
 
@@ -146,6 +147,7 @@ class Builder:
         model_set: Base and donors.
 
     Attributes:
+        live: Where each stored tensor is written.
         loaded: The recipe whose weights the live model has; None after a failed build.
         version: Number of builds so far: what is derived from the weights is valid for one version.
 
@@ -159,21 +161,21 @@ class Builder:
         self.loaded: Recipe | None = None
         self.version = 0
         shapes = {name: info.shape for name, info in model_set.tensors.items()}
-        self._live = LiveTensors(model, shapes)
+        self.live = LiveTensors(model, shapes)
         self._owners: Mapping[str, Part] = {}  # of the recipe that was built last
-        model_set.arrange([*self._live.separate.values(), *self._live.runs])
+        model_set.arrange([*self.live.separate.values(), *self.live.runs])
         self._packs = list(self._pack())
         packed = {name for pack, _ in self._packs for name in pack.names}
-        self._unpacked = [name for name in self._live.targets if name not in packed]
+        self._unpacked = [name for name in self.live.targets if name not in packed]
 
     def _pack(self) -> Iterator[tuple[TensorPack, Tensor]]:
         """Move the live model's tensors into matrices that are packed like the donors'.
 
         A run that lies end to end in one live tensor is such a matrix already.
         """
-        in_runs = {name for run in self._live.runs for name in run}
+        in_runs = {name for run in self.live.runs for name in run}
         for pack in self.model_set.placement.packs:
-            live = [self._live.targets[name] for name in pack.names]
+            live = [self.live.targets[name] for name in pack.names]
             if not live[0].dtype.is_floating_point:
                 continue
             if pack.names[0] in in_runs:
@@ -205,12 +207,12 @@ class Builder:
         whole = parts[0].model_set is self.model_set  # else layers are stacked, as in no donor
         if whole:
             self._merge_packs(parts[0].recipe)
-        for name in self._unpacked if whole else self._live.targets:
+        for name in self._unpacked if whole else self.live.targets:
             self._merge_one(name)
-        for name, target in self._live.targets.items():
+        for name, target in self.live.targets.items():
             if (dtype := self._written_dtype(name)) != target.dtype:
                 target.copy_(target.to(dtype))  # transformers keeps it in a wider one
-        self._live.convert()
+        self.live.convert()
         self.loaded = recipe
 
     def _merge_packs(self, recipe: Recipe) -> None:
@@ -228,7 +230,7 @@ class Builder:
 
     def _merge_one(self, name: str) -> None:
         """Merge one tensor into the live model, where it need not be contiguous."""
-        part, target = self._owners[name], self._live.targets[name]
+        part, target = self._owners[name], self.live.targets[name]
         out = target if target.is_contiguous() else torch.empty(target.shape).to(target)
         merge_into(out, part.recipe, name, part.model_set)
         _check_finite(out, part.recipe, name)
@@ -237,7 +239,7 @@ class Builder:
 
     def _written_dtype(self, name: str) -> torch.dtype:
         """Return the dtype to write a tensor in: the recipe's, or the live model's if narrower."""
-        part, target = self._owners[name], self._live.targets.get(name)
+        part, target = self._owners[name], self.live.targets.get(name)
         dtype = written_dtype(part.recipe, part.model_set, name)
         named = part.recipe.out_dtype or part.recipe.dtype
         if target is not None and not (named and dtype.itemsize < target.dtype.itemsize):
@@ -268,7 +270,7 @@ class Builder:
         Those that the live model does not read are merged now.
         """
         for name, part in self._owners.items():
-            dtype, target = self._written_dtype(name), self._live.targets.get(name)
+            dtype, target = self._written_dtype(name), self.live.targets.get(name)
             if target is not None:
                 yield name, target.detach().to(dtype).contiguous()
             else:

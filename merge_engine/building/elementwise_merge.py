@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -78,13 +79,42 @@ def write_elementwise(out: Tensor, method: Elementwise, merge: PackMerge) -> Non
     if not used or not out.numel():
         out.copy_(base.view(out.shape))
         return
-    models = tuple(recipe.donors[index].model for index in used)
-    kernel_values = _prepared(method, merge, used, models)
-    scalars, per_donor = _joined(merge, kernel_values)
+    arguments = kernel_arguments(method, merge, base, used)
+    values = {**arguments.scalars, **arguments.per_donor}
+    merge.models.runner.write(out, method.kernel, (base, arguments.donors), values, arguments.noise)
+
+
+@dataclass(frozen=True)
+class KernelArguments:
+    """What a kernel is given besides the base."""
+
+    donors: Sequence[Tensor]  # n of them, packed
+    scalars: dict[str, Number]
+    per_donor: dict[str, list[Any]]  # n numbers, or n tensors with a number for every element
+    noise: Noise | None
+
+
+def kernel_arguments(
+    method: Elementwise,
+    merge: PackMerge,
+    base: Tensor,
+    used: tuple[int, ...],
+    *,
+    summed: bool = True,
+) -> KernelArguments:
+    """Return a kernel's arguments for the donors ``used``, given by their indices.
+
+    Without ``summed`` they lack the values of the sum, and ``factor`` is the weight times what
+    restores the task vector's norm.
+    """
+    models = tuple(merge.recipe.donors[index].model for index in used)
+    kernel_values = _prepared(method, merge, used, models, summed=summed)
+    scalars, numbers = _joined(merge, kernel_values)
+    per_donor: dict[str, list[Any]] = {**numbers}
     noise = None
     if method.random or any(each.has_ties for each in kernel_values):
-        noise = merge.pack.noise(recipe.seed, used, merge.device, even=not method.random)
-    inputs = base, [merge.read(model) for model in models]
+        noise = merge.pack.noise(merge.recipe.seed, used, merge.device, even=not method.random)
+    donors = [merge.read(model) for model in models]
     if stat := method.elementwise_stat:
         found = [
             merge.models.measurements.elementwise(stat, merge.pack, model, merge.base)
@@ -92,13 +122,18 @@ def write_elementwise(out: Tensor, method: Elementwise, merge: PackMerge) -> Non
         ]
         per_donor[stat] = [to_device(each, merge.device) for each in found]
     if any(each.rescales for each in kernel_values):
-        ratios = _rescale_factors(merge, inputs, per_donor, noise)
+        ratios = _rescale_factors(merge, (base, donors), per_donor, noise)
         per_donor["factor"] = [f * r for f, r in zip(per_donor["factor"], ratios, strict=True)]
-    merge.models.runner.write(out, method.kernel, inputs, {**scalars, **per_donor}, noise)
+    return KernelArguments(donors, scalars, per_donor, noise)
 
 
 def _prepared(
-    method: Elementwise, merge: PackMerge, used: Sequence[int], models: tuple[str, ...]
+    method: Elementwise,
+    merge: PackMerge,
+    used: Sequence[int],
+    models: tuple[str, ...],
+    *,
+    summed: bool,
 ) -> list[KernelValues]:
     found = []
     for index, name in enumerate(merge.pack.names):
@@ -107,7 +142,7 @@ def _prepared(
         try:
             if method.prepare:
                 values = method.prepare(own, _TaskVectors(merge, name, used, models))
-            if method.combine:
+            if method.combine and summed:
                 values = method.combine(own, values)
         except MergeError:
             raise  # of a model, which the message names
@@ -143,7 +178,7 @@ def _joined(
 def _rescale_factors(
     merge: PackMerge,
     inputs: tuple[Tensor, Sequence[Tensor]],
-    per_donor: dict[str, list[Number]],
+    per_donor: dict[str, list[Any]],
     noise: Noise | None,
 ) -> list[Number]:
     """Return what restores each task vector's L1 norm under its mask, (k,) for each donor."""

@@ -37,6 +37,7 @@ class LiveTensors:
         self.targets: dict[str, Tensor] = {}
         self._live = _saved_tensors(model)
         self._converted: list[Conversion] = []
+        self._joined: dict[str, Conversion] = {}  # by the name of the live tensor
         self.separate: dict[object, list[str]] = defaultdict(list)
         self.runs: list[Sequence[str]] = []
         found = find_conversions(model, shapes)
@@ -49,13 +50,23 @@ class LiveTensors:
                 like = self._live[conversion.live[0]]
                 views = {name: like.new_empty(shapes[name]) for name in conversion.names}
                 self._converted.append(conversion)
-            elif conversion.converter is not None:
-                self.targets |= {name: view.detach() for name, view in views.items()}
-                self.runs += _runs(views)
-                continue
+            else:
+                self._joined[conversion.live[0]] = conversion
+                if conversion.converter is not None:
+                    self.targets |= {name: view.detach() for name, view in views.items()}
+                    self.runs += _runs(views)
+                    continue
             for name, target in views.items():
                 self.targets[name] = target
                 self.separate[target.dtype, target.device].append(name)
+
+    def parts(self, name: str, tensor: Tensor) -> dict[str, Tensor]:
+        """Return the part of a tensor, of a live one's name and shape, that each stored one is.
+
+        Empty where stored tensors are more than joined to make the live one.
+        """
+        joined = self._joined.get(name)
+        return (joined.views({name: tensor}) if joined else None) or {}
 
     def convert(self) -> None:
         """Move the values that have memory of their own into the model."""

@@ -26,7 +26,7 @@ def merge_pack(out: Tensor, recipe: Recipe, pack: TensorPack, models: ModelSet) 
     Raises:
         MergeError: The parameters do not work for a tensor; the message names it.
     """
-    merge = PackMerge(recipe, pack, models, out.device, _values(recipe, pack, models))
+    merge = PackMerge(recipe, pack, models, out.device, values_of(recipe, pack, models))
     method = recipe.method
     if len(pack.names) > 1 and not _fits_one_pass(merge):
         for name in pack.names:
@@ -37,7 +37,7 @@ def merge_pack(out: Tensor, recipe: Recipe, pack: TensorPack, models: ModelSet) 
         write_linear(out, method, merge)
 
 
-def _values(recipe: Recipe, pack: TensorPack, models: ModelSet) -> list[Values]:
+def values_of(recipe: Recipe, pack: TensorPack, models: ModelSet) -> list[Values]:
     """Return the method's parameters for each tensor, read once if all tensors have the same."""
     if recipe.is_uniform:
         return [recipe.values(pack.names[0], 0.0)] * len(pack.names)

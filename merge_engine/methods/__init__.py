@@ -45,6 +45,7 @@ METHODS: Final[Mapping[str, Method]] = MappingProxyType(
             base=Base.INPUT,
             donors=(1, None),
             params={"weight": _WEIGHT, "normalize": Param(bool, True)},
+            differentiable=True,
             paper="https://arxiv.org/abs/2203.05482",
         ),
         "slerp": Linear(
@@ -64,6 +65,7 @@ METHODS: Final[Mapping[str, Method]] = MappingProxyType(
                 "density": Param(float, 1.0, per_donor=True, effect=False),
                 "rescale": _NO_EFFECT,
             },
+            differentiable=True,
             paper="https://arxiv.org/abs/2212.04089",
         ),
         "model_stock": Linear(
@@ -132,6 +134,8 @@ METHODS: Final[Mapping[str, Method]] = MappingProxyType(
             prepare=preparation.dare,
             combine=preparation.plain_sum,
             params=_task_vector_params(normalize=False, rescale=True),
+            differentiable=True,
+            left=task_vectors.thinned,
             paper="https://arxiv.org/abs/2311.03099",
             random=True,
         ),
@@ -149,6 +153,8 @@ METHODS: Final[Mapping[str, Method]] = MappingProxyType(
             combine=preparation.plain_sum,
             elementwise_stat="rank_share",
             params={**_task_vector_params(normalize=False, rescale=True), "epsilon": _EPSILON},
+            differentiable=True,
+            left=task_vectors.thinned_by_rank,
             paper="https://arxiv.org/abs/2406.11617",
             random=True,
         ),
@@ -166,6 +172,8 @@ METHODS: Final[Mapping[str, Method]] = MappingProxyType(
             prepare=preparation.breadcrumbs,
             combine=preparation.plain_sum,
             params={**_task_vector_params(normalize=False, rescale=False), "gamma": _GAMMA},
+            differentiable=True,
+            left=task_vectors.trimmed,
             paper="https://arxiv.org/abs/2312.06795",
         ),
         "breadcrumbs_ties": Elementwise(

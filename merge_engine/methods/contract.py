@@ -142,6 +142,10 @@ class Method:
     donors: tuple[int, int | None]  # fewest and most, besides an ORIGIN base; None: no limit
     params: Mapping[str, Param]  # by mergekit's names
     paper: str  # link to its source
+    # Whether the result is a sum of the inputs, or of what a fixed mask leaves of their task
+    # vectors, each times its `weight` (and `lambda`, over the weights' sum if `normalize`). Its
+    # derivatives are those of `derivative`.
+    differentiable: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -174,6 +178,9 @@ class Elementwise(Method):
     # Computes the kernel's values from the parameters; None: they are the same.
     prepare: Prepare | None = None
     combine: Combine | None = None  # adds the values of the sum, if `prepare` leaves them out
+    # `left(base, donors, **values)` returns what the masks of a differentiable method leave of each
+    # task vector, of the kernel's values but those of the sum.
+    left: Callable[..., list[Tensor]] | None = None
     random: bool = False  # the kernel takes `noise`: uniform numbers of each donor's shape
     # Name of a statistic of donor and base with a number for every element, which the kernel takes
     # for each donor: `rank_share` or `salience_mask`.

@@ -56,7 +56,24 @@ def trimmed_sum(
     Source: Yadav et al. 2023, https://arxiv.org/abs/2306.01708 (``ties``); Davari and Belilovsky
         2023, https://arxiv.org/abs/2312.06795 (``breadcrumbs``)
     """
-    trimmed = []
+    left = trimmed(
+        base, donors, low=low, low_share=low_share, high=high, high_share=high_share, noise=noise
+    )
+    return _added(base, left, factor, weight, lambda_)
+
+
+def trimmed(
+    base: Tensor,
+    donors: Sequence[Tensor],
+    *,
+    low: Numbers,
+    low_share: Numbers,
+    high: Numbers | None = None,
+    high_share: Numbers | None = None,
+    noise: Sequence[Tensor] | None = None,
+) -> list[Tensor]:
+    """Return what ``trimmed_sum`` keeps of each task vector."""
+    left = []
     for index, delta in enumerate(task_vectors(base, donors)):
         least, size = low[index], delta.abs()
         if noise is not None:
@@ -67,8 +84,8 @@ def trimmed_sum(
             if noise is not None:
                 end = torch.where(noise[index] < high_share[index], end * _NEXT, end)
             kept = kept & (size < end)
-        trimmed.append(torch.where(kept, delta, 0.0))
-    return _added(base, trimmed, factor, weight, lambda_)
+        left.append(torch.where(kept, delta, 0.0))
+    return left
 
 
 def dare(
@@ -94,7 +111,8 @@ def dare(
 
     Source: Yu et al. 2023, https://arxiv.org/abs/2311.03099
     """
-    return _added(base, _thinned(base, donors, chance, noise), factor, weight, lambda_)
+    left = thinned(base, donors, chance=chance, noise=noise)
+    return _added(base, left, factor, weight, lambda_)
 
 
 def della(
@@ -128,8 +146,10 @@ def della(
 
     Source: Deep et al. 2024, https://arxiv.org/abs/2406.11617
     """
-    thinned = _thinned(base, donors, _by_rank(rank_share, chance, spread), noise)
-    return _added(base, thinned, factor, weight, lambda_)
+    left = thinned_by_rank(
+        base, donors, rank_share=rank_share, chance=chance, spread=spread, noise=noise
+    )
+    return _added(base, left, factor, weight, lambda_)
 
 
 def task_vectors(base: Tensor, donors: Sequence[Tensor]) -> list[Tensor]:
@@ -137,19 +157,31 @@ def task_vectors(base: Tensor, donors: Sequence[Tensor]) -> list[Tensor]:
     return [donor.float() - base.float() for donor in donors]
 
 
-def _thinned(
+def thinned(
     base: Tensor,
     donors: Sequence[Tensor],
+    *,
     chance: Sequence[Number] | Tensor,
     noise: Sequence[Tensor],
 ) -> list[Tensor]:
+    """Return what ``dare`` keeps of each task vector."""
     settings = zip(task_vectors(base, donors), chance, noise, strict=True)
     return [torch.where(drawn < p, delta, 0.0) for delta, p, drawn in settings]
 
 
-def _by_rank(rank_share: Sequence[Tensor], chance: Numbers, spread: Numbers) -> list[Tensor]:
+def thinned_by_rank(
+    base: Tensor,
+    donors: Sequence[Tensor],
+    *,
+    rank_share: Sequence[Tensor],
+    chance: Numbers,
+    spread: Numbers,
+    noise: Sequence[Tensor],
+) -> list[Tensor]:
+    """Return what ``della`` keeps of each task vector."""
     settings = zip(rank_share, chance, spread, strict=True)
-    return [least + share.float() * more for share, least, more in settings]
+    chances = [least + share.float() * more for share, least, more in settings]
+    return thinned(base, donors, chance=chances, noise=noise)
 
 
 def kept_masses(
@@ -168,7 +200,9 @@ def kept_masses(
     Returns:
         (2 n, rows) float32: the n norms, then the n norms of what is kept.
     """
-    kept = _thinned(base, donors, _by_rank(rank_share, chance, spread), noise)
+    kept = thinned_by_rank(
+        base, donors, rank_share=rank_share, chance=chance, spread=spread, noise=noise
+    )
     return torch.stack([part.abs().sum(-1) for part in (*task_vectors(base, donors), *kept)])
 
 
