@@ -26,6 +26,8 @@ class LiveTensors:
     Attributes:
         targets: Where a stored tensor is written, by its name; one that the model does not read
             has none.
+        joined: How live tensors are made of stored ones, by name, where these are no more than
+            renamed or joined.
         separate: Names of those that are tensors of their own, by dtype and device.
         runs: Names of those that lie end to end in one live tensor, in their order there.
 
@@ -37,7 +39,7 @@ class LiveTensors:
         self.targets: dict[str, Tensor] = {}
         self._live = _saved_tensors(model)
         self._converted: list[Conversion] = []
-        self._joined: dict[str, Conversion] = {}  # by the name of the live tensor
+        self.joined: dict[str, Conversion] = {}  # by the name of the live tensor
         self.separate: dict[object, list[str]] = defaultdict(list)
         self.runs: list[Sequence[str]] = []
         found = find_conversions(model, shapes)
@@ -51,7 +53,7 @@ class LiveTensors:
                 views = {name: like.new_empty(shapes[name]) for name in conversion.names}
                 self._converted.append(conversion)
             else:
-                self._joined[conversion.live[0]] = conversion
+                self.joined[conversion.live[0]] = conversion
                 if conversion.converter is not None:
                     self.targets |= {name: view.detach() for name, view in views.items()}
                     self.runs += _runs(views)
@@ -65,7 +67,7 @@ class LiveTensors:
 
         Empty where stored tensors are more than joined to make the live one.
         """
-        joined = self._joined.get(name)
+        joined = self.joined.get(name)
         return (joined.views({name: tensor}) if joined else None) or {}
 
     def convert(self) -> None:

@@ -69,7 +69,7 @@ def live_weights(builder, stored):
     """The live tensors of stored ones, with autograd through stacks of experts."""
     found = {}
     for name in dict(builder.model.named_parameters()):
-        conversion = builder.live._joined[name]
+        conversion = builder.live.joined[name]
         parts = [torch.stack([stored[n] for n in own]) for own in conversion.stored.values()]
         experts = conversion.converter is not None
         found[name] = torch.cat(parts, 1) if experts else stored[conversion.names[0]]
