@@ -17,6 +17,7 @@ from objectives.items import SPLITS
 from search.preparing.context import load_outline, plan_study
 from search.preparing.cost import describe_cost
 from search.preparing.models import Hardware, model_dtype
+from search.proposing.starts import soup_steps
 from search.study.reading import load_study
 from search.wording import OWN_TEMPLATE
 
@@ -57,7 +58,8 @@ def check_study(file: Path, device: str) -> Report:
     searched = [name for name in plan.space.distributions if name != "method"]
     lines = [
         f"study: {spec.search.trials} trials of {', '.join(spec.search.methods)}",
-        f"searched: {', '.join(searched) or 'the method alone'}; {plan.starts} warm starts first",
+        f"searched: {', '.join(searched) or 'the method alone'}; {plan.starts} warm starts first"
+        + (f", and up to {soup} of a greedy soup" if (soup := soup_steps(plan.space)) else ""),
         *_describe_models(models.tensors, models.checkpoints),
         str(memory),
         plan.kernels,

@@ -10,7 +10,7 @@ returns a ``Proposal``, or a sampler of Optuna's for it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from importlib import import_module
 
 import optuna
@@ -21,9 +21,10 @@ from optuna.trial import FrozenTrial
 from typing_extensions import override
 
 from search.proposing.proposal import Proposal, ProposalRequest
+from search.proposing.soup import PREFIX, next_step
 from search.proposing.space import Space
 from search.proposing.starts import warm_starts
-from search.storing.trials import OpenTrial, TrialLog
+from search.storing.trials import OpenTrial, TrialLog, TrialRecord
 from search.study.sampler_table import SAMPLERS
 from search.study.spec import StudyError
 
@@ -38,33 +39,52 @@ class Proposer:
     Args:
         name: A key of ``SAMPLERS``, or ``package.module:Class``, a sampler of Optuna's interface.
         front: Whether every task is an objective of its own (``search.front``).
+        ranking: Indices of the donors, the best first, for a greedy soup; empty: there is none.
 
     Raises:
         StudyError: There is no such class.
     """
 
-    def __init__(self, name: str, space: Space, seed: int, *, front: bool = False) -> None:
+    def __init__(
+        self,
+        name: str,
+        space: Space,
+        seed: int,
+        *,
+        front: bool = False,
+        ranking: Sequence[int] = (),
+    ) -> None:
         optuna.logging.set_verbosity(optuna.logging.ERROR)
-        self.space, self.seed, self.front = space, seed, front
+        self.space, self.seed, self.front, self.ranking = space, seed, front, ranking
         self._source, self._starts = load_sampler(name), len(warm_starts(space))
 
     def ask(self, log: TrialLog, open_now: Collection[int] = ()) -> OpenTrial:
         """Open a trial that an earlier session left running, else a waiting one, else a new one."""
         trials = log.records()
-        left = next(
-            (one for one in trials if one.state == "running" and one.number not in open_now), None
-        )
-        queued = left or next((one for one in trials if one.state == "waiting"), None)
+        left, queued = _queued(trials, open_now)
+        if queued is None and (step := next_step(self.space, self.ranking, trials)):
+            log.enqueue(step[1], start=step[0])
+            trials = log.records()
+            left, queued = _queued(trials, open_now)
         number = queued.number if queued else len(trials)
         others = [one for one in trials if one.number != number]
+        starts = self._starts + sum((trial.start or "").startswith(PREFIX) for trial in others)
         made = self._source(
-            ProposalRequest(self.space, self.seed, number, self._starts, others, self.front)
+            ProposalRequest(self.space, self.seed, number, starts, others, self.front)
         )
         if isinstance(made, BaseSampler):
             return log.open(self.space.distributions, left=left, sampler=made)
         if queued is None:
             log.enqueue(made.point, expected_improvement=made.expected_improvement)
         return log.open(self.space.distributions, left=left)
+
+
+def _queued(
+    trials: Sequence[TrialRecord], open_now: Collection[int]
+) -> tuple[TrialRecord | None, TrialRecord | None]:
+    """Return the trial that an earlier session left running, and the one to open next, if any."""
+    left = next((t for t in trials if t.state == "running" and t.number not in open_now), None)
+    return left, left or next((t for t in trials if t.state == "waiting"), None)
 
 
 def load_sampler(name: str) -> Source:

@@ -55,6 +55,7 @@ class Space:
     dtype: str = "float32"  # of the merged weights
     tokenizer: Tokenizer | None = None  # their vocabulary; None: the base's
     seed: int = 0  # of random methods' masks
+    most_starts: int | None = None  # warm starts at most, besides those of the user; None: all
     starts: tuple[Recipe, ...] = ()  # recipes to try first, besides the default warm starts
     # How units share weights before each has its own: the group of each unit, stage after stage,
     # from coarse to fine.
@@ -76,6 +77,7 @@ class Space:
             ranges={name: bounds for name, bounds in found.items() if bounds is not None},
             units=model_units(layers, search.layer_groups, search.split),
             at_most=search.at_most,
+            most_starts=search.trials // 3,
             stages=coarse_to_fine(search.layer_groups, len(search.split)),
             dtype=dtype,
             tokenizer=spec.tokenizer,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import replace
 from typing import Any, Final
 
@@ -14,44 +14,88 @@ from search.proposing.recipes import recipe_with_weights, to_point, to_recipe
 from search.proposing.space import Space
 
 UNIFORM: Final = "uniform average"
-LADDER: Final = (0.2, 0.4, 0.6, 0.8, 1.0)  # scales of the warm starts
+LADDER: Final = (1.0, 0.6, 0.4, 0.8, 0.2)  # scales of the warm starts, the most useful first
+MOST_LEFT_OUT: Final = 8  # donors up to which each is left out of an average
 
 
 def baselines(space: Space) -> dict[str, Recipe]:
     """Return what any winner has to beat: base and models by name, and the ``UNIFORM`` average."""
     k, m = len(space.donors), len(space.models)
     whole = replace(space, units=((),), methods=("task_arithmetic",), ranges={})
-    average = whole.point("task_arithmetic", (round(1 / k, 6),) * k)
+    everyone = replace(whole, at_most=None)
+    average = everyone.point("task_arithmetic", (round(1 / k, 6),) * k)
     alone = np.vstack([np.zeros(m), np.eye(m)])[:, None]  # (1 + m, 1, m)
     recipes = {
         name: recipe_with_weights(whole, average, weights)
         for name, weights in zip((space.base, *space.models), alone, strict=True)
     }
-    return {**recipes, UNIFORM: to_recipe(whole, average)}
+    return {**recipes, UNIFORM: to_recipe(everyone, average)}
 
 
-def warm_starts(space: Space) -> list[tuple[str, dict[str, Any]]]:
-    """Return labels and points to try first; those outside the study's ranges are left out.
+def warm_starts(space: Space, ranking: Sequence[int] = ()) -> list[tuple[str, dict[str, Any]]]:
+    """Return labels and points to try first, the most useful first.
 
-    They are the base, each donor, their average, a ladder of scales, each other method at scale 1,
-    and the user's own recipes (``search.start``).
+    They are the user's own recipes (``search.start``), the donors' average, the best donor, a
+    ladder of scales, each other method at scale 1, the other donors, the base, and the averages
+    that leave one donor out. Those outside the study's ranges are left out, and the last of them
+    where they and the steps of a greedy soup would exceed ``space.most_starts``.
+
+    Args:
+        space: The study's.
+        ranking: Indices of the donors, the best first; empty: as the study lists them. A recipe
+            that may not use all donors uses the first of them.
 
     Raises:
         MergeError: One of the user's recipes is not in the space.
     """
-    k = len(space.donors)
-    starts: list[tuple[str, dict[str, Any]]] = []
-    if "task_arithmetic" in space.methods:
-        named = [("base", (0.0,) * k)]
-        named += [
-            (str(d), tuple(float(d == other) for other in space.donors)) for d in space.donors
-        ]
-        named.append((UNIFORM, (round(1 / k, 6),) * k))
-        named += [(f"scale {scale:g}", (scale,) * k) for scale in LADDER]
-        starts += [(label, space.point("task_arithmetic", w)) for label, w in named]
-    others = [method for method in space.methods if method != "task_arithmetic"]
-    starts += [(f"{method} as it is", space.point(method, (1.0,) * k)) for method in others]
-    return [one for one in starts if space.contains(one[1])] + _own_starts(space, space.starts)
+    own = _own_starts(space, space.starts)
+    found = [
+        (label, space.point(method, weights))
+        for label, method, weights in _usual_starts(space, ranking or range(len(space.donors)))
+        if method in space.methods
+    ]
+    usual = [one for one in found if space.contains(one[1])]
+    if space.most_starts is not None:
+        usual = usual[: max(0, space.most_starts - soup_steps(space) - len(own))]
+    return own + usual
+
+
+def soup_steps(space: Space) -> int:
+    """Return how many trials a greedy soup may take: a third of the warm starts at most."""
+    if "task_arithmetic" not in space.methods or space.models != space.donors:
+        return 0
+    steps = len(space.donors) - 1 if len(space.donors) > 2 else 0
+    return steps if space.most_starts is None else min(steps, space.most_starts // 3)
+
+
+def even_weights(space: Space, some: Collection[int], each: float) -> tuple[float, ...]:
+    """Return weights (k) that give each of some donors the same, and the others none."""
+    return tuple(each if index in some else 0.0 for index in range(len(space.donors)))
+
+
+def _usual_starts(
+    space: Space, ranking: Sequence[int]
+) -> Iterator[tuple[str, str, tuple[float, ...]]]:
+    """Yield label, method and weights (k) of each start, the most useful first."""
+    plain, k, used = "task_arithmetic", len(space.donors), ranking[: space.used]
+    donors = [(str(space.donors[one]), plain, even_weights(space, [one], 1.0)) for one in ranking]
+    if k > 1:  # else they are the scale 1
+        average = UNIFORM if len(used) == k else f"average of the best {len(used)}"
+        yield average, plain, even_weights(space, used, round(1 / len(used), 6))
+        yield donors[0]
+    for scale in LADDER:
+        yield f"scale {scale:g}", plain, even_weights(space, used, scale)
+    for method in space.methods:
+        if method != plain:
+            yield f"{method} as it is", method, even_weights(space, used, 1.0)
+    if k > 1:
+        yield from donors[1:]
+    yield "base", plain, (0.0,) * k
+    if 3 <= k <= MOST_LEFT_OUT and space.used >= k - 1:
+        for one in reversed(ranking):
+            others = [other for other in ranking if other != one]
+            label = f"average without {space.donors[one]}"
+            yield label, plain, even_weights(space, others, round(1 / (k - 1), 6))
 
 
 def _own_starts(space: Space, recipes: Sequence[Recipe]) -> list[tuple[str, dict[str, Any]]]:

@@ -56,12 +56,23 @@ def best_donor(run: Run, *, own_templates: bool) -> tuple[str, Evaluated]:
     Returns:
         Its name, and what was evaluated: its recipe, or the donor under its own template.
     """
+    return rank_donors(run, own_templates=own_templates)[0]
+
+
+def rank_donors(run: Run, *, own_templates: bool) -> list[tuple[str, Evaluated]]:
+    """Return what ``best_donor`` does of every donor, the best first.
+
+    The race's survivor comes first; then those that stayed longer, and of them the higher scores.
+    """
     known = baselines(run.context.space)
     donors: list[tuple[str, Evaluated]] = [(name, known[name]) for name in run.spec.models_but_base]
     if own_templates:
         donors += under_own_templates(run.context).items()
+    raced = [0] * len(donors)  # items that each was evaluated on
 
     def evaluate(some: Sequence[int], items: int) -> Floats:
+        for index in some:
+            raced[index] = items
         return run.scores.matrix([donors[index][1] for index in some], "search", items)
 
     best = successive_elimination(
@@ -70,7 +81,12 @@ def best_donor(run: Run, *, own_templates: bool) -> tuple[str, Evaluated]:
         evaluate,
         run.evaluator.block_ends("search"),
     )
-    return donors[best]
+    means = [
+        run.scores.stored(donor, "search", items).mean if items else 0.0
+        for (_, donor), items in zip(donors, raced, strict=True)
+    ]
+    order = sorted(range(len(donors)), key=lambda one: (one != best, -raced[one], -means[one]))
+    return [donors[one] for one in order]
 
 
 def open_race(run: Run) -> Race:

@@ -17,7 +17,7 @@ from search.proposing.samplers import Proposer
 from search.proposing.starts import warm_starts
 from search.proposing.stopping import should_stop
 from search.racing.item_scores import ItemScores
-from search.running.baselines import open_race, try_baselines
+from search.running.baselines import open_race, rank_donors, try_baselines
 from search.running.evaluator import Block
 from search.running.events import Note, RaceProgress, RaceProgressed, SearchStarted, TrialFinished
 from search.running.run import Run
@@ -48,10 +48,6 @@ def search(
     own = len(run.context.own_templates)
     after = concluding_evaluations(run.spec, RACED * total * items, own)
     run.listener(SearchStarted(total, run.log.finished(), evaluations, after))
-    known = {trial.start for trial in run.log.records()}
-    for label, point in warm_starts(run.context.space):
-        if label not in known:
-            run.log.enqueue(point, start=label)
     try_baselines(run)
     SearchLoop(run, run.opened + timeout, after_trial).work()
 
@@ -66,9 +62,17 @@ class SearchLoop:
         self, run: Run, deadline: float, after_trial: Sequence[Callable[[Run], None]]
     ) -> None:
         self.run, self.deadline, self.after_trial = run, deadline, after_trial
-        spec = run.spec.search
-        self.proposer = Proposer(spec.sampler, run.context.space, spec.seed, front=spec.front)
+        spec, space = run.spec.search, run.context.space
+        # Differences of models have no scores of their own.
+        alone = space.models == space.donors
+        ranked = rank_donors(run, own_templates=False) if alone else []
+        ranking = [space.models.index(name) for name, _ in ranked]
+        self.proposer = Proposer(spec.sampler, space, spec.seed, front=spec.front, ranking=ranking)
         self.race = open_race(run)
+        known = {trial.start for trial in run.log.records()}
+        for label, point in warm_starts(space, ranking):
+            if label not in known:
+                run.log.enqueue(point, start=label)
         self._waiting: dict[Block, list[RunningTrial]] = {}  # trials by the block they need
 
     def work(self) -> None:

@@ -49,7 +49,7 @@ def test_small_twin_of_a_study_has_its_settings(name):
 
 def test_published_recipe_has_its_published_alpha():
     spec = load_study(STUDIES / "alpha" / "study.yaml")
-    label, point = warm_starts(Space.from_spec(spec, (), "float16"))[-1]
+    label, point = warm_starts(Space.from_spec(spec, (), "float16"))[0]
     assert label == "start 1"
     assert point["scale"] == pytest.approx(0.3)
 

@@ -128,8 +128,9 @@ def test_candidates_are_evaluated_on_the_same_first_items_and_splits_are_disjoin
 def test_warm_starts_come_first_and_base_scores_as_the_base(finished, zoo):
     study, run = finished
     starts = [trial.start for trial in trials_of(run)]
-    assert starts[0] == "base"
-    assert str(zoo / "b") in starts
+    assert starts[0] == "uniform average"
+    assert starts[1] in {str(zoo / "a"), str(zoo / "b")}
+    assert sum(start is not None for start in starts) <= 16 // 3
     context = load(
         plan_study(load_study(study)), Hardware("cpu")
     )  # holds the base as loaded by transformers
@@ -137,7 +138,8 @@ def test_warm_starts_come_first_and_base_scores_as_the_base(finished, zoo):
     stored = [row for row in answers_of(run) if row[1] == "search"]
     key = baselines(context.space)[str(zoo / "base")].key
     answers = [a for row in stored if row[0] == key for a in json.loads(row[3])]
-    assert answers == [answer.value for answer in alone]
+    assert answers == [answer.value for answer in alone][: len(answers)]
+    assert answers
 
 
 def test_running_again_changes_nothing_and_evaluates_nothing(finished):
@@ -450,7 +452,7 @@ def donor_with(zoo, folder, norm):
 
 def test_candidate_with_infinite_weights_is_a_failed_trial(make_study, zoo, tmp_path):
     large = donor_with(zoo, tmp_path / "large", 1000.0)  # times 100 it is more than float16 holds
-    changes = {"dtype": "float16", "search__scale": [0, 100], "search__trials": 20}
+    changes = {"dtype": "float16", "search__scale": [0, 100], "search__trials": 45}
     study = make_study(tmp_path, models=[str(zoo / "a"), large], **changes)
     assert main(["run", str(study), "--out", str(tmp_path / "run"), "--device", "cpu"]) == 0
     failed = [t for t in trials_of(tmp_path / "run") if t.state == "fail"]
@@ -459,4 +461,4 @@ def test_candidate_with_infinite_weights_is_a_failed_trial(make_study, zoo, tmp_
     assert any("'model.norm.weight' has NaN or Inf" in error for error in errors)
     result = json.loads((tmp_path / "run" / "result.json").read_text())
     assert result["failed_trials"] == len(failed)
-    assert result["trials"] == 20 - len(failed)
+    assert result["trials"] == 45 - len(failed)
