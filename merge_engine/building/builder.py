@@ -203,10 +203,11 @@ class Builder:
         self.version += 1
         parts = self._parts(recipe)
         self._owners = {name: part for part in parts for name in part.model_set.names}
-        _check_same_layers(self.model_set.names, self._owners)
         whole = parts[0].model_set is self.model_set  # else layers are stacked, as in no donor
         if whole:
             self._merge_packs(parts[0].recipe)
+        else:
+            _check_same_layers(self.model_set.names, self._owners)
         for name in self._unpacked if whole else self.live.targets:
             self._merge_one(name)
         for name, target in self.live.targets.items():

@@ -72,7 +72,7 @@ def write_elementwise(out: Tensor, method: Elementwise, merge: PackMerge) -> Non
     weights = [w for each in merge.values if isinstance(w := each.get("weight"), tuple)]
     used = tuple(
         index
-        for index, _ in enumerate(recipe.donors)
+        for index in range(len(recipe.donors))
         if not weights or any(weight[index] for weight in weights)
     )
     base = merge.read(merge.base)

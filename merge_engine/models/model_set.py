@@ -47,14 +47,15 @@ class Layout(NamedTuple):
         only if the first is multimodal.
         """
         first = next(iter(checkpoints.values()))
-        alike = {m: is_multimodal(each.config) for m, each in checkpoints.items()}
+        multimodal = {m: is_multimodal(each.config) for m, each in checkpoints.items()}
+        alike = {m for m, kind in multimodal.items() if kind == multimodal[first.model]}
         own = {model: _names_in(each, first) for model, each in checkpoints.items()}
         names = sorted(set().union(*own.values()))
         inputs = {
             name: {
                 model: own[model].get(name, name)
                 for model in checkpoints
-                if name in own[model] or alike[model] == alike[first.model] or is_head_weight(name)
+                if name in own[model] or model in alike or is_head_weight(name)
             }
             for name in names
         }
@@ -68,7 +69,7 @@ class Layout(NamedTuple):
 
 def _names_in(checkpoint: Checkpoint, first: Checkpoint) -> Mapping[str, str]:
     """Return a model's names of its tensors, by the names that the first model has for them."""
-    same = dict(zip(checkpoint.tensors, checkpoint.tensors, strict=True))
+    same = {name: name for name in checkpoint.tensors}
     if checkpoint.layer_kinds == first.layer_kinds:
         return same
     found = match_names(first.folder, first.tensors, checkpoint.tensors)

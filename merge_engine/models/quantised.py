@@ -6,6 +6,8 @@ import re
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+from merge_engine.models.alignment import text_config
+
 _ANY = "load it with AutoModelForCausalLM, dequantise and save it"
 _BNB = "call its dequantize() in transformers and save it"
 # Kinds, the name of a tensor that only they store, and how to get full precision.
@@ -54,10 +56,7 @@ def find_quantised(dtypes: Mapping[str, str], config: Mapping[str, Any]) -> Quan
         dtypes: Name of each tensor's dtype, as in safetensors headers.
         config: The model's ``config.json``; it names the method if there is one.
     """
-    inner = config.get("text_config")
-    settings = quantisation_of(config) or (
-        quantisation_of(inner) if isinstance(inner, dict) else {}
-    )
+    settings = quantisation_of(config) or quantisation_of(text_config(config))
     method = _METHODS.get(str(settings.get("quant_method")))
     for kind, pattern, advice in _KINDS:
         shows = re.compile(pattern)

@@ -34,10 +34,7 @@ def tokenizer_table(folder: Path) -> dict[int, str]:
     Raises:
         MergeError: A file is damaged.
     """
-    table = dict[int, str]()
-    if (file := folder / "tokenizer.json").is_file():
-        table |= _read(file, _of_fast)
-    return table | added_tokens(folder)
+    return _read(folder / "tokenizer.json", _of_fast) | added_tokens(folder)
 
 
 def added_tokens(folder: Path) -> dict[int, str]:
@@ -46,14 +43,11 @@ def added_tokens(folder: Path) -> dict[int, str]:
     Raises:
         MergeError: A file is damaged.
     """
-    table = dict[int, str]()
-    if (file := folder / "tokenizer.json").is_file():
-        table |= _read(file, _added_in_fast)
-    if (file := folder / "added_tokens.json").is_file():
-        table |= _read(file, lambda raw: {number: token for token, number in raw.items()})
-    if (file := folder / "tokenizer_config.json").is_file():
-        table |= _read(file, _of_config)
-    return table
+    return {
+        **_read(folder / "tokenizer.json", _added_in_fast),
+        **_read(folder / "added_tokens.json", _of_added),
+        **_read(folder / "tokenizer_config.json", _of_config),
+    }
 
 
 def vocabulary_notes(checkpoints: Iterable[Checkpoint]) -> list[str]:
@@ -101,6 +95,11 @@ def _added_in_fast(raw: Any) -> dict[int, str]:
     return {entry["id"]: entry["content"] for entry in raw.get("added_tokens") or []}
 
 
+def _of_added(raw: Any) -> dict[int, str]:
+    """Return the added tokens in the contents of an added_tokens.json."""
+    return {number: token for token, number in raw.items()}
+
+
 def _of_config(raw: Any) -> dict[int, str]:
     """Return the added tokens in the contents of a tokenizer_config.json."""
     added = raw.get("added_tokens_decoder") or {}
@@ -108,6 +107,9 @@ def _of_config(raw: Any) -> dict[int, str]:
 
 
 def _read(file: Path, tokens_in: Any) -> dict[int, str]:
+    """Return the tokens in a file's contents; none if there is no such file."""
+    if not file.is_file():
+        return {}
     try:
         found: dict[int, str] = tokens_in(json.loads(file.read_text(encoding="utf-8")))
     except (ValueError, LookupError, TypeError, AttributeError) as error:

@@ -19,8 +19,9 @@ import torch
 from torch import Tensor
 
 from merge_engine.errors import MergeError
+from merge_engine.models.alignment import is_multimodal
 from merge_engine.models.chat_templates import CHAT_TEMPLATES
-from merge_engine.models.checkpoint import Checkpoint, Reader, open_model
+from merge_engine.models.checkpoint import Checkpoint, Reader, open_model, with_rows
 from merge_engine.models.tensor_names import input_embedding
 from merge_engine.recipe.recipe import Recipe, Tokenizer, TokenOfModel, ZeroRow
 
@@ -102,10 +103,10 @@ class Vocabulary:
 
     def resize(self, config: Mapping[str, Any]) -> dict[str, Any]:
         """Return a config with the result's number of rows and ids of special tokens."""
-        inner = config.get("text_config")
-        if isinstance(inner, dict) and "vocab_size" in inner:
-            return self.renumber(config) | {"text_config": self.resize(inner)}
-        return self.renumber(config) | {"vocab_size": self.size}
+        changed = self.renumber(config)
+        if is_multimodal(config):
+            changed["text_config"] = self.renumber(config["text_config"])
+        return with_rows(changed, self.size)
 
 
 def make_vocabulary(
