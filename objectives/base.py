@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
-    from torch import nn
+    from torch import Tensor, nn
 
 
 def printable(text: str) -> str:
@@ -112,7 +112,8 @@ class Response:
 class Objective(Protocol):
     """Evaluates a live model on some of a benchmark's items; never sees a recipe.
 
-    A user's own class need not inherit from it, and may leave ``respond`` out.
+    A user's own class need not inherit from it, and may leave out ``respond`` and what losses need:
+    ``targets``, ``right_answers`` and ``loss``. Its ``loss`` takes the model and the items alone.
 
     Attributes:
         tasks: Task name to its weight in the study's mean; weights are positive, of any scale.
@@ -138,3 +139,39 @@ class Objective(Protocol):
 
     def respond(self, model: nn.Module, items: Sequence[int]) -> list[Response]:
         """Return the text of the model's answers, one ``Response`` per item."""
+
+    def targets(self, items: Sequence[int]) -> list[str | None]:
+        """Return the labels of the items' losses that the tasks themselves have.
+
+        A label is the text of a written answer where the task's metric judges its own target right,
+        and "" where the task says in other ways what is right: choices, log-likelihoods, text. It
+        is None where the task has no label, or the objective no loss.
+        """
+
+    def right_answers(self, model: nn.Module, items: Sequence[int]) -> list[str | None]:
+        """Generate answers; return those that are judged right: labels where ``targets`` has none.
+
+        An answer is right if its value is 1, or 100 in a metric that counts in per cent. None
+        stands for a wrong one, and for items whose answers are not written.
+
+        Args:
+            model: The live model, in evaluation mode and without gradients.
+            items: Item numbers, in any order.
+        """
+
+    def loss(self, model: nn.Module, items: Sequence[int], targets: Sequence[str]) -> Tensor:
+        """Return differentiable losses (n,) of n items, float32 on the model's device.
+
+        With log-likelihoods in nats they are: of choices the cross-entropy over what the metric
+        compares, ``logsumexp(all) - logsumexp(correct)``; of a given or a written answer minus its
+        log-likelihood; of text that divided by the text's bytes in UTF-8.
+
+        Args:
+            model: The live model, in evaluation mode. Losses have gradients with respect to those
+                of its parameters that require them.
+            items: Item numbers, in any order.
+            targets: The items' labels, of ``targets`` or ``right_answers``.
+
+        Raises:
+            ObjectiveError: The objective has no loss, or a loss is not a number.
+        """

@@ -8,10 +8,10 @@ import itertools
 import math
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, TypeVar, cast
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from typing_extensions import override
 
 from objectives.base import (
@@ -50,6 +50,11 @@ class Plugin(Objective):
                 f"{self._where} has no {', '.join(missing)}; see objectives.base.Objective"
             )
         self._own = cast("Objective", own)
+        # whoever inherits from the protocol has its empty methods
+        self._responds, self._has_loss = (
+            hasattr(own, name) and getattr(type(own), name, None) is not getattr(Objective, name)
+            for name in ("respond", "loss")
+        )
         with objective_errors(f"{self._where}: its tasks and items cannot be read"):
             self.tasks = _scaled(self._own.tasks, entry.weight)
             self.items = tuple(self._own.items)
@@ -78,10 +83,31 @@ class Plugin(Objective):
 
     @override
     def respond(self, model: nn.Module, items: Sequence[int]) -> list[Response]:
-        if not hasattr(self._own, "respond"):
+        if not self._responds:
             return [Response()] * len(items)
         with objective_errors(f"{self._where}: respond"), torch.no_grad():
             return list(self._own.respond(model, items))
+
+    @override
+    def targets(self, items: Sequence[int]) -> list[str | None]:
+        return ["" if self._has_loss else None] * len(items)
+
+    @override
+    def right_answers(self, model: nn.Module, items: Sequence[int]) -> list[str | None]:
+        return [None] * len(items)
+
+    @override
+    def loss(self, model: nn.Module, items: Sequence[int], targets: Sequence[str]) -> Tensor:
+        if not self._has_loss:
+            raise ObjectiveError(f"{self._where} has no loss; add one, or tune without gradients")
+        with objective_errors(f"{self._where}: loss"):
+            found: object = cast("Any", self._own).loss(model, items)
+        if wrong := _why_no_loss(found, model, len(items)):
+            raise ObjectiveError(
+                f"{self._where}: loss gave {wrong}; return a tensor with one finite number per "
+                f"item, {len(items)} here, made from the model's outputs with gradients"
+            )
+        return cast("Tensor", found).float()
 
 
 class Suite(Objective):
@@ -109,18 +135,39 @@ class Suite(Objective):
     def respond(self, model: nn.Module, items: Sequence[int]) -> list[Response]:
         return self._map(items, lambda part, numbers: part.respond(model, numbers))
 
+    @override
+    def targets(self, items: Sequence[int]) -> list[str | None]:
+        return self._map(items, lambda part, numbers: part.targets(numbers))
+
+    @override
+    def right_answers(self, model: nn.Module, items: Sequence[int]) -> list[str | None]:
+        return self._map(items, lambda part, numbers: part.right_answers(model, numbers))
+
+    @override
+    def loss(self, model: nn.Module, items: Sequence[int], targets: Sequence[str]) -> Tensor:
+        found: dict[int, Tensor] = {}
+        for part, places in self._by_part(items).items():
+            numbers = [items[place] - self._starts[part] for place in places]
+            losses = self._parts[part].loss(model, numbers, [targets[place] for place in places])
+            found |= dict(zip(places, losses, strict=True))
+        return torch.stack([found[place] for place in range(len(items))])
+
     def _map(
         self, items: Sequence[int], call: Callable[[Objective, Sequence[int]], list[_T]]
     ) -> list[_T]:
         """Call every part with its own item numbers; return the results in the items' order."""
-        by_part: dict[int, list[int]] = defaultdict(list)
-        for number in items:
-            by_part[bisect.bisect_right(self._starts, number) - 1].append(number)
         found: dict[int, _T] = {}
-        for part, numbers in by_part.items():
-            results = call(self._parts[part], [number - self._starts[part] for number in numbers])
-            found |= dict(zip(numbers, results, strict=True))
-        return [found[number] for number in items]
+        for part, places in self._by_part(items).items():
+            results = call(self._parts[part], [items[n] - self._starts[part] for n in places])
+            found |= dict(zip(places, results, strict=True))
+        return [found[place] for place in range(len(items))]
+
+    def _by_part(self, items: Sequence[int]) -> dict[int, list[int]]:
+        """Return the places in ``items`` of each part's items, by the part's number."""
+        places: dict[int, list[int]] = defaultdict(list)
+        for place, number in enumerate(items):
+            places[bisect.bisect_right(self._starts, number) - 1].append(place)
+        return places
 
 
 def find_class(path: str) -> Callable[..., object]:
@@ -145,6 +192,18 @@ def find_class(path: str) -> Callable[..., object]:
 
 def _is_valid(result: object) -> bool:
     return isinstance(result, ItemResult) and math.isfinite(result.value) and result.tokens >= 0
+
+
+def _why_no_loss(found: object, model: nn.Module, count: int) -> str | None:
+    """Return what is wrong with the losses of ``count`` items; None if nothing is."""
+    if not isinstance(found, Tensor) or not found.is_floating_point():
+        return repr(found)
+    if found.shape != (count,):
+        return f"a tensor of shape {tuple(found.shape)}"
+    if not found.isfinite().all():
+        return f"{found.tolist()}"
+    trained = torch.is_grad_enabled() and any(each.requires_grad for each in model.parameters())
+    return "losses without gradients" if trained and not found.requires_grad else None
 
 
 def _scaled(tasks: Mapping[str, float], weight: float) -> Mapping[str, float]:

@@ -25,12 +25,13 @@ from typing import Any
 
 import torch
 from lm_eval.api.instance import Instance
-from torch import nn
+from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 from typing_extensions import override
 
 from objectives.base import ItemResult, ItemSnapshot, Objective, ObjectiveError, Response
 from objectives.harness.judging import JUDGE_SECONDS, NAN, judge, response_of
+from objectives.harness.losses import is_right, losses, targets, written_answer
 from objectives.harness.prompts import Prompting, Question, build_questions, snapshots
 from objectives.harness.quiet import quiet
 from objectives.harness.tasks import LoadedTask
@@ -85,6 +86,7 @@ class Harness(Objective):
         self.tasks = {loaded.name: loaded.weight for loaded in tasks}
         self.items = tuple(question.item for question in self.questions)
         self.judge_seconds = JUDGE_SECONDS
+        self._chat = prompting.apply_chat_template
 
     @override
     def snapshots(self, items: Sequence[int]) -> list[ItemSnapshot]:
@@ -109,6 +111,34 @@ class Harness(Objective):
             replace(responses[number], prompt=snapshot.prompt)
             for number, snapshot in zip(items, self.snapshots(items), strict=True)
         ]
+
+    @override
+    def targets(self, items: Sequence[int]) -> list[str | None]:
+        questions = [self.questions[number] for number in items]
+        with quiet(logging.ERROR):
+            return targets(questions, self.language_model, self.judge_seconds, chat=self._chat)
+
+    @override
+    def right_answers(self, model: nn.Module, items: Sequence[int]) -> list[str | None]:
+        if not self.language_model.is_differentiable:
+            return [None] * len(items)
+        written = [number for number in items if self.questions[number].item.generated]
+        questions, _ = self._evaluate(model, written)
+        with quiet(logging.ERROR):
+            judged = judge(list(questions.values()), self.judge_seconds)
+        right = {
+            number: written_answer(question, self.language_model)
+            for (number, question), result in zip(questions.items(), judged, strict=True)
+            if is_right(result)
+        }
+        return [right.get(number) for number in items]
+
+    @override
+    def loss(self, model: nn.Module, items: Sequence[int], targets: Sequence[str]) -> Tensor:
+        self._check(model, items)
+        questions = [self.questions[number] for number in items]
+        with quiet(logging.ERROR):
+            return losses(questions, targets, self.language_model)
 
     def _evaluate(
         self, model: nn.Module, items: Sequence[int]
@@ -137,14 +167,14 @@ class Harness(Objective):
     def _check(self, model: nn.Module, items: Sequence[int]) -> None:
         if model is not self.language_model.model:
             raise ObjectiveError(
-                "score: got another model than the one prepared; write weights into that one"
+                "got another model than the one prepared; write weights into that one"
             )
         if model.training:
-            raise ObjectiveError("score: the model is in training mode; call model.eval() first")
+            raise ObjectiveError("the model is in training mode; call model.eval() first")
         for number in items:
             if not 0 <= number < len(self.questions):
                 raise ObjectiveError(
-                    f"score: item {number} does not exist; there are {len(self.questions)}"
+                    f"item {number} does not exist; there are {len(self.questions)}"
                 )
 
     def _responses(self, request_type: str, requests: Sequence[Instance]) -> list[tuple[Any, int]]:

@@ -25,11 +25,12 @@ import numpy as np
 import psutil
 import torch
 from lm_eval.api.task import ConfigurableTask, Task
-from numpy.typing import NDArray
+from torch import Tensor
 
 from objectives.base import ItemResult, ObjectiveError, Response, objective_errors, printable
 from objectives.harness.metrics import PER_UNIT
 from objectives.harness.prompts import Question
+from objectives.inference.loglikelihood import Loglikelihood
 
 JUDGE_SECONDS = 30.0  # per item; MATH itself gives up on a formula after 15 s
 NAN = "a model that was sound elsewhere needs a wider dtype in the study (bfloat16, float32)"
@@ -54,13 +55,13 @@ def judge(questions: Sequence[Question], seconds: float) -> list[ItemResult]:
     """
     for question in questions:
         _check_numbers(question)
-    untrusted = [question for question in questions if _is_untrusted(question)]
+    untrusted = [question for question in questions if is_untrusted(question)]
     judged: list[ItemResult] = []
     while len(judged) < len(untrusted):
         judged += _judge_until_stopped(untrusted[len(judged) :], seconds)
     apart = iter(judged)
     return [
-        next(apart) if _is_untrusted(question) else _result_of(question) for question in questions
+        next(apart) if is_untrusted(question) else _result_of(question) for question in questions
     ]
 
 
@@ -102,9 +103,9 @@ def response_of(question: Question) -> Response:
             return Response("\n".join(responses), " | ".join(map(str, targets)) or None)
         if question.task.OUTPUT_TYPE == "multiple_choice":
             choices = question.task.doc_to_choice(question.requests[0].doc)
-            logliks = np.array([loglik for loglik, _ in responses])
-            chosen = int(_choice_scores(logliks, choices, question.metric.name).argmax())
-            correct = [choices[index] for index in _gold(question, choices)]
+            logliks = _logliks(responses)
+            chosen = int(choice_scores(logliks, choices, question.metric.name).argmax())
+            correct = [choices[index] for index in correct_choices(question, choices)]
             return Response(choices[chosen], " | ".join(correct) or None)
     if question.requests[0].request_type == "loglikelihood":
         return Response(f"log-likelihood {responses[0][0]:.2f}", question.requests[0].args[1])
@@ -128,12 +129,12 @@ def _margin(question: Question, results: Sequence[Any]) -> float | None:
     task = question.task
     if not _is_built_in(task) or question.requests[0].request_type != "loglikelihood":
         return None
-    logliks = np.array([loglik for loglik, _ in results])
+    logliks = _logliks(results)
     if task.OUTPUT_TYPE != "multiple_choice":
         return float(logliks[0])
     choices = task.doc_to_choice(question.requests[0].doc)
-    scores = _choice_scores(logliks, choices, question.metric.name)
-    gold = _gold(question, choices)
+    scores = choice_scores(logliks, choices, question.metric.name)
+    gold = correct_choices(question, choices)
     wrong = [index for index in range(len(choices)) if index not in gold]
     if not gold or not wrong:
         return None
@@ -141,10 +142,12 @@ def _margin(question: Question, results: Sequence[Any]) -> float | None:
     return margin if math.isfinite(margin) else None
 
 
-def _choice_scores(
-    logliks: NDArray[np.float64], choices: Sequence[str], metric: str
-) -> NDArray[np.float64]:
-    """Return what the metric compares, for each of n choices.
+def _logliks(responses: Sequence[Loglikelihood]) -> Tensor:
+    return torch.tensor([loglik for loglik, _ in responses], dtype=torch.float64)
+
+
+def choice_scores(logliks: Tensor, choices: Sequence[str], metric: str) -> Tensor:
+    """Return what the metric compares (n,), for each of n choices.
 
     ``logliks`` are of the n choices, and of n more without the prompt for ``acc_mutual_info``.
     """
@@ -152,13 +155,13 @@ def _choice_scores(
     if metric == "acc_mutual_info":
         return given - unconditional
     if metric == "acc_norm":
-        return given / np.maximum([len(choice) for choice in choices], 1)
+        return given / given.new_tensor([len(choice) for choice in choices]).clamp(min=1)
     if metric == "acc_bytes":
-        return given / np.maximum([len(choice.encode()) for choice in choices], 1)
+        return given / given.new_tensor([len(choice.encode()) for choice in choices]).clamp(min=1)
     return given
 
 
-def _gold(question: Question, choices: Sequence[str]) -> list[int]:
+def correct_choices(question: Question, choices: Sequence[str]) -> list[int]:
     """Return the indices of the correct choices; none if the document's label is no choice."""
     task, doc = question.task, question.requests[0].doc
     gold = task.doc_to_text(doc) if task.multiple_input else task.doc_to_target(doc)
@@ -170,7 +173,7 @@ def _gold(question: Question, choices: Sequence[str]) -> list[int]:
     return [index for index in indices if isinstance(index, int) and 0 <= index < len(choices)]
 
 
-def _is_untrusted(question: Question) -> bool:
+def is_untrusted(question: Question) -> bool:
     """Return whether scoring it reads generated text, or runs a task's own code."""
     return question.item.generated or not _is_built_in(question.task)
 

@@ -19,7 +19,8 @@ from __future__ import annotations
 import functools
 import logging
 from collections import defaultdict
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
+from dataclasses import replace
 from typing import Any, cast
 
 import torch
@@ -160,18 +161,36 @@ class FastHFLM(HFLM):  # type: ignore[misc]  # lm-eval is published without type
         scores = super()._loglikelihood_tokens(requests, *args, **settings)
         return cast("list[Loglikelihood]", scores)
 
+    @property
+    def is_differentiable(self) -> bool:
+        """Whether log-likelihoods have gradients: those of a causal model in batches of ours."""
+        is_planned = self.model.device.type == "meta"  # no mode was tried, and nothing is run
+        return self.backend == "causal" and (self.modes.scoring or is_planned)
+
+    def differentiable_loglikelihoods(self, requests: Iterable[Request]) -> Tensor:
+        """Return log-likelihoods (n,) in nats, float32, in the order of the requests' indices.
+
+        Activations of all requests are in memory until they have gone backward.
+        """
+        runner = ModelRunner(self.model, self.device, self._runner.tokens_per_batch)
+        # keys and values of a prefix are computed without gradients; hooks of a last MLP are gone
+        # when a layer computes its activations again
+        runner.modes = replace(self.modes, prefix=False, sparse_mlp=False)
+        scorer = LoglikelihoodScorer(runner)
+        return scorer.differentiable(scorer.plan(requests))
+
     def _plan_texts(
         self, texts: tuple[tuple[Hashable, Hashable, str, str], ...]
     ) -> tuple[PrefixBatches, ...]:
         """Plan requests given as (task, group, context, continuation)."""
         return self.scorer.plan(
             Request.truncated(
-                *self._encode(*pair), self.max_length, index=index, group=group, task=task
+                *self.encode_pair(*pair), self.max_length, index=index, group=group, task=task
             )
             for index, (task, group, *pair) in enumerate(texts)
         )
 
-    def _encode(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
+    def encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
         """Encode as ``TemplateLM.loglikelihood``: an empty context becomes a prefix token."""
         if context:
             return cast("tuple[list[int], list[int]]", self._encode_pair(context, continuation))
@@ -179,6 +198,11 @@ class FastHFLM(HFLM):  # type: ignore[misc]  # lm-eval is published without type
         if tokens[0] == self.prefix_token_id:
             return tokens[:1], tokens[1:]
         return [self.prefix_token_id], tokens
+
+    def encode_prompt(self, text: str) -> list[int]:
+        """Encode a text to be continued, as ``HFLM.generate_until``."""
+        tokens = self.tok_batch_encode([text], truncation=self.truncation)[0]
+        return cast("list[int]", tokens[0].tolist())
 
     @override
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
@@ -250,15 +274,17 @@ class FastHFLM(HFLM):  # type: ignore[misc]  # lm-eval is published without type
             or not own.to_diff_dict().keys() <= _HARMLESS
         ):
             return None
+        return StopCriteria.from_strings(self.stop_strings(until), max_tokens, self.tokenizer)
+
+    def stop_strings(self, until: Sequence[str]) -> list[str]:
+        """Return the strings that end a text: a task's own and the end-of-text token."""
         eos = self.tok_decode(self.eot_token_id, skip_special_tokens=False)
-        strings = handle_stop_sequences(until, eos)
-        return StopCriteria.from_strings(strings, max_tokens, self.tokenizer)
+        return cast("list[str]", handle_stop_sequences([*until], eos))
 
     def _plan_prompts(self, texts: tuple[str, ...], max_tokens: int) -> tuple[PromptBatch, ...]:
         """Plan texts to be continued, cut on the left to leave ``max_tokens`` to generate."""
         longest = self.max_length - max_tokens
-        encoded = (self.tok_batch_encode([text], truncation=self.truncation)[0] for text in texts)
-        prompts = [tuple(tokens[0, -longest:].tolist()) for tokens in encoded]
+        prompts = [tuple(self.encode_prompt(text)[-longest:]) for text in texts]
         return self.decoder.plan(prompts, max_tokens)
 
 

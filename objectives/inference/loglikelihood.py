@@ -102,6 +102,23 @@ class LoglikelihoodScorer:
                     start += length
         return scores
 
+    def differentiable(self, plan: Iterable[PrefixBatches]) -> Tensor:
+        """Return the log-likelihoods (n,) of all planned requests in the order of their indices.
+
+        They are float32 on the model's device. The plan has no prefixes, whose keys and values
+        have no gradients.
+        """
+        found: dict[int, Tensor] = {}
+        for _, batches in plan:
+            for batch in batches:
+                logits = self._logits(batch, 0, None)  # (m, vocabulary)
+                log_probs = logits.log_softmax(-1, dtype=SOFTMAX_DTYPE)
+                chosen = log_probs[batch.sources, batch.targets]
+                indices, lengths = zip(*batch.target_counts, strict=True)
+                parts = torch.split(chosen, list(lengths))
+                found |= {index: part.sum() for index, part in zip(indices, parts, strict=True)}
+        return torch.stack([found[index] for index in sorted(found)])
+
     def _logits(self, batch: TreeBatch, prefix: int, cache: DynamicCache | None) -> Tensor:
         """Return logits at the batch's predicting positions, (m, vocabulary)."""
         settings: dict[str, Any] = {"use_cache": cache is not None}
