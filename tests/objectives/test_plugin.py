@@ -7,9 +7,11 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
+from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from objectives.base import Item, ItemResult, ItemSnapshot, ObjectiveError
+from objectives.base import Item, ItemResult, ItemSnapshot, Objective, ObjectiveError, Response
 from objectives.entries import PluginEntry
 from objectives.plugin import Plugin, Suite
 
@@ -47,6 +49,21 @@ class Bare(Fixed):
 class Raising(Fixed):
     def score(self, model, items):
         raise KeyError("missing")
+
+
+class Tuned(Fixed):
+    """Has the losses that a test gives it."""
+
+    def __init__(self, model, tokenizer, losses=None, **settings):
+        super().__init__(model, tokenizer, **settings)
+        self.losses = losses
+
+    def loss(self, model, items):
+        return model.weight[0, items] if self.losses is None else self.losses
+
+
+class Inheriting(Fixed, Objective):
+    pass
 
 
 def plugin(made, **options):
@@ -111,6 +128,48 @@ def test_invalid_results_fail_the_model(name, options, message):
         plugin(name, **options).score(None, [0, 1])
 
 
+def test_losses_of_a_suite_are_those_of_its_parts_in_the_items_order():
+    model = nn.Linear(3, 1).double()
+    suite = Suite([plugin("Tuned", name="a"), plugin("Fixed", name="b"), plugin("Tuned", name="c")])
+    assert suite.targets([7, 4, 0]) == ["", None, ""]
+    assert suite.right_answers(model, [7, 4, 0]) == [None] * 3
+    losses = suite.loss(model, [7, 2, 0, 7], [""] * 4)
+    assert losses.dtype == torch.float32
+    assert losses.tolist() == model.weight[0, [1, 2, 0, 1]].float().tolist()
+    (gradient,) = torch.autograd.grad(losses.sum(), model.weight)
+    assert gradient.tolist() == [[1, 2, 1]]
+    with pytest.raises(ObjectiveError, match="has no loss; add one, or tune without gradients"):
+        suite.loss(model, [4], [""])
+
+
+@pytest.mark.parametrize(
+    ("losses", "message"),
+    [
+        ([0.5, 0.5], re.escape("loss gave [0.5, 0.5]; return a tensor with one finite number")),
+        (torch.ones(2, dtype=torch.long), "loss gave tensor"),
+        (torch.ones(2, 1), re.escape("loss gave a tensor of shape (2, 1)")),
+        (torch.tensor([1.0, math.nan]), re.escape("loss gave [1.0, nan]")),
+        (torch.ones(2), "loss gave losses without gradients"),
+    ],
+)
+def test_invalid_losses_are_refused(losses, message):
+    model = nn.Linear(3, 1)
+    objective = plugin("Tuned", losses=losses)
+    with pytest.raises(ObjectiveError, match=message):
+        objective.loss(model, [0, 1], ["", ""])
+
+
+def test_losses_need_no_gradients_of_a_model_that_has_none():
+    found = plugin("Tuned").loss(nn.Linear(3, 1).requires_grad_(False), [0, 1], ["", ""])
+    assert not found.requires_grad
+
+
+def test_methods_left_out_by_a_class_that_inherits_the_protocol_are_missing():
+    objective = plugin("Inheriting")
+    assert objective.respond(None, [0, 1]) == [Response(), Response()]
+    assert objective.targets([0, 1]) == [None, None]
+
+
 def test_readmes_objective_scores_a_model(zoo, tmp_path, monkeypatch):
     page = (Path(__file__).parents[2] / "objectives" / "README.md").read_text(encoding="utf-8")
     (code,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
@@ -125,3 +184,6 @@ def test_readmes_objective_scores_a_model(zoo, tmp_path, monkeypatch):
     assert first.margin == -turned.margin != 0
     assert first.value + turned.value == 1
     assert [each.gold for each in objective.snapshots([0, 1])] == ["aab", "zzz"]
+    losses = objective.loss(model, [0, 1], objective.targets([0, 1]))
+    assert losses.requires_grad
+    assert (losses[0] - losses[1]).item() == pytest.approx(turned.margin, rel=1e-4)
