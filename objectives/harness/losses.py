@@ -2,7 +2,8 @@
 
 A task's target is a label only where the task's own metric judges it right: the text of a written
 answer is put in where the model's would be, cut as generation would cut it, and of choices the
-correct ones are made likely.
+correct ones are made likely. A target that all documents share is a placeholder: IFEval's "0" is
+right wherever an answer must have no comma.
 """
 
 from __future__ import annotations
@@ -45,13 +46,27 @@ def targets(
     """
     if not language_model.is_differentiable:
         return [None] * len(questions)
-    candidates = [_candidates(question, language_model, chat=chat) for question in questions]
+    tasks = {question.item.task: question.task for question in questions}
+    placeholders = {name for name, task in tasks.items() if _has_one_target(task)}
+    candidates = [
+        []
+        if question.item.generated and question.item.task in placeholders
+        else _candidates(question, language_model, chat=chat)
+        for question in questions
+    ]
     judged = iter(judge([each for own in candidates for _, each in own], seconds))
     right = [[label for label, _ in own if is_right(next(judged))] for own in candidates]
     return [
         "" if _is_rolling(question) else next(iter(labels), None)
         for question, labels in zip(questions, right, strict=True)
     ]
+
+
+def _has_one_target(task: Task) -> bool:
+    """Return whether several documents of a task have one and the same target."""
+    found = (task.doc_to_target(doc) for doc in task.eval_docs)
+    first = next(found)
+    return len(task.eval_docs) > 1 and all(target == first for target in found)
 
 
 def _candidates(

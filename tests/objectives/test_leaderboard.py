@@ -142,6 +142,12 @@ def test_family_has_lm_evals_own_values(family, tmp_path, monkeypatch):
     assert [answer.value for answer in answers] == theirs
     assert {answer.fault for answer in answers} == {None}
     assert len(set(theirs)) > 1, "the test would pass on a constant"
+    labels = harness.targets(everything(harness))
+    if family == "math_hard":
+        golds = [sample["doc"]["answer"] for sample in samples]
+        assert [label.strip() for label in labels] == golds
+    else:  # the metric judges IFEval's placeholder "0" right where JSON is asked for
+        assert set(labels) == ({None} if family == "ifeval" else {""})
     prompts = [each.prompt for each in harness.snapshots(everything(harness))]
     sent = [sample["arguments"][0][0] for sample in samples]
     assert all(prompt.startswith(text) for prompt, text in zip(prompts, sent, strict=True))

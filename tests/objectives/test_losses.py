@@ -175,12 +175,14 @@ JUDGED = """def judge(doc, results):
 
 def test_right_answers_of_the_model_are_labels_of_tasks_without_targets(folder, model):
     (folder / "judged.py").write_text(JUDGED)
-    write_task(folder, "judged", **ANSWER | {"doc_to_target": "y"})
-    with (folder / "judged.yaml").open("a") as file:
-        file.write("process_results: !function judged.judge\n")
-    harness = prepare(folder, model, "judged", "choice")
+    wrong = "{{'y' * (1 + question | length % 3)}}"
+    for name, target in {"judged": wrong, "placeholder": "z"}.items():
+        write_task(folder, name, **ANSWER | {"doc_to_target": target})
+        with (folder / f"{name}.yaml").open("a") as file:
+            file.write("process_results: !function judged.judge\n")
+    harness = prepare(folder, model, "judged", "placeholder", "choice")
     items = everything(harness)
-    judged = [number for number in items if harness.items[number].task == "judged"]
+    judged = [number for number in items if harness.items[number].generated]
     assert set(harness.targets(judged)) == {None}
     answers = harness.right_answers(model, items)
     texts = [response.text for response in harness.respond(model, items)]
