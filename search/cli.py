@@ -51,10 +51,11 @@ def _run(command: str, options: Options) -> None:
     """Run a command, its libraries kept quiet from before they are imported."""
     with quiet_libraries(lambda text: listener(Note(text)), verbose=options.verbose):
         listener = _make_listener(json_lines=options.json)
+        from merge_engine.models.cache_folder import default_folder
         from merge_engine.models.statistics_cache import user_limit
         from search.running.events import Note
 
-        user_limit()  # a wrong one is said now, not by the first of many candidates
+        default_folder(), user_limit()  # said now, not by the first of many candidates
         module = import_module(f"search.commands.{COMMANDS[command].module}")
         run: Callable[[Any, Listener], None] = getattr(module, command)
         # What tasks print on their own account is no event.
@@ -77,8 +78,8 @@ def _make_listener(*, json_lines: bool) -> Listener:
 
 def _expected(error: Exception) -> tuple[str, int] | None:
     """Return the message and the exit code of an error that is no fault of this program."""
-    from merge_engine.building.export import FULL
     from merge_engine.errors import MergeError
+    from merge_engine.replacing import FULL
     from objectives.base import ObjectiveError, printable
     from search.storing.folder import Interrupted
     from search.study.spec import StudyError

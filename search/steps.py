@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-import shutil
+import os
 import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from itertools import count
 from pathlib import Path
 from types import FrameType
 from typing import Final
 
+from merge_engine.building.checksums import CHECKSUMS, is_whole, listed_files
+from merge_engine.building.export import RECIPE
 from merge_engine.recipe.recipe import Recipe
-from merge_engine.recipe.recipe_file import load_recipe
+from merge_engine.replacing import replace_text
 from search.preparing.context import StudyContext
 from search.running.conclusion import conclude
 from search.running.events import (
@@ -32,8 +35,8 @@ from search.running.workers import FAILURES, Workers
 from search.showing.card import model_card
 from search.showing.report import make_report
 from search.storing.address import DATABASE_ERRORS, Storage
-from search.storing.folder import CARD, replace_text
-from search.storing.result import Result
+from search.storing.folder import CARD
+from search.storing.result import OtherTrial, Result
 from search.storing.samples import read_samples, store_samples
 from search.storing.store import Store
 
@@ -96,14 +99,14 @@ def finish(run: Run, timeout: float) -> None:
     search(run, timeout, shows)
     result, recipe = conclude(run)
     replace_text(run.folder / "recipe.yaml", recipe.to_yaml())
-    checkpoint = run.folder / "checkpoint"
-    card = model_card(run.folder.name, run.spec, recipe, result)
-    if is_export_of(checkpoint, recipe):
-        replace_text(checkpoint / CARD, card)
-    else:
-        shutil.rmtree(checkpoint, ignore_errors=True)
-        save_checkpoint(run, recipe, checkpoint, card)
     replace_text(run.folder / "result.json", result.model_dump_json(indent=2) + "\n")
+    checkpoint = run.folder / "checkpoint"
+    card = card_of(run, checkpoint, recipe, result)
+    if not is_export_of(checkpoint, recipe):
+        _make_room(run, checkpoint)
+        save_checkpoint(run, recipe, checkpoint, card)
+    elif card:
+        replace_text(checkpoint / CARD, card)
     _sample_test_items(run, result)
     draw_report(run)
     run.listener(RunFinished(result, run.folder))
@@ -154,10 +157,44 @@ def draw_report(run: Run) -> None:
         run.listener(Note(f"there is no report.html: {error}"))
 
 
+def card_of(
+    run: Run, out: Path, recipe: Recipe, result: Result | None, other: OtherTrial | None = None
+) -> str:
+    """Write the card of a checkpoint; "" where that fails, which stops no run."""
+    name = run.folder.name if out.parent == run.folder else out.name
+    try:
+        return model_card(name, run.spec, recipe, result, other)
+    except Exception as error:  # whatever it is
+        run.listener(Note(f"{out} gets no card: {type(error).__name__}: {error}"))
+        return ""
+
+
 def is_export_of(checkpoint: Path, recipe: Recipe) -> bool:
-    """Return whether a folder holds the checkpoint of this recipe."""
-    file = checkpoint / "mergekit_config.yml"
-    return file.is_file() and load_recipe(file)[0].key == recipe.key
+    """Read a folder back: whether it holds the checkpoint of this recipe, whole."""
+    file = checkpoint / RECIPE
+    if checkpoint.is_symlink() or RECIPE not in listed_files(checkpoint):
+        return False
+    return file.read_text(encoding="utf-8") == recipe.to_yaml() and is_whole(checkpoint)
+
+
+def _make_room(run: Run, checkpoint: Path) -> None:
+    """Remove an earlier winner's checkpoint, but nothing else that lies in its folder."""
+    if not os.path.lexists(checkpoint):
+        return
+    if not checkpoint.is_symlink():
+        for name in (*listed_files(checkpoint), CARD, CHECKSUMS):
+            (checkpoint / name).unlink(missing_ok=True)
+        for folder in (*(path for path in checkpoint.iterdir() if path.is_dir()), checkpoint):
+            with suppress(OSError):  # it has other files
+                folder.rmdir()
+    if os.path.lexists(checkpoint):
+        aside = next(
+            path
+            for number in count(1)
+            if not os.path.lexists(path := checkpoint.with_name(f"checkpoint-old-{number}"))
+        )
+        checkpoint.rename(aside)
+        run.listener(Note(f"{checkpoint} was not this run's alone: {aside} has what was in it"))
 
 
 def save_checkpoint(run: Run, recipe: Recipe, out: Path, card: str) -> None:

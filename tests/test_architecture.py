@@ -20,7 +20,16 @@ ROOMS = {
         *("wording", "study", "racing", "storing", "proposing", "preparing", "process"),
         *("running", "showing", "options", "steps", "session", "arguments", "commands", "cli"),
     ],
-    "merge_engine": ["errors", "schema", "numerics", "methods", "recipe", "models", "building"],
+    "merge_engine": [
+        "errors",
+        "schema",
+        "replacing",
+        "numerics",
+        "methods",
+        "recipe",
+        "models",
+        "building",
+    ],
     "objectives": ["base", "entries", "items", "scores", "inference", "harness", "plugin"],
 }
 MODULE, CLASS, FUNCTION = 400, 220, 60  # lines at most

@@ -1,17 +1,17 @@
 """Write a checkpoint that any library can load: weights, config, tokenizer, recipe.
 
-It is written under another name and renamed when complete, so a folder that exists is complete.
+It is written under another name and renamed when complete, so a folder that exists is complete;
+the checksums in it say whether it still is. Of the reference's files those with known names are
+copied, and links that lead out of its folder are refused: a checkpoint may be published.
 Tensors are written one by one to their offsets: memory holds one, whatever the model's size.
 """
 
 from __future__ import annotations
 
-import contextlib
-import errno
 import json
 import os
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,14 +19,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from merge_engine.building.checksums import write_checksums
 from merge_engine.errors import MergeError
 from merge_engine.models.checkpoint import Checkpoint
 from merge_engine.models.vocabulary import Vocabulary
 from merge_engine.models.weights_file import DTYPES
 from merge_engine.recipe.recipe import Recipe
+from merge_engine.replacing import new_folder
 
 SHARD_BYTES = 5_000_000_000
-FULL = (errno.ENOSPC, errno.EDQUOT)  # of a full disk
+RECIPE = "mergekit_config.yml"  # in a checkpoint, as mergekit calls it
 TOKENIZER_FILES = (
     *("tokenizer*", "special_tokens_map.json", "added_tokens.json", "chat_template*"),
     *("*vocab*", "*.model", "*.spm", "*.tiktoken", "*.tokenizer", "tekken.json", "merges.txt"),
@@ -44,7 +46,7 @@ class CheckpointFiles:
 
     # The model whose config, generation config and tokenizer files are copied.
     reference: Checkpoint
-    recipe: Recipe  # stored as `mergekit_config.yml`
+    recipe: Recipe  # stored as RECIPE
     config: Mapping[str, Any] | None = None  # used instead of the reference's
     generation_config: Mapping[str, Any] | None = None  # used instead of the reference's
     tokenizer: Any = None  # used instead of the reference's
@@ -71,6 +73,25 @@ class CheckpointFiles:
         )
 
 
+def files_to_copy(
+    reference: Checkpoint, config: Mapping[str, Any], *, tokenizer: bool = True
+) -> list[tuple[Path, Path]]:
+    """List the files of a reference that its results need, and their paths in a checkpoint.
+
+    ``config`` is the result's; its tokenizer is the reference's, or else one of its own.
+
+    Raises:
+        MergeError: One is a link that leads out of the reference's folder.
+    """
+    patterns = [*PROCESSOR_FILES, "generation_config.json"]
+    if "auto_map" in config:  # the model's class is in Python files of its own
+        patterns.append("*.py")
+    return [
+        *_matching(reference.tokenizer_folder, TOKENIZER_FILES if tokenizer else ()),
+        *_matching(reference.folder, patterns),
+    ]
+
+
 def write_checkpoint(
     tensors: Iterable[tuple[str, Tensor]],
     out: Path,
@@ -89,32 +110,14 @@ def write_checkpoint(
         shard_bytes: Limit of a file's tensors, unless a single one takes more.
 
     Raises:
-        MergeError: ``out`` exists, or cannot be made.
+        MergeError: ``out`` exists, cannot be made, or another process is writing it.
         OSError: Writing failed, for instance on a full disk; ``out`` does not exist then.
     """
-    if out.exists():
-        raise MergeError(f"{out} exists; choose another folder or remove it")
-    partial = out.with_name(out.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    made = [folder for folder in (partial, *partial.parents) if not folder.exists()]
-    try:
-        partial.mkdir(parents=True)
-    except OSError as error:
-        if error.errno in FULL:  # another folder would not help
-            raise
-        raise MergeError(f"{out}: {error.strerror}; choose another folder") from None
-    try:
+    _files_to_copy(files)  # what cannot be copied is said before anything is written
+    with new_folder(out) as partial:
         _write_weights(tensors, shapes, partial, shard_bytes)
         _write_others(files, shapes, partial)
-        partial.rename(out)
-    except BaseException as error:
-        shutil.rmtree(partial)
-        for folder in made[1:]:
-            with contextlib.suppress(OSError):  # in use by another process by now
-                folder.rmdir()
-        if isinstance(error, OSError) and error.errno is not None:  # a full disk names no file
-            raise OSError(error.errno, error.strerror, str(out)) from error
-        raise
+        write_checksums(partial)
 
 
 def write_outline(out: Path, shapes: Mapping[str, Tensor], files: CheckpointFiles) -> None:
@@ -134,28 +137,37 @@ def _write_others(files: CheckpointFiles, shapes: Mapping[str, Tensor], folder: 
     _write_json(config, folder / "config.json")
     if files.generation_config is not None:
         _write_json(files.generation_config, folder / "generation_config.json")
-    elif (file := reference.folder / "generation_config.json").is_file():
-        shutil.copyfile(file, folder / file.name)
-    patterns = [*PROCESSOR_FILES]
-    if "auto_map" in config:  # the model's class is in Python files of its own
-        patterns.append("*.py")
     if files.tokenizer is not None:
         files.tokenizer.save_pretrained(folder)
-    else:
-        _copy_files(reference.tokenizer_folder, TOKENIZER_FILES, folder)
-    _copy_files(reference.folder, patterns, folder)
-    (folder / "mergekit_config.yml").write_text(
-        files.text or files.recipe.to_yaml(), encoding="utf-8"
-    )
-
-
-def _copy_files(source: Path, patterns: Iterable[str], folder: Path) -> None:
-    """Copy the files that match a pattern and have not been written already."""
-    for file in (file for pattern in patterns for file in source.glob(pattern) if file.is_file()):
-        target = folder / file.relative_to(source)
+    for source, name in _files_to_copy(files):
+        target = folder / name
         if not target.exists():
             target.parent.mkdir(exist_ok=True)
-            shutil.copyfile(file, target)
+            shutil.copyfile(source, target)
+    (folder / RECIPE).write_text(files.text or files.recipe.to_yaml(), encoding="utf-8")
+
+
+def _files_to_copy(files: CheckpointFiles) -> list[tuple[Path, Path]]:
+    config = files.config or files.reference.config
+    return files_to_copy(files.reference, config, tokenizer=files.tokenizer is None)
+
+
+def _matching(folder: Path, patterns: Iterable[str]) -> Iterator[tuple[Path, Path]]:
+    """Yield a model's files that match a pattern, and their paths in its folder.
+
+    Raises:
+        MergeError: One is a link to a file of another folder.
+    """
+    own = folder.resolve()
+    if own.parent.name == "snapshots":  # of the hub's cache, whose files are links to blobs
+        own = own.parent.parent
+    for file in (file for pattern in patterns for file in folder.glob(pattern) if file.is_file()):
+        if not file.resolve().is_relative_to(own):
+            raise MergeError(
+                f"{file} is a link to {file.resolve()}, outside of the model's folder, and would "
+                "be copied into the checkpoint; put the file itself there, or remove the link"
+            )
+        yield file, file.relative_to(folder)
 
 
 def _write_json(contents: Mapping[str, Any], file: Path) -> None:

@@ -23,7 +23,7 @@ from merge_engine.errors import MergeError
 from merge_engine.models.adapter_fit import Base, fit
 from merge_engine.models.alignment import is_multimodal, text_type
 from merge_engine.models.architecture import load_config
-from merge_engine.models.fingerprint import fingerprint
+from merge_engine.models.fingerprint import KnownFiles
 from merge_engine.models.locating import files_there, locate
 from merge_engine.models.lora import Adapter
 from merge_engine.models.model_folder import WEIGHTS, Weights, find_weights, read_json, way_out
@@ -151,15 +151,18 @@ class Checkpoint:
             return name
         return input_embedding(self.tensors) if is_head_weight(name) else None
 
-    @cached_property
-    def fingerprint(self) -> str:
-        """Identifies the model's weights; a copy of the files has another fingerprint."""
-        return fingerprint(self._weights.files)
-
     @property
-    def content_hash(self) -> str:
-        """Identifies the model's weights; a copy of the files has the same hash."""
-        return fingerprint(self._weights.files, dated=False)
+    def fingerprint(self) -> str:
+        """Identifies the model's weights; a copy of the files has the same fingerprint."""
+        return self._known_files.fingerprint
+
+    def has_changed(self) -> bool:
+        """Return whether the weights are other ones than when first asked for a fingerprint."""
+        return self._known_files.have_changed()
+
+    @cached_property
+    def _known_files(self) -> KnownFiles:
+        return KnownFiles(self._weights.files)
 
     def must_have(self, name: str) -> bool:
         """Return whether the model is incomplete without a tensor.
@@ -256,13 +259,8 @@ class Adapted(Checkpoint):
 
     @cached_property
     @override
-    def fingerprint(self) -> str:
-        return f"{self._base.fingerprint}+{fingerprint(self._adapter.files)}"
-
-    @property
-    @override
-    def content_hash(self) -> str:
-        return f"{self._base.content_hash}+{fingerprint(self._adapter.files, dated=False)}"
+    def _known_files(self) -> KnownFiles:
+        return KnownFiles([*self._base._weights.files, *self._adapter.files])
 
     def _base_name(self, name: str) -> str:
         """Return the base's tensor that one of the model's is made of."""

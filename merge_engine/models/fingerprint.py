@@ -1,32 +1,106 @@
-"""Fingerprints of weight files: which weights these are, without reading all of them."""
+"""Fingerprints of weight files: which weights these are, by every byte of them.
+
+A checksum is kept in the cache folder and computed again when the file's size, inode or times have
+changed. XXH3 is as fast as memory, so that a disk sets the pace: 16 GB take seconds, once.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
-from collections.abc import Iterable
+import json
+import time
+from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
-SAMPLES = 64  # read of each file
-SAMPLE_BYTES = 1 << 16
+from xxhash import xxh3_128
+
+from merge_engine.models.cache_folder import default_folder
+from merge_engine.replacing import replace_text
+
+CHUNK = 1 << 22  # bytes that are read at once
+SETTLED = 2_000_000_000  # ns after which another change has another time
 
 
-def fingerprint(files: Iterable[Path], *, dated: bool = True) -> str:
-    """Hash the size, the safetensors header and 64 equally spaced samples of 64 KiB of each file.
+class FileState(NamedTuple):
+    """What changes with a file's contents, without reading them."""
 
-    A fine-tune may differ outside of the samples only, so the modification time is hashed as well:
-    measuring a copied model again costs seconds, mistaking one for another would cost the study.
-    Without it (not ``dated``) copies have equal fingerprints.
-    """
+    size: int  # bytes
+    modified: int  # ns
+    changed: int  # ns; unlike the time before, no program can set it
+    inode: int
+    device: int
+
+    @classmethod
+    def of(cls, file: Path) -> FileState:
+        """Return a file's state; OSError if there is no file."""
+        status = file.stat()
+        times = (status.st_mtime_ns, status.st_ctime_ns)
+        return cls(status.st_size, *times, status.st_ino, status.st_dev)
+
+    @property
+    def is_settled(self) -> bool:
+        """Whether a later change is certain to have another time."""
+        return time.time_ns() - max(self.modified, self.changed) > SETTLED
+
+
+def checksum(file: Path) -> str:
+    """Hash a file's bytes, as ``xxh128sum`` does."""
+    digest, buffer = xxh3_128(), memoryview(bytearray(CHUNK))
+    with file.open("rb", buffering=0) as opened:
+        while count := opened.readinto(buffer):
+            digest.update(buffer[:count])
+    return digest.hexdigest()
+
+
+def known_checksum(file: Path) -> str:
+    """Return a file's ``checksum``, read from the cache folder if the file has not changed."""
+    state, path = FileState.of(file), str(file.resolve())
+    name = hashlib.blake2b(path.encode(errors="surrogateescape"), digest_size=20).hexdigest()
+    kept = default_folder() / "checksums" / f"{name}.json"
+    with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
+        found = json.loads(kept.read_bytes())
+        if found["sum"] == _sum_of(found["checksum"], state):
+            return str(found["checksum"])
+    digest = checksum(file)
+    if FileState.of(file) == state and state.is_settled:
+        with contextlib.suppress(OSError):  # it is computed again
+            kept.parent.mkdir(parents=True, exist_ok=True)
+            replace_text(kept, json.dumps({"checksum": digest, "sum": _sum_of(digest, state)}))
+    return digest
+
+
+def _sum_of(digest: str, state: FileState) -> str:
+    return hashlib.blake2b(f"{digest} {[*state]}".encode(), digest_size=16).hexdigest()
+
+
+def fingerprint(files: Sequence[Path]) -> str:
+    """Hash all bytes of some files; copies of them have the same fingerprint."""
     digest = hashlib.blake2b(digest_size=16)
     for file in files:
-        status = file.stat()
-        digest.update(f"{status.st_size} {status.st_mtime_ns if dated else ''} ".encode())
-        with file.open("rb") as opened:
-            length = int.from_bytes(opened.read(8), "little")
-            if file.suffix == ".safetensors":
-                digest.update(opened.read(length))
-            last = max(0, status.st_size - SAMPLE_BYTES)
-            for start in sorted({last * number // (SAMPLES - 1) for number in range(SAMPLES)}):
-                opened.seek(start)
-                digest.update(opened.read(SAMPLE_BYTES))
+        digest.update(known_checksum(file).encode())
     return digest.hexdigest()
+
+
+class KnownFiles:
+    """Files as they are when this is made.
+
+    Attributes:
+        fingerprint: Of them all.
+    """
+
+    def __init__(self, files: Sequence[Path]) -> None:
+        self._files, self._states = files, [FileState.of(file) for file in files]
+        self.fingerprint = fingerprint(files)
+
+    def have_changed(self) -> bool:
+        """Return whether there is another byte in them; they are read if their states differ."""
+        try:
+            states = [FileState.of(file) for file in self._files]
+            if states != self._states and fingerprint(self._files) != self.fingerprint:
+                return True
+        except OSError:  # one is gone
+            return True
+        self._states = states
+        return False

@@ -2,8 +2,9 @@
 
 A file holds one statistic of one tensor of some models. Its name is a digest of the models'
 fingerprints, so files never change and are never out of date; the folder may be removed at any
-time. The cache never raises: what is missing or damaged is computed again, what cannot be stored is
-not.
+time. It carries a checksum of what is in it and of its name, so that a damaged file, or another in
+its place, is found. The cache never raises: what is missing or damaged is computed again, what
+cannot be stored is not.
 
 The folder has a size limit, beyond which the least recently used files are removed. It is measured
 when a ``StatisticsCache`` first stores a file, and again after each 64th of the limit that it has
@@ -19,29 +20,24 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+from xxhash import xxh3_128
 
 from merge_engine.errors import MergeError
+from merge_engine.models.cache_folder import default_folder
 from merge_engine.models.memory_plan import parse_size
 
-FORMAT = 2  # raise it when a statistic is computed or stored in another way
+FORMAT = 3  # raise it when a statistic is computed or stored in another way
 MOST = 20 << 30  # bytes
 SHARE = 10  # the default limit is at most a tenth of the space that the folder could take
 CHECKS = 64  # the folder is measured so often while as much is stored as it may hold
 _CACHED = re.compile(r"[0-9a-f]{40}\.safetensors(\.\w+\.partial)?")
-
-
-def default_folder() -> Path:
-    """Return ``$MERGESEARCH_CACHE``, or else ``mergesearch`` in the user's cache folder."""
-    if own := os.environ.get("MERGESEARCH_CACHE"):
-        return Path(own).expanduser()
-    shared = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(shared).expanduser() / "mergesearch"
 
 
 def user_limit() -> int | None:
@@ -86,7 +82,8 @@ class StatisticsCache:
             handle, partial = tempfile.mkstemp(".partial", f"{file.name}.", file.parent)
             os.close(handle)
             try:
-                save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial)
+                stored = {name: tensor.contiguous() for name, tensor in tensors.items()}
+                save_file(stored, partial, {"checksum": _checksum(file, stored)})
                 Path(partial).replace(file)
             finally:
                 Path(partial).unlink(missing_ok=True)
@@ -127,10 +124,23 @@ class StatisticsCache:
 
 def _load(file: Path) -> dict[str, Tensor] | None:
     try:
+        if not file.is_file():  # a pipe would have us wait
+            return None
         with safe_open(file, framework="pt", device="cpu") as opened:
             found = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+            if (opened.metadata() or {}).get("checksum") != _checksum(file, found):
+                return None
     except (OSError, SafetensorError):
         return None
     with contextlib.suppress(OSError):  # another user's, or removed by now
         os.utime(file)
     return found
+
+
+def _checksum(file: Path, tensors: Mapping[str, Tensor]) -> str:
+    """Hash a file's name, and the names, types, shapes and values of the tensors in it."""
+    digest = xxh3_128(file.name.encode())
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tensor.dtype} {[*tensor.shape]}".encode())
+        digest.update(tensor.cpu().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()

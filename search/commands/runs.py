@@ -6,6 +6,7 @@ from pathlib import Path
 
 from merge_engine.errors import MergeError
 from merge_engine.recipe.recipe import Recipe
+from merge_engine.replacing import replace_text
 from objectives.entries import PromptEntry
 from search.options import ExportOptions, PushOptions, ReportOptions, SampleOptions
 from search.running.conclusion import other_trial
@@ -13,12 +14,11 @@ from search.running.events import CommandDone, Listener, Note, SamplesReady
 from search.running.run import Run
 from search.running.sampling import of_items, of_prompts
 from search.session import Session
-from search.showing.card import model_card
 from search.showing.hub import push as push_to_hub
 from search.showing.report import make_report
-from search.steps import is_export_of, save_checkpoint
+from search.steps import card_of, is_export_of, save_checkpoint
 from search.storing.address import Storage
-from search.storing.folder import CARD, check_folder, is_held, replace_text
+from search.storing.folder import CARD, check_folder, is_held
 from search.storing.result import read_result
 from search.storing.resume import find_trial, stored_spec
 from search.storing.samples import store_samples
@@ -47,7 +47,7 @@ def export(options: ExportOptions, listener: Listener) -> None:
         else:
             recipe = run.find_recipe(options.trial)
             other = other_trial(run, options.trial, recipe, result)
-        card = model_card(options.out.name, run.spec, recipe, result, other)
+        card = card_of(run, options.out, recipe, result, other)
         save_checkpoint(run, recipe, options.out, card)
         listener(CommandDone("", {"checkpoint": str(options.out)}))
 
@@ -97,7 +97,10 @@ def push(options: PushOptions, listener: Listener) -> None:
         raise StudyError(f"{run} has no result yet; push it when the run has finished")
     recipe, checkpoint = Recipe.model_validate(result.winner.recipe), run / "checkpoint"
     if not is_export_of(checkpoint, recipe) or not (checkpoint / CARD).is_file():
-        raise StudyError(f"{checkpoint} is not what result.json speaks of; finish the run again")
+        raise StudyError(
+            f"{checkpoint} is not whole, or not what result.json speaks of; run the study again, "
+            "which makes it anew"
+        )
     if folders := [model for model in recipe.models_read if Path(model).is_absolute()]:
         listener(Note(f"the recipe names folders of this machine: {', '.join(folders)}"))
     url = push_to_hub(checkpoint, run / "recipe.yaml", options.repo, private=options.private)

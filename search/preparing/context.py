@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, cast
 
 from merge_engine.building.builder import Builder
+from merge_engine.building.export import files_to_copy
 from merge_engine.building.live_tensors import LiveTensors
 from merge_engine.models.alignment import is_multimodal
 from merge_engine.models.checkpoint import Checkpoint
@@ -98,7 +99,7 @@ class StudyContext:
     objective: Objective  # the items, and how they are scored
     splits: Splits  # item numbers of each split
     space: Space  # the recipes that are searched
-    models: Mapping[str, str]  # content hash of each model's weights, by its name
+    models: Mapping[str, Checkpoint]  # by name
     # The items under donors' own chat templates, by donor.
     own_templates: Mapping[str, BoundTemplate] = field(default_factory=dict, kw_only=True)
 
@@ -142,6 +143,7 @@ def plan_study(spec: StudySpec, *, compiled: bool = True) -> StudyPlan:
     if models.vocabulary is None:
         check_tokenizer(models.reference)
     _check_config(models.reference)
+    files_to_copy(models.reference, models.reference.config, tokenizer=models.vocabulary is None)
     _check_kinds(spec, models)
     if spec.search.sampler not in SAMPLERS:  # the user's own may be missing
         from search.proposing.samplers import load_sampler
@@ -237,8 +239,8 @@ def _bind(plan: StudyPlan, model: PreTrainedModel) -> StudyContext:
     """Prepare the study's prompts and own objectives for a model."""
     tokenizer = study_tokenizer(plan.spec, plan.model_set)
     objective, splits = bind_tasks(plan.spec, plan.tasks, model, tokenizer)
-    hashes = {name: model.content_hash for name, model in plan.model_set.checkpoints.items()}
+    models = plan.model_set.checkpoints
     own = bind_own_templates(
         plan.spec, plan.model_set, plan.own_templates, model, tokenizer, objective
     )
-    return StudyContext(plan.spec, objective, splits, plan.space, hashes, own_templates=own)
+    return StudyContext(plan.spec, objective, splits, plan.space, models, own_templates=own)

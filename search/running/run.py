@@ -78,7 +78,8 @@ class Run:
         context = self.context
         check_same(self.folder, self.log, self.spec)
         check_items(self.folder, self.store, context.objective, context.splits)
-        check_models(self.folder, self.log, context.models)
+        fingerprints = {name: model.fingerprint for name, model in context.models.items()}
+        check_models(self.folder, self.log, fingerprints)
         self.log.set_header(  # for what has the database alone, such as the report
             baselines={name: recipe.key for name, recipe in baselines(context.space).items()},
             own_templates={name: one.key for name, one in under_own_templates(context).items()},

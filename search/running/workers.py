@@ -21,10 +21,12 @@ from typing_extensions import override
 from merge_engine.building.export import CheckpointFiles, write_checkpoint
 from merge_engine.errors import MergeError
 from merge_engine.recipe.recipe import Recipe
+from merge_engine.replacing import replace_text
 from objectives.base import ItemResult, ObjectiveError, Response
 from objectives.entries import PromptEntry
 from search.preparing.context import LiveContext, load_prompts
 from search.storing.folder import CARD, Interrupted
+from search.study.spec import StudyError
 
 ROUNDED: Final = 0.02  # share of an export's results that may differ by rounding
 FAILURES: Final = (MergeError, ObjectiveError)  # the candidate's own: the search goes on
@@ -101,7 +103,7 @@ class Worker:
             ObjectiveError: The model it makes gives no usable result.
         """
         start = time.perf_counter()
-        with _oom_fails_candidate():
+        with self._unchanged_weights(), _oom_fails_candidate():
             self.context.builder.build(job.recipe)
             built = time.perf_counter()
             objective = self.context.objective_of(job.template)
@@ -136,6 +138,8 @@ class Worker:
     ) -> ExportCheck:
         """Build a recipe once more, compare its results with those stored, and save it.
 
+        ``card`` is the checkpoint's; "": it has none.
+
         On another machine, or in smaller batches, rounding may decide a few items otherwise. Where
         judging failed, now or then, there is nothing to compare: a time limit was in play.
 
@@ -144,7 +148,8 @@ class Worker:
                 what was scored.
         """
         builder = self.context.builder
-        builder.build(recipe, force=True)
+        with self._unchanged_weights():
+            builder.build(recipe, force=True)
         pairs = [
             (new.value, old.value)
             for job, results in evaluated
@@ -161,9 +166,28 @@ class Worker:
             )
         models = builder.model_set
         files = CheckpointFiles.of(models.reference, recipe, models.vocabulary)
-        write_checkpoint(builder.tensors(), out, shapes=builder.shapes(), files=files)
-        (out / CARD).write_text(card, encoding="utf-8")
+        with self._unchanged_weights():
+            write_checkpoint(builder.tensors(), out, shapes=builder.shapes(), files=files)
+        if card:
+            replace_text(out / CARD, card)
         return ExportCheck(len(pairs), differing, socket.gethostname())
+
+    @contextmanager
+    def _unchanged_weights(self) -> Iterator[None]:
+        """Refuse what was made of weights that have changed since they were first read.
+
+        Raises:
+            StudyError: They have; even if what was made of them has failed.
+        """
+        try:
+            yield
+        finally:
+            models = self.context.models
+            if changed := [name for name, model in models.items() if model.has_changed()]:
+                raise StudyError(
+                    f"the weights of {', '.join(changed)} have changed while they were used, so "
+                    "the run has stopped; restore them, and run it again"
+                )
 
     def check_finite(self) -> None:
         """Read all donors.

@@ -2,25 +2,28 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Final
 
 import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from merge_engine.errors import MergeError
 from merge_engine.models.locating import locate
 from merge_engine.recipe.recipe import Recipe
 from objectives.base import printable
 from search.storing.folder import CARD
 from search.storing.result import OtherTrial, Result, Score, ScoreTable, package_versions
 from search.study.spec import StudySpec
-from search.wording import bracketed, percent
+from search.wording import bracketed, percent, shortened
 
 TEMPLATE: Final = Path(__file__).with_name("card.md")
 TAGS: Final = ["merge", "mergekit", "mergesearch"]
 LICENCE: Final = ("license", "license_name", "license_link")
+LONGEST_FRONT: Final = 100_000  # letters of a card that are read for its licence
+LONGEST_LICENCE: Final = 200  # letters of a licence
 
 
 def model_card(
@@ -119,11 +122,21 @@ def _cell(text: str) -> str:
 
 def _licence(model: str) -> Mapping[str, str]:
     """Read the licence from a model's own card; empty where it has no readable one."""
-    try:
-        data = ModelCard.load(locate(model) / CARD, ignore_metadata_errors=True).data.to_dict()
-    except (MergeError, OSError, ValueError, yaml.YAMLError):
-        return {}
-    return {key: data[key] for key in LICENCE if isinstance(data.get(key), str)}
+    with suppress(Exception):  # anything may be in it, and it is no reason to stop
+        file = locate(model) / CARD
+        if not file.is_file():
+            return {}
+        with file.open(encoding="utf-8") as opened:
+            front = re.match(
+                r"\ufeff?---\s*?\n(.*?)\n---\s*?(\n|$)", opened.read(LONGEST_FRONT), re.S
+            )
+        data = yaml.safe_load(front[1]) if front else {}
+        return {
+            key: shortened(printable(data[key]), LONGEST_LICENCE)
+            for key in LICENCE
+            if isinstance(data.get(key), str)
+        }
+    return {}
 
 
 def _shared(licences: Sequence[Mapping[str, str]]) -> Mapping[str, Any]:

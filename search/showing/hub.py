@@ -9,7 +9,8 @@ from typing import Final
 from huggingface_hub import CommitOperationAdd, HfApi, get_token
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
-from search.storing.folder import Interrupted
+from merge_engine.building.checksums import CHECKSUMS, listed_files
+from search.storing.folder import CARD, Interrupted
 from search.study.spec import StudyError
 
 TEMPORARY: Final = (408, 429)  # HTTP statuses of requests that may succeed later
@@ -17,6 +18,8 @@ TEMPORARY: Final = (408, 429)  # HTTP statuses of requests that may succeed late
 
 def push(checkpoint: Path, recipe: Path, repo: str, *, private: bool) -> str:
     """Upload a checkpoint with its card, and the recipe, in one commit; return the address.
+
+    Of the checkpoint's folder only what was written as the checkpoint is sent.
 
     Raises:
         StudyError: The id is invalid, there is no token, or the Hub refuses.
@@ -27,8 +30,11 @@ def push(checkpoint: Path, recipe: Path, repo: str, *, private: bool) -> str:
         raise StudyError(
             "there is no token of the Hub; log in with `hf auth login`, or set HF_TOKEN"
         )
-    files = [file for file in checkpoint.iterdir() if file.is_file() and file.suffix != ".partial"]
-    additions = [CommitOperationAdd(file.name, file) for file in [*files, recipe]]
+    sent = {name: checkpoint / name for name in (*listed_files(checkpoint), CHECKSUMS, CARD)}
+    sent[recipe.name] = recipe
+    additions = [
+        CommitOperationAdd(name, file) for name, file in sent.items() if not file.is_symlink()
+    ]
     try:
         url = api.create_repo(repo, private=private or None, exist_ok=True)
         api.create_commit(

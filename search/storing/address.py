@@ -18,7 +18,8 @@ from optuna.exceptions import StorageInternalError
 from sqlalchemy import URL, create_engine, make_url
 from sqlalchemy.exc import ArgumentError, DBAPIError
 
-from search.storing.folder import DATABASE, REMEMBERED, Interrupted, replace_text
+from merge_engine.replacing import replace_text
+from search.storing.folder import DATABASE, REMEMBERED, Interrupted
 from search.study.spec import StudyError
 
 # A server that is gone is noticed, and does not hang the run.
@@ -78,7 +79,7 @@ class Storage:
         """Write the address into the run folder, without a password."""
         if self != self.file(folder / DATABASE):
             known = {"url": self.name, "study": self.study}
-            replace_text(folder / REMEMBERED, json.dumps(known) + "\n")
+            replace_text(folder / REMEMBERED, json.dumps(known) + "\n", private=True)
 
     @property
     def name(self) -> str:

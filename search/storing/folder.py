@@ -15,13 +15,18 @@ from typing import Final
 
 from filelock import FileLock, Timeout
 
-from merge_engine.building.export import FULL
+from merge_engine.replacing import FULL, remove_partials
 from search.study.spec import StudyError
 
 DATABASE: Final = "study.db"  # in a run folder, unless there is a
 REMEMBERED: Final = "storage.json"  # with the URL of another one, and the study's name there
 CARD: Final = "README.md"  # in an exported folder
 _LOCK: Final = "lock"
+# What a run writes in its folder.
+NAMES: Final = (
+    *(_LOCK, DATABASE, f"{DATABASE}-journal", f"{DATABASE}-wal", f"{DATABASE}-shm", REMEMBERED),
+    *("recipe.yaml", "result.json", "report.html", "samples.json", "checkpoint"),
+)
 _ASIDE: Final = re.compile(r"old-(\d+)$")
 
 
@@ -56,6 +61,12 @@ def has_run(folder: Path) -> bool:
 
 
 def _check_ours(run: Path) -> None:
+    """Refuse a folder with other files, or in which a link would have us write elsewhere."""
+    if linked := [name for name in NAMES if (run / name).is_symlink()]:
+        raise StudyError(
+            f"{run / linked[0]} is a link, and the run would write where it leads; remove it, or "
+            "link the whole folder"
+        )
     if run.is_dir() and any(run.iterdir()) and not (has_run(run) or (run / _LOCK).exists()):
         raise StudyError(f"{run} holds other files; choose an empty folder or a run to resume")
 
@@ -68,7 +79,7 @@ def locked(run: Path) -> Iterator[None]:
         StudyError: It cannot be made, holds other files, or another process has it.
     """
     try:
-        run.mkdir(parents=True, exist_ok=True)
+        run.mkdir(mode=0o700, parents=True, exist_ok=True)  # it holds answers
         _check_ours(run)
         lock = FileLock(run / _LOCK)
         held = lock.acquire(blocking=False)
@@ -79,6 +90,7 @@ def locked(run: Path) -> Iterator[None]:
             raise
         raise StudyError(f"{run}: {error.strerror}; choose another folder") from None
     with held:
+        remove_partials(run)
         yield
 
 
@@ -110,10 +122,3 @@ def set_aside(run: Path) -> None:
         aside.mkdir()
         for path in left:
             path.rename(aside / path.name)
-
-
-def replace_text(file: Path, text: str) -> None:
-    """Write a file so that it is the old one or the new one, never half of it."""
-    partial = file.with_name(file.name + ".partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(file)

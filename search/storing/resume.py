@@ -38,7 +38,7 @@ def check_same(folder: Path, log: TrialLog, spec: StudySpec) -> None:
 
 
 def check_models(folder: Path, log: TrialLog, models: Mapping[str, str]) -> None:
-    """Store the content hash of each model's weights, or refuse to go on with other weights."""
+    """Store the fingerprint of each model's weights, or refuse to go on with other weights."""
     stored = log.header().get("models", {})
     if changed := [name for name, now in models.items() if stored.get(name, now) != now]:
         raise StudyError(

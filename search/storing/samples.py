@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Final, Literal
 
+from merge_engine.replacing import replace_text
 from merge_engine.schema import FrozenModel
-from search.storing.folder import replace_text
 from search.storing.result import Result, read_json
 
 FILE: Final = "samples.json"
@@ -63,4 +63,4 @@ def store_samples(folder: Path, result: Result, samples: Sequence[Sample]) -> No
     kinds = {sample.task is None for sample in samples}
     others = [one for one in read_samples(folder, result) if (one.task is None) not in kinds]
     kept = Samples(trial=result.winner.trial, samples=[*others, *samples])
-    replace_text(folder / FILE, kept.model_dump_json(indent=2) + "\n")
+    replace_text(folder / FILE, kept.model_dump_json(indent=2) + "\n", private=True)

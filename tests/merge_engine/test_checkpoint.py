@@ -65,13 +65,12 @@ def test_pickled_twins_build_the_same_bits(request, tmp_path, build, family, kin
         assert all(torch.equal(built[name], expected[name]) for name in expected)
 
 
-def test_pickled_model_has_a_fingerprint_that_a_copy_shares_but_for_the_date(zoo, tmp_path):
+def test_pickled_model_has_a_fingerprint_that_a_copy_shares(zoo, tmp_path):
     twin = Checkpoint(str(pickled_twin(zoo / "a", tmp_path / "a")))
     other = Checkpoint(str(pickled_twin(zoo / "b", tmp_path / "b")))
     copy = Checkpoint(str(copy_of(tmp_path / "a", tmp_path)))
     os.utime(copy.folder / "pytorch_model.bin", (0, 0))
-    assert twin.content_hash == copy.content_hash != other.content_hash
-    assert len({twin.fingerprint, copy.fingerprint, other.fingerprint}) == 3
+    assert twin.fingerprint == copy.fingerprint != other.fingerprint
 
 
 def test_release_unmaps_a_pickled_file(zoo, tmp_path):

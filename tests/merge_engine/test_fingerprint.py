@@ -3,12 +3,18 @@
 import json
 import os
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
+from merge_engine.models import fingerprint as module
+from merge_engine.models.cache_folder import default_folder
 from merge_engine.models.checkpoint import Checkpoint, open_model
+from merge_engine.models.fingerprint import KnownFiles, fingerprint
 
 NAME = "model.layers.0.mlp.up_proj.weight"
 
@@ -23,35 +29,74 @@ def model(tmp_path):
     return str(path)
 
 
+def copy_of(model, folder):
+    shutil.copytree(model, folder)
+    return folder / "model.safetensors"
+
+
 def test_fingerprint_is_that_of_the_weights(model, tmp_path):
-    path = tmp_path / "copy"
-    shutil.copytree(model, path)
-    weights = path / "model.safetensors"
-    time = weights.stat().st_mtime_ns
-    assert Checkpoint(str(path)).fingerprint == Checkpoint(model).fingerprint
-    assert Checkpoint(str(path)).content_hash == Checkpoint(model).content_hash
-    (path / "config.json").write_text(json.dumps({"model_type": "llama"}))
-    assert Checkpoint(str(path)).fingerprint == Checkpoint(model).fingerprint
-
+    weights = copy_of(model, tmp_path / "copy")
+    os.utime(weights, (0, 0))
+    assert Checkpoint(str(tmp_path / "copy")).fingerprint == Checkpoint(model).fingerprint
+    (tmp_path / "copy" / "config.json").write_text(json.dumps({"model_type": "llama"}))
+    assert Checkpoint(str(tmp_path / "copy")).fingerprint == Checkpoint(model).fingerprint
     tensors = load_file(weights)
-    tensors[NAME] += 1e-3
-    save_file(tensors, weights)
-    os.utime(weights, ns=(time, time))  # the bytes alone differ
-    assert Checkpoint(str(path)).fingerprint != Checkpoint(model).fingerprint
-    changed = Checkpoint(str(path)).fingerprint
-    os.utime(weights, ns=(time + 1, time + 1))
-    assert Checkpoint(str(path)).fingerprint != changed
-    assert Checkpoint(str(path)).content_hash != Checkpoint(model).content_hash
+    save_file({NAME.replace("up", "go"): tensors[NAME]}, weights)
+    assert Checkpoint(str(tmp_path / "copy")).fingerprint != Checkpoint(model).fingerprint
 
 
-def test_header_counts_where_no_sample_does(model, tmp_path):
-    path = tmp_path / "renamed"
-    shutil.copytree(model, path)
-    tensors = load_file(path / "model.safetensors")
-    time = (path / "model.safetensors").stat().st_mtime_ns
-    save_file({NAME.replace("up", "go"): tensors[NAME]}, path / "model.safetensors")
-    os.utime(path / "model.safetensors", ns=(time, time))
-    assert Checkpoint(str(path)).fingerprint != Checkpoint(model).fingerprint
+@given(data=st.data())
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=20)
+def test_every_bit_counts_though_size_and_date_stay(model, data):
+    weights = Path(model, "model.safetensors")
+    whole, status = weights.read_bytes(), weights.stat()
+    before = Checkpoint(model).fingerprint
+    place, bit = data.draw(st.integers(0, len(whole) - 1)), data.draw(st.integers(0, 7))
+    try:
+        flip = bytes([whole[place] ^ (1 << bit)])
+        weights.write_bytes(whole[:place] + flip + whole[place + 1 :])
+        os.utime(weights, ns=(status.st_atime_ns, status.st_mtime_ns))
+        assert fingerprint([weights]) != before
+    finally:
+        weights.write_bytes(whole)
+    assert fingerprint([weights]) == before
+
+
+def test_files_are_read_once_as_long_as_they_stay(model, monkeypatch):
+    monkeypatch.setattr(module, "SETTLED", -1)
+    weights, read = Path(model, "model.safetensors"), []
+    compute = module.checksum
+    monkeypatch.setattr(module, "checksum", lambda file: read.append(file) or compute(file))
+    first = fingerprint([weights])
+    assert fingerprint([weights]) == first
+    assert len(read) == 1
+    os.utime(weights, (0, 0))
+    assert fingerprint([weights]) == first
+    assert len(read) == 2
+
+
+def test_damaged_note_of_a_checksum_is_not_believed(model, monkeypatch):
+    monkeypatch.setattr(module, "SETTLED", -1)
+    weights = Path(model, "model.safetensors")
+    first = fingerprint([weights])
+    for note in (default_folder() / "checksums").iterdir():
+        text = note.read_text()
+        note.write_text(text.replace('"checksum": "', '"checksum": "f', 1))
+    assert fingerprint([weights]) == first
+
+
+def test_files_that_have_changed_or_are_gone_are_known(model):
+    weights = Path(model, "model.safetensors")
+    known = KnownFiles([weights])
+    weights.touch()
+    assert not known.have_changed()
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[:-1] + b"x")
+    assert known.have_changed()
+    weights.write_bytes(whole)
+    assert not known.have_changed()
+    weights.unlink()
+    assert known.have_changed()
 
 
 def test_adapter_is_part_of_the_fingerprint(model, tmp_path):

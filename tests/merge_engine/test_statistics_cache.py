@@ -39,7 +39,9 @@ def models(tmp_path_factory):
 
 
 def files(folder):
-    return [path for path in folder.rglob("*") if path.is_file()]
+    """Files of the cache and others, without the notes of checksums."""
+    found = [path for path in folder.rglob("*") if path.is_file()]
+    return [path for path in found if path.parent != folder / "checksums"]
 
 
 def replace(file, contents):
@@ -137,7 +139,7 @@ def test_folder_that_cannot_be_written_is_harmless(models, tmp_path, monkeypatch
 
 
 def test_failed_write_leaves_nothing(models, folder, monkeypatch):
-    def full(_tensors, file):
+    def full(_tensors, file, _metadata):
         Path(file).write_bytes(b"half")
         raise OSError("No space left on device")
 
@@ -185,10 +187,11 @@ def test_hit_makes_a_file_the_last_to_go(folder, monkeypatch):
     cached = stored(folder, DIGESTS)
     cached[0].unlink()
     tensor = {"x": torch.ones(3)}
-    save_file(tensor, cached[0])
+    monkeypatch.setenv("MERGESEARCH_CACHE_LIMIT", "10000")
+    StatisticsCache().load_or_make(cached[0], lambda: tensor)
     os.utime(cached[0], (1, 1))
     assert torch.equal(StatisticsCache().load_or_make(cached[0], forbidden)["x"], tensor["x"])
-    monkeypatch.setenv("MERGESEARCH_CACHE_LIMIT", "100")
+    monkeypatch.setenv("MERGESEARCH_CACHE_LIMIT", "999")
     StatisticsCache().trim()
     assert files(folder) == [cached[0]]
 

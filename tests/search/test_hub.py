@@ -195,4 +195,4 @@ def test_push_of_what_is_not_finished_is_refused(run, tmp_path, capsys):
     recipe = half / "checkpoint" / "mergekit_config.yml"
     recipe.write_text(yaml.safe_dump(yaml.safe_load(recipe.read_text()) | {"out_dtype": "float16"}))
     assert main(["push", str(half), "org/name"]) == 2
-    assert "is not what result.json speaks of" in capsys.readouterr().err
+    assert "is not whole, or not what result.json speaks of" in capsys.readouterr().err

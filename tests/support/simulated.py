@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from typing_extensions import override
 
+from merge_engine.building.checksums import write_checksums
+from merge_engine.building.export import RECIPE
 from objectives.base import Item, ItemResult, ItemSnapshot, Response
 from objectives.items import SPLITS, Splits
 from search.preparing.context import StudyContext
@@ -170,7 +172,8 @@ class SimulatedWorkers(Workers):
             for new, old in zip(self.objective.results(recipe, job.items), stored, strict=True)
         ]
         out.mkdir()
-        (out / "mergekit_config.yml").write_text(recipe.to_yaml())
+        (out / RECIPE).write_text(recipe.to_yaml())
+        write_checksums(out)
         (out / CARD).write_text(card)
         return ExportCheck(len(pairs), sum(new != old for new, old in pairs), "here")
 
