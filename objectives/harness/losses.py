@@ -46,13 +46,11 @@ def targets(
     """
     if not language_model.is_differentiable:
         return [None] * len(questions)
-    tasks = {question.item.task: question.task for question in questions}
-    placeholders = {name for name, task in tasks.items() if _has_one_target(task)}
+    written = {each.item.task: each.task for each in questions if each.item.generated}
+    without = {name for name, task in written.items() if _has_one_target(task)}
     candidates = [
-        []
-        if question.item.generated and question.item.task in placeholders
-        else _candidates(question, language_model, chat=chat)
-        for question in questions
+        [] if each.item.task in without else _candidates(each, language_model, chat=chat)
+        for each in questions
     ]
     judged = iter(judge([each for own in candidates for _, each in own], seconds))
     right = [[label for label, _ in own if is_right(next(judged))] for own in candidates]
@@ -64,9 +62,9 @@ def targets(
 
 def _has_one_target(task: Task) -> bool:
     """Return whether several documents of a task have one and the same target."""
-    found = (task.doc_to_target(doc) for doc in task.eval_docs)
+    found = (task.doc_to_target(request.doc) for request in task.instances)
     first = next(found)
-    return len(task.eval_docs) > 1 and all(target == first for target in found)
+    return len(task.instances) > 1 and all(target == first for target in found)
 
 
 def _candidates(
@@ -97,8 +95,8 @@ def is_right(result: ItemResult) -> bool:
 def written_answer(question: Question, language_model: FastHFLM) -> str | None:
     """Return the model's response in a question's request as a label.
 
-    Some tokenizers lose a first space when they decode: it is put back if the model more likely
-    wrote one. None if the tokenizer does not encode what it decoded.
+    Some tokenizers lose a first space when they decode: it is put back if the model would begin
+    with it. None if the tokenizer does not encode what it decoded.
     """
     response = question.requests[0].resps[0]
     texts = [
@@ -108,8 +106,10 @@ def written_answer(question: Question, language_model: FastHFLM) -> str | None:
     ]
     if len(texts) < 2:
         return texts[0] if texts else None
+    begun = [_encode_answer(question, text, language_model) for text in texts]
     with torch.no_grad():
-        return texts[int(losses([question] * 2, texts, language_model).argmin())]
+        logliks = _logliks([[(prompt, tokens[:1])] for prompt, tokens in begun], language_model)
+    return texts[int(torch.cat(logliks).argmax())]
 
 
 def losses(
@@ -129,8 +129,18 @@ def losses(
         _token_pairs(question, label, language_model)
         for question, label in zip(questions, labels, strict=True)
     ]
+    parts = _logliks(pairs, language_model)
+    found = torch.stack([_loss(*each) for each in zip(questions, parts, strict=True)])
+    for question, is_nan in zip(questions, found.isnan().tolist(), strict=True):
+        if is_nan:
+            raise ObjectiveError(f"{question.where}: its loss is not a number (NaN); {NAN}")
+    return found
+
+
+def _logliks(pairs: Sequence[Sequence[TokenPair]], language_model: FastHFLM) -> tuple[Tensor, ...]:
+    """Return the log-likelihoods (k,) of each question's k continuations."""
     numbered = [(number, *pair) for number, own in enumerate(pairs) for pair in own]
-    logliks = language_model.differentiable_loglikelihoods(
+    found = language_model.differentiable_loglikelihoods(
         Request.truncated(
             context,
             continuation,
@@ -140,12 +150,7 @@ def losses(
         )
         for index, (number, context, continuation) in enumerate(numbered)
     )
-    parts = torch.split(logliks, [len(own) for own in pairs])
-    found = torch.stack([_loss(*each) for each in zip(questions, parts, strict=True)])
-    for question, is_nan in zip(questions, found.isnan().tolist(), strict=True):
-        if is_nan:
-            raise ObjectiveError(f"{question.where}: its loss is not a number (NaN); {NAN}")
-    return found
+    return torch.split(found, [len(own) for own in pairs])
 
 
 def _loss(question: Question, logliks: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from tokenizers import decoders
 from torch import nn
 from torch.func import functional_call
 from transformers import AutoModelForCausalLM
@@ -18,7 +19,16 @@ from objectives.entries import TaskEntry, TextEntry
 from objectives.harness.prompts import Prompting
 from objectives.inference.forward import Modes
 from tiny_models import chat_tokenizer, make_model, make_tokenizer, tiny_tokenizer
-from tiny_tasks import ANSWER, CHOICE, everything, mean_of, prepare, write_rows, write_task
+from tiny_tasks import (
+    ANSWER,
+    CHOICE,
+    everything,
+    greedy_answer,
+    mean_of,
+    prepare,
+    write_rows,
+    write_task,
+)
 
 END = 2  # the end-of-text token
 
@@ -325,3 +335,25 @@ def test_a_few_steps_from_uniform_weights_lower_the_loss(family):
         path.append(losses.mean().item())
         optimizer.step()
     assert path[-1] < 0.95 * path[0]
+
+
+def test_a_first_space_that_decoding_loses_is_put_back_into_a_right_answer(folder, model):
+    tokenizer = make_tokenizer()
+    plain = make_tokenizer()
+    strip = decoders.Strip(" ", 1, 0)  # as of Llama 2
+    tokenizer.backend_tokenizer.decoder = decoders.Sequence([decoders.Fuse(), strip])
+    prompts = [row["question"] for row in rows_of(prepare(folder, model, "answer"))]
+    begins = [plain.encode(greedy_answer(model, plain, prompt)[:1]) for prompt in prompts]
+    often, space = max(begins, key=begins.count)[0], plain.encode(" ")[0]
+    with torch.no_grad():  # it writes a space where it wrote its favourite letter
+        model.lm_head.weight[[often, space]] = model.lm_head.weight[[space, often]]
+    written = [greedy_answer(model, plain, prompt) for prompt in prompts]
+    (folder / "anything.py").write_text("def judge(doc, results): return {'exact_match': 1.0}")
+    write_task(folder, "anything", **ANSWER)
+    with (folder / "anything.yaml").open("a") as file:
+        file.write("process_results: !function anything.judge\n")
+    harness = prepare(folder, model, "anything", tokenizer=tokenizer)
+    found = harness.right_answers(model, everything(harness))
+    whole = [n for n, text in enumerate(written) if len(text) == 6]  # no special token is in it
+    assert [found[number] for number in whole] == [written[number] for number in whole]
+    assert {found[number].startswith(" ") for number in whole} == {True, False}
