@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict
+from typing_extensions import override
 
 from merge_engine.errors import MergeError
 
@@ -21,6 +22,26 @@ class FrozenModel(BaseModel):
     """An immutable pydantic model that refuses unknown keys."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+
+    @override
+    def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> Self:
+        """Copy the fields alone: what was derived from them once is derived anew."""
+        copied = super().model_copy(update=update, deep=deep)
+        for name in copied.__dict__.keys() - type(self).model_fields.keys():
+            del copied.__dict__[name]
+        return copied
+
+
+# libyaml, which PyYAML's wheels have, is several times as fast: it matters for a recipe that has a
+# weight for every tensor.
+_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+_DUMPER = getattr(yaml, "CSafeDumper", yaml.SafeDumper)
+
+
+def dump_yaml(content: object) -> str:
+    """Return plain data as YAML, keys in their order, an entry a line."""
+    text: str = yaml.dump(content, Dumper=_DUMPER, sort_keys=False, default_flow_style=False)
+    return text
 
 
 def load_yaml(path: Path) -> Mapping[str, Any]:
@@ -46,7 +67,7 @@ def load_documents(path: Path) -> Sequence[Mapping[str, Any]]:
     """
     try:
         # Bytes: PyYAML then finds UTF-16, which PowerShell writes, by its byte order mark.
-        found = list(yaml.safe_load_all(path.read_bytes()))
+        found = list(yaml.load_all(path.read_bytes(), _LOADER))
     except OSError as error:
         raise MergeError(f"{path}: {error.strerror}; check the path") from None
     except yaml.reader.ReaderError as error:

@@ -65,19 +65,19 @@ def _factors(method: Linear, merge: PackMerge) -> Tensor:
     """Return each tensor's coefficients, (k, n) float64; one call for equal parameters."""
     models, names, origin = _merged_models(merge.recipe), merge.pack.names, merge.recipe.origin
     grams = merge.models.measurements.grams(names, models, origin) if method.gram else None
-    factors = torch.empty(len(names), len(models), dtype=torch.float64)
+    rows: list[Tensor] = [torch.empty(0)] * len(names)
     groups: dict[tuple[Any, ...], list[int]] = defaultdict(list)
     for index, each in enumerate(merge.values):
         groups[tuple(each.items())].append(index)
     for values, indices in groups.items():
         options = {name: value for name, value in values if name not in method.layout}
         try:
-            factors[indices] = method.coefficients(
-                None if grams is None else grams[indices], **options
-            )
+            found = method.coefficients(None if grams is None else grams[indices], **options)
         except ValueError as error:
             raise merge.refused(indices[0], error) from error
-    return factors
+        for index, row in zip(indices, found.expand(len(indices), -1), strict=True):
+            rows[index] = row
+    return torch.stack(rows)
 
 
 def _write_sum_by_row(out: Tensor, method: Linear, merge: PackMerge, dim: int) -> None:

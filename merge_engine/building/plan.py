@@ -7,7 +7,7 @@ the last.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -113,22 +113,29 @@ def plan_merge(recipe: Recipe) -> Plan:
 
 def _filter_notes(parts: tuple[Part, ...]) -> list[str]:
     """Return a note on each filter that no tensor's name has in it."""
-    filters: dict[str, bool] = {}  # whether it matches
+    matched: dict[str, bool] = {}  # by filter
     example = ""
     for part in parts:
         own = {own for inputs in part.model_set.inputs.values() for own in inputs.values()}
         example = max(own, key=len, default=example)
-        scopes = (part.recipe.parameters, *(source.parameters for source in part.recipe.models))
-        for clause in (c for scope in scopes for setting in scope.values() for c in setting):
-            if clause.filter is not None and not filters.get(clause.filter):
-                names = own.union(part.model_set.names)
-                filters[clause.filter] = any(clause.filter in name for name in names)
+        names = own.union(part.model_set.names)
+        for text in dict.fromkeys(_filters(part.recipe)):
+            found = matched.get(text) or text in names or any(text in name for name in names)
+            matched[text] = found
     return [
         f"filter {text!r} matches no tensor, so its value is never used; it has to be a part of "
         f"a name, such as {example!r}"
-        for text, matches in filters.items()
-        if not matches
+        for text, found in matched.items()
+        if not found
     ]
+
+
+def _filters(recipe: Recipe) -> Iterator[str]:
+    """Yield the filters of a recipe in the ``models`` form, in all settings."""
+    for scope in (recipe.parameters, *(source.parameters for source in recipe.models)):
+        for clause in (clause for setting in scope.values() for clause in setting.clauses):
+            if clause.filter is not None:
+                yield clause.filter
 
 
 def plan_parts(

@@ -5,17 +5,17 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
 from types import MappingProxyType
 from typing import Annotated, Literal, NamedTuple
 
-import yaml
 from pydantic import BeforeValidator, Field, PlainSerializer, model_validator
 
 from merge_engine.errors import MergeError
 from merge_engine.methods import METHODS, Base, Elementwise, Method
 from merge_engine.methods.contract import Value, Values
 from merge_engine.recipe.settings import Setting, dump_setting, parse_setting, value_at
-from merge_engine.schema import DtypeName, FrozenModel
+from merge_engine.schema import DtypeName, FrozenModel, dump_yaml
 
 Settings = dict[
     str, Annotated[Setting, BeforeValidator(parse_setting), PlainSerializer(dump_setting)]
@@ -173,7 +173,7 @@ class Recipe(FrozenModel):
         """The model task vectors are relative to; None: the tensors themselves are merged."""
         return self.base_model if self.method.base in (Base.ORIGIN, Base.OPTIONAL) else None
 
-    @property
+    @cached_property
     def donors(self) -> tuple[Source, ...]:
         """The merged models besides the base, in the order of per-donor parameters."""
         if self.method.base is Base.INPUT and self.base_model not in (
@@ -232,7 +232,7 @@ class Recipe(FrozenModel):
         names = [n for r in recipes for n in (r.base, *(source.model for source in r.donors)) if n]
         return tuple(dict.fromkeys([self.base_model or names[0], *names]))
 
-    @property
+    @cached_property
     def key(self) -> str:
         """A hash of everything that determines the merged weights."""
         parts = self.model_dump(mode="json", exclude={"dtype"}, exclude_defaults=True)
@@ -242,10 +242,9 @@ class Recipe(FrozenModel):
 
     @property
     def is_uniform(self) -> bool:
-        """Whether all tensors have the same parameters: no filter, no gradient over depth."""
+        """Whether all tensors have the same parameters."""
         scopes = (self.parameters, *(source.parameters for source in self.donors))
-        clauses = [clause for scope in scopes for setting in scope.values() for clause in setting]
-        return all(c.filter is None and len(c.values) == 1 for c in clauses)
+        return all(setting.is_uniform for scope in scopes for setting in scope.values())
 
     def values(
         self, tensor: str, depth: float, inputs: Mapping[str, str] = MappingProxyType({})
@@ -277,17 +276,18 @@ class Recipe(FrozenModel):
     def _value(self, name: str, tensor: str, depth: float, source: Source | None) -> Value:
         """Return a parameter's value in the innermost scope that sets it, else its default."""
         param = self.method.params[name]
-        owner = f"{source.model!r}: " if source else ""
-        for scope in ((source.parameters,) if source else ()) + (self.parameters,):
-            value = value_at(scope[name], tensor, depth) if name in scope else None
+        for scope in (source, self) if source else (self,):
+            setting = scope.parameters.get(name)
+            value = value_at(setting, tensor, depth) if setting else None
             if value is not None:
                 try:
                     return param.typed(value)
                 except ValueError as error:
-                    raise MergeError(f"{owner}parameter {name!r} for {tensor!r}: {error}") from None
+                    where = f"{_of(source)}parameter {name!r} for {tensor!r}"
+                    raise MergeError(f"{where}: {error}") from None
         if param.default is None:
             raise MergeError(
-                f"{owner}{self.merge_method} needs the parameter {name!r} for {tensor!r}; "
+                f"{_of(source)}{self.merge_method} needs the parameter {name!r} for {tensor!r}; "
                 f"give it {'under the model or ' if source else ''}under 'parameters'"
             )
         return param.default
@@ -300,10 +300,17 @@ class Recipe(FrozenModel):
             mapping["tokenizer"] = {"source": self.tokenizer.source} | mapping["tokenizer"]
         if self._is_random:
             mapping["seed"] = self.seed
-        return yaml.safe_dump(mapping, sort_keys=False, default_flow_style=False)
+        return dump_yaml(mapping)
+
+
+def _of(source: Source | None) -> str:
+    return f"{source.model!r}: " if source else ""
 
 
 def _joined(*scopes: Settings) -> Settings:
     """Concatenate the clauses of several scopes, the innermost scope first."""
     names = dict.fromkeys(name for scope in scopes for name in scope)
-    return {name: sum((scope.get(name, ()) for scope in scopes), ()) for name in names}
+    return {
+        name: Setting(tuple(c for scope in scopes if name in scope for c in scope[name].clauses))
+        for name in names
+    }

@@ -7,6 +7,7 @@ matches is used. Here ``filter`` may also be a list of parts of names.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -22,7 +23,39 @@ class Clause:
     values: tuple[Scalar, ...]  # one constant, or a gradient over depth
 
 
-Setting = tuple[Clause, ...]
+@dataclass(frozen=True)
+class Setting:
+    """Clauses, of which the first that matches a tensor's name is used."""
+
+    clauses: tuple[Clause, ...]
+
+    @property
+    def is_uniform(self) -> bool:
+        """Whether all tensors have the same value: no filter, no gradient over depth."""
+        return all(each.filter is None and len(each.values) == 1 for each in self.clauses)
+
+    @functools.cached_property
+    def first_matches(self) -> FirstMatches:
+        """The number of the clause that is used, by a tensor's name."""
+        return _first_matches(tuple(clause.filter for clause in self.clauses))
+
+
+class FirstMatches(dict[str, int | None]):
+    """The number of the first filter that a name contains, by the name: searched for once."""
+
+    def __init__(self, filters: Sequence[str | None]) -> None:
+        self._filters = filters
+
+    def __missing__(self, name: str) -> int | None:
+        """Search for the first filter; None: the name contains none."""
+        matching = (n for n, each in enumerate(self._filters) if each is None or each in name)
+        self[name] = next(matching, None)
+        return self[name]
+
+
+# A filter for each of thousands of tensors is searched for once: all donors have the same filters,
+# and so have the recipes of a study.
+_first_matches = functools.lru_cache(maxsize=64)(FirstMatches)
 
 
 def parse_setting(raw: Raw) -> Setting:
@@ -32,11 +65,11 @@ def parse_setting(raw: Raw) -> Setting:
         ValueError: ``raw`` is neither a scalar, a gradient, a clause nor a list of clauses.
     """
     if isinstance(raw, list) and any(isinstance(part, dict) for part in raw):
-        return tuple(clause for part in raw for clause in _parse_clause(part))
-    return _parse_clause(raw)
+        return Setting(tuple(clause for part in raw for clause in _parse_clause(part)))
+    return Setting(_parse_clause(raw))
 
 
-def _parse_clause(raw: Raw) -> Setting:
+def _parse_clause(raw: Raw) -> tuple[Clause, ...]:
     """Return one clause, or one for each name of a list of filters."""
     if not isinstance(raw, dict):
         return (Clause(None, _parse_values(raw)),)
@@ -65,13 +98,15 @@ def _parse_values(raw: Raw) -> tuple[Scalar, ...]:
 
 def dump_setting(setting: Setting) -> Raw:
     """Return a setting as YAML has it; the inverse of ``parse_setting``."""
-    if len(setting) == 1 and setting[0].filter is None:
-        return _dump_values(setting[0].values)
-    return [
-        {"value": _dump_values(clause.values)}
-        | ({} if clause.filter is None else {"filter": clause.filter})
-        for clause in setting
-    ]
+    first, *others = setting.clauses
+    if not others and first.filter is None:
+        return _dump_values(first.values)
+    return [_dump_clause(clause) for clause in setting.clauses]
+
+
+def _dump_clause(clause: Clause) -> Raw:
+    value = _dump_values(clause.values)
+    return {"value": value} if clause.filter is None else {"value": value, "filter": clause.filter}
 
 
 def _dump_values(values: tuple[Scalar, ...]) -> Raw:
@@ -85,15 +120,13 @@ def value_at(setting: Setting, name: str, depth: float) -> Scalar | None:
     the relative depth of the tensor's layer: from 0 (first layer, and tensors outside the layers)
     to 1 (last layer, and the only layer of a slice of one).
     """
-    for clause in setting:
-        if clause.filter is None or clause.filter in name:
-            return _interpolate(clause.values, depth)
-    return None
+    if (number := setting.first_matches[name]) is None:
+        return None
+    values = setting.clauses[number].values
+    return values[0] if len(values) == 1 else _interpolate(values, depth)
 
 
 def _interpolate(values: Sequence[Scalar], depth: float) -> Scalar:
-    if len(values) == 1:
-        return values[0]
     position = depth * (len(values) - 1)
     left = int(position)
     low, high = values[left], values[min(left + 1, len(values) - 1)]

@@ -13,12 +13,10 @@ from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from merge_engine.errors import MergeError
 from merge_engine.recipe.recipe import Recipe
 from merge_engine.recipe.recipe_file import parse_recipe, rename_models, with_absolute_folders
-from merge_engine.schema import load_documents
+from merge_engine.schema import dump_yaml, load_documents
 
 
 @dataclass(frozen=True)
@@ -156,6 +154,6 @@ def _sources(stage: Stage, order: Iterable[Stage]) -> list[Stage]:
 
 def _text(stage: Stage, order: Iterable[Stage]) -> str:
     return "---\n".join(
-        (yaml.safe_dump({"name": each.name}) if each.name else "") + each.recipe.to_yaml()
+        (dump_yaml({"name": each.name}) if each.name else "") + each.recipe.to_yaml()
         for each in _sources(stage, order)
     )

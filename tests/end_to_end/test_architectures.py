@@ -1,16 +1,20 @@
 """Whatever architecture: a study of it runs, and what it exports is what was searched."""
 
+from random import Random
+
 import pytest
 import torch
+import yaml
 from transformers import AutoModelForCausalLM, Gemma3nConfig, LlamaForCausalLM
 
 from architectures import DENSE, ENCODER_DECODER, EXPERTS, MULTIMODAL, save_family
 from merge_engine.building.builder import Builder
+from merge_engine.building.units import Units
 from merge_engine.models.architecture import auto_class, load_config
 from merge_engine.models.checkpoint import Checkpoint
 from merge_engine.models.conversion import find_conversions
 from merge_engine.models.model_set import ModelSet
-from merge_engine.recipe.recipe_file import load_recipe
+from merge_engine.recipe.recipe_file import load_recipe, parse_recipe
 from search.cli import main
 from tiny_models import make_tokenizer
 
@@ -169,3 +173,36 @@ def test_mergekit_agrees_on_the_tensors_of_the_live_model(family, build, mergeki
     assert theirs.keys() <= live.keys()
     for name, tensor in theirs.items():
         torch.testing.assert_close(live[name], tensor, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.oracle
+@pytest.mark.parametrize("name", ["llama", "gemma2"])
+def test_mergekit_rebuilds_a_recipe_with_a_weight_for_every_tensor(name, mergekits, tmp_path):
+    family = save_family(tmp_path / name, name)
+    model_set = ModelSet.open([str(family / each) for each in ("base", "a", "b")])
+    random = Random(0)
+
+    def weight():
+        filters = Units.of_tensors(model_set.names).filters
+        return [{"filter": each, "value": random.uniform(-1, 1)} for (each,) in filters]
+
+    entries = [{"model": str(family / n), "parameters": {"weight": weight()}} for n in "ab"]
+    recipe, notes = parse_recipe(
+        {
+            "merge_method": "task_arithmetic",
+            "base_model": str(family / "base"),
+            "models": entries,
+            "dtype": "float32",
+        },
+        "recipe",
+    )
+    assert not notes
+    model_set.place(torch.device("cpu"), "device")
+    builder = Builder(load(family / "base")[0], model_set)
+    builder.build(recipe)
+    ours = dict(builder.tensors())
+    theirs = mergekits(yaml.safe_load(recipe.to_yaml()), tmp_path / "theirs")
+    assert theirs.keys() <= ours.keys()
+    for tensor_name, tensor in theirs.items():
+        error = (ours[tensor_name] - tensor).abs().max()
+        assert error <= 1e-5 * tensor.abs().max(), tensor_name

@@ -34,6 +34,14 @@ def test_key_tells_recipes_apart_but_not_the_dtype_of_mergekits_arithmetic():
     )
 
 
+def test_a_changed_copy_forgets_what_was_derived_from_the_recipe():
+    recipe, _ = parsed()
+    key, donors = recipe.key, recipe.donors
+    changed = recipe.model_copy(update={"models": recipe.models[:1]})
+    assert changed.key != key
+    assert changed.donors == donors[:1]
+
+
 def test_a_models_own_setting_overrides_the_recipes_where_it_matches():
     own = {"weight": {"filter": "mlp", "value": 0.9}}
     models = [{"model": "a", "parameters": own}, {"model": "b"}]

@@ -46,3 +46,22 @@ def test_list_of_filters_stands_for_a_clause_each():
     names = ("layers.0.self_attn.q_proj", "layers.0.mlp.up_proj", "norm")
     assert [value_at(setting, name, 0.0) for name in names] == [1, 1, 2]
     assert parse_setting(dump_setting(setting)) == setting
+
+
+@given(st.lists(st.text("ab", max_size=4), min_size=1), st.lists(st.text("ab", max_size=6)))
+def test_the_first_clause_in_the_list_whose_filter_is_in_the_name_is_used(filters, names):
+    setting = parse_setting([{"filter": each, "value": n} for n, each in enumerate(filters)])
+    for name in names:
+        matching = [n for n, each in enumerate(filters) if each in name]
+        assert value_at(setting, name, 0.0) == (matching[0] if matching else None)
+
+
+def test_settings_with_equal_filters_search_a_name_once():
+    raw = [{"filter": "layers.11.", "value": 1}, {"filter": "layers.1.", "value": 2}]
+    setting, other = (
+        parse_setting(raw),
+        parse_setting([*raw[:1], {"filter": "layers.1.", "value": 3}]),
+    )
+    assert setting.first_matches is other.first_matches
+    assert value_at(setting, "layers.11.w", 0.0) == 1
+    assert value_at(other, "layers.1.w", 0.0) == 3
