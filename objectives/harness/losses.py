@@ -24,13 +24,13 @@ from objectives.harness.judging import NAN, choice_scores, correct_choices, judg
 from objectives.harness.prompts import Question
 from objectives.inference.fast_hflm import FastHFLM
 from objectives.inference.loglikelihood import Loglikelihood
-from objectives.inference.token_tree import Request
+from objectives.inference.token_tree import Request, Tokens
 
 _BEST: Final = (1.0, 100.0)  # values of a right answer: a metric may count in per cent
 _LIKELY: Final = (-1.0, True)
 _UNLIKELY: Final = (-1e4, False)
 
-TokenPair = tuple[list[int], list[int]]  # a context and its continuation
+TokenPair = tuple[Sequence[int], Sequence[int]]  # a context and its continuation
 
 
 def targets(
@@ -190,9 +190,9 @@ def _written_pairs(question: Question, text: str, language_model: FastHFLM) -> l
     prompt, tokens = _encode_answer(question, text, language_model)
     if len(tokens) >= limit:
         return [(prompt, tokens[:limit])]
-    endings = [[*tokens, end] for end in _end_tokens(language_model)]
+    endings = [(*tokens, end) for end in _end_tokens(language_model)]
     endings += [_encode_answer(question, text + each, language_model)[1] for each in until if each]
-    kept: list[list[int]] = []
+    kept: list[Tokens] = []
     for ending in sorted(endings, key=len):
         if not any(ending[: len(each)] == each for each in kept):
             kept.append(ending)
@@ -217,7 +217,9 @@ def _end_tokens(language_model: FastHFLM) -> set[int]:
     return {*own, language_model.eot_token_id}
 
 
-def _encode_answer(question: Question, text: str, language_model: FastHFLM) -> TokenPair:
+def _encode_answer(
+    question: Question, text: str, language_model: FastHFLM
+) -> tuple[Tokens, Tokens]:
     """Return the tokens of the prompt as scored, and of a text behind it."""
     prompt = question.requests[0].args[0]
     context = language_model.encode_prompt(prompt)
@@ -225,7 +227,7 @@ def _encode_answer(question: Question, text: str, language_model: FastHFLM) -> T
     if whole[: len(context)] == context:
         answer = whole[len(context) :]
     else:  # the prompt's last token would be another one
-        answer = language_model.tok_encode(text, add_special_tokens=False)
+        answer = tuple(language_model.tok_encode(text, add_special_tokens=False))
     longest = language_model.max_length - _generation(question, language_model)[1]
     return context[-longest:], answer
 
