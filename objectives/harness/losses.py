@@ -104,7 +104,7 @@ def written_answer(question: Question, language_model: FastHFLM) -> str | None:
         for text in (response, f" {response}")
         if _as_generated(question, text, language_model) == response
     ]
-    if len(texts) < 2:
+    if len(texts) < 2 or not response:
         return texts[0] if texts else None
     begun = [_encode_answer(question, text, language_model) for text in texts]
     with torch.no_grad():

@@ -209,6 +209,42 @@ def test_right_answers_of_the_model_are_labels_of_tasks_without_targets(folder, 
     assert (losses < others).all(), "the model's own answer is the likeliest"
 
 
+MASS = """from math import exp
+
+def correct(doc, results):
+    likely = [exp(loglik) for loglik, _ in results]
+    return {"acc": likely[doc["gold"]] / sum(likely)}
+
+def wrong(doc, results):
+    return {"acc": 1 - correct(doc, results)["acc"]}
+"""
+
+
+def test_correct_choices_are_labels_where_a_tasks_own_code_says_so(folder, model):
+    (folder / "mass.py").write_text(MASS)
+    for name in ("correct", "wrong"):
+        write_task(folder, name, **CHOICE | {"metric_list": mean_of("acc")})
+        with (folder / f"{name}.yaml").open("a") as file:
+            file.write(f"process_results: !function mass.{name}\n")
+    harness = prepare(folder, model, "correct", "wrong")
+    count = len(harness.items) // 2
+    assert harness.targets(everything(harness)) == [""] * count + [None] * count
+    losses = harness.loss(model, range(count), [""] * count)
+    values = torch.tensor([each.value for each in harness.score(model, range(count))])
+    assert torch.allclose((-losses).exp(), values, atol=1e-5)
+
+
+def test_an_answer_of_no_text_is_a_label(folder, model):
+    write_task(folder, "silent", **ANSWER | {"doc_to_target": "{{answer if answer == 'no'}}"})
+    harness = prepare(folder, model, "silent")
+    rows = rows_of(harness)
+    number = next(n for n, row in enumerate(rows) if row["answer"] != "no")
+    assert harness.targets([number]) == [""]
+    assert close(
+        losses_of(harness, model, [number]), [ways_to_end(model, rows[number]["question"], "")]
+    )
+
+
 def test_a_target_that_cannot_be_written_within_the_limit_is_no_label(folder, model):
     rows = [{"question": "a?", "answer": text} for text in ("sixsix", "seven77", "a\nb", "ok")]
     write_rows(folder / "long.jsonl", rows)
