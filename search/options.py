@@ -170,6 +170,7 @@ class InitOptions(Options):
         "--out FILE", "to write (default: study.yaml)", Path, default=Path("study.yaml")
     )
     trials: int | None = _argument("--trials N", "recipes to evaluate at most", _count, None)
+    trust_task_code: bool = _flag("--trust-task-code", "run Python that .yaml tasks bring")
 
 
 @dataclass(frozen=True, kw_only=True)

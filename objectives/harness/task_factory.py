@@ -17,23 +17,26 @@ from lm_eval.tasks._index import Entry
 from typing_extensions import override
 
 from objectives.base import ObjectiveError, objective_errors
+from objectives.harness.task_code import find_code
 from objectives.harness.task_index import LM_EVAL_TASKS
 
 
 class SafeTaskFactory(TaskFactory):  # type: ignore[misc]  # lm-eval is published without types
     """Builds each task in the folder of its YAML, where its data files are."""
 
-    def __init__(self, *, unsafe_code: bool) -> None:
+    def __init__(self, *, unsafe_code: bool, trust_task_code: bool) -> None:
         super().__init__()
-        self._unsafe_code = unsafe_code
+        self._unsafe_code, self._trust_task_code = unsafe_code, trust_task_code
 
     @override
     def build(self, entry: Entry, **settings: Any) -> Any:
+        self._check_trusted(entry)
         with _inside_folder_of(entry):
             return super().build(entry, **settings)
 
     @override
     def _build_task(self, entry: Entry, overrides: dict[str, Any] | None) -> Task:
+        self._check_trusted(entry)
         self.check_safe(entry.name, (entry.cfg or {}).get("unsafe_code"))
         where = f"task {entry.name!r} ({entry.yaml_path})"
         with _inside_folder_of(entry), objective_errors(f"{where} could not be loaded"):
@@ -52,6 +55,17 @@ class SafeTaskFactory(TaskFactory):  # type: ignore[misc]  # lm-eval is publishe
                     f"{where}: its data was not found: {error}; check dataset_path and "
                     "data_files, which are relative to that YAML"
                 ) from error
+
+    def _check_trusted(self, entry: Entry) -> None:
+        """Raise an ``ObjectiveError`` for files that carry code, unless it is trusted."""
+        if self._trust_task_code or entry.yaml_path is None:
+            return
+        if code := find_code(entry.yaml_path):
+            raise ObjectiveError(
+                f"task {entry.name!r} brings Python code of its own ({code}); read it, and if you "
+                "trust it, set trust_task_code: true in the study's objective, or give init "
+                "--trust-task-code"
+            )
 
     def check_safe(self, name: str, is_unsafe: object) -> None:
         """Raise an ``ObjectiveError`` for a task that runs a model's code, unless it is allowed."""

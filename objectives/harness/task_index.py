@@ -130,7 +130,7 @@ def _unknown_task(name: str, known: Iterable[str], folders: Sequence[Path]) -> O
     fixes = [f"did you mean {' or '.join(map(repr, close))}?"] if close else []
     for file in [file for folder in folders for file in sorted(folder.rglob("*.yaml"))]:
         try:
-            _read(file)
+            read_task(file)
         except ObjectiveError:  # lm-eval's index leaves such a file out silently
             fixes.append(f"{file} cannot be read: correct it")
     return ObjectiveError(
@@ -138,16 +138,21 @@ def _unknown_task(name: str, known: Iterable[str], folders: Sequence[Path]) -> O
     )
 
 
-def _read(file: Path) -> dict[str, Any]:
+def read_task(file: Path, *, recursive: bool = True) -> dict[str, Any]:
+    """Read a task file and, if ``recursive``, those it includes; functions are left as texts.
+
+    Raises:
+        ObjectiveError: One is not a task file.
+    """
     try:
-        return load_yaml(file, resolve_func=False)  # type: ignore[no-any-return]
+        return load_yaml(file, resolve_func=False, recursive=recursive)  # type: ignore[no-any-return]
     except (OSError, ValueError, yaml.YAMLError) as error:
         raise ObjectiveError(f"{file}: no task file: {' '.join(str(error).split())}") from None
 
 
 def name_in(file: Path) -> str:
     """Return the name of the task or group that a YAML file defines."""
-    config = _read(file)
+    config = read_task(file)
     for kind in ("task", "group"):
         if isinstance(name := config.get(kind), str):
             return name

@@ -26,6 +26,7 @@ from objectives.base import Item, ObjectiveError, objective_errors
 from objectives.entries import PromptEntry, TaskEntry, TextEntry
 from objectives.harness.metrics import Metric, choose_metric
 from objectives.harness.quiet import quiet
+from objectives.harness.task_code import sandbox_templates
 from objectives.harness.task_factory import SafeTaskFactory
 from objectives.harness.task_index import find_tasks
 
@@ -88,6 +89,7 @@ def load_tasks(
     include_path: Sequence[Path] = (),
     *,
     unsafe_code: bool = False,
+    trust_task_code: bool = False,
 ) -> list[LoadedTask]:
     """Load a study's tasks, with every check that needs no model, and leave random states alone.
 
@@ -96,6 +98,7 @@ def load_tasks(
         include_path: Folders with task YAMLs, searched before lm-eval's own tasks. Relative data
             files are looked up in the folder of a task's YAML.
         unsafe_code: Allow tasks that run code the model wrote; they run it on this machine.
+        trust_task_code: Allow task files outside lm-eval that bring Python code.
 
     Raises:
         ObjectiveError: A task, metric, folder or data file is unknown or not usable.
@@ -106,7 +109,8 @@ def load_tasks(
         if not folder.is_dir():
             raise ObjectiveError(f"include_path: {folder} is not a folder; check the path")
     loaded: dict[str, LoadedTask] = {}
-    factory = SafeTaskFactory(unsafe_code=unsafe_code)
+    factory = SafeTaskFactory(unsafe_code=unsafe_code, trust_task_code=trust_task_code)
+    sandbox_templates()
     with quiet(logging.WARNING):
         names = [entry.task for entry in entries if isinstance(entry, TaskEntry)]
         manager = find_tasks(names, include_path)

@@ -154,7 +154,14 @@ def init(options: InitOptions, listener: Listener) -> None:
     models = _given(options.models, "--models", "models to merge")
     tasks = _given(options.tasks, "--tasks", "tasks or .jsonl files")
     with all_or_nothing() as write:
-        notes = write_study(options.out, base, models, tasks, options.trials, write)
+        notes = write_study(
+            options.out,
+            [base, *models],
+            tasks,
+            write,
+            trials=options.trials,
+            trust_task_code=options.trust_task_code,
+        )
         away = [model for model in (base, *models) if not is_local(model)]
         plan, more = ([], []) if away else check_study(options.out, choose_device(options.device))
     if away:

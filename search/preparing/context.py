@@ -75,6 +75,8 @@ class StudyPlan:
         """Return notes on models that do not fit one another, though their shapes do."""
         reference, checkpoints = self.model_set.reference, self.model_set.checkpoints.values()
         notes = config_notes(reference, checkpoints) + template_notes(self.own_templates)
+        if self.spec.objective.trust_task_code:
+            notes.append("trust_task_code: Python code that comes with the task files is run")
         return notes if self.spec.tokenizer else notes + vocabulary_notes(checkpoints)
 
     def place_donors(self, hardware: Hardware) -> MemoryPlan:

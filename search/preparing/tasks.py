@@ -50,7 +50,12 @@ def plan_tasks(spec: StudySpec) -> TaskPlan:
             find_class(entry.objective)
     if not entries:
         return TaskPlan((), (), None)
-    loaded = load_tasks(entries, wanted.include_path, unsafe_code=wanted.unsafe_code)
+    loaded = load_tasks(
+        entries,
+        wanted.include_path,
+        unsafe_code=wanted.unsafe_code,
+        trust_task_code=wanted.trust_task_code,
+    )
     items = tuple(item for task in loaded for item in task.items)
     splits = None
     if len(entries) == len(wanted.tasks):

@@ -73,6 +73,7 @@ class ObjectiveSpec(FrozenModel):
     system_instruction: str | None = None  # the same for every task and every candidate
     # Allow tasks that run code written by a model, unprotected, on this machine.
     unsafe_code: bool = False
+    trust_task_code: bool = False  # run Python that comes with task files outside lm-eval
     batch_size: PositiveInt = 64  # of the forward passes
     block: PositiveInt = 20  # items that are evaluated between two decisions of a race
 

@@ -59,13 +59,16 @@ def all_or_nothing() -> Iterator[Write]:
 
 def write_study(
     file: Path,
-    base: str,
     models: Sequence[str],
     tasks: Sequence[str],
-    trials: int | None,
     write: Write,
+    *,
+    trials: int | None = None,
+    trust_task_code: bool = False,
 ) -> list[str]:
     """Write a study, and beside it, in ``tasks``, the task files that it needs.
+
+    The first of ``models`` is the base.
 
     Returns:
         Notes for the user.
@@ -77,21 +80,24 @@ def write_study(
     folder = file.parent
     if file.exists():  # before anything else is looked at
         raise StudyError(f"{file} exists; choose another --out, or remove it")
-    named = [_model_name(model, folder) for model in (base, *models)]
+    named = [_model_name(model, folder) for model in models]
     found = [_find_task(task, folder, write) for task in tasks]
     names = [name for name, _ in found]
     if repeated := [name for name in names if names.count(name) > 1]:
         raise StudyError(f"--tasks: {repeated[0]!r} is named twice; name each task once")
     folders = dict.fromkeys(_relative(path, folder) for _, path in found if path is not None)
     include_path = sorted(folders, key=TASKS.__eq__)  # of equal names the last folder's counts
-    notes, items, available = _count_items(names, [folder / path for path in include_path])
+    notes, items, available = _count_items(
+        names, [folder / path for path in include_path], trust_task_code=trust_task_code
+    )
     defaults = SearchSpec.model_fields
     text = Template(TEMPLATE.read_text(encoding="utf-8")).substitute(
         base=_flow_yaml(named[0]),
         models="\n".join(f"  - {_flow_yaml(model)}" for model in named[1:]),
-        tokenizer=_tokenizer([base, *models]),
+        tokenizer=_tokenizer(models),
         scale=list(defaults["scale"].default),
         trials=str(trials or defaults["trials"].default).ljust(21),
+        code=f"{'' if trust_task_code else '# '}trust_task_code: true",
         include_path=f"[{', '.join(map(_flow_yaml, include_path))}]",
         tasks="\n".join(f"    - {{task: {_flow_yaml(name)}, weight: 1.0}}" for name in names),
         task=_flow_yaml(names[0]),
@@ -165,7 +171,7 @@ def _find_task(task: str, folder: Path, write: Write) -> tuple[str, Path | None]
 
 
 def _count_items(
-    names: Sequence[str], include_path: Sequence[Path]
+    names: Sequence[str], include_path: Sequence[Path], *, trust_task_code: bool
 ) -> tuple[list[str], ItemCounts, str]:
     """Return notes, the items of each split, and a comment on how many items there are.
 
@@ -175,7 +181,9 @@ def _count_items(
 
     wanted = ItemCounts()
     try:
-        tasks = load_tasks([TaskEntry(task=name) for name in names], include_path)
+        tasks = load_tasks(
+            [TaskEntry(task=name) for name in names], include_path, trust_task_code=trust_task_code
+        )
     except ObjectiveError as error:
         if not isinstance(error.__cause__, ConnectionError):
             raise

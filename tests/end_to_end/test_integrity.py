@@ -420,3 +420,84 @@ def test_failing_card_leaves_result_and_checkpoint(done, tmp_path, monkeypatch, 
     assert (tmp_path / "run" / "result.json").is_file()
     assert (tmp_path / "run" / "checkpoint" / "model.safetensors").is_file()
     assert "card" in capsys.readouterr().out
+
+
+# Code in task files
+
+CODE = "from pathlib import Path\nPath({!r}).touch()\ndef f(*a, **k):\n    return a[0]\n"
+CARRIERS = {
+    "process_docs": {"process_docs": "!function evil.f"},
+    "doc_to_text": {"doc_to_text": "!function evil.f"},
+    "process_results": {"process_results": "!function evil.f"},
+    "metric": {"metric_list": "[{metric: !function evil.f}]"},
+    "class": {"class": "!function evil.f"},
+    "custom_dataset": {"custom_dataset": "!function evil.f"},
+    "filter": {
+        "filter_list": "[{name: x, filter: [{function: custom, filter_fn: !function evil.f}]}]"
+    },
+    "include": {"include": "evil_base.yaml"},
+}
+
+
+@pytest.mark.parametrize("command", ["check", "run", "score"])
+@pytest.mark.parametrize("carrier", CARRIERS)
+def test_code_of_a_task_file_is_run_only_where_the_study_says_so(
+    make_study, zoo, tmp_path, carrier, command, capsys
+):
+    if command != "check" and carrier not in ("process_docs", "class"):
+        pytest.skip("one of each is enough")
+    study = make_study(tmp_path / "study")
+    tasks, ran = tmp_path / "study" / "tasks", tmp_path / "ran"
+    (tasks / "evil.py").write_text(CODE.format(str(ran)))
+    (tasks / "evil_base.yaml").write_text("process_docs: !function evil.f\n")
+    with (tasks / "pick.yaml").open("a") as file:
+        file.writelines(f"{key}: {value}\n" for key, value in CARRIERS[carrier].items())
+    arguments = {
+        "check": ["check", str(study)],
+        "run": ["run", str(study), "--out", str(tmp_path / "run")],
+        "score": ["score", str(zoo / "a"), str(study)],
+    }[command]
+    assert main([*arguments, "--device", "cpu"]) == 2
+    assert not ran.exists()
+    one_line(capsys, "pick", "trust_task_code")
+    assert not (tmp_path / "run").exists()
+    spec = yaml.safe_load(study.read_text())
+    spec["objective"]["trust_task_code"] = True
+    study.write_text(yaml.safe_dump(spec))
+    main(["check", str(study), "--device", "cpu"])
+    assert ran.exists()
+
+
+TEMPLATES = (
+    "{{ cycler.__init__.__globals__.os.system('touch RAN') }}",
+    "{{ ''.__class__.__mro__[1].__subclasses__() }}",
+    "{% for x in ().__class__.__base__.__subclasses__() %}{{ x }}{% endfor %}",
+    "{{ question|attr('__class__') }}",
+)
+
+
+@pytest.mark.parametrize("template", TEMPLATES)
+@pytest.mark.parametrize("key", ["doc_to_text", "description"])
+def test_template_of_a_task_reaches_no_python(make_study, tmp_path, template, key, capsys):
+    study = make_study(tmp_path / "study")
+    file, ran = tmp_path / "study" / "tasks" / "pick.yaml", tmp_path / "ran"
+    task = yaml.safe_load(file.read_text()) | {key: template.replace("RAN", str(ran))}
+    file.write_text(yaml.safe_dump(task))
+    code = main(["check", str(study), "--device", "cpu"])
+    assert not ran.exists()
+    if key == "doc_to_text":
+        assert code == 2
+        one_line(capsys, "pick")
+
+
+def test_metric_that_is_a_script_beside_a_task_is_not_run(make_study, tmp_path, capsys):
+    study = make_study(tmp_path / "study")
+    tasks, ran = tmp_path / "study" / "tasks", tmp_path / "ran"
+    (tasks / "mymetric").mkdir()
+    (tasks / "mymetric" / "mymetric.py").write_text(CODE.format(str(ran)))
+    task = yaml.safe_load((tasks / "pick.yaml").read_text())
+    task["metric_list"] = [{"metric": "mymetric", "aggregation": "mean", "higher_is_better": True}]
+    (tasks / "pick.yaml").write_text(yaml.safe_dump(task))
+    assert main(["check", str(study), "--device", "cpu"]) == 2
+    assert not ran.exists()
+    one_line(capsys, "pick")

@@ -376,7 +376,7 @@ def judge(doc, results):
 def test_responses_that_cannot_be_scored_are_recorded_and_the_run_goes_on(
     make_study, tmp_path, capsys
 ):
-    study = make_study(tmp_path, search__trials=2)
+    study = make_study(tmp_path, search__trials=2, objective__trust_task_code=True)
     (tmp_path / "tasks" / "judge.py").write_text(JUDGE)
     with (tmp_path / "tasks" / "tell.yaml").open("a") as file:
         file.write("process_results: !function judge.judge\n")
@@ -391,7 +391,7 @@ def test_responses_that_cannot_be_scored_are_recorded_and_the_run_goes_on(
 
 
 def test_task_of_which_no_response_can_be_scored_ends_the_study(make_study, tmp_path, capsys):
-    study = make_study(tmp_path, search__trials=6)
+    study = make_study(tmp_path, search__trials=6, objective__trust_task_code=True)
     (tmp_path / "tasks" / "judge.py").write_text("def judge(doc, results):\n    raise KeyError(1)")
     with (tmp_path / "tasks" / "tell.yaml").open("a") as file:
         file.write("process_results: !function judge.judge\n")

@@ -102,7 +102,8 @@ def model():
 def prepare(folder, model, *specs, **settings):
     specs = [TaskEntry(task=spec) if isinstance(spec, str) else spec for spec in specs]
     settings = {"tokenizer": make_tokenizer(), "batch_size": 8} | settings
-    tasks = load_tasks(specs, [folder], unsafe_code=settings.pop("unsafe_code", False))
+    unsafe = settings.pop("unsafe_code", False)
+    tasks = load_tasks(specs, [folder], unsafe_code=unsafe, trust_task_code=True)
     return Harness(tasks, model=model, **settings)
 
 
