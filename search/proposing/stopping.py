@@ -21,9 +21,9 @@ def should_stop(trials: Sequence[TrialRecord], items: int, share: float = SHARE)
     """Return whether the search is to stop.
 
     Proposals without an expected improvement (every sampler's but ``gp``, and several objectives')
-    never stop it.
+    never stop it. A recipe that fails after the search changes nothing.
     """
-    complete = [trial for trial in trials if trial.state == "complete"]
+    complete = [trial for trial in trials if trial.estimate is not None]
     last = [trial.expected_improvement for trial in complete[-WINDOW:]]
     if len(last) < WINDOW:
         return False

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Mapping, Sequence
 
 from search.proposing.starts import baselines
 from search.racing.elimination import JointPosterior, successive_elimination
@@ -11,7 +10,6 @@ from search.racing.race import Floats, Race
 from search.running.evaluator import Evaluated, under_own_templates
 from search.running.events import Note
 from search.running.run import Run
-from search.running.workers import FAILURES
 from search.storing.trials import TrialRecord
 from search.study.spec import StudyError
 from search.wording import OWN_TEMPLATE
@@ -25,19 +23,9 @@ def try_baselines(run: Run) -> None:
     Raises:
         StudyError: One of them cannot be evaluated.
     """
-    inputs: dict[str, Evaluated] = {
-        **baselines(run.context.space),
-        **{f"{d} {OWN_TEMPLATE}": one for d, one in under_own_templates(run.context).items()},
-    }
-    with suppress(*FAILURES):  # all at once; which of them has failed is found below
-        run.scores.evaluate([*inputs.values()], "search", 1)
-    right = 0.0
-    for name, recipe in inputs.items():
-        try:
-            right += run.scores.evaluate([recipe], "search", 1)[0].mean
-        except FAILURES as error:
-            raise StudyError(f"{name} alone: {error}") from error
-    if right == 0:
+    inputs = [*named_inputs(run).values()]
+    check_inputs(run, run.scores.failures(inputs, "search", 1))
+    if not any(run.scores.stored(one, "search", 1).mean for one in inputs):
         first = run.evaluator.block_ends("search")[0]
         run.listener(
             Note(
@@ -46,6 +34,26 @@ def try_baselines(run: Run) -> None:
                 "apply_chat_template)"
             )
         )
+
+
+def named_inputs(run: Run) -> dict[str, Evaluated]:
+    """Return base, donors, their average, and donors under their own chat templates, by name."""
+    own = under_own_templates(run.context)
+    return {
+        **baselines(run.context.space),
+        **{f"{donor} {OWN_TEMPLATE}": one for donor, one in own.items()},
+    }
+
+
+def check_inputs(run: Run, failed: Mapping[str, Exception]) -> None:
+    """Refuse an input that has failed, by its key: nothing can be compared with it.
+
+    Raises:
+        StudyError: One has.
+    """
+    for name, one in named_inputs(run).items():
+        if error := failed.get(one.key):
+            raise StudyError(f"{name} alone: {error}") from error
 
 
 def best_donor(run: Run, *, own_templates: bool) -> tuple[str, Evaluated]:
@@ -63,6 +71,9 @@ def rank_donors(run: Run, *, own_templates: bool) -> list[tuple[str, Evaluated]]
     """Return what ``best_donor`` does of every donor, the best first.
 
     The race's survivor comes first; then those that stayed longer, and of them the higher scores.
+
+    Raises:
+        StudyError: A donor cannot be evaluated.
     """
     known = baselines(run.context.space)
     donors: list[tuple[str, Evaluated]] = [(name, known[name]) for name in run.spec.models_but_base]
@@ -73,7 +84,9 @@ def rank_donors(run: Run, *, own_templates: bool) -> list[tuple[str, Evaluated]]
     def evaluate(some: Sequence[int], items: int) -> Floats:
         for index in some:
             raced[index] = items
-        return run.scores.matrix([donors[index][1] for index in some], "search", items)
+        left = [donors[index][1] for index in some]
+        check_inputs(run, run.scores.failures(left, "search", items))
+        return run.scores.matrix(left, "search", items)
 
     best = successive_elimination(
         JointPosterior.vague(len(donors)),
@@ -94,7 +107,8 @@ def open_race(run: Run) -> Race:
     race = Race(run.scores.strata("search"), front=run.spec.search.front)
     best, _ = best_donor(run, own_templates=False)  # candidates have the study's template
     recipe = baselines(run.context.space)[best]
-    (scores,) = run.scores.evaluate([recipe], "search")
+    check_inputs(run, run.scores.failures([recipe], "search"))
+    scores = run.scores.stored(recipe, "search")
     for note in run.scores.check_judged(best, recipe):
         run.listener(Note(note))
     race.record(scores.array, run.scores.violation({"search": scores}))

@@ -1,13 +1,21 @@
-"""The end of a run: finalists on fresh select items, the winner on test items, the result."""
+"""The end of a run: finalists on fresh select items, the winner on test items, the result.
+
+A candidate that fails on those items (its log-likelihood is not a number on one of them, say)
+counts as a failed trial from then on, and the end begins again without it. What the others have
+scored is in the database, and who failed too, so that a session that was killed and another come
+to the same result.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
 import numpy as np
 
 from merge_engine.recipe.recipe import Recipe
+from objectives.items import Split
 from search.proposing.gp import posterior_of
 from search.proposing.gp_sampler import MAX_TRIALS
 from search.proposing.starts import UNIFORM, baselines
@@ -16,9 +24,9 @@ from search.racing.item_scores import ItemScores
 from search.racing.pareto import confirmed, leading, posterior_front
 from search.racing.race import Floats
 from search.racing.verdict import SELECT_SHARE, items_to_decide, verdict
-from search.running.baselines import best_donor
+from search.running.baselines import best_donor, check_inputs
 from search.running.evaluator import Evaluated, UnderOwnTemplate, under_own_templates
-from search.running.events import Stage
+from search.running.events import Note, Stage
 from search.running.run import Run
 from search.storing.result import (
     Baseline,
@@ -36,6 +44,10 @@ from search.storing.trials import Candidate, candidates
 from search.study.spec import StudyError
 
 
+class CandidateError(Exception):
+    """Candidates have failed after the search, and count as failed trials now."""
+
+
 @dataclass(frozen=True)
 class Choice:
     """The winner, and what is known of it before the test."""
@@ -49,11 +61,12 @@ def choose(run: Run) -> Choice:
     """Choose the winner: the highest posterior means race on fresh select items.
 
     Raises:
+        CandidateError: Some cannot be evaluated on select items.
         StudyError: Every trial has failed.
     """
     if not run.log.complete():
-        errors = sorted({str(trial.error) for trial in run.log.finished()})
-        raise StudyError(f"every trial failed, the first with: {errors[0]}")
+        first = run.log.finished()[0]
+        raise StudyError(f"every trial failed, the first with: {first.error}")
     known, posterior = run.posterior()
     best = posterior.ranked([one.trial.violation for one in known])
     best = best[: run.spec.search.finalists]
@@ -65,7 +78,9 @@ def choose(run: Run) -> Choice:
     def evaluate(some: Sequence[int], items: int) -> Floats:
         for finalist in some:
             seen[finalist] = items
-        return run.scores.matrix([recipes[finalist] for finalist in some], "select", items)
+        left = [recipes[finalist] for finalist in some]
+        _evaluate(run, left, "select", items)
+        return run.scores.matrix(left, "select", items)
 
     def violation(finalist: int, items: int) -> float:
         select = run.scores.stored(recipes[finalist], "select", items)
@@ -86,7 +101,11 @@ def choose(run: Run) -> Choice:
 
 
 def find_front(run: Run) -> list[Candidate]:
-    """Find the Pareto front over the tasks, fresh select items considered."""
+    """Find the Pareto front over the tasks, fresh select items considered.
+
+    Raises:
+        CandidateError: Some cannot be evaluated on select items.
+    """
     known = candidates(run.log.complete())
     least = min(one.trial.violation for one in known)
     known = [one for one in known if one.trial.violation == least]
@@ -103,7 +122,9 @@ def find_front(run: Run) -> list[Candidate]:
     indices = posterior_front(posteriors, run.spec.search.finalists)
     front = [known[index] for index in indices]
     run.listener(Stage(f"evaluating the {len(front)} recipes of the front on the select items"))
-    found = run.scores.evaluate([run.recipe_of(one.trial) for one in front], "select")
+    recipes = [run.recipe_of(one.trial) for one in front]
+    _evaluate(run, recipes, "select")
+    found = [run.scores.stored(recipe, "select") for recipe in recipes]
     of_front = {task: posterior[indices] for task, posterior in posteriors.items()}
     fresh = np.array([one.values for one in found])
     return [front[index] for index in confirmed(of_front, strata, fresh)]
@@ -113,8 +134,47 @@ def conclude(run: Run) -> tuple[Result, Recipe]:
     """Choose the winner, evaluate it and its inputs on the test items, and state the verdict.
 
     The best donor is named before the test items are opened, so that its interval is honest.
-    Donors with a chat template of their own are evaluated under that, too.
+    Donors with a chat template of their own are evaluated under that, too. A winner that fails on
+    test items gives way to the one that is chosen without it; test items choose nothing else.
+
+    Raises:
+        StudyError: Every trial has failed, or a donor, the base or their average has.
     """
+    while True:
+        with suppress(CandidateError):
+            return _conclude(run)
+
+
+def _evaluate(
+    run: Run,
+    recipes: Sequence[Recipe],
+    split: Split,
+    items: int | None = None,
+    inputs: Sequence[Evaluated] = (),
+) -> None:
+    """Evaluate candidates, and inputs beside them, on the first items of a split; None: on all.
+
+    Raises:
+        CandidateError: Some candidates have failed; each was noted.
+        StudyError: An input has failed.
+    """
+    failed = run.scores.failures([*recipes, *inputs], split, items)
+    numbers = {one.trial.recipe: one.number for one in candidates(run.log.complete())}
+    for key in sorted(failed.keys() & numbers.keys(), key=numbers.__getitem__):
+        run.log.fail_recipe(key, str(failed[key]))
+        run.listener(
+            Note(
+                f"trial {numbers[key]} fails on the {split} items and gives way to the next best: "
+                f"{failed[key]}"
+            )
+        )
+    needed = {one.key for one in inputs}
+    check_inputs(run, {key: failed[key] for key in failed if key in needed or key not in numbers})
+    if failed:
+        raise CandidateError
+
+
+def _conclude(run: Run) -> tuple[Result, Recipe]:
     choice = choose(run)
     recipe = run.recipe_of(choice.candidate.trial)
     donor, best = best_donor(run, own_templates=True)
@@ -123,16 +183,17 @@ def conclude(run: Run) -> tuple[Result, Recipe]:
     run.listener(Stage("evaluating the winner, base, donors and their average on the test items"))
     fronts = [run.recipe_of(one.trial) for one in front]
     rivals: list[Evaluated] = [*inputs.values(), *own.values()]
-    tested: list[Evaluated] = [recipe, *fronts, *rivals]
-    winner, *others = run.scores.evaluate(tested, "test")
-    compared = {one.key: scores for one, scores in zip(rivals, others[len(front) :], strict=True)}
+    _evaluate(run, [recipe, *fronts], "test", inputs=rivals)
+    winner = run.scores.stored(recipe, "test")
+    compared = {one.key: run.scores.stored(one, "test") for one in rivals}
     seed = run.spec.search.seed
     intervals = {key: winner.minus(scores, seed) for key, scores in compared.items()}
     found = {
         key: Baseline(test=Score.of(scores, seed), difference=Difference.of(intervals[key]))
         for key, scores in compared.items()
     }
-    earlier = run.store.recipes("test") - {one.key for one in tested}
+    tested = {one.key for one in (recipe, *fronts, *rivals)}
+    earlier = run.store.recipes("test") - tested - run.log.failed.keys()
     evaluations, scoring = run.store.evaluations()
     states = [trial.state for trial in run.log.finished()]
     result = Result(

@@ -118,24 +118,35 @@ class Evaluator:
         """Evaluate recipes on the first items of a split, as far as results are not stored.
 
         Raises:
-            MergeError, ObjectiveError: Of the first recipe that fails; others may be unfinished.
+            MergeError, ObjectiveError: One of them has failed; the others are evaluated.
+        """
+        for error in self.failures(recipes, split, items).values():
+            raise error
+
+    def failures(
+        self, recipes: Iterable[Evaluated], split: Split, items: int | None = None
+    ) -> dict[str, Exception]:
+        """Evaluate recipes as ``evaluate`` does, and return why some have failed, by their keys.
+
+        The blocks that a failed recipe has left are not evaluated.
         """
         left = {
             Block(recipe.key, split, number): recipe
             for recipe in recipes
             for number in self.missing_blocks(recipe, split, items)
         }
+        failed: dict[str, Exception] = {}
         if not left:  # other blocks may be under way meanwhile
-            return
-        failed: Exception | None = None
-        while (left and not failed) or self.working:
-            while left and self.idle and not failed:
+            return failed
+        while left or self.working:
+            while left and self.idle:
                 block = self._next_of(left)
                 self.submit(left.pop(block), split, block.number)
-            _, error = self.collect()
-            failed = failed or error
-        if failed:
-            raise failed
+            block, error = self.collect()
+            if error:
+                failed.setdefault(block.recipe, error)
+                left = {one: left[one] for one in left if one.recipe not in failed}
+        return failed
 
     def _next_of(self, left: Iterable[Block]) -> Block:
         """Choose a block whose recipe an idle worker has built, else nobody has, else the first."""

@@ -47,14 +47,22 @@ class Scores:
     ) -> list[ItemScores]:
         """Evaluate recipes on the first items of a split, all together, and read their scores.
 
-        Where a constraint follows the base, the base is evaluated on the same items.
-
         Raises:
             MergeError, ObjectiveError: One of them cannot be built or evaluated.
         """
-        base = [self._base] if self._below_base else []
-        self.evaluator.evaluate([*recipes, *base], split, items)
+        for error in self.failures(recipes, split, items).values():
+            raise error
         return [self.stored(recipe, split, items) for recipe in recipes]
+
+    def failures(
+        self, recipes: Sequence[Evaluated], split: Split, items: int | None = None
+    ) -> dict[str, Exception]:
+        """Evaluate recipes as ``evaluate`` does, and return why some have failed, by their keys.
+
+        Where a constraint follows the base, the base is evaluated on the same items.
+        """
+        base = [self._base] if self._below_base else []
+        return self.evaluator.failures([*recipes, *base], split, items)
 
     def matrix(self, recipes: Sequence[Evaluated], split: Split, items: int) -> Floats:
         """Evaluate k recipes on the first items of a split: values (k, m)."""

@@ -98,7 +98,7 @@ class OtherTrial(NamedTuple):
     """A trial that is not the winner."""
 
     number: int
-    search_score: float | None  # its estimate; None: it failed
+    search_score: float | None  # its estimate; None: it failed during the search
     items: int  # search items it was evaluated on
     test: Score | None  # None: it was not tested
 

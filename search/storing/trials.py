@@ -7,7 +7,7 @@ else works with ``TrialRecord``. The attributes' names are part of the stored fo
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from typing import Any, Final, Literal, Self
 
@@ -40,7 +40,8 @@ class TrialRecord:
     point: Mapping[str, Any] = field(default_factory=dict)  # value of each searched parameter
     recipe: str = ""  # key of the recipe that the point stands for; "" until it is known
     start: str | None = None  # label of the warm start it came from; None: a sampler proposed it
-    # Value and variance of the recipe's score on all search items, if complete.
+    # Value and variance of the recipe's score on all search items; None: it is not known, or the
+    # trial failed during the search.
     estimate: Estimate | None = None
     items: int = 0  # search items evaluated
     tasks: Mapping[str, Estimate] = field(default_factory=dict)  # the same estimate for each task
@@ -166,10 +167,31 @@ class TrialLog:
         self._study = study
 
     def records(self, *states: State) -> list[TrialRecord]:
-        """Read the trials in these states, or all, in the order of their numbers."""
-        wanted = tuple(state for state, name in _STATES.items() if name in states) or None
-        found = self._study.get_trials(deepcopy=False, states=wanted)
-        return [TrialRecord.from_optuna(trial) for trial in found]
+        """Read the trials in these states, or all, in the order of their numbers.
+
+        Complete trials of a recipe that has failed since then are failed ones.
+        """
+        read = {*states, "complete"} if "fail" in states else states
+        wanted = tuple(state for state, name in _STATES.items() if name in read) or None
+        failed, records = self.failed, []
+        for trial in self._study.get_trials(deepcopy=False, states=wanted):
+            record = TrialRecord.from_optuna(trial)
+            if record.state == "complete" and record.recipe in failed:
+                error = failed[record.recipe]
+                record = replace(record, state="fail", error=error)
+            if not states or record.state in states:
+                records.append(record)
+        return records
+
+    @property
+    def failed(self) -> Mapping[str, str]:
+        """Why recipes with an estimate have failed on other items, by their keys."""
+        failed: Mapping[str, str] = self.header().get("failed", {})
+        return failed
+
+    def fail_recipe(self, key: str, error: str) -> None:
+        """Count a recipe's complete trials as failed from here on, with the reason."""
+        self.set_header(failed={**self.failed, key: error})
 
     def complete(self) -> list[TrialRecord]:
         """Read the trials that have an estimate."""
@@ -221,7 +243,7 @@ class TrialLog:
         return OpenTrial(self._study, trial)
 
     def header(self) -> Mapping[str, Any]:
-        """Read what is kept of the study itself: spec, models, baselines, weights, seconds."""
+        """Read what is kept of the study itself: spec, models, weights, failed recipes, ..."""
         return self._study.user_attrs
 
     def set_header(self, **entries: Any) -> None:

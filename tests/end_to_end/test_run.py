@@ -452,7 +452,7 @@ def donor_with(zoo, folder, norm):
 
 def test_candidate_with_infinite_weights_is_a_failed_trial(make_study, zoo, tmp_path):
     large = donor_with(zoo, tmp_path / "large", 1000.0)  # times 100 it is more than float16 holds
-    changes = {"dtype": "float16", "search__scale": [0, 100], "search__trials": 45}
+    changes = {"dtype": "float16", "search__scale": [0, 100], "search__trials": 20}
     study = make_study(tmp_path, models=[str(zoo / "a"), large], **changes)
     assert main(["run", str(study), "--out", str(tmp_path / "run"), "--device", "cpu"]) == 0
     failed = [t for t in trials_of(tmp_path / "run") if t.state == "fail"]
@@ -461,4 +461,35 @@ def test_candidate_with_infinite_weights_is_a_failed_trial(make_study, zoo, tmp_
     assert any("'model.norm.weight' has NaN or Inf" in error for error in errors)
     result = json.loads((tmp_path / "run" / "result.json").read_text())
     assert result["failed_trials"] == len(failed)
-    assert result["trials"] == 45 - len(failed)
+    assert result["trials"] == 20 - len(failed)
+
+
+@pytest.mark.parametrize("split", ["select", "test"])
+def test_candidate_that_overflows_on_later_items_gives_way(
+    make_study, zoo, tmp_path, capsys, split
+):
+    norm, scale, seed = (4000.0, [2, 8], 1) if split == "select" else (1000.0, [8, 30], 0)
+    changes = {
+        "dtype": "float16",
+        "models": [str(zoo / "a"), donor_with(zoo, tmp_path / "large", norm)],
+        "search__scale": scale,
+        "search__methods": ["task_arithmetic"],
+        "search__trials": 10,
+        "search__seed": seed,
+        "objective__items": {"search": 8, "select": 24, "test": 48},
+    }
+    study, run = make_study(tmp_path, **changes), tmp_path / "run"
+    command = ["run", str(study), "--out", str(run), "--device", "cpu", "--json"]
+    assert main(command) == 0
+    events = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    notes = [event["text"] for event in events if event["event"] == "note"]
+    assert any(f"fails on the {split} items and gives way to the next best" in n for n in notes)
+    before, answers = json.loads((run / "result.json").read_text()), answers_of(run)
+    failed = [trial for trial in trials_of(run) if trial.state == "fail"]
+    assert before["failed_trials"] == len(failed)
+    assert before["winner"]["trial"] not in {trial.number for trial in failed}
+    assert main(command) == 0
+    assert "gives way" not in capsys.readouterr().out
+    after = json.loads((run / "result.json").read_text())
+    assert {**after, "seconds": None} == {**before, "seconds": None}
+    assert answers_of(run) == answers

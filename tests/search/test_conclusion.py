@@ -1,13 +1,18 @@
-"""The end of a run on simulated workers: the winner under constraints, and the Pareto front."""
+"""The end of a run on simulated workers: constraints, the Pareto front, candidates that fail."""
+
+import shutil
 
 import pytest
 
 from landscape import demo
+from objectives.base import ObjectiveError
 from objectives.scores import task_means
 from search.proposing.starts import baselines
 from search.running.conclusion import conclude
+from search.running.events import Note
 from search.running.search_loop import search
-from simulated import simulated_context, simulated_run
+from search.study.spec import StudyError
+from simulated import SimulatedWorkers, simulated_context, simulated_run
 
 COUNTS = {"search": 120, "select": 80, "test": 80}
 
@@ -50,3 +55,129 @@ def test_front_is_tested_and_concluding_again_evaluates_nothing(tmp_path):
     assert first.times_tested == 1
     again, _ = conclude(simulated_run(run.folder, run.context))
     assert again.model_copy(update={"seconds": first.seconds}) == first
+
+
+@pytest.fixture(scope="module")
+def searched(tmp_path_factory):
+    """A run with a front that was searched, and not concluded."""
+    run = make_run(tmp_path_factory.mktemp("searched"), front=True, trials=16)
+    search(run)
+    return run
+
+
+@pytest.fixture(scope="module")
+def before(searched, tmp_path_factory):
+    """Its result if no candidate fails."""
+    return conclude_copy(searched, tmp_path_factory.mktemp("before"))[0]
+
+
+def failing(run, split, trials):
+    """Return a failure of some trials' recipes on the items of a split."""
+    of_split = set(getattr(run.context.splits, split))
+    keys = {one.recipe for one in run.log.complete() if one.number in trials}
+
+    def failure(job):
+        if job.recipe.key in keys and not of_split.isdisjoint(job.items):
+            return ObjectiveError(f"item {min(job.items)} is not a number")
+        return None
+
+    return failure
+
+
+def conclude_copy(run, folder, failure=lambda job: None, workers=1, stop_after=None):
+    """Conclude a copy of a run; return its result, the notes and the failed trials."""
+    shutil.copytree(run.folder, folder, dirs_exist_ok=True)
+    notes, jobs = [], []
+
+    def counted(job):
+        jobs.append(job)
+        if stop_after and len(jobs) > stop_after:
+            raise KeyboardInterrupt
+        return failure(job)
+
+    team = SimulatedWorkers(run.context.objective, workers, failure=counted)
+    copy = simulated_run(folder, run.context, team, notes.append)
+    result, _ = conclude(copy)
+    failed = {trial.number: trial.error for trial in copy.log.records("fail")}
+    return result, [note.text for note in notes if isinstance(note, Note)], failed
+
+
+@pytest.mark.parametrize("split", ["select", "test"])
+def test_winner_that_fails_after_the_search_gives_way_to_the_next_best(
+    searched, before, tmp_path, split
+):
+    lost = {before.winner.trial}
+    after, notes, failed = conclude_copy(
+        searched, tmp_path / "after", failing(searched, split, lost)
+    )
+    assert after.winner.trial not in lost
+    assert failed.keys() == lost
+    assert after.failed_trials == 1
+    assert after.trials == before.trials - 1
+    assert after.times_tested == 1
+    (note,) = notes
+    assert f"trial {before.winner.trial} fails on the {split} items and gives way" in note
+    assert "is not a number" in note
+
+
+@pytest.mark.parametrize("split", ["select", "test"])
+def test_front_goes_on_without_a_recipe_that_fails(searched, before, tmp_path, split):
+    inputs = {recipe.key for recipe in baselines(searched.context.space).values()}
+    known = {one.number for one in searched.log.complete() if one.recipe not in inputs}
+    lost = {one.trial for one in before.front} & known - {before.winner.trial}
+    assert lost
+    after, _, failed = conclude_copy(searched, tmp_path / "after", failing(searched, split, lost))
+    assert failed.keys() == lost
+    assert after.winner.trial == before.winner.trial
+    assert after.front
+    assert lost.isdisjoint(one.trial for one in after.front)
+
+
+@pytest.mark.parametrize("stop_after", [2, 12])
+def test_killed_conclusion_with_failures_comes_to_the_same_result(
+    searched, before, tmp_path, stop_after
+):
+    lost = {before.winner.trial}
+    failure = failing(searched, "test", lost)
+    whole, _, failed = conclude_copy(searched, tmp_path / "whole", failure)
+    assert failed.keys() == lost
+    with pytest.raises(KeyboardInterrupt):
+        conclude_copy(searched, tmp_path / "killed", failure, stop_after=stop_after)
+    workers = SimulatedWorkers(searched.context.objective, 2, failure=failure)
+    resumed = simulated_run(tmp_path / "killed", searched.context, workers)
+    search(resumed)
+    assert len(resumed.log.finished()) == len(searched.log.finished())
+    again, _ = conclude(resumed)
+    assert again.winner == whole.winner
+    assert again.front == whole.front
+    assert again.failed_trials == whole.failed_trials
+
+
+def test_failed_recipe_is_not_asked_again(searched, before, tmp_path):
+    lost = {before.winner.trial}
+    conclude_copy(searched, tmp_path / "run", failing(searched, "test", lost))
+    workers = SimulatedWorkers(searched.context.objective)
+    conclude(simulated_run(tmp_path / "run", searched.context, workers))
+    assert not workers.jobs
+
+
+def test_run_of_which_no_candidate_is_left_ends_with_one_sentence(searched, tmp_path):
+    select = set(searched.context.splits.select)
+
+    def failure(job):
+        return ObjectiveError("it is not a number") if select.issuperset(job.items) else None
+
+    with pytest.raises(StudyError, match=r"^every trial failed, the first with: it is not"):
+        conclude_copy(searched, tmp_path / "run", failure)
+
+
+def test_input_that_fails_on_test_items_is_named(searched, tmp_path):
+    test, donor = set(searched.context.splits.test), searched.spec.models_but_base[0]
+    key = baselines(searched.context.space)[donor].key
+
+    def failure(job):
+        broken = job.recipe.key == key and not test.isdisjoint(job.items)
+        return ObjectiveError("it is not a number") if broken else None
+
+    with pytest.raises(StudyError, match=f"^{donor} alone: it is not a number"):
+        conclude_copy(searched, tmp_path / "run", failure)
