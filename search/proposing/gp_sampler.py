@@ -14,6 +14,7 @@ from typing import Final
 import numpy as np
 from optuna.samplers import BaseSampler, RandomSampler
 
+from search.proposing.edges import around, beyond
 from search.proposing.encoding import Candidates, RecipeEncoding
 from search.proposing.gp import Observation, Posterior, TrainingData, fit_kernel, one_thread
 from search.proposing.proposal import Proposal, ProposalRequest
@@ -44,7 +45,7 @@ def propose(request: ProposalRequest) -> Proposal | BaseSampler:
         generator = np.random.default_rng(request.trial_seed)
         return Proposal(encoding.point(encoding.random(1, generator)))
     with one_thread():
-        point, improvement = _best_point(request, encoding, training_set(complete), pending)
+        point, improvement = _best_point(request, encoding.shared, training_set(complete), pending)
     # With several objectives it is not the mean's; units with weights of their own may gain more.
     modelled = not request.front and not encoding.shared
     return Proposal(point, improvement if modelled else None)
@@ -52,11 +53,34 @@ def propose(request: ProposalRequest) -> Proposal | BaseSampler:
 
 def _best_point(
     request: ProposalRequest,
-    encoding: RecipeEncoding,
+    shared: tuple[int, ...],
     complete: Sequence[TrialRecord],
     pending: Sequence[TrialRecord],
 ) -> Proposal:
-    """Fit the process to complete trials and maximise its acquisition."""
+    """Fit the process to complete trials and maximise its acquisition.
+
+    Default ranges are widened first where the best trial lies at their edge.
+    """
+    space = around(request.space, [trial.point for trial in (*complete, *pending)])
+    encoding = RecipeEncoding(space, shared)
+    posterior = _fitted(request, encoding, complete)
+    best = complete[int(np.argmax(posterior.feasible_means))]
+    if (wider := beyond(space, best.point)) != space:
+        encoding = RecipeEncoding(wider, shared)
+        posterior = _fitted(request, encoding, complete)
+    tried = encoding.candidates([trial.point for trial in complete])
+    if pending:
+        others = encoding.candidates([trial.point for trial in pending])
+        posterior = posterior.condition_on_pending(encoding.encode(others), others.method)
+        tried += others
+    found, acquisition = maximise_acquisition(posterior, encoding, tried, request.trial_seed)
+    return Proposal(encoding.point(found), acquisition * posterior.data.spread)
+
+
+def _fitted(
+    request: ProposalRequest, encoding: RecipeEncoding, complete: Sequence[TrialRecord]
+) -> Posterior:
+    """Fit the process to complete trials."""
     tried = encoding.candidates([trial.point for trial in complete])
     observed = observations(complete, tried, encoding)
     kernel = fit_kernel(observed[: refit_size(len(observed), request.startup)])
@@ -66,13 +90,7 @@ def _best_point(
             one._replace(value=scalar.value, variance=scalar.variance)
             for one, scalar in zip(observed, scalars, strict=True)
         )
-    posterior = Posterior(TrainingData.from_observations(observed), kernel)
-    if pending:
-        others = encoding.candidates([trial.point for trial in pending])
-        posterior = posterior.condition_on_pending(encoding.encode(others), others.method)
-        tried += others
-    best, acquisition = maximise_acquisition(posterior, encoding, tried, request.trial_seed)
-    return Proposal(encoding.point(best), acquisition * posterior.data.spread)
+    return Posterior(TrainingData.from_observations(observed), kernel)
 
 
 def maximise_acquisition(

@@ -7,6 +7,7 @@ from typing import Final, NamedTuple
 
 import numpy as np
 
+from search.proposing.edges import around
 from search.proposing.encoding import Candidates, RecipeEncoding
 from search.proposing.gp import Posterior, TrainingData, fit_kernel
 from search.proposing.gp_sampler import observations, training_set
@@ -39,8 +40,9 @@ class PosteriorView:
     """The posterior after complete trials, of which very many are thinned as the sampler does."""
 
     def __init__(self, space: Space, complete: Sequence[TrialRecord]) -> None:
-        self.space, self.encoding = space, RecipeEncoding(space)
         self.trials = training_set(complete)
+        self.space = around(space, [trial.point for trial in self.trials])
+        self.encoding = RecipeEncoding(self.space)
         self.tried = self.encoding.candidates([trial.point for trial in self.trials])
         self._observed = observations(self.trials, self.tried, self.encoding)
         self._kernel = fit_kernel(self._observed)

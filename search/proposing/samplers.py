@@ -20,6 +20,7 @@ from optuna.study import Study
 from optuna.trial import FrozenTrial
 from typing_extensions import override
 
+from search.proposing.edges import widest
 from search.proposing.proposal import Proposal, ProposalRequest
 from search.proposing.soup import PREFIX, next_step
 from search.proposing.space import Space
@@ -76,7 +77,7 @@ class Proposer:
             return log.open(self.space.distributions, left=left, sampler=made)
         if queued is None:
             log.enqueue(made.point, expected_improvement=made.expected_improvement)
-        return log.open(self.space.distributions, left=left)
+        return log.open(widest(self.space).distributions, left=left)
 
 
 def _queued(

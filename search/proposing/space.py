@@ -29,7 +29,13 @@ from search.proposing.mixture import (
 )
 from search.racing.race import Floats
 from search.study.parameters import followers, searchable
-from search.study.spec import ModelDifference, StudySpec, as_differences, models_but_base
+from search.study.spec import (
+    DEFAULT_SCALE,
+    ModelDifference,
+    StudySpec,
+    as_differences,
+    models_but_base,
+)
 
 if TYPE_CHECKING:
     from optuna.distributions import BaseDistribution
@@ -60,6 +66,8 @@ class Space:
     # How units share weights before each has its own: the group of each unit, stage after stage,
     # from coarse to fine.
     stages: tuple[tuple[int, ...], ...] = ()
+    # Names of the ranges that the study does not give, `scale` among them: these can be widened.
+    defaults: frozenset[str] = frozenset()
 
     @classmethod
     def from_spec(cls, spec: StudySpec, layers: Sequence[str], dtype: str) -> Space:
@@ -69,12 +77,15 @@ class Space:
             name: search.ranges.get(name, param.search)
             for name, param in sorted(searchable(search.methods).items())
         }
+        ranges = {name: bounds for name, bounds in found.items() if bounds is not None}
+        scale = {"scale"} if search.scale is None else set()
         return cls(
             base=spec.base_model,
             donors=spec.models,
             methods=search.methods,
-            scale=search.scale,
-            ranges={name: bounds for name, bounds in found.items() if bounds is not None},
+            scale=search.scale or DEFAULT_SCALE,
+            ranges=ranges,
+            defaults=frozenset(ranges.keys() - search.ranges.keys() | scale),
             units=model_units(layers, search.layer_groups, search.split),
             at_most=search.at_most,
             most_starts=search.trials // 3,

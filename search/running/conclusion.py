@@ -10,12 +10,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import numpy as np
 
 from merge_engine.recipe.recipe import Recipe
 from objectives.items import Split
+from search.proposing.edges import around, edges
 from search.proposing.gp import posterior_of
 from search.proposing.gp_sampler import MAX_TRIALS
 from search.proposing.starts import UNIFORM, baselines
@@ -29,6 +30,7 @@ from search.running.evaluator import Evaluated, UnderOwnTemplate, under_own_temp
 from search.running.events import Note, Stage
 from search.running.run import Run
 from search.storing.result import (
+    AtEdge,
     Baseline,
     Difference,
     Donor,
@@ -208,6 +210,7 @@ def _conclude(run: Run) -> tuple[Result, Recipe]:
             for model in run.spec.models_but_base
         },
         floors=run.scores.floors({"test": winner}),
+        edges=at_edges(run, choice.candidate),
         base=found[inputs[run.spec.base_model].key],
         uniform=found[inputs[UNIFORM].key],
         difference_to_best_donor=DonorDifference(
@@ -229,6 +232,12 @@ def _conclude(run: Run) -> tuple[Result, Recipe]:
         versions=package_versions(),
     )
     return result, recipe
+
+
+def at_edges(run: Run, winner: Candidate) -> list[AtEdge]:
+    """Describe the edges of ranges, as they were searched, at which the winner lies."""
+    space = around(run.context.space, [trial.point for trial in run.log.complete()])
+    return [AtEdge(**asdict(edge)) for edge in edges(space, winner.trial.point)]
 
 
 def tested_winner(run: Run, candidate: Candidate) -> Winner:

@@ -141,7 +141,7 @@ def scale_charts(facts: RunFacts, view: PosteriorView) -> ScaleCharts | None:
     if facts.result:
         winner = facts.result.winner.trial
         centre = next(trial for trial in facts.complete if trial.number == winner)
-    one, (low, high) = view.encoding.candidates([centre.point]), facts.space.scale
+    one, (low, high) = view.encoding.candidates([centre.point]), view.space.scale
     scales = np.linspace(low, high, 61)
     curves = _posterior_over_scale(view, one, scales)
     if not curves:

@@ -70,6 +70,8 @@ def print_result(console: Console, result: Result, run: Path) -> None:
     _print_scores(console, scores)
     if result.floors_text:
         console.print(escape(result.floors_text), highlight=False)
+    for edge in result.edges:
+        console.print(escape(edge.text), highlight=False)
     if tokens := [f"{row.name} {row.test.tokens:.1f}" for row in scores.rows if row.test.tokens]:
         console.print(f"Mean tokens per item: {escape(', '.join(tokens))}.", highlight=False)
     if result.front:

@@ -112,6 +112,26 @@ class Seconds(FrozenModel):
     total: float
 
 
+class AtEdge(FrozenModel):
+    """A parameter of the winner that lies at an edge of its range."""
+
+    name: str  # as in the study
+    value: float
+    range: tuple[float, float]  # as it was searched
+    wider: tuple[float, float]  # what to search next
+
+    @property
+    def text(self) -> str:
+        """What it means, and what to do."""
+        low, high = (f"{end:.4g}" for end in self.range)
+        wider = ", ".join(f"{end:.4g}" for end in self.wider)
+        return (
+            f"The winner's {self.name}, {self.value:.4g}, lies at the edge of [{low}, {high}]: a "
+            f"better recipe may lie beyond. Write `{self.name}: [{wider}]` under `search` in "
+            "study.yaml to look there."
+        )
+
+
 class Result(FrozenModel):
     """The outcome of a run: verdict, winner, front, baselines and costs."""
 
@@ -124,6 +144,7 @@ class Result(FrozenModel):
     donors: dict[str, Donor]
     # Least means of constrained tasks; the winner was chosen for meeting them on other items.
     floors: dict[str, float] = Field(default={})
+    edges: list[AtEdge] = Field(default=[])  # of the ranges, where the winner lies
     base: Baseline
     uniform: Baseline  # the uniform average of the donors
     difference_to_best_donor: DonorDifference  # the lead that the verdict's sentence names

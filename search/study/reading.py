@@ -203,7 +203,8 @@ def _check(spec: StudySpec, where: str) -> None:
     for path in spec.search.start:
         if not (path / "recipe.yaml" if path.is_dir() else path).is_file():
             raise StudyError(f"{where}: search.start: {path} is no recipe, and no run that has one")
-    _check_range(where, "scale", spec.search.scale, (0.0, 100.0))
+    if spec.search.scale is not None:
+        _check_range(where, "scale", spec.search.scale, (0.0, 100.0))
     known = searchable(spec.search.methods)
     for name, bounds in spec.search.ranges.items():
         _check_range(where, name, bounds, (0, 1) if known[name].kind is bool else known[name].valid)
@@ -267,7 +268,7 @@ def _check_sampler(spec: StudySpec, where: str) -> None:
             f"{where}: search.sampler: {name} needs the package {entry.needs}; "
             f"pip install 'mergesearch[{entry.needs}]'"
         )
-    if name == "grid" and len(set(search.scale)) == 1:
+    if name == "grid" and search.scale and len(set(search.scale)) == 1:
         raise StudyError(f"{where}: search.sampler: a grid needs a range of scale, like [0, 1]")
     if name == "grid" and (search.at_most or len(spec.models)) < len(spec.models):
         raise StudyError(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Final
 
 from pydantic import (
     BeforeValidator,
@@ -24,6 +24,8 @@ from objectives.entries import Entry
 class StudyError(ValueError):
     """A study, option or run folder that cannot be used; the message says what to do."""
 
+
+DEFAULT_SCALE: Final = (0.0, 1.5)
 
 # A number fixes a parameter; [low, high] searches it.
 Range = Annotated[
@@ -97,7 +99,8 @@ class SearchSpec(FrozenModel):
     """What is searched, and how."""
 
     methods: tuple[str, ...] = Field(min_length=1)  # merge methods to choose among
-    scale: Range = (0.0, 1.5)  # the donors' mean weight
+    # The donors' mean weight; None: DEFAULT_SCALE, which is widened if the best is at its edge.
+    scale: Range | None = None
     # Of the methods' other parameters, by name.
     ranges: dict[str, Range] = Field(default_factory=dict)
     at_most: PositiveInt | None = None  # donors that a recipe uses at most; None: all

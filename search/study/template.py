@@ -19,7 +19,7 @@ from objectives.base import ObjectiveError
 from objectives.entries import TaskEntry
 from objectives.harness.jsonl_task import task_yaml
 from search.study.reading import load_study
-from search.study.spec import ItemCounts, SearchSpec, StudyError
+from search.study.spec import DEFAULT_SCALE, ItemCounts, SearchSpec, StudyError
 
 TEMPLATE: Final = Path(__file__).with_name("study.yaml.tmpl")
 TASKS: Final = "tasks"  # folder, beside the study, of the task files that are written
@@ -95,7 +95,7 @@ def write_study(
         base=_flow_yaml(named[0]),
         models="\n".join(f"  - {_flow_yaml(model)}" for model in named[1:]),
         tokenizer=_tokenizer(models),
-        scale=list(defaults["scale"].default),
+        scale=list(DEFAULT_SCALE),
         trials=str(trials or defaults["trials"].default).ljust(21),
         code=f"{'' if trust_task_code else '# '}trust_task_code: true",
         include_path=f"[{', '.join(map(_flow_yaml, include_path))}]",

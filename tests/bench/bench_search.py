@@ -58,6 +58,16 @@ def apart(space: Space) -> Space:
     return replace(space, stages=())
 
 
+def default(space: Space) -> Space:
+    """Let ranges be widened, as if the study did not give them."""
+    return replace(space, defaults=frozenset({"scale", *space.ranges}))
+
+
+def narrow(space: Space) -> Space:
+    """End the scale's range before the best of ``planted``."""
+    return replace(space, scale=(0.0, 0.4))
+
+
 FIXED = partial(System, raced=False)
 LUCKY = partial(FIXED, selector=LuckyMaximum(), baselines=False)
 
@@ -66,6 +76,9 @@ SYSTEMS: Mapping[str, System] = {
     "full": FIXED(selector=FreshItems()),  # every candidate on every item
     "run-alike": System(space=alike),
     "run-apart": System(space=apart),
+    "run-default": System(space=default),
+    "run-narrow": System(space=narrow),
+    "run-narrow-default": System(space=lambda space: default(narrow(space))),
     "run-lucky": System(selector=LuckyMaximum()),
     "full-lucky": FIXED(selector=LuckyMaximum()),
     "full-elected": FIXED(),

@@ -67,7 +67,7 @@ def test_lines_that_are_commented_out_are_valid_too(zoo, folder):
     assert main(command(zoo, folder / "mine" / "pick.jsonl", out=file)) == 0
     (folder / "recipe.yaml").write_text("")
     text, count = re.subn(r"^( *)# (\w+: .*)$", r"\1\2", file.read_text(), flags=re.MULTILINE)
-    assert count == 8
+    assert count == 9
     file.write_text(text)
     spec = load_study(file)
     assert spec.search.methods == ("task_arithmetic", "ties")
