@@ -3,13 +3,50 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+import errno
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 from pydantic import ValidationError
+
+FULL = (errno.ENOSPC, errno.EDQUOT)  # of a full disk
+_SHOWN = 300  # characters of what a library says
+_PLAIN = (  # what Python says of its own limits, and what it means
+    ("maximum recursion depth", "it is nested too deeply, or in itself"),
+    ("Exceeds the limit", "it has a number of thousands of digits"),
+    ("integer division or modulo by zero", "it makes a division by zero"),
+)
 
 
 class MergeError(ValueError):
     """A recipe, model or setting that cannot be used; the message says where and what to do."""
+
+
+@contextmanager
+def reading(what: object, advice: str = "fetch it again") -> Iterator[None]:
+    """Raise a MergeError that names ``what`` is read for anything that a library raises inside.
+
+    Errors of this project pass as they are, and so does a lack of memory or disk.
+    """
+    try:
+        yield
+    except (MergeError, MemoryError):
+        raise
+    except Exception as error:  # whatever a library stumbles over in what somebody else has made
+        if isinstance(error, OSError) and error.errno in FULL:
+            raise
+        raise MergeError(f"{what}: {reason(error)}; {advice}") from error
+
+
+def reason(error: BaseException) -> str:
+    """Return what an error says in one line of moderate length."""
+    text = " ".join(str(error).split())
+    for beginning, meaning in _PLAIN:
+        if beginning in text:
+            return meaning
+    if isinstance(error, KeyError | AttributeError) or not text:  # names alone say little
+        text = f"{type(error).__name__} {text}".strip()
+    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
 
 
 def suggestion(name: str, known: Iterable[str]) -> str:

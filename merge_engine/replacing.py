@@ -15,9 +15,8 @@ from itertools import count
 from pathlib import Path
 from typing import Final
 
-from merge_engine.errors import MergeError
+from merge_engine.errors import FULL, MergeError
 
-FULL: Final = (errno.ENOSPC, errno.EDQUOT)  # of a full disk
 _PARTIAL: Final = re.compile(r"\..+\.[0-9a-f]{8}\.partial")  # what a kill leaves of a text
 _MARK: Final = ".mergesearch"  # in a folder that is being written, so nothing of the user's
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -10,7 +10,11 @@ import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict
 from typing_extensions import override
 
-from merge_engine.errors import MergeError
+from merge_engine.errors import MergeError, reading, reason
+
+_YAML_BYTES, _PARTS = 10_000_000, 1_000_000  # of a file, and of a document with its aliases
+_DEPTH = 100  # levels of a document
+_NAME = 200  # characters of a path in a message
 
 DtypeName = Annotated[
     Literal["float16", "bfloat16", "float32", "float64"],
@@ -44,6 +48,86 @@ def dump_yaml(content: object) -> str:
     return text
 
 
+def find_folder(name: str, beside: Path | None = None) -> Path | None:
+    """Return the folder that a name is, relative to ``beside``; None if there is none.
+
+    A name that no folder can have, as of the home of nobody, is none.
+    """
+    return _find(name, beside, Path.is_dir)
+
+
+def find_file(name: str, beside: Path | None = None) -> Path | None:
+    """Return the file that a name is, relative to ``beside``; None if there is none."""
+    return _find(name, beside, Path.is_file)
+
+
+def _find(name: str, beside: Path | None, is_there: Callable[[Path], bool]) -> Path | None:
+    try:
+        path = ((beside or Path()) / name).expanduser()
+        return path if is_there(path) else None
+    except (OSError, RuntimeError, ValueError):  # too long, the home of nobody, a zero byte
+        return None
+
+
+def _shown(path: Path) -> str:
+    text = str(path)
+    return text if len(text) <= _NAME else f"{text[:_NAME]}..."
+
+
+def _strerror(error: Exception) -> str:
+    return (isinstance(error, OSError) and error.strerror) or str(error)
+
+
+def _check_depth(data: bytes, path: Path) -> None:
+    """Refuse what is nested so deeply that libyaml would end the process."""
+    depth = 0
+    for event in yaml.parse(data, _LOADER):
+        depth += isinstance(event, yaml.CollectionStartEvent)
+        depth -= isinstance(event, yaml.CollectionEndEvent)
+        if depth > _DEPTH:
+            raise MergeError(f"{path}: nested more than {_DEPTH} levels deep; correct it")
+
+
+def _check_node(node: yaml.Node | None, path: Path) -> None:
+    """Refuse a document in which a key comes twice, or which aliases make endless or huge."""
+    sizes: dict[int, int] = {}  # of parts, with what aliases stand for, by identity
+    inside: set[int] = set()
+
+    def size(part: yaml.Node | None) -> int:
+        if not isinstance(part, yaml.CollectionNode):
+            return 1
+        if id(part) in inside:
+            raise MergeError(f"{path}: an alias stands for what it is in; write that out")
+        if id(part) not in sizes:
+            inside.add(id(part))
+            if isinstance(part, yaml.MappingNode):
+                _check_keys_differ(part, path)
+            sizes[id(part)] = 1 + sum(map(size, _parts(part)))
+            inside.remove(id(part))
+        return sizes[id(part)]
+
+    if size(node) > _PARTS:
+        raise MergeError(f"{path}: with its aliases it has {size(node):,} parts; write fewer")
+
+
+def _parts(node: yaml.CollectionNode) -> Iterator[yaml.Node]:
+    for part in node.value:
+        yield from part if isinstance(part, tuple) else (part,)
+
+
+def _check_keys_differ(node: yaml.MappingNode, path: Path) -> None:
+    """Refuse a mapping with a key twice, of which YAML would take the last."""
+    seen: set[str] = set()
+    for key, _ in node.value:
+        if isinstance(key, yaml.ScalarNode):
+            if key.value in seen:
+                raise MergeError(
+                    f"{path}: line {key.start_mark.line + 1}: the key {key.value!r} comes twice; "
+                    "keep one"
+                )
+            seen.add(key.value)
+
+
 def load_yaml(path: Path) -> Mapping[str, Any]:
     """Return the mapping in a YAML file of one document.
 
@@ -66,15 +150,20 @@ def load_documents(path: Path) -> Sequence[Mapping[str, Any]]:
         MergeError: The file is missing, is not YAML, or holds something else.
     """
     try:
-        # Bytes: PyYAML then finds UTF-16, which PowerShell writes, by its byte order mark.
-        found = list(yaml.load_all(path.read_bytes(), _LOADER))
-    except OSError as error:
-        raise MergeError(f"{path}: {error.strerror}; check the path") from None
-    except yaml.reader.ReaderError as error:
-        reason = " ".join(str(error.reason).split())
-        raise MergeError(f"{path}: not YAML: {reason}; save it as UTF-8 text") from None
-    except yaml.YAMLError as error:
-        raise MergeError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
+        data = path.read_bytes()
+    except (OSError, ValueError) as error:
+        raise MergeError(f"{_shown(path)}: {_strerror(error)}; check the path") from None
+    if len(data) > _YAML_BYTES:
+        raise MergeError(f"{path}: {len(data):,} bytes are no recipe or study; check the path")
+    with reading(f"{path}: not YAML", "correct it"):
+        try:
+            # Bytes: PyYAML then finds UTF-16, which PowerShell writes, by its byte order mark.
+            _check_depth(data, path)
+            for node in yaml.compose_all(data, _LOADER):
+                _check_node(node, path)
+            found = list(yaml.load_all(data, _LOADER))
+        except yaml.reader.ReaderError as error:
+            raise MergeError(f"{path}: not YAML: {reason(error)}; save it as UTF-8 text") from None
     documents = [document for document in found if document is not None]
     if not documents:
         raise MergeError(f"{path} is empty; `mergesearch init` writes a study to begin with")

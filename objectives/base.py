@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import json
+import signal
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
@@ -42,6 +44,28 @@ def objective_errors(where: str) -> Iterator[None]:
         raise
     except Exception as error:
         raise ObjectiveError(f"{where}: {type(error).__name__}: {error}") from error
+
+
+@contextlib.contextmanager
+def time_limit(seconds: float, what: str) -> Iterator[None]:
+    """Raise an ``ObjectiveError`` if Python code inside takes longer, in the main thread.
+
+    Other threads, and libraries in C that do not look for signals, are not interrupted.
+    """
+
+    def stop(_number: int, _frame: object) -> None:
+        raise ObjectiveError(f"{what} takes longer than {seconds:g} s; make it simpler")
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGALRM, stop)
+    outer, _ = signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, outer)
+        signal.signal(signal.SIGALRM, before)
 
 
 @dataclass(frozen=True)

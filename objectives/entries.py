@@ -10,8 +10,8 @@ from typing import Annotated, Any, Final, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt
 
-# A task's weight in the study's mean, of any scale.
-Weight = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+# A task's weight in the study's mean, of any scale from which sums and shares can be taken.
+Weight = Annotated[float, Field(ge=1e-9, le=1e9)]
 
 
 class _Entry(BaseModel):

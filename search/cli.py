@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import sys
+import tempfile
+import traceback
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext, redirect_stdout
 from importlib import import_module
@@ -25,7 +28,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     Returns:
         0 done (also when the verdict is "not better"), 1 stopped by the machine (a full disk, a
-        database that is gone), 2 bad input, 130 interrupted.
+        database that is gone) or by a fault of this program, 2 bad input, 130 interrupted.
     """
     argv = sys.argv[1:] if argv is None else argv
     try:
@@ -36,9 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(file=sys.stderr)  # the terminal shows the keys
         message, code = f"stopped; {AGAIN}", INTERRUPTED
     except Exception as error:
-        if not (expected := _expected(error)):
-            raise
-        message, code = expected
+        message, code = _expected(error) or (_fault(error), STOPPED)
     else:
         return 0
     print(f"mergesearch: {message}", file=sys.stderr)
@@ -78,8 +79,7 @@ def _make_listener(*, json_lines: bool) -> Listener:
 
 def _expected(error: Exception) -> tuple[str, int] | None:
     """Return the message and the exit code of an error that is no fault of this program."""
-    from merge_engine.errors import MergeError
-    from merge_engine.replacing import FULL
+    from merge_engine.errors import FULL, MergeError
     from objectives.base import ObjectiveError, printable
     from search.storing.folder import Interrupted
     from search.study.spec import StudyError
@@ -91,7 +91,27 @@ def _expected(error: Exception) -> tuple[str, int] | None:
     if isinstance(error, OSError) and error.errno in FULL:
         where = f"{error.filename}: " if error.filename else ""
         return f"{where}{error.strerror}; when there is room, {AGAIN}", STOPPED
+    if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
+        return f"{str(error.filename)[:100]}...: {error.strerror}; choose another", BAD_INPUT
+    if isinstance(error, MemoryError):
+        return f"there is not enough memory; with more, {AGAIN}", STOPPED
     return None
+
+
+def _fault(error: Exception) -> str:
+    """Write an error that nobody has foreseen to a file, and return a message that names it."""
+    from merge_engine.errors import reason
+    from objectives.base import printable
+
+    said = printable(f"{type(error).__name__}: {reason(error)}")
+    try:
+        with tempfile.NamedTemporaryFile(
+            "w", prefix="mergesearch-", suffix=".log", delete=False, encoding="utf-8"
+        ) as file:
+            traceback.print_exception(error, file=file)
+    except OSError:
+        return f"a fault of mergesearch: {said}; please report it"
+    return f"a fault of mergesearch: {said}; please report it with {file.name}"
 
 
 if __name__ == "__main__":

@@ -23,6 +23,8 @@ from merge_engine.numerics.packing import TensorPack
 from merge_engine.numerics.statistics import all_finite
 from merge_engine.recipe.recipe import Recipe, Tokenizer
 
+_HELD = 1 << 26  # bytes that are read of files before they are closed
+
 
 def merge_tensor(
     recipe: Recipe,
@@ -113,10 +115,15 @@ def built_tensors(plan: Plan, device: torch.device) -> Iterator[tuple[str, Tenso
         MergeError: A tensor cannot be merged, or the result has NaN or Inf.
     """
     for part in plan.parts:
-        for named in merged_tensors(part.recipe, part.model_set, device):
-            yield named
-            del named  # before the next is merged
-            part.model_set.release()
+        held = 0  # bytes read since files were opened, which count as this process's memory
+        for name, tensor in merged_tensors(part.recipe, part.model_set, device):
+            held += tensor.nbytes * len(part.model_set.checkpoints)
+            yield name, tensor
+            del tensor  # before the next is merged
+            if held >= _HELD:  # opening a file anew reads the whole of its header
+                part.model_set.release()
+                held = 0
+        part.model_set.release()
 
 
 def merged_tensors(

@@ -22,6 +22,7 @@ from torch import Tensor
 from merge_engine.building.checksums import write_checksums
 from merge_engine.errors import MergeError
 from merge_engine.models.checkpoint import Checkpoint
+from merge_engine.models.model_folder import read_json
 from merge_engine.models.vocabulary import Vocabulary
 from merge_engine.models.weights_file import DTYPES
 from merge_engine.recipe.recipe import Recipe
@@ -83,13 +84,14 @@ def files_to_copy(
     Raises:
         MergeError: One is a link that leads out of the reference's folder.
     """
-    patterns = [*PROCESSOR_FILES, "generation_config.json"]
-    if "auto_map" in config:  # the model's class is in Python files of its own
-        patterns.append("*.py")
-    return [
+    found = [
         *_matching(reference.tokenizer_folder, TOKENIZER_FILES if tokenizer else ()),
-        *_matching(reference.folder, patterns),
+        *_matching(reference.folder, [*PROCESSOR_FILES, "generation_config.json"]),
     ]
+    configs = [read_json(file) for file, _ in found if file.name.endswith("config.json")]
+    if any("auto_map" in each for each in (config, *configs)):  # to classes of the model's own
+        found += _matching(reference.folder, ["*.py"])
+    return found
 
 
 def write_checkpoint(

@@ -7,7 +7,7 @@ the last.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -112,30 +112,33 @@ def plan_merge(recipe: Recipe) -> Plan:
 
 
 def _filter_notes(parts: tuple[Part, ...]) -> list[str]:
-    """Return a note on each filter that no tensor's name has in it."""
-    matched: dict[str, bool] = {}  # by filter
-    example = ""
+    """Return a note on each filter whose value is used for no tensor."""
+    used: dict[str, bool] = {}  # by filter
+    everything: set[str] = set()
     for part in parts:
-        own = {own for inputs in part.model_set.inputs.values() for own in inputs.values()}
-        example = max(own, key=len, default=example)
-        names = own.union(part.model_set.names)
-        for text in dict.fromkeys(_filters(part.recipe)):
-            found = matched.get(text) or text in names or any(text in name for name in names)
-            matched[text] = found
-    return [
+        names = {own for inputs in part.model_set.inputs.values() for own in inputs.values()}
+        names |= {*part.model_set.names}
+        everything |= names
+        scopes = (part.recipe.parameters, *(source.parameters for source in part.recipe.models))
+        for setting in dict.fromkeys(setting for scope in scopes for setting in scope.values()):
+            found = {setting.first_matches[name] for name in names}
+            for number, clause in enumerate(setting.clauses):
+                if clause.filter is not None:
+                    used[clause.filter] = used.get(clause.filter, False) or number in found
+    return [_unused(text, everything) for text, is_used in used.items() if not is_used]
+
+
+def _unused(text: str, names: Iterable[str]) -> str:
+    """Return why a filter's value is not used."""
+    if any(text in name for name in names):
+        return (
+            f"filter {text!r}: its value is never used, because an earlier entry takes its "
+            "tensors; put it before that"
+        )
+    return (
         f"filter {text!r} matches no tensor, so its value is never used; it has to be a part of "
-        f"a name, such as {example!r}"
-        for text, found in matched.items()
-        if not found
-    ]
-
-
-def _filters(recipe: Recipe) -> Iterator[str]:
-    """Yield the filters of a recipe in the ``models`` form, in all settings."""
-    for scope in (recipe.parameters, *(source.parameters for source in recipe.models)):
-        for clause in (clause for setting in scope.values() for clause in setting.clauses):
-            if clause.filter is not None:
-                yield clause.filter
+        f"a name, such as {max(names, key=len)!r}"
+    )
 
 
 def plan_parts(

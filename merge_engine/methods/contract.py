@@ -52,7 +52,7 @@ class Param:
     def _number(self, value: object) -> float | int:
         try:
             number = float(value)  # type: ignore[arg-type]  # refused just below
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             raise ValueError(f"{value!r} is not a number") from None
         if not math.isfinite(number):
             raise ValueError(f"{value!r} is not a finite number")

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import math
-import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+import regex
+from pydantic import AfterValidator, BaseModel, ConfigDict, FiniteFloat, ValidationError
 
 from merge_engine.errors import MergeError
+from merge_engine.models.model_folder import read_json
 
 # Settings that change the formula in ways that are not computed here, and what they are. Each is
 # refused unless it is empty.
@@ -26,6 +26,23 @@ _REFUSED: Mapping[str, str] = {
 }
 # Ways to begin that leave the base's weights as they are; the others take a part out of them.
 _KEEP_BASE = (True, False, None, "gaussian", "orthogonal", "eva", "mica")
+_MATCH_SECONDS = 0.2  # for a pattern and a module's name
+
+
+def _check_pattern(pattern: str) -> str:
+    try:
+        regex.compile(_ended(pattern))
+    except regex.error as error:
+        raise ValueError(f"{pattern!r} is no regular expression: {error}") from None
+    return pattern
+
+
+def _ended(pattern: str) -> str:
+    """Return the expression that peft matches with a module's name."""
+    return rf"(.*\.)?({pattern})$"
+
+
+_Pattern = Annotated[str, AfterValidator(_check_pattern)]
 
 
 class AdapterConfig(BaseModel):
@@ -34,8 +51,10 @@ class AdapterConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="ignore")
 
     base_model_name_or_path: str | None = None  # what it was trained on
-    lora_alpha: float = 8  # numerator of the scale
-    alpha_pattern: dict[str, float] | None = None  # other alphas, by the end of a module's name
+    lora_alpha: FiniteFloat = 8  # numerator of the scale
+    alpha_pattern: dict[_Pattern, FiniteFloat] | None = (
+        None  # other alphas, by the end of a module's name
+    )
     use_rslora: bool = False  # divide by the root of the rank, not the rank
     use_dora: bool = False  # a weight's norms are learned as well
     fan_in_fan_out: bool = False  # modules store their weights as (in, out), like GPT-2's
@@ -45,10 +64,16 @@ class AdapterConfig(BaseModel):
     ensure_weight_tying: bool = False  # a tied head was changed with the embedding
 
     def scale(self, module: str, rank: int) -> float:
-        """Return the factor of a module's product of matrices."""
-        patterns = self.alpha_pattern or {}
-        alphas = [a for p, a in patterns.items() if re.match(rf"(.*\.)?({p})$", module)]
-        alpha = alphas[0] if alphas else self.lora_alpha
+        """Return the factor of a module's product of matrices.
+
+        Raises:
+            TimeoutError: A pattern takes too long to be matched.
+        """
+        alpha = self.lora_alpha
+        for pattern, own in (self.alpha_pattern or {}).items():
+            if regex.match(_ended(pattern), module, timeout=_MATCH_SECONDS):
+                alpha = own
+                break
         return alpha / (math.sqrt(rank) if self.use_rslora else rank)
 
     def saves(self, module: str) -> bool:
@@ -69,17 +94,13 @@ def read_adapter_config(file: Path) -> AdapterConfig:
     Raises:
         MergeError: It is damaged, or of an adapter that cannot be computed here.
     """
+    raw = {key: value for key, value in read_json(file).items() if value is not None}
     try:
-        raw = json.loads(file.read_text(encoding="utf-8"))
-        if isinstance(raw, dict):
-            raw = {key: value for key, value in raw.items() if value is not None}
         config = AdapterConfig.model_validate(raw)
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"])) or "its content"
         raise MergeError(f"{file}: damaged: {where}: {first['msg']}; fetch it again") from None
-    except (OSError, ValueError) as error:
-        raise MergeError(f"{file}: {error}; expected a LoRA adapter as peft saves it") from None
     if found := _unknown_formula(raw):
         raise MergeError(
             f"{file}: {found}, which cannot be added to a base here; merge the adapter with peft "

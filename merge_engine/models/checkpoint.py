@@ -7,6 +7,7 @@ with a LoRA adapter.
 from __future__ import annotations
 
 import contextlib
+import math
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
@@ -15,11 +16,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 from typing_extensions import override
 
-from merge_engine.errors import MergeError
+from merge_engine.errors import MergeError, reading
 from merge_engine.models.adapter_fit import Base, fit
 from merge_engine.models.alignment import is_multimodal, text_type
 from merge_engine.models.architecture import load_config
@@ -31,12 +31,15 @@ from merge_engine.models.quantised import find_quantised
 from merge_engine.models.tensor_names import input_embedding, is_head_weight, layer_position
 from merge_engine.models.weights_file import DTYPES, open_weights
 from merge_engine.numerics.statistics import all_finite
+from merge_engine.schema import find_folder
 
 # Buffers that old checkpoints store; no model reads them. Masks of attention have a bias's name.
 _RECOMPUTED = re.compile(r"\.(rotary_emb\.inv_freq|attn\.masked_bias|attention\.masked_bias)$")
 _MASK = re.compile(r"\.(attn|attention)\.bias$")
 _WITH_MASKS = ("gpt2", "gpt_bigcode", "gpt_neo", "gpt_neox", "gptj", "codegen", "imagegpt")
 # Modules in which torch.compile, FSDP and activation checkpointing hold a model's own.
+# Beyond what any tensor has, and below what makes libraries stumble.
+_NAME_LENGTH, _LAYER, _ELEMENTS = 1000, 10_000, 1 << 48
 _WRAPPERS = re.compile(r"(?:^|\.)(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 Reader = Callable[[str], Tensor]  # from a name, of a model or of a tensor, to a tensor
 
@@ -97,7 +100,7 @@ class Checkpoint:
                     f"{file}: {name!r} has the dtype {part.get_dtype()}, which cannot be merged; "
                     "save the model in float32, bfloat16 or float16"
                 )
-            found[name] = TensorInfo(file, tuple(part.get_shape()), dtype)
+            found[name] = TensorInfo(file, _shape(file, name, part), dtype)
         listed = self._weights.file_of
         if lost := sorted(name for name in listed if self._is_own(name) and name not in found):
             raise MergeError(
@@ -138,7 +141,7 @@ class Checkpoint:
         """Whether the head is the embedding, as config.json says, or else transformers' default."""
         said = self.config.get("tie_word_embeddings")
         if said is None:
-            with contextlib.suppress(ImportError, OSError, ValueError):  # not transformers' own
+            with contextlib.suppress(Exception):  # a config class raises its own
                 said = getattr(load_config(self.folder), "tie_word_embeddings", False)
         return bool(said)
 
@@ -186,12 +189,8 @@ class Checkpoint:
         Raises:
             MergeError: The tensor is missing, or its file is damaged.
         """
-        try:
+        with reading(f"model {self.model!r}: cannot read {name!r}"):
             tensor: Tensor = self._open(self.tensors[name].file).get_tensor(name)
-        except (KeyError, SafetensorError) as error:
-            raise MergeError(
-                f"model {self.model!r}: cannot read {name!r}: {error}; fetch it again"
-            ) from None
         return tensor
 
     def file_of(self, name: str) -> Path:
@@ -290,6 +289,20 @@ class Adapted(Checkpoint):
         self._adapter.release()
 
 
+def _shape(file: Path, name: str, header: Any) -> tuple[int, ...]:
+    """Return a tensor's shape; refuse a name or sizes that no model has."""
+    shape = tuple(header.get_shape())
+    position = layer_position(name) if len(name) <= _NAME_LENGTH else None
+    size = math.prod(max(n, 1) for n in shape)
+    named = 0 < len(name) <= _NAME_LENGTH and (position is None or position.layer <= _LAYER)
+    if not named or size >= _ELEMENTS:
+        raise MergeError(
+            f"{file}: has a tensor {name[:50]!r} of shape {[*shape][:8]}, as no model has; fetch "
+            "it again"
+        )
+    return shape
+
+
 def with_rows(config: Mapping[str, Any], rows: int) -> dict[str, Any]:
     """Return a model's config with another number of rows in embedding and head."""
     inner = config.get("text_config")
@@ -300,10 +313,10 @@ def with_rows(config: Mapping[str, Any], rows: int) -> dict[str, Any]:
 
 def open_model(model: str) -> Checkpoint:
     """Open a model by its name: a folder, a hub id, or ``base+adapter``."""
-    if "+" not in model or Path(model).expanduser().is_dir():
+    if "+" not in model or find_folder(model):
         return Checkpoint(model)
     cuts = [match.start() for match in re.finditer(r"\+", model)]
-    cut = next((i for i in cuts if Path(model[:i]).expanduser().is_dir()), cuts[0])
+    cut = next((i for i in cuts if find_folder(model[:i])), cuts[0])
     return Adapted(model, model[:cut], model[cut + 1 :])
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
+from merge_engine.errors import MergeError
 from merge_engine.models.alignment import is_multimodal, text_config
 from merge_engine.models.checkpoint import Checkpoint
 
@@ -33,12 +35,46 @@ _IGNORED = {
 }
 _IGNORED_ENDS = ("_token_id", "_token_index", "dropout", "pdrop", "drop", "_std")
 _IGNORED_STARTS = ("_", "output_", "unsloth", "use_flash", "flash_")
+# Keys by which the same weights compute something else: positions, heads, norms, windows, layers'
+# kinds, activations, scales, experts in use.
+_FUNCTION = re.compile(
+    r"(rope|rotary|alibi|position_embedding_type|head|_eps|epsilon|norm|window|layer_types?|pattern"
+    r"|act|activation|act_fn|softcap|scal|multiplier|scalar|experts_per_tok|top_k|topk|parallel"
+    r"|causal)"
+)
 _SHOWN = 3  # keys that a note has in full
 
 
 def config_notes(reference: Checkpoint, checkpoints: Iterable[Checkpoint]) -> list[str]:
     """Return a note on each model whose weights do something else with the reference's config."""
-    notes = []
+    return [
+        f"{said}; the result gets what {reference.model!r} has (in brackets), with which these "
+        "weights compute something else: merge models whose configs agree"
+        for said, _ in _found(reference, checkpoints)
+    ]
+
+
+def check_functions(reference: Checkpoint, checkpoints: Iterable[Checkpoint]) -> None:
+    """Refuse a model that computes something else with the reference's config.
+
+    Evaluated in the live model, which has the reference's, it would not be itself.
+
+    Raises:
+        MergeError: There is one, by a key that is known to matter.
+    """
+    for said, keys in _found(reference, checkpoints):
+        if any(_FUNCTION.search(key) for key in keys):
+            raise MergeError(
+                f"{said}; in a study all are evaluated with what {reference.model!r} has (in "
+                "brackets), which would not be that model: leave it out, or correct its "
+                "config.json if that is wrong"
+            )
+
+
+def _found(
+    reference: Checkpoint, checkpoints: Iterable[Checkpoint]
+) -> Iterator[tuple[str, Iterable[str]]]:
+    """Yield for each model whose config differs what differs, and the keys."""
     for model in checkpoints:
         pair = reference.config, model.config
         if is_multimodal(pair[0]) != is_multimodal(pair[1]):
@@ -50,12 +86,10 @@ def config_notes(reference: Checkpoint, checkpoints: Iterable[Checkpoint]) -> li
         if found:
             shown = [f"{key} {theirs!r} ({mine!r})" for key, (mine, theirs) in found.items()]
             more = f" and {len(shown) - _SHOWN} more" if len(shown) > _SHOWN else ""
-            notes.append(
-                f"model {model.model!r} has in its config.json {', '.join(shown[:_SHOWN])}{more}; "
-                f"the result gets what {reference.model!r} has (in brackets), with which these "
-                "weights compute something else: merge models whose configs agree"
+            yield (
+                f"model {model.model!r} has in its config.json {', '.join(shown[:_SHOWN])}{more}",
+                found,
             )
-    return notes
 
 
 def _differences(

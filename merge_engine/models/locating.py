@@ -9,6 +9,7 @@ from pathlib import Path
 
 from merge_engine.errors import MergeError
 from merge_engine.models.model_folder import ADAPTER_WEIGHTS, WEIGHTS, list_files
+from merge_engine.schema import find_file, find_folder
 
 HUB_FILES = (
     *("*.safetensors", "*.json", "*.jinja", "*.txt", "*.model", "*.spm", "*.tiktoken"),
@@ -16,6 +17,7 @@ HUB_FILES = (
     "*.py",  # copied to what is built, and not run
 )
 _PICKLED = ("pytorch_model*.bin", "adapter_model.bin")  # read where there are no safetensors
+_SHOWN = 100  # characters of a wrong name
 _LOG = logging.getLogger(__name__)
 
 
@@ -26,7 +28,7 @@ def is_hub_id(model: str) -> bool:
 
 def is_local(model: str) -> bool:
     """Return whether a model, or a model and its adapter, can be read without a download."""
-    if Path(model).expanduser().is_dir():
+    if find_folder(model):
         return True
     if "+" in model:
         return all(map(is_local, model.split("+")))
@@ -46,13 +48,14 @@ def locate(model: str) -> Path:
     Raises:
         MergeError: There is neither such a folder nor such a model.
     """
-    if (folder := Path(model).expanduser()).is_dir():
+    if folder := find_folder(model):
         return folder
-    if folder.is_file():
+    if find_file(model):
         raise MergeError(f"model {model!r} is a file; name the folder it is in")
     if not is_hub_id(model):
+        shown = model if len(model) <= _SHOWN else f"{model[:_SHOWN]}..."
         raise MergeError(
-            f"model {model!r}: no such folder, and not a hub id like org/name; check the path"
+            f"model {shown!r}: no such folder, and not a hub id like org/name; check the path"
         )
     from huggingface_hub import snapshot_download
 
@@ -70,8 +73,7 @@ def locate(model: str) -> Path:
 
 def files_there(model: str, folder: Path) -> list[str]:
     """Return the paths of all files of a model, also of those that are not fetched from the hub."""
-    is_folder = Path(model).expanduser().is_dir()
-    return list_files(folder) if is_folder else (_hub_files(model) or list_files(folder))
+    return list_files(folder) if find_folder(model) else (_hub_files(model) or list_files(folder))
 
 
 def _hub_files(model: str) -> list[str]:

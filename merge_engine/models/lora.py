@@ -6,7 +6,6 @@ norms; or it is stored whole, or some of its rows are.
 
 from __future__ import annotations
 
-import json
 import re
 from collections import defaultdict
 from dataclasses import dataclass, replace
@@ -16,9 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from merge_engine.errors import MergeError
+from merge_engine.errors import MergeError, reading
 from merge_engine.models.adapter_config import read_adapter_config
-from merge_engine.models.model_folder import find_adapter
+from merge_engine.models.model_folder import find_adapter, read_json
 from merge_engine.models.weights_file import open_weights
 
 _PREFIX = "base_model.model."
@@ -84,6 +83,10 @@ class Adapter:
         file = self._open()
         self.shapes = {key: tuple(file.get_slice(key).get_shape()) for key in sorted(file.keys())}
         self.changes: dict[str, Change] = {}
+        self._add_all()
+
+    def _add_all(self) -> None:
+        """Record what each of the adapter's tensors changes."""
         parts: dict[str, dict[str, str]] = defaultdict(dict)  # keys of modules' parts, by module
         for key in self.shapes:
             name = _ADAPTER_NAME.sub(r".\1", key.removeprefix(_PREFIX))
@@ -152,10 +155,9 @@ class Adapter:
         down, up = (keys.pop(f"lora{embedding}_{side}", None) for side in "AB")
         if down is None or up is None:
             raise self._damaged(next(iter([down, up, *keys.values()])), "is not one of a pair")
-        ranks = self.shapes[down][0], self.shapes[up][-1]
-        if ranks[0] != ranks[1] or {len(self.shapes[key]) for key in (down, up)} != {2}:
-            raise self._damaged(down, f"and its B have ranks {ranks[0]} and {ranks[1]}")
-        scale = self.config.scale(module, ranks[0])
+        rank = self._rank(down, up)
+        with reading(f"{self.files[0]}: alpha_pattern", "write simpler ones"):
+            scale = self.config.scale(module, rank)
         magnitude = keys.pop("lora_magnitude_vector", None)
         if self.config.use_dora != (magnitude is not None):
             raise self._damaged(down, f"does not go with use_dora: {self.config.use_dora}")
@@ -164,6 +166,17 @@ class Adapter:
             self._change(f"{module}.bias", bias=(bias, scale))
         for key in keys.values():
             raise self._damaged(key, "is no part of LoRA known here")
+
+    def _rank(self, down: str, up: str) -> int:
+        """Return the rank of a pair of matrices."""
+        first, second = self.shapes[down], self.shapes[up]
+        if (len(first), len(second)) != (2, 2):
+            raise self._damaged(down, f"and its B have shapes {[*first]} and {[*second]}")
+        if first[0] != second[1]:
+            raise self._damaged(down, f"and its B have ranks {first[0]} and {second[1]}")
+        if not first[0]:
+            raise self._damaged(down, "has the rank 0")
+        return int(first[0])
 
     def _damaged(self, key: str | None, what: str) -> MergeError:
         return MergeError(f"{self.weights}: {key!r} {what}; fetch it again")
@@ -176,12 +189,14 @@ def _own_name(name: str) -> str:
 
 def _last_added_token(folder: Path) -> int:
     """Return the largest number of the tokens that were added to a tokenizer; -1: unknown."""
-    try:
-        if (file := folder / "tokenizer.json").is_file():
-            added = json.loads(file.read_text(encoding="utf-8"))["added_tokens"]
-            return max((int(token["id"]) for token in added), default=-1)
-        if (file := folder / "added_tokens.json").is_file():
-            return max(map(int, json.loads(file.read_text(encoding="utf-8")).values()), default=-1)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise MergeError(f"{file}: damaged: {error!r}; fetch it again") from None
+    for name in ("tokenizer.json", "added_tokens.json"):
+        if (file := folder / name).is_file():
+            with reading(f"{file}: damaged"):
+                found = read_json(file)
+                added = (
+                    [token["id"] for token in found["added_tokens"]]
+                    if name == "tokenizer.json"
+                    else found.values()
+                )
+                return max(map(int, added), default=-1)
     return -1

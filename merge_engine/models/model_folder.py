@@ -10,10 +10,11 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
-from merge_engine.errors import MergeError
+from merge_engine.errors import MergeError, reading
 
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")  # the first that there is, as transformers
 ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
+_JSON_BYTES = 1 << 29  # at most: of the largest vocabularies there are, tens of megabytes
 _LISTED = 10_000  # files of a folder that are looked at to say what it holds
 _FULL = "name the model in transformers' format that"
 _OTHERS = (  # what may be there instead of weights, by its path, and the way out
@@ -84,6 +85,10 @@ def _indexed(index: Path) -> Weights:
             f"{index}: its 'weight_map' is no mapping of tensors to files; fetch it again"
         )
     names = sorted(set(files.values()))
+    if outside := [name for name in names if Path(name).is_absolute() or ".." in Path(name).parts]:
+        raise MergeError(
+            f"{index}: names {outside[0]!r}, which is outside its folder; fetch it again"
+        )
     if missing := [name for name in names if not (index.parent / name).is_file()]:
         raise MergeError(f"{index}: names {missing[0]!r}, which is missing; fetch it again")
     return Weights(tuple(index.parent / name for name in names), index, files)
@@ -101,10 +106,10 @@ def read_json(file: Path) -> dict[str, Any]:
     Raises:
         MergeError: It is damaged.
     """
-    try:
+    with reading(f"{file}: damaged or cut short"):
+        if (size := file.stat().st_size) > _JSON_BYTES:
+            raise ValueError(f"it has {size:,} bytes")
         found = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise MergeError(f"{file}: damaged or cut short: {error}; fetch it again") from None
     if not isinstance(found, dict):
         raise MergeError(f"{file}: damaged: expected a JSON object; fetch it again")
     return found

@@ -36,6 +36,9 @@ _METHODS = {  # of config.json's quantization_config, in their usual spelling
     "mxfp4": "MXFP4",
     "compressed-tensors": "compressed-tensors",
 }
+_INDEX = re.compile(
+    r"(position_ids|num_batches_tracked|attn\.bias|attention\.bias)$"
+)  # whole numbers of any model
 _FLOATS = {"F64", "F32", "F16", "BF16"}
 
 
@@ -67,7 +70,9 @@ def find_quantised(dtypes: Mapping[str, str], config: Mapping[str, Any]) -> Quan
     for name, dtype in dtypes.items():
         if dtype.startswith(("F8", "float8", "F4", "float4")):
             return Quantised(method or "FP8", name, _ANY)
-        if name.endswith(".weight") and dtype not in _FLOATS:
+        # Any whole numbers are weights where the config speaks of a quantised model.
+        suspect = settings and not _INDEX.search(name)
+        if dtype not in (*_FLOATS, "BOOL") and (suspect or name.endswith(".weight")):
             other = settings.get("quant_method") or f"{dtype} weights"
             return Quantised(method or str(other), name, _ANY)
     return None

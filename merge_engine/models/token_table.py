@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from merge_engine.errors import MergeError
+from merge_engine.errors import reading
 from merge_engine.models.checkpoint import Checkpoint
+from merge_engine.models.model_folder import read_json
 from merge_engine.models.tensor_names import input_embedding
 
 SHOWN = 3  # rows that a note names
@@ -110,8 +110,6 @@ def _read(file: Path, tokens_in: Any) -> dict[int, str]:
     """Return the tokens in a file's contents; none if there is no such file."""
     if not file.is_file():
         return {}
-    try:
-        found: dict[int, str] = tokens_in(json.loads(file.read_text(encoding="utf-8")))
-    except (ValueError, LookupError, TypeError, AttributeError) as error:
-        raise MergeError(f"{file}: damaged or cut short: {error}; fetch it again") from None
+    with reading(f"{file}: damaged"):
+        found: dict[int, str] = tokens_in(read_json(file))
     return found

@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor
 
-from merge_engine.errors import MergeError
+from merge_engine.errors import MergeError, reading
 
 DTYPES: Mapping[str, torch.dtype] = {  # by their names in safetensors headers
     "F64": torch.float64,
@@ -47,10 +47,8 @@ def open_weights(file: Path) -> Any:
         )
     if file.suffix != ".safetensors":
         return PickledFile(file)
-    try:
+    with reading(f"{file}: damaged or cut short"):
         return safe_open(file, framework="pt", device="cpu")
-    except (SafetensorError, OSError) as error:
-        raise MergeError(f"{file}: damaged or cut short: {error}; fetch it again") from None
 
 
 def _is_pointer(file: Path) -> bool:

@@ -49,6 +49,9 @@ ModelName = Annotated[str, BeforeValidator(_model_name)]
 SourceName = Annotated[str, BeforeValidator(_source_name)]
 
 
+_Layer = Annotated[int, Field(ge=0, le=100_000)]
+
+
 class Source(FrozenModel):
     """One model of a recipe with its own settings."""
 
@@ -59,7 +62,7 @@ class Source(FrozenModel):
 class SliceSource(Source):
     """The layers ``[first, last)`` of one model in a slice."""
 
-    layer_range: tuple[Annotated[int, Field(ge=0)], Annotated[int, Field(ge=0)]]
+    layer_range: tuple[_Layer, _Layer]
 
 
 class Slice(FrozenModel):
@@ -111,7 +114,7 @@ class Tokenizer(FrozenModel):
 
     source: SourceName = "union"
     tokens: dict[str, Token] = Field(default={})
-    pad_to_multiple_of: Annotated[int, Field(ge=1)] | None = None
+    pad_to_multiple_of: Annotated[int, Field(ge=1, le=1 << 20)] | None = None
 
 
 class FlatPart(NamedTuple):
@@ -146,7 +149,8 @@ class Recipe(FrozenModel):
     tokenizer: Tokenizer | None = None
     # `auto` (the most frequent one), `chatml`, or the text of a template.
     chat_template: str | None = None
-    seed: int = 0  # seed of the masks of random methods. mergekit ignores it
+    # Seed of the masks of random methods. mergekit ignores it.
+    seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] = 0
 
     @property
     def vocabulary(self) -> Tokenizer | None:

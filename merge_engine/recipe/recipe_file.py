@@ -26,7 +26,7 @@ from merge_engine.recipe.recipe import (
     Token,
     Tokenizer,
 )
-from merge_engine.schema import load_yaml
+from merge_engine.schema import find_folder, load_yaml
 
 _Part = TypeVar("_Part", bound=BaseModel)
 
@@ -52,8 +52,8 @@ def with_absolute_folders(recipe: Recipe, folder: Path, other_than: Collection[s
     """
 
     def rename(model: str) -> str:
-        beside = model not in other_than and (folder / model).is_dir()
-        return str((folder / model).resolve()) if beside else model
+        found = None if model in other_than else find_folder(model, folder)
+        return str(found.resolve()) if found else model
 
     return rename_models(recipe, rename)
 

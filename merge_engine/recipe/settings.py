@@ -14,6 +14,8 @@ from dataclasses import dataclass
 Scalar = float | int | bool | str
 Raw = object  # as PyYAML gives it
 
+_LARGEST = 2**63  # whole number
+
 
 @dataclass(frozen=True)
 class Clause:
@@ -93,6 +95,8 @@ def _parse_values(raw: Raw) -> tuple[Scalar, ...]:
     values = tuple(raw) if isinstance(raw, list) else (raw,)
     if not values or not all(isinstance(value, Scalar) for value in values):
         raise ValueError(f"{raw!r}: expected a number, a list of numbers or {{filter, value}}")
+    if any(isinstance(value, int) and abs(value) > _LARGEST for value in values):
+        raise ValueError("a whole number of it is too large; expected a small one")
     return values
 
 

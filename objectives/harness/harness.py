@@ -29,10 +29,18 @@ from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 from typing_extensions import override
 
-from objectives.base import ItemResult, ItemSnapshot, Objective, ObjectiveError, Response
+from objectives.base import (
+    ItemResult,
+    ItemSnapshot,
+    Objective,
+    ObjectiveError,
+    Response,
+    objective_errors,
+)
+from objectives.harness.encoding import Prompting, check_encoding
 from objectives.harness.judging import JUDGE_SECONDS, NAN, judge, response_of
 from objectives.harness.losses import is_right, losses, targets, written_answer
-from objectives.harness.prompts import Prompting, Question, build_questions, snapshots
+from objectives.harness.prompts import Question, build_questions, snapshots
 from objectives.harness.quiet import quiet
 from objectives.harness.tasks import LoadedTask
 from objectives.inference.agreement import settle_modes
@@ -72,7 +80,9 @@ class Harness(Objective):
     ) -> None:
         prompting = prompting or Prompting()
         _check_model(model, tokenizer, prompting)
-        with quiet(logging.ERROR):  # it warns that a model object is not a path
+        check_encoding(tokenizer, prompting)
+        where = f"{tokenizer.name_or_path}: lm-eval cannot use its tokenizer and config"
+        with quiet(logging.ERROR), objective_errors(where):  # it warns that this is not a path
             self.language_model = FastHFLM(
                 pretrained=model, tokenizer=copy.deepcopy(tokenizer), batch_size=batch_size
             )

@@ -98,23 +98,38 @@ def _quoted(text: str) -> str:
 def _read_rows(data: Path) -> Rows:
     rows = {}
     try:
-        lines = data.read_text(encoding="utf-8").splitlines()
+        lines = data.read_text(encoding="utf-8").split("\n")  # no other separates lines of JSON
     except OSError as error:
         raise ObjectiveError(f"{data}: {error.strerror}; check the path") from None
     except UnicodeDecodeError as error:
         raise ObjectiveError(f"{data}: not UTF-8 text: {error}; save it as UTF-8") from None
     for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        try:
-            rows[number] = json.loads(line)
-        except ValueError as error:
-            raise ObjectiveError(f"{data}:{number}: not JSON: {error}; correct it") from None
-        if not isinstance(rows[number], dict):
-            raise ObjectiveError(f"{data}:{number}: not a JSON object; write one {{...}} a line")
+        if line.strip():
+            rows[number] = _read_row(line, f"{data}:{number}")
     if not rows:
         raise ObjectiveError(f"{data} is empty; write one JSON object a line")
     return rows
+
+
+def _read_row(line: str, where: str) -> dict[str, Any]:
+    try:
+        row = json.loads(line, object_pairs_hook=_without_repeats)
+        json.dumps(row, ensure_ascii=False).encode()  # half a surrogate pair is no text
+    except RecursionError:
+        raise ObjectiveError(f"{where}: nested too deeply; correct it") from None
+    except ValueError as error:
+        raise ObjectiveError(f"{where}: not JSON: {error}; correct it") from None
+    if not isinstance(row, dict):
+        raise ObjectiveError(f"{where}: not a JSON object; write one {{...}} a line")
+    return row
+
+
+def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"{max(names, key=names.count)!r} comes twice")
+    return found
 
 
 def _find_field(rows: Rows, data: Path, names: Sequence[str]) -> str:

@@ -10,24 +10,19 @@ from __future__ import annotations
 
 import contextlib
 import math
-import multiprocessing
 import numbers
-import os
-import resource
 import sys
-import warnings
 from collections.abc import Sequence
 from multiprocessing.connection import Connection
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-import psutil
 import torch
 from lm_eval.api.task import ConfigurableTask, Task
 from torch import Tensor
 
 from objectives.base import ItemResult, ObjectiveError, Response, objective_errors, printable
+from objectives.harness.apart import isolate, start
 from objectives.harness.metrics import PER_UNIT
 from objectives.harness.prompts import Question
 from objectives.inference.loglikelihood import Loglikelihood
@@ -37,8 +32,6 @@ NAN = "a model that was sound elsewhere needs a wider dtype in the study (bfloat
 _JUDGE_MEMORY = 4 << 30  # bytes beyond those of the process when it is forked
 _REASON = 300  # characters kept of a reason: an exception may quote the whole response
 _DIED = "the process that scored it died"
-
-_FORK = multiprocessing.get_context("fork")  # a task's functions cannot always be pickled
 
 
 def judge(questions: Sequence[Question], seconds: float) -> list[ItemResult]:
@@ -184,13 +177,7 @@ def _is_built_in(task: Task) -> bool:
 
 def _judge_until_stopped(questions: Sequence[Question], seconds: float) -> list[ItemResult]:
     """Score in one process until it is done or has to be killed: one result or more."""
-    receiver, sender = _FORK.Pipe(duplex=False)
-    process = _FORK.Process(target=_judge_and_send, args=(questions, sender, seconds))
-    with warnings.catch_warnings():
-        # Python 3.12 warns of other threads' locks, which stay locked; the child uses none
-        warnings.simplefilter("ignore", DeprecationWarning)
-        process.start()
-    sender.close()
+    process, receiver = start(_judge_and_send, questions, seconds)
     results: list[ItemResult] = []
     try:
         while len(results) < len(questions):
@@ -225,32 +212,13 @@ def _receive(receiver: Connection, seconds: float) -> ItemResult:
     return result  # type: ignore[no-any-return]
 
 
-def _judge_and_send(questions: Sequence[Question], sender: Connection, seconds: float) -> None:
+def _judge_and_send(sender: Connection, questions: Sequence[Question], seconds: float) -> None:
     """Score the questions and send the results: the child process's whole work."""
-    _isolate(sender.fileno(), seconds * len(questions))
+    isolate(sender.fileno(), seconds * len(questions), _JUDGE_MEMORY)
+    with contextlib.suppress(KeyError):
+        sys.modules["langdetect"].DetectorFactory.seed = 0  # else IFEval's languages are random
     for question in questions:
         try:
             sender.send(_result_of(question))
         except ObjectiveError as error:
             sender.send(error)
-
-
-def _isolate(pipe: int, seconds: float) -> None:
-    """Close every file but the pipe, the run's lock among them, and limit time and memory."""
-    os.closerange(0, pipe)
-    os.closerange(pipe + 1, 1 << 16)
-    nowhere = Path(os.devnull).open("r+", encoding="utf-8")  # noqa: SIM115  # until the process ends
-    for standard in (0, 1, 2):
-        os.dup2(nowhere.fileno(), standard)
-    sys.stdin = sys.stdout = sys.stderr = nowhere
-    _limit(resource.RLIMIT_CPU, math.ceil(seconds) + 1)
-    _limit(resource.RLIMIT_AS, psutil.Process().memory_info().vms + _JUDGE_MEMORY)
-    torch.set_num_threads(1)  # a fork has none of the other threads
-    with contextlib.suppress(KeyError):
-        sys.modules["langdetect"].DetectorFactory.seed = 0  # else IFEval's languages are random
-
-
-def _limit(kind: int, wanted: int) -> None:
-    hard = resource.getrlimit(kind)[1]
-    soft = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
-    resource.setrlimit(kind, (soft, hard))

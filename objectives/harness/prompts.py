@@ -6,15 +6,16 @@ import inspect
 import json
 import logging
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from lm_eval.api.instance import Instance
 from lm_eval.api.task import Task
 from lm_eval.models.utils import normalize_gen_kwargs
 
-from objectives.base import Item, ItemSnapshot, ObjectiveError, objective_errors
+from objectives.base import Item, ItemSnapshot, ObjectiveError, objective_errors, time_limit
+from objectives.harness.encoding import TEMPLATE_SECONDS, Prompting
 from objectives.harness.metrics import Metric
 from objectives.harness.tasks import LoadedTask, check_greedy, digest
 from objectives.inference.token_tree import common_length
@@ -25,16 +26,8 @@ if TYPE_CHECKING:
 _LOG = logging.getLogger(__name__)
 
 # Where a task's data comes from may change: the data are compared item by item.
+_SHORT = 8  # characters of a prompt that may be no token at all
 _DATA_KEYS = ("metadata", "dataset_path", "dataset_name", "dataset_kwargs")
-
-
-@dataclass(frozen=True)
-class Prompting:
-    """Prompt settings of every task of a study."""
-
-    apply_chat_template: bool = False  # format prompts with the tokenizer's chat template
-    # The system prompt or, without a template, the text that every prompt begins with.
-    system_instruction: str | None = None
 
 
 @dataclass(frozen=True)
@@ -67,7 +60,7 @@ def build_questions(
             system_instruction=prompting.system_instruction,
             apply_chat_template=chat,
             fewshot_as_multiturn=True,
-            chat_template=language_model.apply_chat_template if chat else None,
+            chat_template=_limited(language_model.apply_chat_template) if chat else None,
             tokenizer_name=language_model.tokenizer_name if chat else "",
         )
     _check_instruction(loaded.name, task.instances, prompting)
@@ -79,6 +72,16 @@ def build_questions(
         Question(loaded.items[doc_id], task, loaded.metric, tuple(by_doc[doc_id]))
         for doc_id in sorted(by_doc)
     ]
+
+
+def _limited(template: Callable[..., str]) -> Callable[..., str]:
+    """Return a chat template's function with a limit of time."""
+
+    def apply(*arguments: Any, **settings: Any) -> str:
+        with time_limit(TEMPLATE_SECONDS, "the chat template"):
+            return template(*arguments, **settings)
+
+    return apply
 
 
 def _check_instruction(name: str, requests: Sequence[Instance], prompting: Prompting) -> None:
@@ -97,6 +100,12 @@ def _check_request(name: str, request: Instance, language_model: HFLM) -> None:
     """Refuse responses that are sampled, or leave no tokens for a prompt."""
     if request.request_type == "generate_until":
         check_greedy(name, normalize_gen_kwargs(request.args[1]))
+        prompt = str(request.args[0])
+        if len(prompt) <= _SHORT and not language_model.tok_encode(prompt):
+            raise ObjectiveError(
+                f"task {name!r}: the prompt of row {request.doc_id} is {prompt!r}, of which the "
+                "tokenizer makes no token; correct its doc_to_text"
+            )
     if (limit := _max_new_tokens(request, language_model)) >= language_model.max_length:
         raise ObjectiveError(
             f"task {name!r}: max_gen_toks is {limit} but the model's context has "

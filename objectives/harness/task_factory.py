@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import datasets  # type: ignore[import-untyped]  # published without types
 from jinja2 import UndefinedError
+from lm_eval import utils
 from lm_eval.api.task import Task
 
 # Private: the one place where lm-eval builds each task of a group from the task's own file.
@@ -16,7 +18,8 @@ from lm_eval.tasks._factory import TaskFactory
 from lm_eval.tasks._index import Entry
 from typing_extensions import override
 
-from objectives.base import ObjectiveError, objective_errors
+from objectives.base import ObjectiveError, objective_errors, time_limit
+from objectives.harness.encoding import TEMPLATE_SECONDS
 from objectives.harness.task_code import find_code
 from objectives.harness.task_index import LM_EVAL_TASKS
 
@@ -39,7 +42,8 @@ class SafeTaskFactory(TaskFactory):  # type: ignore[misc]  # lm-eval is publishe
         self._check_trusted(entry)
         self.check_safe(entry.name, (entry.cfg or {}).get("unsafe_code"))
         where = f"task {entry.name!r} ({entry.yaml_path})"
-        with _inside_folder_of(entry), objective_errors(f"{where} could not be loaded"):
+        named = objective_errors(f"{where} could not be loaded")
+        with _inside_folder_of(entry), named, limited_templates(entry.name):
             try:
                 return super()._build_task(entry, overrides)
             except datasets.exceptions.DatasetGenerationError as error:
@@ -76,6 +80,23 @@ class SafeTaskFactory(TaskFactory):  # type: ignore[misc]  # lm-eval is publishe
             )
 
 
+@contextlib.contextmanager
+def limited_templates(task: str) -> Iterator[None]:
+    """Have a task's templates filled in within a limit of time for each."""
+    apply = utils.apply_template
+
+    def limited(template: str, document: dict[str, Any]) -> str:
+        with time_limit(TEMPLATE_SECONDS, f"task {task!r}: the template {template[:50]!r}"):
+            text: str = apply(template, document)
+        return text
+
+    utils.apply_template = limited  # lm-eval has no setting for it
+    try:
+        yield
+    finally:
+        utils.apply_template = apply
+
+
 def _inside_folder_of(entry: Entry) -> contextlib.AbstractContextManager[None]:
     # lm-eval's own YAMLs have no files, and folder names there can be taken for data sets
     if entry.yaml_path is None or entry.yaml_path.is_relative_to(LM_EVAL_TASKS):
@@ -88,7 +109,7 @@ def _broken_line(entry: Entry) -> str | None:
     files = ((entry.cfg or {}).get("dataset_kwargs") or {}).get("data_files") or {}
     for file in files.values() if isinstance(files, dict) else ():
         if isinstance(file, str) and file.endswith(".jsonl"):
-            lines = Path(file).read_text(encoding="utf-8", errors="replace").splitlines()
+            lines = Path(file).read_text(encoding="utf-8", errors="replace").split("\n")
             for number, line in enumerate(lines, start=1):
                 try:
                     json.loads(line or "{}")

@@ -34,6 +34,7 @@ from objectives.harness.quiet import quiet
 LM_EVAL_TASKS = Path(importlib.import_module("lm_eval.tasks").__path__[0])
 
 # All that is looked up in an entry's configuration; tasks are built from their files.
+_DEPTH = 100  # levels of a task file
 _KEPT = ("task", "group", "unsafe_code")
 
 
@@ -46,6 +47,9 @@ def find_tasks(names: Sequence[str], include_path: Sequence[Path]) -> TaskManage
         ObjectiveError: A name is unknown.
     """
     folders = [folder.resolve() for folder in include_path]
+    for file in (file for folder in folders for file in folder.rglob("*.yaml")):
+        with suppress(OSError, yaml.YAMLError):  # said where the file is needed
+            _check_depth(file)
     manager = TaskManager(include_defaults=False, include_path=folders)
     index = manager.task_index
     if {*names, *(name for entry in index.values() for name in members(entry))} - index.keys():
@@ -92,7 +96,7 @@ def _row(entry: Entry) -> list[Any]:
 def _cache_folder() -> Path:
     """Return the folder that also keeps the engine's statistics."""
     if own := os.environ.get("MERGESEARCH_CACHE"):
-        return Path(own).expanduser()
+        return Path(os.path.expanduser(own))
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "mergesearch"
 
 
@@ -113,15 +117,26 @@ def _listed(entries: object) -> Iterator[str]:
             yield from _listed(entry.get("task"))
 
 
-def _unknown(names: Iterable[object], index: Mapping[str, Entry]) -> Iterator[str]:
-    """Yield the names that are not in the index, those a group lists included."""
+def _unknown(
+    names: Iterable[object], index: Mapping[str, Entry], inside: tuple[str, ...] = ()
+) -> Iterator[str]:
+    """Yield the names that are not in the index, those a group lists included.
+
+    Raises:
+        ObjectiveError: A group is in itself.
+    """
     for name in names:
         if not isinstance(name, str):  # a task defined inside its group
             continue
+        if name in inside:
+            raise ObjectiveError(
+                f"group {name!r} ({index[name].yaml_path}) is in itself: "
+                f"{' > '.join([*inside, name])}; take it out"
+            )
         if (entry := index.get(name)) is None:
             yield name
         elif entry.kind is Kind.GROUP and isinstance(entry.cfg.get("task"), list):
-            yield from _unknown(entry.cfg["task"], index)
+            yield from _unknown(entry.cfg["task"], index, (*inside, name))
 
 
 def _unknown_task(name: str, known: Iterable[str], folders: Sequence[Path]) -> ObjectiveError:
@@ -145,9 +160,22 @@ def read_task(file: Path, *, recursive: bool = True) -> dict[str, Any]:
         ObjectiveError: One is not a task file.
     """
     try:
+        _check_depth(file)
         return load_yaml(file, resolve_func=False, recursive=recursive)  # type: ignore[no-any-return]
-    except (OSError, ValueError, yaml.YAMLError) as error:
+    except ObjectiveError:
+        raise
+    except Exception as error:  # besides PyYAML's own, of tags such as !!int zz
         raise ObjectiveError(f"{file}: no task file: {' '.join(str(error).split())}") from None
+
+
+def _check_depth(file: Path) -> None:
+    """Refuse a file nested so deeply that reading it would end the process."""
+    depth = 0
+    for event in yaml.parse(file.read_bytes(), getattr(yaml, "CSafeLoader", yaml.SafeLoader)):
+        depth += isinstance(event, yaml.CollectionStartEvent)
+        depth -= isinstance(event, yaml.CollectionEndEvent)
+        if depth > _DEPTH:
+            raise ObjectiveError(f"{file}: nested more than {_DEPTH} levels deep; correct it")
 
 
 def name_in(file: Path) -> str:

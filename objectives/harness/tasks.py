@@ -22,13 +22,15 @@ from lm_eval.api.task import ConfigurableTask, Task
 from lm_eval.models.utils import normalize_gen_kwargs
 from lm_eval.tasks import TaskManager
 
-from objectives.base import Item, ObjectiveError, objective_errors
+from objectives.base import Item, ObjectiveError, objective_errors, time_limit
 from objectives.entries import PromptEntry, TaskEntry, TextEntry
 from objectives.harness.metrics import Metric, choose_metric
 from objectives.harness.quiet import quiet
 from objectives.harness.task_code import sandbox_templates
 from objectives.harness.task_factory import SafeTaskFactory
 from objectives.harness.task_index import find_tasks
+
+_DOCUMENT_SECONDS = 10.0  # for the templates of one row
 
 
 class TaskRandomState:
@@ -209,7 +211,7 @@ def _prepare(
     where = f"task {name!r}: its items could not be read"
     with objective_errors(where), TaskRandomState().active():
         items = tuple(
-            Item(name, _content_key(task, document), row, generated=generated)
+            Item(name, _content_key(name, task, document), row, generated=generated)
             for row, document in enumerate(task.eval_docs)
         )
     return LoadedTask(name, task, metric, weight, items, random_state)
@@ -224,13 +226,15 @@ def check_greedy(name: str, settings: Mapping[str, Any]) -> None:
         )
 
 
-def _content_key(task: Task, doc: Mapping[str, Any]) -> str:
+def _content_key(name: str, task: Task, doc: Mapping[str, Any]) -> str:
     """Hash a document's question, choices and target, without few-shot examples.
 
     Those are drawn at random, and a document that occurs twice has to have one key.
     """
-    choices = task.doc_to_choice(doc) if task.get_config("doc_to_choice") is not None else None
-    content = [task.doc_to_text(doc), choices, task.doc_to_target(doc)]
+    has_choices = task.get_config("doc_to_choice") is not None
+    with time_limit(_DOCUMENT_SECONDS, f"task {name!r}: the prompt of a row"):
+        choices = task.doc_to_choice(doc) if has_choices else None
+        content = [task.doc_to_text(doc), choices, task.doc_to_target(doc)]
     return digest(json.dumps(content, ensure_ascii=False, sort_keys=True, default=str))
 
 

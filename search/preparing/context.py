@@ -15,7 +15,7 @@ from merge_engine.building.export import files_to_copy
 from merge_engine.building.live_tensors import LiveTensors
 from merge_engine.models.alignment import is_multimodal
 from merge_engine.models.checkpoint import Checkpoint
-from merge_engine.models.config_differences import config_notes
+from merge_engine.models.config_differences import check_functions, config_notes
 from merge_engine.models.memory_plan import MemoryPlan, plan_memory
 from merge_engine.models.model_set import ModelSet
 from merge_engine.models.quantised import quantisation_of
@@ -147,10 +147,12 @@ def plan_study(spec: StudySpec, *, compiled: bool = True) -> StudyPlan:
     _check_config(models.reference)
     files_to_copy(models.reference, models.reference.config, tokenizer=models.vocabulary is None)
     _check_kinds(spec, models)
+    check_functions(models.reference, models.checkpoints.values())
     if spec.search.sampler not in SAMPLERS:  # the user's own may be missing
         from search.proposing.samplers import load_sampler
 
         load_sampler(spec.search.sampler)
+    _check_parts(spec, models)
     tasks = plan_tasks(spec)
     space = Space.from_spec(spec, models.layer_filters, dtype)
     own_templates = find_own_templates(spec, models)
@@ -169,6 +171,20 @@ def _check_kinds(spec: StudySpec, models: ModelSet) -> None:
             f"{', '.join(methods)} do not name them all; leave {'them' if methods[1:] else 'it'} "
             "out"
         )
+
+
+def _check_parts(spec: StudySpec, models: ModelSet) -> None:
+    """Refuse parts of the models that are none, and so would have weights without a use."""
+    if spec.search.layer_groups > max(1, count := len(models.layer_filters)):
+        raise StudyError(
+            f"search.layer_groups: {spec.search.layer_groups} groups of {count} layers; name fewer"
+        )
+    for part in spec.search.split:
+        if not any(part in name for name in models.names):
+            raise StudyError(
+                f"search.split: {part!r} is in no tensor's name; name a part of one, such as "
+                f"{max(models.names, key=len)!r}"
+            )
 
 
 def _check_config(base: Checkpoint) -> None:

@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from merge_engine.building.builder import Builder
-from merge_engine.errors import MergeError
+from merge_engine.errors import MergeError, reason
+from merge_engine.models.alignment import text_config
 from merge_engine.models.architecture import auto_class, load_config, make_without_weights
 from merge_engine.models.checkpoint import Checkpoint
 from merge_engine.models.model_set import ModelSet
@@ -25,6 +26,7 @@ from merge_engine.models.vocabulary import Vocabulary, load_tokenizer
 from merge_engine.numerics.kernel_runner import configure_compiler
 from merge_engine.recipe.recipe import Tokenizer
 from merge_engine.recipe.recipe_file import load_recipe
+from merge_engine.schema import find_folder
 from search.proposing.space import Space
 from search.proposing.starts import baselines
 from search.study.spec import StudyError, StudySpec
@@ -82,6 +84,7 @@ def load_model(
         StudyError: transformers cannot use it, or it needs ``trust_remote_code``.
     """
     trusted = spec.trust_remote_code
+    _check_loadable(checkpoint)
     with _explained(checkpoint):
         auto = auto_class(load_config(checkpoint.folder, trust_remote_code=trusted))
         model: PreTrainedModel = auto.from_pretrained(
@@ -90,8 +93,27 @@ def load_model(
             device_map=device,
             trust_remote_code=trusted,
         )
-    model.eval()
-    return _resized(model, vocabulary)
+        model.eval()
+        return _resized(model, vocabulary)
+
+
+_COUNTS = re.compile(r"(num|n)_(\w+_)?(layers?|heads?|experts|blocks|groups)")
+_MOST = 10_000  # of layers, heads or experts: libraries make an object for each
+
+
+def _check_loadable(checkpoint: Checkpoint) -> None:
+    """Refuse a folder of which transformers would load something else, or for ever."""
+    if (file := checkpoint.folder / "adapter_config.json").is_file():
+        raise StudyError(
+            f"{file}: makes transformers load an adapter on another model instead of the weights "
+            f"beside it; remove it, or name the model as 'BASE+{checkpoint.folder}'"
+        )
+    for config in (checkpoint.generation_config, checkpoint.config, text_config(checkpoint.config)):
+        for key, count in config.items():
+            if _COUNTS.fullmatch(key) and isinstance(count, int) and count > _MOST:
+                raise StudyError(
+                    f"{checkpoint.folder / 'config.json'}: {key} is {count:,}; correct it"
+                )
 
 
 def load_without_weights(
@@ -105,10 +127,11 @@ def load_without_weights(
         StudyError: transformers cannot use it, or it needs ``trust_remote_code``.
     """
     trusted = spec.trust_remote_code
+    _check_loadable(checkpoint)
     with _explained(checkpoint):
         config = load_config(checkpoint.folder, trust_remote_code=trusted)
         model = make_without_weights(config, torch_dtype(dtype), trust_remote_code=trusted)
-    return _resized(model, vocabulary)
+        return _resized(model, vocabulary)
 
 
 def _resized(model: PreTrainedModel, vocabulary: Vocabulary | None) -> PreTrainedModel:
@@ -173,8 +196,8 @@ def load_scored(
     names = [spec.base_model, *spec.models_but_base]
     mine = open_model_set(names if spec.tokenizer else names[:1], tokenizer=spec.tokenizer)
     dtype = study_dtype(spec, mine.reference)
-    folder = Path(model).expanduser()
-    name = str(folder.resolve()) if folder.is_dir() else model
+    folder = find_folder(model)
+    name = str(folder.resolve()) if folder else model
     if model.endswith((".yaml", ".yml")):
         recipe, _ = load_recipe(Path(model))
         models = open_model_set(recipe.models_read, tokenizer=recipe.vocabulary)
@@ -205,22 +228,21 @@ def _explained(checkpoint: Checkpoint) -> Iterator[None]:
     """Turn transformers' complaints about a checkpoint into one sentence that says what to do."""
     try:
         yield
-    except MergeError:
+    except (MergeError, StudyError, MemoryError):
         raise
-    except ImportError as error:
-        wanted = re.findall(r"requires the (\S+) library", str(error)) or [error.name or str(error)]
-        raise StudyError(
-            f"model {checkpoint.model!r}: transformers needs {' and '.join(wanted)} to use it; "
-            "install them"
-        ) from error
-    except ValueError as error:
+    except Exception as error:  # each config, model and tokenizer class raises its own
+        wanted = re.findall(r"requires the (\S+) library", str(error))
+        if isinstance(error, ImportError) and (wanted or error.name):
+            raise StudyError(
+                f"model {checkpoint.model!r}: transformers needs "
+                f"{' and '.join(wanted or [str(error.name)])} to use it; install them"
+            ) from error
         if "trust_remote_code" in str(error):
             raise StudyError(
                 f"model {checkpoint.model!r} brings Python code of its own; read it, and if you "
                 "trust it, set trust_remote_code: true in the study"
             ) from error
-        reason = " ".join(str(error).split()).split(". ")[0]
         raise StudyError(
-            f"{checkpoint.folder}: transformers cannot use it: {reason}; correct its "
-            "config.json, or update transformers"
+            f"{checkpoint.folder}: transformers cannot use it: {reason(error).split('. ')[0]}; "
+            "correct its config.json, or update transformers"
         ) from error

@@ -117,8 +117,8 @@ def _harness(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
 ) -> Harness:
+    from objectives.harness.encoding import Prompting
     from objectives.harness.harness import Harness
-    from objectives.harness.prompts import Prompting
 
     if not model.can_generate():
         raise StudyError(

@@ -15,7 +15,8 @@ from typing import Final
 
 from filelock import FileLock, Timeout
 
-from merge_engine.replacing import FULL, remove_partials
+from merge_engine.errors import FULL
+from merge_engine.replacing import remove_partials
 from search.study.spec import StudyError
 
 DATABASE: Final = "study.db"  # in a run folder, unless there is a

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import glob
 import importlib.util
+import itertools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 
-from merge_engine.errors import MergeError, check_keys, first_error
+from merge_engine.errors import MergeError, check_keys, first_error, reason
 from merge_engine.methods import METHODS
 from merge_engine.recipe.recipe import Tokenizer
 from merge_engine.recipe.recipe_file import rename_models, tokenizer_entries
-from merge_engine.schema import load_yaml
+from merge_engine.schema import find_file, find_folder, load_yaml
+from objectives.base import time_limit
 from objectives.entries import ENTRY_KINDS, Entry
 from search.study.parameters import (
     DIFFERENCE_METHODS,
@@ -32,6 +34,8 @@ from search.study.spec import (
     StudySpec,
     as_differences,
 )
+
+_TEXTS, _GLOB_SECONDS = 10_000, 10.0  # limits of a pattern of text files
 
 
 def load_study(path: Path) -> StudySpec:
@@ -88,8 +92,8 @@ def _block(mapping: Mapping[str, Any], name: str, where: str) -> dict[str, Any]:
 
 def _model(model: object, folder: Path) -> object:
     """Return a model's absolute folder, or its hub id; BASE+ADAPTER is resolved part by part."""
-    if isinstance(model, str) and (folder / model).expanduser().is_dir():
-        return str((folder / model).expanduser().resolve())
+    if isinstance(model, str) and (found := find_folder(model, folder)):
+        return str(found.resolve())
     if isinstance(model, str) and "+" in model:
         return "+".join(str(_model(part, folder)) for part in model.split("+"))
     return model
@@ -139,7 +143,10 @@ def _search(
     check_keys(f"{where}: search", raw, {*own, *searchable(methods)})
     ranges = {name: value for name, value in raw.items() if name not in own}
     kept = {name: value for name, value in raw.items() if name in own}
-    return kept | {"ranges": ranges, "start": _paths(raw.get("start"), folder)}
+    return kept | {
+        "ranges": ranges,
+        "start": _paths(raw.get("start"), folder, f"{where}: search.start"),
+    }
 
 
 def _objective(raw: dict[str, Any], folder: Path, where: str) -> dict[str, Any]:
@@ -152,12 +159,21 @@ def _objective(raw: dict[str, Any], folder: Path, where: str) -> dict[str, Any]:
     ]
     if isinstance(items := raw.get("items"), dict):
         check_keys(f"{where}: objective.items", items, ItemCounts.model_fields)
-    raw["include_path"] = _paths(raw.get("include_path"), folder)
+    raw["include_path"] = _paths(
+        raw.get("include_path"), folder, f"{where}: objective.include_path"
+    )
     return raw
 
 
-def _paths(raw: Any, folder: Path) -> list[Path]:
-    return [(folder / path).resolve() for path in ([raw] if isinstance(raw, str) else raw or [])]
+def _paths(raw: Any, folder: Path, where: str) -> list[Path]:
+    """Return the absolute paths of one that is given alone, or of a list."""
+    paths = [raw] if isinstance(raw, str) else raw or []
+    if not isinstance(paths, list | tuple) or not all(isinstance(path, str) for path in paths):
+        raise StudyError(f"{where} has to be a path or a list of paths, got {raw!r}")
+    try:
+        return [(folder / path).resolve() for path in paths]
+    except (OSError, RuntimeError, ValueError) as error:  # a loop of links, a zero byte
+        raise StudyError(f"{where}: {reason(error)}; correct it") from None
 
 
 def _entry(raw: object, folder: Path, where: str) -> Entry:
@@ -180,9 +196,14 @@ def _text_files(raw: object, folder: Path, where: str) -> list[Path]:
     """Return the files of paths and patterns, in the order given, each pattern's sorted."""
     files = []
     for pattern in [raw] if isinstance(raw, str) else raw if isinstance(raw, list) else []:
-        found = sorted(glob.glob(str(folder / str(pattern)), recursive=True))
-        if not (found := [name for name in found if Path(name).is_file()]):
-            raise StudyError(f"{where}: no file {folder / str(pattern)}")
+        wanted = str(folder / str(pattern))
+        with time_limit(_GLOB_SECONDS, f"{where}: looking for {wanted}"):
+            paths = [*itertools.islice(glob.iglob(wanted, recursive=True), _TEXTS + 1)]
+            found = [name for name in sorted(paths) if find_file(name)]
+        if len(paths) > _TEXTS:
+            raise StudyError(f"{where}: {wanted} are more than {_TEXTS:,} files; name fewer")
+        if not found:
+            raise StudyError(f"{where}: no file {wanted}")
         files += [Path(name).resolve() for name in found]
     return files
 
@@ -201,7 +222,7 @@ def _check(spec: StudySpec, where: str) -> None:
     _check_methods(spec, where)
     _check_sampler(spec, where)
     for path in spec.search.start:
-        if not (path / "recipe.yaml" if path.is_dir() else path).is_file():
+        if not (find_file(str(path)) or find_file("recipe.yaml", path)):
             raise StudyError(f"{where}: search.start: {path} is no recipe, and no run that has one")
     if spec.search.scale is not None:
         _check_range(where, "scale", spec.search.scale, (0.0, 100.0))
@@ -209,7 +230,7 @@ def _check(spec: StudySpec, where: str) -> None:
     for name, bounds in spec.search.ranges.items():
         _check_range(where, name, bounds, (0, 1) if known[name].kind is bool else known[name].valid)
     for path in spec.objective.include_path:
-        if not path.is_dir():
+        if not find_folder(str(path)):
             raise StudyError(f"{where}: objective.include_path: no folder {path}")
 
 

@@ -27,6 +27,11 @@ class StudyError(ValueError):
 
 DEFAULT_SCALE: Final = (0.0, 1.5)
 
+# Numbers that are counted to, or that memory is taken for; beyond them nothing would end.
+Count = Annotated[PositiveInt, Field(le=1_000_000_000)]
+Seed = Annotated[NonNegativeInt, Field(le=2**63 - 1)]
+Finite = Annotated[float, Field(allow_inf_nan=False)]
+
 # A number fixes a parameter; [low, high] searches it.
 Range = Annotated[
     tuple[float, float],
@@ -49,15 +54,15 @@ def _parse_floor(raw: object) -> object:
 
 
 # The least mean a task may have: a number, or ``base - 0.02``.
-Floor = Annotated[float | BelowBase, BeforeValidator(_parse_floor)]
+Floor = Annotated[Finite | BelowBase, BeforeValidator(_parse_floor)]
 
 
 class ItemCounts(FrozenModel):
     """Number of items of each split, over all tasks: to search, to select the winner, to test."""
 
-    search: PositiveInt = 200
-    select: PositiveInt = 200
-    test: PositiveInt = 400
+    search: Count = 200
+    select: Count = 200
+    test: Count = 400
 
 
 class ObjectiveSpec(FrozenModel):
@@ -69,15 +74,15 @@ class ObjectiveSpec(FrozenModel):
     # The least mean of a task, by its name.
     constraints: dict[str, Floor] = Field(default_factory=dict)
     # The most tokens a model may write for an item, in the mean.
-    max_mean_tokens: PositiveFloat | None = None
+    max_mean_tokens: Annotated[PositiveFloat, Field(allow_inf_nan=False)] | None = None
     # Prompt through the base model's chat template, in every task.
     apply_chat_template: bool = False
     system_instruction: str | None = None  # the same for every task and every candidate
     # Allow tasks that run code written by a model, unprotected, on this machine.
     unsafe_code: bool = False
     trust_task_code: bool = False  # run Python that comes with task files outside lm-eval
-    batch_size: PositiveInt = 64  # of the forward passes
-    block: PositiveInt = 20  # items that are evaluated between two decisions of a race
+    batch_size: Count = 64  # of the forward passes
+    block: Count = 20  # items that are evaluated between two decisions of a race
 
     @property
     def has_constraints(self) -> bool:
@@ -103,19 +108,19 @@ class SearchSpec(FrozenModel):
     scale: Range | None = None
     # Of the methods' other parameters, by name.
     ranges: dict[str, Range] = Field(default_factory=dict)
-    at_most: PositiveInt | None = None  # donors that a recipe uses at most; None: all
-    layer_groups: PositiveInt = 1  # groups of consecutive layers that have weights of their own
+    at_most: Count | None = None  # donors that a recipe uses at most; None: all
+    layer_groups: Count = 1  # groups of consecutive layers that have weights of their own
     # Parts of tensor names; tensors whose name has one get weights of their own.
     split: tuple[str, ...] = ()
-    trials: PositiveInt = 100  # recipes to evaluate at most
-    finalists: PositiveInt = 8  # recipes compared on the select split
+    trials: Count = 100  # recipes to evaluate at most
+    finalists: Count = 8  # recipes compared on the select split
     sampler: str = "auto"  # a key of `SAMPLERS`, or `package.module:Class`
     # Recipes, or folders of runs that found them, to be evaluated first.
     start: tuple[Path, ...] = ()
     front: bool = False  # look for the Pareto front of the tasks, besides the best mean
     # End early when the expected improvement is below what the select split resolves.
     stop: bool = True
-    seed: NonNegativeInt = 0  # the same seed evaluates the same recipes
+    seed: Seed = 0  # the same seed evaluates the same recipes
 
 
 class StudySpec(FrozenModel):

@@ -15,6 +15,7 @@ import yaml
 from merge_engine.models.checkpoint import open_model
 from merge_engine.models.locating import is_hub_id, is_local
 from merge_engine.models.tensor_names import input_embedding
+from merge_engine.schema import find_folder
 from objectives.base import ObjectiveError
 from objectives.entries import TaskEntry
 from objectives.harness.jsonl_task import task_yaml
@@ -134,13 +135,12 @@ def _relative(path: Path, folder: Path) -> str:
 
 def _model_name(model: str, folder: Path) -> str:
     """Return a model's path relative to the study's folder, or its hub id."""
-    path = Path(model).expanduser()
-    if path.is_dir():
-        return _relative(path, folder)
+    if found := find_folder(model):
+        return _relative(found, folder)
     if "+" in model:
         return "+".join(_model_name(part, folder) for part in model.split("+"))
     # where there is a folder zoo, zoo/sotr is no hub id
-    if not is_hub_id(model) or path.parent.is_dir():
+    if not is_hub_id(model) or Path(model).parent.is_dir():
         raise StudyError(f"--base, --models: {model!r}: no such folder, and no hub id (org/name)")
     return model
 

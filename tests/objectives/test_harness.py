@@ -18,7 +18,7 @@ from lm_eval.tasks import TaskManager
 
 from objectives.base import ObjectiveError, without_settings
 from objectives.entries import TaskEntry
-from objectives.harness.prompts import Prompting
+from objectives.harness.encoding import Prompting
 from objectives.items import split_items
 from tiny_models import make_model, make_tokenizer
 from tiny_tasks import (

@@ -16,7 +16,7 @@ from merge_engine.models.model_set import ModelSet
 from merge_engine.recipe.recipe_file import parse_recipe
 from objectives.base import ObjectiveError
 from objectives.entries import TaskEntry, TextEntry
-from objectives.harness.prompts import Prompting
+from objectives.harness.encoding import Prompting
 from objectives.inference.forward import Modes
 from tiny_models import chat_tokenizer, make_model, make_tokenizer, tiny_tokenizer
 from tiny_tasks import (

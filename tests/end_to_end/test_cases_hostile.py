@@ -1,0 +1,504 @@
+"""Hostile files, names and numbers: refused in one sentence that names the file, or harmless."""
+
+import json
+import struct
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from mistakes import (
+    BUILD,
+    CHECK,
+    INIT,
+    RUN,
+    Change,
+    config,
+    furnish,
+    recipe,
+    shortcoming,
+    study,
+    task,
+    tree,
+    write,
+)
+from search.cli import main
+
+DEEP = "[" * 100_000
+WEIGHTS = "model.safetensors"
+
+
+class Case(NamedTuple):
+    """One input.
+
+    Args:
+        command: Its words, given in a folder with models, study, recipe and task.
+        says: Parts of the one line, in this order; None: the input does no harm.
+        make: Done to the folder before.
+    """
+
+    command: str
+    says: tuple[str, ...] | None
+    make: Change
+
+
+def header(edit: Callable[[dict[str, Any]], object], data: bytes = b"") -> Change:
+    """Change the header of donor b's weights, and add bytes to its data."""
+
+    def change(folder):
+        path = folder / "b" / WEIGHTS
+        raw = path.read_bytes()
+        (length,) = struct.unpack("<Q", raw[:8])
+        contents = json.loads(raw[8 : 8 + length])
+        edit(contents)
+        text = json.dumps(contents).encode()
+        path.write_bytes(struct.pack("<Q", len(text)) + text + raw[8 + length :] + data)
+
+    return change
+
+
+def also(name: str, shape: list[int], dtype: str = "F32") -> Change:
+    """Donor b has a tensor without data."""
+
+    def edit(contents):
+        end = max(each["data_offsets"][1] for each in contents.values() if "data_offsets" in each)
+        contents[name] = {"dtype": dtype, "shape": shape, "data_offsets": [end, end]}
+
+    return header(edit)
+
+
+def many_empty(folder: Path) -> None:
+    def edit(contents):
+        end = max(each["data_offsets"][1] for each in contents.values() if "data_offsets" in each)
+        for number in range(20_000):
+            contents[f"t{number}"] = {"dtype": "F32", "shape": [0], "data_offsets": [end, end]}
+
+    header(edit)(folder)
+
+
+def unharmed(_folder: Path) -> None:
+    pass
+
+
+def both(*changes: Change) -> Change:
+    return lambda folder: [change(folder) for change in changes]
+
+
+def everywhere(**changes: Any) -> Change:
+    """All three models' configs."""
+    return both(*(config(name, **changes) for name in ("base", "a", "b")))
+
+
+def lora(edit: Callable[[dict[str, Any]], object] = dict, rank: int = 2, where: str = "lora"):
+    """An adapter of one weight; ``b`` of study and recipe becomes base + adapter."""
+
+    def change(folder):
+        (folder / where).mkdir(exist_ok=True)
+        settings = {"peft_type": "LORA", "lora_alpha": 4, "r": rank, "target_modules": ["q_proj"]}
+        edit(settings)
+        (folder / where / "adapter_config.json").write_text(json.dumps(settings))
+        key = "base_model.model.model.layers.0.self_attn.q_proj"
+        pair = {
+            f"{key}.lora_A.weight": torch.zeros(rank, 32),
+            f"{key}.lora_B.weight": torch.zeros(32, rank),
+        }
+        save_file(pair, folder / where / "adapter_model.safetensors")
+        if where == "lora":
+            recipe(models=[{"model": "a"}, {"model": "base+lora"}])(folder)
+            study(models=["a", "base+lora"])(folder)
+
+    return change
+
+
+def settings(**changes: Any) -> Change:
+    return lora(lambda config: config.update(changes))
+
+
+def lora_config(text: str) -> Change:
+    return both(lora(), write("lora/adapter_config.json", text))
+
+
+def bin_adapter(folder: Path) -> None:
+    write("base/adapter_config.json", '{"base_model_name_or_path": "a", "peft_type": "LORA"}')(
+        folder
+    )
+    torch.save({"x": torch.zeros(1)}, folder / "base" / "adapter_model.bin")
+
+
+def tokenizer(edit: Callable[[dict[str, Any]], object]) -> Change:
+    def change(folder):
+        file = folder / "base" / "tokenizer.json"
+        contents = json.loads(file.read_text())
+        edit(contents)
+        file.write_text(json.dumps(contents))
+
+    return change
+
+
+def vocabulary(edit: Callable[[dict[str, int]], object]) -> Change:
+    return tokenizer(lambda contents: edit(contents["model"]["vocab"]))
+
+
+def doubling(contents: dict[str, Any]) -> None:
+    twice = {"type": "Replace", "pattern": {"String": "a"}, "content": "aa"}
+    contents["normalizer"] = {"type": "Sequence", "normalizers": [twice] * 60}
+
+
+def template(text: str) -> Change:
+    return both(write("base/chat_template.jinja", text), study(objective__apply_chat_template=True))
+
+
+def tokenizer_config(**changes: Any) -> Change:
+    def change(folder):
+        file = folder / "base" / "tokenizer_config.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+
+    return change
+
+
+def folder_called(name: str) -> Change:
+    return lambda folder: (folder / name).mkdir()
+
+
+def link(name: str, target: str) -> Change:
+    return lambda folder: (folder / name).symlink_to(target)
+
+
+def as_integers(folder: Path) -> None:
+    tensors = load_file(folder / "b" / WEIGHTS)
+    name = "model.layers.0.mlp.up_proj.weight"
+    tensors[name] = tensors[name].view(torch.int32)
+    save_file(tensors, folder / "b" / WEIGHTS, metadata={"format": "pt"})
+
+
+def index(folder: Path, file: str) -> None:
+    """Donor b becomes a model of shards, all of which are one file that its index names."""
+    names = [*load_file(folder / "b" / WEIGHTS)]
+    (folder / "b" / WEIGHTS).unlink()
+    text = json.dumps({"weight_map": dict.fromkeys(names, file)})
+    (folder / "b" / f"{WEIGHTS}.index.json").write_text(text)
+
+
+def group_of_itself(folder: Path) -> None:
+    write("tasks/round.yaml", "group: round\ntask: [round]\n")(folder)
+    study(objective__tasks=["round"])(folder)
+
+
+def laughs() -> str:
+    lines = ["x0: &x0 [a, a, a, a, a, a, a, a, a]"]
+    lines += [f"x{n}: &x{n} [{', '.join([f'*x{n - 1}'] * 9)}]" for n in range(1, 12)]
+    return "\n".join([*lines, "merge_method: linear", "models: *x11"])
+
+
+def recipe_text(text: str) -> Change:
+    return write("recipe.yaml", f"merge_method: linear\n{text}\n")
+
+
+def study_text(line: str) -> Change:
+    def change(folder):
+        file = folder / "study.yaml"
+        file.write_text(f"{file.read_text()}{line}\n")
+
+    return change
+
+
+def questions(text: str) -> Change:
+    good = "".join(json.dumps({"question": f"{n}?", "answer": "1"}) + "\n" for n in range(20))
+    return write("own.jsonl", good + text + "\n")
+
+
+OWN = f"{INIT} own.jsonl"
+LONG, DEEP_PATH = "a" * 5000, "x/" * 3000
+CHECK_LONG = f"check {LONG} --device cpu"
+CASES = {
+    # headers of safetensors
+    "shape [0, 2^63]": Case(BUILD, ("b", "'extra'"), also("extra", [0, 2**63])),
+    "shape [0, 2^62]": Case(BUILD, ("b", "'extra'"), also("extra", [0, 2**62, 2**62])),
+    "layer of 5000 digits": Case(BUILD, ("b",), also(f"model.layers.{'1' * 5000}.x", [0])),
+    "empty name": Case(BUILD, ("b",), also("", [0])),
+    "20,000 empty tensors": Case(BUILD, ("b",), many_empty),
+    "integers in place of weights": Case(BUILD, ("b", "I32", "up_proj"), as_integers),
+    # indexes
+    "index of ../x": Case(BUILD, ("b", "index", "../a"), lambda f: index(f, f"../a/{WEIGHTS}")),
+    "index of /x": Case(BUILD, ("b", "index"), lambda f: index(f, str(f / "a" / WEIGHTS))),
+    "deep index": Case(
+        BUILD,
+        ("b", "index"),
+        both(
+            lambda f: (f / "b" / WEIGHTS).unlink(),
+            write(f"b/{WEIGHTS}.index.json", '{"weight_map": ' + DEEP),
+        ),
+    ),
+    # configs
+    "deep config": Case(BUILD, ("a/config.json",), write("a/config.json", '{"a": ' + DEEP)),
+    "deep and closed config": Case(
+        BUILD,
+        ("base/config.json",),
+        write("base/config.json", '{"a": ' + "[" * 3000 + "1" + "]" * 3000 + "}"),
+    ),
+    "huge number in a config": Case(
+        BUILD, ("base/config.json",), write("base/config.json", '{"a": %s}' % ("1" * 5000))
+    ),
+    "kernel of somebody else": Case(RUN, ("base",), everywhere(attn_implementation="evil/kernel")),
+    "kernel of somebody else, underscored": Case(
+        RUN, ("base",), everywhere(_attn_implementation="evil/kernel")
+    ),
+    "flash attention that is not there": Case(
+        RUN, ("base",), everywhere(_attn_implementation="flash_attention_2")
+    ),
+    "tied by a word": Case(RUN, ("base",), everywhere(tie_word_embeddings="yes")),
+    "a billion layers": Case(RUN, ("base",), everywhere(num_hidden_layers=10**9)),
+    "no width": Case(RUN, ("base",), everywhere(hidden_size=0)),
+    "no heads": Case(RUN, ("base",), everywhere(num_attention_heads=0)),
+    "end of text that is a word": Case(RUN, ("base",), everywhere(eos_token_id="x")),
+    "activation that is none": Case(RUN, ("base",), everywhere(hidden_act="__import__")),
+    "cache by a word": Case(RUN, ("base",), everywhere(use_cache="x")),
+    "rope of tomorrow": Case(
+        RUN, ("base",), everywhere(rope_scaling={"rope_type": "newrope", "factor": 2.0})
+    ),
+    "activation of tomorrow": Case(RUN, ("base",), everywhere(hidden_act="swiglu9")),
+    "generation config that is a list": Case(
+        RUN, ("base", "generation_config"), write("base/generation_config.json", "[1]")
+    ),
+    # adapters
+    "pickled adapter beside the base": Case(RUN, ("base",), bin_adapter),
+    "adapter beside the base": Case(
+        RUN,
+        ("base", "adapter"),
+        lora(lambda c: c.update(base_model_name_or_path="a"), where="base"),
+    ),
+    "adapter of a hub id beside the base": Case(
+        RUN,
+        ("base", "adapter"),
+        lora(lambda c: c.update(base_model_name_or_path="org/name"), where="base"),
+    ),
+    "adapter config that is a number": Case(BUILD, ("adapter_config.json",), lora_config("7")),
+    "deep adapter config": Case(BUILD, ("adapter_config.json",), lora_config('{"a": ' + DEEP)),
+    "alpha that is a word": Case(
+        BUILD, ("adapter_config.json", "lora_alpha"), settings(lora_alpha="x")
+    ),
+    "alpha that is a list": Case(
+        BUILD, ("adapter_config.json", "lora_alpha"), settings(lora_alpha=[4])
+    ),
+    "alpha pattern that is a list": Case(
+        BUILD, ("adapter_config.json", "alpha_pattern"), settings(alpha_pattern=["x"])
+    ),
+    "alpha pattern that is no expression": Case(
+        BUILD, ("adapter_config.json", "alpha_pattern"), settings(alpha_pattern={"(a": 1})
+    ),
+    "alpha pattern that takes for ever": Case(
+        BUILD,
+        ("adapter_config.json", "alpha_pattern"),
+        settings(alpha_pattern={r"(?:.*){0,30}(.*.*.*.*.*.*.*.*)+[0-9]!?\b\B": 1}),
+    ),
+    "alpha pattern of words": Case(
+        BUILD, ("adapter_config.json", "alpha_pattern"), settings(alpha_pattern={"q_proj": "x"})
+    ),
+    "alpha that is infinite": Case(
+        BUILD, ("adapter_config.json", "lora_alpha"), settings(lora_alpha=float("inf"))
+    ),
+    "adapter of rank 0": Case(BUILD, ("adapter_model.safetensors", "rank"), lora(rank=0)),
+    # what a base has beside its weights
+    "folder called tokenizer": Case(BUILD, None, folder_called("base/tokenizer")),
+    "dangling link": Case(BUILD, None, link("base/tokenizer.old", "nowhere")),
+    # names
+    "home of nobody": Case("check ~nosuchuser/x --device cpu", ("~nosuchuser",), unharmed),
+    "home of nobody as a model": Case(
+        "score ~nosuchuser study.yaml --device cpu", ("~nosuchuser",), unharmed
+    ),
+    "home of nobody in a study": Case(
+        CHECK, ("~nosuchuser",), study(models=["a", "~nosuchuser/x"])
+    ),
+    "home of nobody in a recipe": Case(
+        BUILD, ("~nosuchuser",), recipe(models=[{"model": "~nosuchuser/x"}])
+    ),
+    "home of nobody in init": Case(
+        "init --base ~nosuchuser/x --models a b --tasks tell --out new.yaml",
+        ("~nosuchuser",),
+        unharmed,
+    ),
+    "long name": Case(CHECK_LONG, ("aaa", "File name too long"), unharmed),
+    "long path": Case(f"check {DEEP_PATH}y --device cpu", ("x/x", "File name too long"), unharmed),
+    "long name in init": Case(
+        f"init --base {LONG} --models a b --tasks tell --out new.yaml", ("aaa",), unharmed
+    ),
+    "long model in a study": Case(CHECK, ("aaa",), study(models=["a", LONG])),
+    "long path in a recipe": Case(BUILD, ("x/x",), recipe(models=[{"model": DEEP_PATH}])),
+    "name with a zero byte": Case(CHECK, ("study.yaml",), study(models=["a", "b\0c"])),
+    "long --out": Case(f"build recipe.yaml {LONG}", ("aaa", "too long"), unharmed),
+    "long run": Case(f"run study.yaml --out {LONG} --device cpu", ("aaa", "too long"), unharmed),
+    "long model to score": Case(f"score {LONG} study.yaml --device cpu", ("aaa",), unharmed),
+    # tokenizers
+    "template without end": Case(
+        RUN,
+        ("base", "template"),
+        template("{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"),
+    ),
+    "template of 20 MB": Case(RUN, ("base", "template"), template("x" * 20_000_000)),
+    "template that makes much": Case(RUN, ("base", "template"), template("{{ 'x' * 10**11 }}")),
+    "template that calls itself": Case(
+        RUN, ("base", "template"), template("{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}")
+    ),
+    "template that divides by zero": Case(RUN, ("base", "template"), template("{{ 1 // 0 }}")),
+    "template with an open bracket": Case(RUN, ("base", "template"), template("{{ 1")),
+    "token 2^32 - 1": Case(RUN, ("base",), vocabulary(lambda v: v.update(a=2**32 - 1))),
+    "no tokens": Case(RUN, ("base",), vocabulary(dict.clear)),
+    "normalizer that doubles": Case(RUN, ("base", "tokenizer"), tokenizer(doubling)),
+    "length that is a word": Case(RUN, ("base",), tokenizer_config(model_max_length="long")),
+    # questions of one's own
+    "lone surrogate": Case(
+        OWN, ("own.jsonl",), questions(r'{"question": "\ud800", "answer": "1"}')
+    ),
+    "deep row": Case(OWN, ("own.jsonl:21",), questions(DEEP)),
+    "deep field": Case(
+        OWN, ("own.jsonl:21",), questions('{"question": "x", "answer": "1", "z": ' + DEEP)
+    ),
+    "key that comes twice": Case(
+        OWN, ("own.jsonl:21",), questions('{"question": "x", "question": "y", "answer": "1"}')
+    ),
+    "huge number in a row": Case(
+        OWN, ("own.jsonl:21",), questions('{"question": "x", "answer": %s}' % ("1" * 5000))
+    ),
+    "line separator in a text": Case(
+        OWN, None, questions('{"question": "a\u2028b\x85c", "answer": "1"}')
+    ),
+    # tasks
+    "group of itself": Case(CHECK, ("study.yaml", "round"), group_of_itself),
+    "data that are no rows": Case(
+        CHECK, ("tell.yaml",), task(dataset_kwargs__data_files__test="/etc/passwd")
+    ),
+    "text of everything": Case(
+        CHECK, ("study.yaml", "/**/*"), study(objective__tasks=[{"text": "/**/*"}])
+    ),
+    "empty prompt": Case(RUN, ("study.yaml", "tell"), task(doc_to_text="", num_fewshot=0)),
+    "task template without end": Case(
+        CHECK,
+        ("tell",),
+        task(
+            doc_to_text="{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}"
+            "{% endfor %}"
+        ),
+    ),
+    "task file that includes itself": Case(
+        CHECK, ("tell",), lambda f: write("tasks/tell.yaml", "include: tell.yaml\ntask: tell\n")(f)
+    ),
+    "deep task file": Case(
+        CHECK, ("tasks/tell.yaml",), write("tasks/tell.yaml", f"task: tell\nx: {DEEP}")
+    ),
+    "deep and closed task file": Case(
+        CHECK, ("tell",), write("tasks/tell.yaml", "task: tell\nx: " + "[" * 900 + "]" * 900)
+    ),
+    # YAML
+    "billion laughs": Case(BUILD, ("recipe.yaml",), write("recipe.yaml", laughs())),
+    "anchor in itself": Case(BUILD, ("recipe.yaml",), recipe_text("models: &a [*a]")),
+    "anchor in itself, in a study": Case(
+        CHECK, ("study.yaml",), study_text("tokenizer: &a {tokens: *a}")
+    ),
+    "100,000 brackets": Case(BUILD, ("recipe.yaml",), recipe_text(f"models: {DEEP}")),
+    "500 brackets": Case(BUILD, ("recipe.yaml",), recipe_text(f"models: {'[' * 500}{']' * 500}")),
+    "integer of 5000 digits": Case(BUILD, ("recipe.yaml",), recipe_text(f"models: {'1' * 5000}")),
+    "!!int zz": Case(BUILD, ("recipe.yaml",), recipe_text("models: !!int zz")),
+    "!!float zz": Case(BUILD, ("recipe.yaml",), recipe_text("models: !!float zz")),
+    "!!timestamp zz": Case(BUILD, ("recipe.yaml",), recipe_text("models: !!timestamp zz")),
+    "500 brackets in a study": Case(
+        CHECK, ("study.yaml",), study_text(f"dtype: {'[' * 500}{']' * 500}")
+    ),
+    "30th of February": Case(CHECK, ("study.yaml",), study_text("dtype: 2024-02-30")),
+    "!!int zz in a study": Case(CHECK, ("study.yaml",), study_text("dtype: !!int zz")),
+    "!!bool zz in a study": Case(CHECK, ("study.yaml",), study_text("dtype: !!bool zz")),
+    "!!timestamp zz in a study": Case(CHECK, ("study.yaml",), study_text("dtype: !!timestamp zz")),
+    "key twice": Case(CHECK, ("study.yaml", "'base_model'", "twice"), study_text("base_model: a")),
+    "list as a key": Case(CHECK, ("study.yaml",), study_text("? [a]\n: 1")),
+    "number as a key": Case(CHECK, ("study.yaml", "1"), study_text("1: 1")),
+    # numbers
+    "weight of 30 digits": Case(
+        BUILD, ("recipe.yaml", "weight"), recipe(parameters__weight=10**400)
+    ),
+    "10^42 trials": Case(CHECK, ("study.yaml: search.trials",), study(search__trials=10**42)),
+    "a billion layer groups": Case(
+        CHECK, ("study.yaml: search.layer_groups",), study(search__layer_groups=10**9)
+    ),
+    "weights that add up to infinity": Case(
+        CHECK,
+        ("study.yaml: objective.tasks", "weight"),
+        study(
+            objective__tasks=[
+                {"task": "tell", "weight": 1e308},
+                {"text": "study.yaml", "weight": 1e308},
+            ]
+        ),
+    ),
+    "folder that is a number": Case(
+        CHECK, ("study.yaml: objective.include_path", "5"), study(objective__include_path=[5])
+    ),
+    "start that is a number": Case(
+        CHECK, ("study.yaml: search.start", "5"), study(search__start=[5])
+    ),
+    "floor that is no number": Case(
+        CHECK,
+        ("study.yaml: objective.constraints",),
+        study(objective__constraints={"tell": float("nan")}),
+    ),
+    "floor that is infinite": Case(
+        CHECK,
+        ("study.yaml: objective.constraints",),
+        study(objective__constraints={"tell": float("inf")}),
+    ),
+    "range that is no number": Case(
+        CHECK, ("study.yaml: search.scale",), study(search__scale=[0, float("nan")])
+    ),
+    "10^30 items": Case(
+        CHECK, ("study.yaml: objective.items",), study(objective__items__test=10**30)
+    ),
+    "seed of 400 digits": Case(CHECK, ("study.yaml: search.seed",), study(search__seed=10**400)),
+    "batches of 10^30": Case(
+        CHECK, ("study.yaml: objective.batch_size",), study(objective__batch_size=10**30)
+    ),
+    "mean tokens that are no number": Case(
+        CHECK,
+        ("study.yaml: objective.max_mean_tokens",),
+        study(objective__max_mean_tokens=float("nan")),
+    ),
+    "trials of 5000 digits as an option": Case(
+        f"{RUN} --trials {'1' * 5000}", ("--trials",), unharmed
+    ),
+    "layers of 30 digits": Case(
+        BUILD,
+        ("recipe.yaml", "layer"),
+        write(
+            "recipe.yaml",
+            "merge_method: passthrough\nslices:\n"
+            f"- sources: [{{model: a, layer_range: [0, {10**30}]}}]\n",
+        ),
+    ),
+    "padding to 10^30": Case(
+        BUILD,
+        ("recipe.yaml", "pad_to_multiple_of"),
+        recipe(tokenizer={"source": "base", "pad_to_multiple_of": 10**30}),
+    ),
+}
+
+
+@pytest.fixture
+def short_limits(monkeypatch):
+    for module in ("encoding", "prompts", "task_factory"):
+        monkeypatch.setattr(f"objectives.harness.{module}.TEMPLATE_SECONDS", 1.0)
+
+
+@pytest.mark.usefixtures("short_limits")
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_hostile_input_is_one_sentence_or_does_no_harm(case, zoo, tmp_path, monkeypatch, capfd):
+    furnish(tmp_path, zoo)
+    case.make(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    before = tree(tmp_path)
+    code = main(case.command.split())
+    said = capfd.readouterr()
+    if case.says is None:
+        assert (code, said.err) == (0, "")
+    else:
+        assert shortcoming(case.says, code, said.err) is None
+        assert tree(tmp_path) == before
