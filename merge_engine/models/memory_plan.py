@@ -38,6 +38,12 @@ class MemoryPlan:
     free: int  # on the device, or what the user allows of it
     tier: Tier  # where the donors live
 
+    @property
+    def spare(self) -> int:
+        """Bytes on the device that are left for forward passes."""
+        kept = self.donors if self.tier == "device" else 0
+        return max(0, self.free - self.live - self.work - kept)
+
     def __str__(self) -> str:
         return (
             f"memory: {_text(self.live)} for the live model and up to {_text(self.work)} for "

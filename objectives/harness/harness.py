@@ -19,7 +19,7 @@ import contextlib
 import copy
 import logging
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -44,7 +44,10 @@ from objectives.harness.prompts import Question, build_questions, snapshots
 from objectives.harness.quiet import quiet
 from objectives.harness.tasks import LoadedTask
 from objectives.inference.agreement import settle_modes
+from objectives.inference.batch_size import find_batch_size, fits_in
 from objectives.inference.fast_hflm import FastHFLM
+
+_LOG = logging.getLogger(__name__)
 
 
 class Harness(Objective):
@@ -57,7 +60,7 @@ class Harness(Objective):
         tasks: Loaded for this one harness.
         model: The live model that every later ``score`` gets.
         tokenizer: Its tokenizer; copied, because lm-eval sets a padding token.
-        batch_size: Sequences per forward pass.
+        batch_size: Sequences per forward pass; None: the first size for its device.
         prompting: Chat template and system prompt, the same for every task.
 
     Attributes:
@@ -75,7 +78,7 @@ class Harness(Objective):
         *,
         model: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,
-        batch_size: int = 32,
+        batch_size: int | None = None,
         prompting: Prompting | None = None,
     ) -> None:
         prompting = prompting or Prompting()
@@ -97,6 +100,37 @@ class Harness(Objective):
         self.items = tuple(question.item for question in self.questions)
         self.judge_seconds = JUDGE_SECONDS
         self._chat = prompting.apply_chat_template
+
+    def find_batch_size(self, memory: int, block: int) -> int:
+        """Try larger batches with the longest items, unless the size is given or there is but one.
+
+        Args:
+            memory: Bytes that a forward pass may take.
+            block: Number of items that are scored at once.
+
+        Returns:
+            Most tokens of a batch from here on.
+        """
+        language_model = self.language_model
+        snapshots = self.snapshots(range(len(self.items)))
+        lengths = [one.input_tokens + one.max_new_tokens for one in snapshots]
+        longest = sorted(range(len(lengths)), key=lambda number: -lengths[number])[:block]
+
+        def fits(size: int) -> bool:
+            language_model.resize_batches(size)
+            with quiet(logging.ERROR):
+                return fits_in(respond, language_model.device, memory)
+
+        def respond() -> None:
+            questions = {number: self.questions[number] for number in longest}
+            for request_type, numbered in _empty_requests(questions).items():
+                with contextlib.suppress(ObjectiveError):  # it is raised where items are scored
+                    self._respond_to(request_type, [request for _, request in numbered])
+
+        tokens = sum(lengths[number] for number in longest)
+        size = find_batch_size(language_model.sizes, tokens, fits)
+        language_model.resize_batches(size)
+        return size * language_model.sizes.tokens
 
     @override
     def snapshots(self, items: Sequence[int]) -> list[ItemSnapshot]:
@@ -161,13 +195,8 @@ class Harness(Objective):
         self._check(model, items)
         questions = {number: self.questions[number] for number in items}
         tokens = dict.fromkeys(questions, 0)
-        by_type: dict[str, list[tuple[int, Instance]]] = defaultdict(list)
-        for number, question in questions.items():
-            for request in question.requests:
-                request.resps, request.filtered_resps = [], {}
-                by_type[request.request_type] += [(number, request)] * (request.repeats or 1)
         with quiet(logging.ERROR):  # truncated prompts were reported once
-            for request_type, numbered in by_type.items():
+            for request_type, numbered in _empty_requests(questions).items():
                 responses = self._responses(request_type, [request for _, request in numbered])
                 for (number, request), (response, count) in zip(numbered, responses, strict=True):
                     request.resps.append(response)
@@ -192,17 +221,44 @@ class Harness(Objective):
 
         Batches are halved until they fit into memory.
         """
-        language_model = self.language_model
         while True:
             # leaving the block lets go of the tensors that the failed batch held
             with contextlib.suppress(torch.OutOfMemoryError):
-                if request_type == "generate_until":
-                    model = language_model.model
-                    with _plain_decoding(model), _nan_refused(model):
-                        return language_model.generate_counted(requests)
-                run = getattr(language_model, request_type)
-                return [(response, 0) for response in run(requests, disable_tqdm=True)]
-            language_model.halve_batches()
+                return self._respond_to(request_type, requests)
+            self._halve_batches()
+
+    def _halve_batches(self) -> None:
+        size = self.language_model.batch_size_per_gpu
+        if size == 1:
+            raise ObjectiveError(
+                "not enough memory for a batch of one sequence; free memory on the device, use "
+                "fewer examples (num_fewshot), shorter answers or a smaller model"
+            )
+        self.language_model.resize_batches(size // 2)
+        torch.cuda.empty_cache()
+        _LOG.warning("out of memory: batch size halved to %d", size // 2)
+
+    def _respond_to(self, request_type: str, requests: Sequence[Instance]) -> list[tuple[Any, int]]:
+        """Do what ``_responses`` does in batches of the present size."""
+        language_model = self.language_model
+        if request_type == "generate_until":
+            model = language_model.model
+            with _plain_decoding(model), _nan_refused(model):
+                return language_model.generate_counted(requests)
+        run = getattr(language_model, request_type)
+        return [(response, 0) for response in run(requests, disable_tqdm=True)]
+
+
+def _empty_requests(
+    questions: Mapping[int, Question],
+) -> dict[str, list[tuple[int, Instance]]]:
+    """Return the requests of questions without responses, with the items' numbers, by type."""
+    by_type: dict[str, list[tuple[int, Instance]]] = defaultdict(list)
+    for number, question in questions.items():
+        for request in question.requests:
+            request.resps, request.filtered_resps = [], {}
+            by_type[request.request_type] += [(number, request)] * (request.repeats or 1)
+    return by_type
 
 
 def _check_model(

@@ -17,7 +17,6 @@ requests a value can differ by rounding, as in lm-eval. All shortcuts are off un
 from __future__ import annotations
 
 import functools
-import logging
 from collections import defaultdict
 from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import replace
@@ -34,7 +33,7 @@ from lm_eval.models.utils import (
 from torch import Tensor
 from typing_extensions import override
 
-from objectives.base import ObjectiveError
+from objectives.inference.batch_size import BatchSizes
 from objectives.inference.decoding import GreedyDecoder, PromptBatch, StopCriteria
 from objectives.inference.forward import ModelRunner, Modes
 from objectives.inference.loglikelihood import (
@@ -44,14 +43,6 @@ from objectives.inference.loglikelihood import (
     PrefixBatches,
 )
 from objectives.inference.token_tree import Request, Tokens
-
-# a batch has as many tokens as ``batch_size`` sequences of this length; larger ones do not fit into
-# a CPU's caches: with 32 sequences, 1,024 tokens took 8 % less time than 2,048, and those 30 % less
-# than 8,192
-_TOKENS_PER_SEQUENCE = 256
-_TOKENS_PER_SEQUENCE_ON_CPU = 32
-
-_LOG = logging.getLogger(__name__)
 
 _PLANS = 1024  # plans of batches kept in memory
 _PROMPTS = 4096  # token ids of prompts to be continued kept in memory
@@ -74,21 +65,21 @@ class FastHFLM(HFLM):  # type: ignore[misc]  # lm-eval is published without type
     """``HFLM`` for a live model, faster; see the module.
 
     Args:
-        batch_size: Sequences per batch of ``HFLM``'s own code; our batches have
-            ``_TOKENS_PER_SEQUENCE`` tokens for each of them.
+        batch_size: In sequences; None: the first of ``sizes``.
         settings: Model, tokenizer and context length, passed to ``HFLM``.
 
     Attributes:
+        sizes: Batch sizes to try on the model's device.
         scorer: Log-likelihoods of requests in tokens, with the shortcuts that are on.
         decoder: Greedy decoding of prompts in tokens.
         encode_prompt: Encodes a text to be continued, once.
     """
 
-    def __init__(self, *, batch_size: int, **settings: Any) -> None:
-        super().__init__(batch_size=batch_size, softmax_dtype=SOFTMAX_DTYPE, **settings)
-        on_cpu = self.device.type == "cpu"
-        length = _TOKENS_PER_SEQUENCE_ON_CPU if on_cpu else _TOKENS_PER_SEQUENCE
-        self._runner = ModelRunner(self.model, self.device, batch_size * length)
+    def __init__(self, *, batch_size: int | None = None, **settings: Any) -> None:
+        super().__init__(softmax_dtype=SOFTMAX_DTYPE, **settings)
+        self.sizes = BatchSizes.of(self.device, batch_size)
+        self.batch_size_per_gpu = self.sizes.first
+        self._runner = ModelRunner(self.model, self.device, self.sizes.first * self.sizes.tokens)
         self.scorer = LoglikelihoodScorer(self._runner)
         self.decoder = GreedyDecoder(self._runner, self.tokenizer)
         self._encoded: dict[str, list[int]] = {}
@@ -96,6 +87,14 @@ class FastHFLM(HFLM):  # type: ignore[misc]  # lm-eval is published without type
         self._plan_generation = functools.lru_cache(_PLANS)(self._plan_prompts)
         self._generated_lengths: list[int] = []
         self.encode_prompt = functools.lru_cache(_PROMPTS)(self._encode_prompt)
+
+    @property
+    @override
+    def device(self) -> torch.device:
+        """Device of the model's inputs; an offloaded model has its weights elsewhere."""
+        own: torch.device = self.model.device
+        placed = getattr(self.model, "hf_device_map", {})
+        return torch.device(placed[""]) if own.type == "meta" and "" in placed else own
 
     @property
     def modes(self) -> Modes:
@@ -108,22 +107,11 @@ class FastHFLM(HFLM):  # type: ignore[misc]  # lm-eval is published without type
         self._plan_scoring.cache_clear()
         self._plan_generation.cache_clear()
 
-    def halve_batches(self) -> None:
-        """Evaluate in batches of half the size from here on.
-
-        Raises:
-            ObjectiveError: Batches are of one sequence already.
-        """
-        if self.batch_size_per_gpu == 1:
-            raise ObjectiveError(
-                "not enough memory for a batch of one sequence; free memory on the device, use "
-                "fewer examples (num_fewshot), shorter answers or a smaller model"
-            )
-        self.batch_size_per_gpu //= 2
-        self._runner.tokens_per_batch //= 2
+    def resize_batches(self, size: int) -> None:
+        """Evaluate in batches of so many sequences from here on."""
+        self.batch_size_per_gpu = size
+        self._runner.tokens_per_batch = size * self.sizes.tokens
         self.use_modes(self.modes)
-        torch.cuda.empty_cache()
-        _LOG.warning("out of memory: batch size halved to %d", self.batch_size_per_gpu)
 
     @override
     def tok_encode(self, string: str, *args: Any, **settings: Any) -> list[int]:

@@ -203,13 +203,15 @@ def load(
 ) -> LiveContext:
     """Place the donors, load the one live model and prepare the prompts for it.
 
-    ``say`` receives the memory plan and how merges are run, before anything is loaded.
+    ``say`` receives the memory plan and how merges are run, before anything is loaded, and the size
+    of batches where it was found by trying.
 
     Raises:
         MergeError, ObjectiveError, StudyError: The model does not fit, or it, its tokenizer or a
             prompt cannot be used.
     """
-    say(plan.place_donors(hardware))
+    memory = plan.place_donors(hardware)
+    say(memory)
     say(plan.kernels)
     _outline(plan)
     model = load_model(
@@ -219,7 +221,9 @@ def load(
         hardware.device,
         plan.model_set.vocabulary,
     )
-    outline = _bind(plan, model)
+    # A lone worker on a device: others would find other sizes, and give other bits for one recipe.
+    alone = hardware.sharers == 1 and hardware.device != "auto"
+    outline = _bind(plan, model, memory.spare if alone else None, say)
     return LiveContext(**vars(outline), builder=Builder(model, plan.model_set))
 
 
@@ -253,10 +257,18 @@ def load_prompts(context: LiveContext, prompts: PromptEntry, donor: str | None) 
     return bind_prompts(context.spec, prompts, model, tokenizer)
 
 
-def _bind(plan: StudyPlan, model: PreTrainedModel) -> StudyContext:
-    """Prepare the study's prompts and own objectives for a model."""
+def _bind(
+    plan: StudyPlan,
+    model: PreTrainedModel,
+    memory: int | None = None,
+    say: Callable[[str], None] = lambda _: None,
+) -> StudyContext:
+    """Prepare the study's prompts and own objectives for a model.
+
+    Forward passes may take ``memory`` bytes; None: as many as batches of the usual size take.
+    """
     tokenizer = study_tokenizer(plan.spec, plan.model_set)
-    objective, splits = bind_tasks(plan.spec, plan.tasks, model, tokenizer)
+    objective, splits = bind_tasks(plan.spec, plan.tasks, model, tokenizer, memory, say)
     models = plan.model_set.checkpoints
     own = bind_own_templates(
         plan.spec, plan.model_set, plan.own_templates, model, tokenizer, objective

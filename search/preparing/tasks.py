@@ -6,7 +6,7 @@ models is found before.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -64,9 +64,17 @@ def plan_tasks(spec: StudySpec) -> TaskPlan:
 
 
 def bind_tasks(
-    spec: StudySpec, tasks: TaskPlan, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+    spec: StudySpec,
+    tasks: TaskPlan,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    memory: int | None = None,
+    say: Callable[[str], None] = lambda _: None,
 ) -> tuple[Objective, Splits]:
     """Prepare a study's prompts, and own objectives, for a live model.
+
+    With ``memory``, bytes that a forward pass may take, larger batches than the first are tried,
+    and ``say`` receives what was found.
 
     Raises:
         ObjectiveError: They cannot be prepared, or there are too few items.
@@ -76,7 +84,12 @@ def bind_tasks(
 
     parts: list[Objective] = []
     if tasks.loaded:
-        parts.append(_harness(spec, tasks.loaded, model, tokenizer))
+        harness = _harness(spec, tasks.loaded, model, tokenizer)
+        parts.append(harness)
+        sizes = harness.language_model.sizes
+        if memory is not None and sizes.first != sizes.last:
+            most = harness.find_batch_size(memory, spec.objective.block)
+            say(f"batches: {most:,} tokens at most, found by trying")
     parts += [
         Plugin(entry, model, tokenizer)
         for entry in spec.objective.tasks

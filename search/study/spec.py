@@ -81,7 +81,7 @@ class ObjectiveSpec(FrozenModel):
     # Allow tasks that run code written by a model, unprotected, on this machine.
     unsafe_code: bool = False
     trust_task_code: bool = False  # run Python that comes with task files outside lm-eval
-    batch_size: Count = 64  # of the forward passes
+    batch_size: Count | None = None  # of the forward passes; None: found by trying
     block: Count = 20  # items that are evaluated between two decisions of a race
 
     @property

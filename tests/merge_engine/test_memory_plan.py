@@ -87,3 +87,13 @@ def test_sizes_are_read(text, size):
 def test_what_is_no_size_is_refused(text):
     with pytest.raises(ValueError, match="write it like 24GB"):
         parse_size(text)
+
+
+def test_spare_memory_is_what_model_merging_and_kept_donors_leave(models, free):
+    kept = planned(models, "cuda")
+    assert kept.tier == "device"
+    assert kept.spare == free["cuda"] - kept.live - kept.work - kept.donors
+    free["cuda"] = kept.live + kept.work + kept.donors // 2
+    elsewhere = planned(models, "cuda")
+    assert elsewhere.tier == "pinned"
+    assert elsewhere.spare == kept.donors // 2

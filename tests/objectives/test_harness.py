@@ -334,7 +334,7 @@ def test_batches_too_large_for_memory_are_halved_with_a_warning(folder, caplog):
             raise torch.OutOfMemoryError("full")
 
     model.model.layers[0].mlp.register_forward_pre_hook(fill)
-    with caplog.at_level(logging.WARNING, "objectives.inference.fast_hflm"):
+    with caplog.at_level(logging.WARNING, "objectives.harness.harness"):
         found = harness.score(model, everything(harness))
     assert [answer.value for answer in found] == [answer.value for answer in expected]
     assert "out of memory: batch size halved to" in caplog.text
