@@ -118,6 +118,7 @@ class SessionOptions(Options):
         "--memory SIZE", "use no more than this, like 24GB", _size, default=None
     )
     compiled: bool = _flag("--no-compile", "merge in chunks instead", default=True)
+    offload: bool = _flag("--offload", "keep the model in host memory: slow, but it fits")
     workers: int | None = _argument(
         "--workers N", "so many processes, each with a model", _count, default=None
     )
@@ -199,6 +200,7 @@ class ScoreOptions(Options):
         default="select",
         choices=("search", "select", "test"),
     )
+    offload: bool = _flag("--offload", "keep the model in host memory: slow, but it fits")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -119,7 +119,9 @@ class Session:
             self.listener(PlanReady(line))
 
         device = choose_device(options.device, elsewhere=options.workers is not None)
-        hardware = Hardware(device, options.memory, options.compiled)
+        hardware = Hardware(device, options.memory, options.compiled, offload=options.offload)
+        if options.offload and options.workers is not None:
+            raise StudyError("--offload is for a live model in this process; leave out --workers")
         if options.workers is not None:
             import_ray()  # where it is missing, that is said before anything is prepared
         with errors_name(self.source):

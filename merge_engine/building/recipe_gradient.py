@@ -40,11 +40,18 @@ class RecipeGradient:
     Attributes:
         recompute: As given; set where one item alone is too much for the memory.
         batch: Most items of a backward pass; halved where they are too many for the memory.
+
+    Raises:
+        MergeError: The live model is offloaded.
     """
 
     def __init__(
         self, builder: Builder, units: Units, *, batch: int = 8, recompute: bool = False
     ) -> None:
+        if any(tensor.is_meta for tensor in builder.model.parameters()):
+            raise MergeError(
+                "a gradient needs the live model's weights on its device; leave out --offload"
+            )
         self.recompute = recompute
         self.batch = batch
         self._builder = builder

@@ -37,6 +37,8 @@ class MemoryPlan:
     donors: int  # of all models as they are stored
     free: int  # on the device, or what the user allows of it
     tier: Tier  # where the donors live
+    # Device to which the live model's layers are copied, one by one, for forward passes.
+    copied_to: str | None = None
 
     @property
     def spare(self) -> int:
@@ -45,11 +47,14 @@ class MemoryPlan:
         return max(0, self.free - self.live - self.work - kept)
 
     def __str__(self) -> str:
-        return (
+        text = (
             f"memory: {_text(self.live)} for the live model and up to {_text(self.work)} for "
             f"merging its largest tensor, of {_text(self.free)} free on {self.device}; "
             f"{_text(self.donors)} of models {_TIERS[self.tier]}"
         )
+        if self.copied_to:
+            text += f"; every forward pass copies the layers to {self.copied_to}, which is slow"
+        return text
 
 
 def plan_memory(
@@ -82,7 +87,7 @@ def plan_memory(
         raise MergeError(
             f"memory: the live model takes {_text(live)} and merging its largest tensor "
             f"{_text(work)}, but {_text(free)} are free on {device}; choose another --device or "
-            "--memory, a smaller dtype, or fewer models"
+            f"--memory, a smaller dtype, or fewer models{'' if on_cpu else ', or add --offload'}"
         )
     tier: Tier = "disk"
     if device != "auto" and live + work + donors <= USABLE * free:

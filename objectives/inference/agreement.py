@@ -45,7 +45,7 @@ def settle_modes(language_model: FastHFLM) -> None:
     A warning names each shortcut that is left off, and why.
     """
     language_model.use_modes(Modes())
-    if language_model.model.device.type == "meta":
+    if language_model.device.type == "meta":
         return  # without weights there is nothing to try, and nothing will be evaluated
     if language_model.backend != "causal" or language_model.max_length < _MIN_LENGTH:
         _LOG.warning(

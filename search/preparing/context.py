@@ -7,7 +7,7 @@ without weights, for a coordinator whose workers have the live ones.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, cast
 
 from merge_engine.building.builder import Builder
@@ -16,7 +16,7 @@ from merge_engine.building.live_tensors import LiveTensors
 from merge_engine.models.alignment import is_multimodal
 from merge_engine.models.checkpoint import Checkpoint
 from merge_engine.models.config_differences import check_functions, config_notes
-from merge_engine.models.memory_plan import MemoryPlan, plan_memory
+from merge_engine.models.memory_plan import MemoryPlan, free_bytes, plan_memory
 from merge_engine.models.model_set import ModelSet
 from merge_engine.models.quantised import quantisation_of
 from merge_engine.models.token_table import vocabulary_notes
@@ -32,6 +32,7 @@ from search.preparing.models import (
     study_tokenizer,
     torch_dtype,
 )
+from search.preparing.offload import check_offload, offload
 from search.preparing.own_templates import (
     BoundTemplate,
     OwnTemplate,
@@ -85,12 +86,12 @@ class StudyPlan:
             self.model_set.tensors,
             len(self.model_set.checkpoints),
             torch_dtype(self.dtype),
-            hardware.device,
+            hardware.lives_on,
             hardware.memory,
             hardware.sharers,
         )
         self.model_set.place(hardware.builds_on, plan.tier)
-        return plan
+        return replace(plan, copied_to=hardware.device) if hardware.offload else plan
 
 
 @dataclass(frozen=True)
@@ -210,6 +211,8 @@ def load(
         MergeError, ObjectiveError, StudyError: The model does not fit, or it, its tokenizer or a
             prompt cannot be used.
     """
+    if hardware.offload:
+        check_offload(plan.spec, hardware.device)
     memory = plan.place_donors(hardware)
     say(memory)
     say(plan.kernels)
@@ -218,13 +221,17 @@ def load(
         plan.spec,
         plan.model_set.reference,
         plan.dtype,
-        hardware.device,
+        hardware.lives_on,
         plan.model_set.vocabulary,
     )
+    builder, spare = Builder(model, plan.model_set), memory.spare
+    if hardware.offload:
+        offload(model, hardware.device)
+        spare = free_bytes(hardware.device)
     # A lone worker on a device: others would find other sizes, and give other bits for one recipe.
     alone = hardware.sharers == 1 and hardware.device != "auto"
-    outline = _bind(plan, model, memory.spare if alone else None, say)
-    return LiveContext(**vars(outline), builder=Builder(model, plan.model_set))
+    outline = _bind(plan, model, spare if alone else None, say)
+    return LiveContext(**vars(outline), builder=builder)
 
 
 def load_outline(plan: StudyPlan) -> StudyContext:

@@ -27,6 +27,7 @@ from merge_engine.numerics.kernel_runner import configure_compiler
 from merge_engine.recipe.recipe import Tokenizer
 from merge_engine.recipe.recipe_file import load_recipe
 from merge_engine.schema import find_folder
+from search.preparing.offload import check_offload, offload
 from search.proposing.space import Space
 from search.proposing.starts import baselines
 from search.study.spec import StudyError, StudySpec
@@ -43,11 +44,17 @@ class Hardware:
     memory: int | None = None  # limit in bytes; None: what is free
     compiled: bool = True  # kernels may be compiled, where that pays
     sharers: int = 1  # number of workers that share the host's memory
+    offload: bool = False  # the live model stays in host memory; its layers are copied to `device`
+
+    @property
+    def lives_on(self) -> str:
+        """Where the live model's weights are."""
+        return "cpu" if self.offload else self.device
 
     @property
     def builds_on(self) -> torch.device:
         """Device on which candidates are merged and the donors' statistics computed."""
-        return torch.device("cuda" if self.device == "auto" else self.device)
+        return torch.device("cuda" if self.device == "auto" else self.lives_on)
 
 
 def torch_dtype(name: str) -> torch.dtype:
@@ -180,7 +187,7 @@ def open_model_set(
 
 
 def load_scored(
-    spec: StudySpec, model: str, device: str
+    spec: StudySpec, model: str, hardware: Hardware
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load a checkpoint, hub id or recipe file as a live model in the study's dtype.
 
@@ -193,6 +200,11 @@ def load_scored(
     Raises:
         MergeError, StudyError: It cannot be loaded or built.
     """
+    if hardware.offload:
+        check_offload(spec, hardware.device)
+        loaded = load_scored(spec, model, Hardware("cpu"))
+        offload(loaded[0], hardware.device)
+        return loaded
     names = [spec.base_model, *spec.models_but_base]
     mine = open_model_set(names if spec.tokenizer else names[:1], tokenizer=spec.tokenizer)
     dtype = study_dtype(spec, mine.reference)
@@ -206,8 +218,9 @@ def load_scored(
     else:
         checkpoint = Checkpoint(model)
         _check_same_tokens(checkpoint, mine.vocabulary)
-        return load_model(spec, checkpoint, dtype, device), study_tokenizer(spec, mine)
-    live = load_model(spec, models.reference, dtype, device, models.vocabulary)
+        live = load_model(spec, checkpoint, dtype, hardware.device)
+        return live, study_tokenizer(spec, mine)
+    live = load_model(spec, models.reference, dtype, hardware.device, models.vocabulary)
     Builder(live, models).build(recipe)
     return live, study_tokenizer(spec, models if recipe.vocabulary or spec.tokenizer else mine)
 
