@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from search.arguments import COMMANDS, UsageError, parse
 from search.options import Options
-from search.process import quiet_libraries
+from search.process import interrupted_by_sigterm, open_closed_streams, quiet_libraries
 
 if TYPE_CHECKING:
     from search.running.events import Listener
@@ -31,8 +31,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         database that is gone) or by a fault of this program, 2 bad input, 130 interrupted.
     """
     argv = sys.argv[1:] if argv is None else argv
+    open_closed_streams()
     try:
-        _run(*parse(argv))
+        with interrupted_by_sigterm():
+            _run(*parse(argv))
     except UsageError as error:
         message, code = str(error), BAD_INPUT
     except KeyboardInterrupt:
@@ -79,6 +81,8 @@ def _make_listener(*, json_lines: bool) -> Listener:
 
 def _expected(error: Exception) -> tuple[str, int] | None:
     """Return the message and the exit code of an error that is no fault of this program."""
+    if _is_short_of_memory(error):  # first, for there may be none left to import by
+        return f"there is not enough memory; with more, {AGAIN}", STOPPED
     from merge_engine.errors import FULL, MergeError
     from objectives.base import ObjectiveError, printable
     from search.storing.folder import Interrupted
@@ -93,9 +97,19 @@ def _expected(error: Exception) -> tuple[str, int] | None:
         return f"{where}{error.strerror}; when there is room, {AGAIN}", STOPPED
     if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
         return f"{str(error.filename)[:100]}...: {error.strerror}; choose another", BAD_INPUT
-    if isinstance(error, MemoryError):
-        return f"there is not enough memory; with more, {AGAIN}", STOPPED
-    return None
+    return _of_database(error)
+
+
+def _of_database(error: Exception) -> tuple[str, int] | None:
+    if type(error).__module__.partition(".")[0] not in ("sqlalchemy", "optuna"):
+        return None
+    from objectives.base import printable
+    from search.storing.address import DATABASE_ERRORS, reason_of
+
+    if not isinstance(error, DATABASE_ERRORS):
+        return None
+    what = f"the run's database: {printable(reason_of(error))}"
+    return f"{what}; restore it from a copy, or begin anew with --force-new", BAD_INPUT
 
 
 def _fault(error: Exception) -> str:
@@ -112,6 +126,15 @@ def _fault(error: Exception) -> str:
     except OSError:
         return f"a fault of mergesearch: {said}; please report it"
     return f"a fault of mergesearch: {said}; please report it with {file.name}"
+
+
+def _is_short_of_memory(error: Exception) -> bool:
+    if isinstance(error, MemoryError) or getattr(error, "errno", None) == errno.ENOMEM:
+        return True
+    words = ("annot allocate memory", "can't allocate memory", "bad_alloc", "failed to map segment")
+    return isinstance(error, RuntimeError | ImportError | OSError) and any(
+        word in str(error) for word in words
+    )
 
 
 if __name__ == "__main__":

@@ -36,9 +36,10 @@ from search.showing.card import model_card
 from search.showing.report import make_report
 from search.storing.address import DATABASE_ERRORS, Storage
 from search.storing.folder import CARD
-from search.storing.result import OtherTrial, Result
+from search.storing.result import OtherTrial, Result, write_result
 from search.storing.samples import read_samples, store_samples
 from search.storing.store import Store
+from search.study.public_names import public_names, public_recipe
 
 REPORT_EVERY: Final = 30.0  # seconds between two drawings of a run's page
 BEST_EVERY: Final = 1.0  # seconds between two announcements of the best trial
@@ -75,22 +76,26 @@ def _attempt(run: Run, work: Callable[[Run], None]) -> None:
 
 @contextmanager
 def _interruptible(run: Run) -> Iterator[None]:
-    """Have Ctrl-C end the work after the blocks that are evaluated now, a second one at once."""
+    """Have Ctrl-C or SIGTERM end the work after the blocks under way, a second one at once."""
 
     def stop(number: int, frame: FrameType | None) -> None:
-        signal.signal(signal.SIGINT, before)
+        restore()
         if not run.request_stop():
             signal.default_int_handler(number, frame)
         run.listener(StopRequested())
 
+    def restore() -> None:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
     if threading.current_thread() is not threading.main_thread():  # it gets no signals
         yield
         return
-    before = signal.signal(signal.SIGINT, stop)
+    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, before)
+        restore()
 
 
 def finish(run: Run, timeout: float) -> None:
@@ -99,10 +104,11 @@ def finish(run: Run, timeout: float) -> None:
     search(run, timeout, shows)
     result, recipe = conclude(run)
     replace_text(run.folder / "recipe.yaml", recipe.to_yaml())
-    replace_text(run.folder / "result.json", result.model_dump_json(indent=2) + "\n")
+    names = public_names(run.spec)
+    write_result(run.folder, result, names)
     checkpoint = run.folder / "checkpoint"
     card = card_of(run, checkpoint, recipe, result)
-    if not is_export_of(checkpoint, recipe):
+    if not is_export_of(checkpoint, public_recipe(recipe, names)):
         _make_room(run, checkpoint)
         save_checkpoint(run, recipe, checkpoint, card)
     elif card:
@@ -170,7 +176,7 @@ def card_of(
 
 
 def is_export_of(checkpoint: Path, recipe: Recipe) -> bool:
-    """Read a folder back: whether it holds the checkpoint of this recipe, whole."""
+    """Read a folder back: whether it holds the checkpoint of this public recipe, whole."""
     file = checkpoint / RECIPE
     if checkpoint.is_symlink() or RECIPE not in listed_files(checkpoint):
         return False

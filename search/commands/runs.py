@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from merge_engine.errors import MergeError
 from merge_engine.recipe.recipe import Recipe
 from merge_engine.replacing import replace_text
@@ -19,11 +17,13 @@ from search.showing.report import make_report
 from search.steps import card_of, is_export_of, save_checkpoint
 from search.storing.address import Storage
 from search.storing.folder import CARD, check_folder, is_held
-from search.storing.result import read_result
+from search.storing.intact import reading_stored
+from search.storing.result import read_paths, read_result
 from search.storing.resume import find_trial, stored_spec
 from search.storing.samples import store_samples
 from search.storing.store import Store
 from search.storing.trials import TrialLog
+from search.study.public_names import public_recipe
 from search.study.spec import StudyError
 
 
@@ -85,7 +85,8 @@ def report(options: ReportOptions, listener: Listener) -> None:
         raise StudyError(f"{file} is a folder; name the file to write in it")
     check_folder(file.parent)
     store = Store(Storage.of(options.run, options.storage))
-    page = make_report(options.run, store, held=is_held(options.run))
+    with reading_stored(options.run):
+        page = make_report(options.run, store, held=is_held(options.run))
     replace_text(file, page)
     listener(CommandDone(str(file), {"report": str(file)}))
 
@@ -95,13 +96,15 @@ def push(options: PushOptions, listener: Listener) -> None:
     run, result = options.run, read_result(options.run)
     if result is None:
         raise StudyError(f"{run} has no result yet; push it when the run has finished")
-    recipe, checkpoint = Recipe.model_validate(result.winner.recipe), run / "checkpoint"
+    names = {path: name for name, path in read_paths(run).items()}
+    recipe = public_recipe(Recipe.model_validate(result.winner.recipe), names)
+    checkpoint = run / "checkpoint"
     if not is_export_of(checkpoint, recipe) or not (checkpoint / CARD).is_file():
         raise StudyError(
             f"{checkpoint} is not whole, or not what result.json speaks of; run the study again, "
             "which makes it anew"
         )
-    if folders := [model for model in recipe.models_read if Path(model).is_absolute()]:
+    if folders := [model for model in recipe.models_read if model.startswith("./")]:
         listener(Note(f"the recipe names folders of this machine: {', '.join(folders)}"))
-    url = push_to_hub(checkpoint, run / "recipe.yaml", options.repo, private=options.private)
+    url = push_to_hub(checkpoint, options.repo, private=options.private)
     listener(CommandDone(url, {"url": url}))

@@ -20,6 +20,7 @@ from objectives.items import SPLITS, Split, blocks
 from search.preparing.context import StudyContext
 from search.proposing.starts import baselines
 from search.running.workers import EvalJob, ExportCheck, WorkerDied, Workers
+from search.storing.intact import damaged
 from search.storing.store import Store
 
 MAX_DEATHS: Final = 2  # of workers, after which a recipe counts as failed
@@ -105,11 +106,12 @@ class Evaluator:
         ``items`` are how many of the first, rounded up to whole blocks; None: all.
 
         Raises:
-            LookupError: Some of them are not evaluated yet.
+            StudyError: Some of them are not there.
         """
         known, wanted = self.store.results(recipe.key, split), self._first(split, items)
         if missing := [number for number in wanted if number not in known]:
-            raise LookupError(f"recipe {recipe.key}: {split} blocks {missing} are not evaluated")
+            what = f"{split} block {missing[0]} of recipe {recipe.key} is not there"
+            raise damaged(self.store.storage.name, what)
         return [result for number in wanted for result in known[number]]
 
     def evaluate(

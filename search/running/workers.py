@@ -10,7 +10,7 @@ import socket
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
 from typing import Any, Final, NamedTuple, Protocol
@@ -26,6 +26,7 @@ from objectives.base import ItemResult, ObjectiveError, Response
 from objectives.entries import PromptEntry
 from search.preparing.context import LiveContext, load_prompts
 from search.storing.folder import CARD, Interrupted
+from search.study.public_names import public_names, public_recipe
 from search.study.spec import StudyError
 
 ROUNDED: Final = 0.02  # share of an export's results that may differ by rounding
@@ -166,6 +167,8 @@ class Worker:
             )
         models = builder.model_set
         files = CheckpointFiles.of(models.reference, recipe, models.vocabulary)
+        public = public_recipe(recipe, public_names(self.context.spec))
+        files = replace(files, text=public.to_yaml())
         with self._unchanged_weights():
             write_checkpoint(builder.tensors(), out, shapes=builder.shapes(), files=files)
         if card:

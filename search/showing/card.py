@@ -16,6 +16,7 @@ from merge_engine.recipe.recipe import Recipe
 from objectives.base import printable
 from search.storing.folder import CARD
 from search.storing.result import OtherTrial, Result, Score, ScoreTable, package_versions
+from search.study.public_names import public_names, public_recipe, without_paths
 from search.study.spec import StudySpec
 from search.wording import bracketed, percent, shortened
 
@@ -37,7 +38,7 @@ def model_card(
 
     ``other`` is the recipe's trial, where it is not the winner.
     """
-    models = recipe.models_read
+    names, models = public_names(spec), recipe.models_read
     test = other.test if other else result.winner.test if result else None
     parts = dict.fromkeys(part for model in models for part in _parts(model))
     found = {_public(part): _licence(part) for part in parts}
@@ -58,7 +59,7 @@ def model_card(
         template_str=TEMPLATE.read_text(encoding="utf-8"),
         name=_cell(name),
         recipe=recipe,
-        yaml=recipe.to_yaml(),
+        yaml=public_recipe(recipe, names).to_yaml(),
         folders=any(Path(model).is_absolute() for model in models),
         donors=[_name(source.model) for source in recipe.donors],
         base=_name(recipe.base_model or models[0]),
@@ -74,7 +75,7 @@ def model_card(
         percent=percent,
         bracketed=bracketed,
     )
-    return str(card)
+    return without_paths(str(card), names)
 
 
 def _table(scores: ScoreTable) -> str:

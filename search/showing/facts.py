@@ -9,9 +9,10 @@ from typing import Final
 
 from search.proposing.space import Space
 from search.proposing.starts import UNIFORM
+from search.storing.intact import damaged
 from search.storing.result import Result
 from search.storing.store import Store
-from search.storing.trials import TrialLog, TrialRecord
+from search.storing.trials import WHERE, TrialLog, TrialRecord
 from search.study.spec import StudySpec
 from search.wording import short_names
 
@@ -33,6 +34,8 @@ class RunFacts:
         self.trials = sorted(  # in the order they were finished
             log.finished(), key=lambda trial: (trial.completed or datetime.min, trial.number)
         )
+        if result and result.winner.trial not in {trial.number for trial in self.trials}:
+            raise damaged(WHERE, f"it has no trial {result.winner.trial}, the winner")
         self.complete = [trial for trial in self.trials if trial.state == "complete"]
         self.failed = [trial for trial in self.trials if trial.state == "fail"]
         self.names = short_names(self.spec.models_but_base, "/") | {UNIFORM: "uniform"}

@@ -10,13 +10,14 @@ from huggingface_hub import CommitOperationAdd, HfApi, get_token
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
 from merge_engine.building.checksums import CHECKSUMS, listed_files
+from merge_engine.building.export import RECIPE
 from search.storing.folder import CARD, Interrupted
 from search.study.spec import StudyError
 
 TEMPORARY: Final = (408, 429)  # HTTP statuses of requests that may succeed later
 
 
-def push(checkpoint: Path, recipe: Path, repo: str, *, private: bool) -> str:
+def push(checkpoint: Path, repo: str, *, private: bool) -> str:
     """Upload a checkpoint with its card, and the recipe, in one commit; return the address.
 
     Of the checkpoint's folder only what was written as the checkpoint is sent.
@@ -31,7 +32,7 @@ def push(checkpoint: Path, recipe: Path, repo: str, *, private: bool) -> str:
             "there is no token of the Hub; log in with `hf auth login`, or set HF_TOKEN"
         )
     sent = {name: checkpoint / name for name in (*listed_files(checkpoint), CHECKSUMS, CARD)}
-    sent[recipe.name] = recipe
+    sent["recipe.yaml"] = checkpoint / RECIPE
     additions = [
         CommitOperationAdd(name, file) for name, file in sent.items() if not file.is_symlink()
     ]

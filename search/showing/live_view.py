@@ -49,7 +49,7 @@ def render(view: View) -> RenderableType:
     for name, text, *style in _rows(view):
         folded = name == "memory"
         overflow: OverflowMethod = "fold" if folded else "ellipsis"
-        fact = Text(text, *style, no_wrap=not folded, overflow=overflow)
+        fact = Text(printable(text), *style, no_wrap=not folded, overflow=overflow)
         rows.add_row(Text(name, "bold"), fact)
     return Constrain(Group(_head(view), rows) if view.searching else rows, WIDTH)
 

@@ -1,11 +1,16 @@
 """report.html: the search and the result of a run on one page that needs no other file.
 
-Everything is read from the run's database and result.json; no model is loaded. Statements about
-recipes between and beyond the trials are those of the Gaussian process of ``proposing.gp``.
+Everything is read from the run's database and result.json; no model is loaded. The page's policy
+lets it load nothing and run no script but its own, whatever names and texts of models say.
+Statements about recipes between and beyond the trials are those of the Gaussian process of
+``proposing.gp``.
 """
 
 from __future__ import annotations
 
+import base64
+import hashlib
+import re
 from collections import Counter
 from datetime import datetime
 from functools import cache, partial
@@ -16,6 +21,7 @@ import jinja2
 import yaml
 
 from merge_engine.recipe.recipe import Recipe
+from objectives.base import printable
 from search.proposing.gp import one_thread
 from search.proposing.gp_sampler import MAX_TRIALS
 from search.proposing.insight import PosteriorView, method_chances, sensitivity
@@ -39,8 +45,10 @@ from search.showing.facts import RunFacts, describe_trial
 from search.storing.result import Result, ScoreTable, read_result
 from search.storing.samples import read_samples
 from search.storing.store import Store
+from search.study.public_names import public_names, without_paths
 from search.wording import bracketed, percent, plus_minus, printable_lines, short_names
 
+_CONTROL: Final = re.compile(r"[^\n -~]")  # or a letter, which is left as it is
 TEMPLATE: Final = Path(__file__).with_name("report.html")
 SHOWN: Final = 12  # items gained, and as many lost
 LEAST_TRIALS: Final = 3  # complete, for the Gaussian process
@@ -58,7 +66,7 @@ def make_report(run: Path, store: Store, *, held: bool | None = None) -> str:
     facts = RunFacts(store, result)
     with one_thread():
         contents = _search_part(facts) | (_result_part(facts, result) if result else {})
-    return _template().render(
+    page = _template().render(
         contents,
         name=str(run),
         facts=facts,
@@ -68,6 +76,8 @@ def make_report(run: Path, store: Store, *, held: bool | None = None) -> str:
         held=held,
         now=datetime.now().astimezone(),
     )
+    names = public_names(facts.spec) | {str(run.absolute()): f"./{run.name}"}
+    return _CONTROL.sub(lambda match: printable(match[0]), without_paths(page, names))
 
 
 @cache
@@ -82,7 +92,11 @@ def _template() -> jinja2.Template:
         "plus_minus": plus_minus,
         "printable_lines": printable_lines,
     }
-    return environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
+    text = TEMPLATE.read_text(encoding="utf-8")
+    (script,) = re.findall(r"<script>(.*?)</script>", text, re.DOTALL)
+    digest = hashlib.sha256(script.encode()).digest()
+    environment.globals["script_hash"] = base64.b64encode(digest).decode()
+    return environment.from_string(text)
 
 
 def _search_part(facts: RunFacts) -> dict[str, Any]:

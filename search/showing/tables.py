@@ -10,13 +10,13 @@ from typing import Final
 from rich.box import SIMPLE_HEAD
 from rich.columns import Columns
 from rich.console import Console
-from rich.markup import escape
 from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
 from objectives.base import printable
 from search.running.events import ScoreReady
+from search.showing.markup import shown
 from search.storing.result import Result, Score, ScoreTable
 from search.storing.samples import Sample
 from search.wording import bracketed, duration, percent, plus_minus, printable_lines
@@ -27,10 +27,10 @@ PANEL_WIDTH: Final = 28  # columns of one model's response, at least
 def print_score(console: Console, found: ScoreReady) -> None:
     """Print one model's score on one split."""
     score = found.score
-    title = f"{found.model} on {len(found.items)} {found.split} items, in %"
+    title = f"{shown(found.model)} on {len(found.items)} {found.split} items, in %"
     table = Table(title=title, title_justify="left")
     for name in (*score.tasks, "mean [95 %]", *_tokens_column(score)):
-        table.add_column(escape(name), justify="right", no_wrap=True)
+        table.add_column(shown(name), justify="right", no_wrap=True)
     table.add_row(*map(percent, score.tasks.values()), bracketed(score.interval), *_tokens(score))
     console.print(table)
 
@@ -43,11 +43,14 @@ def print_sample(console: Console, sample: Sample) -> None:
     responses = [(each.title, each.text or "") for each in sample.responses]
     if not console.is_terminal:
         blocks = [
-            f"{name}:\n{indent(printable_lines(text), '    ')}" for name, text in about + responses
+            f"{printable(name)}:\n{indent(printable_lines(text), '    ')}"
+            for name, text in about + responses
         ]
-        console.print("\n".join(["", sample.title, *blocks]), markup=False, highlight=False)
+        console.print(
+            "\n".join(["", printable(sample.title), *blocks]), markup=False, highlight=False
+        )
         return
-    console.rule(escape(printable(sample.title)), align="left")
+    console.rule(shown(sample.title), align="left")
     for name, text in about:
         console.print(Text.assemble((f"{name}  ", "dim"), printable_lines(text)))
     abreast = max(1, min(len(responses), console.width // PANEL_WIDTH))
@@ -55,7 +58,7 @@ def print_sample(console: Console, sample: Sample) -> None:
     panels = [
         Panel(
             Text(printable_lines(text)),
-            title=escape(printable(name)),
+            title=shown(name),
             title_align="left",
             width=width,
         )
@@ -69,16 +72,16 @@ def print_result(console: Console, result: Result, run: Path) -> None:
     scores = ScoreTable.of_result(result)
     _print_scores(console, scores)
     if result.floors_text:
-        console.print(escape(result.floors_text), highlight=False)
+        console.print(shown(result.floors_text), highlight=False)
     for edge in result.edges:
-        console.print(escape(edge.text), highlight=False)
+        console.print(shown(edge.text), highlight=False)
     if tokens := [f"{row.name} {row.test.tokens:.1f}" for row in scores.rows if row.test.tokens]:
-        console.print(f"Mean tokens per item: {escape(', '.join(tokens))}.", highlight=False)
+        console.print(f"Mean tokens per item: {shown(', '.join(tokens))}.", highlight=False)
     if result.front:
         _print_front(console, result, scores.tasks, run)
     _print_verdict(console, result, scores.best_donor(result.difference_to_best_donor).name)
     console.print(
-        f"{escape(str(run))}: recipe.yaml, result.json, report.html, checkpoint/", highlight=False
+        f"{shown(str(run))}: recipe.yaml, result.json, report.html, checkpoint/", highlight=False
     )
 
 
@@ -86,19 +89,19 @@ def _print_scores(console: Console, scores: ScoreTable) -> None:
     table = Table(title="on the test items, in % (95 % intervals)", box=SIMPLE_HEAD)
     table.add_column("")
     for name in (*scores.tasks.values(), "mean", "winner's lead"):
-        table.add_column(escape(name), justify="right", no_wrap=True)
+        table.add_column(shown(name), justify="right", no_wrap=True)
     for row in scores.rows:
         means = [percent(row.test.tasks[task]) for task in scores.tasks]
         lead = plus_minus(row.lead.interval, "+") if row.lead else ""
         style = "" if row.lead else "bold"
-        table.add_row(escape(row.name), *means, plus_minus(row.test.interval), lead, style=style)
+        table.add_row(shown(row.name), *means, plus_minus(row.test.interval), lead, style=style)
     console.print(table)
 
 
 def _print_verdict(console: Console, result: Result, best_donor: str) -> None:
     lead = result.difference_to_best_donor
     console.print(
-        f"[bold]{result.verdict_text}[/]: its lead over {escape(best_donor)}, the best donor on "
+        f"[bold]{result.verdict_text}[/]: its lead over {shown(best_donor)}, the best donor on "
         f"the search items, is {bracketed(lead.interval, '+')} points.",
         highlight=False,
     )
@@ -114,7 +117,7 @@ def _print_verdict(console: Console, result: Result, best_donor: str) -> None:
     if result.times_tested > 1:
         console.print(f"The test items have been used for {result.times_tested} winners so far.")
     console.print(
-        f"{result.winner.recipe['merge_method']} of trial {result.winner.trial} · "
+        f"{shown(result.winner.recipe['merge_method'])} of trial {result.winner.trial} · "
         f"{result.trials} trials · {result.item_evaluations} item evaluations · "
         f"{duration(result.seconds.total)}",
         highlight=False,
@@ -125,14 +128,14 @@ def _print_front(console: Console, result: Result, tasks: Mapping[str, str], run
     first = result.front[0].test
     table = Table(title="the Pareto front over the tasks, on test, in %", box=SIMPLE_HEAD)
     for name in ("trial", *tasks.values(), "mean", *_tokens_column(first), "method"):
-        table.add_column(escape(name), justify="right", no_wrap=True)
+        table.add_column(shown(name), justify="right", no_wrap=True)
     for one in result.front:
         means = [percent(one.test.tasks[task]) for task in tasks]
-        method = str(one.recipe["merge_method"])
+        method = shown(str(one.recipe["merge_method"]))
         mean = plus_minus(one.test.interval)
         table.add_row(str(one.trial), *means, mean, *_tokens(one.test), method)
     console.print(table)
-    console.print(f"mergesearch export {escape(str(run))} OUT --trial N saves one of them.")
+    console.print(f"mergesearch export {shown(str(run))} OUT --trial N saves one of them.")
 
 
 def _tokens_column(score: Score) -> list[str]:

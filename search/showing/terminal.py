@@ -13,13 +13,13 @@ from typing import TYPE_CHECKING, Final
 
 from rich.console import Console, RenderableType
 from rich.live import Live
-from rich.markup import escape
 
 from merge_engine.methods import METHODS
 from merge_engine.models.memory_plan import MemoryPlan
 from objectives.base import printable
 from search.running import events
 from search.showing.live_view import View, estimate_of, render
+from search.showing.markup import shown
 from search.showing.progress import Progress, write_stopping
 from search.showing.tables import print_result, print_sample, print_score
 from search.wording import duration
@@ -61,7 +61,7 @@ class Terminal:
 
     @_show.register
     def _(self, event: events.Note) -> None:
-        self.console.print(f"[yellow]note:[/] {escape(printable(event.text))}", highlight=False)
+        self.console.print(f"[yellow]note:[/] {shown(event.text)}", highlight=False)
 
     @_show.register
     def _(self, event: events.SearchStarted) -> None:

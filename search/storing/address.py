@@ -7,18 +7,21 @@ folder then remembers its URL, without a password, and the study's name in it.
 from __future__ import annotations
 
 import json
+import re
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final, Self
 
 from optuna.exceptions import StorageInternalError
+from pydantic import ValidationError
 from sqlalchemy import URL, create_engine, make_url
 from sqlalchemy.exc import ArgumentError, DBAPIError
 
 from merge_engine.replacing import replace_text
+from merge_engine.schema import FrozenModel
 from search.storing.folder import DATABASE, REMEMBERED, Interrupted
 from search.study.spec import StudyError
 
@@ -30,6 +33,14 @@ CONNECT_OPTIONS: Final[Mapping[str, dict[str, int]]] = {
     "psycopg2": _NETWORK,
 }
 DATABASE_ERRORS: Final = (DBAPIError, StorageInternalError)
+_SECRET: Final = re.compile(r"pass|pwd|secret|token|key|cred|auth", re.IGNORECASE)
+
+
+class _Remembered(FrozenModel):
+    """Contents of REMEMBERED."""
+
+    url: str
+    study: str
 
 
 @dataclass(frozen=True)
@@ -70,9 +81,15 @@ class Storage:
 
     @classmethod
     def _remembered(cls, folder: Path) -> Self | None:
-        if (folder / REMEMBERED).is_file():
-            known = json.loads((folder / REMEMBERED).read_text(encoding="utf-8"))
-            return cls(make_url(known["url"]), known["study"])
+        if (file := folder / REMEMBERED).is_file():
+            try:
+                known = _Remembered.model_validate_json(file.read_bytes())
+                return cls(_parsed(known.url), known.study)
+            except (ValidationError, StudyError):
+                raise StudyError(
+                    f"{file}: damaged: it has no database's url and study; restore it, or remove "
+                    "it and begin anew with --force-new"
+                ) from None
         return cls.file(folder / DATABASE) if (folder / DATABASE).exists() else None
 
     def remember(self, folder: Path) -> None:
@@ -84,10 +101,16 @@ class Storage:
     @property
     def name(self) -> str:
         """The URL without a password."""
-        secrets = [key for key in self.url.query if "password" in key]
+        secrets = [key for key in self.url.query if _SECRET.search(key)]
         url = self.url.difference_update_query(secrets)
         place = (url.username, None, url.host, url.port, url.database, url.query)
         return URL.create(url.drivername, *place).render_as_string()
+
+    @property
+    def secrets(self) -> list[str]:
+        """What must not be printed: the password, and the like among the URL's options."""
+        values = [value for key, value in self.url.query.items() if _SECRET.search(key)]
+        return [str(each) for each in (self.url.password, *values) if each]
 
     @property
     def is_file(self) -> bool:
@@ -121,7 +144,11 @@ def _parsed(text: str) -> URL:
             "it looks like postgresql+psycopg://user@host/database"
         ) from None
     if url.get_backend_name() != "sqlite":
+        if "@" in f"{url.host}{url.database}":  # what is in front of it belongs to the password
+            raise StudyError("--storage: write an @ in a user's name or a password as %40")
         return url
+    if url.host or url.username:
+        raise StudyError("--storage: SQLite has no hosts; it looks like sqlite:////folder/file.db")
     if url.database in (None, "", ":memory:"):
         raise StudyError("--storage: a database in memory keeps nothing; name a file")
     return url.set(database=str(Path(url.database).absolute()))
@@ -143,7 +170,7 @@ def opening(storage: Storage) -> Iterator[None]:
         package = "'mergesearch[postgresql]'" if ours else module
         raise StudyError(f"{storage.name} needs a driver: pip install {package}") from None
     except DATABASE_ERRORS as error:
-        what = reason_of(error)
+        what = _without(storage.secrets, reason_of(error))
         if _is_transient(error):
             raise Interrupted(f"{storage.name}: {what}") from None
         to_do = (
@@ -152,6 +179,12 @@ def opening(storage: Storage) -> Iterator[None]:
             else "see to the URL, and the password ($PGPASSWORD and ~/.pgpass will do, too)"
         )
         raise StudyError(f"{storage.name}: {what}; {to_do}") from None
+
+
+def _without(secrets: Iterable[str], text: str) -> str:
+    for secret in secrets:
+        text = text.replace(secret, "***")
+    return text
 
 
 def cause_of(error: Exception) -> BaseException | None:

@@ -26,7 +26,7 @@ _LOCK: Final = "lock"
 # What a run writes in its folder.
 NAMES: Final = (
     *(_LOCK, DATABASE, f"{DATABASE}-journal", f"{DATABASE}-wal", f"{DATABASE}-shm", REMEMBERED),
-    *("recipe.yaml", "result.json", "report.html", "samples.json", "checkpoint"),
+    *("recipe.yaml", "result.json", "paths.json", "report.html", "samples.json", "checkpoint"),
 )
 _ASIDE: Final = re.compile(r"old-(\d+)$")
 
@@ -68,6 +68,10 @@ def _check_ours(run: Path) -> None:
             f"{run / linked[0]} is a link, and the run would write where it leads; remove it, or "
             "link the whole folder"
         )
+    if odd := [
+        n for n in NAMES if n != "checkpoint" and (run / n).exists() and not (run / n).is_file()
+    ]:
+        raise StudyError(f"{run / odd[0]} is no file, but the run would write one there; remove it")
     if run.is_dir() and any(run.iterdir()) and not (has_run(run) or (run / _LOCK).exists()):
         raise StudyError(f"{run} holds other files; choose an empty folder or a run to resume")
 

@@ -1,22 +1,35 @@
-"""result.json: the outcome of a run. All means are in the tasks' own unit."""
+"""result.json: the outcome of a run. All means are in the tasks' own unit.
+
+It may be given to others, so models in folders are ``./name`` in it; paths.json, which is private,
+says where those are.
+"""
 
 from __future__ import annotations
 
 import importlib.metadata
+import json
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, Self, TypeVar
+from typing import Annotated, Any, Literal, NamedTuple, Self, TypeVar
 
-from pydantic import BaseModel, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, Field, TypeAdapter, ValidationError, model_validator
 
 from merge_engine.errors import first_error
+from merge_engine.methods import METHODS
+from merge_engine.recipe.recipe import Recipe
+from merge_engine.replacing import replace_text
 from merge_engine.schema import FrozenModel
 from objectives.scores import Interval, score_interval
 from search.racing.item_scores import ItemScores
+from search.storing.intact import reading_stored
+from search.study.public_names import renamed
 from search.study.spec import StudyError
 from search.wording import OWN_TEMPLATE, percent, short_names
 
+RESULT = "result.json"
+PATHS = "paths.json"  # where the folders lie that a result names
 PACKAGES = ("mergesearch", "torch", "transformers", "lm_eval", "optuna", "safetensors")
 
 Kind = TypeVar("Kind", bound=BaseModel)
@@ -86,10 +99,16 @@ class DonorDifference(Difference):
     items_to_decide: int | None
 
 
+def _checked_recipe(mapping: dict[str, Any]) -> dict[str, Any]:
+    if (method := Recipe.model_validate(mapping).merge_method) not in METHODS:
+        raise ValueError(f"unknown merge_method {method!r}")
+    return mapping
+
+
 class Winner(FrozenModel):
     """A chosen recipe, the trial that first proposed it, and its test score."""
 
-    recipe: dict[str, Any]
+    recipe: Annotated[dict[str, Any], AfterValidator(_checked_recipe)]
     trial: int
     test: Score
 
@@ -161,6 +180,12 @@ class Result(FrozenModel):
     seed: int  # of the study
     versions: dict[str, str]  # of the packages the numbers depend on
 
+    @model_validator(mode="after")
+    def _best_donor_is_known(self) -> Self:
+        if self.difference_to_best_donor.donor not in self.donors:
+            raise ValueError("difference_to_best_donor: its donor is not among the donors")
+        return self
+
     @property
     def verdict_text(self) -> str:
         """The verdict as a clause."""
@@ -230,19 +255,38 @@ class ScoreTable:
         )
 
 
+def write_result(run: Path, result: Result, names: Mapping[str, str]) -> None:
+    """Write a result with folders by their public ``names``, and beside it where those lie."""
+    text = json.dumps({name: path for path, name in names.items()}, indent=2)
+    replace_text(run / PATHS, text + "\n", private=True)
+    text = json.dumps(renamed(result.model_dump(mode="json"), names), indent=2)
+    replace_text(run / RESULT, text + "\n")
+
+
 def read_result(run: Path) -> Result | None:
-    """Read the result of a run folder, if it has one so far."""
-    return read_json(run / "result.json", Result)
+    """Read the result of a run folder, if it has one so far, with folders by their paths."""
+    return read_json(run / RESULT, Result, read_paths(run))
 
 
-def read_json(file: Path, kind: type[Kind]) -> Kind | None:
-    """Read a JSON file of a run folder, if it is there.
+def read_paths(run: Path) -> dict[str, str]:
+    """Read where the folders lie that a result names; empty where that is not known."""
+    with suppress(OSError, ValueError, TypeError):
+        return TypeAdapter(dict[str, str]).validate_json((run / PATHS).read_bytes())
+    return {}
+
+
+def read_json(file: Path, kind: type[Kind], names: Mapping[str, str] = {}) -> Kind | None:
+    """Read a JSON file of a run folder, if it is there, with ``names`` in it replaced.
 
     Raises:
-        StudyError: Another version of this program wrote it.
+        StudyError: It is damaged, or another version of this program wrote it.
     """
+    if not file.is_file():
+        return None
     try:
-        return kind.model_validate_json(file.read_bytes()) if file.is_file() else None
+        with reading_stored(file):
+            found = renamed(json.loads(file.read_bytes()), names)
+        return kind.model_validate_json(json.dumps(found))
     except ValidationError as error:
         raise StudyError(
             f"{file} is not valid in this version of mergesearch ({first_error(error)}); finish "

@@ -13,9 +13,10 @@ from objectives.base import Objective
 from objectives.items import Splits
 from search.storing.address import Storage
 from search.storing.folder import DATABASE, has_run
+from search.storing.intact import reading_stored
 from search.storing.snapshot import difference, snapshot_items
 from search.storing.store import Store
-from search.storing.trials import TrialLog, TrialRecord
+from search.storing.trials import WHERE, TrialLog, TrialRecord
 from search.study.spec import StudyError, StudySpec
 
 MAY_CHANGE = ("search.trials", "search.stop")  # when a search ends, not what it is
@@ -30,7 +31,9 @@ def check_run(folder: Path, spec: StudySpec, storage: Storage) -> None:
 def check_same(folder: Path, log: TrialLog, spec: StudySpec) -> None:
     """Refuse a study that differs from the one stored with the run."""
     stored = log.header().get("spec")
-    if stored and (changed := _changes(stored, spec.model_dump(mode="json"))):
+    with reading_stored(WHERE):
+        changed = _changes(stored, spec.model_dump(mode="json")) if stored else []
+    if changed:
         raise StudyError(
             f"{folder} is the run of another study: {'; '.join(changed)}. "
             "Choose another --out, set it back, or begin anew with --force-new"
@@ -40,7 +43,9 @@ def check_same(folder: Path, log: TrialLog, spec: StudySpec) -> None:
 def check_models(folder: Path, log: TrialLog, models: Mapping[str, str]) -> None:
     """Store the fingerprint of each model's weights, or refuse to go on with other weights."""
     stored = log.header().get("models", {})
-    if changed := [name for name, now in models.items() if stored.get(name, now) != now]:
+    with reading_stored(WHERE):
+        changed = [name for name, now in models.items() if stored.get(name, now) != now]
+    if changed:
         raise StudyError(
             f"{folder}: the weights of {', '.join(changed)} have changed since the run "
             "began. Restore them, choose another --out, or begin anew with --force-new"

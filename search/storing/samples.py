@@ -9,6 +9,7 @@ from typing import Final, Literal
 from merge_engine.replacing import replace_text
 from merge_engine.schema import FrozenModel
 from search.storing.result import Result, read_json
+from search.study.spec import StudyError
 
 FILE: Final = "samples.json"
 
@@ -53,8 +54,11 @@ class Samples(FrozenModel):
 
 
 def read_samples(folder: Path, result: Result) -> list[Sample]:
-    """Read the samples of a run's winner; none where they are of an earlier winner."""
-    kept = read_json(folder / FILE, Samples)
+    """Read the samples of a run's winner; none where they are damaged, or an earlier winner's."""
+    try:
+        kept = read_json(folder / FILE, Samples)
+    except StudyError:  # they are made again
+        return []
     return kept.samples if kept and kept.trial == result.winner.trial else []
 
 

@@ -7,12 +7,16 @@ twice is evaluated once.
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
+import secrets
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Final
 
 import optuna
@@ -39,6 +43,7 @@ from sqlalchemy.pool import NullPool
 from objectives.base import ItemResult
 from search.storing.address import DATABASE_ERRORS, Storage, cause_of, opening, reason_of
 from search.storing.folder import Interrupted
+from search.storing.intact import damaged, digest_of, reading_stored
 from search.storing.snapshot import StoredItem
 from search.study.spec import StudyError
 
@@ -59,6 +64,7 @@ _ANSWERS = Table(
     Column("faults", Text, nullable=False),  # JSON list, a reason or null per item
     Column("tokens", Text, nullable=False),  # JSON list, how many were written per item
     Column("seconds", Float, nullable=False),
+    Column("digest", String(32), nullable=False),  # of the row but for items and seconds
     Index("mergesearch_asked", "study", "split", "recipe", "items", "seconds"),  # to count by
 )
 _ITEMS = Table(
@@ -70,6 +76,7 @@ _ITEMS = Table(
         Column(field.name, Integer if field.name == "doc_id" else Text, nullable=False)
         for field in fields(StoredItem)
     ),
+    Column("digest", String(32), nullable=False),
 )
 
 
@@ -82,6 +89,8 @@ def _opened(storage: Storage, **options: Any) -> RDBStorage:
 
 def _make_tables(storage: Storage) -> None:
     """Make the tables that are missing; other runs may be about to make the same."""
+    if storage.is_file and not Path(str(storage.url.database)).exists():
+        _make_file(storage)
     for pause in (0.1, 0.5, 2.0, None):
         try:
             _opened(storage, poolclass=NullPool)  # one that fails leaves no connection open
@@ -91,6 +100,23 @@ def _make_tables(storage: Storage) -> None:
             if pause is None or not others:
                 raise
             time.sleep(pause)
+
+
+def _make_file(storage: Storage) -> None:
+    """Make an SQLite file with all tables, which holds answers and is nobody else's to read.
+
+    It gets its name when it is complete: a kill between two tables would leave half of them.
+    """
+    file = Path(str(storage.url.database))
+    partial = file.with_name(f".{file.name}.{secrets.token_hex(4)}.partial")
+    try:
+        partial.touch(mode=0o600, exist_ok=False)
+        _opened(replace(storage, url=storage.url.set(database=str(partial))), poolclass=NullPool)
+        with contextlib.suppress(FileExistsError):  # another run has made it meanwhile
+            os.link(partial, file)
+    finally:
+        partial.unlink(missing_ok=True)
+        partial.with_name(f"{partial.name}-journal").unlink(missing_ok=True)
 
 
 class Store:
@@ -112,8 +138,9 @@ class Store:
             _make_tables(self.storage)
             self._rdb = _opened(self.storage)
             self._check_tables()
-            self.study()
-            self._study = self._rdb.get_study_id_from_name(self.storage.study)
+            with reading_stored(self.storage.name):
+                self.study()
+                self._study = self._rdb.get_study_id_from_name(self.storage.study)
         event.listen(self._engine, "do_connect", self._reconnect)
 
     @property
@@ -171,14 +198,25 @@ class Store:
         """Read the snapshots of the study's items; none before a run has begun."""
         columns = [_ITEMS.c[field.name] for field in fields(StoredItem)]
         mine = select(*columns).where(_ITEMS.c.study == self._study)
-        with self._engine.connect() as connection:
+        digests = select(_ITEMS.c.place, _ITEMS.c.digest).where(_ITEMS.c.study == self._study)
+        with self._engine.connect() as connection, reading_stored(self.storage.name):
             rows = connection.execute(mine.order_by(_ITEMS.c.place)).mappings()
-            return [StoredItem(**row) for row in rows]
+            items = [StoredItem(**row) for row in rows]
+            written = connection.execute(digests.order_by(_ITEMS.c.place)).all()
+        for item, (place, digest) in zip(items, written, strict=True):
+            if digest != digest_of(place, asdict(item)):
+                raise damaged(self.storage.name, f"item {place} is not as it was written")
+        return items
 
     def save_items(self, items: Sequence[StoredItem]) -> None:
         """Store the snapshots of the study's items, all or none."""
         rows = [
-            {"study": self._study, "place": number, **asdict(item)}
+            {
+                "study": self._study,
+                "place": number,
+                "digest": digest_of(number, asdict(item)),
+                **asdict(item),
+            }
             for number, item in enumerate(items)
         ]
         with self._engine.begin() as connection:
@@ -190,8 +228,15 @@ class Store:
             _ANSWERS.c.study == self._study, _ANSWERS.c.recipe == recipe, _ANSWERS.c.split == split
         )
         with self._engine.connect() as connection:
-            rows = connection.execute(wanted.order_by(_ANSWERS.c.block))
-            return {row.block: _results_of(row) for row in rows}
+            rows = connection.execute(wanted.order_by(_ANSWERS.c.block)).all()
+        for row in rows:
+            if row.digest != _digest_of(row):
+                raise damaged(
+                    self.storage.name,
+                    f"the answers of recipe {recipe}, {split} block {row.block} are not as they "
+                    "were written",
+                )
+        return {row.block: _results_of(row) for row in rows}
 
     def blocks(self, recipe: str, split: str) -> set[int]:
         """List the numbers of the blocks of a split that a recipe was evaluated on."""
@@ -217,6 +262,7 @@ class Store:
             "tokens": json.dumps([one.tokens for one in results]),
             "seconds": seconds,
         }
+        row["digest"] = _digest_of(SimpleNamespace(**row))
         with self._engine.begin() as connection:
             connection.execute(_ANSWERS.insert().values(**row))
 
@@ -234,6 +280,11 @@ class Store:
         with self._engine.connect() as connection:
             rows = connection.execute(mine.group_by(_ANSWERS.c.split)).all()
         return Counter({row[0]: int(row[1]) for row in rows}), sum(row[2] for row in rows)
+
+
+def _digest_of(row: Any) -> str:
+    results = row.answers, row.margins, row.faults, row.tokens
+    return digest_of(row.recipe, row.split, row.block, *results)
 
 
 def _results_of(row: Any) -> list[ItemResult]:

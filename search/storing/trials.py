@@ -17,11 +17,15 @@ from optuna.study import Study
 from optuna.trial import FrozenTrial, Trial, TrialState
 
 from search.racing.race import Estimate
+from search.storing.intact import damaged, digest_of, reading_stored
 
 State = Literal["waiting", "running", "complete", "fail"]
 
 DEFAULT_VARIANCE: Final = 0.001  # of a trial without one: 250 items, half of them right
 _CONSTRAINT: Final = "floors"  # the one constraint of a study: how far all limits are missed
+# Attributes that its digest is made of.
+_DIGESTED: Final = ("recipe", "variance", "items", "tasks", "told", "faults")
+WHERE: Final = "the run's database"  # in messages
 _STATES: Final[Mapping[TrialState, State]] = {
     TrialState.WAITING: "waiting",
     TrialState.RUNNING: "running",
@@ -78,6 +82,10 @@ class TrialRecord:
     def from_optuna(cls, trial: FrozenTrial) -> Self:
         """Read a trial of Optuna's."""
         noted = trial.user_attrs
+        if trial.state == TrialState.COMPLETE:
+            value, violation = (trial.values or [None])[0], trial.constraints.get(_CONSTRAINT)
+            if value is None or noted.get("digest") != _digest_of(trial, value, violation):
+                raise damaged(WHERE, f"trial {trial.number} is not as it was written")
         variance = float(noted.get("variance", DEFAULT_VARIANCE))
         return cls(
             number=trial.number,
@@ -157,7 +165,14 @@ class OpenTrial:
                 self._trial.set_user_attr(name, value)
         if violation is not None:
             self._trial.set_constraint(_CONSTRAINT, violation)
+        self._trial.set_user_attr("digest", _digest_of(self._trial, estimate.value, violation))
         return TrialRecord.from_optuna(self._study.tell(self._trial, estimate.value))
+
+
+def _digest_of(trial: Trial | FrozenTrial, value: float, violation: float | None) -> str:
+    """Hash what a complete trial is, but for its times."""
+    noted = {name: trial.user_attrs.get(name) for name in _DIGESTED}
+    return digest_of(trial.number, trial.params, value, violation, noted)
 
 
 class TrialLog:
@@ -244,7 +259,8 @@ class TrialLog:
 
     def header(self) -> Mapping[str, Any]:
         """Read what is kept of the study itself: spec, models, weights, failed recipes, ..."""
-        return self._study.user_attrs
+        with reading_stored(WHERE):
+            return self._study.user_attrs
 
     def set_header(self, **entries: Any) -> None:
         """Store parts of the header."""

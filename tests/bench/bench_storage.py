@@ -35,6 +35,7 @@ from search.running.search_loop import search
 from search.running.workers import EvalJob, EvalReply
 from search.showing.report import make_report
 from search.storing.folder import DATABASE
+from search.storing.result import write_result
 from search.storing.store import Store
 from simulated import SimulatedWorkers, ignore, simulated_context
 
@@ -149,7 +150,7 @@ def measure(folder: Path, sampler: str, options: argparse.Namespace) -> dict[str
         fit_kernel.cache_clear()
         with clocked(found, name):
             result, _ = conclude(run)
-    (folder / "result.json").write_text(result.model_dump_json())
+    write_result(folder, result, {})
     fit_kernel.cache_clear()
     with clocked(found, "report"):
         make_report(folder, run.store)

@@ -22,7 +22,7 @@ from search.options import DEMO
 from search.preparing.context import load, plan_study
 from search.preparing.models import Hardware
 from search.storing.folder import DATABASE
-from search.storing.result import Result
+from search.storing.result import read_result
 from search.study.reading import load_study
 
 pytestmark = pytest.mark.slow
@@ -36,7 +36,7 @@ def run(tmp_path_factory) -> Path:
 
 
 def test_winner_beats_every_donor_and_the_average_by_far_on_the_test_items(run):
-    result = Result.model_validate_json((run / "result.json").read_text())
+    result = read_result(run)
     winner = result.winner.test.mean
     assert result.verdict == "better"
     assert result.difference_to_best_donor.ci95[0] > 0

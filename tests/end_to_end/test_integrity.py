@@ -7,6 +7,8 @@ import json
 import os
 import random
 import shutil
+import sqlite3
+import stat
 import subprocess
 import sys
 import threading
@@ -20,6 +22,7 @@ from safetensors.torch import load_file, save_file
 
 from merge_engine.models.statistics_cache import StatisticsCache
 from search.cli import main
+from search.storing.folder import DATABASE
 
 SECRET = "-----BEGIN OPENSSH PRIVATE KEY-----"
 
@@ -501,3 +504,352 @@ def test_metric_that_is_a_script_beside_a_task_is_not_run(make_study, tmp_path, 
     assert main(["check", str(study), "--device", "cpu"]) == 2
     assert not ran.exists()
     one_line(capsys, "pick")
+
+
+# Links in a run folder that somebody else has made
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["lock", "report.html.partial", "recipe.yaml", "result.json", "study.db", "samples.json"],
+)
+def test_link_in_a_run_folder_is_not_written_through(done, run, tmp_path, name):
+    target = tmp_path / "precious"
+    target.write_text("mine")
+    (run / name).unlink(missing_ok=True)
+    (run / name).symlink_to(target)
+    again(done, run)
+    assert target.read_text() == "mine"
+
+
+def test_checkpoint_that_is_a_link_is_not_written_through(done, run, tmp_path, capsys):
+    shutil.move(run / "checkpoint", tmp_path / "elsewhere")
+    (tmp_path / "elsewhere" / "README.md").write_text("mine")
+    (run / "checkpoint").symlink_to(tmp_path / "elsewhere")
+    again(done, run)
+    assert (tmp_path / "elsewhere" / "README.md").read_text() == "mine"
+    assert (tmp_path / "elsewhere" / "model.safetensors").is_file()
+
+
+def test_report_beside_a_file_of_the_users_leaves_it(done, tmp_path):
+    (tmp_path / "page.html.partial").write_text("mine")
+    assert main(["report", str(done / "run"), "--out", str(tmp_path / "page.html")]) == 0
+    assert (tmp_path / "page.html.partial").read_text() == "mine"
+
+
+# Secrets
+
+URLS = (
+    "postgresql+psycopg://u:hunter2@127.0.0.1:1/db",
+    "postgresql+psycopg://u@127.0.0.1:1/db?password=hunter2",
+    "postgresql+psycopg://u@127.0.0.1:1/db?passwd=hunter2",
+    "postgresql+psycopg://u@127.0.0.1:1/db?token=hunter2",
+    "postgresql+psycopg://u@127.0.0.1:1/db?api_key=hunter2",
+    "postgresql+psycopg://u:x@hunter2@127.0.0.1:1/db",
+    "postgresql+psycopg://u:x@a/hunter2@127.0.0.1:1/db",
+    "mysql://u:x@hunter2@127.0.0.1:1/db",
+    "postgresql+psycopg://u:hunter2/@127.0.0.1:x/db",
+    "hunter2://u:hunter2@h/db",
+    "sqlite://u:hunter2@h/db",
+)
+
+
+@pytest.mark.parametrize("url", URLS)
+def test_no_password_of_a_database_is_printed(make_study, tmp_path, url, capfd):
+    study = make_study(tmp_path / "study")
+    code = main(["run", str(study), "--out", str(tmp_path / "run"), "--storage", url])
+    out, error = capfd.readouterr()
+    assert code in (1, 2)
+    assert "hunter2" not in out + error
+    assert error.count("\n") == 1
+
+
+def test_run_folder_and_database_are_private(done):
+    modes = {path.name: stat.S_IMODE(path.stat().st_mode) for path in (done / "run").iterdir()}
+    assert stat.S_IMODE((done / "run").stat().st_mode) == 0o700
+    assert modes[DATABASE] == modes["samples.json"] == 0o600
+
+
+@pytest.mark.parametrize(
+    "file", ["result.json", "report.html", "checkpoint/README.md", "checkpoint/mergekit_config.yml"]
+)
+def test_nothing_for_others_has_a_path_of_this_machine(done, file):
+    text = (done / "run" / file).read_text()
+    assert str(done) not in text
+    assert str(Path.home()) not in text.replace(str(Path.home()) + "/.", "")
+
+
+# Damaged run folders and databases
+
+STORAGES = {
+    "garbage": b"garbage",
+    "empty": b"",
+    "list": b"[]",
+    "no keys": b"{}",
+    "bad url": b'{"url": "::", "study": "x"}',
+    "binary": b"\xff\x00\xfe",
+    "numbers": b'{"url": 5, "study": 5}',
+    "deep": b"[" * 100_000,
+}
+COMMANDS = {
+    "report": lambda done, run: main(["report", str(run)]),
+    "run": again,
+    "export": lambda done, run: main(["export", str(run), str(run.parent / "out")]),
+    "sample": lambda done, run: main(["sample", str(run), "--prompt", "x"]),
+    "push": lambda done, run: main(["push", str(run), "org/name"]),
+}
+
+
+@pytest.mark.parametrize("command", ["report", "run"])
+@pytest.mark.parametrize("text", STORAGES.values(), ids=STORAGES)
+def test_damaged_storage_json_is_one_line(done, run, text, command, capsys):
+    (run / "storage.json").write_bytes(text)
+    assert COMMANDS[command](done, run) == 2
+    one_line(capsys, "storage.json")
+
+
+def edit_result(run, edit):
+    file = run / "result.json"
+    result = json.loads(file.read_text())
+    edit(result)
+    file.write_text(json.dumps(result))
+
+
+RESULTS = {
+    "other kind": lambda run: edit_result(run, lambda r: r["winner"].update(recipe={"a": 1})),
+    "recipe text": lambda run: edit_result(
+        run, lambda r: r["winner"]["recipe"].update(merge_method="nothing")
+    ),
+    "no donor": lambda run: edit_result(
+        run, lambda r: r["difference_to_best_donor"].update(donor="nobody")
+    ),
+    "trial": lambda run: edit_result(run, lambda r: r["winner"].update(trial=99)),
+    "folder": lambda run: ((run / "result.json").unlink(), (run / "result.json").mkdir()),
+    "garbage": lambda run: (run / "result.json").write_bytes(b"\xff{"),
+    "recipe gone": lambda run: (run / "recipe.yaml").unlink(),
+    "samples": lambda run: (run / "samples.json").write_text("[]"),
+}
+
+
+@pytest.mark.parametrize("command", ["report", "push"])
+@pytest.mark.parametrize("damage", RESULTS.values(), ids=RESULTS)
+def test_damaged_result_is_one_line_or_done_without(done, run, damage, command, capsys):
+    damage(run)
+    code = COMMANDS[command](done, run)
+    error = capsys.readouterr().err
+    assert code in (0, 2)
+    assert code == 0 or (error.startswith("mergesearch: ") and error.count("\n") == 1)
+
+
+@pytest.mark.parametrize("damage", RESULTS.values(), ids=RESULTS)
+def test_damaged_result_is_made_again_by_the_run(done, run, damage, capsys):
+    damage(run)
+    code = again(done, run)
+    error = capsys.readouterr().err
+    assert code in (0, 2)
+    assert code == 0 or (error.startswith("mergesearch: ") and error.count("\n") == 1)
+
+
+DATABASES = {
+    "spec garbage": "update study_user_attributes set value_json = '{' where key = 'spec'",
+    "spec list": "update study_user_attributes set value_json = '[5]' where key = 'spec'",
+    "spec number": "update study_user_attributes set value_json = '5' where key = 'spec'",
+    "weights gone": "delete from study_user_attributes where key = 'weights'",
+    "baselines gone": "delete from study_user_attributes where key = 'baselines'",
+    "items gone": "delete from mergesearch_items",
+    "item changed": "update mergesearch_items set gold = 'x' where place = 3",
+    "answers gone": "delete from mergesearch_answers",
+    "block gone": "delete from mergesearch_answers where block = 0 and split = 'test'",
+    "answers nan": "update mergesearch_answers set answers = replace(answers, '0.0', 'NaN')",
+    "answers short": "update mergesearch_answers set answers = '[1.0]'",
+    "answers garbage": "update mergesearch_answers set answers = 'x['",
+    "answer changed": "update mergesearch_answers set answers = replace(answers, '[0.0', '[1.0') "
+    "where split = 'test'",
+    "parameters gone": "delete from trial_params",
+    "parameter changed": "update trial_params set param_value = param_value * 0.5",
+    "values gone": "delete from trial_values",
+    "value changed": "update trial_values set value = value + 0.25 where trial_id = 1",
+    "value nan": "update trial_values set value = null, value_type = 'INF_POS'",
+    "recipe changed": "update trial_user_attributes set value_json = '\"x\"' where key = 'recipe'",
+    "variance text": "update trial_user_attributes set value_json = '\"x\"' where key = 'variance'",
+    "table gone": "drop table trial_values",
+    "answers table gone": "drop table mergesearch_answers",
+    "trials gone": "delete from trials",
+    "study gone": "delete from studies",
+}
+
+
+def damage_database(run, statement):
+    with sqlite3.connect(run / DATABASE) as database:
+        assert database.execute(statement) is not None
+    database.close()
+
+
+@pytest.mark.parametrize("command", ["report", "run"])
+@pytest.mark.parametrize("statement", DATABASES.values(), ids=DATABASES)
+def test_damaged_database_is_one_line_or_harmless(done, run, statement, command, capsys):
+    before = json.loads((run / "result.json").read_text())
+    damage_database(run, statement)
+    code = COMMANDS[command](done, run)
+    error = capsys.readouterr().err
+    assert code in (0, 2)
+    assert code == 0 or (error.startswith("mergesearch: ") and error.count("\n") == 1)
+    after = json.loads((run / "result.json").read_text())
+    for each in (before, after):
+        del each["seconds"], each["item_evaluations"], each["items_asked"], each["times_tested"]
+    assert after == before
+
+
+# Faults as users have them
+
+
+@pytest.mark.parametrize("statement", [1, 4, 12, 18])
+def test_kill_while_tables_are_made_is_gone_on_from(done, tmp_path, statement):
+    code = (
+        "import os, signal, sys\n"
+        "from sqlalchemy import event\n"
+        "from sqlalchemy.engine import Engine\n"
+        "seen = []\n"
+        "@event.listens_for(Engine, 'after_cursor_execute')\n"
+        "def kill(conn, cursor, statement, *rest):\n"
+        "    if statement.lstrip().upper().startswith(('CREATE', 'INSERT')):\n"
+        "        seen.append(statement)\n"
+        "        if len(seen) == int(sys.argv[1]):\n"
+        "            os.kill(os.getpid(), signal.SIGKILL)\n"
+        "from pathlib import Path\n"
+        "from search.storing.folder import locked\n"
+        "from search.storing.store import Store\n"
+        "with locked(Path(sys.argv[2])):\n"
+        "    Store(Path(sys.argv[2]) / 'study.db')\n"
+    )
+    run = tmp_path / "run"
+    killed = subprocess.run([sys.executable, "-c", code, str(statement), str(run)])
+    assert killed.returncode == -9
+    assert again(done, run) == 0
+
+
+def test_sigterm_stops_a_run_like_ctrl_c(done, tmp_path, make_study):
+    study = make_study(tmp_path / "study", search__trials=200)
+    run = tmp_path / "run"
+    command = [sys.executable, "-m", "search.cli", "run", str(study), "--out", str(run)]
+    process = subprocess.Popen([*command, "--device", "cpu"], stderr=subprocess.PIPE, text=True)
+    while process.poll() is None and not any(told_answers(run)):
+        time.sleep(0.05)
+    process.terminate()
+    error = process.communicate(timeout=60)[1]
+    assert process.returncode in (130, 143)
+    assert "the same command goes on from here" in error
+
+
+def told_answers(run):
+    try:
+        with sqlite3.connect(run / DATABASE) as database:
+            return database.execute("select block from mergesearch_answers").fetchall()
+    except sqlite3.Error:
+        return []
+
+
+def test_closed_standard_output_is_no_traceback(models):
+    command = f"{sys.executable} -m search.cli check {models / 'recipe.yaml'} --device cpu >&-"
+    done = subprocess.run(["bash", "-c", command], stderr=subprocess.PIPE, text=True)
+    assert "Traceback" not in done.stderr
+    assert done.returncode in (0, 1)
+
+
+def test_reader_that_goes_away_is_no_traceback(models):
+    command = f"{sys.executable} -m search.cli check {models / 'recipe.yaml'} --device cpu | true"
+    done = subprocess.run(["bash", "-c", command], stderr=subprocess.PIPE, text=True)
+    assert "Traceback" not in done.stderr
+    assert "Exception ignored" not in done.stderr
+
+
+@pytest.mark.parametrize("megabytes", [300, 1200])
+def test_too_little_memory_is_one_line(models, megabytes):
+    command = f"ulimit -v {megabytes * 1024}; {sys.executable} -m search.cli build recipe.yaml out"
+    done = subprocess.run(
+        ["bash", "-c", command], cwd=models, capture_output=True, text=True, timeout=100
+    )
+    if done.returncode:
+        assert "Traceback" not in done.stderr
+        assert done.returncode in (1, 2)
+    assert not list(models.glob("out.*"))
+
+
+def test_clock_that_runs_backwards_ends_nothing(done, tmp_path, monkeypatch):
+    now = iter(range(10**9, 0, -1))
+    monkeypatch.setattr(time, "time", lambda: float(next(now)))
+    thread = threading.Thread(target=again, args=(done, tmp_path / "run"), daemon=True)
+    thread.start()
+    thread.join(60)
+    assert not thread.is_alive()
+    assert (tmp_path / "run" / "result.json").is_file()
+
+
+def test_donor_cut_short_while_it_is_read_leaves_nothing_half(models):
+    code = (
+        "import os, sys, pathlib, search.cli as c, merge_engine.building.export as e\n"
+        "write = e._write_header\n"
+        "def cut(*a):\n"
+        "    os.truncate(pathlib.Path('a/model.safetensors'), 100)\n"
+        "    return write(*a)\n"
+        "e._write_header = cut\n"
+        "sys.exit(c.main(['build', 'recipe.yaml', 'out', '--device', 'cpu']))\n"
+    )
+    whole = (models / "a" / "model.safetensors").read_bytes()
+    subprocess.run([sys.executable, "-c", code], cwd=models, capture_output=True)
+    assert not (models / "out").exists()
+    (models / "a" / "model.safetensors").write_bytes(whole)
+    assert build(models, models / "out") == 0
+    assert [path.name for path in models.glob("out*")] == ["out"]
+
+
+def test_donor_altered_while_a_run_goes_on_stops_it(make_study, zoo, tmp_path, monkeypatch, capsys):
+    from search.running.workers import LocalWorker
+
+    shutil.copytree(zoo / "a", tmp_path / "a")
+    study = make_study(
+        tmp_path / "study",
+        models=[str(tmp_path / "a"), str(zoo / "b")],
+        search__trials=4,
+        search__methods=["task_arithmetic"],
+    )
+    ask, asked = LocalWorker.next, []
+
+    def next_of(worker):
+        asked.append(0)
+        if len(asked) == 5:
+            path = tmp_path / "a" / "model.safetensors"
+            tensors = load_file(path)
+            tensors["model.norm.weight"] = tensors["model.norm.weight"] * 3
+            save_file(tensors, path, metadata={"format": "pt"})
+        return ask(worker)
+
+    monkeypatch.setattr(LocalWorker, "next", next_of)
+    assert main(["run", str(study), "--out", str(tmp_path / "run"), "--device", "cpu"]) == 2
+    error = capsys.readouterr().err
+    assert "changed" in error
+    assert error.count("mergesearch:") == 1
+    assert not (tmp_path / "run" / "result.json").exists()
+
+
+# Names in a terminal and on the page
+
+
+@pytest.mark.parametrize("name", ["m[/b]", "m[bold red]x", "m\x1b[2Jx", "m\u202ex", "~nosuchuser"])
+def test_no_name_of_a_model_is_markup_or_moves_a_cursor(make_study, zoo, tmp_path, name, capsys):
+    study = make_study(tmp_path / "study", objective__items={"search": 8, "select": 8, "test": 8})
+    shutil.copytree(zoo / "a", tmp_path / name)
+    code = main(["score", str(tmp_path / name), str(study), "--device", "cpu"])
+    out, error = capsys.readouterr()
+    assert code == 0
+    assert "\x1b" not in out + error
+    assert "\u202e" not in out + error
+    if "[" in name:
+        assert name.split("m", 1)[1].removeprefix("\x1b") in (out + error).replace("\n", "")
+
+
+def test_page_has_a_policy_that_lets_nothing_in(done):
+    page = (done / "run" / "report.html").read_text()
+    assert 'http-equiv="Content-Security-Policy"' in page
+    assert "default-src 'none'" in page
+    assert "script-src 'sha256-" in page

@@ -20,7 +20,7 @@ from search.proposing.recipes import to_recipe
 from search.proposing.space import Space
 from search.proposing.starts import warm_starts
 from search.storing.folder import DATABASE
-from search.storing.result import Result
+from search.storing.result import read_result
 from search.storing.store import Store
 from search.storing.trials import TrialLog
 from search.study.reading import load_study
@@ -201,7 +201,7 @@ def run(tmp_path_factory):
         (folder / "study.yaml").write_text(yaml.safe_dump(study))
         command = ["run", str(folder / "study.yaml"), "--out", str(folder / "run")]
         assert main([*command, "--device", "cpu"]) == 0
-        result = Result.model_validate_json((folder / "run" / "result.json").read_text())
+        result = read_result(folder / "run")
         return result, TrialLog(Store(folder / "run" / DATABASE).study()).records()
 
     return run

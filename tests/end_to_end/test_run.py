@@ -22,7 +22,7 @@ from search.preparing.models import Hardware
 from search.proposing.starts import baselines
 from search.running.workers import LocalWorker
 from search.storing.folder import DATABASE, set_aside
-from search.storing.result import Result
+from search.storing.result import read_result
 from search.storing.store import Store
 from search.storing.trials import TrialLog
 from search.study.reading import load_study
@@ -55,7 +55,7 @@ def finished(make_study, tmp_path_factory):
 
 def test_run_leaves_result_recipe_and_checkpoint(finished, zoo):
     _, run = finished
-    result = Result.model_validate_json((run / "result.json").read_text())
+    result = read_result(run)
     recipe, _ = load_recipe(run / "recipe.yaml")
     assert recipe.model_dump(mode="json") == result.winner.recipe
     assert recipe.dtype == "float32"
@@ -435,7 +435,7 @@ def test_tasks_texts_and_an_own_objective_make_one_study(make_study, tmp_path, m
     changes = {"objective__tasks": tasks, "objective__items": items, "search__trials": 6}
     study, run = make_study(tmp_path, **changes), tmp_path / "run"
     assert main(["run", str(study), "--out", str(run), "--device", "cpu"]) == 0
-    result = Result.model_validate_json((run / "result.json").read_text())
+    result = read_result(run)
     assert set(result.winner.test.tasks) == {"pick", "notes", "loud"}
     assert result.trials == 6
     assert all(0 < result.winner.test.tasks[task] < 1 for task in ("notes", "loud"))

@@ -17,7 +17,7 @@ from search.preparing.context import load, plan_study
 from search.preparing.models import Hardware
 from search.proposing.recipes import to_recipe
 from search.proposing.starts import baselines
-from search.storing.result import Result
+from search.storing.result import Result, read_result
 from search.study.reading import load_study
 from tiny_models import LETTERS
 from vocabularies import ENDS, make_with_tokens
@@ -163,7 +163,7 @@ def test_every_token_of_the_winner_has_the_row_that_the_recipe_gives_it(finished
 
 
 def test_models_of_the_study_and_its_recipe_score_as_in_the_run(finished, names, capsys):
-    result = Result.model_validate_json((finished / "run" / "result.json").read_text())
+    result = read_result(finished / "run")
     models = {
         names["a"]: result.donors[names["a"]].test,
         names["base"]: result.base.test,

@@ -62,9 +62,9 @@ def test_card_agrees_with_result_json(run):
         low, high = score.ci95
         assert row[0] == f"| {model}"
         assert row[-2] == f"{100 * score.mean:.1f} [{100 * low:.1f}, {100 * high:.1f}]"
-    assert card.text.split("```yaml\n")[1].split("```")[0] == (run / "recipe.yaml").read_text()
-    before_recipe = text.split("```yaml")[0]
-    assert str(run.parent) not in before_recipe  # no path of this machine
+    exported = (run / "checkpoint" / "mergekit_config.yml").read_text()
+    assert card.text.split("```yaml\n")[1].split("```")[0] == exported
+    assert str(run.parent) not in text  # no path of this machine
     assert f"Seed {result.seed}; mergesearch {result.versions['mergesearch']}" in card.text
 
 

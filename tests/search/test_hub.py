@@ -13,7 +13,6 @@ from huggingface_hub import constants
 
 from merge_engine.recipe.recipe import Recipe
 from search.cli import main
-from search.storing.result import read_result
 
 
 @pytest.fixture(scope="module")
@@ -139,13 +138,13 @@ def test_push_uploads_card_recipe_and_weights_and_again_into_the_same_repository
 ):
     status, out, error = push(hub.url, "--private")
     assert (status, error) == (0, "")
-    assert out.startswith(f"note: the recipe names folders of this machine: {zoo}")
+    assert out.startswith("note: the recipe names folders of this machine: ./")
     assert out.endswith(f"\n{hub.url}/org/name\n")
     assert hub.made[0]["organization"] == "org"
     assert hub.made[0].get("visibility", hub.made[0].get("private")) in ("private", True)
     files = {file.name: file.read_bytes() for file in (run / "checkpoint").iterdir()}
     assert {"README.md", "model.safetensors"} < files.keys()
-    assert hub.files == files | {"recipe.yaml": (run / "recipe.yaml").read_bytes()}
+    assert hub.files == files | {"recipe.yaml": files["mergekit_config.yml"]}
     assert push(hub.url)[0] == 0
     assert len(hub.commits) == 2
 
@@ -154,7 +153,9 @@ def test_push_with_json_writes_json_lines_alone(run, hub, push):
     status, out, error = push(hub.url, "--json")
     assert (status, error) == (0, "")
     note, result = map(json.loads, out.splitlines())
-    folders = ", ".join(Recipe.model_validate(read_result(run).winner.recipe).models_read)
+    winner = json.loads((run / "result.json").read_text())["winner"]["recipe"]
+    folders = ", ".join(Recipe.model_validate(winner).models_read)
+    assert folders.startswith("./")
     assert note["text"] == f"the recipe names folders of this machine: {folders}"
     assert result == {"event": "result", "url": f"{hub.url}/org/name"}
     status, out, error = push(hub.url, "--json", token="hf_wrong")

@@ -17,7 +17,7 @@ from search.preparing.own_templates import find_own_templates
 from search.running.evaluator import under_own_templates
 from search.running.workers import EvalJob, Worker
 from search.storing.folder import CARD, DATABASE
-from search.storing.result import Result
+from search.storing.result import read_result
 from search.study.reading import load_study
 from tiny_models import LETTERS, make_llama
 from tiny_tasks import ANSWER, CHOICE, SHOTS, write_rows, write_task
@@ -115,7 +115,7 @@ def study(family, tmp_path):
 def run(file, *options):
     out = file.parent / "run"
     assert main(["run", str(file), "--out", str(out), "--device", "cpu", *options]) == 0
-    return out, Result.model_validate_json((out / "result.json").read_text())
+    return out, read_result(out)
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,7 @@ from search.running.search_loop import search
 from search.showing.report import make_report
 from search.steps import finish
 from search.storing.folder import locked
-from search.storing.result import Result, read_result
+from search.storing.result import read_result
 from search.storing.samples import read_samples
 from search.wording import printable_lines
 from simulated import simulated_context, simulated_run
@@ -69,7 +69,7 @@ def finished(simulated_folder, tmp_path):
 
 def test_report_stands_alone_and_states_the_result(finished):
     page = drawn(finished)
-    result = Result.model_validate_json((finished / "result.json").read_text())
+    result = read_result(finished)
     assert result.verdict_text in page.text
     assert result.floors_text in page.text
     for name in ("base", "sort", "rev", "know", "uniform", "winner", "demo_inc"):
@@ -81,7 +81,9 @@ def test_report_stands_alone_and_states_the_result(finished):
         assert f"{100 * difference.mean:+.1f} [{100 * difference.ci95[0]:+.1f}" in page.text
     assert result.front
     assert all(f"trial {one.trial}" in page.text for one in result.front)
-    assert (finished / "recipe.yaml").read_text().strip() in "".join(page.words)
+    assert (finished / "checkpoint" / "mergekit_config.yml").read_text().strip() in "".join(
+        page.words
+    )
 
 
 def test_text_of_tasks_is_escaped(finished):
@@ -91,7 +93,7 @@ def test_text_of_tasks_is_escaped(finished):
 
 def test_items_gained_less_those_lost_are_the_lead_over_the_best_donor(finished):
     words = drawn(finished).text.partition("gained lost equal")[2]
-    result = Result.model_validate_json((finished / "result.json").read_text())
+    result = read_result(finished)
     best = result.donors[result.difference_to_best_donor.donor]
     for task, mean in result.winner.test.tasks.items():
         gained, lost, equal = map(int, re.search(rf"{task} (\d+) (\d+) (\d+)", words).groups())

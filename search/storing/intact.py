@@ -1,0 +1,40 @@
+"""Damage to what is stored: found by digests of the data, or by what reading it raises."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from merge_engine.errors import MergeError, reason
+from objectives.base import ObjectiveError, printable
+from search.study.spec import StudyError
+
+
+def digest_of(*parts: object) -> str:
+    """Hash data that JSON can hold; equal data has the same digest on every machine."""
+    text = json.dumps(parts, sort_keys=True)
+    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+
+
+def damaged(where: object, what: str) -> StudyError:
+    """Return the error of data that is not as it was written."""
+    return StudyError(
+        f"{where} is damaged: {what}; restore it from a copy, or begin anew with --force-new"
+    )
+
+
+@contextmanager
+def reading_stored(where: object) -> Iterator[None]:
+    """Turn what damaged data raises while it is read into one line.
+
+    Raises:
+        StudyError: It is damaged.
+    """
+    try:
+        yield
+    except (StudyError, MergeError, ObjectiveError):
+        raise
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        raise damaged(where, printable(reason(error))) from error
