@@ -26,17 +26,28 @@ def replace_text(file: Path, text: str, *, private: bool = False) -> None:
 
     ``private``: nobody else may read it, whatever the umask says.
     """
+    with _partial(file, text, 0o600 if private else 0o666) as partial:
+        partial.replace(file)
+
+
+def create_text(file: Path, text: str) -> None:
+    """Write a file that is not there yet, whole; FileExistsError if there is something."""
+    with _partial(file, text, 0o666) as partial:
+        file.hardlink_to(partial)
+
+
+@contextmanager
+def _partial(file: Path, text: str, mode: int) -> Iterator[Path]:
     partial = file.with_name(f".{file.name}.{secrets.token_hex(4)}.partial")
     how = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
     try:
-        with os.fdopen(os.open(partial, how, 0o600 if private else 0o666), "wb") as opened:
+        with os.fdopen(os.open(partial, how, mode), "wb") as opened:
             opened.write(text.encode())
             opened.flush()
             os.fsync(opened.fileno())
-        partial.replace(file)
-    except BaseException:
+        yield partial
+    finally:
         partial.unlink(missing_ok=True)
-        raise
 
 
 def remove_partials(folder: Path) -> None:

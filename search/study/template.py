@@ -15,6 +15,7 @@ import yaml
 from merge_engine.models.checkpoint import open_model
 from merge_engine.models.locating import is_hub_id, is_local
 from merge_engine.models.tensor_names import input_embedding
+from merge_engine.replacing import create_text
 from merge_engine.schema import find_folder
 from objectives.base import ObjectiveError
 from objectives.entries import TaskEntry
@@ -42,10 +43,11 @@ def all_or_nothing() -> Iterator[Write]:
             for folder in reversed([folder for folder in file.parents if not folder.exists()]):
                 folder.mkdir()
                 made.append(folder)
-            with file.open("x", encoding="utf-8") as out:
-                made.append(file)
-                out.write(text)
+            create_text(file, text)
+            made.append(file)
         except FileExistsError:
+            if file.is_file() and file.read_bytes() == text.encode():  # of one that was killed
+                return
             raise StudyError(f"{file} exists; choose another --out, or remove it") from None
         except OSError as error:
             raise StudyError(f"{file}: {error.strerror}; choose another --out") from None

@@ -22,6 +22,7 @@ from search.preparing.models import Hardware
 from search.proposing.starts import baselines
 from search.running.workers import LocalWorker
 from search.storing.folder import DATABASE, set_aside
+from search.storing.intact import digest_of
 from search.storing.result import read_result
 from search.storing.store import Store
 from search.storing.trials import TrialLog
@@ -67,6 +68,7 @@ def test_run_leaves_result_recipe_and_checkpoint(finished, zoo):
     assert result.times_tested == 1
     assert sorted(path.name for path in (run / "checkpoint").iterdir()) == [
         "README.md",
+        "checksums.txt",
         "config.json",
         "generation_config.json",
         "mergekit_config.yml",
@@ -312,11 +314,13 @@ def test_export_whose_scores_differ_by_more_than_rounding_is_refused(
     winner = load_recipe(run / "recipe.yaml")[0].key
     where = f"where recipe = '{winner}' and split = 'test' and block = 0"
     with sqlite3.connect(run / DATABASE) as database:
-        [(stored,)] = database.execute(f"select answers from mergesearch_answers {where}")
-        values = json.loads(stored)
+        columns = "recipe, split, block, answers, margins, faults, tokens"
+        [row] = database.execute(f"select {columns} from mergesearch_answers {where}")
+        values = json.loads(row[3])
         values[:changed] = [1.0 - value for value in values[:changed]]
-        update = f"update mergesearch_answers set answers = ? {where}"
-        database.execute(update, [json.dumps(values)])
+        answers = json.dumps(values)
+        update = f"update mergesearch_answers set answers = ?, digest = ? {where}"
+        database.execute(update, [answers, digest_of(*row[:3], answers, *row[4:])])
     out = tmp_path / "again"
     assert main(["export", str(run), str(out), "--device", "cpu"]) == code
     said = capsys.readouterr()

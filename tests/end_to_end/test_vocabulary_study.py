@@ -153,7 +153,7 @@ def test_every_token_of_the_winner_has_the_row_that_the_recipe_gives_it(finished
     """Computed by hand, by the tokens' text, from the recipe's weights of the task vectors."""
     recipe, _ = load_recipe(finished / "run" / "recipe.yaml")
     rows = {name: rows_by_token(folder) for name, folder in names.items()}
-    weights = [source.parameters["weight"][0].values[0] for source in recipe.models]
+    weights = [source.parameters["weight"].clauses[0].values[0] for source in recipe.models]
     for key, row in rows_by_token(finished / "run" / "checkpoint").items():
         having = [rows[n][key] for n in ("base", "a", "b") if key in rows[n]]
         base = rows["base"].get(key, sum(having) / len(having))
