@@ -1,4 +1,4 @@
-"""Split the items into search, select and test: disjoint, stratified, reproducible."""
+"""Split the items into search, select, test and tune: disjoint, stratified, reproducible."""
 
 from __future__ import annotations
 
@@ -7,13 +7,14 @@ import itertools
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Final, Literal, get_args
 
 from objectives.base import Item, ObjectiveError
 
-Split = Literal["search", "select", "test"]
+Split = Literal["search", "select", "test", "tune"]
 
 SPLITS: tuple[Split, ...] = get_args(Split)
+MOST_TUNED: Final = 100  # items of a task that gradients see, where no number is given
 
 
 @dataclass(frozen=True)
@@ -23,12 +24,13 @@ class Splits:
     search: tuple[int, ...]
     select: tuple[int, ...]
     test: tuple[int, ...]
+    tune: tuple[int, ...] = ()
 
 
 def split_items(
-    items: Sequence[Item], tasks: Mapping[str, float], counts: Mapping[str, int], seed: int
+    items: Sequence[Item], tasks: Mapping[str, float], counts: Mapping[str, int | None], seed: int
 ) -> Splits:
-    """Split the items into three sets that share no content.
+    """Split the items into sets that share no content.
 
     A question that occurs twice is used once, under the task that has it first. The total is
     divided over the tasks in proportion to their weights, none getting more than it has, and each
@@ -39,26 +41,34 @@ def split_items(
     Args:
         items: All items; the splits hold indices into this sequence.
         tasks: Positive weight of each task.
-        counts: Sizes of ``search``, ``select`` and ``test``, each 1 or more.
+        counts: Sizes of ``search``, ``select`` and ``test``, each 1 or more, and of ``tune``; None
+            gives ``tune`` up to ``MOST_TUNED`` of a task's items that no other split has, and where
+            those are less than half of its search items, the last of these as well.
         seed: Of the shuffle.
 
     Raises:
         ObjectiveError: There are too few items, or a split would have none of a task.
     """
     shuffled = _shuffled_by_task(items, tasks, seed)
-    total = sum(counts[split] for split in SPLITS)
+    sizes: dict[str, int] = {split: size for split in SPLITS if (size := counts.get(split, 0))}
+    total = sum(sizes.values())
     held = {task: len(numbers) for task, numbers in shuffled.items()}
     if total > sum(held.values()):
         raise ObjectiveError(
-            f"objective.items: {_listed(counts)} are {total} items but the tasks have "
+            f"objective.items: {_listed(sizes)} are {total} items but the tasks have "
             f"{sum(held.values())} different ones ({_listed(held)}); ask for fewer or add a task"
         )
     shares = _water_fill(total, tasks, held)
     by_split: dict[str, dict[str, list[int]]] = {split: {} for split in SPLITS}
-    for task, sizes in _divide(shares, counts).items():
+    for task, of_task in _divide(shares, sizes).items():
         remaining = iter(shuffled[task])
-        for split, size in sizes.items():
+        for split, size in of_task.items():
             by_split[split][task] = list(itertools.islice(remaining, size))
+        if counts.get("tune", 0) is None:
+            searched, left = by_split["search"][task], list(itertools.islice(remaining, MOST_TUNED))
+            shared = max(0, len(searched) - len(left)) // 2
+            by_split["search"][task] = searched[: len(searched) - shared]
+            by_split["tune"][task] = left + searched[len(searched) - shared :]
     return Splits(**{split: _interleaved(by_split[split], tasks) for split in SPLITS})
 
 
@@ -111,7 +121,7 @@ def _divide(shares: Mapping[str, int], counts: Mapping[str, int]) -> dict[str, d
     Each task is divided in proportion to what the splits still lack, smallest share first: small
     tasks need the ratio most, and large ones absorb the rounding.
     """
-    lacking: dict[str, int] = {split: counts[split] for split in SPLITS}
+    lacking = dict(counts)
     sizes: dict[str, dict[str, int]] = {}
     for task in sorted(shares, key=lambda task: (shares[task], task)):
         sizes[task] = _largest_remainder(shares[task], lacking)
@@ -141,7 +151,7 @@ def _interleaved(by_task: Mapping[str, Sequence[int]], tasks: Iterable[str]) -> 
     positions = [
         ((position + 0.5) / len(by_task[task]), order, number)
         for order, task in enumerate(tasks)
-        for position, number in enumerate(by_task[task])
+        for position, number in enumerate(by_task.get(task, ()))
     ]
     return tuple(number for _, _, number in sorted(positions))
 

@@ -169,6 +169,8 @@ def make_study(zoo: Path) -> Callable[..., Path]:
             for parent in parents:
                 part = part[parent]
             part[last] = value
+        if isinstance(study["search"], dict):
+            study["search"].setdefault("tune", False)  # which would take most of the time
         file = folder / "study.yaml"
         file.write_text(yaml.safe_dump(study, sort_keys=False))
         return file

@@ -43,7 +43,8 @@ from search.preparing.own_templates import (
 from search.preparing.tasks import TaskPlan, bind_prompts, bind_tasks, plan_tasks
 from search.proposing.space import Space
 from search.proposing.starts import warm_starts
-from search.study.parameters import names_all_models
+from search.proposing.tuned_path import TunedUnits, tuned_units
+from search.study.parameters import names_all_models, tuning_method
 from search.study.sampler_table import SAMPLERS
 from search.study.spec import StudyError, StudySpec
 
@@ -64,6 +65,7 @@ class StudyPlan:
     space: Space  # the recipes that are searched
     starts: int  # number of warm starts
     own_templates: Mapping[str, OwnTemplate]  # other than the study's, by donor
+    tuned_units: TunedUnits | None  # whose weights are tuned by gradient; None: none are
 
     @property
     def kernels(self) -> str:
@@ -105,6 +107,8 @@ class StudyContext:
     models: Mapping[str, Checkpoint]  # by name
     # The items under donors' own chat templates, by donor.
     own_templates: Mapping[str, BoundTemplate] = field(default_factory=dict, kw_only=True)
+    # Whose weights are tuned by gradient; None: none are.
+    tuned_units: TunedUnits | None = field(default=None, kw_only=True)
 
     def objective_of(self, donor: str | None) -> Objective:
         """Return the items under a donor's own chat template; None: under the study's."""
@@ -157,7 +161,11 @@ def plan_study(spec: StudySpec, *, compiled: bool = True) -> StudyPlan:
     tasks = plan_tasks(spec)
     space = Space.from_spec(spec, models.layer_filters, dtype)
     own_templates = find_own_templates(spec, models)
-    return StudyPlan(spec, models, dtype, tasks, space, len(warm_starts(space)), own_templates)
+    units = None
+    if tuning_method(spec):
+        units = tuned_units(spec.search.tune_by, models, space.units)
+    starts = len(warm_starts(space))
+    return StudyPlan(spec, models, dtype, tasks, space, starts, own_templates, units)
 
 
 def _check_kinds(spec: StudySpec, models: ModelSet) -> None:
@@ -280,4 +288,12 @@ def _bind(
     own = bind_own_templates(
         plan.spec, plan.model_set, plan.own_templates, model, tokenizer, objective
     )
-    return StudyContext(plan.spec, objective, splits, plan.space, models, own_templates=own)
+    return StudyContext(
+        plan.spec,
+        objective,
+        splits,
+        plan.space,
+        models,
+        own_templates=own,
+        tuned_units=plan.tuned_units,
+    )

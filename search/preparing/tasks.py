@@ -14,6 +14,7 @@ from merge_engine.errors import check_keys
 from objectives.base import Item, Objective, ObjectiveError
 from objectives.entries import PluginEntry, PromptEntry
 from objectives.items import Splits, split_items
+from search.study.parameters import tuning_method
 from search.study.spec import StudyError, StudySpec
 
 if TYPE_CHECKING:
@@ -159,4 +160,7 @@ def _split(spec: StudySpec, items: Sequence[Item], tasks: Mapping[str, float]) -
             "objective.max_mean_tokens: no task has a model write, so that no tokens can be "
             "counted; leave it out"
         )
-    return split_items(items, tasks, spec.objective.items.model_dump(), spec.search.seed)
+    counts = spec.objective.items.model_dump()
+    if not tuning_method(spec):
+        counts["tune"] = 0
+    return split_items(items, tasks, counts, spec.search.seed)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,10 +17,13 @@ from optuna.distributions import FloatDistribution
 from merge_engine.methods import METHODS, Base
 from search.proposing.mixture import heaviest, keep_heaviest, zero_small_weights
 from search.proposing.space import Point, Space
+from search.proposing.tuned_path import STRENGTH
 from search.racing.race import Floats
 
 Ints = NDArray[np.int64]
 Bits = NDArray[np.bool_]
+
+TUNED: Final = ("strength", "position")  # parameters of a point with tuned weights
 
 
 @dataclass(frozen=True)
@@ -30,18 +33,22 @@ class Candidates:
     method: Ints  # index of each one's method among the space's, (n,)
     weights: Floats  # of the k donors in each of the u units, (n, u, k)
     values: Floats  # of the p searched parameters, in units of their range, (n, p)
+    tuned: Floats  # strength of tuned weights, and position on their path, (n, 2)
 
     def __len__(self) -> int:
         return len(self.method)
 
     def __getitem__(self, rows: Any) -> Candidates:
-        return Candidates(self.method[rows], self.weights[rows], self.values[rows])
+        return Candidates(
+            self.method[rows], self.weights[rows], self.values[rows], self.tuned[rows]
+        )
 
     def __add__(self, other: Candidates) -> Candidates:
         return Candidates(
             np.concatenate([self.method, other.method]),
             np.concatenate([self.weights, other.weights]),
             np.concatenate([self.values, other.values]),
+            np.concatenate([self.tuned, other.tuned]),
         )
 
 
@@ -50,7 +57,9 @@ class RecipeEncoding:
 
     Features are each unit's weights on a log scale (``log(1 + w)``: the more of a task vector is
     added, the less a step changes) and every searched parameter in units of its range. A parameter
-    that a method ignores stays at its default.
+    that a method ignores stays at its default. Where weights were tuned by gradient, a unit's are
+    the mean of the blended ones, at or above zero, and there are two features more: the strength,
+    and its product with the position on the path.
 
     Args:
         space: Of the recipes.
@@ -78,6 +87,7 @@ class RecipeEncoding:
             np.array([space.methods.index(point["method"]) for point in points], dtype=np.int64),
             self._group_means(space.weights(points)),
             np.array(values).reshape(len(points), len(self.searched)),
+            np.array([[p.get(name, 0.0) for name in TUNED] for p in points]).reshape(-1, 2),
         )
 
     def point(self, one: Candidates) -> dict[str, Any]:
@@ -88,6 +98,7 @@ class RecipeEncoding:
             for name, share in zip(self.searched, one.values[0].tolist(), strict=True)
         }
         weights = one.weights[0][list(self.unit_of)]
+        values |= dict(zip(TUNED, one.tuned[0].tolist(), strict=True))
         point = space.point_by_unit(space.methods[one.method[0]], weights.tolist(), values)
         return {  # rounding may have led out of a range
             name: min(max(point[name], of.low), of.high)
@@ -97,7 +108,7 @@ class RecipeEncoding:
         }
 
     def random(self, count: int, generator: np.random.Generator) -> Candidates:
-        """Draw uniform candidates, some of them without some of the donors."""
+        """Draw uniform candidates, some without some of the donors, some without tuned weights."""
         units, k = max(self.unit_of) + 1, len(self.space.donors)
         shares = generator.exponential(size=(count, units, k))
         kept = generator.random((count, 1, k)) < generator.choice([0.5, 1.0, 1.0], (count, 1, 1))
@@ -108,10 +119,20 @@ class RecipeEncoding:
             generator.integers(len(self.space.methods), size=count),
             self._few(zero_small_weights(total * shares / shares.sum(axis=2, keepdims=True))),
             generator.random((count, len(self.searched))),
+            self._draw_tuned(count, generator),
         )
+
+    def _draw_tuned(self, count: int, generator: np.random.Generator) -> Floats:
+        if self.space.tuned is None:
+            return np.zeros((count, 2))
+        drawn = generator.random((count, 2)) * self._tuned_widths
+        drawn[generator.random(count) < 0.3] = 0.0
+        return drawn
 
     def perturb(self, some: Candidates, width: float, generator: np.random.Generator) -> Candidates:
         """Take a random step from each candidate, sometimes to fewer donors or another method.
+
+        Where there are tuned weights, their strength and position make steps as well.
 
         ``width`` is the standard deviation of a weight's or a parameter's step.
 
@@ -126,18 +147,44 @@ class RecipeEncoding:
         values = some.values + width * generator.standard_normal(some.values.shape)
         swap = generator.random(len(some)) < 0.1
         other = generator.integers(len(self.space.methods), size=len(some))
+        tuned = some.tuned
+        if self.space.tuned is not None:
+            steps = width * self._tuned_widths * generator.standard_normal(tuned.shape)
+            tuned = np.clip(tuned + steps, 0.0, self._tuned_widths)
         return Candidates(
-            np.where(swap, other, some.method), self._in_range(moved), np.clip(values, 0.0, 1.0)
+            np.where(swap, other, some.method),
+            self._in_range(moved),
+            np.clip(values, 0.0, 1.0),
+            tuned,
         )
 
     def encode(self, some: Candidates) -> Floats:
-        """Return the candidates' features, (n, d) with d = u k + p."""
+        """Return the candidates' features, (n, d) with d = u k + p, or 2 more of tuned weights."""
+        blended, extra = self._blend(some)
         weights, values = np.empty_like(some.weights), np.empty_like(some.values)
         for number, name in enumerate(self.space.methods):
             rows = some.method == number
-            weights[rows] = effective_weights(name, some.weights[rows], self.space.at_most)
+            weights[rows] = effective_weights(name, blended[rows], self.space.at_most)
             values[rows] = np.where(self._used[number], some.values[rows], self._defaults)
-        return np.hstack([np.log1p(weights).reshape(len(some), -1), values])
+        return np.hstack([np.log1p(weights).reshape(len(some), -1), values, extra])
+
+    def _blend(self, some: Candidates) -> tuple[Floats, Floats]:
+        """Return mean weights (n, u, k) of flat and tuned ones, and the tuned ones' features."""
+        tuned = self.space.tuned
+        if tuned is None:
+            return some.weights, np.zeros((len(some), 0))
+        strength, position = some.tuned[:, 0], some.tuned[:, 1]
+        means = self._group_means(tuned.means_at(position, len(self.space.units)))
+        share = strength[:, None, None]
+        blended = np.maximum((1 - share) * some.weights + share * means, 0.0)
+        along = strength * position / max(tuned.last, 1.0)
+        return blended, np.stack([strength, along], axis=1)
+
+    @property
+    def _tuned_widths(self) -> Floats:
+        """Ranges of strength and position, (2), both from 0 on."""
+        assert self.space.tuned is not None
+        return np.array([STRENGTH[1], self.space.tuned.last])
 
     def _group_means(self, weights: Floats) -> Floats:
         """Average weights (n, space's units, k) over the units that share them, (n, u, k)."""

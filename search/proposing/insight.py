@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Final, NamedTuple
 
 import numpy as np
@@ -90,7 +91,7 @@ def method_chances(view: PosteriorView) -> list[MethodChance]:
 
 
 def sensitivity(view: PosteriorView) -> list[tuple[str, float]]:
-    """Estimate total effects of method, scale, mixture and parameters on the posterior mean.
+    """Estimate total effects of method, scale, mixture, tuned weights and parameters on the mean.
 
     ``E[(f(a) - f(a'))^2] / (2 Var f)``, where a' is a with one parameter drawn anew: Jansen 1999,
     https://doi.org/10.1016/S0010-4655(98)00154-4.
@@ -99,14 +100,15 @@ def sensitivity(view: PosteriorView) -> list[tuple[str, float]]:
     a, b = (view.encoding.random(SAMPLES, generator) for _ in range(2))
     scales = [np.maximum(some.weights.mean(axis=2, keepdims=True), 1e-9) for some in (a, b)]
     redrawn = {
-        "method": Candidates(b.method, a.weights, a.values),
-        "scale": Candidates(a.method, a.weights / scales[0] * scales[1], a.values),
-        "mixture": Candidates(a.method, b.weights / scales[1] * scales[0], a.values),
+        "method": replace(a, method=b.method),
+        "scale": replace(a, weights=a.weights / scales[0] * scales[1]),
+        "mixture": replace(a, weights=b.weights / scales[1] * scales[0]),
+        "tuned weights": replace(a, tuned=b.tuned),
     }
     for column, name in enumerate(view.encoding.searched):
         values = a.values.copy()
         values[:, column] = b.values[:, column]
-        redrawn[name] = Candidates(a.method, a.weights, values)
+        redrawn[name] = replace(a, values=values)
     before, _ = view.values(a)
     variance = before.var() or 1.0
     effects = [

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -16,17 +17,36 @@ from search.racing.race import Floats
 
 
 def to_recipe(space: Space, point: Point) -> Recipe:
-    """Return the recipe at a point; parameters that its method does not have are left out."""
-    return recipe_with_weights(space, point, space.weights([point])[0] @ space.signs)
+    """Return the recipe at a point; parameters that its method does not have are left out.
+
+    Weights tuned by gradient may be below zero, which methods that take averages do not: there
+    they are zero.
+    """
+    if space.tuned is None or not point.get("strength"):
+        return recipe_with_weights(space, point, space.weights([point])[0] @ space.signs)
+    weights = space.tuned_weights(point)
+    method = str(point["method"])
+    if "lambda" not in METHODS[method].params or _normalizes(space, point, method):
+        weights = np.maximum(weights, 0.0)
+    scales = weights.sum(axis=1) / space.used
+    fine = replace(space, units=space.tuned.units.filters)
+    return recipe_with_weights(fine, point, weights @ space.signs, scales.tolist())
 
 
-def recipe_with_weights(space: Space, point: Point, of_models: Floats) -> Recipe:
+def recipe_with_weights(
+    space: Space, point: Point, of_models: Floats, scales: Sequence[float] = ()
+) -> Recipe:
     """Return the recipe with a point's method and parameters and these weights.
 
-    ``of_models`` are the weights of the m models in each of the u units, (u, m).
+    Args:
+        space: The study's.
+        point: Its weights are not used.
+        of_models: Weights of the m models in each of the u units, (u, m).
+        scales: Mean weight of ``space.used`` donors in each unit, (u); default: the point's.
     """
     rounded = of_models.round(6) + 0.0  # which makes -0.0 zero
     weights: list[tuple[float, ...]] = [*map(tuple, rounded.tolist())]
+    scales = scales or [space.scale_of(point, unit) for unit in range(len(space.units))]
     method = str(point["method"])
     chosen = _chosen(space, method, weights)
     if METHODS[method].base is Base.ENDPOINT:
@@ -35,7 +55,6 @@ def recipe_with_weights(space: Space, point: Point, of_models: Floats) -> Recipe
     params = METHODS[method].params
     if "weight" in params and ("lambda" not in params or shared.get("normalize")):
         # Only the ratio of the weights counts here; the scale is lambda's, if there is one.
-        scales = [space.scale_of(point, unit) for unit in range(len(space.units))]
         weights = [
             tuple(round(w / scale, 6) if scale else 1.0 for w in unit)
             for unit, scale in zip(weights, scales, strict=True)
@@ -44,6 +63,10 @@ def recipe_with_weights(space: Space, point: Point, of_models: Floats) -> Recipe
             shared["lambda"] = _setting(space, [round(scale, 6) for scale in scales])
     base, models = _inputs(space, method, chosen, weights)
     return _recipe(space, method, base, models, shared)
+
+
+def _normalizes(space: Space, point: Point, method: str) -> bool:
+    return bool(_shared_parameters(space, point, method).get("normalize"))
 
 
 def _shared_parameters(space: Space, point: Point, method: str) -> dict[str, Any]:

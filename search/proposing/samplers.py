@@ -59,25 +59,29 @@ class Proposer:
         self.space, self.seed, self.front, self.ranking = space, seed, front, ranking
         self._source, self._starts = load_sampler(name), len(warm_starts(space))
 
-    def ask(self, log: TrialLog, open_now: Collection[int] = ()) -> OpenTrial:
-        """Open a trial that an earlier session left running, else a waiting one, else a new one."""
+    def ask(
+        self, log: TrialLog, open_now: Collection[int] = (), space: Space | None = None
+    ) -> OpenTrial:
+        """Open a trial that an earlier session left running, else a waiting one, else a new one.
+
+        ``space`` has the weights that were tuned so far; None: none were.
+        """
+        space = space or self.space
         trials = log.records()
         left, queued = _queued(trials, open_now)
-        if queued is None and (step := next_step(self.space, self.ranking, trials)):
+        if queued is None and (step := next_step(space, self.ranking, trials)):
             log.enqueue(step[1], start=step[0])
             trials = log.records()
             left, queued = _queued(trials, open_now)
         number = queued.number if queued else len(trials)
         others = [one for one in trials if one.number != number]
         starts = self._starts + sum((trial.start or "").startswith(PREFIX) for trial in others)
-        made = self._source(
-            ProposalRequest(self.space, self.seed, number, starts, others, self.front)
-        )
+        made = self._source(ProposalRequest(space, self.seed, number, starts, others, self.front))
         if isinstance(made, BaseSampler):
-            return log.open(self.space.distributions, left=left, sampler=made)
+            return log.open(space.distributions, left=left, sampler=made)
         if queued is None:
             log.enqueue(made.point, expected_improvement=made.expected_improvement)
-        return log.open(widest(self.space).distributions, left=left)
+        return log.open(widest(space).distributions, left=left)
 
 
 def _queued(

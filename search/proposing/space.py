@@ -13,7 +13,7 @@ stages of a search units share theirs (coarse to fine).
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +27,7 @@ from search.proposing.mixture import (
     keep_heaviest,
     zero_small_weights,
 )
+from search.proposing.tuned_path import STRENGTH, TunedPath, TunedUnits
 from search.racing.race import Floats
 from search.study.parameters import followers, searchable
 from search.study.spec import (
@@ -68,6 +69,7 @@ class Space:
     stages: tuple[tuple[int, ...], ...] = ()
     # Names of the ranges that the study does not give, `scale` among them: these can be widened.
     defaults: frozenset[str] = frozenset()
+    tuned: TunedPath | None = None  # weights tuned by gradient; None: none so far
 
     @classmethod
     def from_spec(cls, spec: StudySpec, layers: Sequence[str], dtype: str) -> Space:
@@ -129,6 +131,8 @@ class Space:
             },
             **self.ranges,
         }
+        if self.tuned is not None:
+            ranges |= {"strength": STRENGTH, "position": (0.0, self.tuned.last)}
         return {name: bounds for name, bounds in ranges.items() if bounds[0] < bounds[1]}
 
     @cached_property
@@ -184,6 +188,15 @@ class Space:
         weights = self.used * scales.reshape(len(points), -1, 1) * shares
         return keep_heaviest(weights, self.at_most).round(6)
 
+    def tuned_weights(self, point: Point) -> Floats:
+        """Return a point's weights (U, k) in the units of the tuned path."""
+        assert self.tuned is not None
+        strength, position = float(point["strength"]), float(point.get("position", 0.0))
+        flat = self.weights([point])[0][list(self.tuned.units.unit_of)]
+        blended = (1 - strength) * flat + strength * self.tuned.at([position])[0]
+        kept: Floats = keep_heaviest(blended[None], self.at_most)[0].round(6)
+        return kept
+
     def point(self, method: str, weights: Sequence[float], **values: float) -> dict[str, Any]:
         """Return the point with these weights of the k donors in every unit.
 
@@ -204,11 +217,21 @@ class Space:
             point |= {self._name(f"mix_{i}", unit): u for i, u in enumerate(sticks, start=1)}
         middles = {name: (low + high) / 2 for name, (low, high) in self.ranges.items()}
         known = self.distributions
-        point |= {**middles, **values}
+        point |= {"strength": 0.0, "position": 0.0, **middles, **values}
         return {name: point[name] for name in known} if known.keys() <= point.keys() else point
 
     def _name(self, name: str, unit: int) -> str:
         return name if len(self.units) == 1 else f"{name}@{unit}"
+
+
+def with_points(space: Space, units: TunedUnits, states: Sequence[Floats]) -> Space:
+    """Return the space with the points of paths of tuned weights, once there is more than a start.
+
+    Each state (4, U, k) has a point's weights last, see ``tuning.update``.
+    """
+    if len(states) < 2:
+        return space
+    return replace(space, tuned=TunedPath(units, np.stack([state[-1] for state in states])))
 
 
 def model_units(

@@ -120,7 +120,7 @@ def find_front(run: Run) -> list[Candidate]:
     posteriors = {}
     for task in strata.weights:
         estimates = np.array([one.trial.tasks[task] for one in known])  # (n, 2)
-        posteriors[task] = posterior_of(run.context.space, points, *estimates.T)
+        posteriors[task] = posterior_of(run.space, points, *estimates.T)
     indices = posterior_front(posteriors, run.spec.search.finalists)
     front = [known[index] for index in indices]
     run.listener(Stage(f"evaluating the {len(front)} recipes of the front on the select items"))

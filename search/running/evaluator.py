@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
@@ -19,7 +19,15 @@ from objectives.base import ItemResult, ObjectiveError
 from objectives.items import SPLITS, Split, blocks
 from search.preparing.context import StudyContext
 from search.proposing.starts import baselines
-from search.running.workers import EvalJob, ExportCheck, WorkerDied, Workers
+from search.running.workers import (
+    EvalJob,
+    EvalReply,
+    ExportCheck,
+    LossJob,
+    LossReply,
+    WorkerDied,
+    Workers,
+)
 from search.storing.intact import damaged
 from search.storing.store import Store
 
@@ -84,17 +92,19 @@ class Evaluator:
         }
         self._jobs: dict[int, tuple[Block, EvalJob]] = {}  # by worker
         self._built: dict[int, str] = {}  # key of the recipe in each worker's live model
+        self._losses: dict[int, int] = {}  # number of the job of losses, by worker
         self._deaths = Counter[str]()
 
     @property
     def idle(self) -> list[int]:
         """Indices of the workers that have no job."""
-        return [worker for worker in range(self.workers.count) if worker not in self._jobs]
+        busy = self._jobs.keys() | self._losses.keys()
+        return [worker for worker in range(self.workers.count) if worker not in busy]
 
     @property
     def working(self) -> bool:
-        """Whether a block is being evaluated."""
-        return bool(self._jobs)
+        """Whether a block is being evaluated, or losses are being computed."""
+        return bool(self._jobs or self._losses)
 
     def block_ends(self, split: Split) -> list[int]:
         """List how many items of a split have been evaluated after each of its blocks."""
@@ -200,6 +210,7 @@ class Evaluator:
             if isinstance(outcome, Exception):
                 del self._built[worker]
             else:
+                assert isinstance(outcome, EvalReply)
                 self.build_seconds += outcome.build_seconds
                 self.store.save(*block, outcome.results, outcome.score_seconds)
                 self.on_block(len(outcome.results))
@@ -208,11 +219,47 @@ class Evaluator:
             if not self.working:
                 raise KeyboardInterrupt
 
+    def losses(self, jobs: Sequence[LossJob]) -> list[LossReply]:
+        """Have all workers compute losses, while no block is being evaluated.
+
+        Raises:
+            MergeError, ObjectiveError: Of a job that failed.
+            KeyboardInterrupt: ``stopping`` was set.
+        """
+        left, replies = dict(enumerate(jobs)), dict[int, LossReply]()
+        failed: Exception | None = None
+        while (left and not failed and not self.stopping) or self._losses:
+            while left and self.idle and not failed and not self.stopping:
+                number, worker = min(left), self.idle[0]
+                self._losses[worker] = number
+                self._built[worker] = jobs[number].recipe.key
+                self.workers.submit(worker, left.pop(number))
+            worker, outcome = self.workers.next()
+            number = self._losses.pop(worker)
+            if isinstance(outcome, WorkerDied):
+                key = jobs[number].recipe.key
+                self._deaths[key] += 1
+                if self._deaths[key] < MAX_DEATHS:
+                    left[number] = jobs[number]
+                    continue
+                outcome = ObjectiveError(f"it ended its worker {MAX_DEATHS} times: {outcome}")
+            if isinstance(outcome, Exception):
+                failed = failed or outcome
+            else:
+                assert isinstance(outcome, LossReply)
+                replies[number] = outcome
+        if failed:
+            raise failed
+        if self.stopping:
+            raise KeyboardInterrupt
+        return [replies[number] for number in range(len(jobs))]
+
     def abandon(self) -> None:
-        """Wait for the blocks under way to end, and drop their results."""
-        while self._jobs:
+        """Wait for the jobs under way to end, and drop their results."""
+        while self.working:
             worker, _ = self.workers.next()
-            del self._jobs[worker]
+            self._jobs.pop(worker, None)
+            self._losses.pop(worker, None)
 
     def export(self, recipe: Recipe, out: Path, card: str) -> ExportCheck:
         """Have a recipe built once more, compared with its stored results, saved with a card."""

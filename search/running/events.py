@@ -58,6 +58,16 @@ class BlockEvaluated(Event):
 
 
 @dataclass(frozen=True)
+class StepTaken(Event):
+    """Weights were updated by a gradient."""
+
+    step: int  # how many updates there were on this path
+    of: int  # until its next point, which is a trial
+    loss: float  # mean over the items of the step, before the update
+    evaluations: int  # item evaluations that it took
+
+
+@dataclass(frozen=True)
 class RaceProgress:
     """How far a trial in the race is evaluated."""
 

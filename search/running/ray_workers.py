@@ -21,7 +21,7 @@ from merge_engine.models.memory_plan import MemoryPlan
 from search.preparing.context import load, plan_study
 from search.preparing.models import Hardware
 from search.process import quiet_libraries
-from search.running.workers import FAILURES, EvalJob, EvalReply, Worker, WorkerDied, Workers
+from search.running.workers import FAILURES, Job, Reply, Worker, WorkerDied, Workers
 from search.study.spec import StudyError, StudySpec
 
 STORE_BYTES: Final = 1 << 27  # Ray's own memory: only recipes and results pass through it
@@ -63,8 +63,8 @@ class _Actor:
             raise StudyError(str(error)) from error
         return lines
 
-    def evaluate(self, job: EvalJob) -> EvalReply:
-        reply = self.worker.evaluate(job)
+    def do(self, job: Job) -> Reply:
+        reply = self.worker.do(job)
         notes = [*self._notes]
         self._notes.clear()
         return replace(reply, notes=notes)
@@ -110,7 +110,7 @@ class RayWorkers(Workers):
         device = "cpu" if not gpus else "cuda" if gpus <= 1 else "auto"
         self._spec, self._hardware = spec, replace(hardware, device=device)
         self._actor = self._ray.remote(num_cpus=cpus, num_gpus=gpus)(_Actor)
-        self._jobs: dict[Any, tuple[int, EvalJob]] = {}  # by Ray's reference to the reply
+        self._jobs: dict[Any, tuple[int, Job]] = {}  # by Ray's reference to the reply
         self._failed_loads = Counter[int]()
         self._actors = [self._actor.remote() for _ in range(count)]
         nodes = [self._result(node) for node in [actor.node.remote() for actor in self._actors]]
@@ -126,12 +126,12 @@ class RayWorkers(Workers):
         return self._count
 
     @override
-    def submit(self, worker: int, job: EvalJob) -> None:
+    def submit(self, worker: int, job: Job) -> None:
         # A worker that is being replaced does the job when it has loaded.
-        self._jobs[self._actors[worker].evaluate.remote(job)] = worker, job
+        self._jobs[self._actors[worker].do.remote(job)] = worker, job
 
     @override
-    def next(self) -> tuple[int, EvalReply | Exception]:
+    def next(self) -> tuple[int, Reply | Exception]:
         while True:
             (done, *_), _ = self._ray.wait([*self._jobs], num_returns=1)
             worker, job = self._jobs.pop(done)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,7 @@ from search.preparing.context import StudyContext
 from search.proposing.gp import posterior_of
 from search.proposing.gp_sampler import MAX_TRIALS
 from search.proposing.recipes import to_recipe
+from search.proposing.space import with_points
 from search.proposing.starts import baselines
 from search.racing.elimination import JointPosterior
 from search.racing.item_scores import ItemScores
@@ -59,6 +61,8 @@ class Run:
             context, self.store, workers, lambda items: listener(BlockEvaluated(items))
         )
         self.scores = Scores(context, self.evaluator)
+        self.space = context.space  # with the weights that were tuned so far
+        self.read_tuned_path()
         self.ask_seconds = 0.0
         self._started = time.perf_counter()
         self.opened = self._started if opened is None else opened
@@ -84,8 +88,15 @@ class Run:
             baselines={name: recipe.key for name, recipe in baselines(context.space).items()},
             own_templates={name: one.key for name, one in under_own_templates(context).items()},
             weights=context.weights,
+            tuned_units=context.tuned_units and asdict(context.tuned_units),
             spec=self.spec.model_dump(mode="json"),
         )
+
+    def read_tuned_path(self) -> None:
+        """Read the weights tuned so far into the space."""
+        if self.context.tuned_units is not None:
+            states = self.store.states(points=True)
+            self.space = with_points(self.context.space, self.context.tuned_units, states)
 
     def scores_of(self, trial: TrialRecord) -> ItemScores:
         """Read the scores that a complete trial's estimate was made from."""
@@ -93,7 +104,7 @@ class Run:
 
     def recipe_of(self, trial: TrialRecord) -> Recipe:
         """Return the recipe that a trial's point stands for."""
-        return to_recipe(self.context.space, trial.point)
+        return to_recipe(self.space, trial.point)
 
     def find_recipe(self, number: int) -> Recipe:
         """Return the recipe of a finished trial."""
@@ -110,7 +121,7 @@ class Run:
         leading.sort(key=lambda one: one.number)
         estimates = [one.trial.estimate for one in leading if one.trial.estimate]
         posterior = posterior_of(
-            self.context.space,
+            self.space,
             [one.trial.point for one in leading],
             np.array([estimate.value for estimate in estimates]),
             np.array([estimate.variance for estimate in estimates]),

@@ -15,12 +15,13 @@ from search.preparing.cost import RACED, concluding_evaluations
 from search.proposing.recipes import to_recipe
 from search.proposing.samplers import Proposer
 from search.proposing.starts import warm_starts
-from search.proposing.stopping import should_stop
+from search.proposing.stopping import has_stalled, should_stop
 from search.racing.item_scores import ItemScores
 from search.running.baselines import open_race, rank_donors, try_baselines
 from search.running.evaluator import Block
 from search.running.events import Note, RaceProgress, RaceProgressed, SearchStarted, TrialFinished
 from search.running.run import Run
+from search.running.tuner import Tuner
 from search.storing.trials import OpenTrial, TrialRecord
 
 
@@ -69,18 +70,22 @@ class SearchLoop:
         ranking = [space.models.index(name) for name, _ in ranked]
         self.proposer = Proposer(spec.sampler, space, spec.seed, front=spec.front, ranking=ranking)
         self.race = open_race(run)
-        known = {trial.start for trial in run.log.records()}
-        for label, point in warm_starts(space, ranking):
-            if label not in known:
-                run.log.enqueue(point, start=label)
+        self.tuner = Tuner(run, deadline)
+        self._ranking = ranking
+        self._starts_wait = True  # until the first path of tuned weights is at its end
         self._waiting: dict[Block, list[RunningTrial]] = {}  # trials by the block they need
 
     def work(self) -> None:
         """Ask, evaluate, race and tell until nothing is left to do."""
         evaluator = self.run.evaluator
         while True:
-            while evaluator.idle and self._may_begin():
-                self._advance(self._begin())
+            trials = self.run.log.records()
+            if len(trials) < self.run.spec.search.trials and self.tuner.is_due(trials):
+                if not self._waiting:
+                    self.tuner.advance(trials)
+                    continue
+            else:
+                self._begin_trials(trials)
             self._evaluate_ahead()
             if not self._waiting:
                 break
@@ -92,6 +97,29 @@ class SearchLoop:
                 else:
                     self._finish(running.trial.fail(str(failure)))
         self._note_why_it_ended()
+
+    def _begin_trials(self, trials: Sequence[TrialRecord]) -> None:
+        """Begin trials for idle workers: while the first path is under way its points alone."""
+        opening = self.tuner.opens(trials)
+        if self._starts_wait and not opening:
+            self._enqueue_starts()
+        while self.run.evaluator.idle and self._may_begin():
+            if opening and not self._some_wait():
+                break
+            self._advance(self._begin())
+
+    def _some_wait(self) -> bool:
+        """Return whether a trial was queued, or left running by an earlier session."""
+        open_now = [one.trial.number for one in self._running]
+        return bool(self.run.log.records("waiting") or self.run.log.left_running(open_now))
+
+    def _enqueue_starts(self) -> None:
+        """Queue the warm starts that no session has queued before."""
+        self._starts_wait = False
+        known = {trial.start for trial in self.run.log.records()}
+        for label, point in warm_starts(self.run.space, self._ranking):
+            if label not in known:
+                self.run.log.enqueue(point, start=label)
 
     @property
     def _running(self) -> list[RunningTrial]:
@@ -109,14 +137,20 @@ class SearchLoop:
 
     def _exhausted(self, finished: Sequence[TrialRecord]) -> bool:
         select = len(self.run.context.splits.select)
-        return self.run.spec.search.stop and should_stop(finished, select)
+        if not self.run.spec.search.stop:
+            return False
+        tuned = self.tuner.last_trial(finished)
+        return should_stop(finished, select) or (
+            tuned is not None and has_stalled(finished, select, tuned)
+        )
 
     def _begin(self) -> RunningTrial:
         """Open the next trial: one of an earlier session, a warm start, or a new proposal."""
         start = time.perf_counter()
-        trial = self.proposer.ask(self.run.log, [one.trial.number for one in self._running])
+        open_now = [one.trial.number for one in self._running]
+        trial = self.proposer.ask(self.run.log, open_now, self.run.space)
         self.run.ask_seconds += time.perf_counter() - start
-        recipe = to_recipe(self.run.context.space, trial.point)
+        recipe = to_recipe(self.run.space, trial.point)
         trial.set_recipe(recipe.key)
         return RunningTrial(trial, recipe, self.run.scores.empty())
 

@@ -16,19 +16,25 @@ from pathlib import Path
 from typing import Any, Final, NamedTuple, Protocol
 
 import torch
+from torch import Tensor
 from typing_extensions import override
 
 from merge_engine.building.export import CheckpointFiles, write_checkpoint
+from merge_engine.building.recipe_gradient import RecipeGradient
+from merge_engine.building.units import Units
 from merge_engine.errors import MergeError
 from merge_engine.recipe.recipe import Recipe
 from merge_engine.replacing import replace_text
 from objectives.base import ItemResult, ObjectiveError, Response
 from objectives.entries import PromptEntry
+from objectives.items import blocks
 from search.preparing.context import LiveContext, load_prompts
+from search.racing.race import Floats
 from search.storing.folder import CARD, Interrupted
 from search.study.public_names import public_names, public_recipe
 from search.study.spec import StudyError
 
+AT_ONCE: Final = 8  # items whose losses are computed together
 ROUNDED: Final = 0.02  # share of an export's results that may differ by rounding
 FAILURES: Final = (MergeError, ObjectiveError)  # the candidate's own: the search goes on
 
@@ -52,6 +58,31 @@ class EvalReply:
     notes: Sequence[str] = ()  # warnings of the worker's libraries
 
 
+@dataclass(frozen=True)
+class LossJob:
+    """A recipe, and labelled items whose losses are computed."""
+
+    recipe: Recipe
+    items: tuple[int, ...]
+    labels: tuple[str, ...]  # of the items, see `Objective.targets`
+    # Of the items in the sum whose gradient is computed; none: no gradient is.
+    weights: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True)
+class LossReply:
+    """What a job of losses gave."""
+
+    losses: Sequence[float]  # one per item
+    gradient: Floats | None  # of the weighted sum, (U, m) for m models in U units
+    seconds: float  # that building and computing took
+    notes: Sequence[str] = ()  # warnings of the worker's libraries
+
+
+Job = EvalJob | LossJob
+Reply = EvalReply | LossReply
+
+
 class ExportCheck(NamedTuple):
     """How a recipe that was built once more and saved compares with its stored results."""
 
@@ -71,10 +102,10 @@ class Workers(Protocol):
     def count(self) -> int:
         """How many workers there are."""
 
-    def submit(self, worker: int, job: EvalJob) -> None:
+    def submit(self, worker: int, job: Job) -> None:
         """Give an idle worker a job."""
 
-    def next(self) -> tuple[int, EvalReply | Exception]:
+    def next(self) -> tuple[int, Reply | Exception]:
         """Wait for a job to end.
 
         Returns:
@@ -95,6 +126,11 @@ class Worker:
     def __init__(self, context: LiveContext) -> None:
         self.context = context
         self._prompts = cache(partial(load_prompts, context))
+        self._gradient: RecipeGradient | None = None  # made when it is needed
+
+    def do(self, job: Job) -> Reply:
+        """Do a job; raise as ``evaluate`` and ``losses`` do."""
+        return self.evaluate(job) if isinstance(job, EvalJob) else self.losses(job)
 
     def evaluate(self, job: EvalJob) -> EvalReply:
         """Do a job; a recipe that is in the live model already is not built again.
@@ -110,6 +146,57 @@ class Worker:
             objective = self.context.objective_of(job.template)
             results = objective.score(self.context.builder.model, job.items)
         return EvalReply(results, built - start, time.perf_counter() - built)
+
+    def losses(self, job: LossJob) -> LossReply:
+        """Compute losses of labelled items, and the gradient of their weighted sum.
+
+        Raises:
+            MergeError: The recipe cannot be built, or has no gradient.
+            ObjectiveError: A loss is not a number, or does not fit into memory.
+        """
+        start = time.perf_counter()
+        labels = dict(zip(job.items, job.labels, strict=True))
+        objective, builder = self.context.objective, self.context.builder
+
+        def loss(items: Sequence[int]) -> Tensor:
+            found = objective.loss(builder.model, items, [labels[item] for item in items])
+            return saturate(found)
+
+        with _oom_fails_candidate():
+            builder.build(job.recipe)
+            if job.weights:
+                found, gradient = self._gradients().of_items(loss, job.items, job.weights)
+                return LossReply(found.tolist(), gradient.numpy(), time.perf_counter() - start)
+            with torch.no_grad():
+                values = [
+                    float(value) for part in blocks(job.items, AT_ONCE) for value in loss(part)
+                ]
+        return LossReply(values, None, time.perf_counter() - start)
+
+    def _gradients(self) -> RecipeGradient:
+        if self._gradient is None:
+            units = self.context.tuned_units
+            if units is None:
+                raise MergeError("the study tunes no weights")
+            builder = self.context.builder
+            names = builder.model_set.names
+            self._gradient = RecipeGradient(builder, Units.of_filters(names, units.filters))
+        return self._gradient
+
+    def labels(self, items: Sequence[int]) -> list[str | None]:
+        """Return the labels of items that the tasks have; None where there is none."""
+        return self.context.objective.targets(items)
+
+    def right_answers(self, recipe: Recipe, items: Sequence[int]) -> list[str | None]:
+        """Generate a recipe's answers, and return those that are judged right.
+
+        Raises:
+            MergeError: The recipe cannot be built.
+            ObjectiveError: The model it makes gives no usable text.
+        """
+        with _oom_fails_candidate():
+            self.context.builder.build(recipe)
+            return self.context.objective.right_answers(self.context.builder.model, items)
 
     def respond(
         self, recipe: Recipe, to: Sequence[int] | PromptEntry, template: str | None = None
@@ -210,12 +297,22 @@ def _oom_fails_candidate() -> Iterator[None]:
         raise ObjectiveError(f"out of memory: {str(error).splitlines()[0]}") from error
 
 
+def saturate(losses: Tensor) -> Tensor:
+    """Return ``log(1 + L)`` of losses L in nats, and those below zero as they are.
+
+    A long answer's loss has a hundred times the gradient of a choice's, and would be all that a
+    step follows; so has an answer that is far out of reach. Here what counts is by which share a
+    loss falls, and near zero its own amount.
+    """
+    return torch.where(losses > 0, losses.clamp_min(0).log1p(), losses)
+
+
 class LocalWorker(Workers):
     """The one worker in this process; it does a job when its reply is waited for."""
 
     def __init__(self, context: LiveContext) -> None:
         self._worker = Worker(context)
-        self._jobs: list[EvalJob] = []
+        self._jobs: list[Job] = []
 
     @property
     @override
@@ -223,13 +320,13 @@ class LocalWorker(Workers):
         return 1
 
     @override
-    def submit(self, worker: int, job: EvalJob) -> None:
+    def submit(self, worker: int, job: Job) -> None:
         self._jobs.append(job)
 
     @override
-    def next(self) -> tuple[int, EvalReply | Exception]:
+    def next(self) -> tuple[int, Reply | Exception]:
         try:
-            return 0, self._worker.evaluate(self._jobs.pop())
+            return 0, self._worker.do(self._jobs.pop())
         except FAILURES as error:
             return 0, error
 

@@ -185,6 +185,7 @@ def _posterior_over_scale(
             np.full(len(scales), number),
             scales[:, None, None] * shape,
             np.repeat(one.values, len(scales), axis=0),
+            np.repeat(one.tuned, len(scales), axis=0),
         )
         features = view.encoding.encode(along[1:])  # at scale 0 the weights' ratios are lost
         if np.ptp(features, axis=0).max() > NEGLIGIBLE:

@@ -7,8 +7,9 @@ from collections.abc import Mapping
 from datetime import datetime
 from typing import Final
 
-from search.proposing.space import Space
+from search.proposing.space import Space, with_points
 from search.proposing.starts import UNIFORM
+from search.proposing.tuned_path import TunedUnits
 from search.storing.intact import damaged
 from search.storing.result import Result
 from search.storing.store import Store
@@ -50,6 +51,9 @@ class RunFacts:
         }
         search = self.spec.search.model_copy(update={"start": ()})  # the files may be gone
         self.space = Space.from_spec(self.spec.model_copy(update={"search": search}), (), "float32")
+        if units := header.get("tuned_units"):
+            known = TunedUnits(units["filters"], units["unit_of"])
+            self.space = with_points(self.space, known, store.states(points=True))
         self.split_evaluations, self._scoring_seconds = store.evaluations()
         self._seconds: Mapping[str, float] = header.get("seconds", {})
         self.evaluations = _cumulative_evaluations(self.trials)  # by trial number

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, Final, TextIO
 
 from search.running import events
@@ -25,6 +26,7 @@ _LINES: Final[Mapping[type, Callable[[Any], tuple[str, Mapping[str, Any]]]]] = {
         "result",
         event.score.model_dump() | {"split": event.split, "items": event.items},
     ),
+    events.StepTaken: lambda event: ("step", asdict(event)),
     events.SamplesReady: lambda event: (
         "result",
         {"samples": [sample.model_dump(mode="json") for sample in event.samples]},

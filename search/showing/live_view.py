@@ -13,7 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from objectives.base import printable
-from search.running.events import RaceProgress
+from search.running.events import RaceProgress, StepTaken
 from search.showing.progress import STOPPING
 from search.wording import duration, percent, short_names
 
@@ -35,6 +35,7 @@ class View:
     posterior_mean: float | None = None  # of the incumbent's value; None: not computed yet
     racing: tuple[RaceProgress, ...] = ()  # trials in the race
     evaluations: int = 0  # item evaluations so far
+    tuning: StepTaken | None = None  # the latest step, while weights are tuned
     left: float | None = None  # seconds until the run is over; None: not known yet
     searching: bool = True  # whether the search goes on
     memory: str = ""  # the memory plan, in a line
@@ -76,6 +77,8 @@ def _rows(view: View) -> Iterator[tuple[str, ...]]:
         yield "" if index else "racing", _race(one)
     if (more := len(view.racing) - SHOWN) > 0:
         yield "", f"and {more} more"
+    if (step := view.tuning) is not None:
+        yield "tuning", f"step {step.step} of {step.of} to the next point  loss {step.loss:.3f}"
     yield "items", f"{view.evaluations:,} evaluations"
     if view.memory:
         yield "memory", view.memory, "dim"

@@ -6,7 +6,13 @@ import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
-from search.running.events import BlockEvaluated, Event, SearchStarted, TrialFinished
+from search.running.events import (
+    BlockEvaluated,
+    Event,
+    SearchStarted,
+    StepTaken,
+    TrialFinished,
+)
 
 if TYPE_CHECKING:
     from search.storing.trials import TrialRecord
@@ -33,6 +39,8 @@ class Progress:
                     self._add(trial)
             case BlockEvaluated():
                 self.evaluations += event.items
+            case StepTaken():
+                self.evaluations += event.evaluations
             case TrialFinished():
                 self._add(event.trial)
 

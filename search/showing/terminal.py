@@ -81,7 +81,11 @@ class Terminal:
 
     @_show.register
     def _(self, event: events.RaceProgressed) -> None:
-        self._view = replace(self._view, racing=tuple(event.trials))
+        self._view = replace(self._view, racing=tuple(event.trials), tuning=None)
+
+    @_show.register
+    def _(self, event: events.StepTaken) -> None:
+        self._view = replace(self._view, tuning=event, racing=())
 
     @_show.register
     def _(self, event: events.TrialFinished) -> None:
@@ -183,6 +187,6 @@ def _describe_point(trial: TrialRecord) -> str:
     numbers = (
         f"{name}={value:.2f}"
         for name, value in trial.point.items()
-        if name in effective or name.startswith(("scale", "mix_"))
+        if name in effective or name.startswith(("scale", "mix_", "strength", "position"))
     )
     return " ".join([method, *numbers])

@@ -14,20 +14,23 @@ import secrets
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Final
 
+import numpy as np
 import optuna
 from optuna.storages import RDBStorage
 from optuna.study import Study
 from sqlalchemy import (
+    Boolean,
     Column,
     Engine,
     Float,
     Index,
     Integer,
+    LargeBinary,
     MetaData,
     String,
     Table,
@@ -36,11 +39,13 @@ from sqlalchemy import (
     func,
     inspect,
     select,
+    update,
 )
 from sqlalchemy.exc import IntegrityError, InterfaceError, InternalError, OperationalError
 from sqlalchemy.pool import NullPool
 
 from objectives.base import ItemResult
+from search.racing.race import Floats
 from search.storing.address import DATABASE_ERRORS, Storage, cause_of, opening, reason_of
 from search.storing.folder import Interrupted
 from search.storing.intact import damaged, digest_of, reading_stored
@@ -67,6 +72,21 @@ _ANSWERS = Table(
     Column("digest", String(32), nullable=False),  # of the row but for items and seconds
     Index("mergesearch_asked", "study", "split", "recipe", "items", "seconds"),  # to count by
 )
+_STEPS = Table(
+    "mergesearch_steps",
+    _META,
+    Column("study", Integer, primary_key=True),
+    Column("path", Integer, primary_key=True),
+    Column("step", Integer, primary_key=True),
+    Column("is_point", Boolean, nullable=False),
+    Column("evaluations", Integer, nullable=False),
+    Column("seconds", Float, nullable=False),
+    Column("losses", Text, nullable=False),  # JSON, the mean of each task's items
+    Column("units", Integer, nullable=False),
+    # See `search.proposing.tuning.update`, (4, units, donors), float64, little-endian; NULL
+    # where a later step has them and this is no point.
+    Column("state", LargeBinary(1 << 24)),
+)
 _ITEMS = Table(
     "mergesearch_items",
     _META,
@@ -78,6 +98,18 @@ _ITEMS = Table(
     ),
     Column("digest", String(32), nullable=False),
 )
+
+
+@dataclass(frozen=True)
+class PathStep:
+    """One step of tuning by gradient: an update of a path's weights."""
+
+    path: int  # number of the path, from 0 on
+    step: int  # how many there were before it on its path; 0: the start, before any update
+    is_point: bool  # whether the weights after it are a point of the path, so that they are kept
+    evaluations: int  # item evaluations that it took; an item's gradient counts three
+    seconds: float  # that it took
+    losses: Mapping[str, float]  # the mean over each task's items, before the update
 
 
 def _opened(storage: Storage, **options: Any) -> RDBStorage:
@@ -279,7 +311,42 @@ class Store:
         mine = select(_ANSWERS.c.split, *sums).where(_ANSWERS.c.study == self._study)
         with self._engine.connect() as connection:
             rows = connection.execute(mine.group_by(_ANSWERS.c.split)).all()
-        return Counter({row[0]: int(row[1]) for row in rows}), sum(row[2] for row in rows)
+        counts = Counter({row[0]: int(row[1]) for row in rows})
+        seconds: float = sum(row[2] for row in rows)
+        if steps := self.steps():
+            counts["tune"] += sum(step.evaluations for step in steps)
+            seconds += sum(step.seconds for step in steps)
+        return counts, seconds
+
+    def save_step(self, step: PathStep, state: Floats) -> None:
+        """Store a step of tuning, and the state (4, U, k) after it beside those of points."""
+        row = {**asdict(step), "losses": json.dumps(step.losses), "study": self._study}
+        stale = update(_STEPS).where(
+            _STEPS.c.study == self._study, _STEPS.c.is_point.is_(False), _STEPS.c.state.is_not(None)
+        )
+        with self._engine.begin() as connection:
+            connection.execute(stale.values(state=None))
+            stored = {"units": state.shape[1], "state": state.astype("<f8").tobytes()}
+            connection.execute(_STEPS.insert().values(**row, **stored))
+
+    def steps(self) -> list[PathStep]:
+        """Read the steps of tuning, in their order."""
+        columns = [_STEPS.c[field.name] for field in fields(PathStep)]
+        mine = select(*columns).where(_STEPS.c.study == self._study)
+        with self._engine.connect() as connection:
+            rows = connection.execute(mine.order_by(_STEPS.c.path, _STEPS.c.step)).mappings()
+            return [PathStep(**{**row, "losses": json.loads(row["losses"])}) for row in rows]
+
+    def states(self, *, points: bool) -> list[Floats]:
+        """Read the states (4, U, k) after the points of the paths, else after the last step."""
+        mine = select(_STEPS.c.units, _STEPS.c.state).where(_STEPS.c.study == self._study)
+        if points:
+            mine = mine.where(_STEPS.c.is_point.is_(True)).order_by(_STEPS.c.path, _STEPS.c.step)
+        else:
+            mine = mine.order_by(_STEPS.c.path.desc(), _STEPS.c.step.desc()).limit(1)
+        with self._engine.connect() as connection:
+            rows = connection.execute(mine).all()
+        return [np.frombuffer(state, "<f8").reshape(4, units, -1) for units, state in rows]
 
 
 def _digest_of(row: Any) -> str:

@@ -6,11 +6,13 @@ from collections.abc import Iterable, Sequence
 from typing import Final
 
 from merge_engine.methods import METHODS, Base, Param
-from search.study.spec import ModelDifference
+from search.study.spec import ModelDifference, StudySpec
 
 # The methods that add task vectors unchanged, and so can add a difference of any two models; the
 # others trim or compare each model's own task vector.
 DIFFERENCE_METHODS: Final = ("task_arithmetic",)
+TUNED_FIRST: Final = {"task_arithmetic": 0, "linear": 1}  # of several methods with a gradient
+TUNING_SAMPLERS: Final = ("auto", "gp")  # those that model tuned weights
 
 
 def allowed_methods(
@@ -70,3 +72,12 @@ def followers(name: str, methods: Iterable[str]) -> tuple[str, ...]:
     having = tuple(method for method in methods if name in searchable((method,)))
     searched = tuple(m for m in having if METHODS[m].params[name].search is not None)
     return searched or having
+
+
+def tuning_method(spec: StudySpec) -> str | None:
+    """Return the method whose weights a study tunes by gradient; None: it tunes none."""
+    search = spec.search
+    able = [name for name in search.methods if METHODS[name].differentiable]
+    if search.tune is False or search.sampler not in TUNING_SAMPLERS or not able:
+        return None
+    return min(able, key=lambda name: TUNED_FIRST.get(name, len(TUNED_FIRST)))

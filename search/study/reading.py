@@ -20,9 +20,11 @@ from objectives.base import time_limit
 from objectives.entries import ENTRY_KINDS, Entry
 from search.study.parameters import (
     DIFFERENCE_METHODS,
+    TUNING_SAMPLERS,
     allowed_methods,
     names_all_models,
     searchable,
+    tuning_method,
 )
 from search.study.sampler_table import SAMPLERS, find_sampler
 from search.study.spec import (
@@ -221,6 +223,7 @@ def _check(spec: StudySpec, where: str) -> None:
     _check_donors(spec, where)
     _check_methods(spec, where)
     _check_sampler(spec, where)
+    _check_tuning(spec, where)
     for path in spec.search.start:
         if not (find_file(str(path)) or find_file("recipe.yaml", path)):
             raise StudyError(f"{where}: search.start: {path} is no recipe, and no run that has one")
@@ -306,6 +309,22 @@ def _check_sampler(spec: StudySpec, where: str) -> None:
         raise StudyError(
             f"{where}: objective.constraints: the sampler {name!r} ignores constraints; use 'auto'"
         )
+
+
+def _check_tuning(spec: StudySpec, where: str) -> None:
+    """Check that a study that is to be tuned by gradient can be."""
+    if spec.search.tune is not True or tuning_method(spec):
+        return
+    if spec.search.sampler not in TUNING_SAMPLERS:
+        raise StudyError(
+            f"{where}: search.tune: the sampler {spec.search.sampler!r} does not model tuned "
+            "weights; use auto, or leave tune out"
+        )
+    able = [name for name, row in METHODS.items() if row.differentiable]
+    raise StudyError(
+        f"{where}: search.tune: {', '.join(spec.search.methods)} has no gradient; add one of "
+        f"{', '.join(able)} to search.methods, or leave tune out"
+    )
 
 
 def _check_range(

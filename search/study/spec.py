@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated, Final
+from typing import Annotated, Final, Literal
 
 from pydantic import (
     BeforeValidator,
@@ -63,6 +63,8 @@ class ItemCounts(FrozenModel):
     search: Count = 200
     select: Count = 200
     test: Count = 400
+    # Whose losses have gradients, where weights are tuned; None: what the others leave.
+    tune: Annotated[NonNegativeInt, Field(le=1_000_000_000)] | None = None
 
 
 class ObjectiveSpec(FrozenModel):
@@ -100,6 +102,10 @@ class ModelDifference(FrozenModel):
         return f"{self.model} - {self.minus}"
 
 
+# A tensor, the experts of a layer as one; a layer; or one of ``layer_groups`` and ``split``.
+TunedUnit = Literal["tensor", "layer", "group"]
+
+
 class SearchSpec(FrozenModel):
     """What is searched, and how."""
 
@@ -112,6 +118,9 @@ class SearchSpec(FrozenModel):
     layer_groups: Count = 1  # groups of consecutive layers that have weights of their own
     # Parts of tensor names; tensors whose name has one get weights of their own.
     split: tuple[str, ...] = ()
+    # Whether weights are tuned by gradient; auto: where a method and the tasks have gradients.
+    tune: Literal["auto"] | bool = "auto"
+    tune_by: TunedUnit = "tensor"  # what has a tuned weight of its own
     trials: Count = 100  # recipes to evaluate at most
     finalists: Count = 8  # recipes compared on the select split
     sampler: str = "auto"  # a key of `SAMPLERS`, or `package.module:Class`

@@ -177,7 +177,8 @@ def _count_items(
 ) -> tuple[list[str], ItemCounts, str]:
     """Return notes, the items of each split, and a comment on how many items there are.
 
-    Where the tasks have fewer items than the default, each split gets the same share of them.
+    Where the tasks have fewer items than the default, search and select get a fifth of them each,
+    test two fifths, and what is left are items to tune weights on.
     """
     from objectives.harness.tasks import load_tasks
 
@@ -192,6 +193,7 @@ def _count_items(
         return [f"{error}; the study has the default number of items"], wanted, "not counted yet"
     count = len({item.key for task in tasks for item in task.items})
     if count < wanted.search + wanted.select + wanted.test:
-        quarter = max(1, count // 4)
-        wanted = ItemCounts(search=quarter, select=quarter, test=max(1, count - 2 * quarter))
+        fifth = max(1, count // 5)
+        test = max(1, min(2 * fifth, count - 2 * fifth))
+        wanted = ItemCounts(search=fifth, select=fifth, test=test)
     return [], wanted, f"of the {count} there are"

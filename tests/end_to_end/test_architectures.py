@@ -97,7 +97,7 @@ def test_encoder_is_scored_by_an_objective_of_ones_own_alone(make_study, tmp_pat
     changes = {
         "base_model": str(family / "base"),
         "models": [str(family / name) for name in "ab"],
-        "search": {"methods": ["task_arithmetic"], "trials": 3},
+        "search": {"methods": ["task_arithmetic"], "trials": 3, "tune": False},
         "objective__items": {"search": 8, "select": 8, "test": 8},
     }
     own = [{"objective": "labels:Labels"}]

@@ -92,7 +92,7 @@ def write_study(family, folder, models=("half", "all"), **objective):
     contents = {
         "base_model": str(family / "base"),
         "models": [str(family / name) for name in models],
-        "search": {"methods": ["task_arithmetic"], "trials": 6},
+        "search": {"methods": ["task_arithmetic"], "trials": 6, "tune": False},
         "objective": {
             "include_path": "tasks",
             "tasks": [{"task": "answer"}, {"task": "choice"}],

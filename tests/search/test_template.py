@@ -50,7 +50,7 @@ def test_written_study_is_the_short_one_with_our_defaults(zoo, folder, capsys):
         "objective": {
             "include_path": "tasks",
             "tasks": ["tell_it", "pick"],
-            "items": {"search": 20, "select": 20, "test": 40},  # of 80
+            "items": {"search": 16, "select": 16, "test": 32},  # of 80
         },
     }
     (file.parent / "short.yaml").write_text(yaml.safe_dump(short))
@@ -58,7 +58,7 @@ def test_written_study_is_the_short_one_with_our_defaults(zoo, folder, capsys):
     text = file.read_text()
     assert str(zoo) not in text  # relative to the file
     out = capsys.readouterr().out
-    assert "search: 20 items (tell_it 15, pick 5)" in out
+    assert "search: 14 items (tell_it 11, pick 3)" in out
     assert f"next: mergesearch run {file} --out runs/mine" in out
 
 

@@ -202,7 +202,7 @@ def simulated_context(
         prompt: Text of an item, by its number.
     """
     generator, space = np.random.default_rng(seed), landscape.space
-    drawn = {split: landscape.draw(counts[split], generator) for split in SPLITS}
+    drawn = {split: landscape.draw(counts.get(split, 0), generator) for split in SPLITS}
     study = {
         "base_model": space.base,
         "models": list(space.donors),

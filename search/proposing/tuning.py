@@ -1,0 +1,75 @@
+"""Tuning by gradient, as pure functions: the items of a step, and the update of the weights."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Final
+
+import numpy as np
+
+from search.racing.race import Floats
+
+_DECAYS: Final = (0.9, 0.999)  # of the running means of gradients, and of their squares
+_AVERAGED: Final = 0.95  # weight of the past in the mean of the weights
+_EPSILON: Final = 1e-8
+
+
+def minibatch(
+    by_task: Mapping[str, Sequence[int]],
+    weights: Mapping[str, float],
+    size: int,
+    step: int,
+    seed: Sequence[int],
+) -> tuple[int, ...]:
+    """Return the items of a step, of each task in proportion to its weight.
+
+    Over any number of steps the proportion is kept to one item. Each task's items come in an order
+    that is shuffled anew whenever it ends.
+
+    Args:
+        by_task: Items of each task, one or more.
+        weights: Of the tasks, of any scale.
+        size: Items of a step.
+        step: Its number, from 0 on.
+        seed: Of the shuffles.
+    """
+    total = sum(weights[task] for task in by_task)
+    drawn = dict.fromkeys(by_task, 0)
+    found = []
+    for draw in range((step + 1) * size):
+        task = max(by_task, key=lambda task: (draw + 1) * weights[task] / total - drawn[task])
+        if draw >= step * size:
+            items = by_task[task]
+            epoch, place = divmod(drawn[task], len(items))
+            generator = np.random.default_rng([*seed, [*by_task].index(task), epoch])
+            found.append(items[int(generator.permutation(len(items))[place])])
+        drawn[task] += 1
+    return tuple(found)
+
+
+def first_state(weights: Floats) -> Floats:
+    """Return the state (4, U, k) before the first update of weights (U, k)."""
+    return np.stack([weights, np.zeros_like(weights), np.zeros_like(weights), weights])
+
+
+def update(state: Floats, gradient: Floats, step: int, rate: float) -> Floats:
+    """Return the state after one update of Adam, and of the mean of the weights along the path.
+
+    Kingma and Ba 2014, algorithm 1, https://arxiv.org/abs/1412.6980. The mean, with weights that
+    decay backwards, is what generalises: steps on a few items circle around it (Polyak and Juditsky
+    1992, https://doi.org/10.1137/0330046).
+
+    Args:
+        state: Weights, the running means of gradients and of their squares, and the mean of the
+            weights, (4, U, k).
+        gradient: Of the loss at the weights, (U, k).
+        step: Number of the update, from 1 on.
+        rate: The step size.
+    """
+    weights, mean, square, average = state
+    mean = _DECAYS[0] * mean + (1 - _DECAYS[0]) * gradient
+    square = _DECAYS[1] * square + (1 - _DECAYS[1]) * gradient**2
+    unbiased = mean / (1 - _DECAYS[0] ** step), square / (1 - _DECAYS[1] ** step)
+    weights = weights - rate * unbiased[0] / (np.sqrt(unbiased[1]) + _EPSILON)
+    kept = min(_AVERAGED, step / (step + 9))  # of few steps a shorter past counts
+    return np.stack([weights, mean, square, kept * average + (1 - kept) * weights])

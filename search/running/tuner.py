@@ -1,0 +1,264 @@
+"""Tuning of weights by gradient: steps along a path, whose points are trials of the study.
+
+A step updates one weight per unit and donor by the gradient of the mean loss of a few tune items.
+After 10, 20, 40, ... steps the mean of the latest weights is a point of the path and, as a trial,
+in the race on search items, which no gradient has seen. A path ends when its last two points are
+behind an earlier one, or at its limit. Where it was still rising there, a second one begins later,
+from the best recipe known by then. Every step is stored before the next, so that a killed run goes
+on with the same path.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import replace
+from itertools import count, takewhile
+from typing import Final, Literal
+
+import numpy as np
+
+from merge_engine.recipe.recipe import Recipe
+from objectives.items import blocks
+from search.proposing.recipes import to_recipe
+from search.proposing.space import Space
+from search.proposing.starts import even_weights
+from search.proposing.tuned_path import TunedPath
+from search.proposing.tuning import first_state, minibatch, update
+from search.racing.race import Floats
+from search.running.events import Note, StepTaken
+from search.running.labels import by_task, find_labels
+from search.running.run import Run
+from search.running.workers import AT_ONCE, FAILURES, LossJob
+from search.storing.store import PathStep
+from search.storing.trials import TrialRecord
+from search.study.parameters import tuning_method
+
+Upcoming = Literal["point", "steps", "trial", "path", ""]
+
+PREFIX: Final = "tuned, "  # of the labels of a path's points
+FIRST_POINT: Final = 10  # steps; the next has twice as many
+LEAST_LIMIT: Final = 80  # steps that the first path may have
+BATCH: Final = 16  # items of a step, but two of each task or more
+RATES: Final = (0.12, 0.06)  # step sizes of the first path and the second
+GRADIENT_COST: Final = 3  # evaluations that an item's gradient counts: backward is twice forward
+AROUND: Final = 10  # modelled trials between the first path and the second
+
+
+class Tuner:
+    """Takes the steps of a study's paths and makes their points trials.
+
+    Args:
+        run: Of the study.
+        deadline: By ``time.perf_counter``; no step is begun after it.
+    """
+
+    def __init__(self, run: Run, deadline: float) -> None:
+        self.run, self.deadline = run, deadline
+        self.method = tuning_method(run.spec)
+        self.ended = run.context.tuned_units is None or not run.context.splits.tune
+        self._by_task: dict[str, list[int]] = {}
+        self._labels: dict[int, str] = {}
+        self._steps = run.store.steps()
+
+    @property
+    def _batch(self) -> int:
+        return max(BATCH, 2 * len(self.run.context.weights))
+
+    def is_due(self, trials: Sequence[TrialRecord]) -> bool:
+        """Return whether steps, or a point of the path, come next, given all trials so far."""
+        return self._next(trials) in ("point", "steps", "path")
+
+    def opens(self, trials: Sequence[TrialRecord]) -> bool:
+        """Return whether the first path is not at its end yet."""
+        first = not self._steps or self._steps[-1].path == 0
+        return first and self._next(trials) in ("point", "steps", "trial")
+
+    def _next(self, trials: Sequence[TrialRecord]) -> Upcoming:
+        """Return what comes next: the last point, steps, the trial of a point, or another path."""
+        if self.ended or time.perf_counter() > self.deadline:
+            return ""
+        if not self._steps or not self._steps[-1].is_point or not self._steps[-1].step:
+            return "steps"
+        trial = self._trial_of(self._steps[-1], trials)
+        if trial is None:
+            return "point"
+        if trial.state in ("waiting", "running"):
+            return "trial"
+        if self._goes_on(trials):
+            return "steps"
+        return "path" if self._begins_again(trials) else ""
+
+    def last_trial(self, trials: Sequence[TrialRecord]) -> int | None:
+        """Return the number of the last trial that is a point of a path."""
+        numbers = [one.number for one in trials if (one.start or "").startswith(PREFIX)]
+        return max(numbers, default=None)
+
+    def advance(self, trials: Sequence[TrialRecord]) -> None:
+        """Take the steps up to the next point, and make that a trial.
+
+        A step that fails ends all tuning.
+
+        Raises:
+            KeyboardInterrupt: The user has ended the run.
+            StudyError: The study is to be tuned, and no item has a label.
+        """
+        try:
+            if not self._labels:
+                self._find_labels()
+            if not self.ended:
+                self._advance(trials)
+        except FAILURES as error:
+            self.ended = True
+            self.run.listener(Note(f"the tuning of weights has ended: {error}"))
+
+    def _find_labels(self) -> None:
+        self._labels = dict(find_labels(self.run))
+        self._by_task = by_task(self.run, self._labels)
+        self.ended = not self._by_task
+
+    def _advance(self, trials: Sequence[TrialRecord]) -> None:
+        upcoming = self._next(trials)
+        if not self._steps:
+            self._begin(0, self._uniform())
+        elif upcoming == "path":
+            self._begin(self._steps[-1].path + 1, self._incumbent())
+        if upcoming != "point":
+            while not self._take_step().is_point:
+                if time.perf_counter() > self.deadline:
+                    return
+            self.run.read_tuned_path()
+        self._enqueue(self._steps[-1])
+
+    def _uniform(self) -> Floats:
+        """Return the average of all donors, or of as many as a recipe may use, (U, k)."""
+        space = self.run.context.space
+        weights = even_weights(space, range(space.used), 1 / space.used)
+        units = self.run.context.tuned_units
+        assert units is not None
+        return np.tile(np.array(weights), (len(units.filters), 1))
+
+    def _incumbent(self) -> Floats:
+        """Return the weights (U, k) of the best recipe of the method that is tuned."""
+        known, posterior = self.run.posterior()
+        ranked = posterior.ranked([one.trial.violation for one in known])
+        points = [known[index].trial.point for index in ranked]
+        best = next(point for point in points if point["method"] == self.method)
+        return self.run.space.tuned_weights(best)
+
+    def _begin(self, path: int, weights: Floats) -> None:
+        asked = self.run.log.header()["labels"]["evaluations"] if path == 0 else 0
+        self._save(PathStep(path, 0, True, asked, 0.0, {}), first_state(weights))
+
+    def _take_step(self) -> PathStep:
+        """Compute the gradient of the items of one step, update the weights and store them."""
+        start, last = time.perf_counter(), self._steps[-1]
+        (state,) = self.run.store.states(points=False)
+        seed = (self.run.spec.search.seed, last.path)
+        items = minibatch(self._by_task, self.run.context.weights, self._batch, last.step, seed)
+        recipe, share = self._recipe(state[0]), 1 / len(items)
+        replies = self.run.evaluator.losses(
+            [
+                LossJob(recipe, part, tuple(self._labels[n] for n in part), (share,) * len(part))
+                for part in blocks(items, AT_ONCE)
+            ]
+        )
+        gradient = sum(reply.gradient for reply in replies if reply.gradient is not None)
+        of_donors = gradient @ self.run.context.space.signs.T
+        of_donors[:, ~state[0].any(axis=0)] = 0.0  # donors left out stay so (``search.at_most``)
+        losses = [value for reply in replies for value in reply.losses]
+        step = last.step + 1
+        taken = PathStep(
+            last.path,
+            step,
+            step in self._points(last.path),
+            GRADIENT_COST * len(items),
+            time.perf_counter() - start,
+            self._means(items, losses),
+        )
+        self._save(taken, update(state, of_donors, step, RATES[last.path]))
+        upcoming = next((point for point in self._points(last.path) if point >= step), step)
+        mean = float(np.mean(losses))
+        self.run.listener(StepTaken(step, upcoming, mean, taken.evaluations))
+        return taken
+
+    def _means(self, items: Sequence[int], losses: Sequence[float]) -> dict[str, float]:
+        found = defaultdict[str, list[float]](list)
+        for number, value in zip(items, losses, strict=True):
+            found[self.run.context.objective.items[number].task].append(value)
+        return {task: float(np.mean(values)) for task, values in found.items()}
+
+    def _save(self, step: PathStep, state: Floats) -> None:
+        self.run.store.save_step(step, state)
+        self._steps.append(step)
+
+    def _points(self, path: int) -> list[int]:
+        """List the steps after which the weights are a point of a path.
+
+        All paths together have as many steps as take a fifth of the evaluations that trials may
+        take, the first as many as find most of what there is to find.
+        """
+        spec = self.run.spec
+        most = spec.search.trials * len(self.run.context.splits.search) / 5
+        left = max(LEAST_LIMIT, int(most / (GRADIENT_COST * self._batch)))
+        left -= sum(one.path < path and one.step > 0 for one in self._steps)
+        return [*takewhile(lambda step: step <= left, (FIRST_POINT * 2**n for n in count()))]
+
+    def _recipe(self, weights: Floats) -> Recipe:
+        """Return the recipe with tuned weights (U, k)."""
+        units = self.run.context.tuned_units
+        assert units is not None
+        space = replace(self.run.context.space, tuned=TunedPath(units, weights[None]))
+        return to_recipe(space, self._point(space, 0.0))
+
+    def _point(self, space: Space, position: float) -> dict[str, object]:
+        assert self.method is not None
+        start = even_weights(space, range(space.used), 1 / space.used)
+        point = space.point(self.method, start)
+        return {**point, "strength": 1.0, "position": position}
+
+    def _enqueue(self, step: PathStep) -> None:
+        points = [one for one in self._steps if one.is_point]
+        point = self._point(self.run.space, float(points.index(step)))
+        self.run.log.enqueue(point, start=_label(step))
+
+    def _trial_of(self, step: PathStep, trials: Sequence[TrialRecord]) -> TrialRecord | None:
+        return next((trial for trial in trials if trial.start == _label(step)), None)
+
+    def _points_of(self, path: int, trials: Sequence[TrialRecord]) -> list[TrialRecord | None]:
+        """List the trials of a path's points; None for one that has failed."""
+        found = [
+            self._trial_of(step, trials)
+            for step in self._steps
+            if step.path == path and step.is_point and step.step
+        ]
+        return [one if one and one.state == "complete" else None for one in found]
+
+    def _goes_on(self, trials: Sequence[TrialRecord]) -> bool:
+        """Return whether the last path is below its limit, its best point one of the last two."""
+        last = self._steps[-1]
+        points = self._points_of(last.path, trials)
+        best = min((one.sort_key for one in points if one), default=None)
+        ahead = [one.sort_key == best for one in points[-2:] if one]
+        return last.step < self._points(last.path)[-1] and any(ahead)
+
+    def _begins_again(self, trials: Sequence[TrialRecord]) -> bool:
+        """Return whether the first path, still rising at its end, has a second after it.
+
+        It was rising if its last point is ahead of every other by more than a standard error.
+        """
+        last = self._steps[-1]
+        *others, end = self._points_of(last.path, trials)
+        if last.path + 1 >= len(RATES) or end is None or not self._points(last.path + 1):
+            return False
+        best = min((one.sort_key for one in others if one), default=(np.inf, np.inf))
+        if (end.violation, -end.value + end.variance**0.5) >= best:
+            return False
+        later = [trial for trial in trials if trial.number > end.number and trial.completed]
+        return sum(trial.expected_improvement is not None for trial in later) >= AROUND
+
+
+def _label(step: PathStep) -> str:
+    again = f" of path {step.path + 1}" if step.path else ""
+    return f"{PREFIX}{step.step} steps{again}"

@@ -1,0 +1,92 @@
+"""Tuning within a run: points of the path are trials, and a killed run goes on with the same path.
+
+Real tiny models and real lm-eval tasks.
+"""
+
+import json
+
+import numpy as np
+import pytest
+import yaml
+
+from search.cli import main
+from search.running.tuner import FIRST_POINT, GRADIENT_COST, PREFIX
+from search.storing.folder import DATABASE
+from search.storing.store import Store
+from search.storing.trials import TrialLog
+
+
+@pytest.fixture(scope="module")
+def study(make_study, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tuned")
+    return make_study(folder, search__trials=5, search__tune=True)
+
+
+def start(study, run):
+    return main(["run", str(study), "--out", str(run), "--device", "cpu"])
+
+
+@pytest.fixture(scope="module")
+def finished(study, tmp_path_factory):
+    run = tmp_path_factory.mktemp("finished") / "run"
+    assert start(study, run) == 0
+    return run
+
+
+def steps_and_points(run):
+    store = Store(run / DATABASE)
+    steps = [(one.path, one.step, one.losses) for one in store.steps()]
+    return steps, [point.tobytes() for point in store.states(points=True)]
+
+
+def test_points_of_the_path_are_the_first_trials(finished):
+    trials = TrialLog(Store(finished / DATABASE).study()).complete()
+    labels = [trial.start for trial in trials]
+    assert labels[:2] == [f"{PREFIX}{FIRST_POINT} steps", f"{PREFIX}{2 * FIRST_POINT} steps"]
+    assert [trial.point["position"] for trial in trials[:2]] == [1.0, 2.0]
+    assert trials[0].point["strength"] == 1.0
+    assert trials[0].recipe != trials[1].recipe
+
+
+def test_tuning_lowers_the_loss_of_its_items(finished):
+    losses = [np.mean([*one.losses.values()]) for one in Store(finished / DATABASE).steps()[1:]]
+    assert np.mean(losses[-5:]) < np.mean(losses[:5])
+
+
+def test_gradients_are_counted_as_evaluations(finished):
+    result = json.loads((finished / "result.json").read_text())
+    steps = Store(finished / DATABASE).steps()
+    items = 16 * sum(one.step > 0 for one in steps)
+    assert result["items_asked"]["tune"] == GRADIENT_COST * items
+    assert result["item_evaluations"] == sum(result["items_asked"].values())
+
+
+@pytest.mark.parametrize("after", [0, 7, FIRST_POINT])
+def test_killed_run_goes_on_with_the_same_path(study, finished, after, tmp_path, monkeypatch):
+    run, save, saved = tmp_path / "run", Store.save_step, []
+
+    def save_and_die(store, step, state):
+        save(store, step, state)
+        saved.append(step)
+        if step.step == after:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Store, "save_step", save_and_die)
+        assert start(study, run) != 0
+    assert saved[-1].step == after
+    assert start(study, run) == 0
+    assert steps_and_points(run) == steps_and_points(finished)
+    recipes = [(folder / "recipe.yaml").read_text() for folder in (run, finished)]
+    assert recipes[0] == recipes[1]
+
+
+def test_study_without_labels_is_refused_if_it_is_to_be_tuned(study, tmp_path, capsys):
+    mapping = yaml.safe_load(study.read_text())
+    mapping["search"]["methods"] = ["ties"]
+    file = study.parent / "ties.yaml"
+    file.write_text(yaml.safe_dump(mapping))
+    assert start(file, tmp_path / "run") == 2
+    error = capsys.readouterr().err
+    assert "search.tune" in error
+    assert "task_arithmetic" in error
