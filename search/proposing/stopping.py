@@ -17,7 +17,7 @@ from search.storing.trials import TrialRecord
 
 WINDOW: Final = 10
 SHARE: Final = 0.05
-PATIENCE: Final = 15
+PATIENCE: Final = 10
 
 
 def should_stop(trials: Sequence[TrialRecord], items: int, share: float = SHARE) -> bool:

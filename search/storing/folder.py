@@ -96,7 +96,6 @@ def locked(run: Path) -> Iterator[None]:
         raise StudyError(f"{run}: {error.strerror}; choose another folder") from None
     with held:
         remove_partials(run)
-        remove_partials(run / "checkpoint")
         yield
 
 

@@ -15,7 +15,7 @@ import yaml
 from merge_engine.models.checkpoint import open_model
 from merge_engine.models.locating import is_hub_id, is_local
 from merge_engine.models.tensor_names import input_embedding
-from merge_engine.replacing import create_text, remove_partials
+from merge_engine.replacing import create_text
 from merge_engine.schema import find_folder
 from objectives.base import ObjectiveError
 from objectives.entries import TaskEntry
@@ -81,7 +81,6 @@ def write_study(
             would be refused, too.
     """
     folder = file.parent
-    remove_partials(folder, file.name)
     if file.exists():  # before anything else is looked at
         raise StudyError(f"{file} exists; choose another --out, or remove it")
     named = [_model_name(model, folder) for model in models]
