@@ -15,7 +15,7 @@ import yaml
 from merge_engine.models.checkpoint import open_model
 from merge_engine.models.locating import is_hub_id, is_local
 from merge_engine.models.tensor_names import input_embedding
-from merge_engine.replacing import create_text
+from merge_engine.replacing import create_text, remove_partials
 from merge_engine.schema import find_folder
 from objectives.base import ObjectiveError
 from objectives.entries import TaskEntry
@@ -25,7 +25,6 @@ from search.study.spec import DEFAULT_SCALE, ItemCounts, SearchSpec, StudyError
 
 TEMPLATE: Final = Path(__file__).with_name("study.yaml.tmpl")
 TASKS: Final = "tasks"  # folder, beside the study, of the task files that are written
-_FEWEST: Final = 3  # questions: one for each split
 
 Write = Callable[[Path, str], None]
 
@@ -82,6 +81,7 @@ def write_study(
             would be refused, too.
     """
     folder = file.parent
+    remove_partials(folder, file.name)
     if file.exists():  # before anything else is looked at
         raise StudyError(f"{file} exists; choose another --out, or remove it")
     named = [_model_name(model, folder) for model in models]
@@ -153,7 +153,7 @@ def _find_task(task: str, folder: Path, write: Write) -> tuple[str, Path | None]
 
     The file of a JSONL file's task is written.
     """
-    path = Path(os.path.expanduser(task))  # pathlib's raises for nobody's home
+    path = Path(task).expanduser()
     if path.suffix not in (".jsonl", ".yaml"):
         if path.exists():
             raise StudyError(
@@ -193,10 +193,6 @@ def _count_items(
             raise
         return [f"{error}; the study has the default number of items"], wanted, "not counted yet"
     count = len({item.key for task in tasks for item in task.items})
-    if count < _FEWEST:
-        raise StudyError(
-            f"--tasks: {', '.join(names)} have {count} different questions; give {_FEWEST} or more"
-        )
     if count < wanted.search + wanted.select + wanted.test:
         fifth = max(1, count // 5)
         test = max(1, min(2 * fifth, count - 2 * fifth))
