@@ -17,7 +17,9 @@ from typing import Final
 
 from merge_engine.errors import FULL, MergeError
 
-_PARTIAL: Final = re.compile(r"\..+\.[0-9a-f]{8}\.partial")  # what a kill leaves of a text
+_PARTIAL: Final = re.compile(
+    r"\.(.+)\.[0-9a-f]{8}\.partial(-journal)?"
+)  # what a kill leaves of a text
 _MARK: Final = ".mergesearch"  # in a folder that is being written, so nothing of the user's
 
 
@@ -32,6 +34,7 @@ def replace_text(file: Path, text: str, *, private: bool = False) -> None:
 
 def create_text(file: Path, text: str) -> None:
     """Write a file that is not there yet, whole; FileExistsError if there is something."""
+    remove_partials(file.parent, file.name)
     with _partial(file, text, 0o666) as partial:
         file.hardlink_to(partial)
 
@@ -50,10 +53,11 @@ def _partial(file: Path, text: str, mode: int) -> Iterator[Path]:
         partial.unlink(missing_ok=True)
 
 
-def remove_partials(folder: Path) -> None:
-    """Remove what a kill has left of ``replace_text`` in a folder."""
-    for path in folder.iterdir():
-        if _PARTIAL.fullmatch(path.name) and path.is_file() and not path.is_symlink():
+def remove_partials(folder: Path, name: str | None = None) -> None:
+    """Remove what a kill has left of a file's writing in a folder; None: of any file's."""
+    for path in folder.iterdir() if folder.is_dir() and not folder.is_symlink() else ():
+        match = _PARTIAL.fullmatch(path.name)
+        if match and name in (None, match[1]) and path.is_file() and not path.is_symlink():
             path.unlink(missing_ok=True)
 
 

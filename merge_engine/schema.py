@@ -69,6 +69,11 @@ def _find(name: str, beside: Path | None, is_there: Callable[[Path], bool]) -> P
         return None
 
 
+def _is_piped(path: Path) -> bool:
+    """Return whether a path is what a shell makes of ``<(command)``."""
+    return path.is_relative_to("/dev/fd") or path.is_relative_to("/proc")
+
+
 def _shown(path: Path) -> str:
     text = str(path)
     return text if len(text) <= _NAME else f"{text[:_NAME]}..."
@@ -150,11 +155,14 @@ def load_documents(path: Path) -> Sequence[Mapping[str, Any]]:
         MergeError: The file is missing, is not YAML, or holds something else.
     """
     try:
-        data = path.read_bytes()
+        if not path.is_file() and path.exists() and not path.is_dir() and not _is_piped(path):
+            raise ValueError("no plain file")
+        with path.open("rb") as opened:
+            data = opened.read(_YAML_BYTES + 1)
     except (OSError, ValueError) as error:
         raise MergeError(f"{_shown(path)}: {_strerror(error)}; check the path") from None
     if len(data) > _YAML_BYTES:
-        raise MergeError(f"{path}: {len(data):,} bytes are no recipe or study; check the path")
+        raise MergeError(f"{path}: too large for a recipe or a study; check the path")
     with reading(f"{path}: not YAML", "correct it"):
         try:
             # Bytes: PyYAML then finds UTF-16, which PowerShell writes, by its byte order mark.

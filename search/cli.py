@@ -104,11 +104,13 @@ def _of_database(error: Exception) -> tuple[str, int] | None:
     if type(error).__module__.partition(".")[0] not in ("sqlalchemy", "optuna"):
         return None
     from objectives.base import printable
-    from search.storing.address import DATABASE_ERRORS, reason_of
+    from search.storing.address import DATABASE_ERRORS, is_transient, reason_of
 
     if not isinstance(error, DATABASE_ERRORS):
         return None
     what = f"the run's database: {printable(reason_of(error))}"
+    if is_transient(error):
+        return f"{what}; when that is mended, {AGAIN}", STOPPED
     return f"{what}; restore it from a copy, or begin anew with --force-new", BAD_INPUT
 
 

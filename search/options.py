@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Final, Literal
 
 DEMO: Final = Path(__file__).parent.parent / "studies" / "demo"
+_DIGITS: Final = 18  # of a whole number
 _STORAGE: Final = ("--storage URL", "database (default: a file in the folder)")
 
 
@@ -54,8 +55,8 @@ def _gpus(text: str) -> float:
 
 
 def _count(text: str) -> int:
-    if not text.isdecimal() or not int(text):
-        raise ArgumentTypeError(f"{text!r} is not a whole number above 0")
+    if not text.isdecimal() or len(text) > _DIGITS or not int(text):
+        raise ArgumentTypeError(f"{text[:40]!r} is not a whole number above 0")
     return int(text)
 
 
@@ -72,8 +73,8 @@ def _text(text: str) -> str:
 
 
 def _seed(text: str) -> int:
-    if not text.isdecimal():
-        raise ArgumentTypeError(f"{text!r} is not a whole number")
+    if not text.isdecimal() or len(text) > _DIGITS:
+        raise ArgumentTypeError(f"{text[:40]!r} is not a whole number of up to {_DIGITS} digits")
     return int(text)
 
 

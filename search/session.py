@@ -53,7 +53,9 @@ def choose_device(device: str | None, *, elsewhere: bool = False) -> str:
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     if not elsewhere:
         try:
-            torch.empty(0, device="cuda" if device == "auto" else device)
+            made = torch.empty(0, device="cuda" if device == "auto" else device)
+            if made.is_meta:  # a device without numbers
+                raise RuntimeError("no such device")
         except (AssertionError, RuntimeError) as error:
             reason = str(error).split(". ")[0].splitlines()[0]
             if reason.startswith("Expected one of"):  # all the kinds that torch has a word for

@@ -38,7 +38,9 @@ def listed_files(folder: Path) -> dict[str, str]:
     matches = [match for line in lines if (match := _LINE.fullmatch(line))]
     listed = {match[2]: match[1] for match in matches}
     own = folder.resolve()
-    elsewhere = any((folder / name).resolve() != own / name for name in listed)
+    elsewhere = any(
+        Path(name).is_absolute() or (folder / name).resolve() != own / name for name in listed
+    )
     return {} if elsewhere or len(listed) < len(lines) else listed
 
 

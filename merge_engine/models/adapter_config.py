@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import regex
-from pydantic import AfterValidator, BaseModel, ConfigDict, FiniteFloat, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from merge_engine.errors import MergeError
 from merge_engine.models.model_folder import read_json
@@ -42,6 +42,7 @@ def _ended(pattern: str) -> str:
     return rf"(.*\.)?({pattern})$"
 
 
+_Alpha = Annotated[float, Field(ge=-1e30, le=1e30)]  # of float32, in which it is multiplied
 _Pattern = Annotated[str, AfterValidator(_check_pattern)]
 
 
@@ -51,8 +52,8 @@ class AdapterConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="ignore")
 
     base_model_name_or_path: str | None = None  # what it was trained on
-    lora_alpha: FiniteFloat = 8  # numerator of the scale
-    alpha_pattern: dict[_Pattern, FiniteFloat] | None = (
+    lora_alpha: _Alpha = 8  # numerator of the scale
+    alpha_pattern: dict[_Pattern, _Alpha] | None = (
         None  # other alphas, by the end of a module's name
     )
     use_rslora: bool = False  # divide by the root of the rank, not the rank

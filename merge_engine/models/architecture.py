@@ -45,7 +45,9 @@ def auto_class(config: PreTrainedConfig) -> Any:
 
 
 def load_config(folder: Path, *, trust_remote_code: bool = False) -> PreTrainedConfig:
-    """Load the config in a folder.
+    """Load the config in a folder, without the kernels that it asks for.
+
+    They might be another repository's code, or take minutes to be compiled.
 
     Raises:
         ValueError: transformers does not know the model, or it needs ``trust_remote_code``.
@@ -55,6 +57,9 @@ def load_config(folder: Path, *, trust_remote_code: bool = False) -> PreTrainedC
     config: PreTrainedConfig = AutoConfig.from_pretrained(
         folder, trust_remote_code=trust_remote_code
     )
+    for part in (config, *(getattr(config, name) for name in config.sub_configs)):
+        if part is not None:
+            part._attn_implementation = None  # there is no other name for it
     return config
 
 

@@ -29,7 +29,7 @@ from merge_engine.models.lora import Adapter
 from merge_engine.models.model_folder import WEIGHTS, Weights, find_weights, read_json, way_out
 from merge_engine.models.quantised import find_quantised
 from merge_engine.models.tensor_names import input_embedding, is_head_weight, layer_position
-from merge_engine.models.weights_file import DTYPES, open_weights
+from merge_engine.models.weights_file import DTYPES, open_weights, read_rows
 from merge_engine.numerics.statistics import all_finite
 from merge_engine.schema import find_folder
 
@@ -38,6 +38,7 @@ _RECOMPUTED = re.compile(r"\.(rotary_emb\.inv_freq|attn\.masked_bias|attention\.
 _MASK = re.compile(r"\.(attn|attention)\.bias$")
 _WITH_MASKS = ("gpt2", "gpt_bigcode", "gpt_neo", "gpt_neox", "gptj", "codegen", "imagegpt")
 # Modules in which torch.compile, FSDP and activation checkpointing hold a model's own.
+_ROWS = 64  # of a head that are compared with the embedding's
 # Beyond what any tensor has, and below what makes libraries stumble.
 _NAME_LENGTH, _LAYER, _ELEMENTS = 1000, 10_000, 1 << 48
 _WRAPPERS = re.compile(r"(?:^|\.)(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
@@ -107,7 +108,11 @@ class Checkpoint:
                 f"{self._weights.index}: lists {lost[0]!r}, which {listed[lost[0]]!r} lacks; "
                 "fetch both again"
             )
-        return {name: info for name, info in sorted(found.items()) if self._is_own(name)}
+        return {
+            name: info
+            for name, info in sorted(found.items())
+            if self._is_own(name) or (is_head_weight(name) and not self._is_embedding(name, found))
+        }
 
     def _headers(self) -> dict[str, tuple[Path, Any]]:
         """Return each stored tensor's file and header; refuse what is not a model's own weights."""
@@ -135,6 +140,21 @@ class Checkpoint:
         masked = _MASK.search(name) and self.config.get("model_type") in _WITH_MASKS
         recomputed = masked or _RECOMPUTED.search(name)
         return not recomputed and not (is_head_weight(name) and self._is_tied)
+
+    def _is_embedding(self, head: str, found: Mapping[str, TensorInfo]) -> bool:
+        """Return whether a stored head is a copy of the embedding, by some of its rows.
+
+        transformers does not tie another one, whatever the config says.
+        """
+        embedding = input_embedding(found)
+        if embedding is None or found[embedding].shape != found[head].shape:
+            return False
+        last = found[head].shape[0] - 1
+        rows = (
+            sorted({last * number // (_ROWS - 1) for number in range(_ROWS)}) if last > 0 else [0]
+        )
+        mine, its = (read_rows(self._open(found[n].file), n, rows) for n in (head, embedding))
+        return torch.equal(mine, its)
 
     @cached_property
     def _is_tied(self) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 from collections.abc import Iterable, Mapping
@@ -118,7 +119,10 @@ def read_json(file: Path) -> dict[str, Any]:
 def list_files(folder: Path) -> list[str]:
     """Return paths below a folder, relative to it: three levels, as in the hub's cache."""
     levels = chain.from_iterable(folder.glob(pattern) for pattern in ("*", "*/*", "*/*/*"))
-    return [path.relative_to(folder).as_posix() for path in islice(levels, _LISTED)]
+    found: list[str] = []
+    with contextlib.suppress(OSError):  # of folders that come and go, or are others' alone
+        found.extend(path.relative_to(folder).as_posix() for path in islice(levels, _LISTED))
+    return found
 
 
 def way_out(paths: Iterable[str], model: str, folder: Path) -> str:

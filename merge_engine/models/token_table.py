@@ -112,4 +112,7 @@ def _read(file: Path, tokens_in: Any) -> dict[int, str]:
         return {}
     with reading(f"{file}: damaged"):
         found: dict[int, str] = tokens_in(read_json(file))
+        for number, token in found.items():
+            if type(number) is not int or not isinstance(token, str):
+                raise ValueError(f"{token!r} has the number {number!r}")
     return found

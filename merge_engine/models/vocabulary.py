@@ -125,6 +125,8 @@ def make_vocabulary(
     out = _tokenizer(settings, tokenizers, heights, base)
     out.add_tokens([token for token in settings.tokens if token not in out.get_vocab()])
     tokens = out.get_vocab()
+    if lost := [token for token in settings.tokens if token not in tokens]:
+        raise MergeError(f"tokenizer.tokens: {lost[0]!r} cannot be a token; leave it out")
     count = max(tokens.values()) + 1
     multiple = settings.pad_to_multiple_of or 1
     numbers = {model: tokenizer.get_vocab() for model, tokenizer in tokenizers.items()}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 import zipfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -101,6 +101,15 @@ class PickledFile:
     def get_tensor(self, name: str) -> Tensor:
         """Return a tensor, contiguous; KeyError if there is none of that name."""
         return self._tensors[name].detach().contiguous()
+
+
+def read_rows(opened: Any, name: str, rows: Sequence[int]) -> Tensor:
+    """Read some rows of a tensor of an open file: (rows, *)."""
+    part = opened.get_slice(name)
+    if isinstance(part, Header):  # the file is in memory, or mapped
+        tensor: Tensor = opened.get_tensor(name)
+        return tensor[[*rows]]
+    return torch.cat([part[row : row + 1] for row in rows])
 
 
 def _load(file: Path) -> object:

@@ -112,7 +112,7 @@ def parse_recipe(mapping: Mapping[str, Any], where: str) -> tuple[Recipe, list[s
         if key in mapping and "merge_method" not in mapping:
             raise MergeError(f"{where}: {key!r} makes it a configuration of {tool}; {advice}")
     check_keys(where, mapping, {*Recipe.model_fields, *known_parameters})
-    if (method := mapping.get("merge_method")) not in METHODS:
+    if not isinstance(method := mapping.get("merge_method"), str) or method not in METHODS:
         raise MergeError(
             f"{where}: unknown merge_method {method!r}{suggestion(str(method), METHODS)}"
         )

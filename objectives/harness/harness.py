@@ -40,7 +40,7 @@ from objectives.base import (
 from objectives.harness.encoding import Prompting, check_encoding
 from objectives.harness.judging import JUDGE_SECONDS, NAN, judge, response_of
 from objectives.harness.losses import is_right, losses, targets, written_answer
-from objectives.harness.prompts import Question, build_questions, snapshots
+from objectives.harness.prompts import Question, build_questions, check_tokens, snapshots
 from objectives.harness.quiet import quiet
 from objectives.harness.tasks import LoadedTask
 from objectives.inference.agreement import settle_modes
@@ -131,6 +131,14 @@ class Harness(Objective):
         size = find_batch_size(language_model.sizes, tokens, fits)
         language_model.resize_batches(size)
         return size * language_model.sizes.tokens
+
+    def check_tokens(self, items: Sequence[int]) -> None:
+        """Refuse items whose prompts the model has no tokens for.
+
+        Raises:
+            ObjectiveError: There is one; the message names it.
+        """
+        check_tokens([self.questions[number] for number in items], self.language_model)
 
     @override
     def snapshots(self, items: Sequence[int]) -> list[ItemSnapshot]:

@@ -17,6 +17,7 @@ from lm_eval.models.utils import normalize_gen_kwargs
 from objectives.base import Item, ItemSnapshot, ObjectiveError, objective_errors, time_limit
 from objectives.harness.encoding import TEMPLATE_SECONDS, Prompting
 from objectives.harness.metrics import Metric
+from objectives.harness.task_factory import limited_templates
 from objectives.harness.tasks import LoadedTask, check_greedy, digest
 from objectives.inference.token_tree import common_length
 
@@ -26,7 +27,6 @@ if TYPE_CHECKING:
 _LOG = logging.getLogger(__name__)
 
 # Where a task's data comes from may change: the data are compared item by item.
-_SHORT = 8  # characters of a prompt that may be no token at all
 _DATA_KEYS = ("metadata", "dataset_path", "dataset_name", "dataset_kwargs")
 
 
@@ -55,7 +55,7 @@ def build_questions(
     """
     task, chat = loaded.task, prompting.apply_chat_template
     where = f"task {loaded.name!r}: its prompts could not be built"
-    with loaded.random_state.active(), objective_errors(where):
+    with loaded.random_state.active(), objective_errors(where), limited_templates(loaded.name):
         task.build_all_requests(
             system_instruction=prompting.system_instruction,
             apply_chat_template=chat,
@@ -100,17 +100,37 @@ def _check_request(name: str, request: Instance, language_model: HFLM) -> None:
     """Refuse responses that are sampled, or leave no tokens for a prompt."""
     if request.request_type == "generate_until":
         check_greedy(name, normalize_gen_kwargs(request.args[1]))
-        prompt = str(request.args[0])
-        if len(prompt) <= _SHORT and not language_model.tok_encode(prompt):
-            raise ObjectiveError(
-                f"task {name!r}: the prompt of row {request.doc_id} is {prompt!r}, of which the "
-                "tokenizer makes no token; correct its doc_to_text"
-            )
     if (limit := _max_new_tokens(request, language_model)) >= language_model.max_length:
         raise ObjectiveError(
             f"task {name!r}: max_gen_toks is {limit} but the model's context has "
             f"{language_model.max_length} tokens; set a smaller max_gen_toks"
         )
+
+
+def check_tokens(questions: Sequence[Question], language_model: HFLM) -> None:
+    """Refuse prompts of no token, or with one that the model has no row for.
+
+    Raises:
+        ObjectiveError: There is one, or the tokenizer cannot encode it.
+    """
+    rows = language_model.model.get_input_embeddings().weight.shape[0]
+    folder = language_model.tokenizer.name_or_path
+    for question in questions:
+        for request in question.requests:
+            with objective_errors(f"{question.where}: {folder} cannot encode its prompt"):
+                tokens = _tokens(request, language_model)
+            if not tokens and request.request_type == "generate_until":
+                raise ObjectiveError(
+                    f"{question.where}: the tokenizer makes no token of its prompt "
+                    f"{request.args[0]!r}; correct its doc_to_text"
+                )
+            if tokens and (last := max(tokens)) >= rows:
+                token = language_model.tokenizer.decode([last])
+                raise ObjectiveError(
+                    f"{question.where}: its prompt has the token {token!r}, number {last} of the "
+                    f"tokenizer in {folder}, and the model has {rows} rows; fetch both again, or "
+                    "write 'tokenizer: {source: base}' to give it rows"
+                )
 
 
 def snapshots(questions: Sequence[Question], language_model: HFLM) -> list[ItemSnapshot]:

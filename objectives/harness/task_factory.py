@@ -23,6 +23,8 @@ from objectives.harness.encoding import TEMPLATE_SECONDS
 from objectives.harness.task_code import find_code
 from objectives.harness.task_index import LM_EVAL_TASKS
 
+_LENGTH = 10_000_000  # characters that a template makes
+
 
 class SafeTaskFactory(TaskFactory):  # type: ignore[misc]  # lm-eval is published without types
     """Builds each task in the folder of its YAML, where its data files are."""
@@ -82,12 +84,17 @@ class SafeTaskFactory(TaskFactory):  # type: ignore[misc]  # lm-eval is publishe
 
 @contextlib.contextmanager
 def limited_templates(task: str) -> Iterator[None]:
-    """Have a task's templates filled in within a limit of time for each."""
+    """Have a task's templates filled in within limits of time and length for each."""
     apply = utils.apply_template
 
     def limited(template: str, document: dict[str, Any]) -> str:
         with time_limit(TEMPLATE_SECONDS, f"task {task!r}: the template {template[:50]!r}"):
             text: str = apply(template, document)
+        if len(text) > _LENGTH:
+            raise ObjectiveError(
+                f"task {task!r}: the template {template[:50]!r} makes {len(text):,} characters; "
+                "correct it"
+            )
         return text
 
     utils.apply_template = limited  # lm-eval has no setting for it

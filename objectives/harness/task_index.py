@@ -48,6 +48,8 @@ def find_tasks(names: Sequence[str], include_path: Sequence[Path]) -> TaskManage
     """
     folders = [folder.resolve() for folder in include_path]
     for file in (file for folder in folders for file in folder.rglob("*.yaml")):
+        if file.exists() and not file.is_file() and not file.is_dir():
+            raise ObjectiveError(f"{file}: no plain file; take it out of the folder")
         with suppress(OSError, yaml.YAMLError):  # said where the file is needed
             _check_depth(file)
     manager = TaskManager(include_defaults=False, include_path=folders)

@@ -115,7 +115,8 @@ def load_tasks(
     sandbox_templates()
     with quiet(logging.WARNING):
         names = [entry.task for entry in entries if isinstance(entry, TaskEntry)]
-        manager = find_tasks(names, include_path)
+        with objective_errors("objective.include_path: its task files could not be read"):
+            manager = find_tasks(names, include_path)
         for entry in entries:
             random_state = TaskRandomState()
             with random_state.active():
@@ -130,7 +131,8 @@ def load_tasks(
             for name, task in tasks.items():
                 weight = entry.weight / len(tasks)
                 settings = entry if isinstance(entry, TaskEntry) else TaskEntry(task=name)
-                loaded[name] = _prepare(name, task, settings, weight, random_state)
+                with objective_errors(f"task {name!r} cannot be used"):
+                    loaded[name] = _prepare(name, task, settings, weight, random_state)
     return list(loaded.values())
 
 

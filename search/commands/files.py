@@ -85,12 +85,12 @@ def build(options: BuildOptions, listener: Listener) -> None:
 
     for note in notes:
         say(note)
+    if options.out.exists():
+        raise MergeError(f"{options.out} exists; choose another folder or remove it")
     device = torch.device(choose_device(options.device))
     kept = options.intermediate_dir
     folder = kept or options.out.with_name(f"{options.out.name}.stages")
     stages = [stage for stage in stages if stage.needed or kept]
-    if options.out.exists():
-        raise MergeError(f"{options.out} exists; choose another folder or remove it")
     if len(stages) > 1:
         with planned(stages):
             pass  # what is wrong is said before anything is built

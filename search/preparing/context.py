@@ -6,6 +6,7 @@ without weights, for a coordinator whose workers have the live ones.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, cast
@@ -52,6 +53,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from objectives.entries import PromptEntry
+
+_LOG = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -255,7 +258,12 @@ def _outline(plan: StudyPlan) -> PreTrainedModel:
     """Make the live model without weights, and check that the donors' tensors become its own."""
     models = plan.model_set
     model = load_without_weights(plan.spec, models.reference, plan.dtype, models.vocabulary)
-    LiveTensors(model, {name: info.shape for name, info in models.tensors.items()})
+    live = LiveTensors(model, {name: info.shape for name, info in models.tensors.items()})
+    if unread := [name for name in models.names if name not in live.targets]:
+        _LOG.warning(
+            "%s reads no %r%s of the stored tensors: they are merged, and have no part in scores",
+            *(type(model).__name__, unread[0], f" and {len(unread) - 1} more" * (len(unread) > 1)),
+        )
     return model
 
 

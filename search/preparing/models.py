@@ -93,9 +93,10 @@ def load_model(
     trusted = spec.trust_remote_code
     _check_loadable(checkpoint)
     with _explained(checkpoint):
-        auto = auto_class(load_config(checkpoint.folder, trust_remote_code=trusted))
-        model: PreTrainedModel = auto.from_pretrained(
+        config = load_config(checkpoint.folder, trust_remote_code=trusted)
+        model: PreTrainedModel = auto_class(config).from_pretrained(
             checkpoint.folder,
+            config=config,
             dtype=torch_dtype(dtype),
             device_map=device,
             trust_remote_code=trusted,

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from merge_engine.errors import check_keys
 from objectives.base import Item, Objective, ObjectiveError
 from objectives.entries import PluginEntry, PromptEntry
-from objectives.items import Splits, split_items
+from objectives.items import SPLITS, Splits, split_items
 from search.study.parameters import tuning_method
 from search.study.spec import StudyError, StudySpec
 
@@ -78,7 +78,7 @@ def bind_tasks(
     and ``say`` receives what was found.
 
     Raises:
-        ObjectiveError: They cannot be prepared, or there are too few items.
+        ObjectiveError: They cannot be prepared or encoded, or there are too few items.
         StudyError, MergeError: The study's constraints do not fit the tasks.
     """
     from objectives.plugin import Plugin, Suite
@@ -100,6 +100,9 @@ def bind_tasks(
     splits = tasks.splits
     if splits is None or tuple(objective.items) != tasks.items:  # a document may have no request
         splits = _split(spec, objective.items, objective.tasks)
+    if tasks.loaded:  # whose items come first
+        numbers = [number for split in SPLITS for number in getattr(splits, split)]
+        harness.check_tokens([number for number in numbers if number < len(harness.items)])
     return objective, splits
 
 

@@ -105,9 +105,10 @@ def load_sampler(name: str) -> Source:
     module, _, attribute = name.partition(":")
     try:
         found = getattr(import_module(module), attribute)
-    except (ImportError, AttributeError) as error:
+    except Exception as error:  # whatever the user's module raises
         raise StudyError(
-            f"search.sampler: {name}: {error}; install it, or put its folder on PYTHONPATH"
+            f"search.sampler: {name}: {type(error).__name__}: {error}; install it, or put its "
+            "folder on PYTHONPATH"
         ) from error
     if not (isinstance(found, type) and issubclass(found, BaseSampler)):
         raise StudyError(f"search.sampler: {name} is no subclass of optuna.samplers.BaseSampler")

@@ -171,7 +171,7 @@ def opening(storage: Storage) -> Iterator[None]:
         raise StudyError(f"{storage.name} needs a driver: pip install {package}") from None
     except DATABASE_ERRORS as error:
         what = _without(storage.secrets, reason_of(error))
-        if _is_transient(error):
+        if is_transient(error):
             raise Interrupted(f"{storage.name}: {what}") from None
         to_do = (
             "choose another folder, or restore the file"
@@ -198,7 +198,7 @@ def reason_of(error: Exception) -> str:
     return str(cause.orig if isinstance(cause, DBAPIError) else cause).splitlines()[0]
 
 
-def _is_transient(error: Exception) -> bool:
+def is_transient(error: Exception) -> bool:
     """Return whether SQLite's file is sound, and only its disk full or its lock held."""
     name = getattr(getattr(cause_of(error), "orig", None), "sqlite_errorname", "")
     return name.startswith(("SQLITE_FULL", "SQLITE_BUSY", "SQLITE_IOERR"))

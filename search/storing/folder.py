@@ -96,6 +96,7 @@ def locked(run: Path) -> Iterator[None]:
         raise StudyError(f"{run}: {error.strerror}; choose another folder") from None
     with held:
         remove_partials(run)
+        remove_partials(run / "checkpoint")
         yield
 
 

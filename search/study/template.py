@@ -25,6 +25,7 @@ from search.study.spec import DEFAULT_SCALE, ItemCounts, SearchSpec, StudyError
 
 TEMPLATE: Final = Path(__file__).with_name("study.yaml.tmpl")
 TASKS: Final = "tasks"  # folder, beside the study, of the task files that are written
+_FEWEST: Final = 3  # questions: one for each split
 
 Write = Callable[[Path, str], None]
 
@@ -153,7 +154,7 @@ def _find_task(task: str, folder: Path, write: Write) -> tuple[str, Path | None]
 
     The file of a JSONL file's task is written.
     """
-    path = Path(task).expanduser()
+    path = Path(os.path.expanduser(task))  # pathlib's raises for nobody's home
     if path.suffix not in (".jsonl", ".yaml"):
         if path.exists():
             raise StudyError(
@@ -193,6 +194,10 @@ def _count_items(
             raise
         return [f"{error}; the study has the default number of items"], wanted, "not counted yet"
     count = len({item.key for task in tasks for item in task.items})
+    if count < _FEWEST:
+        raise StudyError(
+            f"--tasks: {', '.join(names)} have {count} different questions; give {_FEWEST} or more"
+        )
     if count < wanted.search + wanted.select + wanted.test:
         fifth = max(1, count // 5)
         test = max(1, min(2 * fifth, count - 2 * fifth))

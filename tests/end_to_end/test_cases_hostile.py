@@ -1,6 +1,7 @@
 """Hostile files, names and numbers: refused in one sentence that names the file, or harmless."""
 
 import json
+import os
 import struct
 from collections.abc import Callable
 from pathlib import Path
@@ -167,6 +168,14 @@ def link(name: str, target: str) -> Change:
     return lambda folder: (folder / name).symlink_to(target)
 
 
+def pipe(name: str) -> Change:
+    def change(folder):
+        (folder / name).unlink()
+        os.mkfifo(folder / name)
+
+    return change
+
+
 def as_integers(folder: Path) -> None:
     tensors = load_file(folder / "b" / WEIGHTS)
     name = "model.layers.0.mlp.up_proj.weight"
@@ -242,12 +251,15 @@ CASES = {
     "huge number in a config": Case(
         BUILD, ("base/config.json",), write("base/config.json", '{"a": %s}' % ("1" * 5000))
     ),
-    "kernel of somebody else": Case(RUN, ("base",), everywhere(attn_implementation="evil/kernel")),
+    "kernel of somebody else": Case(CHECK, None, everywhere(attn_implementation="evil/kernel")),
     "kernel of somebody else, underscored": Case(
-        RUN, ("base",), everywhere(_attn_implementation="evil/kernel")
+        CHECK, None, everywhere(_attn_implementation="evil/kernel")
     ),
     "flash attention that is not there": Case(
-        RUN, ("base",), everywhere(_attn_implementation="flash_attention_2")
+        CHECK, None, everywhere(_attn_implementation="flash_attention_2")
+    ),
+    "kernel to be compiled": Case(
+        "score a study.yaml --device cpu", None, everywhere(_attn_implementation="flex_attention")
     ),
     "tied by a word": Case(RUN, ("base",), everywhere(tie_word_embeddings="yes")),
     "a billion layers": Case(RUN, ("base",), everywhere(num_hidden_layers=10**9)),
@@ -300,6 +312,9 @@ CASES = {
     "alpha that is infinite": Case(
         BUILD, ("adapter_config.json", "lora_alpha"), settings(lora_alpha=float("inf"))
     ),
+    "alpha beyond float32": Case(
+        BUILD, ("adapter_config.json", "alpha_pattern"), settings(alpha_pattern={"q_proj": 1e308})
+    ),
     "adapter of rank 0": Case(BUILD, ("adapter_model.safetensors", "rank"), lora(rank=0)),
     # what a base has beside its weights
     "folder called tokenizer": Case(BUILD, None, folder_called("base/tokenizer")),
@@ -320,6 +335,14 @@ CASES = {
         ("~nosuchuser",),
         unharmed,
     ),
+    "home of nobody for questions": Case(
+        f"{INIT} ~nosuchuser/x.jsonl", ("--tasks", "~nosuchuser"), unharmed
+    ),
+    "device without numbers": Case(
+        "run study.yaml --out run --device meta", ("--device", "'meta'", "no such device"), unharmed
+    ),
+    "build where one is": Case("build recipe.yaml . --device cpu", (".", "exists"), unharmed),
+    "seed of 400 digits as an option": Case(f"{RUN} --seed {'9' * 400}", ("--seed",), unharmed),
     "long name": Case(CHECK_LONG, ("aaa", "File name too long"), unharmed),
     "long path": Case(f"check {DEEP_PATH}y --device cpu", ("x/x", "File name too long"), unharmed),
     "long name in init": Case(
@@ -331,6 +354,10 @@ CASES = {
     "long --out": Case(f"build recipe.yaml {LONG}", ("aaa", "too long"), unharmed),
     "long run": Case(f"run study.yaml --out {LONG} --device cpu", ("aaa", "too long"), unharmed),
     "long model to score": Case(f"score {LONG} study.yaml --device cpu", ("aaa",), unharmed),
+    "pipe for a recipe": Case(BUILD, ("recipe.yaml", "no plain file"), pipe("recipe.yaml")),
+    "pipe for a task": Case(CHECK, ("tasks/tell.yaml", "no plain file"), pipe("tasks/tell.yaml")),
+    "pipe for weights": Case(BUILD, ("b'", "no model.safetensors"), pipe(f"b/{WEIGHTS}")),
+    "device for a study": Case("check /dev/zero --device cpu", ("/dev/zero",), unharmed),
     # tokenizers
     "template without end": Case(
         RUN,
@@ -345,6 +372,14 @@ CASES = {
     "template that divides by zero": Case(RUN, ("base", "template"), template("{{ 1 // 0 }}")),
     "template with an open bracket": Case(RUN, ("base", "template"), template("{{ 1")),
     "token 2^32 - 1": Case(RUN, ("base",), vocabulary(lambda v: v.update(a=2**32 - 1))),
+    "token beyond the rows": Case(
+        CHECK,
+        ("study.yaml", "'tell'", "has the token 'a'", "48 rows"),
+        both(vocabulary(lambda v: v.update(a=10**6))),
+    ),
+    "token number that is a text": Case(
+        CHECK, ("base", "cannot read its tokenizer", '"5"'), vocabulary(lambda v: v.update(a="5"))
+    ),
     "no tokens": Case(RUN, ("base",), vocabulary(dict.clear)),
     "normalizer that doubles": Case(RUN, ("base", "tokenizer"), tokenizer(doubling)),
     "length that is a word": Case(RUN, ("base",), tokenizer_config(model_max_length="long")),
@@ -373,7 +408,9 @@ CASES = {
     "text of everything": Case(
         CHECK, ("study.yaml", "/**/*"), study(objective__tasks=[{"text": "/**/*"}])
     ),
-    "empty prompt": Case(RUN, ("study.yaml", "tell"), task(doc_to_text="", num_fewshot=0)),
+    "empty prompt": Case(
+        CHECK, ("study.yaml", "tell", "makes no token", "''"), task(doc_to_text="", num_fewshot=0)
+    ),
     "task template without end": Case(
         CHECK,
         ("tell",),
@@ -384,6 +421,19 @@ CASES = {
     ),
     "task file that includes itself": Case(
         CHECK, ("tell",), lambda f: write("tasks/tell.yaml", "include: tell.yaml\ntask: tell\n")(f)
+    ),
+    "task whose name is a number": Case(CHECK, ("study.yaml", "task files"), task(task=5)),
+    "filters that are none": Case(CHECK, ("study.yaml", "'tell'"), task(filter_list=[])),
+    "length that is no number": Case(
+        CHECK, ("study.yaml", "'tell'"), task(generation_kwargs={"max_gen_toks": "x"})
+    ),
+    "one question in all": Case(
+        OWN,
+        ("own", "1 different questions", "3 or more"),
+        write("own.jsonl", '{"question": "a", "answer": "b"}\n' * 20),
+    ),
+    "description of 20 million letters": Case(
+        CHECK, ("study.yaml", "'tell'", "characters"), task(description="{{ 'x' * 20000000 }}")
     ),
     "deep task file": Case(
         CHECK, ("tasks/tell.yaml",), write("tasks/tell.yaml", f"task: tell\nx: {DEEP}")
@@ -411,6 +461,17 @@ CASES = {
     "!!bool zz in a study": Case(CHECK, ("study.yaml",), study_text("dtype: !!bool zz")),
     "!!timestamp zz in a study": Case(CHECK, ("study.yaml",), study_text("dtype: !!timestamp zz")),
     "key twice": Case(CHECK, ("study.yaml", "'base_model'", "twice"), study_text("base_model: a")),
+    "method that is a list": Case(
+        BUILD, ("recipe.yaml", "merge_method", "[]"), recipe(merge_method=[])
+    ),
+    "token of no text": Case(
+        BUILD,
+        ("recipe.yaml", "tokenizer.tokens", "''"),
+        recipe(tokenizer={"tokens": {"": {"source": {"kind": "zero"}}}}),
+    ),
+    "sampler of no module": Case(
+        CHECK, ("study.yaml", "search.sampler", ":"), study(search__sampler=":")
+    ),
     "list as a key": Case(CHECK, ("study.yaml",), study_text("? [a]\n: 1")),
     "number as a key": Case(CHECK, ("study.yaml", "1"), study_text("1: 1")),
     # numbers
@@ -482,6 +543,10 @@ CASES = {
 }
 
 
+def contents(folder: Path) -> dict[Path, bytes | None]:
+    return {path: data for path, (_, data) in tree(folder).items()}
+
+
 @pytest.fixture
 def short_limits(monkeypatch):
     for module in ("encoding", "prompts", "task_factory"):
@@ -494,11 +559,11 @@ def test_hostile_input_is_one_sentence_or_does_no_harm(case, zoo, tmp_path, monk
     furnish(tmp_path, zoo)
     case.make(tmp_path)
     monkeypatch.chdir(tmp_path)
-    before = tree(tmp_path)
+    before = contents(tmp_path)
     code = main(case.command.split())
     said = capfd.readouterr()
     if case.says is None:
         assert (code, said.err) == (0, "")
     else:
         assert shortcoming(case.says, code, said.err) is None
-        assert tree(tmp_path) == before
+        assert contents(tmp_path) == before

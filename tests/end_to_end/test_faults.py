@@ -73,6 +73,39 @@ def test_full_disk_stops_search_and_export_and_loses_nothing(study, small_disk, 
     assert (run / "checkpoint" / "model.safetensors").is_file()
 
 
+@pytest.mark.parametrize("pages", [1, 3, 4, 8, 16, 40])
+def test_run_that_ends_on_a_disk_with_a_few_pages_goes_on_when_there_is_room(
+    study, small_disk, pages, capsys
+):
+    fill(small_disk, 4096 * pages)
+    run = small_disk / "run"
+    assert main(command(study, run, "--trials", "2")) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("mergesearch: ")
+    assert error.count("\n") == 1
+    assert AGAIN in error
+    (small_disk / "filler").unlink()
+    assert main(command(study, run, "--trials", "2")) == 0
+    assert len(told(run)) == 2
+    assert not [path for path in run.rglob("*") if "partial" in path.name]
+
+
+def test_full_disk_of_the_cache_is_done_without_and_of_the_output_leaves_nothing(
+    zoo, small_disk, tmp_path, monkeypatch, capsys
+):
+    recipe = tmp_path / "recipe.yaml"
+    models = f"base_model: {zoo / 'base'}\nmodels: [{{model: {zoo / 'a'}}}]\n"
+    recipe.write_text(f"merge_method: ties\nparameters: {{weight: 1.0, density: 0.5}}\n{models}")
+    monkeypatch.setattr("merge_engine.models.measurements.CACHED_FROM", 0)
+    monkeypatch.setenv("MERGESEARCH_CACHE", str(small_disk / "cache"))
+    fill(small_disk, 8192)
+    assert main(["build", str(recipe), str(tmp_path / "out")]) == 0
+    capsys.readouterr()
+    assert main(["build", str(recipe), str(small_disk / "out")]) == 1
+    assert f"{small_disk / 'out'}: No space left on device" in capsys.readouterr().err
+    assert not list(small_disk.glob("out*"))
+
+
 def test_disk_without_room_for_a_folder_is_exit_1_and_one_line(
     study, zoo, small_disk, tmp_path, capsys
 ):

@@ -25,12 +25,24 @@ def test_shards_read_like_a_single_file(zoo, make_model, tmp_path):
     assert all(torch.equal(one.read(name), other.read(name)) for name in one.tensors)
 
 
-def test_copy_of_a_tied_head_is_not_a_tensor_of_the_model(zoo, tmp_path):
+@pytest.mark.parametrize("pickled", [False, True])
+@pytest.mark.parametrize("is_copy", [False, True])
+def test_copy_of_a_tied_head_is_no_tensor_of_the_model_but_another_head_is(
+    zoo, tmp_path, is_copy, pickled
+):
     folder = copy_of(zoo / "base", tmp_path)
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": True}))
     assert "lm_head.weight" in Checkpoint(str(zoo / "base")).tensors
-    assert "lm_head.weight" not in Checkpoint(str(folder)).tensors
+    tensors = load_file(folder / "model.safetensors")
+    if is_copy:
+        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+    (folder / "model.safetensors").unlink()
+    if pickled:
+        torch.save(tensors, folder / "pytorch_model.bin")
+    else:
+        save_file(tensors, folder / "model.safetensors")
+    assert ("lm_head.weight" not in Checkpoint(str(folder)).tensors) == is_copy
 
 
 TWINS = {"single": {}, "shards": {"shards": 3}, "legacy": {"legacy": True}}
