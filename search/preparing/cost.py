@@ -1,4 +1,4 @@
-"""How many item evaluations and how much disk a study takes."""
+"""How many item evaluations, how much time and how much disk a study takes."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from search.preparing.context import StudyPlan
 from search.preparing.models import torch_dtype
 from search.racing.verdict import SELECT_SHARE
 from search.study.spec import StudySpec
+from search.wording import duration
 
 RACED: Final = 0.45  # share of the search's item evaluations that races leave, of 100 trials
 
@@ -22,6 +23,23 @@ def describe_cost(plan: StudyPlan) -> str:
     return (
         f"cost: at most {evaluations:,} item evaluations, usually less than half of them, and "
         f"{max(1, round(checkpoint / 2**20)):,} MiB of disk"
+    )
+
+
+def describe_time(spec: StudySpec, evaluations: float, per_item: float, per_build: float) -> str:
+    """Return a line with the time that a search without early stopping takes.
+
+    Args:
+        spec: The study.
+        evaluations: Item evaluations of all of it, about.
+        per_item: Seconds in which the workers evaluate an item.
+        per_build: Seconds in which they build a candidate.
+    """
+    builds = spec.search.trials + spec.search.finalists + len(spec.models_but_base) + 2
+    seconds = evaluations * per_item + builds * per_build
+    return (
+        f"time: about {duration(seconds)}, less where early stopping ends the search "
+        f"({per_item:.2g} s an item, {per_build:.2g} s a candidate)"
     )
 
 

@@ -11,15 +11,22 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from merge_engine.recipe.recipe import Recipe
-from search.preparing.cost import RACED, concluding_evaluations
+from search.preparing.cost import RACED, concluding_evaluations, describe_time
 from search.proposing.recipes import to_recipe
 from search.proposing.samplers import Proposer
-from search.proposing.starts import warm_starts
+from search.proposing.starts import baselines, warm_starts
 from search.proposing.stopping import has_stalled, should_stop
 from search.racing.item_scores import ItemScores
 from search.running.baselines import open_race, rank_donors, try_baselines
 from search.running.evaluator import Block
-from search.running.events import Note, RaceProgress, RaceProgressed, SearchStarted, TrialFinished
+from search.running.events import (
+    Note,
+    PlanReady,
+    RaceProgress,
+    RaceProgressed,
+    SearchStarted,
+    TrialFinished,
+)
 from search.running.run import Run
 from search.running.tuner import Tuner
 from search.storing.trials import OpenTrial, TrialRecord
@@ -46,11 +53,21 @@ def search(
     """
     evaluations = sum(run.store.evaluations()[0].values())
     total, items = run.spec.search.trials, run.spec.objective.items.search
-    own = len(run.context.own_templates)
-    after = concluding_evaluations(run.spec, RACED * total * items, own)
+    searched, own = RACED * total * items, len(run.context.own_templates)
+    after = concluding_evaluations(run.spec, searched, own)
     run.listener(SearchStarted(total, run.log.finished(), evaluations, after))
     try_baselines(run)
+    if run.evaluator.build_seconds:  # else the first blocks were stored
+        _announce_time(run, searched + after)
     SearchLoop(run, run.opened + timeout, after_trial).work()
+
+
+def _announce_time(run: Run, evaluations: float) -> None:
+    """Say how long it takes, by the first blocks of base, donors and average."""
+    counts, seconds = run.store.evaluations()
+    per_item = seconds / sum(counts.values()) / run.workers.count
+    per_build = run.evaluator.build_seconds / len(baselines(run.context.space)) / run.workers.count
+    run.listener(PlanReady(describe_time(run.spec, evaluations, per_item, per_build)))
 
 
 class SearchLoop:

@@ -83,7 +83,9 @@ def test_export_saves_any_trial_of_a_run(make_study, zoo, tmp_path, capsys):
     study, run, out = make_study(tmp_path), tmp_path / "run", tmp_path / "out"
     options = ["--trials", "6", "--device", "cpu"]
     assert main(["run", str(study), "--out", str(run), *options]) == 0
-    most = re.search(r"cost: at most ([\d,]+) item evaluations", capsys.readouterr().out)
+    said = capsys.readouterr().out
+    assert len(re.findall("^time: about .* s an item", said, re.MULTILINE)) == 1
+    most = re.search(r"cost: at most ([\d,]+) item evaluations", said)
     asked = json.loads((run / "result.json").read_text())["item_evaluations"]
     assert asked <= int(most[1].replace(",", "")) < 3 * asked
     assert main(["export", str(run), str(out), "--trial", "1", "--device", "cpu"]) == 0
