@@ -79,7 +79,9 @@ def _note_tasks_without(run: Run, labels: Mapping[int, str]) -> None:
             "search.tune: no tune item has a label: the tasks have no targets that their metrics "
             "judge right, and neither base nor donors have one right; leave tune out"
         )
-    if without:
+    if not labels:
+        run.listener(Note("weights are not tuned: no tune item has a label"))
+    elif without:
         run.listener(
             Note(
                 f"weights are tuned without {', '.join(without)}: no tune items there, or none "

@@ -87,7 +87,7 @@ class SearchLoop:
         ranking = [space.models.index(name) for name, _ in ranked]
         self.proposer = Proposer(spec.sampler, space, spec.seed, front=spec.front, ranking=ranking)
         self.race = open_race(run)
-        self.tuner = Tuner(run, deadline)
+        self.tuner = Tuner(run, deadline, ranking)
         self._ranking = ranking
         self._starts_wait = True  # until the first path of tuned weights is at its end
         self._waiting: dict[Block, list[RunningTrial]] = {}  # trials by the block they need

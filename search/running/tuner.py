@@ -52,12 +52,18 @@ class Tuner:
     Args:
         run: Of the study.
         deadline: By ``time.perf_counter``; no step is begun after it.
+        ranking: Indices of the donors, the best first; empty: as the study lists them.
     """
 
-    def __init__(self, run: Run, deadline: float) -> None:
+    def __init__(self, run: Run, deadline: float, ranking: Sequence[int] = ()) -> None:
         self.run, self.deadline = run, deadline
         self.method = tuning_method(run.spec)
         self.ended = run.context.tuned_units is None or not run.context.splits.tune
+        self._start = even_weights(
+            run.context.space,
+            (ranking or range(len(run.context.space.donors)))[: run.context.space.used],
+            1 / run.context.space.used,
+        )
         self._by_task: dict[str, list[int]] = {}
         self._labels: dict[int, str] = {}
         self._steps = run.store.steps()
@@ -132,12 +138,10 @@ class Tuner:
         self._enqueue(self._steps[-1])
 
     def _uniform(self) -> Floats:
-        """Return the average of all donors, or of as many as a recipe may use, (U, k)."""
-        space = self.run.context.space
-        weights = even_weights(space, range(space.used), 1 / space.used)
+        """Return the average of all donors, or of the best that a recipe may use, (U, k)."""
         units = self.run.context.tuned_units
         assert units is not None
-        return np.tile(np.array(weights), (len(units.filters), 1))
+        return np.tile(np.array(self._start), (len(units.filters), 1))
 
     def _incumbent(self) -> Floats:
         """Return the weights (U, k) of the best recipe of the method that is tuned."""
@@ -213,9 +217,11 @@ class Tuner:
         return to_recipe(space, self._point(space, 0.0))
 
     def _point(self, space: Space, position: float) -> dict[str, object]:
+        """Return the point of tuned weights alone: its flat ones only have to be in the space."""
         assert self.method is not None
-        start = even_weights(space, range(space.used), 1 / space.used)
-        point = space.point(self.method, start)
+        point = space.point(self.method, self._start)
+        for name, (low, high) in space.bounds.items():
+            point[name] = min(max(point[name], low), high)
         return {**point, "strength": 1.0, "position": position}
 
     def _enqueue(self, step: PathStep) -> None:

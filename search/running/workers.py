@@ -15,6 +15,7 @@ from functools import cache, partial
 from pathlib import Path
 from typing import Any, Final, NamedTuple, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 from typing_extensions import override
@@ -166,12 +167,22 @@ class Worker:
             builder.build(job.recipe)
             if job.weights:
                 found, gradient = self._gradients().of_items(loss, job.items, job.weights)
-                return LossReply(found.tolist(), gradient.numpy(), time.perf_counter() - start)
+                by_model = self._by_model(job.recipe, gradient)
+                return LossReply(found.tolist(), by_model, time.perf_counter() - start)
             with torch.no_grad():
                 values = [
                     float(value) for part in blocks(job.items, AT_ONCE) for value in loss(part)
                 ]
         return LossReply(values, None, time.perf_counter() - start)
+
+    def _by_model(self, recipe: Recipe, gradient: Tensor) -> Floats:
+        """Return a gradient (U, n) for the n donors a recipe names as one for all m models."""
+        models = self.context.space.models
+        found = np.zeros((len(gradient), len(models)))
+        for column, source in enumerate(recipe.donors):
+            if source.model in models:  # the base is named for its config alone
+                found[:, models.index(source.model)] = gradient[:, column].numpy()
+        return found
 
     def _gradients(self) -> RecipeGradient:
         if self._gradient is None:

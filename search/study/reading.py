@@ -313,6 +313,10 @@ def _check_sampler(spec: StudySpec, where: str) -> None:
 
 def _check_tuning(spec: StudySpec, where: str) -> None:
     """Check that a study that is to be tuned by gradient can be."""
+    if spec.search.tune is True and spec.objective.items.tune == 0:
+        raise StudyError(
+            f"{where}: search.tune is true but objective.items.tune is 0; leave one of them out"
+        )
     if spec.search.tune is not True or tuning_method(spec):
         return
     if spec.search.sampler not in TUNING_SAMPLERS:

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import yaml
 
+from merge_engine.recipe.recipe_file import load_recipe
 from search.cli import main
 from search.running.tuner import FIRST_POINT, GRADIENT_COST, PREFIX
 from search.storing.folder import DATABASE
@@ -81,7 +82,32 @@ def test_killed_run_goes_on_with_the_same_path(study, finished, after, tmp_path,
     assert recipes[0] == recipes[1]
 
 
-def test_study_without_labels_is_refused_if_it_is_to_be_tuned(study, tmp_path, capsys):
+def test_recipe_has_no_more_donors_than_it_may(study, tmp_path):
+    mapping = yaml.safe_load(study.read_text())
+    mapping["search"] |= {"at_most": 2, "trials": 1, "scale": [0.6, 1.0]}  # the start has 0.5
+    file = study.parent / "two.yaml"
+    file.write_text(yaml.safe_dump(mapping))
+    assert start(file, tmp_path / "run") == 0
+    store = Store(tmp_path / "run" / DATABASE)
+    (trial,) = TrialLog(store.study()).complete()
+    assert 0.6 <= trial.point["scale"] <= 1.0
+    weights = store.states(points=True)[-1][-1]
+    assert weights.any(axis=0).sum() == 2
+    recipe, _ = load_recipe(tmp_path / "run" / "recipe.yaml")
+    assert len(recipe.donors) == 2
+
+
+def test_averages_are_tuned_too(study, tmp_path):
+    mapping = yaml.safe_load(study.read_text())
+    mapping["search"] |= {"methods": ["linear"], "trials": 1}
+    file = study.parent / "linear.yaml"
+    file.write_text(yaml.safe_dump(mapping))
+    assert start(file, tmp_path / "run") == 0
+    first, last = (state[-1] for state in Store(tmp_path / "run" / DATABASE).states(points=True))
+    assert not np.allclose(first, last)
+
+
+def test_study_without_gradients_is_refused_if_it_is_to_be_tuned(study, tmp_path, capsys):
     mapping = yaml.safe_load(study.read_text())
     mapping["search"]["methods"] = ["ties"]
     file = study.parent / "ties.yaml"
