@@ -202,3 +202,10 @@ def is_transient(error: Exception) -> bool:
     """Return whether SQLite's file is sound, and only its disk full or its lock held."""
     name = getattr(getattr(cause_of(error), "orig", None), "sqlite_errorname", "")
     return name.startswith(("SQLITE_FULL", "SQLITE_BUSY", "SQLITE_IOERR"))
+
+
+def is_damage(error: Exception) -> bool:
+    """Return whether SQLite's file is not as it was written."""
+    name = getattr(getattr(cause_of(error), "orig", None), "sqlite_errorname", "")
+    corrupt = name.startswith(("SQLITE_CORRUPT", "SQLITE_NOTADB"))
+    return corrupt or "Could not decode" in reason_of(error)

@@ -44,9 +44,9 @@ from sqlalchemy import (
 from sqlalchemy.exc import IntegrityError, InterfaceError, InternalError, OperationalError
 from sqlalchemy.pool import NullPool
 
-from objectives.base import ItemResult
+from objectives.base import ItemResult, printable
 from search.racing.race import Floats
-from search.storing.address import DATABASE_ERRORS, Storage, cause_of, opening, reason_of
+from search.storing.address import DATABASE_ERRORS, Storage, cause_of, is_damage, opening, reason_of
 from search.storing.folder import Interrupted
 from search.storing.intact import damaged, digest_of, reading_stored
 from search.storing.snapshot import StoredItem
@@ -208,6 +208,8 @@ class Store:
             try:
                 return attempt()
             except DATABASE_ERRORS as error:
+                if is_damage(error):
+                    raise damaged(self.storage.name, printable(reason_of(error))) from error
                 cause = cause_of(error)
                 if not isinstance(cause, OperationalError | InterfaceError | InternalError):
                     raise
