@@ -9,7 +9,8 @@ from typing import Final
 from objectives.base import printable
 from objectives.scores import Interval
 
-COMPARED: Final = ("base", "uniform", "winner")  # names beside the donors' in a table
+UNTUNED: Final = "untuned"  # name of the best recipe whose weights were not tuned by gradient
+COMPARED: Final = ("base", "uniform", UNTUNED, "winner")  # names beside the donors' in a table
 OWN_TEMPLATE: Final = "under its own chat template"  # of a donor that was asked so
 MAX_LETTERS: Final = 1500  # of a text that a model read or wrote
 

@@ -33,6 +33,13 @@ def to_recipe(space: Space, point: Point) -> Recipe:
     return recipe_with_weights(fine, point, weights @ space.signs, scales.tolist())
 
 
+def is_tuned(point: Point) -> bool:
+    """Return whether the recipe at a point has weights tuned by gradient."""
+    method = METHODS[str(point["method"])]
+    weighted = "weight" in method.params or method.base is Base.ENDPOINT
+    return weighted and bool(point.get("strength"))
+
+
 def recipe_with_weights(
     space: Space, point: Point, of_models: Floats, scales: Sequence[float] = ()
 ) -> Recipe:

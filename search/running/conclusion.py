@@ -19,6 +19,7 @@ from objectives.items import Split
 from search.proposing.edges import around, edges
 from search.proposing.gp import posterior_of
 from search.proposing.gp_sampler import MAX_TRIALS
+from search.proposing.recipes import is_tuned
 from search.proposing.starts import UNIFORM, baselines
 from search.racing.elimination import successive_elimination
 from search.racing.item_scores import ItemScores
@@ -39,6 +40,7 @@ from search.storing.result import (
     Result,
     Score,
     Seconds,
+    Untuned,
     Winner,
     package_versions,
 )
@@ -56,6 +58,9 @@ class Choice:
 
     candidate: Candidate  # the winner
     posterior_mean: float  # of its value, after the search
+    # The recipe without tuned weights that has the highest posterior mean, where the winner's are
+    # tuned; None: they are not, or there is none.
+    untuned: Candidate | None
     selected: ItemScores  # its scores on the select items it was evaluated on
 
 
@@ -70,8 +75,8 @@ def choose(run: Run) -> Choice:
         first = run.log.finished()[0]
         raise StudyError(f"every trial failed, the first with: {first.error}")
     known, posterior = run.posterior()
-    best = posterior.ranked([one.trial.violation for one in known])
-    best = best[: run.spec.search.finalists]
+    ranked = posterior.ranked([one.trial.violation for one in known])
+    best = ranked[: run.spec.search.finalists]
     recipes = [run.recipe_of(known[index].trial) for index in best]
     searched = [run.scores_of(known[index].trial) for index in best]
     run.listener(Stage(f"evaluating the best {len(best)} recipes on the select items"))
@@ -99,7 +104,12 @@ def choose(run: Run) -> Choice:
         violation=violation,
     )
     selected = run.scores.stored(recipes[winner], "select", seen[winner])
-    return Choice(known[best[winner]], float(posterior.means[best[winner]]), selected)
+    chosen, mean = known[best[winner]], float(posterior.means[best[winner]])
+    untuned = None
+    if is_tuned(chosen.trial.point):
+        flat = (known[index] for index in ranked if not is_tuned(known[index].trial.point))
+        untuned = next(flat, None)
+    return Choice(chosen, mean, untuned, selected)
 
 
 def find_front(run: Run) -> list[Candidate]:
@@ -184,8 +194,10 @@ def _conclude(run: Run) -> tuple[Result, Recipe]:
     front = find_front(run) if run.spec.search.front else []
     run.listener(Stage("evaluating the winner, base, donors and their average on the test items"))
     fronts = [run.recipe_of(one.trial) for one in front]
+    untuned = [run.recipe_of(choice.untuned.trial)] if choice.untuned else []
+    earlier = _tested_winners(run, untuned)
     rivals: list[Evaluated] = [*inputs.values(), *own.values()]
-    _evaluate(run, [recipe, *fronts], "test", inputs=rivals)
+    _evaluate(run, [recipe, *fronts, *untuned], "test", inputs=rivals)
     winner = run.scores.stored(recipe, "test")
     compared = {one.key: run.scores.stored(one, "test") for one in rivals}
     seed = run.spec.search.seed
@@ -194,8 +206,7 @@ def _conclude(run: Run) -> tuple[Result, Recipe]:
         key: Baseline(test=Score.of(scores, seed), difference=Difference.of(intervals[key]))
         for key, scores in compared.items()
     }
-    tested = {one.key for one in (recipe, *fronts, *rivals)}
-    earlier = run.store.recipes("test") - tested - run.log.failed.keys()
+    earlier -= {one.key for one in (recipe, *fronts, *rivals)} | run.log.failed.keys()
     evaluations, scoring = run.store.evaluations()
     states = [trial.state for trial in run.log.finished()]
     result = Result(
@@ -211,6 +222,7 @@ def _conclude(run: Run) -> tuple[Result, Recipe]:
         },
         floors=run.scores.floors({"test": winner}),
         edges=at_edges(run, choice.candidate),
+        untuned=_compare_untuned(run, choice.untuned, winner) if choice.untuned else None,
         base=found[inputs[run.spec.base_model].key],
         uniform=found[inputs[UNIFORM].key],
         difference_to_best_donor=DonorDifference(
@@ -232,6 +244,29 @@ def _conclude(run: Run) -> tuple[Result, Recipe]:
         versions=package_versions(),
     )
     return result, recipe
+
+
+def _tested_winners(run: Run, untuned: Sequence[Recipe]) -> set[str]:
+    """Return the keys of recipes that were evaluated on test items, but for mere comparisons.
+
+    Recipes without tuned weights that the winner is to be compared with are noted as such first,
+    unless they were tested for another reason.
+    """
+    compared = {*run.log.header().get("compared", ())}
+    tested = set(run.store.recipes("test"))
+    if new := {one.key for one in untuned} - tested - compared:
+        run.log.set_header(compared=sorted(compared | new))
+    return tested - compared
+
+
+def _compare_untuned(run: Run, candidate: Candidate, winner: ItemScores) -> Untuned:
+    """Describe the best candidate without tuned weights, and the winner's lead over it."""
+    seed = run.spec.search.seed
+    scores = run.scores.stored(run.recipe_of(candidate.trial), "test")
+    return Untuned(
+        **dict(tested_winner(run, candidate)),
+        difference=Difference.of(winner.minus(scores, seed)),
+    )
 
 
 def at_edges(run: Run, winner: Candidate) -> list[AtEdge]:

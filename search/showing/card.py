@@ -18,7 +18,7 @@ from search.storing.folder import CARD
 from search.storing.result import OtherTrial, Result, Score, ScoreTable, package_versions
 from search.study.public_names import public_names, public_recipe, without_paths
 from search.study.spec import StudySpec
-from search.wording import bracketed, percent, shortened
+from search.wording import UNTUNED, bracketed, percent, shortened
 
 TEMPLATE: Final = Path(__file__).with_name("card.md")
 TAGS: Final = ["merge", "mergekit", "mergesearch"]
@@ -68,6 +68,7 @@ def model_card(
         lead=result and result.difference_to_best_donor,
         best=scores and result and _cell(scores.best_donor(result.difference_to_best_donor).name),
         table=_table(scores) if scores and test else None,
+        untuned=UNTUNED,
         items=spec.objective.items.test,
         licences={_cell(part): _cell(_words(licence)) for part, licence in found.items()},
         seed=result.seed if result else spec.search.seed,

@@ -53,12 +53,16 @@ class Change(NamedTuple):
 
 
 def result_rows(facts: RunFacts, result: Result, winner: TaskScores) -> list[Row]:
-    """Tabulate base, donors, uniform average and winner on the test items."""
+    """Tabulate base, donors, uniform average, best untuned recipe and winner on test items."""
     models = {"base": facts.spec.base_model, "uniform": UNIFORM}
+    untuned = result.untuned and Recipe.model_validate(result.untuned.recipe)
     rows = []
     for row in ScoreTable.of_result(result).rows:
         if row.kind == "winner":
             rows.append(_marked_row(row.name, row.model, result.winner, winner))
+        elif row.kind == "untuned" and untuned:
+            scores = facts.test_scores(untuned.key)
+            rows.append(_compared_row(row, row.model, scores, winner, note=row.model))
         else:
             model = models.get(row.kind, row.model)
             key = facts.donor_key(model, own_template=row.own_template)
@@ -82,14 +86,16 @@ def _marked_row(name: str, note: str, one: Winner, scores: TaskScores) -> Row:
     return Row(name, note, note, cells, one.test.tokens, marked=True)
 
 
-def _compared_row(row: ScoreRow, model: str, scores: TaskScores, winner: TaskScores) -> Row:
+def _compared_row(
+    row: ScoreRow, model: str, scores: TaskScores, winner: TaskScores, note: str = ""
+) -> Row:
     cells = [Cell(row.test.interval, row.lead.interval if row.lead else None)]
     for task, values in scores.items():
         cells.append(_cell(_of_task(task, values), _of_task(task, winner[task])))
     if row.own_template:
         name = row.name.removesuffix(f" {OWN_TEMPLATE}")
         return Row(f"{name}, own", model, OWN_TEMPLATE, cells, row.test.tokens)
-    return Row(row.name, model, "", cells, row.test.tokens)
+    return Row(row.name, model, note, cells, row.test.tokens)
 
 
 def _of_task(task: str, values: Sequence[float]) -> ItemScores:

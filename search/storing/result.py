@@ -26,7 +26,7 @@ from search.racing.item_scores import ItemScores
 from search.storing.intact import reading_stored
 from search.study.public_names import renamed
 from search.study.spec import StudyError
-from search.wording import OWN_TEMPLATE, percent, short_names
+from search.wording import OWN_TEMPLATE, UNTUNED, bracketed, percent, short_names
 
 RESULT = "result.json"
 PATHS = "paths.json"  # where the folders lie that a result names
@@ -113,6 +113,22 @@ class Winner(FrozenModel):
     test: Score
 
 
+class Untuned(Winner):
+    """The recipe without tuned weights that had the highest posterior mean after the search."""
+
+    difference: Difference  # the winner's lead over it: what tuning has gained
+
+    @property
+    def text(self) -> str:
+        """What tuning has gained."""
+        lead = self.difference.interval
+        return (
+            f"Tuning gained {bracketed(lead, '+')} points over the best recipe without tuned "
+            f"weights, {self.recipe['merge_method']} of trial {self.trial}, on the same test items"
+            + ("." if lead.low > 0 else ": it is not shown to have helped.")
+        )
+
+
 class OtherTrial(NamedTuple):
     """A trial that is not the winner."""
 
@@ -166,6 +182,8 @@ class Result(FrozenModel):
     edges: list[AtEdge] = Field(default=[])  # of the ranges, where the winner lies
     base: Baseline
     uniform: Baseline  # the uniform average of the donors
+    # Where the winner's weights were tuned by gradient; None: they were not, or all others were.
+    untuned: Untuned | None = None
     difference_to_best_donor: DonorDifference  # the lead that the verdict's sentence names
     search_score: float  # the winner's estimate on the search items, which it was chosen on
     believed_score: float  # its posterior mean after the search, without that optimism
@@ -210,7 +228,7 @@ class Result(FrozenModel):
 class ScoreRow(NamedTuple):
     """A model in a table of test scores."""
 
-    kind: Literal["base", "donor", "uniform", "winner", "trial"]
+    kind: Literal["base", "donor", "uniform", "untuned", "winner", "trial"]
     name: str  # short and unique in the table
     model: str  # a donor's folder or id; else the name, or the trial of the recipe
     test: Score
@@ -223,7 +241,9 @@ class ScoreTable:
     """Test scores of the models of a run."""
 
     tasks: Mapping[str, str]  # short name of each task
-    rows: Sequence[ScoreRow]  # base, donors, uniform average, and last the winner or another trial
+    # Base, donors, uniform average, the best recipe without tuned weights, and last the winner or
+    # another trial.
+    rows: Sequence[ScoreRow]
 
     @classmethod
     def of_result(cls, result: Result, other: OtherTrial | None = None) -> Self:
@@ -238,6 +258,10 @@ class ScoreTable:
                 rows.append(ScoreRow("donor", name, model, own.test, own.difference, True))
         uniform = result.uniform
         rows.append(ScoreRow("uniform", "uniform", "uniform", uniform.test, uniform.difference))
+        if one := result.untuned:
+            rows.append(
+                ScoreRow("untuned", UNTUNED, f"trial {one.trial}", one.test, one.difference)
+            )
         if other and other.test:
             rows.append(ScoreRow("trial", "this trial", f"trial {other.number}", other.test))
         else:

@@ -1,16 +1,23 @@
 """The end of a run on simulated workers: constraints, the Pareto front, candidates that fail."""
 
 import shutil
+from dataclasses import replace
 
+import numpy as np
 import pytest
 
-from landscape import demo
+from landscape import demo, planted
+from merge_engine.recipe.recipe import Recipe
 from objectives.base import ObjectiveError
 from objectives.scores import task_means
+from search.proposing.recipes import is_tuned
 from search.proposing.starts import baselines
+from search.proposing.tuned_path import TunedUnits
+from search.proposing.tuning import first_state
 from search.running.conclusion import conclude
 from search.running.events import Note
 from search.running.search_loop import search
+from search.storing.store import PathStep
 from search.study.spec import StudyError
 from simulated import SimulatedWorkers, simulated_context, simulated_run
 
@@ -43,6 +50,62 @@ def test_feasible_candidate_wins_and_a_floor_may_follow_the_base_on_the_same_ite
     assert violations[result.winner.trial] == 0
     of_base = result.base.test.tasks["demo_know"]
     assert result.floors == {"demo_rev": 0.5, "demo_know": pytest.approx(of_base - 0.05)}
+
+
+@pytest.fixture(scope="module")
+def tuned_run(tmp_path_factory):
+    """A searched run with a path of tuned weights that leads to the best recipe there is."""
+    landscape = planted(0)
+    context = simulated_context(landscape, 0, COUNTS, search={"trials": 16, "stop": False})
+    context = replace(context, tuned_units=TunedUnits(((),), (0,)))
+    run = simulated_run(tmp_path_factory.mktemp("tuned") / "run", context)
+    even = np.full((1, len(run.context.space.donors)), 0.5)
+    centre = np.array(landscape.centres["task_arithmetic"][: even.size])[None]
+    for step, weights in enumerate((even, centre)):
+        run.store.save_step(PathStep(0, step, True, 0, 0.0, {}), first_state(weights))
+    run.read_tuned_path()
+    point = run.space.point("task_arithmetic", even[0], strength=1.0, position=1.0)
+    run.log.enqueue(point, start="tuned, 1 steps")
+    search(run)
+    return run
+
+
+def test_tuned_winner_is_compared_with_the_best_recipe_without_tuned_weights(tuned_run):
+    run = tuned_run
+    result, recipe = conclude(run)
+    known, posterior = run.posterior()
+    means = dict(zip([one.number for one in known], posterior.means, strict=True))
+    points = {one.number: one.trial.point for one in known}
+    assert is_tuned(points[result.winner.trial])
+    flat = [number for number, point in points.items() if not is_tuned(point)]
+    assert result.untuned.trial == max(flat, key=means.__getitem__)
+    other = Recipe.model_validate(result.untuned.recipe)
+    scores = [run.scores.stored(one, "test") for one in (recipe, other)]
+    assert result.untuned.difference.interval == scores[0].minus(scores[1], result.seed)
+    assert result.times_tested == 1, "a recipe that is compared is no winner"
+    again, _ = conclude(run)
+    assert again.model_copy(update={"seconds": result.seconds}) == result
+
+
+def test_recipe_without_tuned_weights_that_has_failed_gives_way(tuned_run, tmp_path):
+    before, _ = conclude(tuned_run)
+    fresh = tmp_path / "fresh"
+    shutil.copytree(tuned_run.folder, fresh)
+    lost = {before.untuned.trial}
+    run = simulated_run(fresh, tuned_run.context)
+    run.log.fail_recipe(Recipe.model_validate(before.untuned.recipe).key, "not a number")
+    after, _ = conclude(run)
+    assert after.untuned.trial not in lost
+    assert after.times_tested == 1
+
+
+def test_what_tuning_gained_is_said_with_its_interval_and_may_be_nothing(tuned_run):
+    untuned = conclude(tuned_run)[0].untuned
+    for ends, shown in (((0.01, 0.05), False), ((-0.01, 0.05), True)):
+        lead = untuned.difference.model_copy(update={"mean": 0.03, "ci95": ends})
+        text = untuned.model_copy(update={"difference": lead}).text
+        assert f"gained +3.0 [{100 * ends[0]:+.1f}, +5.0] points" in text
+        assert ("not shown to have helped" in text) == shown
 
 
 def test_front_is_tested_and_concluding_again_evaluates_nothing(tmp_path):
