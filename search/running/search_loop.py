@@ -15,7 +15,7 @@ from search.preparing.cost import RACED, concluding_evaluations, describe_time
 from search.proposing.recipes import to_recipe
 from search.proposing.samplers import Proposer
 from search.proposing.starts import baselines, warm_starts
-from search.proposing.stopping import has_stalled, should_stop
+from search.proposing.stopping import PATIENCE, has_stalled, should_stop
 from search.racing.item_scores import ItemScores
 from search.running.baselines import open_race, rank_donors, try_baselines
 from search.running.evaluator import Block
@@ -152,14 +152,17 @@ class SearchLoop:
             return False
         return not self._exhausted(finished) or bool(run.log.left_running(open_now))
 
-    def _exhausted(self, finished: Sequence[TrialRecord]) -> bool:
+    def _exhausted(self, finished: Sequence[TrialRecord]) -> str:
+        """Return why no further gain is expected; empty: one is."""
         select = len(self.run.context.splits.select)
-        if not self.run.spec.search.stop:
-            return False
         tuned = self.tuner.last_trial(finished)
-        return should_stop(finished, select) or (
-            tuned is not None and has_stalled(finished, select, tuned)
-        )
+        if not self.run.spec.search.stop:
+            return ""
+        if should_stop(finished, select):
+            return "the expected improvement is below what the select split can resolve"
+        if tuned is not None and has_stalled(finished, select, tuned):
+            return f"none of the last {PATIENCE} proposals was better than the best before"
+        return ""
 
     def _begin(self) -> RunningTrial:
         """Open the next trial: one of an earlier session, a warm start, or a new proposal."""
@@ -239,12 +242,11 @@ class SearchLoop:
 
     def _note_why_it_ended(self) -> None:
         finished = self.run.log.finished()
-        if self._exhausted(finished):
+        if why := self._exhausted(finished):
             self.run.listener(
                 Note(
-                    f"early stopping after {len(finished)} trials: the expected improvement is "
-                    "below what the select split can resolve; with search.stop: false the search "
-                    "goes on"
+                    f"early stopping after {len(finished)} trials: {why}; with search.stop: false "
+                    "the search goes on"
                 )
             )
         elif len(finished) < self.run.spec.search.trials:
