@@ -10,6 +10,7 @@ import numpy as np
 from search.racing.race import Floats
 
 _DECAYS: Final = (0.9, 0.999)  # of the running means of gradients, and of their squares
+DECAY: Final = 1 / 6  # share of the distance to their mean that weights lose, by step size
 _AVERAGED: Final = 0.95  # weight of the past in the mean of the weights
 _EPSILON: Final = 1e-8
 
@@ -55,9 +56,11 @@ def first_state(weights: Floats) -> Floats:
 def update(state: Floats, gradient: Floats, step: int, rate: float) -> Floats:
     """Return the state after one update of Adam, and of the mean of the weights along the path.
 
-    Kingma and Ba 2014, algorithm 1, https://arxiv.org/abs/1412.6980. The mean, with weights that
-    decay backwards, is what generalises: steps on a few items circle around it (Polyak and Juditsky
-    1992, https://doi.org/10.1137/0330046).
+    Kingma and Ba 2014, algorithm 1, https://arxiv.org/abs/1412.6980, with decay apart from the
+    gradient (Loshchilov and Hutter 2019, https://arxiv.org/abs/1711.05101): a donor's weights decay
+    towards their own mean over the units, a recipe of one weight a donor, because what few items
+    say of a single unit is mostly noise. The mean along the path is what generalises: steps on a
+    few items circle around it (Polyak and Juditsky 1992, https://doi.org/10.1137/0330046).
 
     Args:
         state: Weights, the running means of gradients and of their squares, and the mean of the
@@ -71,5 +74,6 @@ def update(state: Floats, gradient: Floats, step: int, rate: float) -> Floats:
     square = _DECAYS[1] * square + (1 - _DECAYS[1]) * gradient**2
     unbiased = mean / (1 - _DECAYS[0] ** step), square / (1 - _DECAYS[1] ** step)
     weights = weights - rate * unbiased[0] / (np.sqrt(unbiased[1]) + _EPSILON)
+    weights = weights - rate * DECAY * (weights - weights.mean(axis=0))
     kept = min(_AVERAGED, step / (step + 9))  # of few steps a shorter past counts
     return np.stack([weights, mean, square, kept * average + (1 - kept) * weights])

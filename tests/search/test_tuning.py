@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from search.proposing.tuning import first_state, minibatch, update
+from search.proposing.tuning import DECAY, first_state, minibatch, update
 
 
 @given(
@@ -38,14 +38,14 @@ def test_step_has_the_same_items_whatever_was_drawn_before():
     assert minibatch(by_task, weights, 4, 8, (4, 1)) != steps[8]
 
 
-def test_update_is_adams_and_averages_the_path():
+def test_update_of_one_unit_is_adams_and_averages_the_path():
     generator = np.random.default_rng(0)
-    weights = torch.tensor(generator.standard_normal((4, 3)), requires_grad=True)
+    weights = torch.tensor(generator.standard_normal((1, 3)), requires_grad=True)
     first = weights.detach().numpy().copy()
     state, path = first_state(first), []
     adam = torch.optim.Adam([weights], lr=0.1)
     for step in range(1, 9):
-        gradient = generator.standard_normal((4, 3))
+        gradient = generator.standard_normal((1, 3))
         weights.grad = torch.tensor(gradient)
         adam.step()
         state = update(state, gradient, step, 0.1)
@@ -55,3 +55,10 @@ def test_update_is_adams_and_averages_the_path():
     assert (np.minimum(lowest, first) <= state[3]).all()
     assert (state[3] <= highest).all()
     assert not np.allclose(state[3], state[0])
+
+
+def test_weights_decay_towards_their_donors_mean():
+    weights = np.array([[0.0, 1.0], [1.0, 3.0]])
+    after = update(first_state(weights), np.zeros((2, 2)), 1, 0.1)[0]
+    assert after.mean(axis=0) == pytest.approx(weights.mean(axis=0))
+    assert np.ptp(after, axis=0) == pytest.approx(np.ptp(weights, axis=0) * (1 - 0.1 * DECAY))
