@@ -24,13 +24,18 @@ def to_recipe(space: Space, point: Point) -> Recipe:
     """
     if space.tuned is None or not point.get("strength"):
         return recipe_with_weights(space, point, space.weights([point])[0] @ space.signs)
-    weights = space.tuned_weights(point)
-    method = str(point["method"])
-    if "lambda" not in METHODS[method].params or _normalizes(space, point, method):
-        weights = np.maximum(weights, 0.0)
+    weights = merged_weights(space, point)
     scales = weights.sum(axis=1) / space.used
     fine = replace(space, units=space.tuned.units.filters)
     return recipe_with_weights(fine, point, weights @ space.signs, scales.tolist())
+
+
+def merged_weights(space: Space, point: Point) -> Floats:
+    """Return the donors' weights (U, k) with which a point's method merges tuned units."""
+    weights, method = space.tuned_weights(point), str(point["method"])
+    if "lambda" not in METHODS[method].params or _normalizes(space, point, method):
+        return np.maximum(weights, 0.0)
+    return weights
 
 
 def is_tuned(point: Point) -> bool:

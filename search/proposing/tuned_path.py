@@ -20,6 +20,7 @@ from search.study.spec import TunedUnit
 if TYPE_CHECKING:
     from merge_engine.models.model_set import ModelSet
 
+PREFIX: Final = "tuned, "  # of the labels of the trials that are a path's points
 STRENGTH: Final = (0.0, 1.25)  # range of s
 
 

@@ -24,7 +24,7 @@ from objectives.items import blocks
 from search.proposing.recipes import to_recipe
 from search.proposing.space import Space
 from search.proposing.starts import even_weights
-from search.proposing.tuned_path import TunedPath
+from search.proposing.tuned_path import PREFIX, TunedPath
 from search.proposing.tuning import first_state, minibatch, update
 from search.racing.race import Floats
 from search.running.events import Note, StepTaken
@@ -37,7 +37,6 @@ from search.study.parameters import tuning_method
 
 Upcoming = Literal["point", "steps", "trial", "path", ""]
 
-PREFIX: Final = "tuned, "  # of the labels of a path's points
 FIRST_POINT: Final = 10  # steps; the next has twice as many
 LEAST_LIMIT: Final = 80  # steps that the first path may have
 BATCH: Final = 16  # items of a step, but two of each task or more

@@ -42,6 +42,7 @@ from search.showing.comparison import (
     search_rows,
 )
 from search.showing.facts import RunFacts, describe_trial
+from search.showing.tuning_charts import AVERAGED, path_charts, weight_maps
 from search.storing.result import Result, ScoreTable, read_result
 from search.storing.samples import read_samples
 from search.storing.store import Store
@@ -110,8 +111,10 @@ def _search_part(facts: RunFacts) -> dict[str, Any]:
         "search_columns": ["mean", *short_names(facts.weights, "_").values()],
         "progress": view and progress_chart(facts, view),
         "timeline": facts.complete and trial_chart(facts),
+        "path": path_charts(facts),
         "curves": view and scale_charts(facts, view),
         "chances": view and method_chances(view),
+        "averaged": AVERAGED,
         "drawn": DRAWN,
         "modelled": MAX_TRIALS,
         "colour": partial(colour, methods=facts.spec.search.methods),
@@ -142,6 +145,7 @@ def _result_part(facts: RunFacts, result: Result) -> dict[str, Any]:
         "gained": [change for change in changes if change.after > change.before],
         "lost": [change for change in changes if change.after < change.before],
         "shown": SHOWN,
+        "tuned": weight_maps(facts),
         "yaml": winner.to_yaml(),
         "folders": [model for model in winner.models_read if Path(model).is_absolute()],
     }

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from search.racing.race import Floats
 
 ROW = 22  # pixels of a row of intervals
+CELL = 15  # pixels of a row of cells
+MOST_NAMED = 12  # columns of cells with a number beneath
 
 
 @dataclass(frozen=True)
@@ -60,6 +62,14 @@ class IntervalRow:
     low: float
     high: float
     kind: str = ""
+
+
+@dataclass(frozen=True)
+class HeatRow:
+    """A named row of values, one for each column, None where there is none; or one for all."""
+
+    name: str
+    values: Sequence[float | None]
 
 
 @dataclass
@@ -149,6 +159,39 @@ def interval_chart(x: Axis, rows: Sequence[IntervalRow], what: str) -> Markup:
             )
         )  # fmt: skip
     return _drawing(what, height, parts)
+
+
+def heat_map(columns: Sequence[int], rows: Sequence[HeatRow], largest: float, what: str) -> Markup:
+    """Draw a cell for each value, the darker the farther from zero; ``largest`` is darkest.
+
+    Those below zero have a class of their own. A row with one value is one cell.
+    """
+    parts = []
+    for index, row in enumerate(rows):
+        y, width = CELL * index, 100 / len(row.values)
+        text = Markup('<text class="row" x="-8" y="{}" dy="4" text-anchor="end">{}</text>')
+        parts.append(text.format(y + CELL / 2, shortened(row.name, 26)))
+        for place, value in enumerate(row.values):
+            if value is None:
+                continue
+            where = f", layer {columns[place]}" if len(row.values) > 1 else ""
+            parts.append(
+                Markup(
+                    '<rect class="{}" x="{:.3f}%" y="{}" width="{:.3f}%" height="{}" '
+                    'fill-opacity="{:.3f}">{}</rect>'
+                ).format(
+                    "below" if value < 0 else "cell", width * place, y, width, CELL - 1,
+                    min(1.0, abs(value) / largest), _title(f"{row.name}{where}: {value:.3f}"),
+                )
+            )  # fmt: skip
+    height, step = CELL * len(rows), -(-len(columns) // MOST_NAMED)
+    tick = Markup('<text class="tick" x="{:.2f}%" y="{}" text-anchor="middle">{}</text>')
+    parts += [
+        tick.format(100 * (place + 0.5) / len(columns), height + 14, columns[place])
+        for place in range(0, len(columns), max(1, step))
+    ]
+    name = Markup('<text class="name" x="100%" y="{}" text-anchor="end">layer</text>')
+    return _drawing(what, height, [*parts, name.format(height + 30)])
 
 
 def _across_ticks(x: Axis, height: int, *, grid: bool = False) -> Markup:

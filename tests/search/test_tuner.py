@@ -11,7 +11,8 @@ import yaml
 
 from merge_engine.recipe.recipe_file import load_recipe
 from search.cli import main
-from search.running.tuner import FIRST_POINT, GRADIENT_COST, PREFIX
+from search.proposing.tuned_path import PREFIX
+from search.running.tuner import FIRST_POINT, GRADIENT_COST
 from search.storing.folder import DATABASE
 from search.storing.store import Store
 from search.storing.trials import TrialLog
@@ -116,3 +117,13 @@ def test_study_without_gradients_is_refused_if_it_is_to_be_tuned(study, tmp_path
     error = capsys.readouterr().err
     assert "search.tune" in error
     assert "task_arithmetic" in error
+
+
+def test_page_shows_every_step_and_every_point_of_the_path(finished):
+    store, page = Store(finished / DATABASE), (finished / "report.html").read_text()
+    steps = [one for one in store.steps() if one.step]
+    assert f"{len(steps)} steps, each by the gradient" in page
+    assert all(f"<title>step {one.step}: " in page for one in steps)
+    trials = TrialLog(store.study()).complete()
+    points = [trial for trial in trials if (trial.start or "").startswith(PREFIX)]
+    assert all(f"<title>trial {trial.number}, {trial.start}: " in page for trial in points)
