@@ -28,7 +28,7 @@ from search.running.events import (
     TrialFinished,
 )
 from search.running.run import Run
-from search.running.tuner import Tuner
+from search.running.tuner import Tuner, first_path_evaluations
 from search.storing.trials import OpenTrial, TrialRecord
 
 
@@ -58,7 +58,7 @@ def search(
     run.listener(SearchStarted(total, run.log.finished(), evaluations, after))
     try_baselines(run)
     if run.evaluator.build_seconds:  # else the first blocks were stored
-        _announce_time(run, searched + after)
+        _announce_time(run, searched + first_path_evaluations(run) + after)
     SearchLoop(run, run.opened + timeout, after_trial).work()
 
 

@@ -45,6 +45,12 @@ GRADIENT_COST: Final = 3  # evaluations that an item's gradient counts: backward
 AROUND: Final = 10  # modelled trials between the first path and the second
 
 
+def first_path_evaluations(run: Run) -> int:
+    """Return how many item evaluations the first path takes at least; 0: nothing is tuned."""
+    tuned = run.context.tuned_units is not None and bool(run.context.splits.tune)
+    return LEAST_LIMIT * BATCH * GRADIENT_COST if tuned else 0
+
+
 class Tuner:
     """Takes the steps of a study's paths and makes their points trials.
 
