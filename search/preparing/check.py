@@ -15,7 +15,7 @@ from merge_engine.models.tensor_names import layer_counts
 from merge_engine.recipe.stages import load_stages
 from objectives.items import SPLITS
 from search.preparing.context import load_outline, plan_study
-from search.preparing.cost import describe_cost
+from search.preparing.cost import describe_cost, describe_tuning
 from search.preparing.models import Hardware, model_dtype
 from search.proposing.starts import soup_steps
 from search.study.reading import load_study
@@ -69,7 +69,7 @@ def check_study(file: Path, device: str) -> Report:
         counted = ", ".join(f"{task} {tasks.count(task)}" for task in dict.fromkeys(tasks))
         lines.append(f"{split}: {len(tasks)} items ({counted})")
     lines += [f"scored {OWN_TEMPLATE}, too: {donor}" for donor in context.own_templates]
-    lines.append(describe_cost(plan))
+    lines += [*describe_tuning(plan), describe_cost(plan)]
     return lines, plan.notes()
 
 

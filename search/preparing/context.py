@@ -224,6 +224,9 @@ def load(
     """
     if hardware.offload:
         check_offload(plan.spec, hardware.device)
+        if plan.tuned_units is not None:
+            say("weights are not tuned by gradient with --offload")
+            plan = replace(plan, tuned_units=None)
     memory = plan.place_donors(hardware)
     say(memory)
     say(plan.kernels)

@@ -7,7 +7,9 @@ from typing import Final
 
 from search.preparing.context import StudyPlan
 from search.preparing.models import torch_dtype
+from search.proposing.tuning import GRADIENT_COST, batch_size, most_steps
 from search.racing.verdict import SELECT_SHARE
+from search.study.parameters import tuning_method
 from search.study.spec import StudySpec
 from search.wording import duration
 
@@ -19,11 +21,42 @@ def describe_cost(plan: StudyPlan) -> str:
     search, items = plan.spec.search, plan.spec.objective.items
     searched = (search.trials + len(plan.model_set.checkpoints) + 1) * items.search
     evaluations = searched + concluding_evaluations(plan.spec, searched, len(plan.own_templates))
+    evaluations += _tuning_evaluations(plan)
     checkpoint = plan.model_set.parameters * torch_dtype(plan.dtype).itemsize
     return (
         f"cost: at most {evaluations:,} item evaluations, usually less than half of them, and "
         f"{max(1, round(checkpoint / 2**20)):,} MiB of disk"
     )
+
+
+def describe_tuning(plan: StudyPlan) -> list[str]:
+    """Return a line on how weights are tuned; none where they are not."""
+    if plan.tuned_units is None:
+        return []
+    batch, steps = _steps(plan)
+    units, donors = len(plan.tuned_units.filters), len(plan.spec.models)
+    return [
+        f"tuning: {units} weights for each of {donors} donors, by gradient; at most {steps} steps "
+        f"of {batch} items, {GRADIENT_COST * batch * steps:,} of the item evaluations; beside the "
+        "live model it holds the gradient of one tensor and the activations of 8 items"
+    ]
+
+
+def _steps(plan: StudyPlan) -> tuple[int, int]:
+    """Return the items of a step, and how many steps there are at most."""
+    spec = plan.spec
+    batch = batch_size(len(plan.tasks.loaded) or len(spec.objective.tasks))
+    return batch, most_steps(spec.search.trials, spec.objective.items.search, batch)
+
+
+def _tuning_evaluations(plan: StudyPlan) -> int:
+    """Return the most evaluations of tuning: gradients, and answers that may become labels."""
+    if plan.tuned_units is None:
+        return 0
+    batch, steps = _steps(plan)
+    tune = plan.tasks.splits.tune if plan.tasks.splits else ()
+    written = sum(plan.tasks.items[number].generated for number in tune)
+    return GRADIENT_COST * batch * steps + written * len(plan.model_set.checkpoints)
 
 
 def describe_time(spec: StudySpec, evaluations: float, per_item: float, per_build: float) -> str:
@@ -46,12 +79,14 @@ def describe_time(spec: StudySpec, evaluations: float, per_item: float, per_buil
 def concluding_evaluations(spec: StudySpec, searched: float, own_templates: int) -> int:
     """Return how many item evaluations follow, at most, the ``searched`` ones of a search.
 
-    They are those of the finalists on the select split, of the winners, base, donors and uniform
-    average on the test split, of donors under their ``own_templates`` on the search and the test
-    split, and of the winner once more before it is saved.
+    They are those of the finalists on the select split; of the winners, base, donors, uniform
+    average and, where weights are tuned, the best untuned recipe on the test split; of donors under
+    their ``own_templates`` on the search and the test split; and of the winner once more before it
+    is saved.
     """
     counts, finalists = spec.objective.items, spec.search.finalists
     winners, compared = (finalists if spec.search.front else 1), len(spec.models_but_base) + 2
+    compared += tuning_method(spec) is not None
     return (
         min(math.ceil(SELECT_SHARE * searched), finalists * counts.select)
         + (winners + compared + own_templates) * counts.test

@@ -18,9 +18,14 @@ def check_offload(spec: StudySpec, device: str) -> None:
     """Refuse to offload what needs the weights to be in the live model.
 
     Raises:
-        StudyError: The live model is to be spread over several GPUs, or an objective is the user's
-            own class, which gets the model itself.
+        StudyError: The live model is to be spread over several GPUs, an objective is the user's own
+            class, which gets the model itself, or weights are to be tuned.
     """
+    if spec.search.tune is True:
+        raise StudyError(
+            "--offload: search.tune is true, but between forward passes the live model has no "
+            "weights to go backward through; leave one of the two out"
+        )
     if device == "auto":
         raise StudyError("--offload copies layers to one device; name it, as in --device cuda:0")
     own = [entry.objective for entry in spec.objective.tasks if isinstance(entry, PluginEntry)]

@@ -3,16 +3,40 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import count, takewhile
 from typing import Final
 
 import numpy as np
 
 from search.racing.race import Floats
 
+FIRST_POINT: Final = 10  # steps before a path's first point; before the next twice as many
+LEAST_STEPS: Final = 80  # that the first path may have
+BATCH: Final = 16  # items of a step, but two of each task or more
+GRADIENT_COST: Final = 3  # evaluations that an item's gradient counts: backward is twice forward
 _DECAYS: Final = (0.9, 0.999)  # of the running means of gradients, and of their squares
 DECAY: Final = 1 / 6  # share of the distance to their mean that weights lose, by step size
 _AVERAGED: Final = 0.95  # weight of the past in the mean of the weights
 _EPSILON: Final = 1e-8
+
+
+def batch_size(tasks: int) -> int:
+    """Return how many items a step has, of so many tasks."""
+    return max(BATCH, 2 * tasks)
+
+
+def most_steps(trials: int, items: int, batch: int) -> int:
+    """Return how many steps all paths of a study may have.
+
+    They take a fifth of what its trials may take on so many search items, or as many steps as find
+    most of what there is to find.
+    """
+    return max(LEAST_STEPS, int(trials * items / 5 / (GRADIENT_COST * batch)))
+
+
+def points(steps: int) -> list[int]:
+    """Return after how many steps a path of at most so many has its points."""
+    return [*takewhile(lambda step: step <= steps, (FIRST_POINT * 2**n for n in count()))]
 
 
 def minibatch(

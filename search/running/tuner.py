@@ -14,7 +14,6 @@ import time
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import replace
-from itertools import count, takewhile
 from typing import Final, Literal
 
 import numpy as np
@@ -25,7 +24,17 @@ from search.proposing.recipes import to_recipe
 from search.proposing.space import Space
 from search.proposing.starts import even_weights
 from search.proposing.tuned_path import PREFIX, TunedPath
-from search.proposing.tuning import first_state, minibatch, update
+from search.proposing.tuning import (
+    BATCH,
+    GRADIENT_COST,
+    LEAST_STEPS,
+    batch_size,
+    first_state,
+    minibatch,
+    most_steps,
+    points,
+    update,
+)
 from search.racing.race import Floats
 from search.running.events import Note, StepTaken
 from search.running.labels import by_task, find_labels
@@ -37,18 +46,14 @@ from search.study.parameters import tuning_method
 
 Upcoming = Literal["point", "steps", "trial", "path", ""]
 
-FIRST_POINT: Final = 10  # steps; the next has twice as many
-LEAST_LIMIT: Final = 80  # steps that the first path may have
-BATCH: Final = 16  # items of a step, but two of each task or more
 RATES: Final = (0.12, 0.06)  # step sizes of the first path and the second
-GRADIENT_COST: Final = 3  # evaluations that an item's gradient counts: backward is twice forward
 AROUND: Final = 10  # modelled trials between the first path and the second
 
 
 def first_path_evaluations(run: Run) -> int:
     """Return how many item evaluations the first path takes at least; 0: nothing is tuned."""
     tuned = run.context.tuned_units is not None and bool(run.context.splits.tune)
-    return LEAST_LIMIT * BATCH * GRADIENT_COST if tuned else 0
+    return LEAST_STEPS * BATCH * GRADIENT_COST if tuned else 0
 
 
 class Tuner:
@@ -75,7 +80,7 @@ class Tuner:
 
     @property
     def _batch(self) -> int:
-        return max(BATCH, 2 * len(self.run.context.weights))
+        return batch_size(len(self.run.context.weights))
 
     def is_due(self, trials: Sequence[TrialRecord]) -> bool:
         """Return whether steps, or a point of the path, come next, given all trials so far."""
@@ -203,16 +208,10 @@ class Tuner:
         self._steps.append(step)
 
     def _points(self, path: int) -> list[int]:
-        """List the steps after which the weights are a point of a path.
-
-        All paths together have as many steps as take a fifth of the evaluations that trials may
-        take, the first as many as find most of what there is to find.
-        """
-        spec = self.run.spec
-        most = spec.search.trials * len(self.run.context.splits.search) / 5
-        left = max(LEAST_LIMIT, int(most / (GRADIENT_COST * self._batch)))
-        left -= sum(one.path < path and one.step > 0 for one in self._steps)
-        return [*takewhile(lambda step: step <= left, (FIRST_POINT * 2**n for n in count()))]
+        """List the steps after which the weights are a point of a path."""
+        trials, items = self.run.spec.search.trials, len(self.run.context.splits.search)
+        earlier = sum(one.path < path and one.step > 0 for one in self._steps)
+        return points(most_steps(trials, items, self._batch) - earlier)
 
     def _recipe(self, weights: Floats) -> Recipe:
         """Return the recipe with tuned weights (U, k)."""
@@ -230,8 +229,8 @@ class Tuner:
         return {**point, "strength": 1.0, "position": position}
 
     def _enqueue(self, step: PathStep) -> None:
-        points = [one for one in self._steps if one.is_point]
-        point = self._point(self.run.space, float(points.index(step)))
+        known = [one for one in self._steps if one.is_point]
+        point = self._point(self.run.space, float(known.index(step)))
         self.run.log.enqueue(point, start=_label(step))
 
     def _trial_of(self, step: PathStep, trials: Sequence[TrialRecord]) -> TrialRecord | None:
@@ -249,9 +248,9 @@ class Tuner:
     def _goes_on(self, trials: Sequence[TrialRecord]) -> bool:
         """Return whether the last path is below its limit, its best point one of the last two."""
         last = self._steps[-1]
-        points = self._points_of(last.path, trials)
-        best = min((one.sort_key for one in points if one), default=None)
-        ahead = [one.sort_key == best for one in points[-2:] if one]
+        known = self._points_of(last.path, trials)
+        best = min((one.sort_key for one in known if one), default=None)
+        ahead = [one.sort_key == best for one in known[-2:] if one]
         return last.step < self._points(last.path)[-1] and any(ahead)
 
     def _begins_again(self, trials: Sequence[TrialRecord]) -> bool:

@@ -12,7 +12,7 @@ import yaml
 from merge_engine.recipe.recipe_file import load_recipe
 from search.cli import main
 from search.proposing.tuned_path import PREFIX
-from search.running.tuner import FIRST_POINT, GRADIENT_COST
+from search.proposing.tuning import FIRST_POINT, GRADIENT_COST
 from search.storing.folder import DATABASE
 from search.storing.store import Store
 from search.storing.trials import TrialLog
