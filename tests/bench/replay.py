@@ -50,7 +50,9 @@ class RivalProposer:
         self.rival, self.space = rival, space
         self._told = 0
 
-    def ask(self, log: TrialLog, open_now: Collection[int] = ()) -> OpenTrial:
+    def ask(
+        self, log: TrialLog, open_now: Collection[int] = (), space: Space | None = None
+    ) -> OpenTrial:
         complete = log.complete()
         for trial in complete[self._told :]:
             self.rival.tell(trial)

@@ -56,7 +56,7 @@ INIT = "init --base base --models a b --out new.yaml --device cpu --tasks"
 STUDY: Mapping[str, Any] = {
     "base_model": "base",
     "models": ["a", "b"],
-    "search": {"methods": ["task_arithmetic", "ties"], "trials": 2},
+    "search": {"methods": ["task_arithmetic", "ties"], "trials": 2, "tune": False},
     "objective": {
         "include_path": "tasks",
         "tasks": [{"task": "tell"}],
