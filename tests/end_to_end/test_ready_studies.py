@@ -107,7 +107,7 @@ def real(make_study, tmp_path_factory):
                 recipe = recipe.replace(model, str(folder / "pickled" / model))
             (folder / "published.yaml").write_text(recipe)
             study["search"]["start"] = str(folder / "published.yaml")
-        study["search"]["trials"] = trials
+        study["search"] |= {"trials": trials, "tune": False}
         chat = study["objective"].get("apply_chat_template", False)
         tasks = {"objective__apply_chat_template": chat}
         file = make_study(
@@ -197,6 +197,7 @@ def run(tmp_path_factory):
         text = (STUDIES / name / "tiny.yaml").read_text().replace("..", str(STUDIES))
         study = yaml.safe_load(text)
         study["search"]["trials"], study["objective"]["items"] = trials, items
+        study["search"]["tune"] = False  # which would take most of the time
         folder = tmp_path_factory.mktemp(name)
         (folder / "study.yaml").write_text(yaml.safe_dump(study))
         command = ["run", str(folder / "study.yaml"), "--out", str(folder / "run")]
