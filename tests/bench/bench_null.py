@@ -5,10 +5,10 @@
 The base is that of a family of the demo's (``studies/demo/zoo.py``). To each tensor of its three
 copies Gaussian noise is added whose norm is that share of the tensor's. The tasks are to sort, to
 reverse and to increment four characters, which the base does in part. The truth of a recipe is its
-mean on all items that no split has, thousands of a task. One JSON line: ``verdicts``; ``believed``,
-``select`` and ``search`` are the mean excess of these scores over the truth, ``test`` that of the
-test's; ``covered``, how often the 95 % interval of the lead over the best donor has the true one.
-Scores are in per cent.
+mean on all items that no split has, thousands of a task. One JSON line: ``not_better`` of ``runs``;
+``believed``, ``select`` and ``search`` are the mean excess of these scores over the truth, ``test``
+that of the test's; ``covered``, how often the 95 % interval of the lead over the best donor has the
+true one. Scores are in per cent.
 """
 
 import argparse
