@@ -18,7 +18,9 @@ from search.study.parameters import searchable
 
 NEAR: Final = 0.05  # of a range's width: a value so near an edge lies at it
 STEP: Final = 0.5  # of a range's width, by which it is widened
-TUNED: Final = 0.5  # strength of tuned weights beyond which the flat ones' scale tells little
+MOSTLY_TUNED: Final = (
+    0.5  # strength of tuned weights beyond which the flat ones' scale tells little
+)
 WIDEST: Final = 100.0  # widths, if a parameter has no limit
 
 
@@ -91,7 +93,7 @@ def _values(space: Space, point: Point, name: str) -> list[float]:
     """Return a parameter's values in a point: none if its method ignores it."""
     if name == "scale":
         params = METHODS[point["method"]].params
-        if point.get("strength", 0.0) > TUNED:
+        if point.get("strength", 0.0) > MOSTLY_TUNED:
             return []
         return _all(space, point, name) if {"weight", "lambda"} <= params.keys() else []
     return _all(space, point, name) if name in space.params_of(point["method"]) else []

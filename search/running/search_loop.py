@@ -101,8 +101,8 @@ class SearchLoop:
                 if not self._waiting:
                     self.tuner.advance(trials)
                     continue
-            else:
-                self._begin_trials(trials)
+            elif self._begin_trials(trials) and not self._waiting:
+                continue  # all that were begun are told: their results were stored
             self._evaluate_ahead()
             if not self._waiting:
                 break
@@ -115,15 +115,22 @@ class SearchLoop:
                     self._finish(running.trial.fail(str(failure)))
         self._note_why_it_ended()
 
-    def _begin_trials(self, trials: Sequence[TrialRecord]) -> None:
-        """Begin trials for idle workers: while the first path is under way its points alone."""
+    def _begin_trials(self, trials: Sequence[TrialRecord]) -> bool:
+        """Begin trials for idle workers: while the first path is under way its points alone.
+
+        Returns:
+            Whether one was begun.
+        """
         opening = self.tuner.opens(trials)
         if self._starts_wait and not opening:
             self._enqueue_starts()
+        begun = False
         while self.run.evaluator.idle and self._may_begin():
             if opening and not self._some_wait():
                 break
             self._advance(self._begin())
+            begun = True
+        return begun
 
     def _some_wait(self) -> bool:
         """Return whether a trial was queued, or left running by an earlier session."""

@@ -15,7 +15,7 @@ from search.proposing.tuned_path import PREFIX
 from search.proposing.tuning import FIRST_POINT, GRADIENT_COST
 from search.storing.folder import DATABASE
 from search.storing.store import Store
-from search.storing.trials import TrialLog
+from search.storing.trials import OpenTrial, TrialLog
 
 
 @pytest.fixture(scope="module")
@@ -80,6 +80,21 @@ def test_killed_run_goes_on_with_the_same_path(study, finished, after, tmp_path,
     assert start(study, run) == 0
     assert steps_and_points(run) == steps_and_points(finished)
     recipes = [(folder / "recipe.yaml").read_text() for folder in (run, finished)]
+    assert recipes[0] == recipes[1]
+
+
+def test_run_killed_before_a_point_is_told_goes_on_with_the_path(
+    study, finished, tmp_path, monkeypatch
+):
+    def die(*_args, **_options):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(OpenTrial, "tell", die)
+        assert start(study, tmp_path / "run") != 0
+    assert start(study, tmp_path / "run") == 0
+    assert steps_and_points(tmp_path / "run") == steps_and_points(finished)
+    recipes = [(folder / "recipe.yaml").read_text() for folder in (tmp_path / "run", finished)]
     assert recipes[0] == recipes[1]
 
 
