@@ -24,6 +24,7 @@ from objectives.inference.token_tree import (
     batches_by_length,
     build_trees,
     group_by_prefix,
+    join_groups,
 )
 
 SOFTMAX_DTYPE = torch.float32
@@ -71,8 +72,10 @@ class LoglikelihoodScorer:
                 by_task[request.task].append(request)
         modes = self._runner.modes
         planned: list[PrefixBatches] = []
+        most = self._runner.tokens_per_batch if modes.tree else 0
         for of_task in by_task.values():
-            trees = build_trees(of_task, self._runner.tokens_per_batch if modes.tree else 0)
+            apart = of_task if modes.prefix or not modes.tree else join_groups(of_task, most)
+            trees = build_trees(apart, most)
             groups = group_by_prefix(trees) if modes.prefix else [((), trees)]
             planned += [self._batched(prefix, rows) for prefix, rows in groups]
         return (*planned, self._batched((), build_trees(beyond, 0)))

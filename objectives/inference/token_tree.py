@@ -22,6 +22,9 @@ from typing import Protocol, TypeVar
 _MIN_SHARING_ROWS = 4
 _MIN_SAVING = 0.25
 
+# attention in a tree costs with the square of its tokens: no more are joined in one
+_MOST_JOINED = 2048
+
 # cached keys and values of a token take less memory than the activations of a token being read
 _CACHED_PER_READ = 8
 
@@ -172,6 +175,34 @@ def build_trees(requests: Iterable[Request], max_tokens: float) -> list[TokenTre
             by_sequence[request.inputs].append(request)
         trees += map(build_tree, by_sequence.values())
     return trees
+
+
+def join_groups(requests: Iterable[Request], max_tokens: int) -> list[Request]:
+    """Put requests of several groups into one where a shared beginning is worth it.
+
+    Unlike a cut-off prefix, the beginning of a joint tree has gradients.
+
+    Args:
+        requests: Of any groups.
+        max_tokens: Of a joint tree at most.
+    """
+    by_group: dict[Hashable, list[Request]] = defaultdict(list)
+    for request in requests:
+        by_group[request.group].append(request)
+    groups = sorted(by_group.values(), key=lambda group: min(each.inputs for each in group))
+    joined: list[list[Request]] = []
+    length = 0  # tokens of the last joint tree
+    for group in groups:
+        alone = len(build_tree(group))
+        together = len(build_tree(joined[-1] + group)) if joined else alone
+        fits = together <= min(max_tokens, _MOST_JOINED)
+        if joined and fits and length + alone - together >= _MIN_SAVING * alone:
+            joined[-1] = joined[-1] + group
+            length = together
+        else:
+            joined.append(group)
+            length = alone
+    return [replace(each, group=number) for number, group in enumerate(joined) for each in group]
 
 
 def group_by_prefix(rows: Iterable[R]) -> Iterator[tuple[Tokens, Sequence[R]]]:

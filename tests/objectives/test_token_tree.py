@@ -1,5 +1,7 @@
 """Token trees, prefixes and batches of token sequences."""
 
+from dataclasses import replace
+
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -10,6 +12,7 @@ from objectives.inference.token_tree import (
     build_trees,
     common_length,
     group_by_prefix,
+    join_groups,
 )
 
 SEQUENCES = st.lists(
@@ -53,6 +56,37 @@ def test_a_tree_that_would_be_too_long_becomes_one_chain_per_sequence():
     requests = make_requests([([1, 2], [0, 1, 2]), ([1, 2], [2, 1, 0]), ([1, 2], [2, 1, 1])])
     assert [len(tree) for tree in build_trees(requests, 100)] == [6]
     assert [len(tree) for tree in build_trees(requests, 5)] == [4, 4]
+
+
+@given(st.lists(SEQUENCES, min_size=1, max_size=5), st.integers(8, 40))
+def test_questions_joined_in_one_tree_stay_whole_and_need_fewer_tokens(questions, most):
+    requests = [
+        replace(each, index=10 * number + each.index, group=number)
+        for number, sequences in enumerate(questions)
+        for each in make_requests(sequences)
+    ]
+    joined = join_groups(requests, most)
+    groups = {each.index: each.group for each in joined}
+    assert sorted(groups) == sorted(each.index for each in requests)
+    for number in range(len(questions)):
+        assert len({groups[each.index] for each in requests if each.group == number}) == 1
+    apart, together = build_trees(requests, 1000), build_trees(joined, 1000)
+    assert sum(map(len, together)) <= sum(map(len, apart))
+    assert len(together) == len(apart) or sum(map(len, together)) < sum(map(len, apart))
+    longest = max(map(len, apart))
+    assert all(len(tree) <= max(most, longest) for tree in together)
+
+
+def test_questions_behind_one_beginning_are_one_tree_and_others_apart():
+    asked = [[7] * 20 + [number] for number in range(4)] + [[8] * 20]
+    requests = [
+        replace(make_requests([(context, [1])])[0], index=number, group=number)
+        for number, context in enumerate(asked)
+    ]
+    lengths = [len(tree) for tree in build_trees(join_groups(requests, 100), 100)]
+    assert sorted(lengths) == [20, 24]
+    assert len(join_groups(requests, 22)) == 5
+    assert len(build_trees(join_groups(requests, 22), 100)) == 3
 
 
 def test_the_prefix_of_most_rows_is_shared_and_each_row_is_in_one_group():
