@@ -9,6 +9,8 @@ from contextlib import contextmanager
 
 from pydantic import ValidationError
 
+from merge_engine.out_of_memory import is_out_of_memory
+
 FULL = (errno.ENOSPC, errno.EDQUOT)  # of a full disk
 _SHOWN = 300  # characters of what a library says
 _PLAIN = (  # what Python says of its own limits, and what it means
@@ -30,10 +32,10 @@ def reading(what: object, advice: str = "fetch it again") -> Iterator[None]:
     """
     try:
         yield
-    except (MergeError, MemoryError):
+    except MergeError:
         raise
     except Exception as error:  # whatever a library stumbles over in what somebody else has made
-        if isinstance(error, OSError) and error.errno in FULL:
+        if is_out_of_memory(error) or (isinstance(error, OSError) and error.errno in FULL):
             raise
         raise MergeError(f"{what}: {reason(error)}; {advice}") from error
 

@@ -12,6 +12,7 @@ from contextlib import nullcontext, redirect_stdout
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from merge_engine.out_of_memory import is_out_of_memory
 from search.arguments import COMMANDS, UsageError, parse
 from search.options import Options
 from search.process import interrupted_by_sigterm, open_closed_streams, quiet_libraries
@@ -81,7 +82,7 @@ def _make_listener(*, json_lines: bool) -> Listener:
 
 def _expected(error: Exception) -> tuple[str, int] | None:
     """Return the message and the exit code of an error that is no fault of this program."""
-    if _is_short_of_memory(error):  # first, for there may be none left to import by
+    if is_out_of_memory(error):  # first, for there may be none left to import by
         return f"there is not enough memory; with more, {AGAIN}", STOPPED
     from merge_engine.errors import FULL, MergeError
     from objectives.base import ObjectiveError, printable
@@ -128,15 +129,6 @@ def _fault(error: Exception) -> str:
     except OSError:
         return f"a fault of mergesearch: {said}; please report it"
     return f"a fault of mergesearch: {said}; please report it with {file.name}"
-
-
-def _is_short_of_memory(error: Exception) -> bool:
-    if isinstance(error, MemoryError) or getattr(error, "errno", None) == errno.ENOMEM:
-        return True
-    words = ("annot allocate memory", "can't allocate memory", "bad_alloc", "failed to map segment")
-    return isinstance(error, RuntimeError | ImportError | OSError) and any(
-        word in str(error) for word in words
-    )
 
 
 if __name__ == "__main__":

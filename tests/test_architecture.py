@@ -21,6 +21,7 @@ ROOMS = {
         *("running", "showing", "options", "steps", "session", "arguments", "commands", "cli"),
     ],
     "merge_engine": [
+        "out_of_memory",
         "errors",
         "schema",
         "replacing",

@@ -13,18 +13,27 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-import psutil
 import torch
 from pydantic import ByteSize, TypeAdapter, ValidationError
 
 from merge_engine.errors import MergeError
 from merge_engine.models.checkpoint import TensorInfo
+from merge_engine.models.free_memory import free_bytes, said_size
 from merge_engine.numerics.packing import ROWS, WIDTH
 
 Tier = Literal["device", "pinned", "disk"]
 USABLE = 0.7  # of what is free: activations, allocators and caches need the rest
 _TIERS = {"device": "kept there", "pinned": "in pinned host memory", "disk": "mapped from disk"}
 _SIZE = re.compile(r"\s*\d*\.?\d+\s*[a-z]*\s*", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class Allowance:
+    """How much memory one process may use."""
+
+    limit: int | None = None  # bytes on each device; None: all that is free
+    sharers: int = 1  # number of processes that share the host
+    share: float = 1.0  # part of the GPU that is this one's
 
 
 @dataclass(frozen=True)
@@ -48,9 +57,9 @@ class MemoryPlan:
 
     def __str__(self) -> str:
         text = (
-            f"memory: {_text(self.live)} for the live model and up to {_text(self.work)} for "
-            f"merging its largest tensor, of {_text(self.free)} free on {self.device}; "
-            f"{_text(self.donors)} of models {_TIERS[self.tier]}"
+            f"memory: {said_size(self.live)} for the live model and up to {said_size(self.work)} "
+            f"for merging its largest tensor, of {said_size(self.free)} free on {self.device}; "
+            f"{said_size(self.donors)} of models {_TIERS[self.tier]}"
         )
         if self.copied_to:
             text += f"; every forward pass copies the layers to {self.copied_to}, which is slow"
@@ -62,12 +71,9 @@ def plan_memory(
     members: int,
     dtype: torch.dtype,
     device: str,
-    limit: int | None = None,
-    sharers: int = 1,
+    allowed: Allowance | None = None,
 ) -> MemoryPlan:
-    """Plan from the memory that is free now.
-
-    ``sharers`` processes share the host; ``limit`` is in bytes, None: all that is free.
+    """Plan from the memory that is free now, of which a process may use what is ``allowed``.
 
     Raises:
         MergeError: The live model and merging its largest tensor do not fit.
@@ -80,14 +86,16 @@ def plan_memory(
     if not on_cpu:  # donors may be copied there pack by pack
         largest = max(largest, min(sum(sizes.values()), ROWS * WIDTH))
     work = 4 * (members + 2) * largest
-    most = limit if limit is not None else 1 << 62
-    on_host = min(free_bytes("cpu") // sharers, most)
-    free = on_host if on_cpu else min(free_bytes(device), most)
+    allowed = allowed or Allowance()
+    most = allowed.limit if allowed.limit is not None else 1 << 62
+    on_host = min(free_bytes("cpu") // allowed.sharers, most)
+    free = on_host if on_cpu else min(free_bytes(device, allowed.share), most)
     if live + work > free:
+        way_out = "" if on_cpu else ", or add --offload"
         raise MergeError(
-            f"memory: the live model takes {_text(live)} and merging its largest tensor "
-            f"{_text(work)}, but {_text(free)} are free on {device}; choose another --device or "
-            f"--memory, a smaller dtype, or fewer models{'' if on_cpu else ', or add --offload'}"
+            f"memory: the live model takes {said_size(live)} and merging its largest tensor "
+            f"{said_size(work)}, but {said_size(free)} are free on {device}; choose another "
+            f"--device or --memory, a smaller dtype, or fewer models{way_out}"
         )
     tier: Tier = "disk"
     if device != "auto" and live + work + donors <= USABLE * free:
@@ -103,16 +111,3 @@ def parse_size(text: str) -> int:
         return TypeAdapter(ByteSize).validate_python(text if _SIZE.fullmatch(text) else "")
     except ValidationError:
         raise ValueError(f"{text!r} is no size; write it like 24GB or 512MiB") from None
-
-
-def free_bytes(device: str) -> int:
-    """Return the bytes free on a device; "auto": on all GPUs."""
-    if device == "auto":
-        return sum(free_bytes(f"cuda:{number}") for number in range(torch.cuda.device_count()))
-    if torch.device(device).type == "cuda":
-        return int(torch.cuda.mem_get_info(torch.device(device))[0])
-    return int(psutil.virtual_memory().available)
-
-
-def _text(size: int) -> str:
-    return ByteSize(size).human_readable(separator=" ")

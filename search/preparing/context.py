@@ -17,7 +17,8 @@ from merge_engine.building.live_tensors import LiveTensors
 from merge_engine.models.alignment import is_multimodal
 from merge_engine.models.checkpoint import Checkpoint
 from merge_engine.models.config_differences import check_functions, config_notes
-from merge_engine.models.memory_plan import MemoryPlan, free_bytes, plan_memory
+from merge_engine.models.free_memory import free_bytes, reserve_share
+from merge_engine.models.memory_plan import Allowance, MemoryPlan, plan_memory
 from merge_engine.models.model_set import ModelSet
 from merge_engine.models.quantised import quantisation_of
 from merge_engine.models.token_table import vocabulary_notes
@@ -92,8 +93,7 @@ class StudyPlan:
             len(self.model_set.checkpoints),
             torch_dtype(self.dtype),
             hardware.lives_on,
-            hardware.memory,
-            hardware.sharers,
+            Allowance(hardware.memory, hardware.sharers, hardware.share),
         )
         self.model_set.place(hardware.builds_on, plan.tier)
         return replace(plan, copied_to=hardware.device) if hardware.offload else plan
@@ -227,6 +227,7 @@ def load(
         if plan.tuned_units is not None:
             say("weights are not tuned by gradient with --offload")
             plan = replace(plan, tuned_units=None)
+    reserve_share(hardware.device, hardware.share)
     memory = plan.place_donors(hardware)
     say(memory)
     say(plan.kernels)
@@ -241,9 +242,9 @@ def load(
     builder, spare = Builder(model, plan.model_set), memory.spare
     if hardware.offload:
         offload(model, hardware.device)
-        spare = free_bytes(hardware.device)
+        spare = free_bytes(hardware.device, hardware.share)
     # A lone worker on a device: others would find other sizes, and give other bits for one recipe.
-    alone = hardware.sharers == 1 and hardware.device != "auto"
+    alone = hardware.sharers == 1 and hardware.share == 1 and hardware.device != "auto"
     outline = _bind(plan, model, spare if alone else None, say)
     return LiveContext(**vars(outline), builder=builder)
 

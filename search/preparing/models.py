@@ -24,6 +24,7 @@ from merge_engine.models.checkpoint import Checkpoint
 from merge_engine.models.model_set import ModelSet
 from merge_engine.models.vocabulary import Vocabulary, load_tokenizer
 from merge_engine.numerics.kernel_runner import configure_compiler
+from merge_engine.out_of_memory import is_out_of_memory
 from merge_engine.recipe.recipe import Tokenizer
 from merge_engine.recipe.recipe_file import load_recipe
 from merge_engine.schema import find_folder
@@ -44,6 +45,7 @@ class Hardware:
     memory: int | None = None  # limit in bytes; None: what is free
     compiled: bool = True  # kernels may be compiled, where that pays
     sharers: int = 1  # number of workers that share the host's memory
+    share: float = 1.0  # part of the device that is this worker's
     offload: bool = False  # the live model stays in host memory; its layers are copied to `device`
 
     @property
@@ -242,9 +244,11 @@ def _explained(checkpoint: Checkpoint) -> Iterator[None]:
     """Turn transformers' complaints about a checkpoint into one sentence that says what to do."""
     try:
         yield
-    except (MergeError, StudyError, MemoryError):
+    except (MergeError, StudyError):
         raise
     except Exception as error:  # each config, model and tokenizer class raises its own
+        if is_out_of_memory(error):
+            raise
         wanted = re.findall(r"requires the (\S+) library", str(error))
         if isinstance(error, ImportError) and (wanted or error.name):
             raise StudyError(

@@ -17,7 +17,9 @@ from typing import Any, Final
 import torch
 from typing_extensions import override
 
+from merge_engine.errors import reason
 from merge_engine.models.memory_plan import MemoryPlan
+from merge_engine.out_of_memory import is_out_of_memory
 from search.preparing.context import load, plan_study
 from search.preparing.models import Hardware
 from search.process import quiet_libraries
@@ -61,10 +63,20 @@ class _Actor:
             self.worker = Worker(load(plan, hardware, lines.append))
         except FAILURES as error:  # no candidate's
             raise StudyError(str(error)) from error
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            raise StudyError(
+                f"a worker had not enough memory to load the study ({reason(error)}); use fewer "
+                "workers, or another --device or --memory"
+            ) from None
         return lines
 
     def do(self, job: Job) -> Reply:
-        reply = self.worker.do(job)
+        try:
+            reply = self.worker.do(job)
+        except torch.AcceleratorError:
+            os._exit(1)  # all that follows on this device would fail, too: a new process takes over
         notes = [*self._notes]
         self._notes.clear()
         return replace(reply, notes=notes)
@@ -108,7 +120,8 @@ class RayWorkers(Workers):
                     f"{resources.get(kind, 0):g}; use fewer workers, or a larger cluster"
                 )
         device = "cpu" if not gpus else "cuda" if gpus <= 1 else "auto"
-        self._spec, self._hardware = spec, replace(hardware, device=device)
+        share = gpus if 0 < gpus < 1 else 1.0
+        self._spec, self._hardware = spec, replace(hardware, device=device, share=share)
         self._actor = self._ray.remote(num_cpus=cpus, num_gpus=gpus)(_Actor)
         self._jobs: dict[Any, tuple[int, Job]] = {}  # by Ray's reference to the reply
         self._failed_loads = Counter[int]()

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
+from traceback import clear_frames
 from typing import Any, Final, NamedTuple, Protocol
 
 import numpy as np
@@ -23,7 +24,8 @@ from typing_extensions import override
 from merge_engine.building.export import CheckpointFiles, write_checkpoint
 from merge_engine.building.recipe_gradient import RecipeGradient
 from merge_engine.building.units import Units
-from merge_engine.errors import MergeError
+from merge_engine.errors import MergeError, reason
+from merge_engine.out_of_memory import is_out_of_memory
 from merge_engine.recipe.recipe import Recipe
 from merge_engine.replacing import replace_text
 from objectives.base import ItemResult, ObjectiveError, Response
@@ -141,7 +143,7 @@ class Worker:
             ObjectiveError: The model it makes gives no usable result.
         """
         start = time.perf_counter()
-        with self._unchanged_weights(), _oom_fails_candidate():
+        with self._unchanged_weights(), self._oom_fails_candidate():
             self.context.builder.build(job.recipe)
             built = time.perf_counter()
             objective = self.context.objective_of(job.template)
@@ -163,7 +165,7 @@ class Worker:
             found = objective.loss(builder.model, items, [labels[item] for item in items])
             return saturate(found)
 
-        with _oom_fails_candidate():
+        with self._oom_fails_candidate():
             builder.build(job.recipe)
             if job.weights:
                 found, gradient = self._gradients().of_items(loss, job.items, job.weights)
@@ -205,7 +207,7 @@ class Worker:
             MergeError: The recipe cannot be built.
             ObjectiveError: The model it makes gives no usable text.
         """
-        with _oom_fails_candidate():
+        with self._oom_fails_candidate():
             self.context.builder.build(recipe)
             return self.context.objective.right_answers(self.context.builder.model, items)
 
@@ -220,7 +222,7 @@ class Worker:
             MergeError: The recipe cannot be built.
             ObjectiveError: The model it makes gives no usable text, or a prompt cannot be used.
         """
-        with _oom_fails_candidate():
+        with self._oom_fails_candidate():
             if isinstance(to, PromptEntry):
                 objective, items = self._prompts(to, template), [*range(len(to.prompts))]
             else:
@@ -274,6 +276,25 @@ class Worker:
         return ExportCheck(len(pairs), differing, socket.gethostname())
 
     @contextmanager
+    def _oom_fails_candidate(self) -> Iterator[None]:
+        """Turn a lack of memory into an ``ObjectiveError``, so that only this candidate fails.
+
+        What was made for it, and what can be made again, is freed.
+        """
+        try:
+            yield
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            clear_frames(error.__traceback__)  # they hold the tensors of a failed batch
+            said = reason(error)
+        else:
+            return
+        self.context.builder.model_set.measurements.release()
+        torch.cuda.empty_cache()  # does nothing without CUDA
+        raise ObjectiveError(f"out of memory: {said}")
+
+    @contextmanager
     def _unchanged_weights(self) -> Iterator[None]:
         """Refuse what was made of weights that have changed since they were first read.
 
@@ -297,15 +318,6 @@ class Worker:
             MergeError: There is NaN or Inf in one.
         """
         self.context.builder.model_set.check_finite()
-
-
-@contextmanager
-def _oom_fails_candidate() -> Iterator[None]:
-    """Turn CUDA out-of-memory into an ``ObjectiveError``, so that only this candidate fails."""
-    try:
-        yield
-    except torch.OutOfMemoryError as error:
-        raise ObjectiveError(f"out of memory: {str(error).splitlines()[0]}") from error
 
 
 def saturate(losses: Tensor) -> Tensor:

@@ -10,14 +10,18 @@ from dataclasses import dataclass
 
 import psutil
 import pytest
+import torch
 from typing_extensions import override
 
+from merge_engine.models.model_set import AlignedTensors
+from merge_engine.numerics.kernel_runner import KernelRunner
+from objectives.base import ObjectiveError
 from search.cli import main
 from search.preparing.context import load, load_outline, plan_study
 from search.preparing.models import Hardware
 from search.running.conclusion import conclude
 from search.running.search_loop import search
-from search.running.workers import Worker
+from search.running.workers import EvalJob, Worker
 from search.storing.folder import DATABASE
 from search.storing.snapshot import snapshot_items
 from search.storing.store import Store
@@ -79,6 +83,33 @@ def test_winner_is_chosen_and_saved_as_it_was_scored(run, tmp_path):
     assert compared >= 24 + 8  # the test, and a block of the search
     assert not differing
     assert result.trials == 12
+
+
+@pytest.mark.parametrize("where", ["read", "merge", "score"])
+def test_candidate_without_memory_fails_alone_and_leaves_nothing(run, contexts, monkeypatch, where):
+    context = contexts[0]
+    worker, builder = Worker(context), context.builder
+    first, second, *_ = run.log.complete()
+    recipe, items = run.recipe_of(first), context.splits.search[:3]
+    expected = worker.evaluate(EvalJob(recipe, items)).results
+
+    def full(*_args, **_settings):
+        torch.empty(1 << 50)
+
+    builder.model_set.release()
+    with monkeypatch.context() as patch:
+        owner, name = {
+            "read": (AlignedTensors, "read"),
+            "merge": (KernelRunner, "write"),
+            "score": (type(builder.model.model.layers[0].mlp), "forward"),
+        }[where]
+        patch.setattr(owner, name, full)
+        with pytest.raises(ObjectiveError, match=r"out of memory: .* can't allocate memory"):
+            worker.evaluate(EvalJob(run.recipe_of(second), items))
+    assert (builder.loaded is None) == (where != "score")  # half a merge is never evaluated
+    assert not builder.model_set.measurements.kept
+    again = worker.evaluate(EvalJob(recipe, items)).results
+    assert [result.value for result in again] == [result.value for result in expected]
 
 
 def test_context_without_weights_has_the_same_items(study, run):

@@ -4,7 +4,7 @@ from transformers import AutoModelForCausalLM
 
 from merge_engine.errors import MergeError
 from merge_engine.models import memory_plan as memory
-from merge_engine.models.memory_plan import parse_size, plan_memory
+from merge_engine.models.memory_plan import Allowance, parse_size, plan_memory
 from merge_engine.models.model_set import ModelSet
 from search.cli import main
 
@@ -15,14 +15,16 @@ def models(zoo):
 
 
 def planned(models, device, limit=None):
-    return plan_memory(models.tensors, 3, torch.bfloat16, device, limit)
+    return plan_memory(models.tensors, 3, torch.bfloat16, device, Allowance(limit))
 
 
 @pytest.fixture
 def free(monkeypatch):
     """Let the test set the bytes free on each device."""
     amounts = {"cpu": 10**9, "cuda": 10**9}
-    monkeypatch.setattr(memory, "free_bytes", lambda device: amounts[torch.device(device).type])
+    monkeypatch.setattr(
+        memory, "free_bytes", lambda device, share=1.0: amounts[torch.device(device).type]
+    )
     return amounts
 
 

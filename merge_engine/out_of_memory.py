@@ -1,0 +1,25 @@
+"""Errors that mean that memory has run out; read with the standard library alone."""
+
+from __future__ import annotations
+
+import errno
+
+_WORDS = (
+    "out of memory",  # CUDA, as torch.OutOfMemoryError and as torch.AcceleratorError
+    "STATUS_ALLOC_FAILED",  # cuBLAS, cuDNN
+    "annot allocate memory",  # the system's, and torch's on a CPU
+    "can't allocate memory",
+    "bad_alloc",
+    "failed to map segment",
+)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Return whether an error says that memory has run out, on any device."""
+    name = type(error).__name__  # torch need not be imported
+    known = isinstance(error, MemoryError) or name == "OutOfMemoryError"
+    if known or getattr(error, "errno", None) == errno.ENOMEM:
+        return True
+    return isinstance(error, RuntimeError | ImportError | OSError) and any(
+        words in str(error) for words in _WORDS
+    )
