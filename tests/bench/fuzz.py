@@ -1,0 +1,75 @@
+"""Fuzz the command line: random changes of valid files and words at every border.
+
+    PYTHONPATH=tests/support python tests/bench/fuzz.py --inputs 100 [--seed S] [--first N]
+        [--border B ...] [--out DIR]
+
+Prints one JSON line: ``inputs``, ``exits`` (their exit codes), ``seconds`` (the longest) and
+``findings`` by border. A finding is an input that neither works nor is refused in one sentence
+that names it, or leaves a file. It is kept as ``DIR/BORDER-SEED-N``: the folder that the command
+began in, ``command.json``, and what it said on stderr. The same input again:
+``--border B --seed S --first N --inputs 1``.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import sys
+import tempfile
+from collections import Counter
+from pathlib import Path
+
+os.environ |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1"}
+os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
+
+from fuzzing import Finding, Fuzzer
+from fuzzing_borders import BORDERS
+from tiny_models import make_llama
+
+
+def keep(fuzzer: Fuzzer, finding: Finding, out: Path) -> None:
+    """Save the input of a finding, to be looked at and tried again."""
+    folder = out / f"{finding.border}-{fuzzer.seed}-{finding.number}"
+    shutil.rmtree(folder, ignore_errors=True)
+    fuzzer.change(finding.border, finding.number)
+    shutil.copytree(fuzzer.place, folder, symlinks=True)
+    (folder / "command.json").write_text(json.dumps(["mergesearch", *finding.command]))
+    (folder / "said.txt").write_text(f"{finding.kind}\n{finding.said}")
+    print(folder, finding.kind, finding.said[-200:], file=sys.stderr, flush=True)
+
+
+def fuzz(options: argparse.Namespace, top: Path) -> dict[str, object]:
+    base = make_llama(top / "zoo" / "base", seed=0)
+    for seed, name in enumerate("ab", start=1):
+        make_llama(top / "zoo" / name, seed=seed, base=base)
+    (top / "work").mkdir()
+    with open(os.devnull, "w") as nowhere:
+        stdout, sys.stdout = sys.stdout, nowhere
+        fuzzer = Fuzzer(top / "work", top / "zoo", options.seed)
+        sys.stdout = stdout
+    findings, count = Counter[str](), 0
+    for border in options.border or BORDERS:
+        for number in range(options.first, options.first + options.inputs):
+            count += 1
+            if finding := fuzzer.run(border, number):
+                findings[border] += 1
+                keep(fuzzer, finding, options.out)
+    return {
+        "inputs": count,
+        "exits": fuzzer.exits,
+        "seconds": round(fuzzer.longest, 1),
+        "findings": findings,
+    }
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--inputs", type=int, default=20, help="of each border")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--first", type=int, default=0, help="number of the first input")
+    parser.add_argument("--border", nargs="+", choices=BORDERS, help="default: all")
+    parser.add_argument("--out", type=Path, default=Path("runs/fuzz"), help="for findings")
+    chosen = parser.parse_args()
+    with tempfile.TemporaryDirectory() as made:
+        line = fuzz(chosen, Path(made))
+    print(json.dumps({"seed": chosen.seed, "first": chosen.first, **line}))
