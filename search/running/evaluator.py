@@ -1,7 +1,13 @@
 """Evaluation of recipes on blocks of items: results come from the database, else from a worker.
 
-Jobs go to several workers at once. A block's results are in the database before anything depends
+Jobs go to several workers at once. A job's results are in the database before anything depends
 on them, and a recipe's blocks go to the worker that has built it already, if that one is idle.
+
+A race decides after every block, so a job of the search is one block. Where more of a split is
+asked at once, a job is up to ``JOB_ITEMS`` items of consecutive blocks: texts of many items are
+written together for little more than those of one block. A job ends at the same items whatever is
+stored already, and is stored in one transaction: a kill loses at most the job under way, and what
+was not killed is asked in the same jobs and has the same rounding.
 """
 
 from __future__ import annotations
@@ -10,7 +16,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, groupby, islice
 from pathlib import Path
 from typing import Final, NamedTuple
 
@@ -32,6 +38,7 @@ from search.storing.intact import damaged
 from search.storing.store import Store
 
 MAX_DEATHS: Final = 2  # of workers, after which a recipe counts as failed
+JOB_ITEMS: Final = 100  # items of a job at most; one block, if that has more
 
 
 @dataclass(frozen=True)
@@ -60,18 +67,18 @@ def under_own_templates(context: StudyContext) -> dict[str, UnderOwnTemplate]:
     }
 
 
-class Block(NamedTuple):
-    """Items of a split that one recipe is evaluated on at once, by the block's number."""
+class Blocks(NamedTuple):
+    """Items of a split that one recipe is evaluated on at once, by the numbers of their blocks."""
 
     recipe: str  # its key, or that of a donor under its own template
     split: Split
-    number: int
+    numbers: tuple[int, ...]
 
 
 class Evaluator:
     """Hands blocks of items to workers and stores their results.
 
-    ``on_block`` is called with the number of items of each block that was evaluated.
+    ``on_block`` is called with the number of items of each job that was evaluated.
     """
 
     def __init__(
@@ -90,7 +97,7 @@ class Evaluator:
         self._blocks: dict[Split, tuple[tuple[int, ...], ...]] = {
             split: blocks(getattr(context.splits, split), self._size) for split in SPLITS
         }
-        self._jobs: dict[int, tuple[Block, EvalJob]] = {}  # by worker
+        self._jobs: dict[int, tuple[Blocks, EvalJob]] = {}  # by worker
         self._built: dict[int, str] = {}  # key of the recipe in each worker's live model
         self._losses: dict[int, int] = {}  # number of the job of losses, by worker
         self._deaths = Counter[str]()
@@ -103,7 +110,7 @@ class Evaluator:
 
     @property
     def working(self) -> bool:
-        """Whether a block is being evaluated, or losses are being computed."""
+        """Whether blocks are being evaluated, or losses are being computed."""
         return bool(self._jobs or self._losses)
 
     def block_ends(self, split: Split) -> list[int]:
@@ -143,27 +150,32 @@ class Evaluator:
         The blocks that a failed recipe has left are not evaluated.
         """
         left = {
-            Block(recipe.key, split, number): recipe
+            Blocks(recipe.key, split, numbers): recipe
             for recipe in recipes
-            for number in self.missing_blocks(recipe, split, items)
+            for numbers in self._jobs_of(self.missing_blocks(recipe, split, items))
         }
         failed: dict[str, Exception] = {}
         if not left:  # other blocks may be under way meanwhile
             return failed
         while left or self.working:
             while left and self.idle:
-                block = self._next_of(left)
-                self.submit(left.pop(block), split, block.number)
-            block, error = self.collect()
+                wanted = self._next_of(left)
+                self.submit(left.pop(wanted), split, *wanted.numbers)
+            done, error = self.collect()
             if error:
-                failed.setdefault(block.recipe, error)
+                failed.setdefault(done.recipe, error)
                 left = {one: left[one] for one in left if one.recipe not in failed}
         return failed
 
-    def _next_of(self, left: Iterable[Block]) -> Block:
-        """Choose a block whose recipe an idle worker has built, else nobody has, else the first."""
+    def _jobs_of(self, blocks: Iterable[int]) -> list[tuple[int, ...]]:
+        """Group the numbers of blocks into jobs."""
+        together = max(1, JOB_ITEMS // self._size)
+        return [tuple(job) for _, job in groupby(blocks, key=lambda number: number // together)]
+
+    def _next_of(self, left: Iterable[Blocks]) -> Blocks:
+        """Choose blocks whose recipe an idle worker has built, else nobody has, else the first."""
         idle = {self._built.get(worker) for worker in self.idle}
-        others = {block.recipe for block, _ in self._jobs.values()}
+        others = {blocks.recipe for blocks, _ in self._jobs.values()}
         return min(left, key=lambda one: (one.recipe not in idle, one.recipe in others))
 
     def missing_blocks(
@@ -173,38 +185,40 @@ class Evaluator:
         stored = self.store.blocks(recipe.key, split)
         return [number for number in self._first(split, items) if number not in stored]
 
-    def submit(self, recipe: Evaluated, split: Split, number: int) -> Block:
-        """Give a block to an idle worker."""
+    def submit(self, recipe: Evaluated, split: Split, *numbers: int) -> Blocks:
+        """Give blocks to an idle worker, to be evaluated at once."""
         worker = min(self.idle, key=lambda worker: self._built.get(worker) != recipe.key)
-        block = Block(recipe.key, split, number)
-        items = self._blocks[split][number]
+        blocks, items = Blocks(recipe.key, split, numbers), self._items(split, numbers)
         if isinstance(recipe, UnderOwnTemplate):
             job = EvalJob(recipe.recipe, items, recipe.donor)
         else:
             job = EvalJob(recipe, items)
-        self._submit(worker, block, job)
-        return block
+        self._submit(worker, blocks, job)
+        return blocks
 
-    def _submit(self, worker: int, block: Block, job: EvalJob) -> None:
-        self._jobs[worker], self._built[worker] = (block, job), job.recipe.key
+    def _items(self, split: Split, numbers: Iterable[int]) -> tuple[int, ...]:
+        return tuple(item for number in numbers for item in self._blocks[split][number])
+
+    def _submit(self, worker: int, blocks: Blocks, job: EvalJob) -> None:
+        self._jobs[worker], self._built[worker] = (blocks, job), job.recipe.key
         self.workers.submit(worker, job)
 
-    def collect(self) -> tuple[Block, Exception | None]:
-        """Wait for a block to be finished, and store its results.
+    def collect(self) -> tuple[Blocks, Exception | None]:
+        """Wait for a job to be finished, and store its results.
 
         Returns:
-            The block, and why it has no results, if it has none.
+            Its blocks, and why they have no results, if they have none.
 
         Raises:
-            KeyboardInterrupt: ``stopping`` was set; all blocks under way were stored before.
+            KeyboardInterrupt: ``stopping`` was set; all jobs under way were stored before.
         """
         while True:
             worker, outcome = self.workers.next()
-            block, job = self._jobs.pop(worker)
+            blocks, job = self._jobs.pop(worker)
             if isinstance(outcome, WorkerDied):
-                self._deaths[block.recipe] += 1
-                if self._deaths[block.recipe] < MAX_DEATHS and not self.stopping:
-                    self._submit(worker, block, job)
+                self._deaths[blocks.recipe] += 1
+                if self._deaths[blocks.recipe] < MAX_DEATHS and not self.stopping:
+                    self._submit(worker, blocks, job)
                     continue
                 outcome = ObjectiveError(f"it ended its worker {MAX_DEATHS} times: {outcome}")
             if isinstance(outcome, Exception):
@@ -212,12 +226,21 @@ class Evaluator:
             else:
                 assert isinstance(outcome, EvalReply)
                 self.build_seconds += outcome.build_seconds
-                self.store.save(*block, outcome.results, outcome.score_seconds)
+                self._save(blocks, outcome)
                 self.on_block(len(outcome.results))
             if not self.stopping:
-                return block, outcome if isinstance(outcome, Exception) else None
+                return blocks, outcome if isinstance(outcome, Exception) else None
             if not self.working:
                 raise KeyboardInterrupt
+
+    def _save(self, blocks: Blocks, reply: EvalReply) -> None:
+        """Store what a job gave, block by block in one transaction."""
+        results = iter(reply.results)
+        by_block = {
+            number: list(islice(results, len(self._blocks[blocks.split][number])))
+            for number in blocks.numbers
+        }
+        self.store.save(blocks.recipe, blocks.split, by_block, reply.score_seconds)
 
     def losses(self, jobs: Sequence[LossJob]) -> list[LossReply]:
         """Have all workers compute losses, while no block is being evaluated.
@@ -262,12 +285,19 @@ class Evaluator:
             self._losses.pop(worker, None)
 
     def export(self, recipe: Recipe, out: Path, card: str) -> ExportCheck:
-        """Have a recipe built once more, compared with its stored results, saved with a card."""
-        evaluated = [
-            (EvalJob(recipe, self._blocks[split][number]), results)
-            for split in SPLITS
-            for number, results in sorted(self.store.results(recipe.key, split).items())
-        ]
+        """Have a recipe built once more, compared with its stored results, saved with a card.
+
+        It is asked in the jobs in which it was: block by block in races, the test items in larger
+        ones.
+        """
+        evaluated = []
+        for split in SPLITS:
+            stored = self.store.results(recipe.key, split)
+            numbers = sorted(stored)
+            jobs = self._jobs_of(numbers) if split == "test" else [(one,) for one in numbers]
+            for job in jobs:
+                results = [result for number in job for result in stored[number]]
+                evaluated.append((EvalJob(recipe, self._items(split, job)), results))
         check: ExportCheck = self.workers.call("export", recipe, evaluated, out.absolute(), card)
         return check
 

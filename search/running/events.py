@@ -52,7 +52,7 @@ class SearchStarted(Event):
 
 @dataclass(frozen=True)
 class BlockEvaluated(Event):
-    """A recipe was evaluated on a block of so many items."""
+    """A recipe was evaluated on so many items, of one block or several."""
 
     items: int
 

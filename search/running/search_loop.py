@@ -18,7 +18,7 @@ from search.proposing.starts import baselines, warm_starts
 from search.proposing.stopping import PATIENCE, has_stalled, should_stop
 from search.racing.item_scores import ItemScores
 from search.running.baselines import open_race, rank_donors, try_baselines
-from search.running.evaluator import Block
+from search.running.evaluator import Blocks
 from search.running.events import (
     Note,
     PlanReady,
@@ -90,7 +90,7 @@ class SearchLoop:
         self.tuner = Tuner(run, deadline, ranking)
         self._ranking = ranking
         self._starts_wait = True  # until the first path of tuned weights is at its end
-        self._waiting: dict[Block, list[RunningTrial]] = {}  # trials by the block they need
+        self._waiting: dict[Blocks, list[RunningTrial]] = {}  # trials by the block they need
 
     def work(self) -> None:
         """Ask, evaluate, race and tell until nothing is left to do."""
@@ -187,7 +187,7 @@ class SearchLoop:
         while self.race.should_continue(running.scores.array):
             items = len(running.scores.values) + 1
             if missing := evaluator.missing_blocks(running.recipe, "search", items):
-                block = Block(running.recipe.key, "search", missing[0])
+                block = Blocks(running.recipe.key, "search", (missing[0],))
                 if block not in self._waiting:  # else another trial of the same recipe waits
                     evaluator.submit(running.recipe, "search", missing[0])
                 self._waiting.setdefault(block, []).append(running)
@@ -205,7 +205,7 @@ class SearchLoop:
             return
         for recipe in {one.recipe.key: one.recipe for one in self._running}.values():
             for number in evaluator.missing_blocks(recipe, "search"):
-                block = Block(recipe.key, "search", number)
+                block = Blocks(recipe.key, "search", (number,))
                 if evaluator.idle and block not in self._waiting:
                     evaluator.submit(recipe, "search", number)
                     self._waiting[block] = []

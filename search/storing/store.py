@@ -1,7 +1,7 @@
 """The store: Optuna's study and every finished block of results, in one database.
 
-A block is written in one transaction before the next is evaluated, so that a kill loses at most
-the block under way. Results are keyed by the recipe's own key, not by trial: a recipe proposed
+The blocks of a job are written in one transaction before the next job, so that a kill loses at
+most the job under way. Results are keyed by the recipe's own key, not by trial: a recipe proposed
 twice is evaluated once.
 """
 
@@ -281,24 +281,36 @@ class Store:
             return set(connection.execute(wanted).scalars())
 
     def save(
-        self, recipe: str, split: str, block: int, results: Sequence[ItemResult], seconds: float
+        self,
+        recipe: str,
+        split: str,
+        results: Mapping[int, Sequence[ItemResult]],
+        seconds: float,
     ) -> None:
-        """Store one finished block of results, in one transaction."""
-        row: dict[str, Any] = {
-            "study": self._study,
-            "recipe": recipe,
-            "split": split,
-            "block": block,
-            "items": len(results),
-            "answers": json.dumps([one.value for one in results]),
-            "margins": json.dumps([one.margin for one in results]),
-            "faults": json.dumps([one.fault for one in results]),
-            "tokens": json.dumps([one.tokens for one in results]),
-            "seconds": seconds,
-        }
-        row["digest"] = _digest_of(SimpleNamespace(**row))
+        """Store results by their blocks' numbers, in one transaction.
+
+        ``seconds`` are of all together; each block has its items' share.
+        """
+        per_item = seconds / sum(map(len, results.values()))
+        rows: list[dict[str, Any]] = [
+            {
+                "study": self._study,
+                "recipe": recipe,
+                "split": split,
+                "block": block,
+                "items": len(of_block),
+                "answers": json.dumps([one.value for one in of_block]),
+                "margins": json.dumps([one.margin for one in of_block]),
+                "faults": json.dumps([one.fault for one in of_block]),
+                "tokens": json.dumps([one.tokens for one in of_block]),
+                "seconds": per_item * len(of_block),
+            }
+            for block, of_block in results.items()
+        ]
+        for row in rows:
+            row["digest"] = _digest_of(SimpleNamespace(**row))
         with self._engine.begin() as connection:
-            connection.execute(_ANSWERS.insert().values(**row))
+            connection.execute(_ANSWERS.insert(), rows)
 
     def recipes(self, split: str) -> set[str]:
         """List the keys of the recipes that were evaluated on some of a split."""

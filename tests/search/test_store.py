@@ -125,9 +125,9 @@ def test_run_whose_server_stays_away_stops_and_goes_on_later(
 
 def test_studies_in_one_database_do_not_mix(server):
     one, other = (Store(Storage.of(folder, server.url())) for folder in map(_folder, "ab"))
-    one.save("recipe", "search", 0, [ItemResult(1.0), ItemResult(0.0)], 3.0)
-    other.save("recipe", "search", 0, [ItemResult(0.5)], 1.0)
-    other.save("another", "test", 2, [ItemResult(0.5)], 1.0)
+    one.save("recipe", "search", {0: [ItemResult(1.0), ItemResult(0.0)]}, 3.0)
+    other.save("recipe", "search", {0: [ItemResult(0.5)]}, 1.0)
+    other.save("another", "test", {2: [ItemResult(0.5)]}, 1.0)
     one.study().enqueue_trial({})
     assert [len(store.study().trials) for store in (one, other)] == [1, 0]
     assert one.results("recipe", "search") == {0: [ItemResult(1.0), ItemResult(0.0)]}

@@ -1,0 +1,93 @@
+"""Jobs and blocks: what is asked at once, what is stored, and what a kill loses."""
+
+import pytest
+
+from landscape import planted
+from objectives.base import ObjectiveError
+from search.proposing.starts import baselines
+from search.running import evaluator as module
+from simulated import SimulatedWorkers, simulated_context, simulated_run
+
+COUNTS = {"search": 60, "select": 60, "test": 250}
+
+
+@pytest.fixture
+def context():
+    return simulated_context(planted(0), 0, COUNTS)
+
+
+def evaluated(context, folder, recipes, **settings):
+    workers = SimulatedWorkers(context.objective, **settings)
+    run = simulated_run(folder, context, workers)
+    run.evaluator.evaluate(recipes, "test")
+    return run, workers
+
+
+@pytest.mark.parametrize("size", [1, 3])
+def test_split_that_is_asked_whole_takes_fewer_jobs_and_gives_the_same_answers(
+    context, tmp_path, monkeypatch, size
+):
+    recipes = [*baselines(context.space).values()]
+    whole, in_jobs = evaluated(context, tmp_path / "whole", recipes, size=size)
+    monkeypatch.setattr(module, "JOB_ITEMS", 1)  # a job is one block
+    parts, in_blocks = evaluated(context, tmp_path / "parts", recipes, size=size)
+    assert len(in_jobs.jobs) == 3 * len(recipes)  # 250 items, 100 at once
+    assert len(in_blocks.jobs) == 13 * len(recipes)  # 20 at once
+    for recipe in recipes:
+        stored = whole.evaluator.stored(recipe, "test")
+        assert stored == parts.evaluator.stored(recipe, "test")
+        assert len(stored) == COUNTS["test"]
+        assert whole.store.blocks(recipe.key, "test") == set(range(13))
+
+
+def test_jobs_end_at_the_same_items_whatever_is_stored(context, tmp_path):
+    recipe = next(iter(baselines(context.space).values()))
+    run, workers = evaluated(context, tmp_path / "run", [])
+    run.evaluator.submit(recipe, "test", 6)
+    run.evaluator.collect()
+    run.evaluator.evaluate([recipe], "test")
+    order = context.splits.test
+    jobs = [job.items for job in workers.jobs]
+    assert jobs == [order[120:140], order[:100], order[100:120] + order[140:200], order[200:]]
+
+
+def test_kill_loses_the_job_under_way_alone(context, tmp_path):
+    recipe = next(iter(baselines(context.space).values()))
+
+    def kill(job):
+        if len(workers.jobs) == 2:
+            raise SystemExit
+
+    workers = SimulatedWorkers(context.objective, failure=kill)
+    run = simulated_run(tmp_path / "run", context, workers)
+    with pytest.raises(SystemExit):
+        run.evaluator.evaluate([recipe], "test")
+    again, later = evaluated(context, tmp_path / "run", [recipe])
+    assert [len(job.items) for job in later.jobs] == [100, 50]
+    assert len(again.evaluator.stored(recipe, "test")) == COUNTS["test"]
+
+
+def test_job_that_fails_leaves_no_results_and_ends_its_recipe_alone(context, tmp_path):
+    first, second, *_ = baselines(context.space).values()
+
+    def failure(job):
+        return ObjectiveError("NaN") if job.recipe.key == first.key else None
+
+    workers = SimulatedWorkers(context.objective, failure=failure)
+    run = simulated_run(tmp_path / "run", context, workers)
+    assert [*run.evaluator.failures([first, second], "test")] == [first.key]
+    assert run.store.blocks(first.key, "test") == set()
+    assert len(run.store.blocks(second.key, "test")) == 13
+
+
+def test_exported_recipe_is_asked_in_the_jobs_in_which_it_was(context, tmp_path):
+    recipe = next(iter(baselines(context.space).values()))
+    run, workers = evaluated(context, tmp_path / "run", [recipe])
+    for number in (0, 1):
+        run.evaluator.submit(recipe, "search", number)
+        run.evaluator.collect()
+    asked = []
+    workers.call = lambda method, recipe, evaluated, out, card: asked.extend(evaluated)
+    run.evaluator.export(recipe, tmp_path / "out", "")
+    assert {job.items for job, _ in asked} == {job.items for job in workers.jobs}
+    assert all(len(job.items) == len(results) for job, results in asked)
