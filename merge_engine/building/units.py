@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+from merge_engine.models.alignment import live_names
 from merge_engine.models.model_set import ModelSet
 
 Filters = tuple[str, ...]  # parts of names, of which one has to occur; none: any name will do
@@ -41,6 +43,24 @@ class Units:
             if (first := next(matching, None)) is not None:
                 index[name] = first
         return cls(tuple(filters), index)
+
+    def with_live_names(self, models: ModelSet) -> Units:
+        """Return the units with filters that find their tensors by the live model's names, too.
+
+        mergekit resolves filters by these names, the experts of a layer as one, where transformers
+        has other names for a type's tensors than its checkpoints.
+        """
+        found = [dict.fromkeys(own) for own in self.filters]
+        live = live_names(models.reference.folder, self.index)
+        for name, unit in self.index.items():
+            if self.filters[unit] and not _matches(self.filters[unit], live[name]):
+                found[unit][without_expert(live[name])] = None
+        return replace(self, filters=tuple(map(tuple, found)))
+
+
+def without_expert(name: str) -> str:
+    """Return the part of a tensor's name that all experts of its layer share; of others all."""
+    return re.sub(r"(\.experts\.).*", r"\1", name)
 
 
 def _matches(filters: Filters, name: str) -> bool:

@@ -10,13 +10,16 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from merge_engine.errors import MergeError
 from merge_engine.models.architecture import load_config, make_without_weights
 from merge_engine.models.conversion import find_slots
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 _TEXT_TOWER = re.compile(r"^(?:model\.)?(?:language_model|text_model)\.(?:model\.(?=\w))?")
 
@@ -38,6 +41,28 @@ def is_multimodal(config: Mapping[str, Any]) -> bool:
     return isinstance(config.get("text_config"), dict)
 
 
+def live_names(folder: Path, names: Iterable[str]) -> dict[str, str]:
+    """Return the name of the live tensor that each of a model's stored tensors becomes.
+
+    Of several that become one together it is that one's; of those that are not known to become any
+    it is their own.
+
+    Args:
+        folder: The model's folder.
+        names: Of the stored tensors.
+    """
+    model = _without_weights(folder)
+    slots = find_slots(model, names) if model is not None else {}
+    return {name: slots[name].live if name in slots else name for name in names}
+
+
+def _without_weights(folder: Path) -> PreTrainedModel | None:
+    try:
+        return make_without_weights(load_config(folder), torch.float32)
+    except Exception:  # no type that transformers has tables for; each config class raises its own
+        return None
+
+
 def match_names(folder: Path, own: Iterable[str], others: Iterable[str]) -> dict[str, str]:
     """Return which of a model's stored tensors each of another's names stands for.
 
@@ -53,9 +78,8 @@ def match_names(folder: Path, own: Iterable[str], others: Iterable[str]) -> dict
         MergeError: The other stores the experts of a layer as one tensor, and the model does not,
             or the other way round.
     """
-    try:
-        model = make_without_weights(load_config(folder), torch.float32)
-    except Exception:  # no type that transformers has tables for; each config class raises its own
+    model = _without_weights(folder)
+    if model is None:
         return {name: name for name in others if name in set(own)}
     mine = {slot: name for name, slot in find_slots(model, own).items()}
     made = {slot.live for slot in mine}

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, cast
 from merge_engine.building.builder import Builder
 from merge_engine.building.export import files_to_copy
 from merge_engine.building.live_tensors import LiveTensors
+from merge_engine.building.units import Units
 from merge_engine.models.alignment import is_multimodal
 from merge_engine.models.checkpoint import Checkpoint
 from merge_engine.models.config_differences import check_functions, config_notes
@@ -163,6 +164,9 @@ def plan_study(spec: StudySpec, *, compiled: bool = True) -> StudyPlan:
     _check_parts(spec, models)
     tasks = plan_tasks(spec)
     space = Space.from_spec(spec, models.layer_filters, dtype)
+    if spec.search.split:
+        parts = Units.of_filters(models.names, space.units).with_live_names(models)
+        space = replace(space, units=parts.filters)
     own_templates = find_own_templates(spec, models)
     units = None
     if tuning_method(spec):

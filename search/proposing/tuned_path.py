@@ -6,14 +6,13 @@ strength s, and with tuned(p) on the path: linear between its points, which are 
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
-from merge_engine.building.units import Filters, Units
+from merge_engine.building.units import Filters, Units, without_expert
 from search.racing.race import Floats
 from search.study.spec import TunedUnit
 
@@ -75,7 +74,7 @@ def tuned_units(by: TunedUnit, models: ModelSet, space_units: Sequence[Filters])
         space_units: Filters of the space's units.
     """
     if by == "tensor":
-        parts = {re.sub(r"(\.experts\.).*", r"\1", name) for name in models.names}
+        parts = {*map(without_expert, models.names)}
         units = Units.of_filters(models.names, Units.of_tensors(parts).filters)
     elif by == "layer":
         units = Units.of_layers(models)
@@ -85,4 +84,4 @@ def tuned_units(by: TunedUnit, models: ModelSet, space_units: Sequence[Filters])
     found = [0] * len(units)
     for name, unit in units.index.items():
         found[unit] = of_space[name]
-    return TunedUnits(units.filters, tuple(found))
+    return TunedUnits(units.with_live_names(models).filters, tuple(found))

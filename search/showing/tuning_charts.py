@@ -69,8 +69,14 @@ def arranged(units: TunedUnits, weights: Floats) -> tuple[list[int], list[HeatRo
     in_layers = defaultdict[tuple[str, str], dict[int, float]](dict)
     others: dict[str, float] = {}
     for filters, weight in zip(units.filters, weights.tolist(), strict=True):
+        drawn = set[int | None]()  # other filters of a unit may be a live model's for its tensors
         for name in filters or ("all else",):
-            if found := re.search(r"(?:^|\.)(\d+)(?:\.|$)", name):
+            found = re.search(r"(?:^|\.)(\d+)(?:\.|$)", name)
+            layer = int(found[1]) if found else None
+            if layer in drawn:
+                continue
+            drawn.add(layer)
+            if found:
                 kind = name[: found.start()], name[found.end() :].removesuffix(".weight")
                 in_layers[kind][int(found[1])] = weight
             else:

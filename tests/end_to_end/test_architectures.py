@@ -16,6 +16,7 @@ from merge_engine.models.conversion import find_conversions
 from merge_engine.models.model_set import ModelSet
 from merge_engine.recipe.recipe_file import load_recipe, parse_recipe
 from search.cli import main
+from search.proposing.tuned_path import tuned_units
 from tiny_models import make_tokenizer
 
 MIXED = ["linear", "model_stock", "ties", "dare_linear"]  # of methods that name all models
@@ -175,16 +176,37 @@ def test_mergekit_agrees_on_the_tensors_of_the_live_model(family, build, mergeki
         torch.testing.assert_close(live[name], tensor, rtol=1e-5, atol=1e-6)
 
 
+def assert_equals_mergekits(ours, theirs, model):
+    """Compare stored tensors with mergekit's, which has those of the live model of some types."""
+    live, shapes = dict(ours), {name: tuple(tensor.shape) for name, tensor in ours.items()}
+    for conversion in find_conversions(model, shapes):
+        live |= conversion.convert({name: ours[name] for name in conversion.names})
+    assert theirs.keys() <= live.keys()
+    for name, tensor in theirs.items():
+        error = (live[name] - tensor).abs().max()
+        assert error <= 1e-5 * tensor.abs().max(), name
+
+
 @pytest.mark.oracle
-@pytest.mark.parametrize("name", ["llama", "gemma2"])
-def test_mergekit_rebuilds_a_recipe_with_a_weight_for_every_tensor(name, mergekits, tmp_path):
+@pytest.mark.parametrize("name", ["llama", "gemma2", "mixtral", "minimax", "nemotron_h"])
+@pytest.mark.parametrize("by", ["tensor", "split"])
+def test_mergekit_rebuilds_a_recipe_with_a_weight_for_every_unit(name, by, mergekits, tmp_path):
+    """The last three have other names for tensors in memory than in a checkpoint."""
     family = save_family(tmp_path / name, name)
     model_set = ModelSet.open([str(family / each) for each in ("base", "a", "b")])
     random = Random(0)
+    if by == "tensor":
+        filters = tuned_units("tensor", model_set, ((),)).filters
+    else:
+        parts = [*((n,) for n in model_set.names if "norm" in n or ".gate." in n), ()]
+        filters = Units.of_filters(model_set.names, parts).with_live_names(model_set).filters
 
     def weight():
-        filters = Units.of_tensors(model_set.names).filters
-        return [{"filter": each, "value": random.uniform(-1, 1)} for (each,) in filters]
+        clauses = []
+        for of_unit in filters:
+            value = {"value": random.uniform(-1, 1)}
+            clauses += [{"filter": each, **value} for each in of_unit] or [value]
+        return clauses
 
     entries = [{"model": str(family / n), "parameters": {"weight": weight()}} for n in "ab"]
     recipe, notes = parse_recipe(
@@ -198,11 +220,30 @@ def test_mergekit_rebuilds_a_recipe_with_a_weight_for_every_tensor(name, mergeki
     )
     assert not notes
     model_set.place(torch.device("cpu"), "device")
-    builder = Builder(load(family / "base")[0], model_set)
+    live, _ = load(family / "base")
+    builder = Builder(live, model_set)
     builder.build(recipe)
-    ours = dict(builder.tensors())
     theirs = mergekits(yaml.safe_load(recipe.to_yaml()), tmp_path / "theirs")
-    assert theirs.keys() <= ours.keys()
-    for tensor_name, tensor in theirs.items():
-        error = (ours[tensor_name] - tensor).abs().max()
-        assert error <= 1e-5 * tensor.abs().max(), tensor_name
+    assert_equals_mergekits(dict(builder.tensors()), theirs, live)
+
+
+@pytest.mark.oracle
+@pytest.mark.parametrize("name", ["llama", "mixtral", "qwen3_moe"])
+def test_mergekit_makes_the_checkpoint_of_a_search_that_tuned_weights(
+    name, make_study, mergekits, tmp_path
+):
+    """Of a model with a head of its own, and of two whose experts are stacked in memory."""
+    family = save_family(tmp_path / name, name)
+    study = make_study(
+        tmp_path / "study",
+        base_model=str(family / "base"),
+        models=[str(family / each) for each in "ab"],
+        search={"methods": ["task_arithmetic"], "trials": 1, "tune": True},
+        objective__items={"search": 8, "select": 8, "test": 8},
+    )
+    run = tmp_path / "run"
+    assert main(["run", str(study), "--out", str(run), "--device", "cpu"]) == 0
+    mapping = yaml.safe_load((run / "recipe.yaml").read_text())
+    assert all(len(entry["parameters"]["weight"]) > 10 for entry in mapping["models"])
+    theirs = mergekits(mapping, tmp_path / "theirs")
+    assert_equals_mergekits(stored(run / "checkpoint"), theirs, load(family / "base")[0])

@@ -56,3 +56,11 @@ def test_cells_are_the_darker_the_farther_from_zero_and_say_their_number():
         ("cell", pytest.approx(0.0)),
     ]
     assert cells[1][2] == "q, layer 1: -1.000"
+
+
+def test_other_names_of_a_units_tensors_are_not_drawn():
+    stored, live = "backbone.layers.{}.norm.weight", "model.layers.{}.norm.weight"
+    units = units_of(*(tuple(each.format(n) for each in (stored, live)) for n in (0, 1)))
+    layers, rows = arranged(units, np.array([0.5, 1.0]))
+    assert layers == [0, 1]
+    assert [(row.name, [*row.values]) for row in rows] == [("norm", [0.5, 1.0])]
