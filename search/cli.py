@@ -15,7 +15,12 @@ from typing import TYPE_CHECKING, Any
 from merge_engine.out_of_memory import is_out_of_memory
 from search.arguments import COMMANDS, UsageError, parse
 from search.options import Options
-from search.process import interrupted_by_sigterm, open_closed_streams, quiet_libraries
+from search.process import (
+    collector_paused,
+    interrupted_by_sigterm,
+    open_closed_streams,
+    quiet_libraries,
+)
 
 if TYPE_CHECKING:
     from search.running.events import Listener
@@ -55,12 +60,13 @@ def _run(command: str, options: Options) -> None:
     """Run a command, its libraries kept quiet from before they are imported."""
     with quiet_libraries(lambda text: listener(Note(text)), verbose=options.verbose):
         listener = _make_listener(json_lines=options.json)
-        from merge_engine.models.cache_folder import default_folder
-        from merge_engine.models.statistics_cache import user_limit
-        from search.running.events import Note
+        with collector_paused():
+            from merge_engine.models.cache_folder import default_folder
+            from merge_engine.models.statistics_cache import user_limit
+            from search.running.events import Note
 
-        default_folder(), user_limit()  # said now, not by the first of many candidates
-        module = import_module(f"search.commands.{COMMANDS[command].module}")
+            default_folder(), user_limit()  # said now, not by the first of many candidates
+            module = import_module(f"search.commands.{COMMANDS[command].module}")
         run: Callable[[Any, Listener], None] = getattr(module, command)
         # What tasks print on their own account is no event.
         with redirect_stdout(sys.stderr) if options.json else nullcontext():

@@ -21,6 +21,7 @@ from search.options import SessionOptions
 from search.preparing.context import StudyContext, load, load_outline, plan_study
 from search.preparing.cost import describe_cost
 from search.preparing.models import Hardware
+from search.process import collector_paused
 from search.running.events import Listener, Note, PlanReady
 from search.running.ray_workers import Cluster, RayWorkers, import_ray
 from search.running.workers import LocalWorker, Workers
@@ -126,7 +127,7 @@ class Session:
             raise StudyError("--offload is for a live model in this process; leave out --workers")
         if options.workers is not None:
             import_ray()  # where it is missing, that is said before anything is prepared
-        with errors_name(self.source):
+        with errors_name(self.source), collector_paused():
             plan = plan_study(self.spec, compiled=options.compiled)
             notes = plan.notes() if self.searches else []
             if options.workers is None:

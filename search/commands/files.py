@@ -36,6 +36,7 @@ from search.options import (
 from search.preparing.check import check_recipe, check_study
 from search.preparing.models import Hardware, load_scored
 from search.preparing.tasks import bind_tasks, plan_tasks
+from search.process import collector_paused
 from search.racing.item_scores import ItemScores
 from search.running.events import CommandDone, Listener, Note, PlanReady, ScoreReady, Stage
 from search.session import Session, choose_device, errors_name
@@ -189,7 +190,7 @@ def check(options: CheckOptions, listener: Listener) -> None:
     """Validate a study or a recipe, and print what using it would take."""
     file, device = options.file, choose_device(options.device)
     recipes = any(map(is_recipe, load_documents(file)))
-    with errors_name(file):
+    with errors_name(file), collector_paused():
         plan, notes = check_recipe(file) if recipes else check_study(file, device)
     for note in notes:
         listener(Note(note))
