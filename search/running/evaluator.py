@@ -75,6 +75,18 @@ class Blocks(NamedTuple):
     numbers: tuple[int, ...]
 
 
+def _job(recipe: Evaluated, items: tuple[int, ...]) -> EvalJob:
+    if isinstance(recipe, UnderOwnTemplate):
+        return EvalJob(recipe.recipe, items, recipe.donor)
+    return EvalJob(recipe, items)
+
+
+def jobs_of(blocks: Iterable[int], size: int) -> list[tuple[int, ...]]:
+    """Group the numbers of blocks of ``size`` items into jobs."""
+    together = max(1, JOB_ITEMS // size)
+    return [tuple(job) for _, job in groupby(blocks, key=lambda number: number // together)]
+
+
 class Evaluator:
     """Hands blocks of items to workers and stores their results.
 
@@ -97,8 +109,8 @@ class Evaluator:
         self._blocks: dict[Split, tuple[tuple[int, ...], ...]] = {
             split: blocks(getattr(context.splits, split), self._size) for split in SPLITS
         }
-        self._jobs: dict[int, tuple[Blocks, EvalJob]] = {}  # by worker
-        self._built: dict[int, str] = {}  # key of the recipe in each worker's live model
+        self._jobs = dict[int, tuple[Blocks, EvalJob]]()  # by worker
+        self._built = dict[int, str]()  # key of the recipe in each worker's live model
         self._losses: dict[int, int] = {}  # number of the job of losses, by worker
         self._deaths = Counter[str]()
 
@@ -152,7 +164,7 @@ class Evaluator:
         left = {
             Blocks(recipe.key, split, numbers): recipe
             for recipe in recipes
-            for numbers in self._jobs_of(self.missing_blocks(recipe, split, items))
+            for numbers in jobs_of(self.missing_blocks(recipe, split, items), self._size)
         }
         failed: dict[str, Exception] = {}
         if not left:  # other blocks may be under way meanwhile
@@ -166,11 +178,6 @@ class Evaluator:
                 failed.setdefault(done.recipe, error)
                 left = {one: left[one] for one in left if one.recipe not in failed}
         return failed
-
-    def _jobs_of(self, blocks: Iterable[int]) -> list[tuple[int, ...]]:
-        """Group the numbers of blocks into jobs."""
-        together = max(1, JOB_ITEMS // self._size)
-        return [tuple(job) for _, job in groupby(blocks, key=lambda number: number // together)]
 
     def _next_of(self, left: Iterable[Blocks]) -> Blocks:
         """Choose blocks whose recipe an idle worker has built, else nobody has, else the first."""
@@ -189,11 +196,7 @@ class Evaluator:
         """Give blocks to an idle worker, to be evaluated at once."""
         worker = min(self.idle, key=lambda worker: self._built.get(worker) != recipe.key)
         blocks, items = Blocks(recipe.key, split, numbers), self._items(split, numbers)
-        if isinstance(recipe, UnderOwnTemplate):
-            job = EvalJob(recipe.recipe, items, recipe.donor)
-        else:
-            job = EvalJob(recipe, items)
-        self._submit(worker, blocks, job)
+        self._submit(worker, blocks, _job(recipe, items))
         return blocks
 
     def _items(self, split: Split, numbers: Iterable[int]) -> tuple[int, ...]:
@@ -235,11 +238,8 @@ class Evaluator:
 
     def _save(self, blocks: Blocks, reply: EvalReply) -> None:
         """Store what a job gave, block by block in one transaction."""
-        results = iter(reply.results)
-        by_block = {
-            number: list(islice(results, len(self._blocks[blocks.split][number])))
-            for number in blocks.numbers
-        }
+        results, sizes = iter(reply.results), [*map(len, self._blocks[blocks.split])]
+        by_block = {number: list(islice(results, sizes[number])) for number in blocks.numbers}
         self.store.save(blocks.recipe, blocks.split, by_block, reply.score_seconds)
 
     def losses(self, jobs: Sequence[LossJob]) -> list[LossReply]:
@@ -287,14 +287,13 @@ class Evaluator:
     def export(self, recipe: Recipe, out: Path, card: str) -> ExportCheck:
         """Have a recipe built once more, compared with its stored results, saved with a card.
 
-        It is asked in the jobs in which it was: block by block in races, the test items in larger
-        ones.
+        Jobs are those it was asked in: single blocks in races, more of the test items.
         """
         evaluated = []
         for split in SPLITS:
             stored = self.store.results(recipe.key, split)
             numbers = sorted(stored)
-            jobs = self._jobs_of(numbers) if split == "test" else [(one,) for one in numbers]
+            jobs = jobs_of(numbers, self._size) if split == "test" else [(one,) for one in numbers]
             for job in jobs:
                 results = [result for number in job for result in stored[number]]
                 evaluated.append((EvalJob(recipe, self._items(split, job)), results))
