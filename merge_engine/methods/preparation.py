@@ -86,6 +86,8 @@ def dare(parameters: Parameters, deltas: TaskVectors) -> KernelValues:
 def della(parameters: Parameters, deltas: TaskVectors) -> KernelValues:
     """Return the chance of a row's smallest element, and its distance to that of the largest.
 
+    The distance is multiplied by 256 / 255, for shares that are bytes.
+
     Raises:
         ValueError: A chance is outside (0, 1).
     """
@@ -95,8 +97,8 @@ def della(parameters: Parameters, deltas: TaskVectors) -> KernelValues:
         for density, epsilon in zip(per_donor["density"], per_donor["epsilon"], strict=True)
     ]
     values = {
-        "chance": tuple(LEVELS * chance for chance, _ in chances),
-        "spread": tuple(LEVELS * spread for _, spread in chances),
+        "chance": tuple(level(chance) for chance, _ in chances),
+        "spread": tuple(level(spread * 256 / 255) for _, spread in chances),
         "factor": per_donor["weight"],
     }
     return KernelValues({}, values, rescales=bool(parameters.shared["rescale"]))

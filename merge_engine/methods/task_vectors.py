@@ -131,15 +131,17 @@ def della(
 
     An element of rank r among the m of its row (0 is the smallest) is kept with the chance
     ``density - epsilon + 2 epsilon r / (m - 1)``; an element alone in its row with ``density``.
-    ``r / (m - 1)`` has 11 bits, so a chance is off by ``2 epsilon 2**-12`` at the most.
+    ``r / (m - 1)`` has 8 bits, so a chance is off by ``2 epsilon / 510`` at the most. Chances are
+    whole numbers, so any device keeps the same elements.
 
     Args:
         base: The base model's tensor: one row, or rows along the second dimension.
         donors: The donors' tensors.
         factor: Factors of the kept elements.
-        rank_share: n tensors, (*s) float16: ``r / (m - 1)`` of each element.
-        chance: Chances of the smallest element of a row, ``density - epsilon``.
-        spread: By how much the chance of the largest element is higher, ``2 epsilon``.
+        rank_share: n tensors, (*s) uint8: ``255 r / (m - 1)`` of each element.
+        chance: Chances of the smallest element of a row, ``density - epsilon``; int32.
+        spread: By how much the chance of the largest element is higher, ``2 epsilon``, times
+            256 / 255; int32.
         weight: Weights of the elected sum.
         lambda_: Factor of the elected sum; None: a plain sum.
         noise: An element is kept if its number is below its chance.
@@ -180,7 +182,7 @@ def thinned_by_rank(
 ) -> list[Tensor]:
     """Return what ``della`` keeps of each task vector."""
     settings = zip(rank_share, chance, spread, strict=True)
-    chances = [least + share.float() * more for share, least, more in settings]
+    chances = [least + ((share.int() * more) >> 8) for share, least, more in settings]
     return thinned(base, donors, chance=chances, noise=noise)
 
 

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from merge_engine.models.placement import Placement
 from merge_engine.models.statistics_cache import StatisticsCache
+from merge_engine.numerics.heap import trim_heap
 from merge_engine.numerics.kernel_runner import KernelRunner
 from merge_engine.numerics.noise import masses_below
 from merge_engine.numerics.order_statistics import Magnitudes, Variances
@@ -23,6 +24,7 @@ from merge_engine.numerics.packing import TensorPack
 from merge_engine.numerics.statistics import gram_by_row, overlaps, row_ranks, row_width, salient
 
 CACHED_FROM = 65_536  # elements from which on reading a statistic is quicker than measuring it
+_TRIM_EVERY = 1 << 24  # elements measured, of which temporaries may have left holes in the heap
 
 T = TypeVar("T")
 
@@ -39,6 +41,7 @@ class Measurements:
         self._placement = placement
         self._runner = runner
         self._repeated = repeated
+        self._since_trim = 0  # elements measured since the heap was trimmed
 
     def gram(
         self, name: str, models: tuple[str, ...], origin: str | None, dim: int | None = None
@@ -102,9 +105,13 @@ class Measurements:
 
     def masses(self, name: str, donor: str, base: str, key: int) -> Tensor:
         """Return the mass that random masks keep of a donor's task vector (``masses_below``)."""
-        return self._kept(
-            ("masses", name, donor, base, key),
-            lambda: masses_below(self._task_vector(name, donor, base).abs(), key).float(),
+
+        def measure() -> dict[str, Tensor]:
+            magnitudes = self._task_vector(name, donor, base).abs_()
+            return {"masses": masses_below(magnitudes, key).float()}
+
+        return self._cached(
+            f"masses of {key}", name, (donor, base), measure, lambda found: found["masses"]
         )
 
     def elementwise(self, kind: str, pack: TensorPack, donor: str, base: str) -> Tensor:
@@ -159,10 +166,18 @@ class Measurements:
             large: It is as large as the weights, which is not worth storing for a single build.
         """
 
+        def measured() -> dict[str, Tensor]:
+            found = measure()
+            self._since_trim += math.prod(self._placement.source.tensors[name].shape)
+            if self._since_trim >= _TRIM_EVERY:
+                self._since_trim = 0
+                trim_heap()
+            return found
+
         def make() -> T:
             store = not large or self._repeated
             file = self._cache_file(kind, name, models) if store else None
-            return form(self._cache.load_or_make(file, measure) if file else measure())
+            return form(self._cache.load_or_make(file, measured) if file else measured())
 
         return self._kept((kind, name, models), make)
 
@@ -183,9 +198,9 @@ class Measurements:
 
 
 def _rank_share(base: Tensor, donor: Tensor) -> Tensor:
-    """Return each magnitude's rank in its row of the task vector, from 0 to 1 the largest."""
+    """Return each magnitude's rank in its row of the task vector, uint8: 255 is the largest."""
     ranks = row_ranks(donor.float() - base.float())
-    return (ranks / max(1, row_width(ranks.shape) - 1)).half()
+    return (ranks * (255 / max(1, row_width(ranks.shape) - 1))).round_().to(torch.uint8)
 
 
 ELEMENTWISE = {"rank_share": _rank_share, "salience_mask": salient}  # (base, donor), (*s) -> (*s)

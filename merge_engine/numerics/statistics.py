@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 PIECE = 1 << 15  # elements that stay in a cache; torch gives more than these several threads
-_GRAM_PIECE = 1 << 20  # elements of each tensor whose products are summed at a time
+_GRAM_PIECE = 1 << 16  # elements of each tensor whose products are summed at a time
 _BLOCK = 1 << 22  # elements whose rows are ranked at a time
 
 

@@ -234,16 +234,18 @@ def test_equals_are_chosen_by_their_position_and_key_alone(size, seed):
 def test_kept_masses_are_sums_under_the_same_mask(path, size, request):
     runner = request.getfixturevalue(path)
     base, donor = make_tensors(2, (size,))
-    shares = torch.rand(size, generator=torch.Generator().manual_seed(1)).half()
+    generator = torch.Generator().manual_seed(1)
+    shares = torch.randint(0, 256, (size,), generator=generator, dtype=torch.uint8)
     change = (donor - base).double().abs()
     page = page_of(size)
     noise = page.noise(0, (0,), base.device, even=False)
-    values = {"rank_share": [shares], "chance": [0.3 * LEVELS], "spread": [0.2 * LEVELS]}
+    least, spread = level(0.3), level(0.2 * 256 / 255)
+    values = {"rank_share": [shares], "chance": [least], "spread": [spread]}
     sums = runner.sums(kept_masses, (base, [donor]), values, noise)
     (before,), (after,) = page.sums(sums).tolist()
-    kept = uniform(key_of(0, "x", 0), (size,)) * LEVELS < 0.3 * LEVELS + shares.float() * (
-        0.2 * LEVELS
-    )
+    chances = least + (shares.int() * spread >> 8)
+    assert chances.double() / LEVELS == pytest.approx(0.3 + 0.2 * shares.double() / 255, abs=4e-5)
+    kept = uniform(key_of(0, "x", 0), (size,)) * LEVELS < chances
     assert before == pytest.approx(float(change.sum()), rel=1e-6)
     assert after == pytest.approx(float(change[kept].sum()), rel=1e-6)
 

@@ -16,7 +16,7 @@ from in_memory import in_memory
 from merge_engine.building.builder import merge_tensor, merged_tensors
 from merge_engine.errors import MergeError
 from merge_engine.methods import METHODS, Base, Elementwise
-from merge_engine.numerics.noise import key_of
+from merge_engine.numerics.noise import LEVELS, key_of, level
 from merge_engine.recipe.recipe import Recipe
 from merge_engine.recipe.recipe_file import parse_recipe
 from uniform import uniform
@@ -295,12 +295,23 @@ def test_random_method_equals_mergekit_under_its_masks(method, data):
     queue = iter([drawn for drawn, needed in zip(noise, draws, strict=True) if needed])
 
     def bernoulli(chances: Tensor) -> Tensor:
-        return (next(queue).reshape(chances.shape) < chances).float()
+        drawn = next(queue).reshape(chances.shape)
+        if "della" in method:
+            assert (chances - of_bytes(chances)).abs().max() <= 0.04 / 255 + 3 / LEVELS
+            chances = of_bytes(chances)
+        return (drawn < chances).float()
 
     with patch.object(torch, "bernoulli", bernoulli):
         theirs = case.oracle()
     assert next(queue, None) is None
     case.assert_close(case.merged(), theirs)
+
+
+def of_bytes(chances: Tensor) -> Tensor:
+    """Return chances of elements by rank with the ranks' shares in 8 bits."""
+    least, most = float(chances.min()), float(chances.max())
+    shares = (255 * (chances - least) / max(most - least, 1e-9)).round().int()
+    return (level(least) + (shares * level((most - least) * 256 / 255) >> 8)) / LEVELS
 
 
 def has_equals(rows: Tensor) -> bool:

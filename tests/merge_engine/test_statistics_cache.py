@@ -106,7 +106,7 @@ def test_what_is_as_large_as_the_weights_is_kept_for_studies_alone(models, folde
     monkeypatch.setattr("merge_engine.models.measurements.row_ranks", forbidden)
     study = ModelSet.open(models, candidates=2).measurements
     again = study.elementwise("rank_share", pack, donor, base)
-    assert torch.equal(again, (order / (delta.shape[1] - 1)).half())
+    assert torch.equal(again, (255 * order / (delta.shape[1] - 1)).round().byte())
 
 
 def test_small_tensors_are_measured_each_time(zoo, folder):

@@ -1,0 +1,26 @@
+"""The C library's heap, from which tensors on the CPU are allocated."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from collections.abc import Callable
+from typing import Any
+
+
+def trim_heap() -> None:
+    """Give freed memory back to the system, where the C library can.
+
+    Until version 2.38 glibc seldom uses a freed aligned block again if something small that is kept
+    lies behind it. So every large tensor that makes a small result leaves a hole of its size.
+    """
+    if trim := _malloc_trim():
+        trim(0)
+
+
+@functools.cache
+def _malloc_trim() -> Callable[[int], Any] | None:
+    try:
+        return ctypes.CDLL(None).malloc_trim
+    except (AttributeError, OSError, TypeError):  # musl, macOS, Windows
+        return None
