@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Final, NamedTuple
 
-from merge_engine.errors import MergeError
+from merge_engine.errors import MergeError, reading
 from merge_engine.models.model_folder import read_json
 
 _END_OF_TURN = "[|endofturn|]"
@@ -97,7 +97,8 @@ def read_chat_template(folder: Path) -> str | None:
         MergeError: A file is damaged.
     """
     if (file := folder / "chat_template.jinja").is_file():
-        return file.read_text(encoding="utf-8")
+        with reading(f"{file}: no text", "save it as UTF-8"):
+            return file.read_text(encoding="utf-8")
     if not (file := folder / "tokenizer_config.json").is_file():
         return None
     found = read_json(file).get("chat_template")

@@ -76,6 +76,11 @@ class Adapter:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        if not (folder / "adapter_config.json").is_file():
+            raise MergeError(
+                f"{folder}: no adapter: it has no adapter_config.json; what follows the '+' has to "
+                "be a LoRA adapter's folder or id"
+            )
         self.weights = find_adapter(folder)
         self.files = (folder / "adapter_config.json", self.weights)
         self._handle: Any = None  # the open file

@@ -120,7 +120,7 @@ def parse_recipe(mapping: Mapping[str, Any], where: str) -> tuple[Recipe, list[s
     if len(given) != 1:
         found = f"it has {' and '.join(given)}" if given else "it has none"
         raise MergeError(f"{where}: a recipe has one of models, slices and modules; {found}")
-    mapping, notes = _with_flat_parameters(mapping, known_parameters)
+    mapping, notes = _with_flat_parameters(mapping, known_parameters, where)
     mapping, ignored = _without_residual_weights(mapping)
     entries = (*_entries(mapping, where), *tokenizer_entries(mapping, where))
     for path, entry, kind in entries:
@@ -159,7 +159,7 @@ def _entries(mapping: Mapping[str, Any], path: str) -> Iterator[tuple[str, Any, 
         for index, entry in enumerate(entries):
             yield f"{path}: {name}[{index}]", entry, _LISTS[name]
             yield from _entries(entry, f"{path}: {name}[{index}]")
-    for name, module in (mapping.get("modules") or {}).items():
+    for name, module in _mapping(mapping, "modules", path).items():
         if not isinstance(module, dict):
             raise MergeError(f"{path}: modules.{name} has to be a mapping with 'slices'")
         yield f"{path}: modules.{name}", module, Module
@@ -183,7 +183,7 @@ def tokenizer_entries(
             f"{path}: tokenizer has to be a mapping; to name a source only, use tokenizer_source"
         )
     yield f"{path}: tokenizer", raw, Tokenizer
-    for token, entry in (raw.get("tokens") or {}).items():
+    for token, entry in _mapping(raw, "tokens", f"{path}: tokenizer").items():
         if isinstance(entry, dict):
             yield f"{path}: tokenizer.tokens.{token}", entry, Token
 
@@ -207,8 +207,16 @@ def _without_residual_weights(mapping: Mapping[str, Any]) -> tuple[dict[str, Any
     return stripped, ["residual_weight has no effect, as in mergekit"] * changed
 
 
+def _mapping(part: Mapping[str, Any], name: str, path: str) -> dict[str, Any]:
+    """Return the mapping under a key, empty if there is none; refuse anything else."""
+    found = part.get(name)
+    if found is not None and not isinstance(found, dict):
+        raise MergeError(f"{path}: {name!r} has to be a mapping (got {found!r})")
+    return found or {}
+
+
 def _with_flat_parameters(
-    mapping: Mapping[str, Any], known: set[str]
+    mapping: Mapping[str, Any], known: set[str], where: str
 ) -> tuple[dict[str, Any], list[str]]:
     """Move parameters from the top level, where mergekit ignores them, to ``parameters``."""
     flat = {name: value for name, value in mapping.items() if name in known}
@@ -218,7 +226,9 @@ def _with_flat_parameters(
         "applied here as if under 'parameters'"
         for name, value in flat.items()
     ]
-    return rest | ({"parameters": flat | (rest.get("parameters") or {})} if flat else {}), notes
+    if not flat:
+        return rest, notes
+    return rest | {"parameters": flat | _mapping(rest, "parameters", where)}, notes
 
 
 def _scopes(part: Any, path: str) -> Iterator[tuple[str, Settings]]:

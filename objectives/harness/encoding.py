@@ -15,7 +15,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 TEMPLATE_SECONDS: Final = 10.0  # for one conversation
-_TEMPLATE_LENGTH: Final = 1_000_000  # characters; the longest published have some ten thousand
+# Characters of a template, and of what it makes; the longest published have some ten thousand.
+_TEMPLATE_LENGTH: Final = 1_000_000
 _MEMORY: Final = 1 << 30  # bytes
 _TRIED: Final = string.printable
 
@@ -52,8 +53,10 @@ def check_encoding(tokenizer: PreTrainedTokenizerBase, prompting: Prompting) -> 
         )
     chat = [{"role": "user", "content": _TRIED}]
 
-    def apply() -> object:
-        return tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+    def apply() -> None:
+        text = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+        if len(str(text)) > _TEMPLATE_LENGTH:
+            raise ValueError(f"it makes {len(str(text)):,} characters")
 
     if fault := attempt(apply, TEMPLATE_SECONDS, _MEMORY):
         raise ObjectiveError(

@@ -17,7 +17,7 @@ from lm_eval.models.utils import normalize_gen_kwargs
 from objectives.base import Item, ItemSnapshot, ObjectiveError, objective_errors, time_limit
 from objectives.harness.encoding import TEMPLATE_SECONDS, Prompting
 from objectives.harness.metrics import Metric
-from objectives.harness.task_factory import limited_templates
+from objectives.harness.task_factory import TEMPLATE_MAKES, limited_templates
 from objectives.harness.tasks import LoadedTask, check_greedy, digest
 from objectives.inference.token_tree import common_length
 
@@ -75,11 +75,17 @@ def build_questions(
 
 
 def _limited(template: Callable[..., str]) -> Callable[..., str]:
-    """Return a chat template's function with a limit of time."""
+    """Return a chat template's function with limits of time and length."""
 
     def apply(*arguments: Any, **settings: Any) -> str:
         with time_limit(TEMPLATE_SECONDS, "the chat template"):
-            return template(*arguments, **settings)
+            text = template(*arguments, **settings)
+        if len(text) > TEMPLATE_MAKES:
+            raise ObjectiveError(
+                f"the chat template makes {len(text):,} characters; correct it, or unset "
+                "apply_chat_template"
+            )
+        return text
 
     return apply
 

@@ -23,7 +23,7 @@ from objectives.harness.encoding import TEMPLATE_SECONDS
 from objectives.harness.task_code import find_code
 from objectives.harness.task_index import LM_EVAL_TASKS
 
-_LENGTH = 10_000_000  # characters that a template makes
+TEMPLATE_MAKES = 10_000_000  # characters at most
 
 
 class SafeTaskFactory(TaskFactory):  # type: ignore[misc]  # lm-eval is published without types
@@ -90,7 +90,7 @@ def limited_templates(task: str) -> Iterator[None]:
     def limited(template: str, document: dict[str, Any]) -> str:
         with time_limit(TEMPLATE_SECONDS, f"task {task!r}: the template {template[:50]!r}"):
             text: str = apply(template, document)
-        if len(text) > _LENGTH:
+        if len(text) > TEMPLATE_MAKES:
             raise ObjectiveError(
                 f"task {task!r}: the template {template[:50]!r} makes {len(text):,} characters; "
                 "correct it"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from merge_engine.errors import MergeError
 from merge_engine.recipe.recipe import Recipe
 from merge_engine.replacing import replace_text
@@ -18,13 +20,13 @@ from search.steps import card_of, is_export_of, save_checkpoint
 from search.storing.address import Storage
 from search.storing.folder import CARD, check_folder, is_held
 from search.storing.intact import reading_stored
-from search.storing.result import read_paths, read_result
+from search.storing.result import PATHS, Result, read_paths, read_result
 from search.storing.resume import find_trial, stored_spec
 from search.storing.samples import store_samples
 from search.storing.store import Store
 from search.storing.trials import TrialLog
 from search.study.public_names import public_recipe
-from search.study.spec import StudyError
+from search.study.spec import StudyError, StudySpec
 
 
 def export(options: ExportOptions, listener: Listener) -> None:
@@ -32,7 +34,8 @@ def export(options: ExportOptions, listener: Listener) -> None:
     if options.out.exists():
         raise MergeError(f"{options.out} exists; choose another folder or remove it")
     check_folder(options.out)
-    spec, result = stored_spec(options.run, options.storage), read_result(options.run)
+    spec = stored_spec(options.run, options.storage)
+    result = _read_result(options.run, spec)
     won = result.winner.recipe if result else None
     if options.trial is not None:  # one that is missing is said before anything is loaded
         store = Store(Storage.of(options.run, options.storage))
@@ -56,7 +59,8 @@ def export(options: ExportOptions, listener: Listener) -> None:
 
 def sample(options: SampleOptions, listener: Listener) -> None:
     """Show what base, donors and winner write to prompts, or to test items gained and lost."""
-    spec, result = stored_spec(options.run, options.storage), read_result(options.run)
+    spec = stored_spec(options.run, options.storage)
+    result = _read_result(options.run, spec)
     if result is None:
         raise StudyError(f"{options.run} has no winner yet; ask again when the run has finished")
 
@@ -75,6 +79,19 @@ def sample(options: SampleOptions, listener: Listener) -> None:
         listener(SamplesReady(samples))
 
     Session(spec, options.run, options, listener, source=options.run).hold(respond)
+
+
+def _read_result(run: Path, spec: StudySpec) -> Result | None:
+    """Read a run's result, whose models have to be its study's."""
+    result = read_result(run)
+    known = {spec.base_model, *spec.models_but_base}
+    read = Recipe.model_validate(result.winner.recipe).models_read if result else ()
+    if lost := [model for model in read if model not in known]:
+        raise StudyError(
+            f"{run / PATHS}: does not say where the winner's model {lost[0]!r} lies; run the study "
+            "again, which writes it anew"
+        )
+    return result
 
 
 def report(options: ReportOptions, listener: Listener) -> None:

@@ -90,10 +90,12 @@ def load_model(
     Its rows are then to be written by a builder.
 
     Raises:
-        StudyError: transformers cannot use it, or it needs ``trust_remote_code``.
+        MergeError, StudyError: Its files are damaged, transformers cannot use it, or it needs
+            ``trust_remote_code``.
     """
     trusted = spec.trust_remote_code
     _check_loadable(checkpoint)
+    checkpoint.tensors  # of weights transformers says less  # noqa: B018
     with _explained(checkpoint):
         config = load_config(checkpoint.folder, trust_remote_code=trusted)
         model: PreTrainedModel = auto_class(config).from_pretrained(

@@ -189,8 +189,10 @@ class TrialLog:
         read = {*states, "complete"} if "fail" in states else states
         wanted = tuple(state for state, name in _STATES.items() if name in read) or None
         failed, records = self.failed, []
-        for trial in self._study.get_trials(deepcopy=False, states=wanted):
-            record = TrialRecord.from_optuna(trial)
+        with reading_stored(WHERE):
+            trials = self._study.get_trials(deepcopy=False, states=wanted)
+            found = [TrialRecord.from_optuna(trial) for trial in trials]
+        for record in found:
             if record.state == "complete" and record.recipe in failed:
                 error = failed[record.recipe]
                 record = replace(record, state="fail", error=error)

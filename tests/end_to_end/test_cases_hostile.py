@@ -241,6 +241,16 @@ CASES = {
             write(f"b/{WEIGHTS}.index.json", '{"weight_map": ' + DEEP),
         ),
     ),
+    "index of a device, scored": Case(
+        "score b study.yaml --device cpu",
+        ("b", "index", "outside"),
+        lambda f: index(f, "/dev/zero"),
+    ),
+    "header that is cut, scored": Case(
+        "score b study.yaml --device cpu",
+        ("b/model.safetensors",),
+        write(f"b/{WEIGHTS}", b"x" * 99),
+    ),
     # configs
     "deep config": Case(BUILD, ("a/config.json",), write("a/config.json", '{"a": ' + DEEP)),
     "deep and closed config": Case(
@@ -315,6 +325,9 @@ CASES = {
     "alpha beyond float32": Case(
         BUILD, ("adapter_config.json", "alpha_pattern"), settings(alpha_pattern={"q_proj": 1e308})
     ),
+    "model in place of an adapter": Case(
+        BUILD, ("b", "no adapter"), recipe(models=[{"model": "a"}, {"model": "base+b"}])
+    ),
     "adapter of rank 0": Case(BUILD, ("adapter_model.safetensors", "rank"), lora(rank=0)),
     # what a base has beside its weights
     "folder called tokenizer": Case(BUILD, None, folder_called("base/tokenizer")),
@@ -370,6 +383,14 @@ CASES = {
         RUN, ("base", "template"), template("{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}")
     ),
     "template that divides by zero": Case(RUN, ("base", "template"), template("{{ 1 // 0 }}")),
+    "template that makes a long text": Case(
+        CHECK, ("base", "template", "2,000,000 characters"), template("{{ 'x' * 2000000 }}")
+    ),
+    "template in UTF-16": Case(
+        CHECK,
+        ("base/chat_template.jinja", "UTF-8"),
+        both(template(""), write("base/chat_template.jinja", "x".encode("utf-16"))),
+    ),
     "template with an open bracket": Case(RUN, ("base", "template"), template("{{ 1")),
     "token 2^32 - 1": Case(RUN, ("base",), vocabulary(lambda v: v.update(a=2**32 - 1))),
     "token beyond the rows": Case(
@@ -468,6 +489,19 @@ CASES = {
         BUILD,
         ("recipe.yaml", "tokenizer.tokens", "''"),
         recipe(tokenizer={"tokens": {"": {"source": {"kind": "zero"}}}}),
+    ),
+    "tokens that are a word": Case(
+        BUILD,
+        ("recipe.yaml: tokenizer", "'tokens'", "mapping"),
+        recipe(tokenizer={"source": "union", "tokens": "a"}),
+    ),
+    "modules that are a word": Case(
+        BUILD,
+        ("recipe.yaml", "'modules'", "mapping"),
+        write("recipe.yaml", "merge_method: linear\nmodules: a\n"),
+    ),
+    "parameters that are a word": Case(
+        BUILD, ("recipe.yaml", "'parameters'", "mapping"), recipe(parameters="a", weight=1)
     ),
     "sampler of no module": Case(
         CHECK, ("study.yaml", "search.sampler", ":"), study(search__sampler=":")

@@ -650,6 +650,23 @@ def test_damaged_result_is_made_again_by_the_run(done, run, damage, capsys):
     assert code == 0 or (error.startswith("mergesearch: ") and error.count("\n") == 1)
 
 
+@pytest.mark.parametrize("paths", ["{}", "[", None])
+def test_result_whose_paths_are_lost_is_not_taken_for_other_folders(
+    done, run, tmp_path, monkeypatch, paths, capsys
+):
+    if paths is None:
+        (run / "paths.json").unlink()
+    else:
+        (run / "paths.json").write_text(paths)
+    shutil.copytree(done / "zoo", tmp_path, dirs_exist_ok=True)  # of the same names
+    monkeypatch.chdir(tmp_path)
+    for command in ("export", "sample"):
+        assert COMMANDS[command](done, run) == 2
+        one_line(capsys, "paths.json", "run the study again")
+    assert again(done, run) == 0
+    assert COMMANDS["sample"](done, run) == 0
+
+
 DATABASES = {
     "spec garbage": "update study_user_attributes set value_json = '{' where key = 'spec'",
     "spec list": "update study_user_attributes set value_json = '[5]' where key = 'spec'",
@@ -673,6 +690,7 @@ DATABASES = {
     "rules no text": "update mergesearch_items set rules = cast(x'73ff' as text) where place = 1",
     "value nan": "update trial_values set value = null, value_type = 'INF_POS'",
     "recipe changed": "update trial_user_attributes set value_json = '\"x\"' where key = 'recipe'",
+    "state none": "update trials set state = 'x'",
     "variance text": "update trial_user_attributes set value_json = '\"x\"' where key = 'variance'",
     "table gone": "drop table trial_values",
     "answers table gone": "drop table mergesearch_answers",

@@ -282,7 +282,7 @@ def own_class(draw: Random) -> Made:
 
 
 BORDERS: Mapping[str, Border] = {
-    "study": Border(study, ("study.yaml",)),
+    "study": Border(study, ("study.yaml", "no adapter")),
     "recipe": Border(recipe, ("recipe.yaml",)),
     "config": Border(config, ("base", "a/", "config.json", "'a'")),
     "tokenizer": Border(tokenizer, ("base", "a/", "'a'", "tokenizer")),
