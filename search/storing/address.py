@@ -12,6 +12,7 @@ import uuid
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Final, Self
 
@@ -169,6 +170,13 @@ def opening(storage: Storage) -> Iterator[None]:
         module = getattr(error.__cause__ or error, "name", "")
         package = "'mergesearch[postgresql]'" if ours else module
         raise StudyError(f"{storage.name} needs a driver: pip install {package}") from None
+    except RuntimeError as error:
+        if "table schema" not in str(error):
+            raise
+        raise StudyError(
+            f"{storage.name}: written by another version of Optuna than {version('optuna')}, or "
+            "damaged; install that version, restore the database, or begin anew with --force-new"
+        ) from None
     except DATABASE_ERRORS as error:
         what = _without(storage.secrets, reason_of(error))
         if is_transient(error):

@@ -692,6 +692,7 @@ DATABASES = {
     "recipe changed": "update trial_user_attributes set value_json = '\"x\"' where key = 'recipe'",
     "state none": "update trials set state = 'x'",
     "variance text": "update trial_user_attributes set value_json = '\"x\"' where key = 'variance'",
+    "other version": "update version_info set schema_version = 99",
     "table gone": "drop table trial_values",
     "answers table gone": "drop table mergesearch_answers",
     "trials gone": "delete from trials",
