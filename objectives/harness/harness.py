@@ -46,6 +46,7 @@ from objectives.harness.tasks import LoadedTask
 from objectives.inference.agreement import settle_modes
 from objectives.inference.batch_size import find_batch_size, fits_in
 from objectives.inference.fast_hflm import FastHFLM
+from objectives.inference.nan_watch import NanError
 
 _LOG = logging.getLogger(__name__)
 
@@ -100,6 +101,13 @@ class Harness(Objective):
         self.items = tuple(question.item for question in self.questions)
         self.judge_seconds = JUDGE_SECONDS
         self._chat = prompting.apply_chat_template
+
+    def hold(self, memory: int) -> None:
+        """Let keys and values take a quarter of the bytes that a forward pass may take.
+
+        It is rounded to a power of two, so that a little less memory makes no other batches.
+        """
+        self.language_model.runner.held_bytes = 1 << max(1, memory // 4).bit_length() - 1
 
     def find_batch_size(self, memory: int, block: int) -> int:
         """Try larger batches with the longest items, unless the size is given or there is but one.
@@ -242,6 +250,7 @@ class Harness(Objective):
                 "not enough memory for a batch of one sequence; free memory on the device, use "
                 "fewer examples (num_fewshot), shorter answers or a smaller model"
             )
+        self.language_model.decoder.most_rows = size // 2
         self.language_model.resize_batches(size // 2)
         torch.cuda.empty_cache()
         _LOG.warning("out of memory: batch size halved to %d", size // 2)
@@ -251,7 +260,7 @@ class Harness(Objective):
         language_model = self.language_model
         if request_type == "generate_until":
             model = language_model.model
-            with _plain_decoding(model), _nan_refused(model):
+            with _plain_decoding(model), _nan_refused():
                 return language_model.generate_counted(requests)
         run = getattr(language_model, request_type)
         return [(response, 0) for response in run(requests, disable_tqdm=True)]
@@ -298,21 +307,9 @@ def _plain_decoding(model: PreTrainedModel) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _nan_refused(model: PreTrainedModel) -> Iterator[None]:
-    """Refuse a model whose logits are NaN during generation: greedy decoding would take a token.
-
-    The flag stays on the model's device until the end, so that no step waits for it.
-    """
-    broken: list[torch.Tensor] = []
-
-    def watch(_module: nn.Module, _inputs: object, logits: torch.Tensor) -> None:
-        last = logits[..., -1, :].amax().isnan()  # the largest of numbers and NaN is NaN
-        broken[:] = [broken[0] | last] if broken else [last]
-
-    hook = model.get_output_embeddings().register_forward_hook(watch)
+def _nan_refused() -> Iterator[None]:
     try:
         yield
-    finally:
-        hook.remove()
-    if broken and broken[0].item():
-        raise ObjectiveError(f"the model's output is not a number (NaN) during generation; {NAN}")
+    except NanError:
+        what = "the model's output is not a number (NaN) during generation"
+        raise ObjectiveError(f"{what}; {NAN}") from None

@@ -1,6 +1,7 @@
 """Evaluate a model as lm-eval's ``HFLM`` does, in less time.
 
 ``token_tree`` shared beginnings of sequences · ``forward`` passes, with the shortcuts that are on ·
-``loglikelihood`` and greedy ``decoding`` by these passes · ``fast_hflm`` lm-eval's interface to
+``loglikelihood`` and greedy ``decoding`` by these passes, texts written in ``slots`` ·
+``nan_watch`` refuses logits that are no numbers · ``fast_hflm`` lm-eval's interface to
 both · ``agreement`` decides which shortcuts reproduce ``HFLM`` on a model.
 """

@@ -19,7 +19,7 @@ from typing import Final
 import torch
 from transformers import DynamicCache, PreTrainedModel
 
-from objectives.inference.decoding import StopCriteria
+from objectives.inference.decoding import StopCriteria, captures
 from objectives.inference.fast_hflm import FastHFLM
 from objectives.inference.forward import Modes
 from objectives.inference.loglikelihood import Loglikelihood
@@ -36,7 +36,13 @@ _SHORTCUTS: Final = {  # by field of Modes, each tried with those kept before it
     "tree": "answers as branches of one token tree",
     "prefix": "shared prefixes computed once",
     "generation": "batched greedy decoding",
+    "refilled": "rows that take waiting prompts as texts end",
+    "captured": "captured decoding passes",
 }
+
+
+_ATTENTION: Final = ("tree", "prefix", "refilled")  # left off where a state goes on
+_GENERATION: Final = ("generation", "refilled", "captured")  # tried on texts
 
 
 def settle_modes(language_model: FastHFLM) -> None:
@@ -56,21 +62,25 @@ def settle_modes(language_model: FastHFLM) -> None:
         return
     reference = _Reference.measure(language_model)
     for name, shortcut in _SHORTCUTS.items():
-        if name in ("tree", "prefix") and _is_recurrent(language_model.model):
+        agreed = language_model.modes
+        if name in _ATTENTION and _is_recurrent(language_model.model):
             _leave_off(shortcut, "the model carries a recurrent state")
             continue
-        agreed = language_model.modes
+        if not _may_be_tried(name, language_model):
+            continue
         language_model.use_modes(replace(agreed, **{name: True}))
-        compare = reference.compare_texts if name == "generation" else reference.compare_scores
-        try:
-            problem = compare(language_model)
-        except Exception as error:  # a model may raise anything at inputs it does not support
-            problem = f"{type(error).__name__}: {error}".splitlines()[0]
-        if problem is not None:
+        if problem := reference.problem(language_model, texts=name in _GENERATION):
             language_model.use_modes(agreed)
             _leave_off(shortcut, problem)
             if name == "scoring":
                 return
+
+
+def _may_be_tried(name: str, language_model: FastHFLM) -> bool:
+    """Return whether what a shortcut requires is there."""
+    if name == "refilled":
+        return language_model.modes.generation
+    return name != "captured" or (language_model.modes.refilled and captures(language_model.runner))
 
 
 def _leave_off(shortcut: str, reason: str) -> None:
@@ -106,6 +116,13 @@ class _Reference:
         # a model that differs from itself by more than rounding is affected by padding
         return cls(requests, scores, softmax + model / 4 + min(4 * noise, model))
 
+    def problem(self, language_model: FastHFLM, *, texts: bool) -> str | None:
+        """Return why the present modes cannot be used, by log-likelihoods or by texts."""
+        try:
+            return (self.compare_texts if texts else self.compare_scores)(language_model)
+        except Exception as error:  # a model may raise anything at inputs it does not support
+            return f"{type(error).__name__}: {error}".splitlines()[0]
+
     def compare_scores(self, language_model: FastHFLM) -> str | None:
         """Return how log-likelihoods of the present modes disagree; None if they agree."""
         scores = language_model.scorer.score_requests(self.requests)
@@ -119,10 +136,16 @@ class _Reference:
         return None
 
     def compare_texts(self, language_model: FastHFLM) -> str | None:
-        """Return how tokens generated in the present modes disagree; None if they agree."""
+        """Return how tokens generated in the present modes disagree; None if they agree.
+
+        Texts of 1 to 4 tokens, two at once where rows are refilled: some leave while others go on.
+        """
         prompts = list({request.group: request.inputs for request in self.requests}.values())
-        criteria, decoder = StopCriteria(_GENERATED_TOKENS), language_model.decoder
-        generated = decoder.decode(decoder.plan(prompts, _GENERATED_TOKENS), criteria)
+        criteria = [StopCriteria(1 + number % _GENERATED_TOKENS) for number in range(len(prompts))]
+        decoder = language_model.decoder
+        before, decoder.most_rows = decoder.most_rows, 2
+        generated = decoder.decode(decoder.plan(zip(prompts, criteria, strict=True)))
+        decoder.most_rows = before
         for prompt, tokens in zip(prompts, generated, strict=True):
             gap = _logit_gap(language_model, prompt, tokens)
             if gap > self.tolerance:

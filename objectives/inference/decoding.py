@@ -1,20 +1,31 @@
-"""Greedy decoding in batches that finished texts leave."""
+"""Greedy decoding of many prompts in one loop, each with its own stop strings and token limit.
+
+Prompts are read in batches, then written side by side in *slots* (``slots``), which take waiting
+prompts as texts end. Where a model cannot be written so (its window slides, it carries a recurrent
+state) a batch is read and written as one, and finished texts leave it.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedTokenizerBase
 
 from objectives.inference.forward import ModelRunner, plain_length, repeat_cache
+from objectives.inference.nan_watch import NanWatch
+from objectives.inference.slots import Capture, DecodingStep, SlotCache, cuda_graphs, run_again
 from objectives.inference.token_tree import Tokens, batches_by_length, group_by_prefix
 
 # finished texts leave a batch once at most this share of its rows is unfinished: removing them
 # copies the keys and values of all others
 _UNFINISHED = 0.5
+# where prompts wait, a batch that is read has at most this share of the slots
+_REFILLED = 0.25
+# a prompt that waits for a slot takes one of texts at most so many times as long as its own
+_LONGER = 2
 
 
 @dataclass(frozen=True)
@@ -38,10 +49,16 @@ class StopCriteria:
 @dataclass(frozen=True)
 class _Prompt:
     index: int
-    tokens: Tokens
+    tokens: Tokens  # without a prefix that was cut off
+    criteria: StopCriteria
 
     def __len__(self) -> int:
         return len(self.tokens)
+
+    @property
+    def columns(self) -> int:
+        """Most tokens of the whole text."""
+        return len(self.tokens) + self.criteria.max_tokens
 
     @property
     def trunk(self) -> Tokens:
@@ -50,119 +67,306 @@ class _Prompt:
 
 @dataclass(frozen=True)
 class PromptBatch:
-    """Prompts behind one prefix, padded on the left."""
+    """Prompts behind one prefix: padded on the left where they are written together."""
 
     prefix: Tokens
+    prompts: tuple[_Prompt, ...]
     tokens: Tensor  # (b, t)
     mask: Tensor  # (b, t), 1 at tokens and 0 at padding
-    indices: Tokens  # (b), index of each prompt in the caller's list
+
+
+@dataclass(frozen=True)
+class Pool:
+    """Prompts that take one another's slots."""
+
+    rows: int  # slots
+    columns: int  # most tokens of a text
+    batches: tuple[PromptBatch, ...]  # each fits into the slots
+
+
+@dataclass(frozen=True)
+class DecodingPlan:
+    """How prompts are laid out."""
+
+    pools: tuple[Pool, ...]  # in slots
+    batches: tuple[PromptBatch, ...]  # written as they are read
+
+
+@dataclass(eq=False)
+class _Text:
+    """A text being written: its row is its place in a list."""
+
+    prompt: _Prompt
+    start: int  # tokens before it, a prefix included
+    tokens: list[int] = field(default_factory=list)
+
+    @property
+    def column(self) -> int:
+        """Of its latest token."""
+        return self.start + len(self.tokens) - 1
 
 
 class GreedyDecoder:
-    """Plans batches of prompts and continues them greedily, up to an end token or stop string."""
+    """Plans batches of prompts and continues them greedily, up to an end token or stop string.
+
+    Attributes:
+        most_rows: Texts written at once at most; None: as many as may be held.
+        kept: Storage and captured passes that serve every candidate; None: there are none.
+    """
 
     def __init__(self, runner: ModelRunner, tokenizer: PreTrainedTokenizerBase) -> None:
         self._runner = runner
         self._tokenizer = tokenizer
+        self.most_rows: int | None = None
+        self.kept: DecodingStep | None = None
 
-    def plan(self, prompts: Iterable[Tokens], max_tokens: int) -> tuple[PromptBatch, ...]:
-        """Lay out prompts, to be continued by up to ``max_tokens``, in batches."""
+    def plan(self, prompts: Iterable[tuple[Tokens, StopCriteria]]) -> DecodingPlan:
+        """Lay out prompts in batches."""
         runner = self._runner
-        plain = plain_length(runner.model.config) if runner.modes.prefix else 0
-        within: list[_Prompt] = []  # texts short enough to share a prefix
+        plain = plain_length(runner.model.config)
+        within: list[_Prompt] = []  # texts that the model reads with plain causal attention
         beyond: list[_Prompt] = []
-        for index, tokens in enumerate(prompts):
-            fits = len(tokens) + max_tokens <= plain
-            (within if fits else beyond).append(_Prompt(index, tokens))
-        return tuple(
-            _pad(prefix, rows, runner.device)
-            for prefix, group in [*group_by_prefix(within), ((), beyond)]
+        for index, prompt in enumerate(prompts):
+            one = _Prompt(index, *prompt)
+            (within if one.columns <= plain else beyond).append(one)
+        if runner.modes.refilled:
+            pools = tuple(self._pools(within))
+            return DecodingPlan(pools, tuple(self._batches([((), beyond)], left=True)))
+        groups = [*self._groups(within), ((), beyond)]
+        return DecodingPlan((), tuple(self._batches(groups, left=True)))
+
+    def _pools(self, prompts: Iterable[_Prompt]) -> Iterator[Pool]:
+        """Share prompts out over pools: short texts do not wait for slots of long ones."""
+        rest = sorted(prompts, key=lambda prompt: prompt.columns, reverse=True)
+        while rest:
+            columns = rest[0].columns
+            rows = max(1, self._runner.held_tokens // columns)
+            rows = min(rows, self.most_rows or rows)
+            alike = sum(_LONGER * one.columns >= columns for one in rest)
+            together, rest = rest[: max(rows, alike)], rest[max(rows, alike) :]
+            most = max(1, int(_REFILLED * rows)) if len(together) > rows else rows
+            batches = self._batches(self._groups(together), most, left=False)
+            yield Pool(min(rows, len(together)), columns, tuple(batches))
+
+    def _groups(self, prompts: Sequence[_Prompt]) -> Iterable[tuple[Tokens, Sequence[_Prompt]]]:
+        """Group prompts by a prefix that is read once."""
+        return group_by_prefix(prompts) if self._runner.modes.prefix else [((), prompts)]
+
+    def _batches(
+        self,
+        groups: Iterable[tuple[Tokens, Sequence[_Prompt]]],
+        most_rows: int | None = None,
+        *,
+        left: bool,
+    ) -> Iterator[PromptBatch]:
+        """Cut groups into batches of at most so many rows, padded on one side."""
+        runner = self._runner
+        for prefix, group in groups:
+            written = max((one.criteria.max_tokens for one in group), default=0)
             for rows in batches_by_length(
-                [replace(prompt, tokens=prompt.tokens[len(prefix) :]) for prompt in group],
+                [replace(one, tokens=one.tokens[len(prefix) :]) for one in group],
                 runner.tokens_per_batch,
-                len(prefix) + max_tokens,
-            )
-        )
+                runner.held_tokens,
+                len(prefix) + written,
+            ):
+                size = most_rows or len(rows)
+                for first in range(0, len(rows), size):
+                    yield _pad(prefix, rows[first : first + size], runner.device, left=left)
 
     @torch.no_grad()
-    def decode(self, plan: Iterable[PromptBatch], criteria: StopCriteria) -> list[list[int]]:
-        """Return the tokens generated after each prompt, including the one that ended the text."""
-        generated: dict[int, list[int]] = {}
-        prefix: Tokens = ()
-        cache: DynamicCache | None = None
-        for batch in plan:
-            if batch.prefix != prefix:
-                prefix, cache = batch.prefix, self._runner.cache_prefix(batch.prefix)
-            generated |= self._decode_batch(batch, cache, criteria)
-        return [generated[index] for index in sorted(generated)]
+    def decode(self, plan: DecodingPlan) -> list[list[int]]:
+        """Return the tokens generated after each prompt, including the one that ended the text.
 
-    def _decode_batch(
-        self, batch: PromptBatch, prefix: DynamicCache | None, criteria: StopCriteria
+        Raises:
+            NanError: The model's logits are not numbers.
+        """
+        texts: dict[int, list[int]] = {}
+        nan = NanWatch()
+        for pool in plan.pools:
+            texts |= self._write_in_slots(pool, nan)
+        prefixes = _Prefixes(self._runner)
+        for batch in plan.batches:
+            texts |= self._write_batch(batch, prefixes.cache(batch.prefix, len(batch.prompts)), nan)
+        nan.raise_if_seen()
+        return [texts[index] for index in sorted(texts)]
+
+    def release(self) -> None:
+        """Let go of what is kept."""
+        self.kept = None
+
+    def _write_in_slots(self, pool: Pool, nan: NanWatch) -> dict[int, list[int]]:
+        """Return the tokens generated after each prompt of a pool, by prompt index."""
+        found: dict[int, list[int]] = {}
+        waiting = list(reversed(pool.batches))
+        prefixes = _Prefixes(self._runner)
+        step = self._step(pool)
+        texts: list[_Text] = []  # in the order of their slots
+        while waiting or texts:
+            while waiting and len(texts) + len(waiting[-1].prompts) <= pool.rows:
+                batch = waiting.pop()
+                cache = prefixes.cache(batch.prefix, len(batch.prompts))
+                begun = self._read(batch, cache, nan)
+                found |= {text.prompt.index: text.tokens for text in begun}
+                rows = self._unfinished(begun)
+                if rows:
+                    step.cache.reserve(cache.get_seq_length() + 1)
+                    step.cache.take(cache, rows, len(texts))
+                texts += [begun[row] for row in rows]
+            if texts:
+                latest = [text.tokens[-1] for text in texts]
+                logits = step(latest, [text.column for text in texts])
+                _append(texts, logits, nan)
+                texts = self._compact(texts, step.cache)
+        return found
+
+    def _read(self, batch: PromptBatch, cache: DynamicCache, nan: NanWatch) -> list[_Text]:
+        """Read prompts, and return the texts that begin after them with their first tokens."""
+        lengths = torch.tensor([len(prompt) for prompt in batch.prompts])
+        last = torch.zeros(batch.tokens.shape, dtype=torch.bool)
+        last[torch.arange(len(lengths)), lengths - 1] = True
+        # padding on the right is read by no token before it: plain causal attention needs no mask
+        logits = self._runner.logits_at(
+            last.to(self._runner.device), batch.tokens, past_key_values=cache, use_cache=True
+        )
+        texts = [_Text(one, len(batch.prefix) + len(one)) for one in batch.prompts]
+        _append(texts, logits, nan)
+        return texts
+
+    def _compact(self, texts: list[_Text], cache: SlotCache) -> list[_Text]:
+        """Drop finished texts, the last unfinished ones taking their slots."""
+        rows = self._unfinished(texts)
+        if len(rows) == len(texts):
+            return texts
+        kept, outside = set(rows), [row for row in rows if row >= len(rows)]
+        free = [row for row in range(len(rows)) if row not in kept]
+        moved = dict(zip(free, outside, strict=True))
+        if moved:
+            cache.move(moved)
+        return [texts[moved.get(row, row)] for row in range(len(rows))]
+
+    def _step(self, pool: Pool) -> DecodingStep:
+        """Return what writes a pool's texts; captured passes are kept for the next call."""
+        if not self._runner.modes.captured:
+            return DecodingStep(self._runner, SlotCache(pool.rows, pool.columns), None)
+        kept = self.kept and self.kept.cache
+        if not kept or kept.rows < pool.rows or kept.columns < pool.columns:
+            self.kept = None  # its memory is needed for the next
+            cache = SlotCache(pool.rows, pool.columns)
+            self.kept = DecodingStep(self._runner, cache, capture_for(self._runner.device))
+        assert self.kept is not None
+        self.kept.cache.clear()
+        return self.kept
+
+    def _write_batch(
+        self, batch: PromptBatch, cache: DynamicCache, nan: NanWatch
     ) -> dict[int, list[int]]:
         """Return the tokens generated after each prompt of a batch, by prompt index."""
-        rows = list(batch.indices)  # prompt index of each row still in the batch
-        unfinished = set(rows)
-        generated: dict[int, list[int]] = {index: [] for index in rows}
-        if prefix is None:
-            cache = DynamicCache(config=self._runner.model.config)
-        else:
-            cache = repeat_cache(prefix, len(rows))
-        before = batch.mask.new_ones(len(rows), len(batch.prefix))
+        texts = [_Text(one, len(batch.prefix) + len(one)) for one in batch.prompts]
+        found = {text.prompt.index: text.tokens for text in texts}
+        before = batch.mask.new_ones(len(texts), len(batch.prefix))
         mask = torch.cat([before, batch.mask], dim=1)  # (b, prefix + t)
         positions = (mask.cumsum(1) - 1).clamp(min=0)[:, len(batch.prefix) :]  # (b, t)
-        tokens = batch.tokens
+        tokens, unfinished = batch.tokens, [*range(len(texts))]
         while True:
             logits = self._runner.next_token_logits(
                 tokens, attention_mask=mask, position_ids=positions, past_key_values=cache
             )
-            chosen = logits.float().argmax(-1)  # (b)
-            for index, token in zip(rows, chosen.tolist(), strict=True):
-                if index in unfinished:
-                    generated[index].append(token)
-            unfinished = self._unfinished({i: generated[i] for i in unfinished}, criteria)
+            chosen = _append([texts[row] for row in unfinished], logits, nan, unfinished)
+            rows = self._unfinished([texts[row] for row in unfinished])
+            unfinished = [unfinished[row] for row in rows]
             if not unfinished:
-                return generated
-            if len(unfinished) <= _UNFINISHED * len(rows):
-                kept = [row for row, index in enumerate(rows) if index in unfinished]
-                rows = [rows[row] for row in kept]
-                selected = torch.tensor(kept, device=self._runner.device)
+                return found
+            if len(unfinished) <= _UNFINISHED * len(texts):
+                selected = torch.tensor(unfinished)  # on the CPU: layers may be on several devices
                 cache.batch_select_indices(selected)
                 chosen, mask, positions = chosen[selected], mask[selected], positions[selected]
-            tokens = chosen[:, None]
-            mask = torch.cat([mask, mask.new_ones(len(rows), 1)], dim=1)
+                texts = [texts[row] for row in unfinished]
+                unfinished = [*range(len(texts))]
+            tokens = chosen[:, None].to(self._runner.device)
+            mask = torch.cat([mask, mask.new_ones(len(texts), 1)], dim=1)
             positions = positions[:, -1:] + 1
 
     def length_until_end(self, tokens: Sequence[int], criteria: StopCriteria) -> int:
         """Return how many of the tokens a text has, up to the one that ends it."""
+        prompt = _Prompt(0, (), criteria)
         for length in range(1, len(tokens)):
-            if not self._unfinished({0: tokens[:length]}, criteria):
+            if not self._unfinished([_Text(prompt, 0, [*tokens[:length]])]):
                 return length
         return len(tokens)
 
-    def _unfinished(
-        self, generated: Mapping[int, Sequence[int]], criteria: StopCriteria
-    ) -> set[int]:
-        """Return the indices of texts that have not ended with their latest token."""
+    def _unfinished(self, texts: Sequence[_Text]) -> list[int]:
+        """Return the places of texts that have not ended with their latest token."""
         ends = self._runner.model.generation_config.eos_token_id
         ends = ends if isinstance(ends, list) else [ends]
+        open_now = [
+            row
+            for row, text in enumerate(texts)
+            if len(text.tokens) < text.prompt.criteria.max_tokens and text.tokens[-1] not in ends
+        ]
+        stopping = [row for row in open_now if texts[row].prompt.criteria.strings]
+        if not stopping:
+            return open_now
         latest = self._tokenizer.batch_decode(
-            [list(tokens[-criteria.lookback :]) for tokens in generated.values()]
+            [texts[row].tokens[-texts[row].prompt.criteria.lookback :] for row in stopping]
         )
-        return {
-            index
-            for (index, tokens), text in zip(generated.items(), latest, strict=True)
-            if len(tokens) < criteria.max_tokens
-            and tokens[-1] not in ends
-            and not any(string in text for string in criteria.strings)
+        stopped = {
+            row
+            for row, text in zip(stopping, latest, strict=True)
+            if any(string in text for string in texts[row].prompt.criteria.strings)
         }
+        return [row for row in open_now if row not in stopped]
 
 
-def _pad(prefix: Tokens, prompts: Sequence[_Prompt], device: torch.device) -> PromptBatch:
+class _Prefixes:
+    """Keys and values of the latest prefix, read once for the batches behind it."""
+
+    def __init__(self, runner: ModelRunner) -> None:
+        self._runner = runner
+        self._prefix: Tokens = ()
+        self._cache: DynamicCache | None = None
+
+    def cache(self, prefix: Tokens, rows: int) -> DynamicCache:
+        """Return a cache of so many rows that have read a prefix."""
+        if prefix != self._prefix:
+            self._prefix, self._cache = prefix, self._runner.cache_prefix(prefix)
+        if self._cache is None:
+            return DynamicCache(config=self._runner.model.config)
+        return repeat_cache(self._cache, rows)
+
+
+def captures(runner: ModelRunner) -> bool:
+    """Return whether to try captured passes: where launching kernels takes longer than they run.
+
+    A model over several devices, or in part on the host, is read by copies that no graph holds.
+    """
+    return runner.device.type == "cuda" and not runner.spans_devices
+
+
+def capture_for(device: torch.device) -> Capture:
+    """Return how passes are captured on a device."""
+    return cuda_graphs() if device.type == "cuda" else run_again
+
+
+def _append(
+    texts: Sequence[_Text], logits: Tensor, nan: NanWatch, rows: Sequence[int] | None = None
+) -> Tensor:
+    """Append the greedy tokens (b) of logits (b, vocabulary) to the texts of all or some rows."""
+    nan.see(logits)
+    chosen = logits.float().argmax(-1)
+    tokens = chosen.tolist()
+    for text, row in zip(texts, rows or range(len(tokens)), strict=True):
+        text.tokens.append(tokens[row])
+    return chosen
+
+
+def _pad(
+    prefix: Tokens, prompts: Sequence[_Prompt], device: torch.device, *, left: bool
+) -> PromptBatch:
     shape = (len(prompts), max(map(len, prompts)))
     tokens = torch.zeros(shape, dtype=torch.long)
     mask = torch.zeros(shape, dtype=torch.long)
     for row, prompt in enumerate(prompts):
-        tokens[row, shape[1] - len(prompt) :] = torch.tensor(prompt.tokens)
-        mask[row, shape[1] - len(prompt) :] = 1
-    indices = tuple(prompt.index for prompt in prompts)
-    return PromptBatch(prefix, tokens.to(device), mask.to(device), indices)
+        first = shape[1] - len(prompt) if left else 0
+        tokens[row, first : first + len(prompt)] = torch.tensor(prompt.tokens)
+        mask[row, first : first + len(prompt)] = 1
+    return PromptBatch(prefix, tuple(prompts), tokens.to(device), mask.to(device))

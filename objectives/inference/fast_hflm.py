@@ -6,7 +6,7 @@ float32 log-softmax are the same, so scores are the same up to rounding, but
 * a question is read once for all its answers, and few-shot examples shared by many questions once
   for all of them (``token_tree``, ``loglikelihood``);
 * logits, and the last layer's MLP, are computed only at tokens that predict a target (``forward``);
-* generated texts leave the batch when they have ended (``decoding``).
+* texts are generated in one loop whatever ends them, rows refilled as they end (``decoding``).
 
 Texts are encoded and batches planned once; nothing that depends on weights outlives a call. The
 same requests always make the same batches, and so give the same values to the bit; among other
@@ -16,9 +16,10 @@ requests a value can differ by rounding, as in lm-eval. All shortcuts are off un
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections import defaultdict
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any, cast
 
@@ -31,10 +32,11 @@ from lm_eval.models.utils import (
     postprocess_generated_text,
 )
 from torch import Tensor
+from transformers import PreTrainedModel
 from typing_extensions import override
 
 from objectives.inference.batch_size import BatchSizes
-from objectives.inference.decoding import GreedyDecoder, PromptBatch, StopCriteria
+from objectives.inference.decoding import DecodingPlan, GreedyDecoder, StopCriteria
 from objectives.inference.forward import ModelRunner, Modes
 from objectives.inference.loglikelihood import (
     SOFTMAX_DTYPE,
@@ -42,6 +44,7 @@ from objectives.inference.loglikelihood import (
     LoglikelihoodScorer,
     PrefixBatches,
 )
+from objectives.inference.nan_watch import NanWatch
 from objectives.inference.token_tree import Request, Tokens
 
 _PLANS = 1024  # plans of batches kept in memory
@@ -70,6 +73,7 @@ class FastHFLM(HFLM):  # type: ignore[misc]  # lm-eval is published without type
 
     Attributes:
         sizes: Batch sizes to try on the model's device.
+        runner: Forward passes of the model.
         scorer: Log-likelihoods of requests in tokens, with the shortcuts that are on.
         decoder: Greedy decoding of prompts in tokens.
         encode_prompt: Encodes a text to be continued, once.
@@ -79,9 +83,9 @@ class FastHFLM(HFLM):  # type: ignore[misc]  # lm-eval is published without type
         super().__init__(softmax_dtype=SOFTMAX_DTYPE, **settings)
         self.sizes = BatchSizes.of(self.device, batch_size)
         self.batch_size_per_gpu = self.sizes.first
-        self._runner = ModelRunner(self.model, self.device, self.sizes.first * self.sizes.tokens)
-        self.scorer = LoglikelihoodScorer(self._runner)
-        self.decoder = GreedyDecoder(self._runner, self.tokenizer)
+        self.runner = ModelRunner(self.model, self.device, self.sizes.first * self.sizes.tokens)
+        self.scorer = LoglikelihoodScorer(self.runner)
+        self.decoder = GreedyDecoder(self.runner, self.tokenizer)
         self._encoded: dict[str, list[int]] = {}
         self._plan_scoring = functools.lru_cache(_PLANS)(self._plan_texts)
         self._plan_generation = functools.lru_cache(_PLANS)(self._plan_prompts)
@@ -99,18 +103,19 @@ class FastHFLM(HFLM):  # type: ignore[misc]  # lm-eval is published without type
     @property
     def modes(self) -> Modes:
         """Shortcuts that are on."""
-        return self._runner.modes
+        return self.runner.modes
 
     def use_modes(self, modes: Modes) -> None:
         """Evaluate with these shortcuts from here on, and plan batches anew."""
-        self._runner.modes = modes
+        self.runner.modes = modes
         self._plan_scoring.cache_clear()
         self._plan_generation.cache_clear()
+        self.decoder.release()
 
     def resize_batches(self, size: int) -> None:
         """Evaluate in batches of so many sequences from here on."""
         self.batch_size_per_gpu = size
-        self._runner.tokens_per_batch = size * self.sizes.tokens
+        self.runner.tokens_per_batch = size * self.sizes.tokens
         self.use_modes(self.modes)
 
     @override
@@ -163,7 +168,7 @@ class FastHFLM(HFLM):  # type: ignore[misc]  # lm-eval is published without type
 
         Activations of all requests are in memory until they have gone backward.
         """
-        runner = ModelRunner(self.model, self.device, self._runner.tokens_per_batch)
+        runner = ModelRunner(self.model, self.device, self.runner.tokens_per_batch)
         # keys and values of a prefix are computed without gradients; hooks of a last MLP are gone
         # when a layer computes its activations again
         runner.modes = replace(self.modes, prefix=False, sparse_mlp=False)
@@ -202,30 +207,30 @@ class FastHFLM(HFLM):  # type: ignore[misc]  # lm-eval is published without type
     def generate_counted(self, requests: Sequence[Instance]) -> list[GeneratedText]:
         """Return what ``generate_until`` does, each text with the number of its tokens.
 
-        The token that ends a text, or completes a stop string, is counted.
+        The token that ends a text, or completes a stop string, is counted. All texts that are
+        decoded greedily are written in one loop, whatever ends them.
+
+        Raises:
+            NanError: The model's logits are not numbers.
         """
         texts: list[GeneratedText] = [("", 0)] * len(requests)
         by_settings: dict[str, list[int]] = defaultdict(list)
         for index, request in enumerate(requests):
             by_settings[repr(request.args[1])].append(index)
+        greedy: dict[int, StopCriteria] = {}
         for indices in by_settings.values():
             group = [requests[index] for index in indices]
-            criteria = self._greedy_criteria(group[0].args[1])
-            found = self._greedy_texts(group, criteria) if criteria else self._stock_texts(group)
-            for index, text in zip(indices, found, strict=True):
+            if criteria := self._greedy_criteria(group[0].args[1]):
+                greedy |= dict.fromkeys(indices, criteria)
+                continue
+            for index, text in zip(indices, self._stock_texts(group), strict=True):
                 texts[index] = text
+        plan = self._plan_generation(tuple((requests[i].args[0], greedy[i]) for i in greedy))
+        for index, tokens in zip(greedy, self.decoder.decode(plan), strict=True):
+            strings = list(greedy[index].strings)
+            text = postprocess_generated_text(self.tok_decode(tokens), strings, None)
+            texts[index] = text, len(tokens)
         return texts
-
-    def _greedy_texts(
-        self, requests: Sequence[Instance], criteria: StopCriteria
-    ) -> list[GeneratedText]:
-        prompts = tuple(request.args[0] for request in requests)
-        plan = self._plan_generation(prompts, criteria.max_tokens)
-        strings = list(criteria.strings)
-        return [
-            (postprocess_generated_text(self.tok_decode(tokens), strings, None), len(tokens))
-            for tokens in self.decoder.decode(plan, criteria)
-        ]
 
     def _stock_texts(self, requests: Sequence[Instance]) -> list[GeneratedText]:
         """Continue prompts of equal settings with ``HFLM``'s own code."""
@@ -236,7 +241,8 @@ class FastHFLM(HFLM):  # type: ignore[misc]  # lm-eval is published without type
 
         order = sorted(range(len(requests)), key=batch_order)
         self._generated_lengths.clear()  # HFLM returns texts alone; _model_generate adds lengths
-        texts = super().generate_until([requests[index] for index in order], disable_tqdm=True)
+        with _nan_refused(self.model):
+            texts = super().generate_until([requests[index] for index in order], disable_tqdm=True)
         found = zip(order, texts, self._generated_lengths, strict=True)
         return [(text, length) for _, text, length in sorted(found)]
 
@@ -272,14 +278,29 @@ class FastHFLM(HFLM):  # type: ignore[misc]  # lm-eval is published without type
         eos = self.tok_decode(self.eot_token_id, skip_special_tokens=False)
         return cast("list[str]", handle_stop_sequences([*until], eos))
 
-    def _plan_prompts(self, texts: tuple[str, ...], max_tokens: int) -> tuple[PromptBatch, ...]:
-        """Plan texts to be continued, cut on the left to leave ``max_tokens`` to generate."""
-        longest = self.max_length - max_tokens
-        prompts = [self.encode_prompt(text)[-longest:] for text in texts]
-        return self.decoder.plan(prompts, max_tokens)
+    def _plan_prompts(self, texts: tuple[tuple[str, StopCriteria], ...]) -> DecodingPlan:
+        """Plan texts to be continued, cut on the left to leave room for what is generated."""
+        return self.decoder.plan(
+            (self.encode_prompt(text)[criteria.max_tokens - self.max_length :], criteria)
+            for text, criteria in texts
+        )
 
 
 def _group(request: Instance) -> Hashable:
     """Return a request's question; requests without a context share no prompt with others."""
     document = request.args[0] if request.doc_id is None else request.doc_id
     return request.task_name, document, request.args[0] == ""
+
+
+@contextlib.contextmanager
+def _nan_refused(model: PreTrainedModel) -> Iterator[None]:
+    """Raise ``NanError`` in the end if the model's last logits were NaN in any pass."""
+    watch = NanWatch()
+    hook = model.get_output_embeddings().register_forward_hook(
+        lambda _module, _inputs, logits: watch.see(logits[..., -1, :])
+    )
+    try:
+        yield
+    finally:
+        hook.remove()
+    watch.raise_if_seen()

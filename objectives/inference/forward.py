@@ -7,6 +7,7 @@ import copy
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, cast
 
 import torch
@@ -25,7 +26,13 @@ class Modes:
     sparse_mlp: bool = False  # the last layer's MLP only at those positions
     tree: bool = False  # the answers to one question as branches of one token tree
     prefix: bool = False  # keys and values of a shared prefix computed once
-    generation: bool = False  # greedy decoding in batches that finished texts leave
+    generation: bool = False  # greedy decoding in batches of our own; the next two require it
+    refilled: bool = False  # rows of their own lengths, which take waiting prompts as texts end
+    captured: bool = False  # their passes captured as CUDA graphs
+
+
+# cached keys and values of a token take less memory than the activations of a token being read
+_CACHED_PER_READ = 8
 
 
 class ModelRunner:
@@ -34,15 +41,36 @@ class ModelRunner:
     Attributes:
         device: Device of the model's inputs.
         tokens_per_batch: Most tokens of a batch, padding included.
+        held_bytes: Most bytes of cached keys and values; None: unknown, and a batch's tokens count.
         modes: Shortcuts that are on; none at first.
+        spans_devices: Whether the model's layers are on several devices.
     """
 
     def __init__(self, model: PreTrainedModel, device: torch.device, tokens_per_batch: int) -> None:
         self.model = model
         self.device = device
         self.tokens_per_batch = tokens_per_batch
+        self.held_bytes: int | None = None
         self.modes = Modes()
+        self.spans_devices = len(set(getattr(model, "hf_device_map", {}).values())) > 1
         self._last_mlp = _last_mlp(model)
+
+    @property
+    def held_tokens(self) -> int:
+        """Most tokens whose keys and values are cached at once."""
+        if self.held_bytes is None:
+            return _CACHED_PER_READ * self.tokens_per_batch
+        return max(1, self.held_bytes // self.bytes_per_token)
+
+    @cached_property
+    def bytes_per_token(self) -> int:
+        """Bytes of a token's keys and values, as the model makes them."""
+        with torch.no_grad():
+            cache = self.cache_prefix((0,))
+        layers: list[Any] = cache.layers if cache else []
+        held = [one for one in layers if getattr(one, "keys", None) is not None]
+        total: int = sum(one.keys.nbytes + one.values.nbytes for one in held)
+        return max(1, total)
 
     def cache_prefix(self, prefix: Tokens) -> DynamicCache | None:
         """Return keys and values of a prefix, for one row; None without a prefix."""
@@ -64,10 +92,15 @@ class ModelRunner:
         """Return logits where ``used`` (b, t) is True, of shape (used.sum(), vocabulary)."""
         if self.modes.sparse_logits:
             return self._logits(tokens, used, logits_to_keep=used, **settings)
-        return self._logits(tokens, used, **settings)[used]
+        logits = self._logits(tokens, used, **settings)
+        return logits[used.to(logits.device)]
 
     def _logits(self, tokens: Tensor, used: Tensor, **settings: Any) -> Tensor:
         """Return the model's logits of tokens (b, t), valid where ``used`` (b, t) is True."""
+        if self.spans_devices:
+            used = used.cpu()  # where it may index a tensor of any device
+            if isinstance(kept := settings.get("logits_to_keep"), Tensor):
+                settings["logits_to_keep"] = kept.cpu()
         mlp = self._last_mlp if self.modes.sparse_mlp and tokens.shape[1] > 1 else None
         with _only_at(mlp, used) if mlp is not None else contextlib.nullcontext():
             return cast("Tensor", self.model(tokens, **settings).logits)
@@ -109,7 +142,8 @@ def _only_at(module: torch.nn.Module, used: Tensor) -> Iterator[None]:
 
     def scatter(_: torch.nn.Module, __: tuple[Tensor, ...], output: Tensor) -> Tensor:
         full = output.new_zeros(*used.shape, output.shape[-1])  # (b, t, d)
-        return full.masked_scatter_(used[..., None], output)
+        full[used] = output[0]
+        return full
 
     hooks = module.register_forward_pre_hook(gather), module.register_forward_hook(scatter)
     try:

@@ -82,7 +82,8 @@ class LoglikelihoodScorer:
 
     def _batched(self, prefix: Tokens, trees: Iterable[TokenTree]) -> PrefixBatches:
         rest = [tree.without_prefix(len(prefix)) for tree in trees]
-        batches = batches_by_length(rest, self._runner.tokens_per_batch, len(prefix))
+        runner = self._runner
+        batches = batches_by_length(rest, runner.tokens_per_batch, runner.held_tokens, len(prefix))
         return prefix, tuple(_pad(rows, self._runner.device) for rows in batches)
 
     def score_requests(self, requests: Sequence[Request]) -> list[Loglikelihood]:
@@ -180,13 +181,14 @@ def _target_log_probs(logits: Tensor, batch: TreeBatch) -> tuple[Tensor, Tensor]
 
     ``logits`` (m, vocabulary) are at the batch's predicting positions.
     """
-    sources = batch.sources
+    sources = batch.sources.to(logits.device)  # the head may be on another device than the inputs
+    targets_of = batch.targets.to(logits.device)
     log_probs = torch.empty(len(sources), dtype=SOFTMAX_DTYPE, device=logits.device)
     greedy = torch.zeros(len(sources), dtype=torch.bool, device=logits.device)
     for first in range(0, len(logits), _SOFTMAX_ROWS):
         part = logits[first : first + _SOFTMAX_ROWS]
         chosen = ((sources >= first) & (sources < first + len(part))).nonzero()[:, 0]
-        rows, targets = sources[chosen] - first, batch.targets[chosen]
+        rows, targets = sources[chosen] - first, targets_of[chosen]
         part_log_probs = part.log_softmax(-1, dtype=SOFTMAX_DTYPE)  # (m', vocabulary)
         log_probs[chosen] = part_log_probs[rows, targets]
         # argmax takes six times as long as amax and matters only where a target has the maximum

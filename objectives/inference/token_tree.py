@@ -25,9 +25,6 @@ _MIN_SAVING = 0.25
 # attention in a tree costs with the square of its tokens: no more are joined in one
 _MOST_JOINED = 2048
 
-# cached keys and values of a token take less memory than the activations of a token being read
-_CACHED_PER_READ = 8
-
 Tokens = tuple[int, ...]
 
 
@@ -227,20 +224,21 @@ def group_by_prefix(rows: Iterable[R]) -> Iterator[tuple[Tokens, Sequence[R]]]:
 
 
 def batches_by_length(
-    rows: Iterable[R], tokens_per_batch: int, cached_tokens: int = 0
+    rows: Iterable[R], tokens_per_batch: int, held_tokens: int, cached_tokens: int = 0
 ) -> Iterator[list[R]]:
     """Cut rows into batches, longest first, so that a batch too large for memory fails at once.
 
     Args:
         rows: Rows of a forward pass, without their prefix.
         tokens_per_batch: Most tokens of a batch, padding included.
+        held_tokens: Most tokens whose keys and values are cached at once.
         cached_tokens: Tokens of each row whose keys and values are cached besides its own: the
             prefix, and what will be generated.
     """
     rest = sorted(rows, key=len, reverse=True)
     while rest:
         longest = len(rest[0])
-        fitting = _CACHED_PER_READ * tokens_per_batch // (cached_tokens + longest)
+        fitting = held_tokens // (cached_tokens + longest)
         size = max(1, min(tokens_per_batch // longest, fitting))
         yield rest[:size]
         rest = rest[size:]

@@ -88,6 +88,8 @@ def bind_tasks(
         harness = _harness(spec, tasks.loaded, model, tokenizer)
         parts.append(harness)
         sizes = harness.language_model.sizes
+        if memory is not None and harness.language_model.device.type != "cpu":
+            harness.hold(memory)
         if memory is not None and sizes.first != sizes.last:
             most = harness.find_batch_size(memory, spec.objective.block)
             say(f"batches: {most:,} tokens at most, found by trying")

@@ -94,3 +94,16 @@ def test_batches_that_hold_a_whole_block_are_not_enlarged(folder):
     harness.language_model.sizes = SIZES
     harness.find_batch_size(MANY, 1)
     assert harness.language_model.batch_size_per_gpu == SIZES.first
+
+
+def test_keys_and_values_may_take_a_quarter_of_memory_in_powers_of_two(folder):
+    harness = prepare(folder, make_model(), "answer")
+    runner = harness.language_model.runner
+    by_tokens = runner.held_tokens
+    harness.hold(1 << 20)
+    assert runner.held_bytes == 1 << 18
+    assert runner.held_tokens == (1 << 18) // runner.bytes_per_token != by_tokens
+    harness.hold((1 << 20) + 999)
+    assert runner.held_bytes == 1 << 18
+    harness.hold(0)
+    assert runner.held_tokens == 1

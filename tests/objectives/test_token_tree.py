@@ -99,7 +99,7 @@ def test_the_prefix_of_most_rows_is_shared_and_each_row_is_in_one_group():
 
 def test_batches_are_ordered_by_length_and_limited_in_tokens():
     rows = [build_tree(make_requests([(list(range(length)), [1])])) for length in (3, 9, 4, 8, 30)]
-    batches = list(batches_by_length(rows, 20))
+    batches = list(batches_by_length(rows, 20, 160))
     assert [[len(row) for row in batch] for batch in batches] == [[30], [9, 8], [4, 3]]
-    cached = batches_by_length(rows, 20, cached_tokens=80)
+    cached = batches_by_length(rows, 20, 160, cached_tokens=80)
     assert [len(batch) for batch in cached] == [1, 1, 1, 1, 1]
