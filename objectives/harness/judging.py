@@ -1,9 +1,9 @@
 """Score a model's responses with the tasks' own metrics.
 
-Log-likelihoods are scored by lm-eval's own arithmetic, in this process. Whatever reads generated
-text, or runs a task's own code, runs in a process of its own, with a time and memory limit: a
-regular expression or a formula can take for ever on garbage, in C code that no signal interrupts,
-and a task may use the process's one alarm.
+Log-likelihoods, and texts that are only compared with their target, are scored by lm-eval's own
+arithmetic, in this process. Whatever else reads generated text, or runs a task's own code, runs in
+a process of its own, with a time and memory limit: a regular expression or a formula can take for
+ever on garbage, in C code that no signal interrupts, and a task may use the process's one alarm.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import math
 import numbers
+import re
 import sys
 from collections.abc import Sequence
 from multiprocessing.connection import Connection
@@ -31,6 +32,13 @@ JUDGE_SECONDS = 30.0  # per item; MATH itself gives up on a formula after 15 s
 NAN = "a model that was sound elsewhere needs a wider dtype in the study (bfloat16, float32)"
 _JUDGE_MEMORY = 4 << 30  # bytes beyond those of the process when it is forked
 _REASON = 300  # characters kept of a reason: an exception may quote the whole response
+# Of lm-eval's, those whose time is linear in the text; and settings of a metric that keep it so.
+_LINEAR_FILTERS = {"take_first", "take_first_k", "lowercase", "uppercase", "remove_whitespace"}
+_PLAIN_METRIC = {
+    *("metric", "aggregation", "higher_is_better"),
+    *("ignore_case", "ignore_punctuation", "ignore_numbers"),
+}
+_FIELD = re.compile(r"(?:\{\{ *)?(\w+)(?: *\}\})?")  # of a document: NAME, {{NAME}}
 _DIED = "the process that scored it died"
 
 
@@ -167,12 +175,39 @@ def correct_choices(question: Question, choices: Sequence[str]) -> list[int]:
 
 
 def is_untrusted(question: Question) -> bool:
-    """Return whether scoring it reads generated text, or runs a task's own code."""
-    return question.item.generated or not _is_built_in(question.task)
+    """Return whether scoring it may take for ever: by a task's own code, or on generated text."""
+    if not _is_built_in(question.task):
+        return True
+    return question.item.generated and not _takes_linear_time(question)
 
 
 def _is_built_in(task: Task) -> bool:
     return type(task) is ConfigurableTask and task.get_config("process_results") is None
+
+
+def _takes_linear_time(question: Question) -> bool:
+    """Return whether a written answer is only cut, and compared with a field of its document.
+
+    No regular expression is evaluated then, and no template but the name of a field. This process
+    scores a block of such answers in less than the time that a fork of it takes.
+    """
+    task = question.task
+    target = _FIELD.fullmatch(str(task.get_config("doc_to_target")))
+    metrics = task.get_config("metric_list") or []
+    filters = [
+        step.get("function")
+        for own in task.get_config("filter_list") or []
+        if own.get("name") == question.metric.filter.name
+        for step in own.get("filter", [])
+    ]
+    return (
+        target is not None
+        and target[1] in task.features
+        and task.get_config("doc_to_choice") is None
+        and all(set(metric) <= _PLAIN_METRIC for metric in metrics)
+        and {metric.get("metric") for metric in metrics} == {"exact_match"}
+        and set(filters) <= _LINEAR_FILTERS
+    )
 
 
 def _judge_until_stopped(questions: Sequence[Question], seconds: float) -> list[ItemResult]:

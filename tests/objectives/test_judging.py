@@ -11,6 +11,8 @@ import torch
 
 from objectives.base import ItemResult, ObjectiveError, printable
 from objectives.entries import TextEntry
+from objectives.harness import apart
+from objectives.harness.judging import is_untrusted
 from tiny_models import make_model, make_tokenizer
 from tiny_tasks import (
     ANSWER,
@@ -168,3 +170,36 @@ def test_characters_a_terminal_would_obey_are_escaped():
     assert printable("a\x1b[2Jb\rc\nd\u202ee\ud800") == r"a\x1b[2Jb\rc\nd\u202ee\ud800"
     assert printable("Zürich 東京 😀") == "Zürich 東京 😀"
     assert str(ObjectiveError("bad \x1b[31m")) == r"bad \x1b[31m"
+
+
+PLAIN = {"metric": "exact_match", "aggregation": "mean", "higher_is_better": True}
+STRIPPED = [{"name": "own", "filter": [{"function": "remove_whitespace"}]}]
+LETTER = [{"name": "own", "filter": [{"function": "regex", "regex_pattern": "(a+)+$"}]}]
+
+
+@pytest.mark.parametrize(
+    ("settings", "is_apart"),
+    [
+        ({}, False),
+        ({"doc_to_target": "answer"}, False),
+        ({"filter_list": STRIPPED}, False),
+        ({"metric_list": [PLAIN | {"ignore_case": True, "ignore_punctuation": True}]}, False),
+        ({"doc_to_target": "{{answer | upper}}"}, True),
+        ({"doc_to_target": "no field"}, True),
+        ({"filter_list": LETTER}, True),
+        ({"metric_list": [PLAIN | {"regexes_to_ignore": ["(a+)+$"]}]}, True),
+        ({"metric_list": [PLAIN, PLAIN | {"metric": "bleu", "aggregation": "bleu"}]}, True),
+    ],
+)
+def test_only_texts_that_are_compared_as_they_are_need_no_process_of_their_own(
+    folder, model, monkeypatch, settings, is_apart
+):
+    write_task(folder, "own", **ANSWER | settings)
+    harness, started = prepare(folder, model, "own"), []
+    assert {is_untrusted(question) for question in harness.questions} == {is_apart}
+    begin = apart.start
+    monkeypatch.setattr(
+        "objectives.harness.judging.start", lambda *a: started.append(a) or begin(*a)
+    )
+    harness.score(model, everything(harness))
+    assert bool(started) == is_apart
