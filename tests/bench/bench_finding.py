@@ -1,16 +1,18 @@
 """What a study finds beside what needs no search, and a rival's search: one JSON line a recipe.
 
     PYTHONPATH=tests/support python tests/bench/bench_finding.py STUDY.yaml --out DIR
-        [--seeds N] [--first N] [--trials N]
+        [--seeds N] [--first N] [--budget N] [--early N,...] [--search-only]
 
-Each seed draws its own splits. The study's search is run to its end; CMA-ES, as mergekit-evolve has
-it over the weights of task arithmetic (``pip install cma``; left out without), may evaluate as
-many items as that has evaluated to choose. Then all are evaluated on the same test items: both
-winners, base, donors and their average, ``model_stock``, ``ties`` (density 0.5) and
+Each seed draws its own splits. The study is searched with and without weights tuned by gradient,
+each time to its end, or to the first trial that ends with as many item evaluations as the budget
+(an item's gradient counts three), and its winner chosen on select items. CMA-ES, as mergekit-evolve
+has it over the weights of task arithmetic (``pip install cma``; left out without), may evaluate as
+many items as the first search has evaluated to choose. Then all are evaluated on the same test
+items: the winners, base, donors and their average, ``model_stock``, ``ties`` (density 0.5) and
 ``task_arithmetic`` with weights of 1, and the latter with 0.4. ``lead`` is the mean paired
 difference of the study's winner to the recipe, ``low`` and ``high`` are its 95 % interval,
-``evaluations`` the item evaluations that it took to find the recipe. What is in DIR is not
-evaluated again.
+``evaluations`` the item evaluations that it took to find the recipe, ``seconds`` those of its
+search. What is in DIR is not evaluated again.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
+import math
 from collections.abc import Iterator
 from contextlib import suppress
 from functools import partial
@@ -68,8 +71,38 @@ def without_search(space: Space) -> Iterator[tuple[str, Recipe]]:
     )
 
 
-def search_with_cma(run: Run, budget: int) -> Recipe:
-    """The recipe with the highest mean after as many evaluations of search items."""
+def spent(run: Run) -> int:
+    """Count the item evaluations so far; an item's gradient counts three."""
+    return sum(run.store.evaluations()[0].values())
+
+
+def search_within(run: Run, budget: float) -> None:
+    """Search a study until a trial ends with as many evaluations as the budget."""
+    file = run.folder / "spent.jsonl"  # evaluations at the end of each trial
+
+    def note(run: Run) -> None:
+        trial = max(run.log.finished(), key=lambda trial: trial.tell_order)
+        with file.open("a") as lines:
+            lines.write(json.dumps([trial.number, spent(run)]) + "\n")
+        if spent(run) >= budget:
+            raise BudgetSpent
+
+    if spent(run) < budget:
+        with suppress(BudgetSpent):
+            search(run, after_trial=[note])
+
+
+def incumbent(run: Run, budget: int) -> tuple[Recipe, int]:
+    """Return the best recipe on search items within a budget, and the evaluations until then."""
+    lines = map(json.loads, (run.folder / "spent.jsonl").read_text().splitlines())
+    within = {number: evaluations for number, evaluations in lines if evaluations <= budget}
+    trials = [trial for trial in run.log.complete() if trial.number in within]
+    best = min(trials, key=lambda trial: trial.sort_key)
+    return run.recipe_of(best), max(within.values())
+
+
+def search_with_cma(run: Run, budget: int) -> None:
+    """Search until as many search items are evaluated as the budget."""
 
     def stop(run: Run) -> None:
         if CMA.evaluations(run) >= budget:
@@ -78,25 +111,38 @@ def search_with_cma(run: Run, budget: int) -> Recipe:
     if CMA.evaluations(run) < budget:
         with suppress(BudgetSpent):
             CMA.search(run, stop)
-    return LuckyMaximum().select(run).recipe
 
 
-def compare(study: Path, out: Path, seed: int, trials: int | None) -> Iterator[dict[str, object]]:
-    spec = load_study(study)
-    changed = {"seed": seed, "trials": trials or spec.search.trials}
-    spec = spec.model_copy(update={"search": spec.search.model_copy(update=changed)})
-    context = load(plan_study(spec), Hardware("cpu"))
-    run = open_run(out / f"seed{seed}", context)
-    with locked(run.folder):
-        search(run)
-        result, winner = conclude(run)
-        asked = result.items_asked["search"] + result.items_asked.get("select", 0)
-        recipes = {"mergesearch": (winner, asked)}
-        recipes |= {name: (recipe, 0) for name, recipe in without_search(context.space)}
-        if importlib.util.find_spec("cma"):
-            rival = open_run(out / f"seed{seed}-cma", context)
-            recipes["cma-es"] = (search_with_cma(rival, asked), CMA.evaluations(rival))
-        scores = run.scores.evaluate([recipe for recipe, _ in recipes.values()], "test")
+def compare(
+    study: Path, out: Path, seed: int, budget: float, early: list[int], *, search_only: bool
+) -> Iterator[dict[str, object]]:
+    spec, runs = load_study(study), dict[str, Run]()
+    for name, tune in (("mergesearch", True), ("untuned", False)):
+        changed = {"seed": seed, "tune": tune, "stop": False}
+        own = spec.model_copy(update={"search": spec.search.model_copy(update=changed)})
+        context = load(plan_study(own), Hardware("cpu"))
+        runs[name] = open_run(out / f"seed{seed}-{name}", context)
+        with locked(runs[name].folder):
+            search_within(runs[name], budget)
+    first = runs["mergesearch"]
+    if importlib.util.find_spec("cma"):
+        runs["cma-es"] = open_run(out / f"seed{seed}-cma", first.context)
+        search_with_cma(runs["cma-es"], spent(first))
+    if search_only:
+        return
+    found = {name: conclude(run) for name, run in runs.items() if name != "cma-es"}
+    asked = {name: result.items_asked for name, (result, _) in found.items()}
+    recipes = {
+        name: (recipe, sum(n for split, n in asked[name].items() if split != "test"))
+        for name, (_, recipe) in found.items()
+    }
+    recipes |= {
+        f"{name} at {within}": incumbent(runs[name], within) for within in early for name in found
+    }
+    if rival := runs.get("cma-es"):
+        recipes["cma-es"] = (LuckyMaximum().select(rival).recipe, CMA.evaluations(rival))
+    recipes |= {name: (recipe, 0) for name, recipe in without_search(first.context.space)}
+    scores = first.scores.evaluate([recipe for recipe, _ in recipes.values()], "test")
     for (name, (_, evaluations)), one in zip(recipes.items(), scores, strict=True):
         lead = scores[0].minus(one, seed)
         yield {
@@ -107,7 +153,8 @@ def compare(study: Path, out: Path, seed: int, trials: int | None) -> Iterator[d
             "low": round(lead.low, 4),
             "high": round(lead.high, 4),
             "evaluations": evaluations,
-            "verdict": result.verdict,
+            "seconds": round(runs[name].store.evaluations()[1]) if name in runs else 0,
+            "verdict": found[name][0].verdict if name in found else None,
         }
 
 
@@ -117,10 +164,14 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--first", type=int, default=0)
-    parser.add_argument("--trials", type=int)
+    parser.add_argument("--budget", type=float, default=math.inf, help="item evaluations")
+    parser.add_argument("--early", default="", help="smaller budgets, whose best are tested too")
+    parser.add_argument("--search-only", action="store_true", help="leave the test items alone")
     given = parser.parse_args()
+    [int(one) for one in given.early.split(",") if one]
     for seed in range(given.first, given.first + given.seeds):
-        for line in compare(given.study, given.out, seed, given.trials):
+        lines = compare(given.study, given.out, seed, given.budget, search_only=given.search_only)
+        for line in lines:
             print(json.dumps(line), flush=True)
 
 
