@@ -1,18 +1,18 @@
 """What a study finds beside what needs no search, and a rival's search: one JSON line a recipe.
 
     PYTHONPATH=tests/support python tests/bench/bench_finding.py STUDY.yaml --out DIR
-        [--seeds N] [--first N] [--budget N] [--early N,...] [--search-only]
+        [--seeds 0,1,2] [--budget N] [--search-only]
 
-Each seed draws its own splits. The study is searched with and without weights tuned by gradient,
-each time to its end, or to the first trial that ends with as many item evaluations as the budget
-(an item's gradient counts three), and its winner chosen on select items. CMA-ES, as mergekit-evolve
+All seeds share the splits of the study's own. The study is searched with and without weights tuned
+by gradient, each time to its end, or until no further trial fits the budget of item evaluations (an
+item's gradient counts three), and its winner is chosen on select items. CMA-ES, as mergekit-evolve
 has it over the weights of task arithmetic (``pip install cma``; left out without), may evaluate as
-many items as the first search has evaluated to choose. Then all are evaluated on the same test
-items: the winners, base, donors and their average, ``model_stock``, ``ties`` (density 0.5) and
-``task_arithmetic`` with weights of 1, and the latter with 0.4. ``lead`` is the mean paired
-difference of the study's winner to the recipe, ``low`` and ``high`` are its 95 % interval,
-``evaluations`` the item evaluations that it took to find the recipe, ``seconds`` those of its
-search. What is in DIR is not evaluated again.
+many items as the first search has. Then all are evaluated on the same test items: the winners,
+base, donors and their average, ``model_stock``, ``ties`` (density 0.5) and ``task_arithmetic`` with
+weights of 1, and the latter with 0.4. ``lead`` is the mean paired difference of the seed's winner
+to the recipe, ``low`` and ``high`` are its 95 % interval, ``evaluations`` the item evaluations that
+it took to find the recipe, those of selection included, ``seconds`` how long they took. What is in
+DIR is not evaluated again.
 """
 
 from __future__ import annotations
@@ -21,8 +21,9 @@ import argparse
 import importlib.util
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -34,6 +35,7 @@ from search.preparing.models import Hardware
 from search.proposing.recipes import to_recipe
 from search.proposing.space import Space
 from search.proposing.starts import baselines
+from search.proposing.tuning import LEAST_STEPS
 from search.running.conclusion import conclude
 from search.running.run import Run
 from search.running.search_loop import search
@@ -77,28 +79,17 @@ def spent(run: Run) -> int:
 
 
 def search_within(run: Run, budget: float) -> None:
-    """Search a study until a trial ends with as many evaluations as the budget."""
-    file = run.folder / "spent.jsonl"  # evaluations at the end of each trial
+    """Search a study until its next trial, with the steps before it, would exceed the budget."""
 
-    def note(run: Run) -> None:
-        trial = max(run.log.finished(), key=lambda trial: trial.tell_order)
-        with file.open("a") as lines:
-            lines.write(json.dumps([trial.number, spent(run)]) + "\n")
-        if spent(run) >= budget:
+    def stop(run: Run) -> None:
+        (*_, last) = run.store.steps() or [None]
+        doubled = last.step * last.evaluations if last and last.step < LEAST_STEPS else 0
+        if spent(run) + doubled >= budget:
             raise BudgetSpent
 
-    if spent(run) < budget:
+    if not run.log.complete():
         with suppress(BudgetSpent):
-            search(run, after_trial=[note])
-
-
-def incumbent(run: Run, budget: int) -> tuple[Recipe, int]:
-    """Return the best recipe on search items within a budget, and the evaluations until then."""
-    lines = map(json.loads, (run.folder / "spent.jsonl").read_text().splitlines())
-    within = {number: evaluations for number, evaluations in lines if evaluations <= budget}
-    trials = [trial for trial in run.log.complete() if trial.number in within]
-    best = min(trials, key=lambda trial: trial.sort_key)
-    return run.recipe_of(best), max(within.values())
+            search(run, after_trial=[stop])
 
 
 def search_with_cma(run: Run, budget: int) -> None:
@@ -108,40 +99,69 @@ def search_with_cma(run: Run, budget: int) -> None:
         if CMA.evaluations(run) >= budget:
             raise BudgetSpent
 
-    if CMA.evaluations(run) < budget:
+    if not run.log.complete():
         with suppress(BudgetSpent):
             CMA.search(run, stop)
 
 
-def compare(
-    study: Path, out: Path, seed: int, budget: float, early: list[int], *, search_only: bool
-) -> Iterator[dict[str, object]]:
-    spec, runs = load_study(study), dict[str, Run]()
+def copy_results(recipes: Sequence[Recipe], source: Run, target: Run) -> None:
+    """Copy the stored test results of recipes into another run of the same splits."""
+    for recipe in recipes:
+        known = source.store.results(recipe.key, "test")
+        missing = known.keys() - target.store.results(recipe.key, "test").keys()
+        if missing:
+            blocks = {number: known[number] for number in missing}
+            target.store.save(recipe.key, "test", blocks, 0.0)
+
+
+def load_contexts(study: Path) -> dict[str, LiveContext]:
+    """Load the study with and without weights tuned by gradient."""
+    spec, found = load_study(study), {}
     for name, tune in (("mergesearch", True), ("untuned", False)):
-        changed = {"seed": seed, "tune": tune, "stop": False}
+        changed = {"tune": tune, "stop": False}
         own = spec.model_copy(update={"search": spec.search.model_copy(update=changed)})
-        context = load(plan_study(own), Hardware("cpu"))
-        runs[name] = open_run(out / f"seed{seed}-{name}", context)
+        found[name] = load(plan_study(own), Hardware("cpu"))
+    assert found["mergesearch"].splits.test == found["untuned"].splits.test
+    return found
+
+
+def search_all(
+    contexts: Mapping[str, LiveContext], out: Path, seed: int, budget: float
+) -> dict[str, Run]:
+    """Search with every system."""
+    runs = {}
+    for name, context in contexts.items():
+        search_spec = context.spec.search.model_copy(update={"seed": seed})
+        spec = context.spec.model_copy(update={"search": search_spec})
+        runs[name] = open_run(out / f"seed{seed}-{name}", replace(context, spec=spec))
         with locked(runs[name].folder):
             search_within(runs[name], budget)
     first = runs["mergesearch"]
     if importlib.util.find_spec("cma"):
         runs["cma-es"] = open_run(out / f"seed{seed}-cma", first.context)
         search_with_cma(runs["cma-es"], spent(first))
-    if search_only:
-        return
-    found = {name: conclude(run) for name, run in runs.items() if name != "cma-es"}
-    asked = {name: result.items_asked for name, (result, _) in found.items()}
-    recipes = {
-        name: (recipe, sum(n for split, n in asked[name].items() if split != "test"))
-        for name, (_, recipe) in found.items()
-    }
-    recipes |= {
-        f"{name} at {within}": incumbent(runs[name], within) for within in early for name in found
-    }
-    if rival := runs.get("cma-es"):
-        recipes["cma-es"] = (LuckyMaximum().select(rival).recipe, CMA.evaluations(rival))
-    recipes |= {name: (recipe, 0) for name, recipe in without_search(first.context.space)}
+    return runs
+
+
+def compare(runs: dict[str, Run], known: Run) -> Iterator[dict[str, object]]:
+    """Conclude the searches of one seed, and test what they found.
+
+    ``known`` has, or receives, the test results of what needs no search.
+    """
+    first, seed = runs["mergesearch"], runs["mergesearch"].spec.search.seed
+    fixed = dict(without_search(first.context.space))
+    known.scores.evaluate([*fixed.values()], "test")
+    found, recipes = {}, {}
+    for name, run in runs.items():
+        if name == "cma-es":
+            recipes[name] = (LuckyMaximum().select(run).recipe, CMA.evaluations(run))
+            continue
+        copy_results([*fixed.values()], known, run)
+        found[name], recipe = conclude(run)
+        asked = found[name].items_asked
+        recipes[name] = (recipe, sum(n for split, n in asked.items() if split != "test"))
+        copy_results([recipe], run, first)
+    recipes |= {name: (recipe, 0) for name, recipe in fixed.items()}
     scores = first.scores.evaluate([recipe for recipe, _ in recipes.values()], "test")
     for (name, (_, evaluations)), one in zip(recipes.items(), scores, strict=True):
         lead = scores[0].minus(one, seed)
@@ -154,7 +174,7 @@ def compare(
             "high": round(lead.high, 4),
             "evaluations": evaluations,
             "seconds": round(runs[name].store.evaluations()[1]) if name in runs else 0,
-            "verdict": found[name][0].verdict if name in found else None,
+            "verdict": found[name].verdict if name in found else None,
         }
 
 
@@ -162,17 +182,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("study", type=Path)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--first", type=int, default=0)
+    parser.add_argument("--seeds", default="0,1,2")
     parser.add_argument("--budget", type=float, default=math.inf, help="item evaluations")
-    parser.add_argument("--early", default="", help="smaller budgets, whose best are tested too")
     parser.add_argument("--search-only", action="store_true", help="leave the test items alone")
     given = parser.parse_args()
-    [int(one) for one in given.early.split(",") if one]
-    for seed in range(given.first, given.first + given.seeds):
-        lines = compare(given.study, given.out, seed, given.budget, search_only=given.search_only)
-        for line in lines:
-            print(json.dumps(line), flush=True)
+    contexts, known = load_contexts(given.study), None
+    for seed in map(int, given.seeds.split(",")):
+        runs = search_all(contexts, given.out, seed, given.budget)
+        known = known or runs["mergesearch"]
+        if not given.search_only:
+            for line in compare(runs, known):
+                print(json.dumps(line), flush=True)
 
 
 if __name__ == "__main__":
