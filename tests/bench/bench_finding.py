@@ -78,16 +78,21 @@ def spent(run: Run) -> int:
     return sum(run.store.evaluations()[0].values())
 
 
+def is_over(run: Run, budget: float) -> bool:
+    """Return whether the next trial, with the steps before it, would exceed a budget."""
+    (*_, last) = run.store.steps() or [None]
+    doubled = last.step * last.evaluations if last and last.step < LEAST_STEPS else 0
+    return spent(run) + doubled >= budget
+
+
 def search_within(run: Run, budget: float) -> None:
-    """Search a study until its next trial, with the steps before it, would exceed the budget."""
+    """Search a study until its next trial would exceed the budget."""
 
     def stop(run: Run) -> None:
-        (*_, last) = run.store.steps() or [None]
-        doubled = last.step * last.evaluations if last and last.step < LEAST_STEPS else 0
-        if spent(run) + doubled >= budget:
+        if is_over(run, budget):
             raise BudgetSpent
 
-    if not run.log.complete():
+    if not is_over(run, budget):
         with suppress(BudgetSpent):
             search(run, after_trial=[stop])
 
@@ -99,7 +104,7 @@ def search_with_cma(run: Run, budget: int) -> None:
         if CMA.evaluations(run) >= budget:
             raise BudgetSpent
 
-    if not run.log.complete():
+    if CMA.evaluations(run) < budget:
         with suppress(BudgetSpent):
             CMA.search(run, stop)
 
