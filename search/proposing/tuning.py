@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from itertools import count, takewhile
 from typing import Final
@@ -70,6 +71,18 @@ def minibatch(
             found.append(items[int(generator.permutation(len(items))[place])])
         drawn[task] += 1
     return tuple(found)
+
+
+def items_of_job(items: int, most: int, workers: int) -> int:
+    """Return how many of a step's items are one job, so that every worker gets as many jobs.
+
+    Args:
+        items: Of the step.
+        most: Of them that fit into a job.
+        workers: There are.
+    """
+    each = math.ceil(items / most / workers)  # jobs of a worker
+    return math.ceil(items / (each * workers))
 
 
 def first_state(weights: Floats) -> Floats:

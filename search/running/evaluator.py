@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, groupby, islice
 from pathlib import Path
-from typing import Final, NamedTuple
+from typing import Final, NamedTuple, TypeVar
 
 from merge_engine.recipe.recipe import Recipe
 from objectives.base import ItemResult, ObjectiveError
@@ -26,6 +26,8 @@ from objectives.items import SPLITS, Split, blocks
 from search.preparing.context import StudyContext
 from search.proposing.starts import baselines
 from search.running.workers import (
+    AnswerJob,
+    AnswerReply,
     EvalJob,
     EvalReply,
     ExportCheck,
@@ -36,6 +38,9 @@ from search.running.workers import (
 )
 from search.storing.intact import damaged
 from search.storing.store import Store
+
+TuningJob = LossJob | AnswerJob
+TuningReply = TypeVar("TuningReply", LossReply, AnswerReply)
 
 MAX_DEATHS: Final = 2  # of workers, after which a recipe counts as failed
 JOB_ITEMS: Final = 100  # items of a job at most; one block, if that has more
@@ -111,19 +116,19 @@ class Evaluator:
         }
         self._jobs = dict[int, tuple[Blocks, EvalJob]]()  # by worker
         self._built = dict[int, str]()  # key of the recipe in each worker's live model
-        self._losses: dict[int, int] = {}  # number of the job of losses, by worker
+        self._tuning = dict[int, int]()  # number of the job of tuning, by worker
         self._deaths = Counter[str]()
 
     @property
     def idle(self) -> list[int]:
         """Indices of the workers that have no job."""
-        busy = self._jobs.keys() | self._losses.keys()
+        busy = self._jobs.keys() | self._tuning.keys()
         return [worker for worker in range(self.workers.count) if worker not in busy]
 
     @property
     def working(self) -> bool:
-        """Whether blocks are being evaluated, or losses are being computed."""
-        return bool(self._jobs or self._losses)
+        """Whether blocks are being evaluated, or workers do jobs of tuning."""
+        return bool(self._jobs or self._tuning)
 
     def block_ends(self, split: Split) -> list[int]:
         """List how many items of a split have been evaluated after each of its blocks."""
@@ -242,23 +247,23 @@ class Evaluator:
         by_block = {number: list(islice(results, sizes[number])) for number in blocks.numbers}
         self.store.save(blocks.recipe, blocks.split, by_block, reply.score_seconds)
 
-    def losses(self, jobs: Sequence[LossJob]) -> list[LossReply]:
-        """Have all workers compute losses, while no block is being evaluated.
+    def do_all(self, jobs: Sequence[TuningJob], kind: type[TuningReply]) -> list[TuningReply]:
+        """Have all workers do jobs of one kind while no block is evaluated; return the replies.
 
         Raises:
             MergeError, ObjectiveError: Of a job that failed.
             KeyboardInterrupt: ``stopping`` was set.
         """
-        left, replies = dict(enumerate(jobs)), dict[int, LossReply]()
+        left, replies = dict(enumerate(jobs)), dict[int, TuningReply]()
         failed: Exception | None = None
-        while (left and not failed and not self.stopping) or self._losses:
+        while (left and not failed and not self.stopping) or self._tuning:
             while left and self.idle and not failed and not self.stopping:
                 number, worker = min(left), self.idle[0]
-                self._losses[worker] = number
+                self._tuning[worker] = number
                 self._built[worker] = jobs[number].recipe.key
                 self.workers.submit(worker, left.pop(number))
             worker, outcome = self.workers.next()
-            number = self._losses.pop(worker)
+            number = self._tuning.pop(worker)
             if isinstance(outcome, WorkerDied):
                 key = jobs[number].recipe.key
                 self._deaths[key] += 1
@@ -269,7 +274,7 @@ class Evaluator:
             if isinstance(outcome, Exception):
                 failed = failed or outcome
             else:
-                assert isinstance(outcome, LossReply)
+                assert isinstance(outcome, kind)
                 replies[number] = outcome
         if failed:
             raise failed
@@ -282,7 +287,7 @@ class Evaluator:
         while self.working:
             worker, _ = self.workers.next()
             self._jobs.pop(worker, None)
-            self._losses.pop(worker, None)
+            self._tuning.pop(worker, None)
 
     def export(self, recipe: Recipe, out: Path, card: str) -> ExportCheck:
         """Have a recipe built once more, compared with its stored results, saved with a card.

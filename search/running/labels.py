@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 
+from merge_engine.recipe.recipe import Recipe
+from objectives.items import blocks
 from search.proposing.starts import baselines
 from search.running.baselines import rank_donors
 from search.running.events import BlockEvaluated, Note, Stage
 from search.running.run import Run
-from search.running.workers import FAILURES
+from search.running.workers import FAILURES, AnswerJob, AnswerReply
 from search.study.spec import StudyError
 
 
@@ -39,7 +42,7 @@ def find_labels(run: Run) -> Mapping[int, str]:
             continue
         run.listener(Stage(f"generating answers of {name} as labels of {len(missing)} items"))
         try:
-            answers: Sequence[str | None] = run.workers.call("right_answers", known[name], missing)
+            answers = _right_answers(run, known[name], missing)
         except FAILURES as error:
             run.listener(Note(f"{name} gives no labels: {error}"))
             answers = [None] * len(missing)
@@ -50,6 +53,13 @@ def find_labels(run: Run) -> Mapping[int, str]:
         _store(run, labels, asked, evaluations)
     _note_tasks_without(run, labels)
     return labels
+
+
+def _right_answers(run: Run, recipe: Recipe, items: Sequence[int]) -> list[str | None]:
+    """Have all workers generate a recipe's answers; return those judged right, else None."""
+    parts = blocks(items, math.ceil(len(items) / run.workers.count))
+    replies = run.evaluator.do_all([AnswerJob(recipe, part) for part in parts], AnswerReply)
+    return [answer for reply in replies for answer in reply.answers]
 
 
 def _store(run: Run, labels: Mapping[int, str], asked: Sequence[str], evaluations: int) -> None:

@@ -30,6 +30,7 @@ from search.proposing.tuning import (
     LEAST_STEPS,
     batch_size,
     first_state,
+    items_of_job,
     minibatch,
     most_steps,
     points,
@@ -39,7 +40,7 @@ from search.racing.race import Floats
 from search.running.events import Note, StepTaken
 from search.running.labels import by_task, find_labels
 from search.running.run import Run
-from search.running.workers import AT_ONCE, FAILURES, LossJob
+from search.running.workers import AT_ONCE, FAILURES, LossJob, LossReply
 from search.storing.store import PathStep
 from search.storing.trials import TrialRecord
 from search.study.parameters import tuning_method
@@ -172,12 +173,11 @@ class Tuner:
         seed = (self.run.spec.search.seed, last.path)
         items = minibatch(self._by_task, self.run.context.weights, self._batch, last.step, seed)
         recipe, share = self._recipe(state[0]), 1 / len(items)
-        replies = self.run.evaluator.losses(
-            [
-                LossJob(recipe, part, tuple(self._labels[n] for n in part), (share,) * len(part))
-                for part in blocks(items, AT_ONCE)
-            ]
-        )
+        jobs = [
+            LossJob(recipe, part, tuple(self._labels[n] for n in part), (share,) * len(part))
+            for part in blocks(items, items_of_job(len(items), AT_ONCE, self.run.workers.count))
+        ]
+        replies = self.run.evaluator.do_all(jobs, LossReply)
         gradient = sum(reply.gradient for reply in replies if reply.gradient is not None)
         of_donors = gradient @ self.run.context.space.signs.T
         of_donors[:, ~state[0].any(axis=0)] = 0.0  # donors left out stay so (``search.at_most``)

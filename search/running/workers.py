@@ -82,8 +82,24 @@ class LossReply:
     notes: Sequence[str] = ()  # warnings of the worker's libraries
 
 
-Job = EvalJob | LossJob
-Reply = EvalReply | LossReply
+@dataclass(frozen=True)
+class AnswerJob:
+    """A recipe, and the numbers of the items whose right answers may become labels."""
+
+    recipe: Recipe
+    items: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class AnswerReply:
+    """What a job of answers gave."""
+
+    answers: Sequence[str | None]  # one per item; None: it is not judged right
+    notes: Sequence[str] = ()  # warnings of the worker's libraries
+
+
+Job = EvalJob | LossJob | AnswerJob
+Reply = EvalReply | LossReply | AnswerReply
 
 
 class ExportCheck(NamedTuple):
@@ -132,8 +148,10 @@ class Worker:
         self._gradient: RecipeGradient | None = None  # made when it is needed
 
     def do(self, job: Job) -> Reply:
-        """Do a job; raise as ``evaluate`` and ``losses`` do."""
-        return self.evaluate(job) if isinstance(job, EvalJob) else self.losses(job)
+        """Do a job; raise as ``evaluate``, ``losses`` and ``right_answers`` do."""
+        if isinstance(job, EvalJob):
+            return self.evaluate(job)
+        return self.losses(job) if isinstance(job, LossJob) else self.right_answers(job)
 
     def evaluate(self, job: EvalJob) -> EvalReply:
         """Do a job; a recipe that is in the live model already is not built again.
@@ -200,7 +218,7 @@ class Worker:
         """Return the labels of items that the tasks have; None where there is none."""
         return self.context.objective.targets(items)
 
-    def right_answers(self, recipe: Recipe, items: Sequence[int]) -> list[str | None]:
+    def right_answers(self, job: AnswerJob) -> AnswerReply:
         """Generate a recipe's answers, and return those that are judged right.
 
         Raises:
@@ -208,8 +226,9 @@ class Worker:
             ObjectiveError: The model it makes gives no usable text.
         """
         with self._oom_fails_candidate():
-            self.context.builder.build(recipe)
-            return self.context.objective.right_answers(self.context.builder.model, items)
+            self.context.builder.build(job.recipe)
+            model = self.context.builder.model
+            return AnswerReply(self.context.objective.right_answers(model, job.items))
 
     def respond(
         self, recipe: Recipe, to: Sequence[int] | PromptEntry, template: str | None = None

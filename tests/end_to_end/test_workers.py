@@ -1,6 +1,7 @@
 """Several real workers: their scores, the winner they save, and kills of Ray's."""
 
 import contextlib
+import math
 import sqlite3
 import subprocess
 import sys
@@ -16,12 +17,14 @@ from typing_extensions import override
 from merge_engine.models.model_set import AlignedTensors
 from merge_engine.numerics.kernel_runner import KernelRunner
 from objectives.base import ObjectiveError
+from objectives.items import blocks
 from search.cli import main
 from search.preparing.context import load, load_outline, plan_study
 from search.preparing.models import Hardware
 from search.running.conclusion import conclude
 from search.running.search_loop import search
-from search.running.workers import EvalJob, Worker
+from search.running.tuner import Tuner
+from search.running.workers import AnswerJob, AnswerReply, EvalJob, Worker
 from search.storing.folder import DATABASE
 from search.storing.snapshot import snapshot_items
 from search.storing.store import Store
@@ -38,7 +41,7 @@ class SeveralWorkers(SimulatedWorkers):
 
     @override
     def evaluate(self, worker, job):
-        return self.workers[worker].evaluate(job)
+        return self.workers[worker].do(job)
 
     @override
     def call(self, method, *args):
@@ -73,6 +76,28 @@ def test_scores_from_several_workers_are_those_from_one(run, contexts):
         items = context.splits.search[: trial.items]
         alone = context.objective.score(context.builder.model, items)
         assert run.scores_of(trial).values == tuple(result.value for result in alone)
+
+
+def test_three_workers_take_the_steps_that_one_takes(make_study, tmp_path):
+    study = make_study(tmp_path / "study", search__trials=2, search__tune=True)
+    live = [load(plan_study(load_study(study)), Hardware("cpu")) for _ in range(3)]
+    weights = []
+    for count in (1, 3):
+        crew = SeveralWorkers(live[0].objective, size=count, workers=[*map(Worker, live)])
+        run = simulated_run(tmp_path / str(count), live[0], crew)
+        Tuner(run, math.inf).advance([])
+        assert crew.most == count
+        weights.append(run.store.states(points=True)[-1])
+    assert weights[0] == pytest.approx(weights[1], rel=1e-3, abs=1e-5)
+
+
+def test_answers_of_two_workers_are_in_the_order_of_the_items(run, contexts, monkeypatch):
+    for context in contexts:  # the models' own answers are all wrong
+        monkeypatch.setattr(context.objective, "right_answers", lambda _, items: [*map(str, items)])
+    recipe, items = run.recipe_of(run.log.complete()[0]), run.context.splits.search
+    jobs = [AnswerJob(recipe, part) for part in blocks(items, 5)]
+    replies = run.evaluator.do_all(jobs, AnswerReply)
+    assert [answer for each in replies for answer in each.answers] == [*map(str, items)]
 
 
 def test_winner_is_chosen_and_saved_as_it_was_scored(run, tmp_path):

@@ -1,5 +1,6 @@
 """Steps of tuning: which items each sees, and how weights are updated."""
 
+import math
 from collections import Counter
 
 import numpy as np
@@ -8,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from search.proposing.tuning import DECAY, first_state, minibatch, update
+from search.proposing.tuning import DECAY, first_state, items_of_job, minibatch, update
 
 
 @given(
@@ -36,6 +37,16 @@ def test_step_has_the_same_items_whatever_was_drawn_before():
     steps = [minibatch(by_task, weights, 4, step, (3, 1)) for step in range(9)]
     assert minibatch(by_task, weights, 4, 8, (3, 1)) == steps[8]
     assert minibatch(by_task, weights, 4, 8, (4, 1)) != steps[8]
+
+
+@given(items=st.integers(1, 60), most=st.integers(1, 9), workers=st.integers(1, 9))
+def test_workers_share_a_step_in_as_few_rounds_as_its_jobs_allow(items, most, workers):
+    size = items_of_job(items, most, workers)
+    assert 1 <= size <= most
+    rounds = math.ceil(items / most / workers)
+    assert math.ceil(items / size) <= rounds * workers
+    if size > 1:  # smaller jobs would be too many
+        assert math.ceil(items / (size - 1)) > rounds * workers
 
 
 def test_update_of_one_unit_is_adams_and_averages_the_path():
