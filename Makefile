@@ -8,7 +8,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constr
 export OMP_WAIT_POLICY := PASSIVE
 export GOMP_SPINCOUNT := 0
 
-.PHONY: demo smollm2 test setup check format lint clean
+.PHONY: demo smollm2 test gpu-check setup check format lint clean
 
 demo: .venv/runtime
 	$(BIN)/mergesearch demo
@@ -21,6 +21,12 @@ smollm2: .venv/runtime
 
 test: .venv/dev
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+
+# The tests that need a CUDA device, then twelve measurements as one table; under an hour.
+DEVICE ?= cuda
+gpu-check: .venv/dev
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m gpu tests
+	HF_HUB_OFFLINE=1 PYTHONPATH=.:tests/support:tests/bench $(BIN)/python tests/bench/gpu_check.py --device $(DEVICE)
 
 setup: .venv/dev
 

@@ -13,6 +13,8 @@ from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt
 # A task's weight in the study's mean, of any scale from which sums and shares can be taken.
 Weight = Annotated[float, Field(ge=1e-9, le=1e9)]
 
+Engine = Literal["vllm"]  # what may write texts in the live model's place
+
 
 class _Entry(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")

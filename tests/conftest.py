@@ -46,6 +46,15 @@ settings.register_profile("mergesearch", deadline=None, derandomize=True, max_ex
 settings.load_profile("mergesearch")
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip what is marked ``gpu`` where there is none."""
+    if not torch.cuda.is_available():
+        skipped = pytest.mark.skip(reason="needs a CUDA device, and torch finds none")
+        for item in items:
+            if "gpu" in item.keywords:
+                item.add_marker(skipped)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def statistics_cache(
     tmp_path_factory: pytest.TempPathFactory, pytestconfig: pytest.Config

@@ -37,16 +37,18 @@ from objectives.base import (
     Response,
     objective_errors,
 )
+from objectives.entries import Engine
 from objectives.harness.encoding import Prompting, check_encoding
 from objectives.harness.judging import JUDGE_SECONDS, NAN, judge, response_of
 from objectives.harness.losses import is_right, losses, targets, written_answer
 from objectives.harness.prompts import Question, build_questions, check_tokens, snapshots
 from objectives.harness.quiet import quiet
 from objectives.harness.tasks import LoadedTask
-from objectives.inference.agreement import settle_modes
+from objectives.inference.agreement import settle_engine, settle_modes
 from objectives.inference.batch_size import find_batch_size, fits_in
 from objectives.inference.fast_hflm import FastHFLM
 from objectives.inference.nan_watch import NanError
+from objectives.inference.vllm_engine import VllmEngine, check_installed
 
 _LOG = logging.getLogger(__name__)
 
@@ -63,6 +65,7 @@ class Harness(Objective):
         tokenizer: Its tokenizer; copied, because lm-eval sets a padding token.
         batch_size: Sequences per forward pass; None: the first size for its device.
         prompting: Chat template and system prompt, the same for every task.
+        engine: What writes texts; None: the live model itself.
 
     Attributes:
         questions: One per item, in the items' order; their requests hold the latest responses.
@@ -81,8 +84,11 @@ class Harness(Objective):
         tokenizer: PreTrainedTokenizerBase,
         batch_size: int | None = None,
         prompting: Prompting | None = None,
+        engine: Engine | None = None,
     ) -> None:
         prompting = prompting or Prompting()
+        if engine:
+            check_installed()
         _check_model(model, tokenizer, prompting)
         check_encoding(tokenizer, prompting)
         where = f"{tokenizer.name_or_path}: lm-eval cannot use its tokenizer and config"
@@ -91,6 +97,8 @@ class Harness(Objective):
                 pretrained=model, tokenizer=copy.deepcopy(tokenizer), batch_size=batch_size
             )
             settle_modes(self.language_model)
+            if engine and any(item.generated for loaded in tasks for item in loaded.items):
+                _use_engine(self.language_model)
         with quiet(logging.WARNING):
             self.questions = [
                 question
@@ -291,6 +299,13 @@ def _check_model(
         raise ObjectiveError(
             "apply_chat_template is set but the tokenizer has no chat template; unset it"
         )
+
+
+def _use_engine(language_model: FastHFLM) -> None:
+    """Have vLLM write the texts, unless there are no weights to write them with."""
+    if language_model.device.type != "meta":
+        own = language_model
+        settle_engine(own, VllmEngine(own.runner, own.decoder, own.tokenizer))
 
 
 @contextlib.contextmanager

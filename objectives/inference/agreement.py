@@ -19,11 +19,13 @@ from typing import Final
 import torch
 from transformers import DynamicCache, PreTrainedModel
 
+from objectives.base import ObjectiveError
 from objectives.inference.decoding import StopCriteria, captures
 from objectives.inference.fast_hflm import FastHFLM
 from objectives.inference.forward import Modes
 from objectives.inference.loglikelihood import Loglikelihood
 from objectives.inference.token_tree import Request, Tokens
+from objectives.inference.vllm_engine import TextEngine
 
 _LOG = logging.getLogger(__name__)
 
@@ -74,6 +76,26 @@ def settle_modes(language_model: FastHFLM) -> None:
             _leave_off(shortcut, problem)
             if name == "scoring":
                 return
+
+
+def settle_engine(language_model: FastHFLM, engine: TextEngine) -> None:
+    """Have an engine write the texts, if it writes what the live model would.
+
+    Raises:
+        ObjectiveError: It does not.
+    """
+    if not language_model.modes.generation:
+        raise ObjectiveError(
+            "objective.engine: this model's texts are written by lm-eval's own code; leave the key "
+            "out"
+        )
+    language_model.engine = engine
+    reference = _Reference.measure(language_model)
+    if problem := reference.problem(language_model, texts=True):
+        raise ObjectiveError(
+            f"objective.engine: its texts are not the model's greedy ones ({problem}); leave the "
+            "key out"
+        )
 
 
 def _may_be_tried(name: str, language_model: FastHFLM) -> bool:
@@ -143,9 +165,13 @@ class _Reference:
         prompts = list({request.group: request.inputs for request in self.requests}.values())
         criteria = [StopCriteria(1 + number % _GENERATED_TOKENS) for number in range(len(prompts))]
         decoder = language_model.decoder
-        before, decoder.most_rows = decoder.most_rows, 2
-        generated = decoder.decode(decoder.plan(zip(prompts, criteria, strict=True)))
-        decoder.most_rows = before
+        wanted = list(zip(prompts, criteria, strict=True))
+        if language_model.engine:
+            generated = language_model.engine.decode(wanted)
+        else:
+            before, decoder.most_rows = decoder.most_rows, 2
+            generated = decoder.decode(decoder.plan(wanted))
+            decoder.most_rows = before
         for prompt, tokens in zip(prompts, generated, strict=True):
             gap = _logit_gap(language_model, prompt, tokens)
             if gap > self.tolerance:

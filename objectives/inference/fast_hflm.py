@@ -36,7 +36,7 @@ from transformers import PreTrainedModel
 from typing_extensions import override
 
 from objectives.inference.batch_size import BatchSizes
-from objectives.inference.decoding import DecodingPlan, GreedyDecoder, StopCriteria
+from objectives.inference.decoding import GreedyDecoder, StopCriteria
 from objectives.inference.forward import ModelRunner, Modes
 from objectives.inference.loglikelihood import (
     SOFTMAX_DTYPE,
@@ -46,6 +46,7 @@ from objectives.inference.loglikelihood import (
 )
 from objectives.inference.nan_watch import NanWatch
 from objectives.inference.token_tree import Request, Tokens
+from objectives.inference.vllm_engine import TextEngine
 
 _PLANS = 1024  # plans of batches kept in memory
 _PROMPTS = 4096  # token ids of prompts to be continued kept in memory
@@ -76,6 +77,7 @@ class FastHFLM(HFLM):  # type: ignore[misc]  # lm-eval is published without type
         runner: Forward passes of the model.
         scorer: Log-likelihoods of requests in tokens, with the shortcuts that are on.
         decoder: Greedy decoding of prompts in tokens.
+        engine: Writes texts in its place; None: nothing does.
         encode_prompt: Encodes a text to be continued, once.
     """
 
@@ -86,9 +88,10 @@ class FastHFLM(HFLM):  # type: ignore[misc]  # lm-eval is published without type
         self.runner = ModelRunner(self.model, self.device, self.sizes.first * self.sizes.tokens)
         self.scorer = LoglikelihoodScorer(self.runner)
         self.decoder = GreedyDecoder(self.runner, self.tokenizer)
+        self.engine: TextEngine | None = None
         self._encoded: dict[str, list[int]] = {}
         self._plan_scoring = functools.lru_cache(_PLANS)(self._plan_texts)
-        self._plan_generation = functools.lru_cache(_PLANS)(self._plan_prompts)
+        self._plan_generation = functools.lru_cache(_PLANS)(self.decoder.plan)
         self._generated_lengths: list[int] = []
         self.encode_prompt = functools.lru_cache(_PROMPTS)(self._encode_prompt)
 
@@ -207,8 +210,7 @@ class FastHFLM(HFLM):  # type: ignore[misc]  # lm-eval is published without type
     def generate_counted(self, requests: Sequence[Instance]) -> list[GeneratedText]:
         """Return what ``generate_until`` does, each text with the number of its tokens.
 
-        The token that ends a text, or completes a stop string, is counted. All texts that are
-        decoded greedily are written in one loop, whatever ends them.
+        The token that ends a text, or completes a stop string, is counted.
 
         Raises:
             NanError: The model's logits are not numbers.
@@ -225,11 +227,10 @@ class FastHFLM(HFLM):  # type: ignore[misc]  # lm-eval is published without type
                 continue
             for index, text in zip(indices, self._stock_texts(group), strict=True):
                 texts[index] = text
-        plan = self._plan_generation(tuple((requests[i].args[0], greedy[i]) for i in greedy))
-        for index, tokens in zip(greedy, self.decoder.decode(plan), strict=True):
-            strings = list(greedy[index].strings)
-            text = postprocess_generated_text(self.tok_decode(tokens), strings, None)
-            texts[index] = text, len(tokens)
+        wanted = [(requests[index].args[0], greedy[index]) for index in greedy]
+        for index, tokens in zip(greedy, self._decode(wanted), strict=True):
+            stops, text = [*greedy[index].strings], self.tok_decode(tokens)
+            texts[index] = postprocess_generated_text(text, stops, None), len(tokens)
         return texts
 
     def _stock_texts(self, requests: Sequence[Instance]) -> list[GeneratedText]:
@@ -278,12 +279,12 @@ class FastHFLM(HFLM):  # type: ignore[misc]  # lm-eval is published without type
         eos = self.tok_decode(self.eot_token_id, skip_special_tokens=False)
         return cast("list[str]", handle_stop_sequences([*until], eos))
 
-    def _plan_prompts(self, texts: tuple[tuple[str, StopCriteria], ...]) -> DecodingPlan:
-        """Plan texts to be continued, cut on the left to leave room for what is generated."""
-        return self.decoder.plan(
-            (self.encode_prompt(text)[criteria.max_tokens - self.max_length :], criteria)
-            for text, criteria in texts
-        )
+    def _decode(self, texts: Iterable[tuple[str, StopCriteria]]) -> list[list[int]]:
+        # prompts are cut on the left to leave room for what is generated
+        prompts = [(self.encode_prompt(t)[c.max_tokens - self.max_length :], c) for t, c in texts]
+        if self.engine:
+            return self.engine.decode(prompts)
+        return self.decoder.decode(self._plan_generation(tuple(prompts)))
 
 
 def _group(request: Instance) -> Hashable:

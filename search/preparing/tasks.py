@@ -151,6 +151,7 @@ def _harness(
         tokenizer=tokenizer,
         batch_size=wanted.batch_size,
         prompting=Prompting(wanted.apply_chat_template, wanted.system_instruction),
+        engine=wanted.engine,
     )
 
 

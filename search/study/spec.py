@@ -18,7 +18,7 @@ from pydantic import (
 
 from merge_engine.recipe.recipe import Tokenizer
 from merge_engine.schema import DtypeName, FrozenModel
-from objectives.entries import Entry
+from objectives.entries import Engine, Entry
 
 
 class StudyError(ValueError):
@@ -84,6 +84,7 @@ class ObjectiveSpec(FrozenModel):
     unsafe_code: bool = False
     trust_task_code: bool = False  # run Python that comes with task files outside lm-eval
     batch_size: Count | None = None  # of the forward passes; None: found by trying
+    engine: Engine | None = None  # what writes texts; None: the live model itself
     block: Count = 20  # items that are evaluated between two decisions of a race
 
     @property

@@ -1,10 +1,10 @@
 """What a candidate costs: one JSON line for every method.
 
     python tests/bench/bench_build.py [--millions 110] [--donors 3] [--methods ties,linear]
-        [--experts 8] [--no-oracle] [--no-compile] [--mapped]
+        [--experts 8] [--no-oracle] [--no-compile] [--device cuda] [--tier device|pinned|disk]
 
 Random weights of a Llama's shapes, or of a Mixtral's with ``--experts`` a layer: bfloat16 donors,
-in memory unless ``--mapped``, built in place into a live bfloat16 model.
+in the device's memory unless ``--tier`` says otherwise, built in place into a live bfloat16 model.
 ``copy_fraction`` is the bytes of the donors read and the model written per second, over the bytes
 read and written per second by a plain copy of as much, measured before and after each method.
 ``vs_mergekit`` is the time of mergekit's own kernels on the same tensors in memory, over ours.
@@ -18,6 +18,7 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import get_args
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("GOMP_SPINCOUNT", "0")
@@ -30,6 +31,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, MixtralConfig
 
 from merge_engine.building.builder import Builder
 from merge_engine.methods import METHODS, Base
+from merge_engine.models.memory_plan import Tier
 from merge_engine.models.model_set import ModelSet
 from merge_engine.recipe.recipe import Recipe
 
@@ -114,20 +116,25 @@ def live_model(model_set: ModelSet) -> nn.Module:
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
 
 
-def median_seconds(work: Callable[[], object], repeats: int) -> float:
+def seconds_of(work: Callable[[], object], device: torch.device) -> float:
+    """Time of a call, whatever it has left on the device included."""
+    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    wait()
+    start = time.perf_counter()
+    work()
+    wait()
+    return time.perf_counter() - start
+
+
+def median_seconds(work: Callable[[], object], device: torch.device, repeats: int = 5) -> float:
     """Median time of a call, the first not counted."""
     work()
-    times = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        work()
-        times.append(time.perf_counter() - start)
-    return statistics.median(times)
+    return statistics.median(seconds_of(work, device) for _ in range(repeats))
 
 
 def copy_rate(source: Tensor, target: Tensor) -> float:
     """Bytes read and written per second by a plain copy."""
-    return 2 * source.nbytes / median_seconds(lambda: target.copy_(source), 5)
+    return 2 * source.nbytes / median_seconds(lambda: target.copy_(source), source.device)
 
 
 def oracle_seconds(recipe: Recipe, model_set: ModelSet, names: Sequence[str]) -> float:
@@ -157,17 +164,18 @@ def measure(
     """One method's line."""
     recipe = recipe_for(method, models)
     names = model_set.names
-    builder = Builder(live_model(model_set), model_set)
-    start = time.perf_counter()
-    builder.build(recipe)
-    first = time.perf_counter() - start
+    device = model_set.placement.device
+    builder = Builder(live_model(model_set).to(device), model_set)
+    first = seconds_of(lambda: builder.build(recipe), device)
     model_bytes = 2 * model_set.parameters
     read = len({*([recipe.origin] if recipe.origin else []), *(s.model for s in recipe.donors)})
     read += recipe.method.base is Base.ENDPOINT
-    source = torch.empty(2 * model_bytes, dtype=torch.uint8).random_()
+    # of a GPU's copies less than a GiB would lie in its cache
+    copied = max(2 * model_bytes, 1 << 30 if device.type == "cuda" else 0)
+    source = torch.empty(copied, dtype=torch.uint8, device=device).random_()
     target = torch.empty_like(source)
     before = copy_rate(source, target)
-    seconds = median_seconds(lambda: builder.build(recipe, force=True), 5)
+    seconds = median_seconds(lambda: builder.build(recipe, force=True), device)
     rate = (before + copy_rate(source, target)) / 2
     moved = (read + 1) * model_bytes
     return {
@@ -182,6 +190,7 @@ def measure(
         if oracle
         else None,
         "peak_mb": peak_mb(),
+        "device_mb": torch.cuda.max_memory_allocated() >> 20 if device.type == "cuda" else None,
         "compiled": model_set.runner.compiled,
     }
 
@@ -201,13 +210,14 @@ def main() -> None:
     parser.add_argument("--experts", type=int, default=0, help="experts a layer")
     parser.add_argument("--no-oracle", action="store_true")
     parser.add_argument("--no-compile", action="store_true")
-    parser.add_argument("--mapped", action="store_true", help="donors are read from mapped files")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--tier", default="device", choices=get_args(Tier), help="of the donors")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder, torch.no_grad():
         os.environ["MERGESEARCH_CACHE"] = folder  # what is measured once is in first_seconds
         models = make_models(Path(folder), options.millions, options.donors, options.experts)
         model_set = ModelSet.open(models, candidates=1 if options.no_compile else 100)
-        model_set.place(torch.device("cpu"), "disk" if options.mapped else "device")
+        model_set.place(torch.device(options.device), options.tier)
         for method in options.methods.split(","):
             print(json.dumps(measure(method, models, model_set, not options.no_oracle)), flush=True)
 

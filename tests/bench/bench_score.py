@@ -5,6 +5,7 @@ A llama of 55 M random weights and 32,768 words is evaluated on made-up document
 no bootstrap. One JSON line per task:
 
     python tests/bench/bench_score.py [--tasks letters,...] [--device cuda --dtype bfloat16]
+        [--items N] [--layers N]
 
 ``ratio`` is its CPU seconds divided by ours (wall seconds on a GPU), ``ratio_in_model_calls`` the
 same for the seconds inside its language model alone; ``overhead`` is our share outside the model's
@@ -107,13 +108,13 @@ def make_tokenizer() -> transformers.PreTrainedTokenizerFast:
     )
 
 
-def make_model(device: str, dtype: str) -> transformers.PreTrainedModel:
+def make_model(device: str, dtype: str, layers: int) -> transformers.PreTrainedModel:
     torch.manual_seed(0)
     config = transformers.LlamaConfig(
         vocab_size=len(WORDS),
         hidden_size=512,
         intermediate_size=1376,
-        num_hidden_layers=7,
+        num_hidden_layers=layers,
         num_attention_heads=8,
         max_position_embeddings=2048,
         bos_token_id=None,
@@ -203,8 +204,10 @@ def clock_of(device: str) -> Callable[[], float]:
     return wall if device.startswith("cuda") else time.process_time
 
 
-def compare(task: str, model: transformers.PreTrainedModel, clock: Callable[[], float]) -> dict:
-    with task_folder(task, DOCUMENTS[task]) as folder:
+def compare(
+    task: str, count: int, model: transformers.PreTrainedModel, clock: Callable[[], float]
+) -> dict:
+    with task_folder(task, count) as folder:
         tokenizer = make_tokenizer()
         meter = Meter(model, clock)
         stock = Watched(
@@ -231,8 +234,8 @@ def compare(task: str, model: transformers.PreTrainedModel, clock: Callable[[], 
             trials.append((clock() - start, *meter.take()))
         after, tokens_after, forward = min(trials)
         ours = {str(r.args): r.resps[0] for q in harness.questions for r in q.requests}
-        replayed = Harness(harness.tasks, harness.questions, Replayed(stock))
-        theirs = replayed.score(model, items)
+        harness.language_model = Replayed(stock)
+        theirs = harness.score(model, items)
     differences = [
         abs(ours[key][0] - stock.responses[key][0]) for key in ours if task != "generation"
     ]
@@ -285,12 +288,17 @@ def main() -> None:
     parser.add_argument("--tasks", default=",".join([*DOCUMENTS, "growth"]))
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--items", type=int, default=100, help="of a task at most")
+    parser.add_argument("--layers", type=int, default=7)
     given = parser.parse_args()
     logging.disable(logging.WARNING)
     for task in given.tasks.split(","):
-        model = make_model(given.device, given.dtype)
+        model = make_model(given.device, given.dtype, given.layers)
         clock = clock_of(given.device)
-        line = growth(model, clock) if task == "growth" else compare(task, model, clock)
+        if task == "growth":
+            line = growth(model, clock)
+        else:
+            line = compare(task, min(given.items, DOCUMENTS[task]), model, clock)
         print(json.dumps(line), flush=True)
 
 

@@ -1,0 +1,123 @@
+"""Texts written by vLLM, with the live model's weights copied into a resident engine.
+
+Written against vLLM's documented interface (``LLM``, ``apply_model``, ``reset_prefix_cache``,
+``generate`` on token ids) and tested with a stand-in that has it; **never run on a GPU**. Prompts,
+limits and stop strings are ours, and so is what counts as the text; vLLM only chooses tokens.
+Before it is used its texts are compared with the live model's own logits, as every shortcut is.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import tempfile
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from objectives.base import ObjectiveError
+from objectives.inference.decoding import GreedyDecoder, StopCriteria
+from objectives.inference.forward import ModelRunner
+from objectives.inference.nan_watch import NanWatch
+from objectives.inference.token_tree import Tokens
+
+_MEMORY = 0.4  # share of the device that vLLM may take: the live model and the donors have the rest
+
+
+class TextEngine(Protocol):
+    """What writes texts instead of the live model."""
+
+    def decode(self, prompts: Sequence[tuple[Tokens, StopCriteria]]) -> list[list[int]]:
+        """Return the tokens generated after each prompt, including the one that ended the text."""
+
+
+def check_installed() -> None:
+    """Refuse a study that wants vLLM where it is missing.
+
+    Raises:
+        ObjectiveError: It is.
+    """
+    if importlib.util.find_spec("vllm") is None:
+        raise ObjectiveError(
+            "objective.engine: vllm is not installed; pip install 'mergesearch[vllm]', or leave "
+            "the key out"
+        )
+
+
+class VllmEngine:
+    """A resident vLLM engine of the live model's config.
+
+    Raises:
+        ObjectiveError: The model is in no one device's memory, or vLLM cannot run its config.
+    """
+
+    def __init__(
+        self, runner: ModelRunner, decoder: GreedyDecoder, tokenizer: PreTrainedTokenizerBase
+    ) -> None:
+        check_installed()
+        if runner.spans_devices:
+            raise ObjectiveError(
+                "objective.engine: vllm takes a live model on one device; this one is spread over "
+                "several: leave the key out"
+            )
+        self._runner, self._decoder = runner, decoder
+        # in this process the engine reads the live weights where they are
+        os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+        import vllm
+
+        self._vllm: Any = vllm
+        with tempfile.TemporaryDirectory() as folder:
+            runner.model.config.save_pretrained(folder)
+            tokenizer.save_pretrained(folder)
+            try:
+                self._engine = vllm.LLM(
+                    model=folder,
+                    dtype=str(runner.model.dtype).removeprefix("torch."),
+                    load_format="dummy",  # weights come from the live model
+                    gpu_memory_utilization=_MEMORY,
+                    seed=0,
+                )
+            except Exception as error:  # an engine may refuse a config in any way
+                first = f"{type(error).__name__}: {error}".splitlines()[0]
+                raise ObjectiveError(
+                    f"objective.engine: vllm cannot run this model ({first}); leave the key out"
+                ) from error
+
+    @torch.no_grad()
+    def decode(self, prompts: Sequence[tuple[Tokens, StopCriteria]]) -> list[list[int]]:
+        """Write texts with the weights that the live model has now.
+
+        Raises:
+            NanError: Its logits are not numbers.
+        """
+        if not prompts:
+            return []
+        nan = NanWatch()
+        first = torch.tensor([prompts[0][0]], device=self._runner.device)
+        nan.see(self._runner.next_token_logits(first))
+        nan.raise_if_seen()
+        weights = self._runner.model.state_dict()
+        self._engine.apply_model(lambda model: model.load_weights(iter(weights.items())))
+        self._engine.reset_prefix_cache()  # keys and values of other weights
+        ends = self._runner.model.generation_config.eos_token_id
+        ends = ends if isinstance(ends, list) else [] if ends is None else [ends]
+        outputs = self._engine.generate(
+            [{"prompt_token_ids": list(tokens)} for tokens, _ in prompts],
+            [
+                self._vllm.SamplingParams(
+                    temperature=0.0,
+                    max_tokens=criteria.max_tokens,
+                    stop=list(criteria.strings),
+                    stop_token_ids=ends,
+                )
+                for _, criteria in prompts
+            ],
+            use_tqdm=False,
+        )
+        texts = [list(output.outputs[0].token_ids) for output in outputs]
+        return [
+            text[: self._decoder.length_until_end(text, criteria)]
+            for text, (_, criteria) in zip(texts, prompts, strict=True)
+        ]
