@@ -90,7 +90,7 @@ def _seconds(text: str) -> float:
 
 
 def _size(text: str) -> int:
-    from merge_engine.models.memory_plan import parse_size
+    from merge_engine.models.free_memory import parse_size
 
     try:
         return parse_size(text)

@@ -1,15 +1,17 @@
-"""How much memory is free, within the limits of the container that this process runs in."""
+"""How much memory is free, within the limits of this process's container; sizes in words."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
 import torch
-from pydantic import ByteSize
+from pydantic import ByteSize, TypeAdapter, ValidationError
 
 ROOT = Path("/")
+_SIZE = re.compile(r"\s*\d*\.?\d+\s*[a-z]*\s*", re.IGNORECASE)
 _NO_LIMIT = 1 << 60  # cgroup v1 says "none" with a number near 2**63
 # Files of a control group, by version: its limit, what it uses, and the statistics of its page
 # cache, which is given up when memory runs short.
@@ -40,6 +42,14 @@ def reserve_share(device: str, share: float) -> None:
     """Keep this process from taking more than its ``share`` of a GPU."""
     if share < 1 and device != "auto" and torch.device(device).type == "cuda":
         torch.cuda.set_per_process_memory_fraction(share, torch.device(device))
+
+
+def parse_size(text: str) -> int:
+    """Return the bytes of a size such as "24GB" or "512 MiB"; raise ValueError if it is none."""
+    try:
+        return TypeAdapter(ByteSize).validate_python(text if _SIZE.fullmatch(text) else "")
+    except ValidationError:
+        raise ValueError(f"{text!r} is no size; write it like 24GB or 512MiB") from None
 
 
 def said_size(size: int) -> str:

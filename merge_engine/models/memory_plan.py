@@ -1,30 +1,35 @@
-"""Where the donors live while candidates are built, planned from the memory that is free.
+"""What a study can hold in memory, component by component, and where the donors live.
 
-They stay on the device that builds (on a CPU: in memory) if they fit beside the live model, else,
-for a GPU, in pinned host memory, else they are mapped from disk, and what the system's page cache
-cannot hold is read again for every candidate.
+They stay on the device that builds (on a CPU: in memory) as far as there is room beside the rest,
+for a GPU then in pinned host memory; the others are mapped from disk, and what the system's page
+cache cannot hold is read again for every candidate.
 """
 
 from __future__ import annotations
 
 import math
-import re
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Literal
+import os
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Final
 
+import psutil
 import torch
-from pydantic import ByteSize, TypeAdapter, ValidationError
 
 from merge_engine.errors import MergeError
+from merge_engine.methods import METHODS, Elementwise, preparation
 from merge_engine.models.checkpoint import TensorInfo
 from merge_engine.models.free_memory import free_bytes, said_size
+from merge_engine.models.measurements import CACHED_FROM
+from merge_engine.models.placement import Placed, Room
+from merge_engine.numerics.noise import LEVELS
 from merge_engine.numerics.packing import ROWS, WIDTH
 
-Tier = Literal["device", "pinned", "disk"]
-USABLE = 0.7  # of what is free: activations, allocators and caches need the rest
-_TIERS = {"device": "kept there", "pinned": "in pinned host memory", "disk": "mapped from disk"}
-_SIZE = re.compile(r"\s*\d*\.?\d+\s*[a-z]*\s*", re.IGNORECASE)
+USABLE: Final = 0.9  # of what is free: estimates are off, and allocators need some
+PROCESS: Final = 700 << 20  # bytes of Python and the libraries
+_TOUCHED: Final = 400 << 10  # bytes read of a tensor's order statistics, and of a table of masses
+_TOUCHED_MASSES: Final = 130 << 10
+_MEASURING: Final = 24  # bytes for each element of a tensor while its order statistics are made
 
 
 @dataclass(frozen=True)
@@ -37,77 +42,208 @@ class Allowance:
 
 
 @dataclass(frozen=True)
+class Models:
+    """Models that are merged in a study."""
+
+    tensors: Mapping[str, TensorInfo]  # shape and dtype of each tensor of the result
+    count: int  # the base included
+    dtype: torch.dtype  # of the live model
+    methods: Collection[str] = ()  # names of those that may be tried
+
+
+@dataclass(frozen=True)
+class ForwardPasses:
+    """Bytes that the live model takes beside its weights, while it is one's turn."""
+
+    scoring: int = 0  # logits, activations, and keys and values of a batch
+    tuning: int = 0  # gradients and activations that go backward
+
+
+@dataclass(frozen=True)
 class MemoryPlan:
-    """Memory that a study needs, in bytes, and where the donors live."""
+    """Most memory that a study holds at once, in bytes, and where it is.
+
+    ``process`` and ``statistics`` are on the host, as are pinned packs; the rest is on ``device``.
+    Of ``merging``, ``scoring`` and ``tuning`` one is in memory at a time.
+    """
 
     device: str  # where the live model is
-    live: int  # of the live model
-    work: int  # most that merging one tensor takes besides: float32 copies of the largest
-    donors: int  # of all models as they are stored
-    free: int  # on the device, or what the user allows of it
-    tier: Tier  # where the donors live
+    free: int  # on the device for this process, what it holds already included
+    process: int  # Python and its libraries
+    live: int  # the live model
+    donors: int  # all models as they are stored
+    beside: int  # ranks and masks, which have a number for every element of a donor
+    statistics: int  # what is kept of the donors' other statistics
+    merging: int  # reading a pack, or measuring the largest tensor
+    scoring: int  # see ``ForwardPasses``
+    tuning: int
+    room: Room  # for the donors, and for ranks and masks
+    placed: Placed  # how they fit into it, about
     # Device to which the live model's layers are copied, one by one, for forward passes.
     copied_to: str | None = None
 
     @property
+    def on_cpu(self) -> bool:
+        """Whether device and host are one."""
+        return _is_cpu(self.device)
+
+    @property
+    def held(self) -> int:
+        """Bytes on the device that stay."""
+        own = self.process + self.statistics if self.on_cpu else 0
+        return own + self.live + self.placed.device
+
+    @property
+    def peak(self) -> int:
+        """Most bytes on the device at once."""
+        return self.held + max(self.merging, self.scoring, self.tuning)
+
+    @property
     def spare(self) -> int:
         """Bytes on the device that are left for forward passes."""
-        kept = self.donors if self.tier == "device" else 0
-        return max(0, self.free - self.live - self.work - kept)
+        return max(0, self.free - self.held - self.merging)
+
+    def components(self) -> dict[str, int]:
+        """Return the bytes of each component, by what it is called; none of them is empty."""
+        on_disk = self.placed.disk / max(1, self.donors + self.beside)
+        kept = 1 - on_disk
+        found = {
+            "process": self.process,
+            "live model": self.live,
+            "donors": round(kept * self.donors),
+            "ranks and masks": round(kept * self.beside),
+            "statistics": self.statistics,
+            "merging": self.merging,
+            "scoring": self.scoring,
+            "tuning": self.tuning,
+        }
+        return {name: size for name, size in found.items() if size}
 
     def __str__(self) -> str:
+        parts = [f"{name} {said_size(size)}" for name, size in self.components().items()]
         text = (
-            f"memory: {said_size(self.live)} for the live model and up to {said_size(self.work)} "
-            f"for merging its largest tensor, of {said_size(self.free)} free on {self.device}; "
-            f"{said_size(self.donors)} of models {_TIERS[self.tier]}"
+            f"memory: up to {said_size(self.peak)} of {said_size(self.free)} free on "
+            f"{self.device}: {', '.join(parts)} (merging, scoring, tuning: one at a time)"
         )
+        if self.placed.pinned:
+            text += f"; {said_size(self.placed.pinned)} of it in pinned host memory instead"
+        if self.placed.disk:
+            text += f"; {said_size(self.placed.disk)} of models mapped from disk"
         if self.copied_to:
             text += f"; every forward pass copies the layers to {self.copied_to}, which is slow"
         return text
 
 
 def plan_memory(
-    tensors: Mapping[str, TensorInfo],
-    members: int,
-    dtype: torch.dtype,
+    models: Models,
     device: str,
+    *,
+    passes: ForwardPasses | None = None,
     allowed: Allowance | None = None,
 ) -> MemoryPlan:
     """Plan from the memory that is free now, of which a process may use what is ``allowed``.
 
+    Args:
+        models: What is merged.
+        device: Where the live model is; "auto": on all GPUs.
+        passes: What forward passes take.
+        allowed: What this process may use; default: all that is free.
+
     Raises:
-        MergeError: The live model and merging its largest tensor do not fit.
+        MergeError: The live model and what is needed to merge and score do not fit.
     """
-    sizes = {name: math.prod(info.shape) for name, info in tensors.items()}
-    live = sum(sizes.values()) * dtype.itemsize
-    donors = members * sum(sizes[name] * info.dtype.itemsize for name, info in tensors.items())
-    largest = max(sizes.values(), default=0)
-    on_cpu = device != "auto" and torch.device(device).type == "cpu"
-    if not on_cpu:  # donors may be copied there pack by pack
-        largest = max(largest, min(sum(sizes.values()), ROWS * WIDTH))
-    work = 4 * (members + 2) * largest
-    allowed = allowed or Allowance()
+    sizes = [math.prod(info.shape) for info in models.tensors.values()]
+    dtypes = [info.dtype for info in models.tensors.values()]
+    stored = sum(n * dtype.itemsize for n, dtype in zip(sizes, dtypes, strict=True))
+    methods, others = _elementwise(models.methods), models.count - 1
+    kinds = {method.elementwise_stat for method in methods if method.elementwise_stat}
+    allowed, passes = allowed or Allowance(), passes or ForwardPasses()
+    plan = MemoryPlan(
+        device=device,
+        free=0,
+        process=max(PROCESS, _resident()),
+        live=sum(sizes) * models.dtype.itemsize,
+        donors=models.count * stored,
+        beside=others * sum(sizes) * len(kinds),
+        statistics=_statistics(sizes, others, methods),
+        merging=max(
+            _reading(sizes, stored) * (1 if _is_cpu(device) else 2 * models.count),
+            _MEASURING * max(sizes, default=0) if _measures(methods) else 0,
+        ),
+        scoring=passes.scoring,
+        tuning=passes.tuning,
+        room=Room(beside=len(kinds)),
+        placed=Placed(),
+    )
+    return _with_room(plan, allowed)
+
+
+def _with_room(plan: MemoryPlan, allowed: Allowance) -> MemoryPlan:
+    """Return the plan with what is free, and the room that this leaves for the donors."""
     most = allowed.limit if allowed.limit is not None else 1 << 62
-    on_host = min(free_bytes("cpu") // allowed.sharers, most)
-    free = on_host if on_cpu else min(free_bytes(device, allowed.share), most)
-    if live + work > free:
-        way_out = "" if on_cpu else ", or add --offload"
+    on_host = min(free_bytes("cpu") // allowed.sharers + _resident(), most)
+    free = on_host if plan.on_cpu else min(free_bytes(plan.device, allowed.share), most)
+    least = plan.live + plan.merging + (plan.process if plan.on_cpu else 0)
+    if least > free:  # batches can be smaller, and mapped statistics are read again
+        way_out = "" if plan.on_cpu else ", or add --offload"
         raise MergeError(
-            f"memory: the live model takes {said_size(live)} and merging its largest tensor "
-            f"{said_size(work)}, but {said_size(free)} are free on {device}; choose another "
-            f"--device or --memory, a smaller dtype, or fewer models{way_out}"
+            f"memory: the live model takes {said_size(plan.live)}, with the process and what "
+            f"merging needs {said_size(least)}, but {said_size(free)} are free on {plan.device}; "
+            f"choose another --device or --memory, a smaller dtype, or fewer models{way_out}"
         )
-    tier: Tier = "disk"
-    if device != "auto" and live + work + donors <= USABLE * free:
-        tier = "device"
-    elif not on_cpu and donors <= USABLE * on_host:
-        tier = "pinned"
-    return MemoryPlan(device, live, work, donors, free, tier)
+    whole = plan.donors + plan.beside
+    on_device = 0 if plan.device == "auto" else max(0, int(USABLE * free) - plan.peak)
+    pinned = 0
+    if not plan.on_cpu:
+        pinned = max(0, int(USABLE * on_host) - plan.process - plan.statistics)
+    first = min(whole, on_device)
+    second = min(whole - first, pinned)
+    return replace(
+        plan,
+        free=free,
+        room=replace(plan.room, device=on_device, pinned=pinned),
+        placed=Placed(first, second, whole - first - second),
+    )
 
 
-def parse_size(text: str) -> int:
-    """Return the bytes of a size such as "24GB" or "512 MiB"; raise ValueError if it is none."""
-    try:
-        return TypeAdapter(ByteSize).validate_python(text if _SIZE.fullmatch(text) else "")
-    except ValidationError:
-        raise ValueError(f"{text!r} is no size; write it like 24GB or 512MiB") from None
+def _elementwise(methods: Collection[str]) -> list[Elementwise]:
+    rows = [METHODS[name] for name in methods]
+    return [row for row in rows if isinstance(row, Elementwise)]
+
+
+def _statistics(sizes: Collection[int], donors: int, methods: Sequence[Elementwise]) -> int:
+    """Return the bytes of what is kept of the donors' statistics.
+
+    Those of large tensors are mapped from the cache on disk, where only what is read counts.
+    """
+    found = {method.prepare for method in methods}
+    large = sum(size >= CACHED_FROM for size in sizes)
+    small = len(sizes) - large
+    total = 0
+    if found & {preparation.ties, preparation.breadcrumbs}:
+        total += donors * (large * _TOUCHED + 16 * sum(s for s in sizes if s < CACHED_FROM))
+    if preparation.sce in found:
+        total += large * _TOUCHED
+    if preparation.dare in found:
+        total += donors * (large * _TOUCHED_MASSES + small * 4 * LEVELS)
+    return total
+
+
+def _reading(sizes: Collection[int], stored: int) -> int:
+    """Return the stored bytes of the largest pack, about."""
+    whole = max(1, sum(sizes))
+    return min(whole, max(*sizes, 0, ROWS * WIDTH)) * stored // whole
+
+
+def _measures(methods: Sequence[Elementwise]) -> bool:
+    """Return whether a method needs statistics of whole tensors."""
+    return any(method.prepare or method.elementwise_stat for method in methods)
+
+
+def _is_cpu(device: str) -> bool:
+    return device != "auto" and torch.device(device).type == "cpu"
+
+
+def _resident() -> int:
+    """Return the bytes that this process has in memory."""
+    return int(psutil.Process(os.getpid()).memory_info().rss)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Protocol
+from dataclasses import dataclass
+from typing import Final, Protocol
 
 import torch
 from torch import Tensor
 
 from merge_engine.models.checkpoint import Checkpoint, TensorInfo
-from merge_engine.models.memory_plan import Tier
 from merge_engine.models.vocabulary import Vocabulary
 from merge_engine.numerics.packing import TensorPack
 
@@ -48,12 +48,35 @@ class TensorSource(Protocol):
         """Close a model's files."""
 
 
+@dataclass(frozen=True)
+class Room:
+    """Memory that packs may take, in bytes, and what is kept beside them."""
+
+    device: int = 0  # on the device that builds
+    pinned: int = 0  # page-locked, on the host
+    # Bytes for each element of a donor: statistics that are as large as the weights.
+    beside: int = 0
+
+
+IN_MEMORY: Final = Room(device=1 << 62)
+ON_DISK: Final = Room()
+
+
+@dataclass(frozen=True)
+class Placed:
+    """Bytes of packs and of what is kept beside them, by where they are."""
+
+    device: int = 0
+    pinned: int = 0
+    disk: int = 0  # bytes that are read from the source for every recipe
+
+
 class Placement:
     """Reads tensors of a source; those that all models have stay in memory, in packs.
 
     Memory of our own is read half as fast again as a mapped file, and one pass merges a pack. Packs
-    stay on the device that builds (tier "device") or in page-locked host memory ("pinned"); with
-    "disk" there are none, and every read goes to the source. A pack has tensors of one of the
+    stay on the device that builds while there is room, then in page-locked host memory; the others
+    are none, and every read of their tensors goes to the source. A pack has tensors of one of the
     ``groups`` of names, in their order (default: one group of all).
     """
 
@@ -61,16 +84,38 @@ class Placement:
         self,
         source: TensorSource,
         device: torch.device | None = None,
-        tier: Tier = "disk",
+        room: Room = ON_DISK,
         groups: Sequence[Sequence[str]] | None = None,
     ) -> None:
         self.source = source
         self.device = device or torch.device("cpu")
-        self.tier: Tier = tier
+        self.room = room
         self.groups = [tuple(source.tensors)] if groups is None else groups
-        self.packs = () if tier == "disk" else tuple(_cut_packs(source, self.groups))
+        self.placed = Placed()
+        self._pinned: set[TensorPack] = set()
+        self.packs = tuple(self._fitting()) if room != ON_DISK else ()
         self._pack_of = {name: pack for pack in self.packs for name in pack.names}
         self._packed: dict[tuple[str, TensorPack], Tensor] = {}
+
+    def _fitting(self) -> Iterator[TensorPack]:
+        """Yield the packs for which there is room, and note where each of them is to stay."""
+        device = pinned = disk = 0
+        models, room = self.source.checkpoints, self.room
+        for pack in _cut_packs(self.source, self.groups):
+            name = pack.names[0]
+            sizes = [pack.size * self.source.dtype_of(model, name).itemsize for model in models]
+            sizes += [pack.size * room.beside] * (len(models) - 1)
+            locked = sum(map(pinned_bytes, sizes))
+            if device + sum(sizes) <= room.device:
+                device += sum(sizes)
+            elif pinned + locked <= room.pinned:
+                pinned += locked
+                self._pinned.add(pack)
+            else:
+                disk += sum(sizes)
+                continue
+            yield pack
+        self.placed = Placed(device, pinned, disk)
 
     def read(self, model: str, name: str) -> Tensor:
         """Return a model's tensor from where it lives: as stored, or with the result's rows."""
@@ -95,12 +140,17 @@ class Placement:
 
     def allocate(self, pack: TensorPack, dtype: torch.dtype) -> Tensor:
         """Return a matrix of zeros for a pack, (rows, WIDTH), where the packs stay."""
-        pinned = self.tier == "pinned"
+        pinned = pack in self._pinned
         return pack.empty(dtype, torch.device("cpu") if pinned else self.device, pinned)
 
     def release(self) -> None:
         """Free the packs; tensors read later are read from the source again."""
         self._packed.clear()
+
+
+def pinned_bytes(size: int) -> int:
+    """Return what torch allocates for page-locked memory: the next power of two."""
+    return 1 << (size - 1).bit_length() if size else 0
 
 
 def _cut_packs(source: TensorSource, groups: Iterable[Sequence[str]]) -> Iterator[TensorPack]:

@@ -31,7 +31,7 @@ from xxhash import xxh3_128
 
 from merge_engine.errors import MergeError
 from merge_engine.models.cache_folder import default_folder
-from merge_engine.models.memory_plan import parse_size
+from merge_engine.models.free_memory import parse_size
 
 FORMAT = 4  # raise it when a statistic is computed or stored in another way
 MOST = 20 << 30  # bytes
@@ -123,18 +123,27 @@ class StatisticsCache:
 
 
 def _load(file: Path) -> dict[str, Tensor] | None:
+    """Map a file's tensors if it is undamaged; of what is mapped only pages that are read count."""
     try:
         if not file.is_file():  # a pipe would have us wait
             return None
-        with safe_open(file, framework="pt", device="cpu") as opened:
-            found = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
-            if (opened.metadata() or {}).get("checksum") != _checksum(file, found):
-                return None
+        checksum, found = _mapped(file)
+        if checksum != _checksum(file, found):
+            return None
+        del found  # whose pages have all been read
+        _, found = _mapped(file)
     except (OSError, SafetensorError):
         return None
     with contextlib.suppress(OSError):  # another user's, or removed by now
         os.utime(file)
     return found
+
+
+def _mapped(file: Path) -> tuple[str | None, dict[str, Tensor]]:
+    """Return the checksum that a file carries, and its tensors, of which nothing is read yet."""
+    with safe_open(file, framework="pt", device="cpu") as opened:
+        found = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+        return (opened.metadata() or {}).get("checksum"), found
 
 
 def _checksum(file: Path, tensors: Mapping[str, Tensor]) -> str:

@@ -47,6 +47,11 @@ class TensorPack:
         return [cls(pack) for pack in packs]
 
     @property
+    def size(self) -> int:
+        """Number of elements of a matrix, the gaps included."""
+        return int(self._counts.sum()) * WIDTH
+
+    @property
     def names(self) -> tuple[str, ...]:
         """The tensors' names, in order."""
         return tuple(self.shapes)

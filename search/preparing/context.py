@@ -15,17 +15,18 @@ from merge_engine.building.builder import Builder
 from merge_engine.building.export import files_to_copy
 from merge_engine.building.live_tensors import LiveTensors
 from merge_engine.building.units import Units
-from merge_engine.models.alignment import is_multimodal
+from merge_engine.models.alignment import is_multimodal, text_config
 from merge_engine.models.checkpoint import Checkpoint
 from merge_engine.models.config_differences import check_functions, config_notes
 from merge_engine.models.free_memory import free_bytes, reserve_share
-from merge_engine.models.memory_plan import Allowance, MemoryPlan, plan_memory
+from merge_engine.models.memory_plan import Allowance, MemoryPlan, Models, plan_memory
 from merge_engine.models.model_set import ModelSet
 from merge_engine.models.quantised import quantisation_of
 from merge_engine.models.token_table import vocabulary_notes
 from merge_engine.models.vocabulary import check_tokenizer
 from objectives.base import Item, Objective
 from objectives.items import Split, Splits
+from search.preparing.forward_memory import forward_passes
 from search.preparing.models import (
     Hardware,
     load_model,
@@ -89,14 +90,18 @@ class StudyPlan:
 
     def place_donors(self, hardware: Hardware) -> MemoryPlan:
         """Decide where the donors live while candidates are built."""
-        plan = plan_memory(
-            self.model_set.tensors,
-            len(self.model_set.checkpoints),
-            torch_dtype(self.dtype),
-            hardware.lives_on,
-            Allowance(hardware.memory, hardware.sharers, hardware.share),
+        models, dtype = self.model_set, torch_dtype(self.dtype)
+        merged = Models(
+            models.tensors, len(models.checkpoints), dtype, methods=self.spec.search.methods
         )
-        self.model_set.place(hardware.builds_on, plan.tier)
+        passes = forward_passes(
+            text_config(models.reference.config),
+            dtype.itemsize,
+            tuned=self.tuned_units is not None and not hardware.offload,
+        )
+        allowed = Allowance(hardware.memory, hardware.sharers, hardware.share)
+        plan = plan_memory(merged, hardware.lives_on, passes=passes, allowed=allowed)
+        models.place(hardware.builds_on, plan.room)
         return replace(plan, copied_to=hardware.device) if hardware.offload else plan
 
 

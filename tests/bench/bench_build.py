@@ -18,7 +18,6 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import get_args
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("GOMP_SPINCOUNT", "0")
@@ -31,10 +30,11 @@ from transformers import AutoModelForCausalLM, LlamaConfig, MixtralConfig
 
 from merge_engine.building.builder import Builder
 from merge_engine.methods import METHODS, Base
-from merge_engine.models.memory_plan import Tier
 from merge_engine.models.model_set import ModelSet
+from merge_engine.models.placement import IN_MEMORY, ON_DISK, Room
 from merge_engine.recipe.recipe import Recipe
 
+ROOMS = {"device": IN_MEMORY, "pinned": Room(pinned=1 << 62), "disk": ON_DISK}
 SETTINGS = {"weight": 0.4, "density": 0.5, "gamma": 0.01, "epsilon": 0.1, "t": 0.5, "scale": 0.9}
 
 
@@ -211,13 +211,13 @@ def main() -> None:
     parser.add_argument("--no-oracle", action="store_true")
     parser.add_argument("--no-compile", action="store_true")
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--tier", default="device", choices=get_args(Tier), help="of the donors")
+    parser.add_argument("--tier", default="device", choices=ROOMS, help="of the donors")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder, torch.no_grad():
         os.environ["MERGESEARCH_CACHE"] = folder  # what is measured once is in first_seconds
         models = make_models(Path(folder), options.millions, options.donors, options.experts)
         model_set = ModelSet.open(models, candidates=1 if options.no_compile else 100)
-        model_set.place(torch.device(options.device), options.tier)
+        model_set.place(torch.device(options.device), ROOMS[options.tier])
         for method in options.methods.split(","):
             print(json.dumps(measure(method, models, model_set, not options.no_oracle)), flush=True)
 

@@ -24,6 +24,7 @@ from merge_engine.building.builder import Builder
 from merge_engine.building.recipe_gradient import RecipeGradient
 from merge_engine.building.units import Units
 from merge_engine.models.model_set import ModelSet
+from merge_engine.models.placement import IN_MEMORY
 from merge_engine.recipe.recipe import Recipe
 
 
@@ -66,7 +67,7 @@ def measure(
     """One line."""
     base, *others = make_models(Path(folder), layers, width, donors)
     model_set = ModelSet.open([base, *others])
-    model_set.place(torch.device("cpu"), "device")
+    model_set.place(torch.device("cpu"), IN_MEMORY)
     model = LlamaForCausalLM.from_pretrained(base, dtype=torch.float32).eval()
     builder = Builder(model, model_set)
     sources = [{"model": each, "parameters": {"weight": 0.3}} for each in others]

@@ -30,6 +30,7 @@ from transformers import AutoModelForCausalLM
 from merge_engine.building.builder import Builder
 from merge_engine.building.units import Units
 from merge_engine.models.model_set import ModelSet
+from merge_engine.models.placement import IN_MEMORY
 from merge_engine.recipe.recipe import Recipe
 from merge_engine.recipe.recipe_file import parse_recipe
 from merge_engine.schema import load_yaml
@@ -128,7 +129,7 @@ def main() -> None:
         os.environ["MERGESEARCH_CACHE"] = folder
         models = make_models(Path(folder), options)
         model_set = ModelSet.open(models, candidates=100)
-        model_set.place(torch.device("cpu"), "device")
+        model_set.place(torch.device("cpu"), IN_MEMORY)
         builder = Builder(AutoModelForCausalLM.from_pretrained(models[0]), model_set)
         for method in options.methods.split(","):
             print(json.dumps(measure(method, models, builder, options.repeats)), flush=True)

@@ -222,6 +222,7 @@ def same(given: argparse.Namespace) -> None:
     from merge_engine.building.builder import Builder
     from merge_engine.methods import METHODS as ROWS
     from merge_engine.models.model_set import ModelSet
+    from merge_engine.models.placement import IN_MEMORY
 
     with tempfile.TemporaryDirectory() as folder, torch.no_grad():
         models = make_models(Path(folder), 20, 3, 0)
@@ -230,7 +231,7 @@ def same(given: argparse.Namespace) -> None:
             for device in ("cpu", given.device):
                 os.environ["MERGESEARCH_CACHE"] = f"{folder}/{device}"
                 model_set = ModelSet.open(models)
-                model_set.place(torch.device(device), "device")
+                model_set.place(torch.device(device), IN_MEMORY)
                 builder = Builder(live_model(model_set).to(device), model_set)
                 builder.build(recipe_for(method, models))
                 weights.append([weight.cpu() for weight in builder.model.parameters()])

@@ -14,6 +14,7 @@ from merge_engine.models.architecture import auto_class, load_config
 from merge_engine.models.checkpoint import Checkpoint
 from merge_engine.models.conversion import find_conversions
 from merge_engine.models.model_set import ModelSet
+from merge_engine.models.placement import IN_MEMORY
 from merge_engine.recipe.recipe_file import load_recipe, parse_recipe
 from search.cli import main
 from search.proposing.tuned_path import tuned_units
@@ -219,7 +220,7 @@ def test_mergekit_rebuilds_a_recipe_with_a_weight_for_every_unit(name, by, merge
         "recipe",
     )
     assert not notes
-    model_set.place(torch.device("cpu"), "device")
+    model_set.place(torch.device("cpu"), IN_MEMORY)
     live, _ = load(family / "base")
     builder = Builder(live, model_set)
     builder.build(recipe)

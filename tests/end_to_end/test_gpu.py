@@ -12,6 +12,7 @@ from lm_eval_reference import ALL, difference, fast, prompts, questions, scores,
 from merge_engine.building.builder import Builder
 from merge_engine.methods import METHODS
 from merge_engine.models.model_set import ModelSet
+from merge_engine.models.placement import IN_MEMORY
 from search.cli import main
 from tiny_models import MODELS, make_model
 
@@ -26,7 +27,7 @@ def models(tmp_path_factory):
 def built(models, method, device, monkeypatch, folder):
     monkeypatch.setenv("MERGESEARCH_CACHE", str(folder / device))
     model_set = ModelSet.open(models)
-    model_set.place(torch.device(device), "device")
+    model_set.place(torch.device(device), IN_MEMORY)
     builder = Builder(live_model(model_set).to(device), model_set)
     with torch.no_grad():
         builder.build(recipe_for(method, models))

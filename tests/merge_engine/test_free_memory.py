@@ -3,7 +3,7 @@ import pytest
 import torch
 
 from merge_engine.models import free_memory
-from merge_engine.models.free_memory import free_bytes
+from merge_engine.models.free_memory import free_bytes, parse_size
 
 GIB = 1 << 30
 
@@ -58,3 +58,23 @@ def test_share_of_a_gpu_is_of_all_of_it_whatever_others_have_taken(monkeypatch):
     assert free_bytes("cuda:0", 0.5) == 40 * GIB
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (30 * GIB, 80 * GIB))
     assert free_bytes("cuda:0", 0.5) == 30 * GIB
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [
+        ("24GB", 24 * 10**9),
+        ("512 MiB", 512 * 2**20),
+        (" 2 GiB ", 2 * 2**30),
+        ("2t", 2 * 10**12),
+        ("7b", 7),
+    ],
+)
+def test_sizes_are_read(text, size):
+    assert parse_size(text) == size
+
+
+@pytest.mark.parametrize("text", ["", "GB", "12 apples", "1.2.3GB", "5xb", "1e9", "24GB!"])
+def test_what_is_no_size_is_refused(text):
+    with pytest.raises(ValueError, match="write it like 24GB"):
+        parse_size(text)

@@ -4,7 +4,13 @@ from transformers import AutoModelForCausalLM
 
 from merge_engine.errors import MergeError
 from merge_engine.models import memory_plan as memory
-from merge_engine.models.memory_plan import Allowance, parse_size, plan_memory
+from merge_engine.models.memory_plan import (
+    USABLE,
+    Allowance,
+    ForwardPasses,
+    Models,
+    plan_memory,
+)
 from merge_engine.models.model_set import ModelSet
 from search.cli import main
 
@@ -14,17 +20,19 @@ def models(zoo):
     return ModelSet.open(str(zoo / name) for name in ("base", "a", "b"))
 
 
-def planned(models, device, limit=None):
-    return plan_memory(models.tensors, 3, torch.bfloat16, device, Allowance(limit))
+def planned(models, device, limit=None, methods=(), **passes):
+    merged = Models(models.tensors, 3, torch.bfloat16, methods)
+    return plan_memory(merged, device, passes=ForwardPasses(**passes), allowed=Allowance(limit))
 
 
 @pytest.fixture
 def free(monkeypatch):
-    """Let the test set the bytes free on each device."""
-    amounts = {"cpu": 10**9, "cuda": 10**9}
+    """Let the test set the bytes free on each device, beside what this process has."""
+    amounts = {"cpu": 10**10, "cuda": 10**10}
     monkeypatch.setattr(
         memory, "free_bytes", lambda device, share=1.0: amounts[torch.device(device).type]
     )
+    monkeypatch.setattr(memory, "_resident", lambda: 0)
     return amounts
 
 
@@ -34,11 +42,34 @@ def test_plan_counts_the_bytes(models, free):
         p.numel() for p in AutoModelForCausalLM.from_config(config(models)).parameters()
     )
     assert plan.live == 2 * parameters
-    assert plan.donors == 3 * 4 * parameters
-    assert plan.work == 4 * 5 * max(torch.Size(i.shape).numel() for i in models.tensors.values())
-    assert "of models kept there" in str(plan)
-    free["cpu"] = plan.live + plan.work + plan.donors // 2
+    assert plan.donors == plan.placed.device == 3 * 4 * parameters
+    assert plan.merging == 4 * parameters  # one model's pack is read
+    assert plan.peak == plan.process + plan.live + plan.donors + plan.merging
+    free["cpu"] = int((plan.peak - plan.donors // 2) / USABLE)
+    assert planned(models, "cpu").placed.disk == pytest.approx(plan.donors / 2, abs=8)
     assert "of models mapped from disk" in str(planned(models, "cpu"))
+
+
+@pytest.mark.usefixtures("free")
+def test_plan_counts_what_the_methods_may_need(models):
+    plain = planned(models, "cpu", methods=["linear", "ties"])
+    ranked = planned(models, "cpu", methods=["linear", "ties", "della", "della_linear"])
+    masked = planned(models, "cpu", methods=["arcee_fusion", "della"])
+    elements = plain.live // 2
+    assert not plain.beside
+    assert plain.statistics
+    assert ranked.beside == 2 * elements  # a byte for each element of a donor
+    assert masked.beside == 2 * ranked.beside
+    assert ranked.room.beside == 1
+    assert planned(models, "cpu", methods=["dare_ties"]).statistics > plain.statistics
+    assert "ranks and masks" in str(ranked)
+
+
+@pytest.mark.usefixtures("free")
+def test_only_one_kind_of_work_is_in_memory_at_a_time(models):
+    plan = planned(models, "cpu", scoring=5000, tuning=10**6)
+    assert plan.peak == plan.held + 10**6
+    assert "scoring 4.9 KiB, tuning 976.6 KiB" in str(plan)
 
 
 def config(models):
@@ -47,19 +78,27 @@ def config(models):
     return AutoConfig.from_pretrained(models.reference.folder)
 
 
-def test_donors_live_on_the_gpu_if_they_fit_else_pinned_else_on_disk(models, free):
+def test_donors_live_on_the_gpu_while_there_is_room_then_pinned_then_on_disk(models, free):
     plan = planned(models, "cuda")
-    assert plan.tier == "device"
-    free["cuda"] = plan.live + plan.work + plan.donors // 2
-    assert planned(models, "cuda").tier == "pinned"
-    free["cpu"] = plan.donors // 2
-    assert planned(models, "cuda").tier == "disk"
-    assert planned(models, "cuda", limit=plan.live + plan.work).tier == "disk"
+    assert plan.placed.device == plan.donors
+    assert plan.peak == plan.live + plan.donors + plan.merging  # the process is on the host
+    free["cuda"] = int((plan.peak - plan.donors // 2) / USABLE)
+    half = plan.donors / 2
+    placed = planned(models, "cuda").placed
+    assert (placed.device, placed.pinned) == (
+        pytest.approx(half, abs=8),
+        pytest.approx(half, abs=8),
+    )
+    free["cpu"] = int((plan.process + plan.donors // 4) / USABLE)
+    placed = planned(models, "cuda").placed
+    assert placed.disk == pytest.approx(plan.donors / 4, abs=8)
+    bare = plan.live + plan.merging
+    assert planned(models, "cuda", limit=bare).placed.disk == plan.donors
 
 
 def test_what_cannot_fit_is_refused_with_the_numbers(models, free):
     free["cpu"] = 10_000
-    with pytest.raises(MergeError, match=r"the live model takes 60.4 KiB and .* free on cpu"):
+    with pytest.raises(MergeError, match=r"the live model takes 60.4 KiB, .* free on cpu"):
         planned(models, "cpu")
 
 
@@ -71,31 +110,8 @@ def test_limit_of_the_user_counts_before_anything_is_loaded(make_study, tmp_path
     assert not run.exists()
 
 
-@pytest.mark.parametrize(
-    ("text", "size"),
-    [
-        ("24GB", 24 * 10**9),
-        ("512 MiB", 512 * 2**20),
-        (" 2 GiB ", 2 * 2**30),
-        ("2t", 2 * 10**12),
-        ("7b", 7),
-    ],
-)
-def test_sizes_are_read(text, size):
-    assert parse_size(text) == size
-
-
-@pytest.mark.parametrize("text", ["", "GB", "12 apples", "1.2.3GB", "5xb", "1e9", "24GB!"])
-def test_what_is_no_size_is_refused(text):
-    with pytest.raises(ValueError, match="write it like 24GB"):
-        parse_size(text)
-
-
 def test_spare_memory_is_what_model_merging_and_kept_donors_leave(models, free):
     kept = planned(models, "cuda")
-    assert kept.tier == "device"
-    assert kept.spare == free["cuda"] - kept.live - kept.work - kept.donors
-    free["cuda"] = kept.live + kept.work + kept.donors // 2
-    elsewhere = planned(models, "cuda")
-    assert elsewhere.tier == "pinned"
-    assert elsewhere.spare == kept.donors // 2
+    assert kept.spare == free["cuda"] - kept.live - kept.merging - kept.donors
+    free["cuda"] = kept.live + kept.merging
+    assert planned(models, "cuda").spare == 0

@@ -12,6 +12,7 @@ from merge_engine.building.builder import Builder
 from merge_engine.errors import MergeError
 from merge_engine.methods import METHODS, Base
 from merge_engine.models.model_set import ModelSet
+from merge_engine.models.placement import IN_MEMORY, ON_DISK
 from merge_engine.numerics.kernel_runner import KernelRunner
 from merge_engine.numerics.noise import halves, key_of, weyl
 from merge_engine.numerics.packing import ROWS, WIDTH, TensorPack
@@ -97,10 +98,10 @@ def recipe_of(zoo, method, filtered):
     return recipe
 
 
-def built(zoo, recipe, tier, runner=None, dtype=torch.float32):
+def built(zoo, recipe, room, runner=None, dtype=torch.float32):
     names = [str(zoo / name) for name in ("base", "a", "b", "c")]
     models = ModelSet.open(names, candidates=2, runner=runner or KernelRunner(compiled=False))
-    models.place(torch.device("cpu"), tier)
+    models.place(torch.device("cpu"), room)
     model = AutoModelForCausalLM.from_pretrained(zoo / "base", dtype=dtype)
     builder = Builder(model, models)
     builder.build(recipe)
@@ -113,8 +114,8 @@ def test_a_pack_is_merged_as_its_tensors_are_one_by_one(zoo, method, filtered):
     recipe = recipe_of(zoo, method, filtered)
     if filtered and method in ("linear", "nuslerp", "multislerp"):
         recipe = recipe_of(zoo, method, filtered=False)  # weights of zero sum to nothing
-    one_by_one = dict(built(zoo, recipe, "disk").tensors())
-    for name, tensor in built(zoo, recipe, "device").tensors():
+    one_by_one = dict(built(zoo, recipe, ON_DISK).tensors())
+    for name, tensor in built(zoo, recipe, IN_MEMORY).tensors():
         assert torch.allclose(tensor, one_by_one[name], rtol=0, atol=2.0**-22), name
 
 
@@ -123,15 +124,15 @@ def test_a_pack_is_merged_as_its_tensors_are_one_by_one(zoo, method, filtered):
 @pytest.mark.parametrize("method", ["task_arithmetic", "breadcrumbs_ties", "della", "dare_ties"])
 def test_a_compiled_pack_is_what_chunks_give(zoo, method):
     recipe = recipe_of(zoo, method, filtered=True)
-    chunked = dict(built(zoo, recipe, "device").tensors())
+    chunked = dict(built(zoo, recipe, IN_MEMORY).tensors())
     with torch._dynamo.config.patch(recompile_limit=256):
-        for name, tensor in built(zoo, recipe, "device", KernelRunner(compiled=True)).tensors():
+        for name, tensor in built(zoo, recipe, IN_MEMORY, KernelRunner(compiled=True)).tensors():
             assert torch.allclose(tensor, chunked[name], rtol=0, atol=2.0**-22), name
 
 
 def test_the_live_model_computes_with_what_was_written(zoo):
     recipe = recipe_of(zoo, "task_arithmetic", filtered=False)
-    builder = built(zoo, recipe, "device")
+    builder = built(zoo, recipe, IN_MEMORY)
     stored = {name: tensor.clone() for name, tensor in builder.tensors()}
     fresh = AutoModelForCausalLM.from_pretrained(zoo / "base", dtype=torch.float32)
     fresh.load_state_dict(stored, strict=False)
@@ -142,7 +143,7 @@ def test_the_live_model_computes_with_what_was_written(zoo):
 
 def test_a_recipe_that_cannot_be_merged_is_refused_by_tensor(zoo):
     recipe = recipe_of(zoo, "linear", filtered=True)
-    builder = built(zoo, recipe_of(zoo, "linear", filtered=False), "device")
+    builder = built(zoo, recipe_of(zoo, "linear", filtered=False), IN_MEMORY)
     with pytest.raises(MergeError, match=r"linear of '.*norm.*': weights \[0.0, 0.0, 0.0\] sum"):
         builder.build(recipe)
     assert builder.loaded is None
@@ -150,7 +151,7 @@ def test_a_recipe_that_cannot_be_merged_is_refused_by_tensor(zoo):
 
 def test_random_masks_of_a_pack_are_those_of_its_seed(zoo):
     recipe = recipe_of(zoo, "dare_linear", filtered=False)
-    base, *_ = (dict(built(zoo, recipe, "device").tensors()),)
+    base, *_ = (dict(built(zoo, recipe, IN_MEMORY).tensors()),)
     models = ModelSet.open([str(zoo / name) for name in ("base", "a", "b", "c")])
     start = models.read(str(zoo / "base"), BASE)
     changed = base[BASE] != start

@@ -9,6 +9,7 @@ from merge_engine.building.units import Units
 from merge_engine.errors import MergeError
 from merge_engine.models.architecture import auto_class, load_config
 from merge_engine.models.model_set import ModelSet
+from merge_engine.models.placement import IN_MEMORY, ON_DISK
 from merge_engine.recipe.recipe_file import parse_recipe
 
 WEIGHTS = {"a": 0.4, "b": 0.7}
@@ -47,9 +48,9 @@ def recipe_of(folder, method="task_arithmetic", weights=None, **parameters):
     return parse_recipe(mapping, "r.yaml")[0]
 
 
-def built(folder, recipe, tier="device"):
+def built(folder, recipe, room=IN_MEMORY):
     model_set = ModelSet.open([str(folder / name) for name in ("base", *WEIGHTS)])
-    model_set.place(torch.device("cpu"), tier)
+    model_set.place(torch.device("cpu"), room)
     builder = Builder(load(folder / "base"), model_set)
     builder.build(recipe)
     return builder
@@ -133,8 +134,8 @@ def test_gradient_passes_masks_and_the_sum_of_the_weights(families, method, norm
 def test_donor_of_weight_zero_has_a_gradient_and_donors_may_stay_on_disk(families):
     folder = families["llama"]
     found = []
-    for tier in ("device", "disk"):
-        builder = built(folder, recipe_of(folder, weights={"a": 0.5, "b": 0.0}), tier)
+    for room in (IN_MEMORY, ON_DISK):
+        builder = built(folder, recipe_of(folder, weights={"a": 0.5, "b": 0.0}), room)
         gradient = RecipeGradient(builder, Units.of_tensors(builder.model_set.names))
         found.append(gradient.of(loss_of(builder.model)[0])[1])
     assert torch.allclose(found[0], found[1], rtol=1e-6)

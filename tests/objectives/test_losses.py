@@ -13,6 +13,7 @@ from merge_engine.building.builder import Builder
 from merge_engine.building.recipe_gradient import RecipeGradient
 from merge_engine.building.units import Units
 from merge_engine.models.model_set import ModelSet
+from merge_engine.models.placement import IN_MEMORY
 from merge_engine.recipe.recipe_file import parse_recipe
 from objectives.base import ObjectiveError
 from objectives.entries import TaskEntry, TextEntry
@@ -303,7 +304,7 @@ class Family:
     def __init__(self, zoo, folder):
         self.paths = [str(zoo / name) for name in ("base", *"abc")]
         self.models = ModelSet.open(self.paths)
-        self.models.place(torch.device("cpu"), "device")
+        self.models.place(torch.device("cpu"), IN_MEMORY)
         model = AutoModelForCausalLM.from_pretrained(zoo / "base", dtype=torch.float32).eval()
         self.harness = prepare(folder, model, "choice", "answer", tokenizer=tiny_tokenizer())
         self.builder, self.units = Builder(model, self.models), Units.of_tensors(self.models.names)

@@ -13,6 +13,7 @@ from merge_engine.building.units import Units
 from merge_engine.errors import MergeError
 from merge_engine.models.architecture import auto_class, load_config
 from merge_engine.models.model_set import ModelSet
+from merge_engine.models.placement import IN_MEMORY
 from merge_engine.recipe.recipe_file import parse_recipe
 from search.preparing.offload import check_offload, offload
 from search.study.reading import load_study
@@ -23,7 +24,7 @@ TOKENS = torch.arange(3, 15)[None]
 
 def make_builder(family):
     models = ModelSet.open(str(family / name) for name in ("base", "a", "b"))
-    models.place(torch.device("cpu"), "device")
+    models.place(torch.device("cpu"), IN_MEMORY)
     auto = auto_class(load_config(family / "base"))
     return Builder(auto.from_pretrained(family / "base", dtype=torch.float32).eval(), models)
 

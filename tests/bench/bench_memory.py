@@ -1,0 +1,255 @@
+"""Memory that is said against memory that is taken: one JSON line for each phase of a study.
+
+    python tests/bench/bench_memory.py [--shape 135m | 1b | STUDY] [--donors 4] [--methods ties,sce]
+        [--folder DIR] [--memory 6GB]
+
+Random weights of SmolLM2-135M's or Llama-3.2-1B's shapes in bfloat16, or a study's own models. In a
+fresh process a study is planned and loaded, its donors are read, a recipe of each method is built,
+a block of items is scored, and a gradient computed. ``peak`` is the most that was resident during a
+phase, ``held`` what was after it, ``mapped`` how much of that is mapped files, which the system
+takes back when memory is short; all in MiB. The last line compares the peak of all with the plan's,
+and each component with what it took. Linux alone.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+os.environ.setdefault("GOMP_SPINCOUNT", "0")
+
+import torch
+import yaml
+from safetensors.torch import save_file
+from transformers import LlamaConfig
+
+from bench_build import recipe_for
+from merge_engine.models.free_memory import parse_size
+from merge_engine.models.memory_plan import MemoryPlan
+from objectives.items import blocks
+from search.preparing.context import load, plan_study
+from search.preparing.models import Hardware
+from search.running.workers import AT_ONCE, EvalJob, LossJob, Worker
+from search.study.reading import load_study
+from tiny_models import tiny_tokenizer
+from tiny_tasks import mean_of, write_rows, write_task
+
+SHAPES = {  # layers, hidden, intermediate, heads, key-value heads, vocabulary
+    "135m": (30, 576, 1536, 9, 3, 49_152),
+    "1b": (16, 2048, 8192, 32, 8, 128_256),
+    "tiny": (2, 64, 128, 4, 2, 512),
+}
+
+
+def make_family(folder: Path, shape: str, donors: int) -> None:
+    """Write a base, and donors that differ from it by noise."""
+    layers, hidden, inner, heads, kv, rows = SHAPES[shape]
+    config = LlamaConfig(
+        vocab_size=rows,
+        hidden_size=hidden,
+        intermediate_size=inner,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=kv,
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        eos_token_id=1,
+    )
+    narrow = hidden * kv // heads
+    layer = {
+        f"self_attn.{n}_proj": (w, hidden)
+        for n, w in zip("qkv", (hidden, narrow, narrow), strict=True)
+    }
+    layer |= {"self_attn.o_proj": (hidden, hidden), "mlp.down_proj": (hidden, inner)}
+    layer |= dict.fromkeys(("mlp.gate_proj", "mlp.up_proj"), (inner, hidden))
+    layer |= dict.fromkeys(("input_layernorm", "post_attention_layernorm"), (hidden,))
+    shapes = {"model.embed_tokens.weight": (rows, hidden), "model.norm.weight": (hidden,)}
+    for number in range(layers):
+        shapes |= {f"model.layers.{number}.{name}.weight": s for name, s in layer.items()}
+    for number in range(donors + 1):
+        path = folder / ("base" if not number else f"donor{number}")
+        path.mkdir(parents=True)
+        config.save_pretrained(path)
+        tiny_tokenizer().save_pretrained(path)
+        weights = {}
+        for index, (name, size) in enumerate(shapes.items()):
+            start = torch.empty(size, dtype=torch.bfloat16)
+            start.normal_(0, 0.02, generator=torch.Generator().manual_seed(index))
+            if number:
+                own = torch.Generator().manual_seed(1000 * number + index)
+                start += torch.empty_like(start).normal_(0, 1e-3, generator=own)
+            weights[name] = start
+        save_file(weights, path / "model.safetensors", {"format": "pt"})
+
+
+def make_study(folder: Path, methods: list[str], donors: int) -> Path:
+    """Write a study of the family: choices behind long questions, and short answers."""
+    choices = ["a" * 12, "b" * 12]
+    rows = [
+        {"question": f"{n} " + "which of these? " * 10, "choices": choices, "gold": n % 2}
+        for n in range(400)
+    ]
+    for name in ("choice", "answer"):
+        write_rows(folder / f"{name}.jsonl", rows)
+    files = {name: str(folder / f"{name}.jsonl") for name in ("choice", "answer")}
+    common = {"doc_to_text": "{{question}}", "metric_list": mean_of("acc")}
+    write_task(
+        folder,
+        "choice",
+        output_type="multiple_choice",
+        dataset_kwargs={"data_files": {"test": files["choice"]}},
+        doc_to_choice="choices",
+        doc_to_target="gold",
+        **common,
+    )
+    write_task(
+        folder,
+        "answer",
+        output_type="generate_until",
+        dataset_kwargs={"data_files": {"test": files["answer"]}},
+        doc_to_target="{{choices[gold]}}",
+        generation_kwargs={"until": ["\n"], "max_gen_toks": 64, "do_sample": False},
+        **common | {"metric_list": mean_of("exact_match")},
+    )
+    study = {
+        "base_model": str(folder / "base"),
+        "models": [str(folder / f"donor{number}") for number in range(1, donors + 1)],
+        "search": {"trials": 1} | ({"methods": methods} if methods else {}),
+        "objective": {
+            "include_path": str(folder),
+            "tasks": [{"task": "choice"}, {"task": "answer"}],
+            "items": {"search": 100, "select": 100, "test": 200},
+        },
+    }
+    file = folder / "study.yaml"
+    file.write_text(yaml.safe_dump(study))
+    return file
+
+
+def resident() -> dict[str, int]:
+    """This process's memory in bytes, and the most of it since the last ``forget_peak``."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    found = dict(line.split(":", 1) for line in lines)
+    names = {"held": "VmRSS", "peak": "VmHWM", "mapped": "RssFile"}
+    return {name: int(found[key].split()[0]) << 10 for name, key in names.items()}
+
+
+def forget_peak() -> None:
+    """Count the peak anew."""
+    Path("/proc/self/clear_refs").write_text("5")
+
+
+class Account:
+    """What each phase took."""
+
+    def __init__(self) -> None:
+        self.phases: dict[str, dict[str, int]] = {}
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        forget_peak()
+        yield
+        self.phases[name] = resident()
+        print(json.dumps({"phase": name, **{k: v >> 20 for k, v in self.phases[name].items()}}))
+        sys.stdout.flush()
+
+    def held(self, name: str) -> int:
+        return self.phases[name]["held"]
+
+    def above(self, name: str, before: str) -> int:
+        """Return the most that a phase took beyond what was held before it."""
+        return max(0, self.phases[name]["peak"] - self.held(before))
+
+
+def measure(study: Path, methods: list[str], memory: int | None) -> None:
+    """Go through a study's phases in this process."""
+    account, said = Account(), []
+    with account.phase("plan"):
+        plan = plan_study(load_study(study))
+    with account.phase("load"):
+        context = load(plan, Hardware("cpu", memory), said.append)
+    worker, models = Worker(context), context.builder.model_set
+    with account.phase("donors"):
+        worker.check_finite()
+    names = list(models.checkpoints)
+    for method in methods:
+        with account.phase(method):
+            context.builder.build(recipe_for(method, names))
+    last = methods[-1]
+    recipe = context.builder.loaded
+    assert recipe is not None
+    with account.phase("score"):
+        for block in blocks(context.splits.search, plan.spec.objective.block):
+            worker.evaluate(EvalJob(recipe, tuple(block)))
+    if context.tuned_units is not None:
+        items = [n for n in context.splits.search if not context.objective.items[n].generated]
+        labels = worker.labels(items[:AT_ONCE])
+        job = LossJob(
+            recipe_for("task_arithmetic", names),
+            tuple(items[:AT_ONCE]),
+            tuple(label or "" for label in labels),
+            (1 / AT_ONCE,) * AT_ONCE,
+        )
+        with account.phase("tune"):
+            worker.losses(job)
+    report(account, next(line for line in said if isinstance(line, MemoryPlan)), methods, last)
+
+
+def report(account: Account, plan: MemoryPlan, methods: list[str], last: str) -> None:
+    """Print each component as said and as measured, and the ratio of the peaks."""
+    before = ["donors", *methods]
+    taken = {
+        "process and live model": account.held("load"),
+        "donors": account.held("donors") - account.held("load"),
+        "ranks, masks, statistics": account.held(last) - account.held("donors"),
+        "merging": max(account.above(m, b) for b, m in zip(before, methods, strict=False)),
+        "scoring": account.above("score", last),
+        "tuning": account.above("tune", "score") if "tune" in account.phases else 0,
+    }
+    parts = plan.components()
+    said = {
+        "process and live model": parts["process"] + parts["live model"],
+        "ranks, masks, statistics": parts.get("ranks and masks", 0) + parts.get("statistics", 0),
+        **{name: parts.get(name, 0) for name in ("donors", "merging", "scoring", "tuning")},
+    }
+    for name, size in taken.items():
+        print(json.dumps({"component": name, "said": said[name] >> 20, "measured": size >> 20}))
+    peak = max(phase["peak"] for phase in account.phases.values())
+    ratio = round(peak / plan.peak, 3)
+    print(json.dumps({"said": plan.peak >> 20, "measured": peak >> 20, "ratio": ratio}))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--shape", default="135m")
+    parser.add_argument("--donors", type=int, default=4)
+    parser.add_argument("--methods", default="")
+    parser.add_argument("--folder", type=Path)
+    parser.add_argument("--memory", type=parse_size)
+    parser.add_argument("--measured", type=Path, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    methods = [m for m in options.methods.split(",") if m]
+    if options.measured:
+        spec = load_study(options.measured)
+        measure(options.measured, methods or [*spec.search.methods], options.memory)
+        return
+    with tempfile.TemporaryDirectory() as temporary:
+        study = Path(options.shape)
+        if options.shape in SHAPES:
+            folder = options.folder or Path(temporary)
+            if not (folder / "base").exists():
+                make_family(folder, options.shape, options.donors)
+            study = make_study(folder, methods, options.donors)
+        environment = {"MERGESEARCH_CACHE": temporary} | os.environ
+        command = [sys.executable, *sys.argv, "--measured", str(study)]
+        subprocess.run(command, check=True, env=environment)
+
+
+if __name__ == "__main__":
+    main()
