@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -156,14 +156,14 @@ def _joined(
     merge: PackMerge, kernel_values: Sequence[KernelValues]
 ) -> tuple[dict[str, Number], dict[str, list[Number]]]:
     """Join the kernel's values of each tensor to those of the pack: scalars, and per donor."""
+    rows: list[tuple[float, ...]] = []  # k numbers each
 
-    def column(numbers: Sequence[float]) -> Number:
-        dtype = torch.int32 if all(isinstance(each, int) for each in numbers) else torch.float32
-        return merge.column(torch.tensor(numbers, dtype=dtype))
+    def add(numbers: Iterable[float]) -> int:
+        rows.append(tuple(numbers))
+        return len(rows) - 1
 
     scalars = {
-        name: column([each.scalars[name] for each in kernel_values])
-        for name in kernel_values[0].scalars
+        name: add(each.scalars[name] for each in kernel_values) for name in kernel_values[0].scalars
     }
     per_donor = {}
     for name in dict.fromkeys(name for each in kernel_values for name in each.per_donor):
@@ -171,8 +171,24 @@ def _joined(
             each.per_donor.get(name) or (UNBOUNDED[name],) * len(each.per_donor["low"])
             for each in kernel_values
         ]
-        per_donor[name] = [column(numbers) for numbers in zip(*lists, strict=True)]
-    return scalars, per_donor
+        per_donor[name] = [add(numbers) for numbers in zip(*lists, strict=True)]
+    columns = _columns(merge, rows)
+    return (
+        {name: columns[index] for name, index in scalars.items()},
+        {name: [columns[index] for index in indices] for name, indices in per_donor.items()},
+    )
+
+
+def _columns(merge: PackMerge, rows: Sequence[tuple[float, ...]]) -> dict[int, Number]:
+    """Return rows of k numbers as columns by their index: one copy for each of two dtypes."""
+    found: dict[int, Number] = {}
+    whole = [all(isinstance(each, int) for each in numbers) for numbers in rows]
+    for dtype, kind in ((torch.int32, True), (torch.float32, False)):
+        indices = [index for index, each in enumerate(whole) if each == kind]
+        if indices:
+            numbers = torch.tensor([rows[index] for index in indices], dtype=dtype)
+            found |= zip(indices, merge.columns(numbers), strict=True)
+    return found
 
 
 def _rescale_factors(
@@ -187,4 +203,4 @@ def _rescale_factors(
     masses = merge.pack.sums(sums).tolist()  # n before the masks and n after, of k tensors
     pairs = zip(masses[: len(masses) // 2], masses[len(masses) // 2 :], strict=True)
     ratios = [[_norm_ratio(*both) for both in zip(*pair, strict=True)] for pair in pairs]
-    return [merge.column(torch.tensor(each)) for each in ratios]
+    return merge.columns(torch.tensor(ratios))

@@ -52,7 +52,7 @@ def _write_sum(out: Tensor, method: Linear, merge: PackMerge) -> None:
         return
     if len(used) == 1 and bool((factors[:, used] == 1).all()):
         origin = None  # one task vector with coefficient 1: the donor itself, bit for bit
-    columns = [merge.column(factors[:, index].float()) for index in used]
+    columns = merge.columns(factors[:, used].T.float())
     merge.models.runner.write(
         out,
         sum_of_task_vectors if origin else weighted_sum,

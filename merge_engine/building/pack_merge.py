@@ -36,11 +36,14 @@ class PackMerge:
         assert self.recipe.base is not None
         return self.recipe.base
 
-    def column(self, numbers: Tensor) -> Number:
-        """Return numbers (k,) of the tensors as a column (rows, 1), or that of a single tensor."""
-        if len(numbers) == 1:
-            return numbers.item()
-        return self.pack.column(numbers.to(self.device))
+    def columns(self, numbers: Tensor) -> list[Number]:
+        """Return numbers (c, k) of the tensors as c columns (rows, 1), or those of a single tensor.
+
+        They are copied to the device at once.
+        """
+        if numbers.shape[1] == 1:
+            return [each.item() for each in numbers]
+        return [*self.pack.columns(numbers.to(self.device))]
 
     def refused(self, index: int, error: ValueError) -> MergeError:
         """Return the error of a method's function with the names of method and tensor."""

@@ -33,7 +33,7 @@ from merge_engine.errors import MergeError
 from merge_engine.models.cache_folder import default_folder
 from merge_engine.models.free_memory import parse_size
 
-FORMAT = 4  # raise it when a statistic is computed or stored in another way
+FORMAT = 5  # raise it when a statistic is computed or stored in another way
 MOST = 20 << 30  # bytes
 SHARE = 10  # the default limit is at most a tenth of the space that the folder could take
 CHECKS = 64  # the folder is measured so often while as much is stored as it may hold

@@ -23,13 +23,21 @@ from merge_engine.numerics.packing import WIDTH
 
 _LOG = logging.getLogger(__name__)
 Kernel = Callable[..., Tensor]
-CHUNK = 1 << 16
+CHUNK = 1 << 16  # elements of a chunk that fits a CPU's cache
+CHUNK_ON_GPU = 1 << 26  # elsewhere calls cost more than traffic to memory
 PAYS = 2_000_000_000  # merged parameters from which on compiling (some seconds, once) pays
 # Every intermediate result should stay in a register: one that inductor keeps in memory, as it does
 # with those used often, also halves how many 16-bit numbers it processes at a time.
 _OPTIONS: dict[str, str | int | bool | Callable[..., Any]] = {
     "realize_opcount_threshold": 1 << 20,
     "realize_reads_threshold": 1 << 20,
+}
+# On a GPU fused multiply-adds and inexact divisions would choose other elements where a kernel
+# compares: with equal weights, where opposite task vectors cancel out, and among equals.
+_OPTIONS_ON_GPU = _OPTIONS | {
+    "realize_acc_reads_threshold": 1 << 20,
+    "emulate_precision_casts": True,  # leaves multiply-adds in two steps
+    "eager_numerics.division_rounding": True,
 }
 
 
@@ -50,6 +58,11 @@ def configure_compiler() -> None:
     warnings.filterwarnings("ignore", message="bf16 and fp16 are mixed")
 
 
+def compiler_options(device: str) -> dict[str, str | int | bool | Callable[..., Any]]:
+    """Return inductor's options for kernels on a type of device."""
+    return _OPTIONS if device == "cpu" else _OPTIONS_ON_GPU
+
+
 class KernelRunner:
     """Runs kernels over rows of WIDTH numbers: packs, or any tensor, cut into rows and a rest.
 
@@ -61,7 +74,8 @@ class KernelRunner:
 
     def __init__(self, compiled: bool) -> None:
         self.compiled = compiled
-        self._compiled: dict[Kernel, Callable[..., Any]] = {}
+        self._compiled: dict[tuple[Kernel, str], Callable[..., Any]] = {}  # by device type
+        self._failed: set[tuple[Kernel, str]] = set()  # those that cannot be compiled
 
     def write(
         self,
@@ -97,18 +111,19 @@ class KernelRunner:
         The compiler would specialise on a single row, which the rest of a tensor always is.
         """
         done: list[Any] = []
-        run = _on_rows(kernel)
+        run, key = _on_rows(kernel), (kernel, whole.donors[0].device.type)
         for rows in whole.split():
-            if self.compiled and rows.count > 1:
-                if kernel not in self._compiled:
-                    self._compiled[kernel] = torch.compile(run, dynamic=True, options=_OPTIONS)
+            if self.compiled and rows.count > 1 and key not in self._failed:
+                if key not in self._compiled:
+                    options = compiler_options(key[1])
+                    self._compiled[key] = torch.compile(run, dynamic=True, options=options)
                 try:
-                    done.append(self._compiled[kernel](*rows.arguments()))
+                    done.append(self._compiled[key](*rows.arguments()))
                     continue
-                except torch._dynamo.exc.BackendCompilerFailed as error:
-                    reason = str(error).splitlines()[0]
-                    _LOG.warning("kernels are not compiled but run in chunks: %s", reason)
-                    self.compiled = False
+                except torch._dynamo.exc.TorchDynamoException as error:
+                    name, reason = kernel.__name__, str(error).splitlines()[0]
+                    _LOG.warning("%s is not compiled but runs in chunks: %s", name, reason)
+                    self._failed.add(key)
             done += [run(*chunk.arguments()) for chunk in rows.chunks()]
         return done
 
@@ -159,7 +174,8 @@ class _Rows:
 
     def chunks(self) -> Iterator[_Rows]:
         """Yield a few rows at a time."""
-        step = max(1, CHUNK // WIDTH)
+        on_cpu = self.donors[0].device.type == "cpu"
+        step = max(1, (CHUNK if on_cpu else CHUNK_ON_GPU) // WIDTH)
         for start in range(0, self.count, step):
             part = slice(start, start + step)
             yield self._map(lambda tensor, part=part: tensor[part], part)  # type: ignore[misc]

@@ -32,6 +32,7 @@ class TensorPack:
         ends = self._counts.cumsum(0).tolist()
         self._starts = dict(zip(shapes, [0, *ends[:-1]], strict=True))  # first rows
         self._noises: dict[tuple[object, ...], Noise] = {}
+        self._tensor_of_row: dict[torch.device, Tensor] = {}  # (rows,) each
 
     @classmethod
     def cut(cls, shapes: Mapping[str, tuple[int, ...]]) -> list[TensorPack]:
@@ -80,9 +81,16 @@ class TensorPack:
             self.view(matrix, name).copy_(tensor)
         return matrix
 
-    def column(self, numbers: Tensor) -> Tensor:
-        """Repeat one number per tensor (k,) to one per row (rows, 1), on the same device."""
-        return numbers.repeat_interleave(self._counts.to(numbers.device)).unsqueeze(1)
+    def columns(self, numbers: Tensor) -> list[Tensor]:
+        """Repeat numbers of each tensor (c, k) to c columns of one per row (rows, 1).
+
+        They stay on their device, which nothing waits for.
+        """
+        if (device := numbers.device) not in self._tensor_of_row:
+            index = torch.arange(len(self._counts)).repeat_interleave(self._counts)
+            self._tensor_of_row[device] = index.to(device)
+        repeated = numbers.index_select(1, self._tensor_of_row[device])
+        return [column.unsqueeze(1) for column in repeated]
 
     def sums(self, rows: Tensor) -> Tensor:
         """Add up sums of rows (..., rows) to sums of tensors (..., k), float64 on the CPU."""

@@ -18,14 +18,17 @@ _BLOCK = 1 << 22  # elements whose rows are ranked at a time
 def variance(deltas: Sequence[Tensor]) -> Tensor:
     """Return each element's variance over n tensors (*s); exactly 0 where all are equal.
 
+    Divisions are products with a reciprocal, as compilers for a GPU make them of constants, so that
+    elements that are equal on one device are equal on any.
+
     Source: Welford 1962, https://doi.org/10.1080/00401706.1962.10490022
     """
     mean, spread = deltas[0].float(), torch.zeros_like(deltas[0], dtype=torch.float32)
     for count, delta in enumerate(deltas[1:], start=2):
         step = delta - mean
-        mean = mean + step / count
+        mean = mean + step * (1 / count)
         spread = spread + step * (delta - mean)
-    return spread / len(deltas)
+    return spread * (1 / len(deltas))
 
 
 def overlaps(base: Tensor, donors: Sequence[Tensor], *, epsilon: float | Tensor) -> Tensor:

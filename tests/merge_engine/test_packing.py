@@ -46,7 +46,7 @@ def test_a_column_has_each_tensors_number_in_its_rows(sizes):
     numbers = torch.arange(len(sizes)).float()
     tensors = [torch.full(shape, float(i)) for i, shape in enumerate(sizes)]
     matrix = pack.fill(pack.empty(torch.float32, torch.device("cpu")), tensors)
-    column = pack.column(numbers)
+    (column,) = pack.columns(numbers[None])
     assert torch.equal(torch.where(matrix != 0, column, 0.0), matrix)
     sums = pack.sums(matrix.sum(1, keepdim=True).T)
     wanted = [float(tensor.sum()) for tensor in tensors]
