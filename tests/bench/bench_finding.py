@@ -1,13 +1,13 @@
 """What a study finds beside what needs no search, and a rival's search: one JSON line a recipe.
 
     PYTHONPATH=tests/support python tests/bench/bench_finding.py STUDY.yaml --out DIR
-        [--seeds 0,1,2] [--budget N] [--search-only]
+        [--seeds 0,1,2] [--systems mergesearch,untuned,cma-es] [--budget N] [--search-only]
 
 All seeds share the splits of the study's own. The study is searched with and without weights tuned
 by gradient, each time to its end, or until no further trial fits the budget of item evaluations (an
 item's gradient counts three), and its winner is chosen on select items. CMA-ES, as mergekit-evolve
-has it over the weights of task arithmetic (``pip install cma``; left out without), may evaluate as
-many items as the first search has. Then all are evaluated on the same test items: the winners,
+has it over the weights of task arithmetic (``pip install cma``), may evaluate as many items as the
+first search has. Then all are evaluated on the same test items: the winners,
 base, donors and their average, ``model_stock``, ``ties`` (density 0.5) and ``task_arithmetic`` with
 weights of 1, and the latter with 0.4. ``lead`` is the mean paired difference of the seed's winner
 to the recipe, ``low`` and ``high`` are its 95 % interval, ``evaluations`` the item evaluations that
@@ -18,7 +18,6 @@ DIR is not evaluated again.
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -119,19 +118,16 @@ def copy_results(recipes: Sequence[Recipe], source: Run, target: Run) -> None:
             target.store.save(recipe.key, "test", blocks, 0.0)
 
 
-def load_contexts(study: Path) -> dict[str, LiveContext]:
-    """Load the study with and without weights tuned by gradient."""
-    spec, found = load_study(study), {}
-    for name, tune in (("mergesearch", True), ("untuned", False)):
-        changed = {"tune": tune, "stop": False}
-        own = spec.model_copy(update={"search": spec.search.model_copy(update=changed)})
-        found[name] = load(plan_study(own), Hardware("cpu"))
-    assert found["mergesearch"].splits.test == found["untuned"].splits.test
-    return found
+def load_context(study: Path, system: str) -> LiveContext:
+    """Load the study with weights tuned by gradient, or without for ``untuned``."""
+    spec = load_study(study)
+    changed = {"tune": system != "untuned", "stop": False}
+    spec = spec.model_copy(update={"search": spec.search.model_copy(update=changed)})
+    return load(plan_study(spec), Hardware("cpu"))
 
 
 def search_all(
-    contexts: Mapping[str, LiveContext], out: Path, seed: int, budget: float
+    contexts: Mapping[str, LiveContext], out: Path, seed: int, budget: float, *, cma: bool
 ) -> dict[str, Run]:
     """Search with every system."""
     runs = {}
@@ -142,7 +138,7 @@ def search_all(
         with locked(runs[name].folder):
             search_within(runs[name], budget)
     first = runs["mergesearch"]
-    if importlib.util.find_spec("cma"):
+    if cma:
         runs["cma-es"] = open_run(out / f"seed{seed}-cma", first.context)
         search_with_cma(runs["cma-es"], spent(first))
     return runs
@@ -188,12 +184,14 @@ def main() -> None:
     parser.add_argument("study", type=Path)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--seeds", default="0,1,2")
+    parser.add_argument("--systems", default="mergesearch,untuned,cma-es")
     parser.add_argument("--budget", type=float, default=math.inf, help="item evaluations")
     parser.add_argument("--search-only", action="store_true", help="leave the test items alone")
     given = parser.parse_args()
-    contexts, known = load_contexts(given.study), None
+    systems, known = given.systems.split(","), None
+    contexts = {name: load_context(given.study, name) for name in systems if name != "cma-es"}
     for seed in map(int, given.seeds.split(",")):
-        runs = search_all(contexts, given.out, seed, given.budget)
+        runs = search_all(contexts, given.out, seed, given.budget, cma="cma-es" in systems)
         known = known or runs["mergesearch"]
         if not given.search_only:
             for line in compare(runs, known):
