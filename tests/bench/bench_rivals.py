@@ -5,11 +5,11 @@
 
 ``tuned`` and ``flat`` are the program's search with and without weights tuned by gradient, ``tpe``
 is the latter with Optuna's TPE, ``cma`` mergekit-evolve's CMA-ES over one weight a donor of task
-arithmetic (``pip install cma``). ``entropy`` (AdaMerging) and ``kl`` (DAM: to the logits of the
-donor whose name a task has, else of the base) are losses in the place of ours, without labels or
-race: our steps from the uniform average, over the same tune items, for as long as the budget
-lasts; an item's gradient counts three evaluations, a donor's logits one. Both see the tokens of the
-right answers, which a user without labels has not.
+arithmetic (``pip install cma``), ``ga`` mergenetic's genetic algorithm. ``entropy`` (AdaMerging)
+and ``kl`` (DAM: to the logits of the donor whose name a task has, else of the base) are losses in
+the place of ours, without labels or race: our steps from the uniform average, over the same tune
+items, for as long as the budget lasts; an item's gradient counts three evaluations, a donor's
+logits one. Both see the tokens of the right answers, which a user without labels has not.
 
 A search's recipe at a budget is that of the highest posterior mean (``cma``: mean) among the trials
 that ended within it. One JSON line a seed and system: ``test``, its true score in per cent by
