@@ -12,14 +12,17 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 import yaml
+from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
 
 from architectures import save_family
 from mistakes import BUILD, CHECK, Change, config, furnish, recipe, shortcoming, study, write
 from search.cli import main
+from tiny_models import pickled_twin
 
 WEIGHTS = "model.safetensors"
 INDEX = f"{WEIGHTS}.index.json"
+EMBEDDING = "model.embed_tokens.weight"
 UP = "model.layers.0.mlp.up_proj.weight"
 CHAT = "{% for m in messages %}{{ m.content }}{% endfor %}"
 
@@ -32,12 +35,14 @@ class Case(NamedTuple):
         says: Parts of the one line of a refusal, in this order; None: the command succeeds.
         make: Done to the folder before.
         notes: Parts of what is printed, of a command that succeeds.
+        then: True of the folder afterwards.
     """
 
     command: str
     says: tuple[str, ...] | None
     make: Change
     notes: tuple[str, ...] = ()
+    then: Callable[[Path], bool] = lambda _: True
 
 
 def tensors(edit: Callable[[dict[str, torch.Tensor]], Any], *names: str) -> Change:
@@ -137,6 +142,94 @@ def template_of_list(folder: Path) -> None:
     file.write_text(json.dumps(json.loads(file.read_text()) | {"chat_template": named}))
 
 
+def on_hub(folder: Path) -> None:
+    """A repository with ``.bin`` alone, in the hub's cache."""
+    repository = folder / "hub" / "models--org--name"
+    (repository / "snapshots").mkdir(parents=True)
+    pickled_twin(folder / "b", repository / "snapshots" / "abc")
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text("abc")
+    recipe(models=[{"model": "a"}, {"model": "org/name"}])(folder)
+
+
+def vocabulary(name: str, edit: Callable[[dict[str, int]], object]) -> Change:
+    def change(folder):
+        file = folder / name / "tokenizer.json"
+        contents = json.loads(file.read_text())
+        edit(contents["model"]["vocab"])
+        file.write_text(json.dumps(contents))
+
+    return change
+
+
+def swap(tokens: dict[str, int]) -> None:
+    tokens["a"], tokens["b"] = tokens["b"], tokens["a"]
+
+
+def more_tokens(count: int) -> Callable[[dict[str, int]], object]:
+    return lambda tokens: tokens.update({f"<new {n}>": len(tokens) + n for n in range(count)})
+
+
+def longer(rows: int) -> Callable[[dict[str, torch.Tensor]], object]:
+    def edit(found):
+        for name in (EMBEDDING, "lm_head.weight"):
+            found[name] = torch.cat([found[name], found[name][:1].expand(rows, -1)])
+
+    return edit
+
+
+def adapter(changes: dict[str, Any], **parts: torch.Tensor) -> Change:
+    """The recipe is the base with an adapter of these parts."""
+
+    def change(folder):
+        (folder / "lora").mkdir()
+        settings = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ["q_proj"]}
+        write("lora/adapter_config.json", json.dumps(settings | changes))(folder)
+        named = {f"base_model.model.{name}": part for name, part in parts.items()}
+        save_file(named, folder / "lora" / "adapter_model.safetensors")
+        recipe(merge_method="passthrough", base_model=None, models=[{"model": "base+lora"}])(folder)
+        recipe(parameters={})(folder)
+
+    return change
+
+
+def live_names(folder: Path) -> None:
+    """An adapter of a multimodal base, by the names that its modules had in training."""
+    parts = {}
+    for name, weight in load_file(folder / "base" / WEIGHTS).items():
+        if "vision" not in name and name.endswith("q_proj.weight"):
+            module = f"model.language_model.layers.{name.split('layers.')[1]}".removesuffix(
+                ".weight"
+            )
+            parts[f"{module}.lora_A.weight"] = torch.ones(2, weight.shape[1])
+            parts[f"{module}.lora_B.weight"] = torch.ones(weight.shape[0], 2)
+    adapter({}, **parts)(folder)
+
+
+def rows_of(folder: Path) -> int:
+    return len(load_file(folder / "out" / WEIGHTS)[EMBEDDING])
+
+
+def differing(folder: Path) -> set[str]:
+    """Tensors of the result that are not the base's."""
+    mine, base = (load_file(folder / name / WEIGHTS) for name in ("out", "base"))
+    return {name for name in mine if not torch.equal(mine[name], base[name])}
+
+
+def fused(found: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Experts of a layer as one tensor, as transformers holds them."""
+    kept = {name: value for name, value in found.items() if ".experts." not in name}
+    for layer in range(2):
+        experts = f"model.layers.{layer}.mlp.experts"
+        gate, up, down = (
+            torch.stack([found[f"{experts}.{n}.{part}_proj.weight"] for n in range(4)])
+            for part in ("gate", "up", "down")
+        )
+        kept[f"{experts}.gate_up_proj"] = torch.cat([gate, up], 1)
+        kept[f"{experts}.down_proj"] = down
+    return kept
+
+
 STACK = """merge_method: passthrough
 slices:
 - sources: [{model: a, layer_range: [0, 2]}]
@@ -209,6 +302,7 @@ CASES = {
         text("base_model: base\ngate_mode: hidden\nexperts: []\n"),
     ),
     # files
+    "f01b": Case(BUILD, None, on_hub),
     "f02": Case(BUILD, None, stale_index),
     "f04 module": Case(
         BUILD, ("b", "'module.'", "wrapper"), renamed(lambda name: f"module.{name}")
@@ -313,7 +407,110 @@ CASES = {
         None,
         config("b", use_cache=False, max_position_embeddings=99, transformers_version="1"),
     ),
+    # vocabularies
+    "v04b": Case(
+        BUILD,
+        None,
+        both(vocabulary("base", more_tokens(6)), recipe(tokenizer_source="union")),
+        then=lambda folder: rows_of(folder) == 50,
+    ),
+    "v07b": Case(BUILD, None, vocabulary("a", swap), ("row 3 is 'a' and 'b'",)),
+    "v07b in a study": Case(CHECK, None, vocabulary("a", swap), ("row 3 is 'a' and 'b'",)),
+    "r01": Case(
+        CHECK,
+        ("study.yaml", "b'", "tokenizer_source: union"),
+        both(tensors(longer(2)), config("b", vocab_size=50), vocabulary("b", more_tokens(6))),
+    ),
+    "r01 as it says": Case(
+        CHECK,
+        None,
+        both(
+            tensors(longer(2)),
+            config("b", vocab_size=50),
+            vocabulary("b", more_tokens(6)),
+            study(tokenizer_source="union"),
+        ),
+    ),
+    # adapters
+    "l01c": Case(
+        BUILD,
+        None,
+        adapter(
+            {"modules_to_save": ["embed_tokens", "lm_head"]},
+            **{
+                "model.embed_tokens.weight": torch.ones(50, 32),
+                "lm_head.weight": torch.ones(50, 32),
+            },
+        ),
+        then=lambda folder: rows_of(folder) == 50,
+    ),
+    "l01d": Case(
+        BUILD,
+        None,
+        adapter(
+            {"trainable_token_indices": {"embed_tokens": [0, 2]}},
+            **{"model.embed_tokens.token_adapter.trainable_tokens_delta": torch.ones(2, 32)},
+        ),
+        then=lambda folder: differing(folder) == {EMBEDDING},
+    ),
+    "l02b": Case(
+        BUILD, None, kind("gemma3", live_names), then=lambda folder: len(differing(folder)) == 2
+    ),
+    # what goes along with the weights
+    "t02": Case(
+        BUILD,
+        None,
+        both(write("base/spiece.model", b"x"), write("base/sentencepiece.bpe.model", b"y")),
+        then=lambda folder: (
+            (folder / "out" / "spiece.model").read_bytes() == b"x"
+            and (folder / "out" / "sentencepiece.bpe.model").read_bytes() == b"y"
+        ),
+    ),
+    "x01": Case(
+        BUILD,
+        None,
+        both(
+            config("base", auto_map={"AutoConfig": "own.OwnConfig"}),
+            write("base/own.py", "class OwnConfig: ...\n"),
+        ),
+        then=lambda folder: (folder / "out" / "own.py").is_file(),
+    ),
+    # prompts
+    "r13": Case(
+        CHECK,
+        ("study.yaml", "'tell'", "system_instruction", "no system message"),
+        both(
+            write(
+                "base/chat_template.jinja",
+                "{% for m in messages if m.role == 'user' %}{{ m.content }}{% endfor %}",
+            ),
+            study(objective__apply_chat_template=True, objective__system_instruction="Be brief."),
+        ),
+    ),
+    "r13 as Gemma refuses it": Case(
+        CHECK,
+        ("study.yaml", "'tell'", "system_instruction", "no system message"),
+        both(
+            write(
+                "base/chat_template.jinja",
+                "{% if messages[0].role == 'system' %}"
+                "{{ raise_exception('System role not supported') }}{% endif %}"
+                "{% for m in messages %}{{ m.content }}{% endfor %}",
+            ),
+            study(objective__apply_chat_template=True, objective__system_instruction="Be brief."),
+        ),
+    ),
     # experts, masks, heads
+    "m04b": Case(
+        BUILD,
+        ("recipe.yaml", "experts"),
+        kind("qwen3_moe", tensors(fused), recipe(merge_method="task_arithmetic")),
+    ),
+    "m04b linear": Case(
+        BUILD,
+        ("recipe.yaml", "experts"),
+        kind("qwen3_moe", tensors(fused), recipe(merge_method="linear")),
+    ),
     "s01b": Case(BUILD, None, kind("qwen3_moe", text(STACK), mlp_only_layers=[0])),
     "n01 masks": Case(
         BUILD,
@@ -357,6 +554,7 @@ def test_reported_input_is_right_or_refused_with_its_reason(
     furnish(tmp_path, zoo)
     case.make(tmp_path)
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     capfd.readouterr()
     code = main(case.command.split())
     said = capfd.readouterr()
@@ -364,6 +562,7 @@ def test_reported_input_is_right_or_refused_with_its_reason(
         assert (code, said.err) == (0, "")
         printed = " ".join(said.out.split())
         assert all(part in printed for part in case.notes), printed
+        assert case.then(tmp_path)
         return
     assert shortcoming(case.says, code, said.err) is None
     assert not (tmp_path / "out").exists()
