@@ -1,13 +1,15 @@
 """What kills cost a run, and what several workers gain it; prints one JSON line an experiment.
 
-``python tests/bench/bench_faults.py coordinator workers throughput idle`` with
-``PYTHONPATH=tests/support``. The first three run the demo's study, whose models have to be trained
-already (``mergesearch demo``); the last simulates time.
+``python tests/bench/bench_faults.py coordinator path workers throughput steps idle`` with
+``PYTHONPATH=tests/support``. The last simulates time; the others run the demo's study, whose models
+have to be trained already (``mergesearch demo``), or another (``--study``).
 """
 
 import argparse
 import heapq
 import json
+import math
+import os
 import random
 import signal
 import sqlite3
@@ -15,7 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,8 +34,10 @@ from search.proposing.recipes import to_recipe
 from search.proposing.starts import warm_starts
 from search.running.evaluator import Evaluator
 from search.running.ray_workers import RayWorkers
+from search.running.run import Run
 from search.running.search_loop import search
-from search.running.workers import EvalJob, LocalWorker
+from search.running.tuner import Tuner
+from search.running.workers import Job, LocalWorker, Workers
 from search.storing.folder import DATABASE
 from search.storing.store import Store
 from search.study.reading import load_study
@@ -47,7 +51,7 @@ def counted(log: str, *arguments: str) -> None:
     """Run the command, with a line in a file for every block that a worker is given."""
     for kind in (LocalWorker, RayWorkers):
 
-        def submit(self: Any, worker: int, job: EvalJob, submit: Any = kind.submit) -> None:
+        def submit(self: Any, worker: int, job: Job, submit: Any = kind.submit) -> None:
             with Path(log).open("a") as file:
                 file.write(f"{job.recipe.key}\n")
             submit(self, worker, job)
@@ -57,13 +61,13 @@ def counted(log: str, *arguments: str) -> None:
 
 
 class Session:
-    """Sessions of one run of the demo's study, one after another."""
+    """Sessions of one run of a study, one after another."""
 
-    def __init__(self, folder: Path, *options: str) -> None:
+    def __init__(self, folder: Path, study: Path, *options: str) -> None:
         self.run, self.log = folder / "run", folder / "submitted"
         folder.mkdir(parents=True)
         self.log.touch()
-        self.command = [sys.executable, __file__, "counted", str(self.log), "run", str(STUDY)]
+        self.command = [sys.executable, __file__, "counted", str(self.log), "run", str(study)]
         self.command += ["--out", str(self.run), "--device", "cpu", *options]
 
     def start(self) -> subprocess.Popen[bytes]:
@@ -76,9 +80,7 @@ class Session:
 
     def wait_for(self, count: int, process: subprocess.Popen[bytes]) -> bool:
         """Whether so many were given before the session was over."""
-        while process.poll() is None and self.submitted < count:
-            time.sleep(0.01)
-        return process.poll() is None
+        return wait_until(lambda: self.submitted >= count, process)
 
     def rows(self, query: str) -> list[Row]:
         if not (self.run / DATABASE).exists():
@@ -95,6 +97,14 @@ class Session:
         )
 
     @property
+    def steps(self) -> list[Row]:
+        """Number, losses and evaluations of each step of tuning, and the weights of points."""
+        query = (
+            "select path, step, is_point, losses, evaluations, case when is_point then state end"
+        )
+        return self.rows(f"{query} from mergesearch_steps")
+
+    @property
     def answers(self) -> list[Row]:
         return self.rows("select recipe, split, block, answers from mergesearch_answers")
 
@@ -105,9 +115,9 @@ class Session:
 
 def coordinator(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
     """The coordinator is killed at random moments, and the run goes on each time."""
-    whole = Session(folder / "whole", "--trials", str(options.trials))
+    whole = Session(folder / "whole", options.study, "--trials", str(options.trials))
     assert whole.start().wait() == 0
-    killed = Session(folder / "killed", "--trials", str(options.trials))
+    killed = Session(folder / "killed", options.study, "--trials", str(options.trials))
     draw, before, lost, kills = random.Random(options.seed), [], 0, 0
     for moment in sorted(draw.sample(range(1, whole.submitted), options.kills)):
         process = killed.start()
@@ -136,7 +146,9 @@ def coordinator(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
 
 def workers(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
     """One of two Ray workers is killed at random moments."""
-    session = Session(folder / "run", "--trials", str(options.trials), "--workers", "2")
+    session = Session(
+        folder / "run", options.study, "--trials", str(options.trials), "--workers", "2"
+    )
     draw, kills = random.Random(options.seed), 0
     process = session.start()
     for moment in sorted(draw.sample(range(1, 4 * options.trials), options.kills)):
@@ -161,6 +173,42 @@ def workers(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
     }
 
 
+def path(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
+    """The coordinator is killed at random steps of a path of tuned weights, and goes on."""
+    more = ["--trials", str(options.trials)]
+    if options.workers > 1:  # without the option no Ray is needed
+        more += ["--workers", str(options.workers)]
+    whole = Session(folder / "whole", options.study, *more)
+    assert whole.start().wait() == 0
+    killed = Session(folder / "killed", options.study, *more)
+    draw, kills, alike = random.Random(options.seed), 0, 0
+    seconds = whole.rows("select max(seconds) from mergesearch_steps")[0][0]
+    for moment in sorted(draw.sample(range(1, len(whole.steps) - 1), options.kills)):
+        process = killed.start()
+        if wait_until(lambda moment=moment: len(killed.steps) > moment, process):
+            time.sleep(draw.uniform(0, seconds))
+            process.kill()
+            kills += 1
+        process.wait()
+        alike += killed.steps == whole.steps[: len(killed.steps)]
+    assert killed.start().wait() == 0
+    return {
+        "steps": len(whole.steps),
+        "kills": kills,
+        "same_until_each_kill": alike,
+        "same_steps": killed.steps == whole.steps,
+        "same_trials": killed.finished == whole.finished,
+        "same_recipe": killed.recipe == whole.recipe,
+    }
+
+
+def wait_until(happened: Callable[[], bool], process: subprocess.Popen[bytes]) -> bool:
+    """Whether something happened before a process was over."""
+    while process.poll() is None and not happened():
+        time.sleep(0.01)
+    return process.poll() is None
+
+
 def actors(pid: int) -> list[psutil.Process]:
     """The worker processes of a run."""
     while True:
@@ -176,28 +224,75 @@ def _name(process: psutil.Process) -> str:
         return ""
 
 
+class First:
+    """The first of some workers."""
+
+    def __init__(self, workers: Workers, count: int) -> None:
+        self.count = count
+        self.submit, self.next = workers.submit, workers.next
+        self.call, self.close = workers.call, workers.close
+
+
 def throughput(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
     """Two workers of one thread each against one of them, on the same recipes."""
-    spec = load_study(STUDY)
+    spec = load_study(options.study)
     context = load_outline(plan_study(spec))
     recipes = [to_recipe(context.space, point) for _, point in warm_starts(context.space)[:6]]
     crew = RayWorkers(spec, Hardware("cpu"), count=2)
     rates: dict[int, list[float]] = {2: [], 1: []}
     for number in range(9):
         for count, found in rates.items():
-            crew.count = count
-            evaluator = Evaluator(context, Store(folder / f"{number}-{count}.db"), crew)
+            store = Store(folder / f"{number}-{count}.db")
+            evaluator = Evaluator(context, store, First(crew, count))
             start = time.perf_counter()
             evaluator.evaluate(recipes, "search")
             items = len(recipes) * len(context.splits.search)
             found.append(items / (time.perf_counter() - start))
     crew.close()
-    gains = [two / one for two, one in zip(*rates.values(), strict=True)]
-    return {
-        "items_per_second_by_2": [round(rate) for rate in rates[2]],
-        "items_per_second_by_1": [round(rate) for rate in rates[1]],
-        "gain": float(np.median(gains)),
-    }
+    found = {f"items_per_second_by_{count}": rate for count, rate in rates.items()}
+    return {**found, "gain": gain(rates)}
+
+
+def steps(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
+    """Steps of tuning by several workers of one thread each, against those of one of them.
+
+    ``gain`` is of steps per second. ``cpu_gain`` is the same in CPU seconds, of the coordinator and
+    of the worker that had most, which other programs on the machine do not take.
+    """
+    spec = load_study(options.study)
+    context = load_outline(plan_study(spec))
+    crew = RayWorkers(spec, Hardware("cpu"), count=options.workers)
+    rates: dict[int, list[float]] = {options.workers: [], 1: []}
+    by_cpu: dict[int, list[float]] = {options.workers: [], 1: []}
+    weights = {}
+    for number in range(options.repeats + 1):
+        for count in rates:
+            (mine := folder / f"{number}-{count}").mkdir()
+            run = Run(mine, context, First(crew, count), lambda _: None)
+            run.bind_to_store()
+            before = cpu_seconds()
+            Tuner(run, math.inf).advance([])
+            spent = [now - then for now, then in zip(cpu_seconds(), before, strict=True)]
+            weights[count] = run.store.states(points=True)[-1][0]
+            if number:  # the first are slower
+                taken = [step.seconds for step in run.store.steps() if step.step]
+                rates[count].append(len(taken) / sum(taken))
+                by_cpu[count].append(len(taken) / (spent[0] + max(spent[1:])))
+    crew.close()
+    apart = np.abs(weights[1] - weights[options.workers]).max()
+    found = {f"steps_per_second_by_{count}": rate for count, rate in rates.items()}
+    return {**found, "gain": gain(rates), "cpu_gain": gain(by_cpu), "apart": float(apart)}
+
+
+def cpu_seconds() -> list[float]:
+    """CPU seconds of this process, and of each worker's."""
+    times = [actor.cpu_times() for actor in sorted(actors(os.getpid()), key=lambda one: one.pid)]
+    return [time.process_time(), *(each.user + each.system for each in times)]
+
+
+def gain(rates: dict[int, list[float]]) -> float:
+    """Return the median ratio of the rates of several workers, which come first, to one's."""
+    return float(np.median([more / one for more, one in zip(*rates.values(), strict=True)]))
 
 
 def idle(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
@@ -234,7 +329,9 @@ def longest(spent: Sequence[float], count: int) -> float:
     return max(ends)
 
 
-EXPERIMENTS = {each.__name__: each for each in (coordinator, workers, throughput, idle)}
+EXPERIMENTS = {
+    each.__name__: each for each in (coordinator, path, workers, throughput, steps, idle)
+}
 
 
 if __name__ == "__main__":
@@ -245,8 +342,11 @@ if __name__ == "__main__":
     parser.add_argument("--trials", type=int, default=40)
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--study", type=Path, default=STUDY)
+    parser.add_argument("--workers", type=int, default=2, help="of the experiments path and steps")
+    parser.add_argument("--repeats", type=int, default=3, help="of the experiment steps")
     chosen = parser.parse_args()
     for name in chosen.experiments:
         with tempfile.TemporaryDirectory() as folder:
             found = EXPERIMENTS[name](Path(folder), chosen)
-        print(json.dumps({"experiment": name, **vars(chosen), **found}), flush=True)
+        print(json.dumps({"experiment": name, **vars(chosen), **found}, default=str), flush=True)
