@@ -141,7 +141,8 @@ class Measurements:
         self.kept.clear()
 
     def _read(self, model: str, name: str) -> Tensor:
-        return self._placement.read(model, name)
+        """Return a model's tensor on the device that builds, where it is measured."""
+        return self._placement.read(model, name).to(self._placement.device)
 
     def _task_vector(self, name: str, donor: str, base: str) -> Tensor:
         return self._read(donor, name).float() - self._read(base, name).float()

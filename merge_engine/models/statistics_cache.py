@@ -9,7 +9,8 @@ cannot be stored is not.
 The folder has a size limit, beyond which the least recently used files are removed. It is measured
 when a ``StatisticsCache`` first stores a file, and again after each 64th of the limit that it has
 stored, so it may exceed the limit by that much. Several processes may do so at once: a file that is
-mapped by one can be read to the end, and one that is gone is computed again.
+mapped by one can be read to the end, and one that is gone is computed again. Of several that lack
+a file one computes it, and the others wait for it.
 """
 
 from __future__ import annotations
@@ -20,10 +21,11 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
+from filelock import FileLock
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -68,11 +70,14 @@ class StatisticsCache:
 
     def load_or_make(self, file: Path, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
         """Return named tensors on the CPU, mapped from a file that is made if it is missing."""
-        found = _load(file)
-        if found is None:
-            made = make()
-            self._store(file, made)
-            found = _load(file) or made  # mapped, so that it takes no memory of the process's own
+        if (found := _load(file)) is not None:
+            return found
+        with _one_at_a_time(file.parent):
+            found = _load(file)  # another worker may have made it meanwhile
+            if found is None:
+                made = make()
+                self._store(file, made)
+                found = _load(file) or made  # mapped, so that it takes no memory of our own
         return found
 
     def _store(self, file: Path, tensors: dict[str, Tensor]) -> None:
@@ -120,6 +125,22 @@ class StatisticsCache:
                 file.unlink()
             held -= size
         return most
+
+
+@contextlib.contextmanager
+def _one_at_a_time(folder: Path) -> Iterator[None]:
+    """Let one process measure what a folder lacks, where files can be locked."""
+    lock = FileLock(folder / ".lock")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock.acquire()
+    except (OSError, NotImplementedError):  # a disk that is full, or cannot be written
+        yield
+        return
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def _load(file: Path) -> dict[str, Tensor] | None:

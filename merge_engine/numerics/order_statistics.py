@@ -82,8 +82,8 @@ class Magnitudes:
         first = torch.searchsorted(ordered, values).cpu()
         equals = torch.searchsorted(ordered, values, right=True).cpu() - first
         lower = ((ranks - first).double() / equals).float()
-        sums = np.add.reduceat(ordered.cpu().numpy(), ranks.numpy(), dtype=np.float64)
-        masses = torch.from_numpy(sums).cumsum(0) - torch.from_numpy(sums)
+        sums = segment_sums(ordered, ranks)
+        masses = sums.cumsum(0) - sums
         return cls(ranks, values.cpu(), lower, masses, float(sums.sum()))
 
     @classmethod
@@ -134,6 +134,20 @@ class Magnitudes:
         if rank >= self.size:
             return None
         return round(rank * (len(self.ranks) - 1) / max(1, self.size - 1))
+
+
+def segment_sums(numbers: Tensor, starts: Tensor) -> Tensor:
+    """Sum numbers (size,) from each ascending start (m,) to the next: (m,) float64, on the CPU."""
+    if numbers.device.type == "cpu":
+        sums = np.add.reduceat(numbers.numpy(), starts.numpy(), dtype=np.float64)
+        return torch.from_numpy(sums)
+    return segment_sums_on_device(numbers, starts).cpu()
+
+
+def segment_sums_on_device(numbers: Tensor, starts: Tensor) -> Tensor:
+    """Return ``segment_sums`` without a copy of the numbers to the host."""
+    lengths = torch.diff(starts, append=torch.tensor([len(numbers)])).to(numbers.device)
+    return torch.segment_reduce(numbers.double(), "sum", lengths=lengths)
 
 
 @functools.lru_cache(maxsize=64)  # a model's tensors are of a few sizes, and share them

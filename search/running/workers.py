@@ -25,6 +25,7 @@ from merge_engine.building.export import CheckpointFiles, write_checkpoint
 from merge_engine.building.recipe_gradient import RecipeGradient
 from merge_engine.building.units import Units
 from merge_engine.errors import MergeError, reason
+from merge_engine.numerics.heap import trim_heap
 from merge_engine.out_of_memory import is_out_of_memory
 from merge_engine.recipe.recipe import Recipe
 from merge_engine.replacing import replace_text
@@ -187,6 +188,7 @@ class Worker:
             builder.build(job.recipe)
             if job.weights:
                 found, gradient = self._gradients().of_items(loss, job.items, job.weights)
+                trim_heap()  # activations leave holes of their size
                 by_model = self._by_model(job.recipe, gradient)
                 return LossReply(found.tolist(), by_model, time.perf_counter() - start)
             with torch.no_grad():

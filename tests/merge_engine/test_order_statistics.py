@@ -10,7 +10,15 @@ from torch import Tensor
 
 from in_memory import in_memory
 from merge_engine.building.builder import merge_tensor
-from merge_engine.numerics.order_statistics import NOTHING, TABLE, Band, Magnitudes, Variances
+from merge_engine.numerics.order_statistics import (
+    NOTHING,
+    TABLE,
+    Band,
+    Magnitudes,
+    Variances,
+    segment_sums,
+    segment_sums_on_device,
+)
 from merge_engine.numerics.statistics import variance
 from merge_engine.recipe.recipe_file import parse_recipe
 
@@ -273,3 +281,13 @@ def test_equal_tensors_have_no_variance_at_all():
     delta = torch.randn(1000, generator=torch.Generator().manual_seed(4))
     assert not variance([delta] * 3).any()
     assert Variances.of(torch.zeros(1000), [delta] * 3).positive == 0
+
+
+@pytest.mark.parametrize("size", [1, 7, 1000, TABLE + 5])
+def test_sums_between_ranks_are_the_same_however_they_are_added(size):
+    numbers = normal(size, 5).abs().sort().values
+    starts = torch.arange(0, size, 3)
+    expected = [float(part.double().sum()) for part in numbers.split(3)]
+    for found in (segment_sums(numbers, starts), segment_sums_on_device(numbers, starts)):
+        assert found.dtype == torch.float64
+        assert found.tolist() == pytest.approx(expected, rel=1e-12)

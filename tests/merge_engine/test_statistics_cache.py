@@ -2,7 +2,10 @@
 
 import os
 import shutil
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Barrier
 
 import pytest
 import torch
@@ -40,7 +43,7 @@ def models(tmp_path_factory):
 
 def files(folder):
     """Files of the cache and others, without the notes of checksums."""
-    found = [path for path in folder.rglob("*") if path.is_file()]
+    found = [path for path in folder.rglob("*") if path.is_file() and path.name != ".lock"]
     return [path for path in found if path.parent != folder / "checksums"]
 
 
@@ -278,3 +281,22 @@ def test_files_that_others_remove_meanwhile_are_no_error(folder, monkeypatch):
     monkeypatch.setenv("MERGESEARCH_CACHE_LIMIT", "2000")
     StatisticsCache().trim()
     assert sorted(files(folder)) == sorted(cached[4:])
+
+
+def test_one_of_several_workers_measures_what_all_of_them_lack(folder):
+    file, made = StatisticsCache().file_of("kind", [("print", "x")]), []
+    both_began = Barrier(2)
+
+    def work(_):
+        both_began.wait()
+        return StatisticsCache().load_or_make(file, make)["x"]
+
+    def make():
+        made.append(1)
+        time.sleep(0.2)
+        return {"x": torch.arange(5)}
+
+    with ThreadPoolExecutor(2) as pool:
+        found = [*pool.map(work, range(2))]
+    assert [tensor.tolist() for tensor in found] == [[0, 1, 2, 3, 4]] * 2
+    assert len(made) == 1
