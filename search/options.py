@@ -193,7 +193,7 @@ class BuildOptions(Options):
 class ScoreOptions(Options):
     """Score a model as a study does."""
 
-    model: str = _argument("MODEL", "a checkpoint folder, a hub id or a recipe's YAML file")
+    model: str = _argument("MODEL", "a folder, a hub id, BASE+ADAPTER or a recipe's YAML file")
     study: Path = _argument("STUDY", "the study's YAML file", Path)
     split: Literal["search", "select", "test"] = _argument(
         "--split S",

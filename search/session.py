@@ -110,7 +110,7 @@ class Session:
 
         new = self.options.force_new
         storage = Storage.of(self.folder, self.options.storage, new=new)
-        storage.check()
+        storage.check(self.folder)
         if not new:
             check_run(self.folder, self.spec, storage)
 

@@ -20,13 +20,13 @@ from merge_engine.building.builder import Builder
 from merge_engine.errors import MergeError, reason
 from merge_engine.models.alignment import text_config
 from merge_engine.models.architecture import auto_class, load_config, make_without_weights
-from merge_engine.models.checkpoint import Checkpoint
+from merge_engine.models.checkpoint import Adapted, Checkpoint, open_model
 from merge_engine.models.model_set import ModelSet
 from merge_engine.models.vocabulary import Vocabulary, load_tokenizer
 from merge_engine.numerics.kernel_runner import configure_compiler
 from merge_engine.out_of_memory import is_out_of_memory
 from merge_engine.recipe.recipe import Tokenizer
-from merge_engine.recipe.recipe_file import load_recipe
+from merge_engine.recipe.recipe_file import load_recipe, parse_recipe
 from merge_engine.schema import find_folder
 from search.preparing.offload import check_offload, offload
 from search.proposing.space import Space
@@ -194,7 +194,9 @@ def open_model_set(
 def load_scored(
     spec: StudySpec, model: str, hardware: Hardware
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Load a checkpoint, hub id or recipe file as a live model in the study's dtype.
+    """Load a checkpoint, hub id, ``base+adapter`` or recipe file as a live model.
+
+    It has the study's dtype.
 
     In a study with a tokenizer its models get that, and other checkpoints need to have it.
 
@@ -221,10 +223,13 @@ def load_scored(
     elif spec.tokenizer and name in names:
         recipe, models = baselines(Space.from_spec(spec, mine.layer_filters, dtype))[name], mine
     else:
-        checkpoint = Checkpoint(model)
+        checkpoint = open_model(model)
         _check_same_tokens(checkpoint, mine.vocabulary)
-        live = load_model(spec, checkpoint, dtype, hardware.device)
-        return live, study_tokenizer(spec, mine)
+        if not isinstance(checkpoint, Adapted):
+            live = load_model(spec, checkpoint, dtype, hardware.device)
+            return live, study_tokenizer(spec, mine)
+        models, whole = open_model_set([model]), {"model": model, "parameters": {"weight": 1.0}}
+        recipe, _ = parse_recipe({"merge_method": "linear", "models": [whole]}, model)
     live = load_model(spec, models.reference, dtype, hardware.device, models.vocabulary)
     Builder(live, models).build(recipe)
     return live, study_tokenizer(spec, models if recipe.vocabulary or spec.tokenizer else mine)

@@ -13,6 +13,15 @@ from search.showing.progress import Progress, write_stopping
 if TYPE_CHECKING:
     from search.storing.trials import TrialRecord
 
+
+def _stored(event: events.RunFinished) -> dict[str, Any]:
+    """Read a run's result from its file, which names folders without their paths."""
+    from search.storing.result import RESULT
+
+    stored: dict[str, Any] = json.loads((event.folder / RESULT).read_bytes())
+    return stored
+
+
 # Name and facts of each kind of event but trials; kinds that are not listed are not written.
 _LINES: Final[Mapping[type, Callable[[Any], tuple[str, Mapping[str, Any]]]]] = {
     events.PlanReady: lambda event: ("plan", {"text": str(event.line)}),
@@ -31,10 +40,7 @@ _LINES: Final[Mapping[type, Callable[[Any], tuple[str, Mapping[str, Any]]]]] = {
         "result",
         {"samples": [sample.model_dump(mode="json") for sample in event.samples]},
     ),
-    events.RunFinished: lambda event: (
-        "result",
-        event.result.model_dump(mode="json") | {"run": str(event.folder)},
-    ),
+    events.RunFinished: lambda event: ("result", _stored(event) | {"run": str(event.folder)}),
     events.CommandDone: lambda event: ("result", event.facts),
 }
 

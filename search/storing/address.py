@@ -125,9 +125,15 @@ class Storage:
             options = CONNECT_OPTIONS["sqlite"]
         return {"connect_args": options, "pool_pre_ping": not self.is_file}
 
-    def check(self) -> None:
-        """Connect once, if there is a server, to see that it lets us in."""
+    def check(self, run: Path) -> None:
+        """Connect once, if there is a server, to see that it lets us in.
+
+        A file needs its folder, unless that is the run's, which is made.
+        """
         if self.is_file:
+            folder = Path(str(self.url.database)).parent
+            if not folder.is_dir() and folder != run.absolute():
+                raise StudyError(f"--storage: {folder}: no such folder; make it, or name another")
             return
         with opening(self):
             engine = create_engine(self.url, **self.engine_options())

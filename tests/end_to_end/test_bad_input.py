@@ -715,6 +715,9 @@ MISTAKES = {
     "database that is no URL": Mistake(
         f"{RUN} --storage mine", ("--storage", "postgresql+psycopg://")
     ),
+    "database in a folder that is not there": Mistake(
+        f"{RUN} --storage sqlite:////nowhere/x.db", ("--storage", "/nowhere", "no such folder")
+    ),
     # places and runs
     "folder of something else": Mistake(
         "run study.yaml --out tasks --device cpu", ("tasks", "other files", "choose")

@@ -456,6 +456,18 @@ CASES = {
     "l02b": Case(
         BUILD, None, kind("gemma3", live_names), then=lambda folder: len(differing(folder)) == 2
     ),
+    "l02 scored": Case(
+        "score base+lora study.yaml --device cpu",
+        None,
+        adapter(
+            {},
+            **{
+                "model.layers.0.self_attn.q_proj.lora_A.weight": torch.ones(2, 32),
+                "model.layers.0.self_attn.q_proj.lora_B.weight": torch.ones(32, 2),
+            },
+        ),
+        ("base+lora",),
+    ),
     # what goes along with the weights
     "t02": Case(
         BUILD,
@@ -510,6 +522,14 @@ CASES = {
         BUILD,
         ("recipe.yaml", "experts"),
         kind("qwen3_moe", tensors(fused), recipe(merge_method="linear")),
+    ),
+    "r08": Case(
+        CHECK,
+        ("study.yaml", "'lm_head.weight'", "untied"),
+        both(
+            *(config(name, tie_word_embeddings=True) for name in ("base", "b")),
+            tensors(lambda found: found.pop("lm_head.weight") is None, "base", "b"),
+        ),
     ),
     "s01b": Case(BUILD, None, kind("qwen3_moe", text(STACK), mlp_only_layers=[0])),
     "n01 masks": Case(
