@@ -139,7 +139,12 @@ def search_all(
             search_within(runs[name], budget)
     first = runs["mergesearch"]
     if cma:
-        runs["cma-es"] = open_run(out / f"seed{seed}-cma", first.context)
+        whole = {
+            "block": first.spec.objective.items.search
+        }  # it evaluates all search items at once
+        objective = first.spec.objective.model_copy(update=whole)
+        spec = first.spec.model_copy(update={"objective": objective})
+        runs["cma-es"] = open_run(out / f"seed{seed}-cma", replace(first.context, spec=spec))
         search_with_cma(runs["cma-es"], spent(first))
     return runs
 
