@@ -137,15 +137,12 @@ def search_all(
         runs[name] = open_run(out / f"seed{seed}-{name}", replace(context, spec=spec))
         with locked(runs[name].folder):
             search_within(runs[name], budget)
-    first = runs["mergesearch"]
-    if cma:
-        whole = {
-            "block": first.spec.objective.items.search
-        }  # it evaluates all search items at once
-        objective = first.spec.objective.model_copy(update=whole)
-        spec = first.spec.model_copy(update={"objective": objective})
-        runs["cma-es"] = open_run(out / f"seed{seed}-cma", replace(first.context, spec=spec))
-        search_with_cma(runs["cma-es"], spent(first))
+    if cma:  # a candidate is evaluated on all search items at once, and nothing is tuned
+        context, own = contexts["untuned"], runs["untuned"].spec
+        whole = {"block": own.objective.items.search}
+        own = own.model_copy(update={"objective": own.objective.model_copy(update=whole)})
+        runs["cma-es"] = open_run(out / f"seed{seed}-cma", replace(context, spec=own))
+        search_with_cma(runs["cma-es"], spent(runs["mergesearch"]))
     return runs
 
 
