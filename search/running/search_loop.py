@@ -74,6 +74,10 @@ class SearchLoop:
     """The trials in the race, one for each worker.
 
     After ``deadline``, by ``time.perf_counter``, no further trial is begun.
+
+    Attributes:
+        starts_wait: Whether the warm starts are yet to be queued, after the first path of tuned
+            weights.
     """
 
     def __init__(
@@ -89,7 +93,7 @@ class SearchLoop:
         self.race = open_race(run)
         self.tuner = Tuner(run, deadline, ranking)
         self._ranking = ranking
-        self._starts_wait = True  # until the first path of tuned weights is at its end
+        self.starts_wait = True
         self._waiting: dict[Blocks, list[RunningTrial]] = {}  # trials by the block they need
 
     def work(self) -> None:
@@ -122,7 +126,7 @@ class SearchLoop:
             Whether one was begun.
         """
         opening = self.tuner.opens(trials)
-        if self._starts_wait and not opening:
+        if self.starts_wait and not opening:
             self._enqueue_starts()
         begun = False
         while self.run.evaluator.idle and self._may_begin():
@@ -139,7 +143,7 @@ class SearchLoop:
 
     def _enqueue_starts(self) -> None:
         """Queue the warm starts that no session has queued before."""
-        self._starts_wait = False
+        self.starts_wait = False
         known = {trial.start for trial in self.run.log.records()}
         for label, point in warm_starts(self.run.space, self._ranking):
             if label not in known:

@@ -196,6 +196,7 @@ class System:
             loop.race.stop_below = -1.0
         if not isinstance(self.sampler, str):
             loop.proposer = RivalProposer(self.sampler(space, run.spec.search.seed), space)
+            loop.starts_wait, loop.tuner.ended = False, True  # a rival proposes all trials
         loop.work()
 
 

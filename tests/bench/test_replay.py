@@ -42,3 +42,39 @@ def test_highest_mean_seen_overstates_and_fresh_items_do_not():
     lucky, fresh = (float(np.mean(means)) for means in claims.values())
     assert lucky > fresh + 0.01
     assert fresh == pytest.approx(0.0, abs=0.03)
+
+
+class OneWeight:
+    """A rival that proposes one weight for all donors, larger each time."""
+
+    def __init__(self, space, seed):
+        self.space, self.asked, self.told = space, [], []
+
+    def ask(self):
+        weight = 0.1 + 0.01 * len(self.asked)
+        point = self.space.point("task_arithmetic", (weight,) * len(self.space.donors))
+        self.asked.append(point)
+        return point
+
+    def tell(self, trial):
+        self.told.append(trial)
+
+
+@pytest.mark.parametrize("raced", [True, False])
+def test_a_rival_proposes_every_trial_and_is_told_its_own(raced):
+    made, trials = [], []
+
+    def make(space, seed):
+        made.append(OneWeight(space, seed))
+        return made[0]
+
+    def goes_on(run):
+        trials[:] = run.log.complete()
+        return len(trials) < 5
+
+    watch(System(make, LuckyMaximum(), raced=raced, baselines=False), planted(0), 0, goes_on)
+    (rival,) = made
+    assert [trial.start for trial in trials] == [None] * 5
+    assert [trial.point for trial in trials] == rival.asked[:5]
+    assert [trial.point for trial in rival.told] == rival.asked[: len(rival.told)]
+    assert len(rival.told) >= 4
