@@ -17,14 +17,15 @@ def forward_passes(
     """Estimate from a language model's text config.
 
     Args:
-        config: As transformers writes it; of what it does not say, nothing is counted.
+        config: As transformers writes it, the largest of a list of layers' numbers; of what it does
+            not say, nothing is counted.
         itemsize: Bytes of a number of the live model.
         tokens: Of a batch.
         tuned: Whether weights are tuned by gradient.
     """
 
     def of(*names: str) -> int:
-        return next((int(config[name]) for name in names if config.get(name)), 0)
+        return next((_largest(config[name]) for name in names if config.get(name)), 0)
 
     layers, hidden = of("num_hidden_layers", "n_layer"), of("hidden_size", "n_embd")
     inner = of("intermediate_size", "n_inner") or 4 * hidden
@@ -40,3 +41,9 @@ def forward_passes(
     tuning = scoring + tokens * layers * (10 * hidden + 4 * inner) * itemsize
     tuning += 2 * hidden * max(vocabulary, inner) * itemsize
     return ForwardPasses(scoring, tuning if tuned else 0)
+
+
+def _largest(number: Any) -> int:
+    """Return a number of a config, the largest of a list; 0 if it is neither."""
+    numbers = number if isinstance(number, list | tuple) else [number]
+    return max((int(each) for each in numbers if isinstance(each, int | float)), default=0)
