@@ -14,6 +14,7 @@ import numbers
 import re
 import sys
 from collections.abc import Sequence
+from itertools import compress
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -56,13 +57,15 @@ def judge(questions: Sequence[Question], seconds: float) -> list[ItemResult]:
     """
     for question in questions:
         _check_numbers(question)
-    untrusted = [question for question in questions if is_untrusted(question)]
+    is_apart = [is_untrusted(question) for question in questions]
+    untrusted = [*compress(questions, is_apart)]
     judged: list[ItemResult] = []
     while len(judged) < len(untrusted):
         judged += _judge_until_stopped(untrusted[len(judged) :], seconds)
     apart = iter(judged)
     return [
-        next(apart) if is_untrusted(question) else _result_of(question) for question in questions
+        next(apart) if own else _result_of(question)
+        for question, own in zip(questions, is_apart, strict=True)
     ]
 
 

@@ -74,8 +74,8 @@ class LoglikelihoodScorer:
         planned: list[PrefixBatches] = []
         most = self._runner.tokens_per_batch if modes.tree else 0
         for of_task in by_task.values():
-            apart = of_task if modes.prefix or not modes.tree else join_groups(of_task, most)
-            trees = build_trees(apart, most)
+            joins = modes.tree and not modes.prefix
+            trees = build_trees(join_groups(of_task, most) if joins else of_task, most)
             groups = group_by_prefix(trees) if modes.prefix else [((), trees)]
             planned += [self._batched(prefix, rows) for prefix, rows in groups]
         return (*planned, self._batched((), build_trees(beyond, 0)))

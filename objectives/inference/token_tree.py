@@ -158,11 +158,8 @@ def build_tree(requests: Iterable[Request]) -> TokenTree:
 
 def build_trees(requests: Iterable[Request], max_tokens: float) -> list[TokenTree]:
     """Build one tree per group, or per sequence for trees with branches above ``max_tokens``."""
-    by_group: dict[Hashable, list[Request]] = defaultdict(list)
-    for request in requests:
-        by_group[request.group].append(request)
     trees: list[TokenTree] = []
-    for group in by_group.values():
+    for group in _by_group(requests):
         tree = build_tree(group)
         if tree.is_chain or len(tree) <= max_tokens:
             trees.append(tree)
@@ -174,6 +171,13 @@ def build_trees(requests: Iterable[Request], max_tokens: float) -> list[TokenTre
     return trees
 
 
+def _by_group(requests: Iterable[Request]) -> list[list[Request]]:
+    by_group: dict[Hashable, list[Request]] = defaultdict(list)
+    for request in requests:
+        by_group[request.group].append(request)
+    return [*by_group.values()]
+
+
 def join_groups(requests: Iterable[Request], max_tokens: int) -> list[Request]:
     """Put requests of several groups into one where a shared beginning is worth it.
 
@@ -183,10 +187,7 @@ def join_groups(requests: Iterable[Request], max_tokens: int) -> list[Request]:
         requests: Of any groups.
         max_tokens: Of a joint tree at most.
     """
-    by_group: dict[Hashable, list[Request]] = defaultdict(list)
-    for request in requests:
-        by_group[request.group].append(request)
-    groups = sorted(by_group.values(), key=lambda group: min(each.inputs for each in group))
+    groups = sorted(_by_group(requests), key=lambda group: min(each.inputs for each in group))
     joined: list[list[Request]] = []
     length = 0  # tokens of the last joint tree
     for group in groups:

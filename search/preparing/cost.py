@@ -38,7 +38,7 @@ def describe_tuning(plan: StudyPlan) -> list[str]:
     return [
         f"tuning: {units} weights for each of {donors} donors, by gradient; at most {steps} steps "
         f"of {batch} items, {GRADIENT_COST * batch * steps:,} of the item evaluations; beside the "
-        "live model it holds the gradient of one tensor and the activations of 8 items"
+        "live model it holds the gradient of one tensor and the activations of up to 8 items"
     ]
 
 

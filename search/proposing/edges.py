@@ -18,9 +18,7 @@ from search.study.parameters import searchable
 
 NEAR: Final = 0.05  # of a range's width: a value so near an edge lies at it
 STEP: Final = 0.5  # of a range's width, by which it is widened
-MOSTLY_TUNED: Final = (
-    0.5  # strength of tuned weights beyond which the flat ones' scale tells little
-)
+MOSTLY_TUNED: Final = 0.5  # strength beyond which the flat weights' scale tells little
 WIDEST: Final = 100.0  # widths, if a parameter has no limit
 
 

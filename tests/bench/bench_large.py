@@ -114,8 +114,8 @@ def peak() -> int:
     return kilobytes << 10
 
 
-def measure(context: LiveContext, out: Path) -> dict[str, object]:
-    """Build, score and export."""
+def measure(context: LiveContext, out: Path, model: int) -> dict[str, object]:
+    """Build, score and export; ``model`` are the bytes of one."""
     space, worker = context.space, Worker(context)
     seconds: dict[str, float] = {}
     k = len(space.donors)
@@ -129,7 +129,6 @@ def measure(context: LiveContext, out: Path) -> dict[str, object]:
     evaluated = [(EvalJob(recipe, context.splits.test), reply.results)]
     with timed(seconds, "export"):
         worker.export(recipe, evaluated, out / "checkpoint", "")
-    model = sum(tensor.numel() for tensor in context.builder.model.parameters()) * DTYPE.itemsize
     build = {method: round(seconds[method], 2) for method in space.methods}
     moved = {method: (k + 1 + (METHODS[method].base is Base.ORIGIN)) * model for method in build}
     return {
@@ -173,7 +172,7 @@ def main() -> None:
     context = load(plan, Hardware("cpu"))
     model = sum(tensor.numel() for tensor in context.builder.model.parameters()) * DTYPE.itemsize
     whole = whole_model(given.layers, model, given.donors, given.bandwidth, given.host)
-    print(json.dumps({**measure(context, given.out), "said": said, "whole": whole}))
+    print(json.dumps({**measure(context, given.out, model), "said": said, "whole": whole}))
 
 
 if __name__ == "__main__":

@@ -38,8 +38,16 @@ from search.preparing.models import Hardware
 from search.running.workers import AT_ONCE, EvalJob, LossJob, Worker
 from search.study.reading import load_study
 from tiny_models import tiny_tokenizer
-from tiny_tasks import mean_of, write_rows, write_task
+from tiny_tasks import ANSWER, CHOICE, mean_of, write_rows, write_task
 
+TASKS = {
+    "choice": CHOICE | {"metric_list": mean_of("acc")},
+    "answer": ANSWER
+    | {
+        "doc_to_target": "{{choices[gold]}}",
+        "generation_kwargs": {"until": ["\n"], "max_gen_toks": 64, "do_sample": False},
+    },
+}
 SHAPES = {  # layers, hidden, intermediate, heads, key-value heads, vocabulary
     "135m": (30, 576, 1536, 9, 3, 49_152),
     "1b": (16, 2048, 8192, 32, 8, 128_256),
@@ -95,28 +103,10 @@ def make_study(folder: Path, methods: list[str], donors: int) -> Path:
         {"question": f"{n} " + "which of these? " * 5, "choices": choices, "gold": n % 2}
         for n in range(400)
     ]
-    for name in ("choice", "answer"):
+    for name, settings in TASKS.items():
         write_rows(folder / f"{name}.jsonl", rows)
-    files = {name: str(folder / f"{name}.jsonl") for name in ("choice", "answer")}
-    common = {"doc_to_text": "{{question}}", "metric_list": mean_of("acc")}
-    write_task(
-        folder,
-        "choice",
-        output_type="multiple_choice",
-        dataset_kwargs={"data_files": {"test": files["choice"]}},
-        doc_to_choice="choices",
-        doc_to_target="gold",
-        **common,
-    )
-    write_task(
-        folder,
-        "answer",
-        output_type="generate_until",
-        dataset_kwargs={"data_files": {"test": files["answer"]}},
-        doc_to_target="{{choices[gold]}}",
-        generation_kwargs={"until": ["\n"], "max_gen_toks": 64, "do_sample": False},
-        **common | {"metric_list": mean_of("exact_match")},
-    )
+        files = {"test": str(folder / f"{name}.jsonl")}
+        write_task(folder, name, **settings | {"dataset_kwargs": {"data_files": files}})
     study = {
         "base_model": str(folder / "base"),
         "models": [str(folder / f"donor{number}") for number in range(1, donors + 1)],
