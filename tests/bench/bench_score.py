@@ -5,8 +5,9 @@ A llama of 55 M random weights and 32,768 words is evaluated on made-up document
 no bootstrap. One JSON line per task:
 
     python tests/bench/bench_score.py [--tasks letters,...] [--device cuda --dtype bfloat16]
-        [--items N] [--layers N]
+        [--items N] [--layers N] [--study STUDY.yaml]
 
+With ``--study`` it is the base model of that study, in its own dtype, and the study's tasks.
 ``ratio`` is its CPU seconds divided by ours (wall seconds on a GPU), ``ratio_in_model_calls`` the
 same for the seconds inside its language model alone; ``overhead`` is our share outside the model's
 forward pass. For the task ``growth``, ``ratio`` is the cost of an item among 2,000 divided by that
@@ -24,6 +25,7 @@ import random
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -36,8 +38,10 @@ from lm_eval.tasks import TaskManager
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from objectives.entries import TaskEntry
+from objectives.harness.encoding import Prompting
 from objectives.harness.harness import Harness
 from objectives.harness.tasks import load_tasks
+from search.study.reading import load_study
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz012345"
 WORDS = ["".join(letters) for letters in itertools.product(LETTERS, repeat=3)]
@@ -189,11 +193,36 @@ class Meter:
         return taken
 
 
+@dataclass(frozen=True)
+class Subject:
+    """What is measured: a task whose files are in a folder, asked of a model."""
+
+    task: str
+    count: int  # items of it, the first
+    folder: Path
+    model: transformers.PreTrainedModel
+    tokenizer: transformers.PreTrainedTokenizerBase
+    chat: bool = False  # under the tokenizer's chat template
+
+
 @contextlib.contextmanager
-def task_folder(task: str, count: int) -> Iterator[Path]:
+def made_up(task: str, given: argparse.Namespace) -> Iterator[Subject]:
+    model = make_model(given.device, given.dtype, given.layers)
+    count = 2000 if task == "growth" else min(given.items, DOCUMENTS[task])
     with tempfile.TemporaryDirectory() as name, contextlib.chdir(name):
         write_task(Path(name), task, count)
-        yield Path(name)
+        yield Subject(task, count, Path(name), model, make_tokenizer())
+
+
+@contextlib.contextmanager
+def of_study(task: str, given: argparse.Namespace) -> Iterator[Subject]:
+    spec = load_study(given.study)
+    base, folder = str(spec.base_model), Path(spec.objective.include_path[0])
+    model = transformers.AutoModelForCausalLM.from_pretrained(base, dtype="auto").eval()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(base)
+    chat = spec.objective.apply_chat_template
+    with contextlib.chdir(folder):
+        yield Subject(task, given.items, folder, model.to(given.device), tokenizer, chat)
 
 
 def clock_of(device: str) -> Callable[[], float]:
@@ -204,50 +233,52 @@ def clock_of(device: str) -> Callable[[], float]:
     return wall if device.startswith("cuda") else time.process_time
 
 
-def compare(
-    task: str, count: int, model: transformers.PreTrainedModel, clock: Callable[[], float]
-) -> dict:
-    with task_folder(task, count) as folder:
-        tokenizer = make_tokenizer()
-        meter = Meter(model, clock)
-        stock = Watched(
-            clock, pretrained=model, tokenizer=tokenizer, batch_size=32, softmax_dtype="float32"
-        )
-        manager = TaskManager(include_defaults=False, include_path=str(folder))
-        loaded = list(manager.load([task])["tasks"].values())
+def compare(subject: Subject, clock: Callable[[], float]) -> dict:
+    task, model, tokenizer = subject.task, subject.model, subject.tokenizer
+    meter = Meter(model, clock)
+    stock = Watched(
+        clock, pretrained=model, tokenizer=tokenizer, batch_size=32, softmax_dtype="float32"
+    )
+    manager = TaskManager(include_defaults=False, include_path=str(subject.folder))
+    loaded = list(manager.load([task])["tasks"].values())
+    meter.take()
+    start = clock()
+    simple_evaluate(
+        stock,
+        tasks=loaded,
+        task_manager=manager,
+        limit=subject.count,
+        apply_chat_template=subject.chat,
+        bootstrap_iters=0,
+        log_samples=False,
+    )
+    before = clock() - start
+    tokens_before, _ = meter.take()
+    mine = load_tasks([TaskEntry(task=task)], [subject.folder])
+    prompting = Prompting(apply_chat_template=subject.chat)
+    harness = Harness(mine, model=model, tokenizer=tokenizer, prompting=prompting)
+    items = range(min(subject.count, len(harness.items)))
+    harness.score(model, items)  # plans
+    trials = []
+    for _ in range(2):
         meter.take()
         start = clock()
-        simple_evaluate(
-            stock, tasks=loaded, task_manager=manager, bootstrap_iters=0, log_samples=False
-        )
-        before = clock() - start
-        tokens_before, _ = meter.take()
-        mine = load_tasks([TaskEntry(task=task)], [folder])
-        harness = Harness(mine, model=model, tokenizer=tokenizer)
-        items = range(len(harness.items))
-        harness.score(model, items)  # plans
-        trials = []
-        for _ in range(2):
-            meter.take()
-            start = clock()
-            values = harness.score(model, items)
-            trials.append((clock() - start, *meter.take()))
-        after, tokens_after, forward = min(trials)
-        ours = {str(r.args): r.resps[0] for q in harness.questions for r in q.requests}
-        harness.language_model = Replayed(stock)
-        theirs = harness.score(model, items)
-    differences = [
-        abs(ours[key][0] - stock.responses[key][0]) for key in ours if task != "generation"
-    ]
+        values = harness.score(model, items)
+        trials.append((clock() - start, *meter.take()))
+    after, tokens_after, forward = min(trials)
+    requests = [request for number in items for request in harness.questions[number].requests]
+    ours = {str(request.args): request.resps[0] for request in requests}
+    harness.language_model = Replayed(stock)
+    theirs = harness.score(model, items)
+    written = harness.items[0].generated
+    differences = [abs(ours[key][0] - stock.responses[key][0]) for key in ours if not written]
     return {
         "task": task,
         "ratio": round(before / after, 2),
         "ratio_in_model_calls": round(stock.seconds / after, 2),
         "items": len(items),
         "items_differ": sum(a.value != b.value for a, b in zip(values, theirs, strict=True)),
-        "texts_differ": sum(ours[key] != stock.responses[key] for key in ours)
-        if task == "generation"
-        else None,
+        "texts_differ": sum(ours[key] != stock.responses[key] for key in ours) if written else None,
         "max_loglik_difference": max(differences, default=None),
         "tokens_before": tokens_before,
         "tokens_after": tokens_after,
@@ -257,21 +288,21 @@ def compare(
     }
 
 
-def growth(model: transformers.PreTrainedModel, clock: Callable[[], float]) -> dict:
-    with task_folder("growth", 2000) as folder:
-        tasks = load_tasks([TaskEntry(task="growth")], [folder])
-        harness = Harness(tasks, model=model, tokenizer=make_tokenizer())
-        meter = Meter(model, clock)
-        cost, read = {}, {}
-        for count in (100, 2000):
-            harness.score(model, range(count))  # plans
-            repeats = 5 if count == 100 else 1
-            meter.take()
-            start = clock()
-            for _ in range(repeats):
-                harness.score(model, range(count))
-            cost[count] = (clock() - start) / repeats / count
-            read[count] = meter.take()[0] // repeats
+def growth(subject: Subject, clock: Callable[[], float]) -> dict:
+    model = subject.model
+    tasks = load_tasks([TaskEntry(task="growth")], [subject.folder])
+    harness = Harness(tasks, model=model, tokenizer=subject.tokenizer)
+    meter = Meter(model, clock)
+    cost, read = {}, {}
+    for count in (100, 2000):
+        harness.score(model, range(count))  # plans
+        repeats = 5 if count == 100 else 1
+        meter.take()
+        start = clock()
+        for _ in range(repeats):
+            harness.score(model, range(count))
+        cost[count] = (clock() - start) / repeats / count
+        read[count] = meter.take()[0] // repeats
     return {
         "task": "growth",
         "ratio": round(cost[2000] / cost[100], 3),
@@ -285,20 +316,21 @@ def growth(model: transformers.PreTrainedModel, clock: Callable[[], float]) -> d
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--tasks", default=",".join([*DOCUMENTS, "growth"]))
+    parser.add_argument("--tasks", help="default: all")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--items", type=int, default=100, help="of a task at most")
     parser.add_argument("--layers", type=int, default=7)
+    parser.add_argument("--study", type=Path)
     given = parser.parse_args()
     logging.disable(logging.WARNING)
-    for task in given.tasks.split(","):
-        model = make_model(given.device, given.dtype, given.layers)
-        clock = clock_of(given.device)
-        if task == "growth":
-            line = growth(model, clock)
-        else:
-            line = compare(task, min(given.items, DOCUMENTS[task]), model, clock)
+    known = [*DOCUMENTS, "growth"]
+    if given.study:
+        known = [entry.task for entry in load_study(given.study).objective.tasks]
+    clock = clock_of(given.device)
+    for task in given.tasks.split(",") if given.tasks else known:
+        with (of_study if given.study else made_up)(task, given) as subject:
+            line = (growth if task == "growth" else compare)(subject, clock)
         print(json.dumps(line), flush=True)
 
 
