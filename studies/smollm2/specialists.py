@@ -90,8 +90,8 @@ def train_specialist(
 ) -> None:
     """Train an adapter of every linear layer and write it into ``folder``, in peft's layout.
 
-    Only the answers are learnt, and the end of the turn after them. Products are of bfloat16, sums
-    and weights of float32.
+    Only the answers are learnt, and the end of the turn after them. All is float32: bfloat16 takes
+    half the time on a CPU that has it, and eight times as long on one that has not.
 
     Args:
         base: Folder of the base model.
@@ -116,15 +116,14 @@ def train_specialist(
     model.train()
     for step in range(training.steps):
         batch = next(rows)
-        with torch.autocast("cpu", torch.bfloat16):
-            logits = model(
-                input_ids=batch.tokens,
-                position_ids=batch.positions,
-                attention_mask=batch.mask,
-                use_cache=False,
-                logits_to_keep=batch.predicting,
-            ).logits[0]  # (answer tokens, vocabulary)
-        loss = cross_entropy(logits.float(), batch.targets)
+        logits = model(
+            input_ids=batch.tokens,
+            position_ids=batch.positions,
+            attention_mask=batch.mask,
+            use_cache=False,
+            logits_to_keep=batch.predicting,
+        ).logits[0]  # (answer tokens, vocabulary)
+        loss = cross_entropy(logits, batch.targets)
         loss.backward()  # type: ignore[no-untyped-call]
         torch.nn.utils.clip_grad_norm_(weights, 1.0)
         optimizer.step()
