@@ -17,9 +17,8 @@ from typing import Final
 
 from merge_engine.errors import FULL, MergeError
 
-_PARTIAL: Final = re.compile(
-    r"\.(.+)\.[0-9a-f]{8}\.partial(-journal)?"
-)  # what a kill leaves of a text
+# What a kill leaves of a file that was being written.
+_PARTIAL: Final = re.compile(r"\.(.+)\.[0-9a-f]{8}\.partial(-journal)?")
 _MARK: Final = ".mergesearch"  # in a folder that is being written, so nothing of the user's
 
 

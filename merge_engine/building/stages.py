@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from merge_engine.building.builder import built_tensors
-from merge_engine.building.export import write_checkpoint, write_outline
+from merge_engine.building.export import RECIPE, write_checkpoint, write_outline
 from merge_engine.building.plan import Plan, plan_merge
 from merge_engine.errors import MergeError
 from merge_engine.numerics.kernel_runner import configure_compiler
@@ -71,7 +71,7 @@ def is_built(stage: Stage, out: Path) -> bool:
     """
     if not out.exists():
         return False
-    file = out / "mergekit_config.yml"
+    file = out / RECIPE
     if not file.is_file() or file.read_text(encoding="utf-8") != stage.text:
         raise MergeError(
             f"{stage.where}: {out} exists and was built from something else; remove it, or choose "

@@ -53,9 +53,8 @@ class AdapterConfig(BaseModel):
 
     base_model_name_or_path: str | None = None  # what it was trained on
     lora_alpha: _Alpha = 8  # numerator of the scale
-    alpha_pattern: dict[_Pattern, _Alpha] | None = (
-        None  # other alphas, by the end of a module's name
-    )
+    # Other alphas, by a pattern for the end of a module's name.
+    alpha_pattern: dict[_Pattern, _Alpha] | None = None
     use_rslora: bool = False  # divide by the root of the rank, not the rank
     use_dora: bool = False  # a weight's norms are learned as well
     fan_in_fan_out: bool = False  # modules store their weights as (in, out), like GPT-2's

@@ -37,10 +37,10 @@ from merge_engine.schema import find_folder
 _RECOMPUTED = re.compile(r"\.(rotary_emb\.inv_freq|attn\.masked_bias|attention\.masked_bias)$")
 _MASK = re.compile(r"\.(attn|attention)\.bias$")
 _WITH_MASKS = ("gpt2", "gpt_bigcode", "gpt_neo", "gpt_neox", "gptj", "codegen", "imagegpt")
-# Modules in which torch.compile, FSDP and activation checkpointing hold a model's own.
 _ROWS = 64  # of a head that are compared with the embedding's
 # Beyond what any tensor has, and below what makes libraries stumble.
 _NAME_LENGTH, _LAYER, _ELEMENTS = 1000, 10_000, 1 << 48
+# Modules that torch.compile, FSDP and activation checkpointing wrap around a model's own.
 _WRAPPERS = re.compile(r"(?:^|\.)(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 Reader = Callable[[str], Tensor]  # from a name, of a model or of a tensor, to a tensor
 

@@ -18,20 +18,9 @@ _IGNORED = {
     *("initializer_range", "max_position_embeddings", "model_max_length", "max_sequence_length"),
     *("seq_length", "n_positions", "n_ctx", "id2label", "label2id", "problem_type", "return_dict"),
     *("task_specific_params", "finetuning_task", "quantization_config", "gradient_checkpointing"),
-    *(
-        "router_aux_loss_coef",
-        "router_jitter_noise",
-        "router_z_loss_coef",
-        "chunk_size_feed_forward",
-    ),
-    *(
-        "num_hidden_layers",
-        "n_layer",
-        "n_layers",
-        "num_layers",
-        "is_decoder",
-        "attn_implementation",
-    ),
+    *("router_aux_loss_coef", "router_jitter_noise", "router_z_loss_coef"),
+    *("num_hidden_layers", "n_layer", "n_layers", "num_layers", "is_decoder"),
+    *("attn_implementation", "chunk_size_feed_forward"),
 }
 _IGNORED_ENDS = ("_token_id", "_token_index", "dropout", "pdrop", "drop", "_std")
 _IGNORED_STARTS = ("_", "output_", "unsloth", "use_flash", "flash_")

@@ -36,9 +36,8 @@ _METHODS = {  # of config.json's quantization_config, in their usual spelling
     "mxfp4": "MXFP4",
     "compressed-tensors": "compressed-tensors",
 }
-_INDEX = re.compile(
-    r"(position_ids|num_batches_tracked|attn\.bias|attention\.bias)$"
-)  # whole numbers of any model
+# Integer tensors of full-precision models.
+_INDEX = re.compile(r"(position_ids|num_batches_tracked|attn\.bias|attention\.bias)$")
 _FLOATS = {"F64", "F32", "F16", "BF16"}
 
 

@@ -33,8 +33,8 @@ from objectives.harness.quiet import quiet
 
 LM_EVAL_TASKS = Path(importlib.import_module("lm_eval.tasks").__path__[0])
 
-# All that is looked up in an entry's configuration; tasks are built from their files.
 _DEPTH = 100  # levels of a task file
+# All that is looked up in an entry's configuration; tasks are built from their files.
 _KEPT = ("task", "group", "unsafe_code")
 
 

@@ -24,10 +24,7 @@ from search.proposing.starts import baselines
 from search.racing.elimination import JointPosterior
 from search.racing.item_scores import ItemScores
 from search.running.evaluator import Evaluator, under_own_templates
-from search.running.events import (
-    BlockEvaluated,
-    Listener,
-)
+from search.running.events import BlockEvaluated, Listener
 from search.running.scores import Scores
 from search.running.workers import Workers
 from search.storing.address import Storage

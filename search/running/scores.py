@@ -35,7 +35,7 @@ class Scores:
         """Read a recipe's scores on the first items of a split, in whole blocks; None: on all.
 
         Raises:
-            LookupError: Some of them are not evaluated yet.
+            StudyError: Some of them are not there.
         """
         results = self.evaluator.stored(recipe, split, items)
         return ItemScores.of(
