@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from merge_engine.methods.contract import Number, Numbers
+from merge_engine.numerics.rounding import rounded_product
 
 _NEXT = 1 + 2.0**-23  # times a float32: the next larger one, or the one after it
 
@@ -221,7 +222,7 @@ def _added(
     ``(|sum_i d_i| + sum_i |d_i|) / 2``, exactly where all signs agree. With weights it is divided
     by the sum of those whose donors have that sign, unless that sum is zero.
     """
-    scaled = [delta * c for delta, c in zip(deltas, factor, strict=True)]
+    scaled = [rounded_product(delta, c) for delta, c in zip(deltas, factor, strict=True)]
     zero = torch.zeros_like(scaled[0])
     total = sum(scaled, zero)
     if lambda_ is None:

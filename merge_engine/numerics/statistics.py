@@ -10,6 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from merge_engine.numerics.rounding import rounded_product
+
 PIECE = 1 << 15  # elements that stay in a cache; torch gives more than these several threads
 _GRAM_PIECE = 1 << 16  # elements of each tensor whose products are summed at a time
 _BLOCK = 1 << 22  # elements whose rows are ranked at a time
@@ -18,16 +20,16 @@ _BLOCK = 1 << 22  # elements whose rows are ranked at a time
 def variance(deltas: Sequence[Tensor]) -> Tensor:
     """Return each element's variance over n tensors (*s); exactly 0 where all are equal.
 
-    Divisions are products with a reciprocal, as compilers for a GPU make them of constants, so that
-    elements that are equal on one device are equal on any.
+    Products are rounded, and divisions are products with a reciprocal, as compilers for a GPU make
+    them of constants: elements that are equal on one device are equal on any.
 
     Source: Welford 1962, https://doi.org/10.1080/00401706.1962.10490022
     """
     mean, spread = deltas[0].float(), torch.zeros_like(deltas[0], dtype=torch.float32)
     for count, delta in enumerate(deltas[1:], start=2):
         step = delta - mean
-        mean = mean + step * (1 / count)
-        spread = spread + step * (delta - mean)
+        mean = mean + rounded_product(step, 1 / count)
+        spread = spread + rounded_product(step, delta - mean)
     return spread * (1 / len(deltas))
 
 

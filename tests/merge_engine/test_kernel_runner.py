@@ -29,7 +29,6 @@ from merge_engine.numerics.kernel_runner import (
 )
 from merge_engine.numerics.noise import LEVELS, key_of, level
 from merge_engine.numerics.packing import WIDTH, TensorPack
-from merge_engine.numerics.statistics import variance
 from merge_engine.recipe.recipe import Recipe
 from merge_engine.recipe.recipe_file import parse_recipe
 from uniform import uniform
@@ -364,21 +363,3 @@ def test_compiler_is_told_to_compute_on_a_gpu_as_on_a_cpu():
     assert options["eager_numerics.division_rounding"]
     assert options.keys() <= set(torch._inductor.list_options())  # it would refuse any other
     assert "emulate_precision_casts" not in compiler_options("cpu")
-
-
-class OfAGpu(TorchDispatchMode):
-    """Divides by a constant as kernels compiled for a GPU do: by its reciprocal."""
-
-    def __torch_dispatch__(self, function, types, arguments=(), settings=None):
-        if function is torch.ops.aten.div.Tensor and not isinstance(arguments[1], torch.Tensor):
-            return arguments[0] * (1 / arguments[1])
-        return function(*arguments, **(settings or {}))
-
-
-@pytest.mark.parametrize("count", [2, 3, 5, 6])
-def test_variances_are_equal_to_the_bit_where_division_is_by_reciprocal(count):
-    tensors = [tensor.bfloat16() for tensor in make_tensors(count, (300, 200))]
-    expected = variance(tensors)
-    with OfAGpu():
-        found = variance(tensors)
-    assert torch.equal(found, expected)
