@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt
 Weight = Annotated[float, Field(ge=1e-9, le=1e9)]
 
 Engine = Literal["vllm"]  # what may write texts in the live model's place
+ENGINE_MEMORY: Final = 0.4  # share of the device that it takes, its copy of the model included
 
 
 class _Entry(BaseModel):

@@ -222,6 +222,7 @@ class Builder:
                 target.copy_(target.to(dtype))  # transformers keeps it in a wider one
         self.live.convert()
         self.loaded = recipe
+        self.model_set.measurements.end_build()
 
     def _merge_packs(self, recipe: Recipe) -> None:
         """Merge the tensors that lie in packs, one pass for each."""

@@ -29,7 +29,7 @@ from merge_engine.models.lora import Adapter
 from merge_engine.models.model_folder import WEIGHTS, Weights, find_weights, read_json, way_out
 from merge_engine.models.quantised import find_quantised
 from merge_engine.models.tensor_names import input_embedding, is_head_weight, layer_position
-from merge_engine.models.weights_file import DTYPES, open_weights, read_rows
+from merge_engine.models.weights_file import DTYPES, can_be_mapped, open_weights, read_rows
 from merge_engine.numerics.statistics import all_finite
 from merge_engine.schema import find_folder
 
@@ -108,11 +108,13 @@ class Checkpoint:
                 f"{self._weights.index}: lists {lost[0]!r}, which {listed[lost[0]]!r} lacks; "
                 "fetch both again"
             )
-        return {
+        own = {
             name: info
             for name, info in sorted(found.items())
             if self._is_own(name) or (is_head_weight(name) and not self._is_embedding(name, found))
         }
+        self.release()  # a file that cannot be mapped is in memory as long as it is open
+        return own
 
     def _headers(self) -> dict[str, tuple[Path, Any]]:
         """Return each stored tensor's file and header; refuse what is not a model's own weights."""
@@ -224,6 +226,11 @@ class Checkpoint:
     def release(self) -> None:
         """Close the files: until then what was read of them counts as this process's memory."""
         self._handles.clear()
+
+    @property
+    def unmapped(self) -> int:
+        """Bytes of files that cannot be mapped: each is read whole when a tensor of it is."""
+        return sum(f.stat().st_size for f in self._weights.files if not can_be_mapped(f))
 
     @cached_property
     def _weights(self) -> Weights:

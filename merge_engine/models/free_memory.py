@@ -38,6 +38,15 @@ def free_bytes(device: str, share: float = 1.0) -> int:
     return min([int(psutil.virtual_memory().available), *_free_in_groups(ROOT)])
 
 
+def total_bytes(device: str) -> int:
+    """Return the bytes of a device's memory, in use or not; "auto": of all GPUs."""
+    if device == "auto":
+        return sum(total_bytes(f"cuda:{number}") for number in range(torch.cuda.device_count()))
+    if torch.device(device).type == "cuda":
+        return int(torch.cuda.mem_get_info(torch.device(device))[1])
+    return int(psutil.virtual_memory().total)
+
+
 def reserve_share(device: str, share: float) -> None:
     """Keep this process from taking more than its ``share`` of a GPU."""
     if share < 1 and device != "auto" and torch.device(device).type == "cuda":

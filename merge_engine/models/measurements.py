@@ -24,7 +24,10 @@ from merge_engine.numerics.packing import TensorPack
 from merge_engine.numerics.statistics import gram_by_row, overlaps, row_ranks, row_width, salient
 
 CACHED_FROM = 65_536  # elements from which on reading a statistic is quicker than measuring it
-_TRIM_EVERY = 1 << 24  # elements measured, of which temporaries may have left holes in the heap
+MEASURING = 9  # bytes for each element of a tensor while a statistic of it is measured, at most
+IDLE_BUILDS = 16  # after which a statistic as large as the weights is freed if none has used it
+_PIECE = 1 << 20  # elements of temporaries
+_TRIM_EVERY = 1 << 22  # elements measured, of which temporaries may have left holes in the heap
 
 T = TypeVar("T")
 
@@ -42,6 +45,7 @@ class Measurements:
         self._runner = runner
         self._repeated = repeated
         self._since_trim = 0  # elements measured since the heap was trimmed
+        self._idle: dict[str, int] = {}  # builds since a key of ELEMENTWISE was used
 
     def gram(
         self, name: str, models: tuple[str, ...], origin: str | None, dim: int | None = None
@@ -116,25 +120,36 @@ class Measurements:
 
     def elementwise(self, kind: str, pack: TensorPack, donor: str, base: str) -> Tensor:
         """Return a statistic of every element of a donor, a key of ELEMENTWISE, packed like it."""
-        if pack not in self._placement.packs:
-            (name,) = pack.names
-            return self._elementwise(kind, name, donor, base)
+        self._idle[kind] = 0
+
+        def stored(name: str) -> Tensor:
+            def measure() -> dict[str, Tensor]:
+                return {kind: ELEMENTWISE[kind](self._read(base, name), self._read(donor, name))}
+
+            return self._stored(kind, name, (donor, base), measure, large=True)[kind]
 
         def fill() -> Tensor:
-            found = (self._elementwise(kind, name, donor, base) for name in pack.names)
+            found = map(stored, pack.names)
             first = next(found)
+            if pack not in self._placement.packs:  # it has one tensor
+                return first
             buffer = self._placement.allocate(pack, first.dtype)
             return pack.fill(buffer, itertools.chain([first], found))
 
         return self._kept((kind, pack.names, donor, base), fill)
 
-    def _elementwise(self, kind: str, name: str, donor: str, base: str) -> Tensor:
-        def measure() -> dict[str, Tensor]:
-            return {kind: ELEMENTWISE[kind](self._read(base, name), self._read(donor, name))}
+    def end_build(self) -> None:
+        """Free what measuring has left, and large statistics that the latest builds did not use."""
+        self._idle = {kind: builds + 1 for kind, builds in self._idle.items()}
+        if idle := {kind for kind, builds in self._idle.items() if builds > IDLE_BUILDS}:
+            self.kept = {key: found for key, found in self.kept.items() if key[0] not in idle}
+            self._idle = {kind: self._idle[kind] for kind in self._idle.keys() - idle}
+        if idle or self._since_trim:
+            self._trim()
 
-        return self._cached(
-            kind, name, (donor, base), measure, lambda found: found[kind], large=True
-        )
+    def _trim(self) -> None:
+        self._since_trim = 0
+        trim_heap()
 
     def release(self) -> None:
         """Free the statistics that are in memory."""
@@ -145,7 +160,13 @@ class Measurements:
         return self._placement.read(model, name).to(self._placement.device)
 
     def _task_vector(self, name: str, donor: str, base: str) -> Tensor:
-        return self._read(donor, name).float() - self._read(base, name).float()
+        """Return a donor's task vector, float32, made without a temporary of its size."""
+        start, end = self._read(base, name), self._read(donor, name)
+        vector = end.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
+        pieces = (torch.split(tensor.reshape(-1), _PIECE) for tensor in (vector, start))
+        for own, other in zip(*pieces, strict=True):
+            own -= other.float()
+        return vector
 
     def _cached(
         self,
@@ -154,16 +175,30 @@ class Measurements:
         models: tuple[str, ...],
         measure: Callable[[], dict[str, Tensor]],
         form: Callable[[dict[str, Tensor]], T],
-        large: bool = False,
     ) -> T:
-        """Return a statistic of some models' tensor: from memory, else from disk, else measured.
+        """Return a statistic of some models' tensor: from memory, else as ``form`` makes it.
+
+        The other arguments are those of ``_stored``.
+        """
+        return self._kept(
+            (kind, name, models), lambda: form(self._stored(kind, name, models, measure))
+        )
+
+    def _stored(
+        self,
+        kind: str,
+        name: str,
+        models: tuple[str, ...],
+        measure: Callable[[], dict[str, Tensor]],
+        large: bool = False,
+    ) -> dict[str, Tensor]:
+        """Return a statistic of some models' tensor: from disk, else measured.
 
         Args:
             kind: Which statistic, with all that it depends on besides the weights.
             name: The tensor.
             models: In an order that matters.
             measure: Makes the named tensors that are stored.
-            form: Makes of them what is returned.
             large: It is as large as the weights, which is not worth storing for a single build.
         """
 
@@ -171,16 +206,12 @@ class Measurements:
             found = measure()
             self._since_trim += math.prod(self._placement.source.tensors[name].shape)
             if self._since_trim >= _TRIM_EVERY:
-                self._since_trim = 0
-                trim_heap()
+                self._trim()
             return found
 
-        def make() -> T:
-            store = not large or self._repeated
-            file = self._cache_file(kind, name, models) if store else None
-            return form(self._cache.load_or_make(file, measured) if file else measured())
-
-        return self._kept((kind, name, models), make)
+        store = not large or self._repeated
+        file = self._cache_file(kind, name, models) if store else None
+        return self._cache.load_or_make(file, measured) if file else measured()
 
     def _kept(self, key: tuple[object, ...], make: Callable[[], T]) -> T:
         """Return what is in memory under a key, made on first use."""
@@ -200,8 +231,13 @@ class Measurements:
 
 def _rank_share(base: Tensor, donor: Tensor) -> Tensor:
     """Return each magnitude's rank in its row of the task vector, uint8: 255 is the largest."""
-    ranks = row_ranks(donor.float() - base.float())
-    return (ranks * (255 / max(1, row_width(ranks.shape) - 1))).round_().to(torch.uint8)
+    share = torch.empty(base.shape, dtype=torch.uint8, device=base.device)
+    whole = [each if each.dim() > 1 else each.view(1, -1) for each in (share, base, donor)]
+    scale = 255 / max(1, row_width(whole[0].shape) - 1)
+    rows = max(1, _PIECE // max(1, whole[0][:1].numel()))
+    for own, start, end in zip(*(torch.split(each, rows) for each in whole), strict=True):
+        own.copy_((row_ranks(end.float() - start.float()) * scale).round_())
+    return share
 
 
 ELEMENTWISE = {"rank_share": _rank_share, "salience_mask": salient}  # (base, donor), (*s) -> (*s)

@@ -19,17 +19,16 @@ import torch
 from merge_engine.errors import MergeError
 from merge_engine.methods import METHODS, Elementwise, preparation
 from merge_engine.models.checkpoint import TensorInfo
-from merge_engine.models.free_memory import free_bytes, said_size
-from merge_engine.models.measurements import CACHED_FROM
+from merge_engine.models.free_memory import free_bytes, said_size, total_bytes
+from merge_engine.models.measurements import CACHED_FROM, MEASURING
 from merge_engine.models.placement import Placed, Room
 from merge_engine.numerics.noise import LEVELS
+from merge_engine.numerics.order_statistics import TABLE
 from merge_engine.numerics.packing import ROWS, WIDTH
 
 USABLE: Final = 0.9  # of what is free: estimates are off, and allocators need some
-PROCESS: Final = 700 << 20  # bytes of Python and the libraries
-_TOUCHED: Final = 400 << 10  # bytes read of a tensor's order statistics, and of a table of masses
-_TOUCHED_MASSES: Final = 130 << 10
-_MEASURING: Final = 24  # bytes for each element of a tensor while its order statistics are made
+LATER: Final = 64 << 20  # bytes of prompts, and of modules that are imported later
+COMPILING: Final = 96 << 20  # of torch's compiler, once it has run
 
 
 @dataclass(frozen=True)
@@ -39,6 +38,7 @@ class Allowance:
     limit: int | None = None  # bytes on each device; None: all that is free
     sharers: int = 1  # number of processes that share the host
     share: float = 1.0  # part of the GPU that is this one's
+    engine: float = 0.0  # part of the device that an engine beside the live model takes
 
 
 @dataclass(frozen=True)
@@ -49,6 +49,8 @@ class Models:
     count: int  # the base included
     dtype: torch.dtype  # of the live model
     methods: Collection[str] = ()  # names of those that may be tried
+    compiled: bool = False  # whether kernels are
+    unmapped: int = 0  # bytes of a model's files that are read whole
 
 
 @dataclass(frozen=True)
@@ -69,8 +71,9 @@ class MemoryPlan:
 
     device: str  # where the live model is
     free: int  # on the device for this process, what it holds already included
-    process: int  # Python and its libraries
+    process: int  # what it has in memory now, and what its libraries will take
     live: int  # the live model
+    engine: int  # what writes texts instead, with a copy of the model
     donors: int  # all models as they are stored
     beside: int  # ranks and masks, which have a number for every element of a donor
     statistics: int  # what is kept of the donors' other statistics
@@ -91,7 +94,7 @@ class MemoryPlan:
     def held(self) -> int:
         """Bytes on the device that stay."""
         own = self.process + self.statistics if self.on_cpu else 0
-        return own + self.live + self.placed.device
+        return own + self.live + self.engine + self.placed.device
 
     @property
     def peak(self) -> int:
@@ -110,6 +113,7 @@ class MemoryPlan:
         found = {
             "process": self.process,
             "live model": self.live,
+            "text engine": self.engine,
             "donors": round(kept * self.donors),
             "ranks and masks": round(kept * self.beside),
             "statistics": self.statistics,
@@ -161,14 +165,16 @@ def plan_memory(
     plan = MemoryPlan(
         device=device,
         free=0,
-        process=max(PROCESS, _resident()),
+        process=_resident() + LATER + COMPILING * models.compiled,
         live=sum(sizes) * models.dtype.itemsize,
+        engine=int(allowed.engine * total_bytes(device)) if allowed.engine else 0,
         donors=models.count * stored,
         beside=others * sum(sizes) * len(kinds),
         statistics=_statistics(sizes, others, methods),
         merging=max(
-            _reading(sizes, stored) * (1 if _is_cpu(device) else 2 * models.count),
-            _MEASURING * max(sizes, default=0) if _measures(methods) else 0,
+            _reading(sizes, stored) * (1 if _is_cpu(device) else 2 * models.count)
+            + models.unmapped,
+            MEASURING * max(sizes, default=0) if _measures(methods) else 0,
         ),
         scoring=passes.scoring,
         tuning=passes.tuning,
@@ -183,12 +189,12 @@ def _with_room(plan: MemoryPlan, allowed: Allowance) -> MemoryPlan:
     most = allowed.limit if allowed.limit is not None else 1 << 62
     on_host = min(free_bytes("cpu") // allowed.sharers + _resident(), most)
     free = on_host if plan.on_cpu else min(free_bytes(plan.device, allowed.share), most)
-    least = plan.live + plan.merging + (plan.process if plan.on_cpu else 0)
+    least = plan.live + plan.engine + plan.merging + (plan.process if plan.on_cpu else 0)
     if least > free:  # batches can be smaller, and mapped statistics are read again
         way_out = "" if plan.on_cpu else ", or add --offload"
         raise MergeError(
-            f"memory: the live model takes {said_size(plan.live)}, with the process and what "
-            f"merging needs {said_size(least)}, but {said_size(free)} are free on {plan.device}; "
+            f"memory: the live model takes {said_size(plan.live)}, with all that merging needs "
+            f"beside it {said_size(least)}, but {said_size(free)} are free on {plan.device}; "
             f"choose another --device or --memory, a smaller dtype, or fewer models{way_out}"
         )
     whole = plan.donors + plan.beside
@@ -214,18 +220,19 @@ def _elementwise(methods: Collection[str]) -> list[Elementwise]:
 def _statistics(sizes: Collection[int], donors: int, methods: Sequence[Elementwise]) -> int:
     """Return the bytes of what is kept of the donors' statistics.
 
-    Those of large tensors are mapped from the cache on disk, where only what is read counts.
+    Those of large tensors are mapped from the cache on disk, whole where the system maps files in
+    large pieces.
     """
     found = {method.prepare for method in methods}
     large = sum(size >= CACHED_FROM for size in sizes)
-    small = len(sizes) - large
+    small = sum(size for size in sizes if size < CACHED_FROM)
     total = 0
     if found & {preparation.ties, preparation.breadcrumbs}:
-        total += donors * (large * _TOUCHED + 16 * sum(s for s in sizes if s < CACHED_FROM))
+        total += donors * 16 * (large * TABLE + small)
     if preparation.sce in found:
-        total += large * _TOUCHED
+        total += (16 + 8 * donors) * (large * TABLE + small)
     if preparation.dare in found:
-        total += donors * (large * _TOUCHED_MASSES + small * 4 * LEVELS)
+        total += donors * 4 * LEVELS * len(sizes)
     return total
 
 

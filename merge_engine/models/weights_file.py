@@ -115,7 +115,7 @@ def read_rows(opened: Any, name: str, rows: Sequence[int]) -> Tensor:
 def _load(file: Path) -> object:
     try:
         return torch.load(
-            os.fspath(file), map_location="cpu", weights_only=True, mmap=_can_be_mapped(file)
+            os.fspath(file), map_location="cpu", weights_only=True, mmap=can_be_mapped(file)
         )
     except Exception as error:  # whatever a damaged pickle makes PyTorch stumble over
         text = str(error)
@@ -131,8 +131,10 @@ def _load(file: Path) -> object:
         ) from None
 
 
-def _can_be_mapped(file: Path) -> bool:
-    """Return whether it is a zip file whose records are stored as they are, not compressed."""
+def can_be_mapped(file: Path) -> bool:
+    """Return whether it is a safetensors file, or a zip file whose records are not compressed."""
+    if file.suffix == ".safetensors":
+        return True
     if not zipfile.is_zipfile(file):
         return False
     with zipfile.ZipFile(file) as archive:

@@ -21,6 +21,7 @@ from merge_engine.numerics.statistics import PIECE, sort_ascending, variance
 
 TABLE = 65_536  # steps between the ranks that are kept of a large tensor
 _TALLY = 1 << 19  # elements whose squared changes are summed at a time
+_SEGMENTS = 1 << 12  # summed at a time, of which numpy makes a copy in float64
 
 
 @dataclass(frozen=True)
@@ -72,9 +73,8 @@ class Magnitudes:
         Raises:
             ValueError: It has NaN or Inf.
         """
-        flat = delta.detach().abs().flatten().float()
-        size = flat.numel()
-        ordered = sort_ascending(flat)
+        ordered = sort_ascending(delta.detach().abs().flatten().float())
+        size = ordered.numel()
         if size and not ordered[-1].isfinite():  # a sort puts both last
             raise ValueError("a task vector has NaN or Inf in it; fetch or train its donor again")
         ranks = _kept_ranks(size)
@@ -138,10 +138,15 @@ class Magnitudes:
 
 def segment_sums(numbers: Tensor, starts: Tensor) -> Tensor:
     """Sum numbers (size,) from each ascending start (m,) to the next: (m,) float64, on the CPU."""
-    if numbers.device.type == "cpu":
-        sums = np.add.reduceat(numbers.numpy(), starts.numpy(), dtype=np.float64)
-        return torch.from_numpy(sums)
-    return segment_sums_on_device(numbers, starts).cpu()
+    if numbers.device.type != "cpu":
+        return segment_sums_on_device(numbers, starts).cpu()
+    parts = [part for part in torch.split(starts, _SEGMENTS) if len(part)]
+    ends = [int(part[0]) for part in parts[1:]] + [len(numbers)] * bool(parts)
+    sums = [
+        np.add.reduceat(numbers[int(part[0]) : end].numpy(), part - part[0], dtype=np.float64)
+        for part, end in zip(parts, ends, strict=True)
+    ]
+    return torch.from_numpy(np.concatenate([np.zeros(0), *sums]))
 
 
 def segment_sums_on_device(numbers: Tensor, starts: Tensor) -> Tensor:

@@ -73,7 +73,7 @@ def salient(base: Tensor, donor: Tensor) -> Tensor:
         list(pool.map(measure, range(0, len(start), step)))
     if not importance.numel():
         return torch.empty(base.shape, dtype=torch.bool)
-    ordered = sort_ascending(importance.flatten())
+    ordered = sort_ascending(importance.flatten().clone())
     first, median, third = (ordered[quarter * (len(ordered) - 1) // 4] for quarter in (1, 2, 3))
     return (importance >= median + 1.5 * (third - first)).reshape(base.shape)
 
@@ -121,9 +121,10 @@ def _stable_order(rows: Tensor) -> Tensor:
 
 
 def sort_ascending(flat: Tensor) -> Tensor:
-    """Sort a flat float32 tensor on its device."""
+    """Sort a flat float32 tensor on its device, in place on a CPU."""
     if flat.device.type == "cpu":
-        return torch.from_numpy(np.sort(flat.numpy()))  # vectorised: 10 times as fast as torch's
+        flat.numpy().sort()  # vectorised: 10 times as fast as torch's
+        return flat
     return flat.sort().values
 
 

@@ -75,7 +75,8 @@ def _set_states(states: tuple[Any, ...]) -> None:
 class LoadedTask:
     """A task of lm-eval with its data: one item per document of its evaluation split.
 
-    Building its prompts draws from ``random_state``.
+    Building its prompts draws from ``random_state``. ``sample`` is the text of a long item with its
+    choices and target: nine of ten are no longer.
     """
 
     name: str
@@ -84,6 +85,7 @@ class LoadedTask:
     weight: float
     items: tuple[Item, ...]
     random_state: TaskRandomState
+    sample: str
 
 
 def load_tasks(
@@ -212,11 +214,13 @@ def _prepare(
     metric = choose_metric(name, task, settings.metric)
     where = f"task {name!r}: its items could not be read"
     with objective_errors(where), TaskRandomState().active():
-        items = tuple(
-            Item(name, _content_key(name, task, document), row, generated=generated)
-            for row, document in enumerate(task.eval_docs)
-        )
-    return LoadedTask(name, task, metric, weight, items, random_state)
+        contents = [_content(name, task, document) for document in task.eval_docs]
+    items = tuple(
+        Item(name, digest(content), row, generated=generated)
+        for row, content in enumerate(contents)
+    )
+    sample = next(iter(sorted(contents, key=len)[9 * len(contents) // 10 :]), "")
+    return LoadedTask(name, task, metric, weight, items, random_state, sample)
 
 
 def check_greedy(name: str, settings: Mapping[str, Any]) -> None:
@@ -228,16 +232,16 @@ def check_greedy(name: str, settings: Mapping[str, Any]) -> None:
         )
 
 
-def _content_key(name: str, task: Task, doc: Mapping[str, Any]) -> str:
-    """Hash a document's question, choices and target, without few-shot examples.
+def _content(name: str, task: Task, doc: Mapping[str, Any]) -> str:
+    """Return a document's question, choices and target as JSON, without few-shot examples.
 
-    Those are drawn at random, and a document that occurs twice has to have one key.
+    Those are drawn at random, and of a document that occurs twice the text has to be the same.
     """
     has_choices = task.get_config("doc_to_choice") is not None
     with time_limit(_DOCUMENT_SECONDS, f"task {name!r}: the prompt of a row"):
         choices = task.doc_to_choice(doc) if has_choices else None
         content = [task.doc_to_text(doc), choices, task.doc_to_target(doc)]
-    return digest(json.dumps(content, ensure_ascii=False, sort_keys=True, default=str))
+    return json.dumps(content, ensure_ascii=False, sort_keys=True, default=str)
 
 
 def digest(text: str) -> str:

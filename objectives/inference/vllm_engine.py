@@ -18,12 +18,11 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from objectives.base import ObjectiveError
+from objectives.entries import ENGINE_MEMORY
 from objectives.inference.decoding import GreedyDecoder, StopCriteria
 from objectives.inference.forward import ModelRunner
 from objectives.inference.nan_watch import NanWatch
 from objectives.inference.token_tree import Tokens
-
-_MEMORY = 0.4  # share of the device that vLLM may take: the live model and the donors have the rest
 
 
 class TextEngine(Protocol):
@@ -76,7 +75,7 @@ class VllmEngine:
                     model=folder,
                     dtype=str(runner.model.dtype).removeprefix("torch."),
                     load_format="dummy",  # weights come from the live model
-                    gpu_memory_utilization=_MEMORY,
+                    gpu_memory_utilization=ENGINE_MEMORY,
                     seed=0,
                 )
             except Exception as error:  # an engine may refuse a config in any way

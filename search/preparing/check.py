@@ -53,8 +53,8 @@ def check_study(file: Path, device: str) -> Report:
     """Validate a study with the headers of its models and the items of its tasks."""
     spec = load_study(file)
     plan = plan_study(spec)
-    memory = plan.place_donors(Hardware(device))
     context, models = load_outline(plan), plan.model_set
+    memory = plan.place_donors(Hardware(device))
     searched = [name for name in plan.space.distributions if name != "method"]
     lines = [
         f"study: {spec.search.trials} trials of {', '.join(spec.search.methods)}",

@@ -25,8 +25,9 @@ from merge_engine.models.quantised import quantisation_of
 from merge_engine.models.token_table import vocabulary_notes
 from merge_engine.models.vocabulary import check_tokenizer
 from objectives.base import Item, Objective
+from objectives.entries import ENGINE_MEMORY
 from objectives.items import Split, Splits
-from search.preparing.forward_memory import forward_passes
+from search.preparing.forward_memory import forward_passes, tuned_tokens
 from search.preparing.models import (
     Hardware,
     load_model,
@@ -84,6 +85,11 @@ class StudyPlan:
         """Return notes on models that do not fit one another, though their shapes do."""
         reference, checkpoints = self.model_set.reference, self.model_set.checkpoints.values()
         notes = config_notes(reference, checkpoints) + template_notes(self.own_templates)
+        if whole := [each.model for each in checkpoints if each.unmapped]:
+            notes.append(
+                f"{', '.join(whole)}: weights in a format from before PyTorch 1.6, which are read "
+                "whole for any tensor; save them as safetensors"
+            )
         if self.spec.objective.trust_task_code:
             notes.append("trust_task_code: Python code that comes with the task files is run")
         return notes if self.spec.tokenizer else notes + vocabulary_notes(checkpoints)
@@ -92,14 +98,21 @@ class StudyPlan:
         """Decide where the donors live while candidates are built."""
         models, dtype = self.model_set, torch_dtype(self.dtype)
         merged = Models(
-            models.tensors, len(models.checkpoints), dtype, methods=self.spec.search.methods
+            models.tensors,
+            len(models.checkpoints),
+            dtype,
+            methods=self.spec.search.methods,
+            compiled=models.runner.compiled,
+            unmapped=max(each.unmapped for each in models.checkpoints.values()),
         )
-        passes = forward_passes(
-            text_config(models.reference.config),
-            dtype.itemsize,
-            tuned=self.tuned_units is not None and not hardware.offload,
-        )
-        allowed = Allowance(hardware.memory, hardware.sharers, hardware.share)
+        tuned = 0
+        if self.tuned_units is not None and not hardware.offload:
+            tokenizer = study_tokenizer(self.spec, models)
+            tuned = tuned_tokens(self.tasks.loaded, lambda text: len(tokenizer.encode(text)))
+        config = text_config(models.reference.config)
+        passes = forward_passes(config, dtype.itemsize, tuned=tuned)
+        engine = ENGINE_MEMORY if self.spec.objective.engine else 0.0
+        allowed = Allowance(hardware.memory, hardware.sharers, hardware.share, engine)
         plan = plan_memory(merged, hardware.lives_on, passes=passes, allowed=allowed)
         models.place(hardware.builds_on, plan.room)
         return replace(plan, copied_to=hardware.device) if hardware.offload else plan
@@ -237,10 +250,10 @@ def load(
             say("weights are not tuned by gradient with --offload")
             plan = replace(plan, tuned_units=None)
     reserve_share(hardware.device, hardware.share)
+    _outline(plan)  # first, so that what it imports counts as the process's own
     memory = plan.place_donors(hardware)
     say(memory)
     say(plan.kernels)
-    _outline(plan)
     model = load_model(
         plan.spec,
         plan.model_set.reference,

@@ -2,26 +2,39 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, Final
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Final
 
 from merge_engine.models.memory_plan import ForwardPasses
+from search.proposing.tuning import AT_ONCE
 
-BATCH: Final = 1024  # tokens of a batch on a CPU, and about as many as are tuned on at a time
+if TYPE_CHECKING:
+    from objectives.harness.tasks import LoadedTask
+
+BATCH: Final = 1024  # tokens of a batch on a CPU
 PREDICTING: Final = 0.5  # share of a batch's tokens that predict a target, and so have logits
 
 
-def forward_passes(
-    config: Mapping[str, Any], itemsize: int, *, tokens: int = BATCH, tuned: bool
-) -> ForwardPasses:
+def tuned_tokens(tasks: Sequence[LoadedTask], count_tokens: Callable[[str], int]) -> int:
+    """Estimate the tokens of the items that go backward together, of a batch or more.
+
+    Examples that the items of a task share are read once. Rows are padded, so that a batch of short
+    items has not many tokens less than it may have.
+    """
+    own = [count_tokens(each.sample) for each in tasks]
+    shots = (each.task.get_config("num_fewshot") or 0 for each in tasks)
+    shared = sorted(count * size for count, size in zip(shots, own, strict=True))
+    return max(BATCH, AT_ONCE * sum(own) // max(1, len(own)) + sum(shared[-AT_ONCE:]))
+
+
+def forward_passes(config: Mapping[str, Any], itemsize: int, *, tuned: int) -> ForwardPasses:
     """Estimate from a language model's text config.
 
     Args:
         config: As transformers writes it, the largest of a list of layers' numbers; of what it does
             not say, nothing is counted.
         itemsize: Bytes of a number of the live model.
-        tokens: Of a batch.
-        tuned: Whether weights are tuned by gradient.
+        tuned: Tokens that go backward together; 0: none do.
     """
 
     def of(*names: str) -> int:
@@ -32,15 +45,17 @@ def forward_passes(
     heads = of("num_attention_heads", "n_head") or 1
     keys = (of("num_key_value_heads") or heads) * (of("head_dim") or hidden // heads)
     vocabulary = of("vocab_size")
-    # logits in the model's dtype, in float32, and their logarithms
-    logits = int(PREDICTING * tokens) * vocabulary * (itemsize + 8)
-    cache = 2 * tokens * 2 * layers * keys * itemsize  # copied once as it grows
-    layer = tokens * (8 * hidden + 3 * inner) * itemsize
-    scoring = logits + cache + layer
+
+    def forward(tokens: int) -> int:
+        # logits in the model's dtype, in float32, and their logarithms
+        logits = int(PREDICTING * tokens) * vocabulary * (itemsize + 8)
+        cache = 2 * tokens * 2 * layers * keys * itemsize  # copied once as it grows
+        return logits + cache + tokens * (8 * hidden + 3 * inner) * itemsize
+
     # of each layer what goes backward, and the gradient of its largest tensor
-    tuning = scoring + tokens * layers * (10 * hidden + 4 * inner) * itemsize
+    tuning = forward(tuned) + tuned * layers * (10 * hidden + 4 * inner) * itemsize
     tuning += 2 * hidden * max(vocabulary, inner) * itemsize
-    return ForwardPasses(scoring, tuning if tuned else 0)
+    return ForwardPasses(forward(BATCH), tuning if tuned else 0)
 
 
 def _largest(number: Any) -> int:

@@ -14,6 +14,7 @@ from search.racing.race import Floats
 FIRST_POINT: Final = 10  # steps before a path's first point; before the next twice as many
 LEAST_STEPS: Final = 80  # that the first path may have
 BATCH: Final = 16  # items of a step, but two of each task or more
+AT_ONCE: Final = 8  # items whose losses are computed together
 GRADIENT_COST: Final = 3  # evaluations that an item's gradient counts: backward is twice forward
 _DECAYS: Final = (0.9, 0.999)  # of the running means of gradients, and of their squares
 DECAY: Final = 1 / 6  # share of the distance to their mean that weights lose, by step size

@@ -25,6 +25,7 @@ from search.proposing.space import Space
 from search.proposing.starts import even_weights
 from search.proposing.tuned_path import PREFIX, TunedPath
 from search.proposing.tuning import (
+    AT_ONCE,
     BATCH,
     GRADIENT_COST,
     LEAST_STEPS,
@@ -40,7 +41,7 @@ from search.racing.race import Floats
 from search.running.events import Note, StepTaken
 from search.running.labels import by_task, find_labels
 from search.running.run import Run
-from search.running.workers import AT_ONCE, FAILURES, LossJob, LossReply
+from search.running.workers import FAILURES, LossJob, LossReply
 from search.storing.store import PathStep
 from search.storing.trials import TrialRecord
 from search.study.parameters import tuning_method

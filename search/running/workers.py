@@ -33,12 +33,12 @@ from objectives.base import ItemResult, ObjectiveError, Response
 from objectives.entries import PromptEntry
 from objectives.items import blocks
 from search.preparing.context import LiveContext, load_prompts
+from search.proposing.tuning import AT_ONCE
 from search.racing.race import Floats
 from search.storing.folder import CARD, Interrupted
 from search.study.public_names import public_names, public_recipe
 from search.study.spec import StudyError
 
-AT_ONCE: Final = 8  # items whose losses are computed together
 ROUNDED: Final = 0.02  # share of an export's results that may differ by rounding
 FAILURES: Final = (MergeError, ObjectiveError)  # the candidate's own: the search goes on
 

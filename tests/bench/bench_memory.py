@@ -1,14 +1,14 @@
 """Memory that is said against memory that is taken: one JSON line for each phase of a study.
 
-    python tests/bench/bench_memory.py [--shape 135m | 1b | STUDY] [--donors 4] [--methods ties,sce]
-        [--folder DIR] [--memory 6GB]
+    python tests/bench/bench_memory.py [--shape 135m | 1b | STUDY] [--layers 4] [--donors 4]
+        [--methods ties,sce] [--dtype float32] [--folder DIR] [--memory 6GB]
 
-Random weights of SmolLM2-135M's or Llama-3.2-1B's shapes in bfloat16, or a study's own models. In a
-fresh process a study is planned and loaded, its donors are read, a recipe of each method is built,
-a block of items is scored, and a gradient computed. ``peak`` is the most that was resident during a
-phase, ``held`` what was after it, ``mapped`` how much of that is mapped files, which the system
-takes back when memory is short; all in MiB. The last line compares the peak of all with the plan's,
-and each component with what it took. Linux alone.
+Random weights of SmolLM2-135M's or Llama-3.2-1B's shapes in bfloat16, or a study's own models;
+``--dtype`` is the live model's. In a fresh process a study is planned and loaded, its donors are
+read, a recipe of each method is built, a block of items is scored, and a gradient computed.
+``peak`` is the most that was resident during a phase, ``held`` what was after it, ``mapped`` how
+much of that is mapped files, which the system takes back when memory is short; all in MiB. The last
+line compares the peak of all with the plan's, and each component with what it took. Linux alone.
 """
 
 import argparse
@@ -35,7 +35,8 @@ from merge_engine.models.memory_plan import MemoryPlan
 from objectives.items import blocks
 from search.preparing.context import load, plan_study
 from search.preparing.models import Hardware
-from search.running.workers import AT_ONCE, EvalJob, LossJob, Worker
+from search.proposing.tuning import AT_ONCE
+from search.running.workers import EvalJob, LossJob, Worker
 from search.study.reading import load_study
 from tiny_models import tiny_tokenizer
 from tiny_tasks import ANSWER, CHOICE, mean_of, write_rows, write_task
@@ -45,7 +46,7 @@ TASKS = {
     "answer": ANSWER
     | {
         "doc_to_target": "{{choices[gold]}}",
-        "generation_kwargs": {"until": ["\n"], "max_gen_toks": 64, "do_sample": False},
+        "generation_kwargs": {"until": ["\n"], "max_gen_toks": 16, "do_sample": False},
     },
 }
 SHAPES = {  # layers, hidden, intermediate, heads, key-value heads, vocabulary
@@ -55,9 +56,10 @@ SHAPES = {  # layers, hidden, intermediate, heads, key-value heads, vocabulary
 }
 
 
-def make_family(folder: Path, shape: str, donors: int) -> None:
-    """Write a base, and donors that differ from it by noise."""
+def make_family(folder: Path, shape: str, most: int | None, donors: int) -> None:
+    """Write a base of at most so many layers, and donors that differ from it by noise."""
     layers, hidden, inner, heads, kv, rows = SHAPES[shape]
+    layers = min(layers, most or layers)
     config = LlamaConfig(
         vocab_size=rows,
         hidden_size=hidden,
@@ -96,7 +98,7 @@ def make_family(folder: Path, shape: str, donors: int) -> None:
         save_file(weights, path / "model.safetensors", {"format": "pt"})
 
 
-def make_study(folder: Path, methods: list[str], donors: int) -> Path:
+def make_study(folder: Path, methods: list[str], donors: int, dtype: str | None) -> Path:
     """Write a study of the family: choices behind long questions, and short answers."""
     choices = ["a" * 12, "b" * 12]
     rows = [
@@ -110,7 +112,8 @@ def make_study(folder: Path, methods: list[str], donors: int) -> Path:
     study = {
         "base_model": str(folder / "base"),
         "models": [str(folder / f"donor{number}") for number in range(1, donors + 1)],
-        "search": {"trials": 1} | ({"methods": methods} if methods else {}),
+        "dtype": dtype,
+        "search": {"methods": methods} if methods else {},
         "objective": {
             "include_path": str(folder),
             "tasks": [{"task": "choice"}, {"task": "answer"}],
@@ -175,8 +178,8 @@ def measure(study: Path, methods: list[str], memory: int | None) -> None:
     recipe = context.builder.loaded
     assert recipe is not None
     with account.phase("score"):
-        for block in blocks(context.splits.search, plan.spec.objective.block):
-            worker.evaluate(EvalJob(recipe, tuple(block)))
+        block = next(iter(blocks(context.splits.search, plan.spec.objective.block)))
+        worker.evaluate(EvalJob(recipe, tuple(block)))
     if context.tuned_units is not None:
         items = [n for n in context.splits.search if not context.objective.items[n].generated]
         labels = worker.labels(items[:AT_ONCE])
@@ -219,8 +222,10 @@ def report(account: Account, plan: MemoryPlan, methods: list[str], last: str) ->
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--shape", default="135m")
+    parser.add_argument("--layers", type=int)
     parser.add_argument("--donors", type=int, default=4)
     parser.add_argument("--methods", default="")
+    parser.add_argument("--dtype")
     parser.add_argument("--folder", type=Path)
     parser.add_argument("--memory", type=parse_size)
     parser.add_argument("--measured", type=Path, help=argparse.SUPPRESS)
@@ -235,8 +240,8 @@ def main() -> None:
         if options.shape in SHAPES:
             folder = options.folder or Path(temporary)
             if not (folder / "base").exists():
-                make_family(folder, options.shape, options.donors)
-            study = make_study(folder, methods, options.donors)
+                make_family(folder, options.shape, options.layers, options.donors)
+            study = make_study(folder, methods, options.donors, options.dtype)
         environment = {"MERGESEARCH_CACHE": temporary} | os.environ
         command = [sys.executable, *sys.argv, "--measured", str(study)]
         subprocess.run(command, check=True, env=environment)

@@ -5,6 +5,8 @@ from transformers import AutoModelForCausalLM
 from merge_engine.errors import MergeError
 from merge_engine.models import memory_plan as memory
 from merge_engine.models.memory_plan import (
+    COMPILING,
+    LATER,
     USABLE,
     Allowance,
     ForwardPasses,
@@ -44,6 +46,7 @@ def test_plan_counts_the_bytes(models, free):
     assert plan.live == 2 * parameters
     assert plan.donors == plan.placed.device == 3 * 4 * parameters
     assert plan.merging == 4 * parameters  # one model's pack is read
+    assert plan.process == LATER  # beside what it has, here nothing
     assert plan.peak == plan.process + plan.live + plan.donors + plan.merging
     free["cpu"] = int((plan.peak - plan.donors // 2) / USABLE)
     assert planned(models, "cpu").placed.disk == pytest.approx(plan.donors / 2, abs=8)
@@ -63,6 +66,25 @@ def test_plan_counts_what_the_methods_may_need(models):
     assert ranked.room.beside == 1
     assert planned(models, "cpu", methods=["dare_ties"]).statistics > plain.statistics
     assert "ranks and masks" in str(ranked)
+
+
+@pytest.mark.usefixtures("free")
+def test_plan_counts_a_compiler_and_a_file_that_is_read_whole(models):
+    merged = Models(models.tensors, 3, torch.bfloat16, compiled=True, unmapped=5000)
+    plain, plan = planned(models, "cpu"), plan_memory(merged, "cpu")
+    assert plan.process == plain.process + COMPILING
+    assert plan.merging == plain.merging + 5000
+
+
+def test_engine_beside_the_live_model_has_its_share_before_the_donors(models, free, monkeypatch):
+    monkeypatch.setattr(memory, "total_bytes", lambda _device: 10**6)
+    merged = Models(models.tensors, 3, torch.bfloat16)
+    plan = plan_memory(merged, "cuda", allowed=Allowance(engine=0.4))
+    assert plan.engine == plan.components()["text engine"] == 400_000
+    assert plan.held == plan.live + 400_000 + plan.placed.device
+    free["cuda"] = plan.live + plan.merging + 399_999
+    with pytest.raises(MergeError, match="free on cuda"):
+        plan_memory(merged, "cuda", allowed=Allowance(engine=0.4))
 
 
 @pytest.mark.usefixtures("free")
