@@ -172,6 +172,22 @@ def test_a_kernel_is_compiled_once_whatever_sizes_values_and_keys_are(compiled):
     assert counters["stats"]["unique_graphs"] == before
 
 
+def test_number_of_rows_is_all_that_the_compiler_does_not_know(monkeypatch):
+    unknown, compiler = [], torch.compile
+
+    def record(graph, inputs, **_settings):
+        unknown.append(sum(not torch.is_tensor(each) for each in inputs))
+        return graph.forward
+
+    def recorded(run, **settings):
+        return compiler(run, backend=record, **settings)
+
+    monkeypatch.setattr(torch, "compile", recorded)
+    tensors = make_tensors(3, (5 * WIDTH + 7,))
+    merged("ties", tensors, KernelRunner(compiled=True), torch.float32)
+    assert unknown == [1]
+
+
 def kept_by(runner: KernelRunner, size: int, chance: float, seed: int) -> Tensor:
     """Which elements of each donor are kept: bit i for donor i."""
     base, ones = torch.zeros(size), torch.ones(size)
