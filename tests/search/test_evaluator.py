@@ -1,5 +1,9 @@
 """Jobs and blocks: what is asked at once, what is stored, and what a kill loses."""
 
+import multiprocessing
+import os
+import signal
+
 import pytest
 
 from landscape import planted
@@ -51,18 +55,22 @@ def test_jobs_end_at_the_same_items_whatever_is_stored(context, tmp_path):
     assert jobs == [order[120:140], order[:100], order[100:120] + order[140:200], order[200:]]
 
 
-def test_kill_loses_the_job_under_way_alone(context, tmp_path):
-    recipe = next(iter(baselines(context.space).values()))
+def test_kill_in_the_middle_of_a_job_loses_that_job_alone(context, tmp_path):
+    recipe, folder = next(iter(baselines(context.space).values())), tmp_path / "run"
+    jobs = []
 
     def kill(job):
-        if len(workers.jobs) == 2:
-            raise SystemExit
+        jobs.append(job)
+        if len(jobs) == 2:
+            os.kill(os.getpid(), signal.SIGKILL)
 
-    workers = SimulatedWorkers(context.objective, failure=kill)
-    run = simulated_run(tmp_path / "run", context, workers)
-    with pytest.raises(SystemExit):
-        run.evaluator.evaluate([recipe], "test")
-    again, later = evaluated(context, tmp_path / "run", [recipe])
+    killed = multiprocessing.get_context("fork").Process(
+        target=evaluated, args=(context, folder, [recipe]), kwargs={"failure": kill}
+    )
+    killed.start()
+    killed.join()
+    assert killed.exitcode == -signal.SIGKILL
+    again, later = evaluated(context, folder, [recipe])
     assert [len(job.items) for job in later.jobs] == [100, 50]
     assert len(again.evaluator.stored(recipe, "test")) == COUNTS["test"]
 
