@@ -19,6 +19,7 @@ from merge_engine.methods import Base
 from merge_engine.models.checkpoint import Reader
 from merge_engine.models.model_set import ModelSet
 from merge_engine.models.tensor_names import layer_counts
+from merge_engine.numerics.heap import trim_heap
 from merge_engine.numerics.packing import TensorPack
 from merge_engine.numerics.statistics import all_finite
 from merge_engine.recipe.recipe import Recipe, Tokenizer
@@ -172,6 +173,7 @@ class Builder:
         self._owners: Mapping[str, Part] = {}  # of the recipe that was built last
         model_set.arrange([*self.live.separate.values(), *self.live.runs])
         self._packs = list(self._pack())
+        trim_heap()  # of what the live model's tensors were before
         packed = {name for pack, _ in self._packs for name in pack.names}
         self._unpacked = [name for name in self.live.targets if name not in packed]
 

@@ -25,6 +25,7 @@ from merge_engine.numerics.statistics import gram_by_row, overlaps, row_ranks, r
 
 CACHED_FROM = 65_536  # elements from which on reading a statistic is quicker than measuring it
 MEASURING = 9  # bytes for each element of a tensor while a statistic of it is measured, at most
+TEMPORARIES = 32 << 20  # bytes besides, of pieces of it
 IDLE_BUILDS = 16  # after which a statistic as large as the weights is freed if none has used it
 _PIECE = 1 << 20  # elements of temporaries
 _TRIM_EVERY = 1 << 22  # elements measured, of which temporaries may have left holes in the heap

@@ -20,7 +20,7 @@ from merge_engine.errors import MergeError
 from merge_engine.methods import METHODS, Elementwise, preparation
 from merge_engine.models.checkpoint import TensorInfo
 from merge_engine.models.free_memory import free_bytes, said_size, total_bytes
-from merge_engine.models.measurements import CACHED_FROM, MEASURING
+from merge_engine.models.measurements import CACHED_FROM, MEASURING, TEMPORARIES
 from merge_engine.models.placement import Placed, Room
 from merge_engine.numerics.noise import LEVELS
 from merge_engine.numerics.order_statistics import TABLE
@@ -174,7 +174,7 @@ def plan_memory(
         merging=max(
             _reading(sizes, stored) * (1 if _is_cpu(device) else 2 * models.count)
             + models.unmapped,
-            MEASURING * max(sizes, default=0) if _measures(methods) else 0,
+            MEASURING * max(sizes, default=0) + TEMPORARIES if _measures(methods) else 0,
         ),
         scoring=passes.scoring,
         tuning=passes.tuning,

@@ -30,6 +30,7 @@ from safetensors.torch import save_file
 from transformers import LlamaConfig
 
 from bench_build import recipe_for
+from merge_engine.methods import METHODS
 from merge_engine.models.free_memory import parse_size
 from merge_engine.models.memory_plan import MemoryPlan
 from objectives.items import blocks
@@ -82,19 +83,18 @@ def make_family(folder: Path, shape: str, most: int | None, donors: int) -> None
     shapes = {"model.embed_tokens.weight": (rows, hidden), "model.norm.weight": (hidden,)}
     for number in range(layers):
         shapes |= {f"model.layers.{number}.{name}.weight": s for name, s in layer.items()}
+    base: dict[str, torch.Tensor] = {}
+    weights: dict[str, torch.Tensor] = {}
     for number in range(donors + 1):
         path = folder / ("base" if not number else f"donor{number}")
         path.mkdir(parents=True)
         config.save_pretrained(path)
         tiny_tokenizer().save_pretrained(path)
-        weights = {}
-        for index, (name, size) in enumerate(shapes.items()):
-            start = torch.empty(size, dtype=torch.bfloat16)
-            start.normal_(0, 0.02, generator=torch.Generator().manual_seed(index))
-            if number:
-                own = torch.Generator().manual_seed(1000 * number + index)
-                start += torch.empty_like(start).normal_(0, 1e-3, generator=own)
-            weights[name] = start
+        generator, spread = torch.Generator().manual_seed(number), 1e-3 if number else 0.02
+        for name, size in shapes.items():
+            drawn = torch.empty(size, dtype=torch.bfloat16).normal_(0, spread, generator=generator)
+            weights[name] = drawn if not number else drawn.add_(base[name])
+        base = base or dict(weights)
         save_file(weights, path / "model.safetensors", {"format": "pt"})
 
 
@@ -171,9 +171,12 @@ def measure(study: Path, methods: list[str], memory: int | None) -> None:
     with account.phase("donors"):
         worker.check_finite()
     names = list(models.checkpoints)
+    base, *donors = names
     for method in methods:
         with account.phase(method):
-            context.builder.build(recipe_for(method, names))
+            for first in donors if METHODS[method].donors[1] == 1 else donors[:1]:
+                others = [donor for donor in donors if donor != first]
+                context.builder.build(recipe_for(method, [base, first, *others]))
     last = methods[-1]
     recipe = context.builder.loaded
     assert recipe is not None
@@ -196,12 +199,11 @@ def measure(study: Path, methods: list[str], memory: int | None) -> None:
 
 def report(account: Account, plan: MemoryPlan, methods: list[str], last: str) -> None:
     """Print each component as said and as measured, and the ratio of the peaks."""
-    before = ["donors", *methods]
     taken = {
         "process and live model": account.held("load"),
         "donors": account.held("donors") - account.held("load"),
         "ranks, masks, statistics": account.held(last) - account.held("donors"),
-        "merging": max(account.above(m, b) for b, m in zip(before, methods, strict=False)),
+        "merging": max(account.phases[m]["peak"] - account.held(m) for m in methods),
         "scoring": account.above("score", last),
         "tuning": account.above("tune", "score") if "tune" in account.phases else 0,
     }
