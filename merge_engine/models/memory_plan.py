@@ -109,7 +109,7 @@ class MemoryPlan:
     def components(self) -> dict[str, int]:
         """Return the bytes of each component, by what it is called; none of them is empty."""
         on_disk = self.placed.disk / max(1, self.donors + self.beside)
-        kept = 1 - on_disk
+        kept = max(0, 1 - on_disk)  # packs have gaps, which count on disk
         found = {
             "process": self.process,
             "live model": self.live,

@@ -21,6 +21,7 @@ from merge_engine.models.config_differences import check_functions, config_notes
 from merge_engine.models.free_memory import free_bytes, reserve_share
 from merge_engine.models.memory_plan import Allowance, MemoryPlan, Models, plan_memory
 from merge_engine.models.model_set import ModelSet
+from merge_engine.models.placement import Placed
 from merge_engine.models.quantised import quantisation_of
 from merge_engine.models.token_table import vocabulary_notes
 from merge_engine.models.vocabulary import check_tokenizer
@@ -115,6 +116,8 @@ class StudyPlan:
         allowed = Allowance(hardware.memory, hardware.sharers, hardware.share, engine)
         plan = plan_memory(merged, hardware.lives_on, passes=passes, allowed=allowed)
         models.place(hardware.builds_on, plan.room)
+        if (placed := models.placement.placed) != Placed():
+            plan = replace(plan, placed=placed)
         return replace(plan, copied_to=hardware.device) if hardware.offload else plan
 
 

@@ -15,6 +15,9 @@ from merge_engine.models.memory_plan import (
 )
 from merge_engine.models.model_set import ModelSet
 from search.cli import main
+from search.preparing.context import plan_study
+from search.preparing.models import Hardware
+from search.study.reading import load_study
 
 
 @pytest.fixture
@@ -137,3 +140,16 @@ def test_spare_memory_is_what_model_merging_and_kept_donors_leave(models, free):
     assert kept.spare == free["cuda"] - kept.live - kept.merging - kept.donors
     free["cuda"] = kept.live + kept.merging
     assert planned(models, "cuda").spare == 0
+
+
+def test_study_is_told_of_whole_packs_not_of_parts_that_would_fit(make_study, tmp_path, free):
+    plan = plan_study(load_study(make_study(tmp_path)))
+    whole = plan.place_donors(Hardware("cpu"))
+    (pack,) = plan.model_set.placement.packs
+    assert whole.placed == plan.model_set.placement.placed
+    assert whole.placed.device >= 3 * 4 * pack.size
+    assert whole.placed.disk == 0
+    free["cpu"] = int((whole.peak - whole.donors // 2) / USABLE)
+    half = plan.place_donors(Hardware("cpu"))
+    assert (half.placed.device, half.placed.disk) == (0, whole.placed.device)
+    assert "donors" not in half.components()
