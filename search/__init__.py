@@ -2,15 +2,15 @@
 
 The rooms in reading order, each importing only those before it:
 
-``study`` what is wanted: study.yaml, read and checked
+``study`` study.yaml, read and checked
 ``racing`` how many items a candidate is evaluated on, and who is ahead: pure statistics
-``storing`` what survives a kill: run folder, database, trials, result.json
-``proposing`` which recipe next: search space, Gaussian process, samplers
+``storing`` everything kept on disk: run folder, database, trials, result.json
+``proposing`` the next recipe: search space, Gaussian process, samplers
 ``preparing`` from a study to live objects: plan, models, tasks
 ``running`` the loop: workers, evaluation, conclusion
-``showing`` for people and programs: terminal, JSON lines, report, model card
+``showing`` output: terminal, JSON lines, report, model card
 
-Above them ``session`` checks everything and holds a run folder, ``steps`` are what is done with it,
-``commands`` the commands, ``arguments`` and ``options`` the command line, ``cli`` the entry point,
-``process`` what is set once per process.
+Above them ``session`` checks everything and locks the run folder, ``pipeline`` searches, concludes,
+exports and reports in it, ``commands`` has the commands, ``arguments`` and ``options`` the command
+line, ``cli`` the entry point, ``process`` settings of the whole process.
 """

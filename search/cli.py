@@ -65,10 +65,10 @@ def _run(command: str, options: Options) -> None:
             from merge_engine.models.statistics_cache import user_limit
             from search.running.events import Note
 
-            default_folder(), user_limit()  # said now, not by the first of many candidates
+            default_folder(), user_limit()  # fail now, not in the middle of a search
             module = import_module(f"search.commands.{COMMANDS[command].module}")
         run: Callable[[Any, Listener], None] = getattr(module, command)
-        # What tasks print on their own account is no event.
+        # Tasks may print to stdout, which is for events alone.
         with redirect_stdout(sys.stderr) if options.json else nullcontext():
             run(options, listener)
 
@@ -82,12 +82,12 @@ def _make_listener(*, json_lines: bool) -> Listener:
 
     from search.showing.terminal import Terminal
 
-    piped = not sys.stdout.isatty()  # then no line is broken, and nothing moves
+    piped = not sys.stdout.isatty()  # no line breaks and no live view then
     return Terminal(Console(soft_wrap=piped, force_interactive=False if piped else None))
 
 
 def _expected(error: Exception) -> tuple[str, int] | None:
-    """Return the message and the exit code of an error that is no fault of this program."""
+    """Return message and exit code of an expected error; None for a bug of this program."""
     if is_out_of_memory(error):  # first, for there may be none left to import by
         return f"there is not enough memory; with more, {AGAIN}", STOPPED
     from merge_engine.errors import FULL, MergeError
@@ -118,23 +118,23 @@ def _of_database(error: Exception) -> tuple[str, int] | None:
     what = f"the run's database: {printable(reason_of(error))}"
     if is_transient(error):
         return f"{what}; when that is mended, {AGAIN}", STOPPED
-    return f"{what}; restore it from a copy, or begin anew with --force-new", BAD_INPUT
+    return f"{what}; restore it from a copy, or start over with --force-new", BAD_INPUT
 
 
 def _fault(error: Exception) -> str:
-    """Write an error that nobody has foreseen to a file, and return a message that names it."""
+    """Write an unexpected error's traceback to a file, and return a message that names it."""
     from merge_engine.errors import reason
     from objectives.base import printable
 
-    said = printable(f"{type(error).__name__}: {reason(error)}")
+    summary = printable(f"{type(error).__name__}: {reason(error)}")
     try:
         with tempfile.NamedTemporaryFile(
             "w", prefix="mergesearch-", suffix=".log", delete=False, encoding="utf-8"
         ) as file:
             traceback.print_exception(error, file=file)
     except OSError:
-        return f"a fault of mergesearch: {said}; please report it"
-    return f"a fault of mergesearch: {said}; please report it with {file.name}"
+        return f"a fault of mergesearch: {summary}; please report it"
+    return f"a fault of mergesearch: {summary}; please report it with {file.name}"
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
-"""Options of the commands: one dataclass each, which also says what the command does.
+"""Options of the commands: a dataclass for each, whose docstring is the command's help.
 
-Its fields say how the command line gives them.
+Its fields define the arguments.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def _gpus(text: str) -> float:
     except ValueError:
         gpus = -1.0
     if not (0 <= gpus <= 1 or gpus.is_integer()):
-        raise ArgumentTypeError(f"{text!r} is no number of GPUs like 1, 2 or 0.5")
+        raise ArgumentTypeError(f"{text!r} is not a number of GPUs like 1, 2 or 0.5")
     return gpus
 
 
@@ -62,7 +62,7 @@ def _count(text: str) -> int:
 
 def _repository(text: str) -> str:
     if not re.fullmatch(r"([\w.-]+/)?[\w.-]+", text):
-        raise ArgumentTypeError(f"{text!r} is no repository's id like org/name")
+        raise ArgumentTypeError(f"{text!r} is not a repository id like org/name")
     return text
 
 
@@ -85,7 +85,7 @@ def _seconds(text: str) -> float:
     except (ValueError, KeyError):
         seconds = 0.0
     if not 0 < seconds < math.inf:
-        raise ArgumentTypeError(f"{text!r} is no length of time like 45s, 90m or 8h")
+        raise ArgumentTypeError(f"{text!r} is not a duration like 45s, 90m or 8h")
     return seconds
 
 
@@ -104,10 +104,10 @@ class Options:
 
     usage: ClassVar[str] = ""  # arguments in short, where it is not the required ones alone
     device: str | None = _argument(
-        "--device D", "where the model lives (default: a GPU, else cpu)", default=None
+        "--device D", "device of the model (default: a GPU, else cpu)", default=None
     )
-    json: bool = _flag("--json", "print one JSON object a line for each event")
-    verbose: bool = _flag("-v --verbose", "let libraries print what they like")
+    json: bool = _flag("--json", "print events as JSON, one per line")
+    verbose: bool = _flag("-v --verbose", "do not silence libraries")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,40 +115,40 @@ class SessionOptions(Options):
     """Options of every command that evaluates recipes of a run, in this process or by workers."""
 
     storage: str | None = _argument(*_STORAGE, default=None)
-    memory: int | None = _argument(
-        "--memory SIZE", "use no more than this, like 24GB", _size, default=None
-    )
-    compiled: bool = _flag("--no-compile", "merge in chunks instead", default=True)
+    memory: int | None = _argument("--memory SIZE", "memory limit, like 24GB", _size, default=None)
+    compiled: bool = _flag("--no-compile", "do not compile merge kernels", default=True)
     offload: bool = _flag("--offload", "keep the model in host memory: slow, but it fits")
     workers: int | None = _argument(
-        "--workers N", "so many processes, each with a model", _count, default=None
+        "--workers N", "number of processes, each with a model", _count, default=None
     )
     gpus_per_worker: float | None = _argument(
         "--gpus-per-worker N", "2: a model over two GPUs; 0.5: two models on one", _gpus, None
     )
     ray_address: str | None = _argument(
-        "--ray-address URL", "the cluster they are on (default: this machine)", default=None
+        "--ray-address URL", "their Ray cluster (default: this machine)", default=None
     )
     force_new: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunOptions(SessionOptions):
-    """Run a study, or go on with it."""
+    """Run or resume a study."""
 
     study: Path = _argument("STUDY", "the study's YAML file", Path)
-    out: Path = _argument("--out RUN", "run folder, made or resumed", Path)
-    trials: int | None = _argument("--trials N", "instead of the study's number", _count, None)
-    seed: int | None = _argument("--seed S", "instead of the study's seed", _seed, None)
-    timeout: float | None = _argument(
-        "--timeout T", "search no longer than, like 90m or 8h", _seconds, default=None
+    out: Path = _argument("--out RUN", "run folder, new or to resume", Path)
+    trials: int | None = _argument(
+        "--trials N", "maximum number of trials (default: the study's)", _count, None
     )
-    force_new: bool = _flag("--force-new", "set the folder's study aside, begin another")
+    seed: int | None = _argument("--seed S", "seed (default: the study's)", _seed, None)
+    timeout: float | None = _argument(
+        "--timeout T", "time limit of the search, like 90m or 8h", _seconds, default=None
+    )
+    force_new: bool = _flag("--force-new", "set the folder's run aside and start over")
 
 
 @dataclass(frozen=True, kw_only=True)
 class DemoOptions(RunOptions):
-    """Train a small family, search it, show the result."""
+    """Train a small model family and run its study."""
 
     study: Path = DEMO / "study.yaml"
     out: Path = _argument("--out RUN", "run folder", Path, Path("runs/demo"))
@@ -156,23 +156,23 @@ class DemoOptions(RunOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class InitOptions(Options):
-    """Write a study to begin with; asks for what is missing."""
+    """Write a first study; asks for what is missing."""
 
     usage: ClassVar[str] = "--base B --models M ... --tasks T ... [options]"
     base: str | None = _argument(
-        "--base B", "what the models were fine-tuned from: a folder or hub id", default=None
+        "--base B", "the base of the fine-tunes: a folder or hub id", default=None
     )
     models: list[str] | None = _argument(
-        "--models M", "to merge; BASE+ADAPTER is a LoRA adapter", default=None, nargs="+"
+        "--models M", "models to merge; BASE+ADAPTER is a LoRA adapter", default=None, nargs="+"
     )
     tasks: list[str] | None = _argument(
-        "--tasks T", "names that lm-eval knows, or .yaml or .jsonl files", default=None, nargs="+"
+        "--tasks T", "lm-eval task names, or .yaml or .jsonl files", default=None, nargs="+"
     )
     out: Path = _argument(
-        "--out FILE", "to write (default: study.yaml)", Path, default=Path("study.yaml")
+        "--out FILE", "study to write (default: study.yaml)", Path, default=Path("study.yaml")
     )
-    trials: int | None = _argument("--trials N", "recipes to evaluate at most", _count, None)
-    trust_task_code: bool = _flag("--trust-task-code", "run Python that .yaml tasks bring")
+    trials: int | None = _argument("--trials N", "maximum number of trials", _count, None)
+    trust_task_code: bool = _flag("--trust-task-code", "run Python code in .yaml tasks")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -191,7 +191,7 @@ class BuildOptions(Options):
 
 @dataclass(frozen=True, kw_only=True)
 class ScoreOptions(Options):
-    """Score a model as a study does."""
+    """Score a model as a study scores its candidates."""
 
     model: str = _argument("MODEL", "a folder, a hub id, BASE+ADAPTER or a recipe's YAML file")
     study: Path = _argument("STUDY", "the study's YAML file", Path)
@@ -206,14 +206,14 @@ class ScoreOptions(Options):
 
 @dataclass(frozen=True, kw_only=True)
 class CheckOptions(Options):
-    """Validate a file and print its plan."""
+    """Validate a study or a recipe and print its plan."""
 
     file: Path = _argument("FILE", "a study or a recipe", Path)
 
 
 @dataclass(frozen=True, kw_only=True)
 class ExportOptions(SessionOptions):
-    """Save another trial of a run."""
+    """Save the checkpoint of a run's winner, or of another trial."""
 
     run: Path = _argument("RUN", "run folder", Path)
     out: Path = _argument("OUT", "the folder to make", Path)
@@ -222,27 +222,29 @@ class ExportOptions(SessionOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class SampleOptions(SessionOptions):
-    """Show what the models write."""
+    """Show the models' responses to prompts or test items."""
 
     run: Path = _argument("RUN", "run folder", Path)
     prompt: list[str] | None = _argument(
         "--prompt TEXT",
-        "to be continued; may be given again (default: test items the winner gained and lost)",
+        "prompt; may be repeated (default: test items the winner gained or lost)",
         _text,
         default=None,
         action="append",
     )
-    max_tokens: int = _argument("--max-tokens N", "to write (default: 128)", _count, 128)
-    items: int = _argument("--items N", "of each at most (default: 6)", _count, 6)
+    max_tokens: int = _argument(
+        "--max-tokens N", "maximum length of a response (default: 128)", _count, 128
+    )
+    items: int = _argument("--items N", "items gained, and as many lost (default: 6)", _count, 6)
 
 
 @dataclass(frozen=True, kw_only=True)
 class ReportOptions(Options):
-    """Draw a run's page, finished or not."""
+    """Write a run's report, finished or not."""
 
     run: Path = _argument("RUN", "run folder", Path)
     out: Path | None = _argument(
-        "--out FILE", "to write (default: RUN/report.html)", Path, default=None
+        "--out FILE", "file to write (default: RUN/report.html)", Path, default=None
     )
     storage: str | None = _argument(*_STORAGE, default=None)
 
@@ -252,5 +254,5 @@ class PushOptions(Options):
     """Upload a run's winner to the Hub."""
 
     run: Path = _argument("RUN", "run folder", Path)
-    repo: str = _argument("ORG/NAME", "the repository, made if there is none", _repository)
-    private: bool = _flag("--private", "if it is made, for its owners alone")
+    repo: str = _argument("ORG/NAME", "the repository, created if it does not exist", _repository)
+    private: bool = _flag("--private", "create it as a private repository")

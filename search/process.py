@@ -1,4 +1,4 @@
-"""What is set once per process: environment variables, warnings and what libraries print."""
+"""Settings of the whole process: environment variables, signals, warnings, library output."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ SILENT: Final = {
 
 
 def open_closed_streams() -> None:
-    """Have input and outputs that the caller has closed lead nowhere, not to the next open file."""
+    """Open closed standard streams on os.devnull, else the next file opened takes their number."""
     for number, name in enumerate(("stdin", "stdout", "stderr")):
         try:
             os.fstat(number)
@@ -45,9 +45,9 @@ def open_closed_streams() -> None:
 
 @contextmanager
 def collector_paused() -> Iterator[None]:
-    """Pause the garbage collector while millions of objects are made that stay.
+    """Pause the garbage collector while millions of long-lived objects are created.
 
-    Imports and loading take a quarter longer if it looks through them all again and again.
+    Repeated collections would make imports and loading a quarter slower.
     """
     was_on = gc.isenabled()
     gc.disable()
@@ -60,7 +60,7 @@ def collector_paused() -> Iterator[None]:
 
 @contextmanager
 def interrupted_by_sigterm() -> Iterator[None]:
-    """Have SIGTERM, which batch systems send, end the work as Ctrl-C does."""
+    """Treat SIGTERM, which batch systems send, like Ctrl-C."""
     if threading.current_thread() is not threading.main_thread():  # it gets no signals
         yield
         return
@@ -72,7 +72,7 @@ def interrupted_by_sigterm() -> Iterator[None]:
 
 
 class _Notes(logging.Handler):
-    """Passes each warning on once."""
+    """Forwards each distinct warning once."""
 
     def __init__(self, note: Callable[[str], None]) -> None:
         super().__init__(logging.WARNING)
@@ -87,7 +87,7 @@ class _Notes(logging.Handler):
 
 @contextmanager
 def quiet_libraries(note: Callable[[str], None], *, verbose: bool = False) -> Iterator[None]:
-    """Keep libraries quiet, best before they are imported; everything is set back afterwards.
+    """Silence libraries, best before they are imported; all settings are restored afterwards.
 
     Args:
         note: Receives the warnings of our own packages.

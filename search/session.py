@@ -1,7 +1,7 @@
-"""A session of a run: everything is checked, then the work is done while the run's folder is held.
+"""A session of a run: check everything, then lock the run folder and work on the run.
 
-optuna, SQLAlchemy and scipy take a second to import, so each function that needs them imports them:
-what is wrong with the study is found before.
+optuna, SQLAlchemy and scipy take a second to import, so functions import them where needed: errors
+in the study are reported before.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 @contextmanager
 def errors_name(file: Path) -> Iterator[None]:
-    """Prefix errors about a study or a recipe that are raised inside with the file's name."""
+    """Prefix errors raised inside with the name of the study or recipe file."""
     try:
         yield
     except (MergeError, ObjectiveError, StudyError) as error:
@@ -44,12 +44,12 @@ def errors_name(file: Path) -> Iterator[None]:
 
 
 def choose_device(device: str | None, *, elsewhere: bool = False) -> str:
-    """Return the device that is named, else the first GPU if there is one, else the CPU.
+    """Return the named device, else the first GPU if there is one, else the CPU.
 
-    With ``elsewhere`` it may be on other machines, so that it need not be here.
+    With ``elsewhere`` it is a device of other machines and is not checked here.
 
     Raises:
-        StudyError: It is not here.
+        StudyError: This machine does not have it.
     """
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     if not elsewhere:
@@ -74,7 +74,7 @@ class Session:
     options: SessionOptions  # database, hardware and workers
     listener: Listener  # receives every event
     source: Path  # file or folder that errors about the study name
-    searches: bool = False  # recipes are searched: the cost is announced
+    searches: bool = False  # whether it searches, and so announces notes and cost
 
     def hold(self, work: Callable[[Run], None]) -> None:
         """Check everything, then do ``work`` with the run while its folder is locked.
@@ -92,7 +92,7 @@ class Session:
             self._check_storage()
         context, workers = self._prepare()
         try:
-            from search.steps import work_on
+            from search.pipeline import work_on
 
             if not folder.exists():  # no folder is made for donors with NaN or Inf
                 workers.call("check_finite")

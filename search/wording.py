@@ -1,4 +1,4 @@
-"""Numbers and names as people read them: durations, percentages, intervals, short names."""
+"""Format numbers and names for people: durations, percentages, intervals, short names."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from objectives.scores import Interval
 
 UNTUNED: Final = "untuned"  # name of the best recipe whose weights were not tuned by gradient
 COMPARED: Final = ("base", "uniform", UNTUNED, "winner")  # names beside the donors' in a table
-OWN_TEMPLATE: Final = "under its own chat template"  # of a donor that was asked so
+OWN_TEMPLATE: Final = "under its own chat template"  # marks such scores of a donor
 MAX_LETTERS: Final = 1500  # of a text that a model read or wrote
 
 
@@ -23,7 +23,7 @@ def duration(seconds: float) -> str:
 
 
 def percent(share: float, sign: str = "") -> str:
-    """Format a share in per cent, without the unit; sign "+" writes that of gains as well."""
+    """Format a share in per cent without the unit; ``sign`` "+" also marks positive numbers."""
     return f"{100 * share:{sign}.1f}"
 
 

@@ -30,9 +30,9 @@ from merge_engine.building.export import write_checkpoint
 from merge_engine.building.plan import plan_merge
 from merge_engine.errors import MergeError
 from merge_engine.recipe.recipe_file import parse_recipe
+from search.pipeline import finish
 from search.proposing.starts import baselines
 from search.running.workers import EvalJob
-from search.steps import finish
 from simulated import SimulatedWorkers, simulated_context, simulated_run
 from tiny_models import make_llama
 

@@ -18,7 +18,7 @@ PACKAGES = {
 ROOMS = {
     "search": [
         *("wording", "study", "racing", "storing", "proposing", "preparing", "process"),
-        *("running", "showing", "options", "steps", "session", "arguments", "commands", "cli"),
+        *("running", "showing", "options", "pipeline", "session", "arguments", "commands", "cli"),
     ],
     "merge_engine": [
         "out_of_memory",

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 from objectives.base import ObjectiveError
-from objectives.harness.apart import attempt
+from objectives.harness.isolation import attempt
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

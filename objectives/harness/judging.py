@@ -24,7 +24,7 @@ from lm_eval.api.task import ConfigurableTask, Task
 from torch import Tensor
 
 from objectives.base import ItemResult, ObjectiveError, Response, objective_errors, printable
-from objectives.harness.apart import isolate, start
+from objectives.harness.isolation import isolate, start
 from objectives.harness.metrics import PER_UNIT
 from objectives.harness.prompts import Question
 from objectives.inference.loglikelihood import Loglikelihood

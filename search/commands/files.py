@@ -1,7 +1,7 @@
-"""Commands that begin from a study or a recipe.
+"""Commands that start from a study or a recipe.
 
-Only what checks them is imported at the top: optuna, SQLAlchemy and scipy follow with the search,
-transformers and lm-eval with the modules that use them.
+Only what checks them is imported at the top. optuna, SQLAlchemy and scipy are imported by the
+search, transformers and lm-eval by the functions that use them.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ if TYPE_CHECKING:
 
 
 def demo(options: DemoOptions, listener: Listener) -> None:
-    """Train the demo's models, if that has not been done, and run its study."""
+    """Train the demo's models, unless they exist, and run its study."""
     source = importlib.util.spec_from_file_location("zoo", DEMO / "zoo.py")
     if source is None or source.loader is None or not (DEMO / "zoo.py").is_file():
         raise StudyError(f"{DEMO} is missing: the demo runs from a clone of the repository")
@@ -62,7 +62,7 @@ def demo(options: DemoOptions, listener: Listener) -> None:
 
 
 def run(options: RunOptions, listener: Listener) -> None:
-    """Run a study, or resume it, to its end."""
+    """Run or resume a study to its end."""
     spec = load_study(options.study)
     changes = {"trials": options.trials, "seed": options.seed}
     wanted = {name: value for name, value in changes.items() if value is not None}
@@ -70,7 +70,7 @@ def run(options: RunOptions, listener: Listener) -> None:
     session = Session(spec, options.out, options, listener, source=options.study, searches=True)
 
     def search_and_conclude(run: Run) -> None:
-        from search.steps import finish
+        from search.pipeline import finish
 
         finish(run, options.timeout or math.inf)
 
@@ -78,7 +78,7 @@ def run(options: RunOptions, listener: Listener) -> None:
 
 
 def build(options: BuildOptions, listener: Listener) -> None:
-    """Merge a recipe into a checkpoint; first the recipes whose results it uses, one by one."""
+    """Merge a recipe into a checkpoint, after the recipes whose results it uses."""
     stages, notes = load_stages(options.recipe)
 
     def say(note: str) -> None:
@@ -94,7 +94,7 @@ def build(options: BuildOptions, listener: Listener) -> None:
     stages = [stage for stage in stages if stage.needed or kept]
     if len(stages) > 1:
         with planned(stages):
-            pass  # what is wrong is said before anything is built
+            pass  # errors in any recipe are raised before anything is built
     *others, result = stages
     made: list[Path] = []
     try:
@@ -114,7 +114,7 @@ def build(options: BuildOptions, listener: Listener) -> None:
 
 
 def _remove_results(folders: Iterable[Path]) -> None:
-    """Remove what was built on the way, and the folder it is in unless it has more."""
+    """Remove intermediate results, and their parent folder if it is empty then."""
     for folder in folders:
         shutil.rmtree(folder, ignore_errors=True)
         with contextlib.suppress(OSError):
@@ -151,7 +151,7 @@ def score(options: ScoreOptions, listener: Listener) -> None:
 
 
 def init(options: InitOptions, listener: Listener) -> None:
-    """Write a study to begin with, and check it where its models are on this machine."""
+    """Write a first study, and check it if all its models are on this machine."""
     base = _given([options.base] if options.base else None, "--base", "base model")[0]
     models = _given(options.models, "--models", "models to merge")
     tasks = _given(options.tasks, "--tasks", "tasks or .jsonl files")
@@ -178,7 +178,7 @@ def init(options: InitOptions, listener: Listener) -> None:
 
 
 def _given(words: list[str] | None, option: str, what: str) -> list[str]:
-    """Return an option's words; where it is missing, ask for them if a person can answer."""
+    """Return an option's words; ask for missing ones if stdin is a terminal."""
     if not words and sys.stdin.isatty():
         words = shlex.split(input(f"{what}: "))
     if not words:
@@ -187,7 +187,7 @@ def _given(words: list[str] | None, option: str, what: str) -> list[str]:
 
 
 def check(options: CheckOptions, listener: Listener) -> None:
-    """Validate a study or a recipe, and print what using it would take."""
+    """Validate a study or a recipe, and print its plan."""
     file, device = options.file, choose_device(options.device)
     recipes = any(map(is_recipe, load_documents(file)))
     with errors_name(file), collector_paused():

@@ -1,4 +1,4 @@
-"""Commands that begin from a run folder."""
+"""Commands that start from a run folder."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from merge_engine.recipe.recipe import Recipe
 from merge_engine.replacing import replace_text
 from objectives.entries import PromptEntry
 from search.options import ExportOptions, PushOptions, ReportOptions, SampleOptions
+from search.pipeline import card_of, is_export_of, save_checkpoint
 from search.running.conclusion import other_trial
 from search.running.events import CommandDone, Listener, Note, SamplesReady
 from search.running.run import Run
@@ -16,7 +17,6 @@ from search.running.sampling import of_items, of_prompts
 from search.session import Session
 from search.showing.hub import push as push_to_hub
 from search.showing.report import make_report
-from search.steps import card_of, is_export_of, save_checkpoint
 from search.storing.address import Storage
 from search.storing.folder import CARD, check_folder, is_held
 from search.storing.intact import reading_stored
@@ -37,7 +37,7 @@ def export(options: ExportOptions, listener: Listener) -> None:
     spec = stored_spec(options.run, options.storage)
     result = _read_result(options.run, spec)
     won = result.winner.recipe if result else None
-    if options.trial is not None:  # one that is missing is said before anything is loaded
+    if options.trial is not None:  # a missing trial is reported before anything is loaded
         store = Store(Storage.of(options.run, options.storage))
         find_trial(options.run, TrialLog(store.study()), options.trial)
     elif won is None:
@@ -82,7 +82,7 @@ def sample(options: SampleOptions, listener: Listener) -> None:
 
 
 def _read_result(run: Path, spec: StudySpec) -> Result | None:
-    """Read a run's result, whose models have to be its study's."""
+    """Read a run's result; refuse one with models that are not the study's."""
     result = read_result(run)
     known = {spec.base_model, *spec.models_but_base}
     read = Recipe.model_validate(result.winner.recipe).models_read if result else ()
@@ -95,7 +95,7 @@ def _read_result(run: Path, spec: StudySpec) -> Result | None:
 
 
 def report(options: ReportOptions, listener: Listener) -> None:
-    """Write a run's page, finished or not."""
+    """Write a run's report.html, finished or not."""
     stored_spec(options.run, options.storage)
     file = options.out or options.run / "report.html"
     if file.is_dir():

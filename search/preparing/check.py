@@ -1,4 +1,4 @@
-"""What ``check`` prints of a study or a recipe: what using it would take. Reads no weights."""
+"""The plan that ``check`` prints for a study or a recipe, without reading weights."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from search.proposing.starts import soup_steps
 from search.study.reading import load_study
 from search.wording import OWN_TEMPLATE
 
-Report = tuple[list[str], list[str]]  # lines, and notes
+Description = tuple[list[str], list[str]]  # lines to print, and notes
 
 
-def check_recipe(file: Path) -> Report:
-    """Validate a file's recipe, or recipes, with the headers of the models."""
+def check_recipe(file: Path) -> Description:
+    """Validate the recipe or recipes in a file against the headers of their models."""
     stages, notes = load_stages(file)
     lines: list[str] = []
     with planned(stages) as plans:
@@ -37,7 +37,7 @@ def check_recipe(file: Path) -> Report:
     return lines, notes
 
 
-def _describe_plan(plan: Plan) -> Report:
+def _describe_plan(plan: Plan) -> Description:
     recipe = plan.recipe
     dtype = recipe.out_dtype or recipe.dtype or model_dtype(plan.files.reference)
     lines = [f"recipe: {recipe.merge_method}, writes {dtype}"]
@@ -49,8 +49,8 @@ def _describe_plan(plan: Plan) -> Report:
     return lines + _describe_models(plan.shapes(), checkpoints), plan.notes()
 
 
-def check_study(file: Path, device: str) -> Report:
-    """Validate a study with the headers of its models and the items of its tasks."""
+def check_study(file: Path, device: str) -> Description:
+    """Validate a study against the headers of its models and the items of its tasks."""
     spec = load_study(file)
     plan = plan_study(spec)
     context, models = load_outline(plan), plan.model_set

@@ -1,6 +1,6 @@
-"""From a study to live objects: a plan of all that can fail, then what it takes to evaluate.
+"""From a study to live objects: first a plan, in which all input errors show, then the models.
 
-``plan_study`` reads headers and tasks; ``load`` adds the live model, ``load_outline`` a model
+``plan_study`` reads headers and tasks. ``load`` adds the live model; ``load_outline`` adds a model
 without weights, for a coordinator whose workers have the live ones.
 """
 
@@ -64,7 +64,7 @@ _LOG = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class StudyPlan:
-    """All of a study that is known without weights and without transformers."""
+    """Everything about a study that is known without weights and without transformers."""
 
     spec: StudySpec  # the study
     model_set: ModelSet  # the base and the donors: their headers, aligned
@@ -73,7 +73,7 @@ class StudyPlan:
     space: Space  # the recipes that are searched
     starts: int  # number of warm starts
     own_templates: Mapping[str, OwnTemplate]  # other than the study's, by donor
-    tuned_units: TunedUnits | None  # whose weights are tuned by gradient; None: none are
+    tuned_units: TunedUnits | None  # units with weights tuned by gradient; None: no tuning
 
     @property
     def kernels(self) -> str:
@@ -83,7 +83,7 @@ class StudyPlan:
         return f"kernels: {how} ({self.model_set.parameters / 1e6:.1f} M parameters)"
 
     def notes(self) -> list[str]:
-        """Return notes on models that do not fit one another, though their shapes do."""
+        """Return notes on models that differ in config, template or tokens but not in shape."""
         reference, checkpoints = self.model_set.reference, self.model_set.checkpoints.values()
         notes = config_notes(reference, checkpoints) + template_notes(self.own_templates)
         if whole := [each.model for each in checkpoints if each.unmapped]:
@@ -123,7 +123,7 @@ class StudyPlan:
 
 @dataclass(frozen=True)
 class StudyContext:
-    """Everything of a study that is made once and needs no live model."""
+    """The objects of a study that are made once and need no live model."""
 
     spec: StudySpec  # the study
     objective: Objective  # the items, and how they are scored
@@ -132,7 +132,7 @@ class StudyContext:
     models: Mapping[str, Checkpoint]  # by name
     # The items under donors' own chat templates, by donor.
     own_templates: Mapping[str, BoundTemplate] = field(default_factory=dict, kw_only=True)
-    # Whose weights are tuned by gradient; None: none are.
+    # Units with weights tuned by gradient; None: no tuning.
     tuned_units: TunedUnits | None = field(default=None, kw_only=True)
 
     def objective_of(self, donor: str | None) -> Objective:
@@ -161,7 +161,7 @@ class LiveContext(StudyContext):
 
 
 def plan_study(spec: StudySpec, *, compiled: bool = True) -> StudyPlan:
-    """Check everything that headers and tasks can tell, without weights and without a device.
+    """Check everything that headers and tasks show, without weights and without a device.
 
     Raises:
         MergeError, ObjectiveError, StudyError: A model, task or warm start cannot be used.
@@ -178,7 +178,7 @@ def plan_study(spec: StudySpec, *, compiled: bool = True) -> StudyPlan:
     files_to_copy(models.reference, models.reference.config, tokenizer=models.vocabulary is None)
     _check_kinds(spec, models)
     check_functions(models.reference, models.checkpoints.values())
-    if spec.search.sampler not in SAMPLERS:  # the user's own may be missing
+    if spec.search.sampler not in SAMPLERS:  # a user's own, which may be missing
         from search.proposing.samplers import load_sampler
 
         load_sampler(spec.search.sampler)
@@ -197,7 +197,7 @@ def plan_study(spec: StudySpec, *, compiled: bool = True) -> StudyPlan:
 
 
 def _check_kinds(spec: StudySpec, models: ModelSet) -> None:
-    """Refuse methods whose recipes leave out the base, if only that is multimodal, or is not."""
+    """Refuse methods whose recipes omit models, if multimodal and text-only models are mixed."""
     kinds = {is_multimodal(checkpoint.config) for checkpoint in models.checkpoints.values()}
     count = len(spec.models)
     used = spec.search.at_most or count
@@ -211,7 +211,7 @@ def _check_kinds(spec: StudySpec, models: ModelSet) -> None:
 
 
 def _check_parts(spec: StudySpec, models: ModelSet) -> None:
-    """Refuse parts of the models that are none, and so would have weights without a use."""
+    """Refuse layer groups and splits that match nothing: their weights would have no effect."""
     if spec.search.layer_groups > max(1, count := len(models.layer_filters)):
         raise StudyError(
             f"search.layer_groups: {spec.search.layer_groups} groups of {count} layers; name fewer"
@@ -225,7 +225,7 @@ def _check_parts(spec: StudySpec, models: ModelSet) -> None:
 
 
 def _check_config(base: Checkpoint) -> None:
-    """Refuse a config that makes transformers load the base's full-precision tensors otherwise."""
+    """Refuse a quantization_config on full-precision tensors, which transformers would obey."""
     if quantisation_of(base.config):
         raise StudyError(
             f"{base.folder / 'config.json'}: speaks of quantization_config, but the tensors are in "
@@ -268,7 +268,7 @@ def load(
     if hardware.offload:
         offload(model, hardware.device)
         spare = free_bytes(hardware.device, hardware.share)
-    # A lone worker on a device: others would find other sizes, and give other bits for one recipe.
+    # Only for a single worker: several would find different sizes, and so round differently.
     alone = hardware.sharers == 1 and hardware.share == 1 and hardware.device != "auto"
     outline = _bind(plan, model, spare if alone else None, say)
     return LiveContext(**vars(outline), builder=builder)
@@ -278,7 +278,7 @@ def load_outline(plan: StudyPlan) -> StudyContext:
     """Prepare the prompts with a model that has no weights: nothing can be evaluated with it.
 
     Raises:
-        MergeError, ObjectiveError, StudyError: As ``load``, but for memory.
+        MergeError, ObjectiveError, StudyError: As ``load``, except for memory.
     """
     return _bind(plan, _outline(plan))
 
@@ -299,7 +299,7 @@ def _outline(plan: StudyPlan) -> PreTrainedModel:
 def load_prompts(context: LiveContext, prompts: PromptEntry, donor: str | None) -> Objective:
     """Prepare prompts for the live model, as the study's tasks are prepared.
 
-    They are under a donor's own chat template if one is named.
+    With ``donor``, they are under that donor's own chat template.
     """
     if donor is None:
         tokenizer = study_tokenizer(context.spec, context.builder.model_set)
@@ -317,7 +317,7 @@ def _bind(
 ) -> StudyContext:
     """Prepare the study's prompts and own objectives for a model.
 
-    Forward passes may take ``memory`` bytes; None: as many as batches of the usual size take.
+    Forward passes may take ``memory`` bytes; None: batches have the default size.
     """
     tokenizer = study_tokenizer(plan.spec, plan.model_set)
     objective, splits = bind_tasks(plan.spec, plan.tasks, model, tokenizer, memory, say)

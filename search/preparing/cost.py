@@ -13,11 +13,11 @@ from search.study.parameters import tuning_method
 from search.study.spec import StudySpec
 from search.wording import duration
 
-RACED: Final = 0.45  # share of the search's item evaluations that races leave, of 100 trials
+RACED: Final = 0.45  # share of all item evaluations that 100 raced trials need
 
 
 def describe_cost(plan: StudyPlan) -> str:
-    """Return a line with the most that a study takes, in item evaluations and disk."""
+    """Return a line with an upper bound of a study's item evaluations and disk space."""
     search, items = plan.spec.search, plan.spec.objective.items
     searched = (search.trials + len(plan.model_set.checkpoints) + 1) * items.search
     evaluations = searched + concluding_evaluations(plan.spec, searched, len(plan.own_templates))
@@ -30,7 +30,7 @@ def describe_cost(plan: StudyPlan) -> str:
 
 
 def describe_tuning(plan: StudyPlan) -> list[str]:
-    """Return a line on how weights are tuned; none where they are not."""
+    """Return a line on how weights are tuned; empty if they are not."""
     if plan.tuned_units is None:
         return []
     batch, steps = _steps(plan)
@@ -77,12 +77,11 @@ def describe_time(spec: StudySpec, evaluations: float, per_item: float, per_buil
 
 
 def concluding_evaluations(spec: StudySpec, searched: float, own_templates: int) -> int:
-    """Return how many item evaluations follow, at most, the ``searched`` ones of a search.
+    """Return an upper bound of the item evaluations after a search with ``searched`` of them.
 
-    They are those of the finalists on the select split; of the winners, base, donors, uniform
-    average and, where weights are tuned, the best untuned recipe on the test split; of donors under
-    their ``own_templates`` on the search and the test split; and of the winner once more before it
-    is saved.
+    These are the finalists on the select split; the winners, base, donors, uniform average and, if
+    weights are tuned, the best untuned recipe on the test split; donors under their
+    ``own_templates`` on the search and test splits; and the winner once more before it is saved.
     """
     counts, finalists = spec.objective.items, spec.search.finalists
     winners, compared = (finalists if spec.search.front else 1), len(spec.models_but_base) + 2

@@ -1,4 +1,4 @@
-"""What forward passes of a study take beside the live model's weights, about."""
+"""Estimate the memory of a study's forward passes, in addition to the live model's weights."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ PREDICTING: Final = 0.5  # share of a batch's tokens that predict a target, and 
 def tuned_tokens(tasks: Sequence[LoadedTask], count_tokens: Callable[[str], int]) -> int:
     """Estimate the tokens of the items that go backward together, of a batch or more.
 
-    Examples that the items of a task share are read once. Rows are padded, so that a batch of short
-    items has not many tokens less than it may have.
+    A task's items share their few-shot examples, which are read once. Rows are padded, so even a
+    batch of short items comes near the limit.
     """
     own = [count_tokens(each.sample) for each in tasks]
     shots = (each.task.get_config("num_fewshot") or 0 for each in tasks)
@@ -28,13 +28,13 @@ def tuned_tokens(tasks: Sequence[LoadedTask], count_tokens: Callable[[str], int]
 
 
 def forward_passes(config: Mapping[str, Any], itemsize: int, *, tuned: int) -> ForwardPasses:
-    """Estimate from a language model's text config.
+    """Estimate the bytes that scoring and tuning take from a language model's text config.
 
     Args:
-        config: As transformers writes it, the largest of a list of layers' numbers; of what it does
-            not say, nothing is counted.
+        config: As transformers writes it. Of per-layer lists the largest number counts; missing
+            keys count nothing.
         itemsize: Bytes of a number of the live model.
-        tuned: Tokens that go backward together; 0: none do.
+        tuned: Tokens of a backward pass; 0 where nothing is tuned.
     """
 
     def of(*names: str) -> int:

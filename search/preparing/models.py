@@ -1,7 +1,7 @@
 """Checkpoints as transformers models and tokenizers, on the hardware that a run may use.
 
-transformers takes seconds to import, so each function that needs it imports it: what is wrong with
-a study is found before.
+transformers takes seconds to import, so functions import it where needed: errors in a study are
+reported before.
 """
 
 from __future__ import annotations
@@ -85,9 +85,9 @@ def load_model(
     device: str,
     vocabulary: Vocabulary | None = None,
 ) -> PreTrainedModel:
-    """Load a checkpoint as a live model in evaluation mode, with another vocabulary if given.
+    """Load a checkpoint as a live model in evaluation mode.
 
-    Its rows are then to be written by a builder.
+    With ``vocabulary`` its embedding is resized, and a builder has to write the rows.
 
     Raises:
         MergeError, StudyError: Its files are damaged, transformers cannot use it, or it needs
@@ -95,7 +95,7 @@ def load_model(
     """
     trusted = spec.trust_remote_code
     _check_loadable(checkpoint)
-    checkpoint.tensors  # of weights transformers says less  # noqa: B018
+    checkpoint.tensors  # our errors on damaged weights say more than transformers'  # noqa: B018
     with _explained(checkpoint):
         config = load_config(checkpoint.folder, trust_remote_code=trusted)
         model: PreTrainedModel = auto_class(config).from_pretrained(
@@ -114,7 +114,7 @@ _MOST = 10_000  # of layers, heads or experts: libraries make an object for each
 
 
 def _check_loadable(checkpoint: Checkpoint) -> None:
-    """Refuse a folder of which transformers would load something else, or for ever."""
+    """Refuse a folder from which transformers would load another model, or never finish."""
     if (file := checkpoint.folder / "adapter_config.json").is_file():
         raise StudyError(
             f"{file}: makes transformers load an adapter on another model instead of the weights "
@@ -131,9 +131,9 @@ def _check_loadable(checkpoint: Checkpoint) -> None:
 def load_without_weights(
     spec: StudySpec, checkpoint: Checkpoint, dtype: str, vocabulary: Vocabulary | None = None
 ) -> PreTrainedModel:
-    """Make a checkpoint's model on the meta device, which holds no numbers.
+    """Make a checkpoint's model on the meta device, without values.
 
-    Its vocabulary is another one if given.
+    With ``vocabulary`` its embedding is resized.
 
     Raises:
         StudyError: transformers cannot use it, or it needs ``trust_remote_code``.
@@ -178,12 +178,12 @@ def study_tokenizer(spec: StudySpec, models: ModelSet) -> PreTrainedTokenizerBas
 def open_model_set(
     models: Sequence[str], candidates: int = 1, tokenizer: Tokenizer | None = None
 ) -> ModelSet:
-    """Open models of which candidates are built, compiling kernels if that pays.
+    """Open models to build candidates from, compiling kernels if that pays.
 
-    ``tokenizer`` is the vocabulary they are given, in which the first is the base.
+    ``tokenizer`` is the common vocabulary to give them; the first model is its base.
 
     Raises:
-        MergeError: A model cannot be used, or is not of the others' shape.
+        MergeError: A model cannot be used, or differs from the others in shape.
     """
     model_set = ModelSet.open(models, candidates, tokenizer=tokenizer)
     if model_set.runner.compiled:
@@ -194,15 +194,13 @@ def open_model_set(
 def load_scored(
     spec: StudySpec, model: str, hardware: Hardware
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Load a checkpoint, hub id, ``base+adapter`` or recipe file as a live model.
+    """Load a checkpoint, hub id, ``base+adapter`` or recipe file, in the study's dtype.
 
-    It has the study's dtype.
-
-    In a study with a tokenizer its models get that, and other checkpoints need to have it.
+    In a study with a ``tokenizer``, the study's models get that vocabulary; other checkpoints need
+    to have it already.
 
     Returns:
-        The model, and the tokenizer it is scored with: the study's, or that of a recipe file with
-        one.
+        The live model, and the tokenizer to score it with: the study's, or the recipe's own.
 
     Raises:
         MergeError, StudyError: It cannot be loaded or built.
@@ -248,7 +246,7 @@ def _check_same_tokens(checkpoint: Checkpoint, vocabulary: Vocabulary | None) ->
 
 @contextmanager
 def _explained(checkpoint: Checkpoint) -> Iterator[None]:
-    """Turn transformers' complaints about a checkpoint into one sentence that says what to do."""
+    """Turn transformers' errors about a checkpoint into one sentence that says what to do."""
     try:
         yield
     except (MergeError, StudyError):

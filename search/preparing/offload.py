@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def check_offload(spec: StudySpec, device: str) -> None:
-    """Refuse to offload what needs the weights to be in the live model.
+    """Refuse studies that need the weights to stay in the live model between forward passes.
 
     Raises:
         StudyError: The live model is to be spread over several GPUs, an objective is the user's own
@@ -37,11 +37,11 @@ def check_offload(spec: StudySpec, device: str) -> None:
 
 
 def offload(model: PreTrainedModel, device: str) -> None:
-    """Run a model's forward passes on a device, copying each layer's weights there meanwhile.
+    """Run a model's forward passes on a device, copying each layer's weights there for its turn.
 
-    The weights stay where they are, and what is written into them in place is what the next pass
-    reads: a ``Builder`` that was made before writes there. Between passes the model's own tensors
-    have no numbers.
+    The weights stay in host memory, and each pass reads what was written there last: make the
+    ``Builder`` first, so that it writes to them. Between passes the model's own tensors are on the
+    meta device.
 
     Raises:
         StudyError: The model reads weights outside the layers that accelerate brings them for.
@@ -68,5 +68,5 @@ def offload(model: PreTrainedModel, device: str) -> None:
             f"--offload: accelerate cannot bring a {type(model).__name__} its weights layer by "
             f"layer ({type(error).__name__}); leave out --offload"
         ) from error
-    # where it runs, as transformers says it
+    # where it runs, in transformers' own attribute
     model.hf_device_map = {"": torch.device(device)}  # type: ignore[assignment]

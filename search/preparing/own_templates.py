@@ -53,10 +53,10 @@ class BoundTemplate:
 
 
 def find_own_templates(spec: StudySpec, models: ModelSet) -> dict[str, OwnTemplate]:
-    """Find the donors with a chat template other than the study's; none where it uses none.
+    """Find the donors whose chat template differs from the study's, if it uses one.
 
-    White space does not count. A template's prompts are encoded by the study's tokenizer if that
-    has the template's special tokens, else by the donor's if the live model has its rows.
+    White space is ignored. Prompts are encoded by the study's tokenizer if that has the template's
+    special tokens, else by the donor's if the live model has rows for all of its tokens.
 
     Raises:
         MergeError: A tokenizer's file is damaged.
@@ -110,7 +110,7 @@ def bind_own_templates(
             if not template.uses_own_tokenizer:
                 own = _with_end_of(deepcopy(tokenizer), own)
             own.chat_template = template.text
-            # Tasks loaded anew draw the same few-shot examples.
+            # Tasks that are loaded again draw the same few-shot examples.
             bound, _ = bind_tasks(spec, plan_tasks(spec), model, own)
             if tuple(bound.items) != tuple(objective.items):
                 raise ObjectiveError("the items are others than under the study's")
@@ -148,7 +148,7 @@ def _own_template(text: str, donor: Checkpoint, models: ModelSet) -> OwnTemplate
 def _with_end_of(
     tokenizer: PreTrainedTokenizerBase, own: PreTrainedTokenizerBase
 ) -> PreTrainedTokenizerBase:
-    """Have texts end at another tokenizer's end-of-text token, if this one has that as a token."""
+    """Set another tokenizer's end-of-text token, if this tokenizer knows it."""
     if own.eos_token in tokenizer.get_vocab():
         tokenizer.eos_token = own.eos_token
     return tokenizer

@@ -1,7 +1,7 @@
 """A study's tasks: loaded and split without a model, then bound to one.
 
-lm-eval takes seconds to import, so each function that needs it imports it: what is wrong with the
-models is found before.
+lm-eval takes seconds to import, so functions import it where needed: errors in the models are
+reported before.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class TaskPlan:
-    """What is known of a study's tasks before there is a model."""
+    """A study's tasks as far as they are known without a model."""
 
     # lm-eval's tasks and the texts, with their items; own objectives come with a model.
     loaded: tuple[LoadedTask, ...]
@@ -74,8 +74,8 @@ def bind_tasks(
 ) -> tuple[Objective, Splits]:
     """Prepare a study's prompts, and own objectives, for a live model.
 
-    With ``memory``, bytes that a forward pass may take, larger batches than the first are tried,
-    and ``say`` receives what was found.
+    With ``memory``, the bytes a forward pass may take, larger batch sizes are tried, and ``say``
+    receives the size found.
 
     Raises:
         ObjectiveError: They cannot be prepared or encoded, or there are too few items.
@@ -156,7 +156,7 @@ def _harness(
 
 
 def _split(spec: StudySpec, items: Sequence[Item], tasks: Mapping[str, float]) -> Splits:
-    """Return the items of each split, once what the study says of the tasks is known to fit."""
+    """Split the items, after checking that constraints and token limit fit the tasks."""
     check_keys("objective.constraints", spec.objective.constraints, tasks, "task")
     if not items:
         raise ObjectiveError("objective.tasks: the tasks have no items")

@@ -1,1 +1,1 @@
-"""Which recipe is tried next: search space, encoding, Gaussian process, samplers."""
+"""Propose the next recipe: search space, encoding, Gaussian process, samplers."""

@@ -1,8 +1,8 @@
-"""Edges of ranges: where the best recipe lies at one, a better recipe may lie beyond.
+"""Widen default ranges: if the best recipe lies at an edge, a better one may lie beyond.
 
-A range that the study does not give is widened by itself, over and over while the best lies at its
-edge, within the parameter's natural limits. How wide it is follows from the finished trials alone:
-it holds all their points, and is wider by STEP at an edge where the best of them lies.
+A range that the study does not give is widened again and again while the best recipe lies at its
+edge, within the parameter's natural limits. Its width follows from the finished trials alone: it
+contains all their points, plus STEP at an edge where the best of them lies.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from search.study.parameters import searchable
 
 NEAR: Final = 0.05  # of a range's width: a value so near an edge lies at it
 STEP: Final = 0.5  # of a range's width, by which it is widened
-MOSTLY_TUNED: Final = 0.5  # strength beyond which the flat weights' scale tells little
+MOSTLY_TUNED: Final = 0.5  # strength above which the scale of the flat weights matters little
 WIDEST: Final = 100.0  # widths, if a parameter has no limit
 
 
@@ -38,7 +38,7 @@ def edges(space: Space, point: Point) -> Iterator[Edge]:
         least, most = _limits(space, name)
         near, step = NEAR * (high - low), STEP * (high - low)
         for value in _values(space, point, name):
-            # Half the way to a limit at most: a density of 0 keeps nothing.
+            # At most half the way to a limit: a density of 0 keeps nothing.
             if value <= low + near and low > least:
                 yield Edge(name, value, (low, high), (max(low - step, (low + least) / 2), high))
             elif value >= high - near and high < most:
@@ -53,7 +53,10 @@ def around(space: Space, points: Sequence[Point]) -> Space:
     ranges = {}
     for name, bounds in _searched(space).items():
         if name in space.defaults:
-            values = [*bounds, *(value for point in points for value in _all(space, point, name))]
+            values = [
+                *bounds,
+                *(value for point in points for value in _values_by_unit(space, point, name)),
+            ]
             ranges[name] = (min(values), max(values))
     return _with_ranges(space, ranges)
 
@@ -93,11 +96,11 @@ def _values(space: Space, point: Point, name: str) -> list[float]:
         params = METHODS[point["method"]].params
         if point.get("strength", 0.0) > MOSTLY_TUNED:
             return []
-        return _all(space, point, name) if {"weight", "lambda"} <= params.keys() else []
-    return _all(space, point, name) if name in space.params_of(point["method"]) else []
+        return _values_by_unit(space, point, name) if {"weight", "lambda"} <= params.keys() else []
+    return _values_by_unit(space, point, name) if name in space.params_of(point["method"]) else []
 
 
-def _all(space: Space, point: Point, name: str) -> list[float]:
+def _values_by_unit(space: Space, point: Point, name: str) -> list[float]:
     if name == "scale":
         return [space.scale_of(point, unit) for unit in range(len(space.units))]
     return [space.value(point, name)]

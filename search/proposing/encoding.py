@@ -1,7 +1,7 @@
 """Feature vectors of recipes for the Gaussian process: recipes that merge identically share one.
 
-A point's own parameters would not do: a method may ignore one of them, or depend on the ratio of
-the weights alone. Many recipes are handled at once, as arrays.
+A point's raw parameters would not do: a method may ignore one of them, or depend only on the ratio
+of the weights. Many recipes are handled at once, as arrays.
 """
 
 from __future__ import annotations
@@ -55,11 +55,11 @@ class Candidates:
 class RecipeEncoding:
     """The encoding of a space's recipes: a method index, and features of one length for all.
 
-    Features are each unit's weights on a log scale (``log(1 + w)``: the more of a task vector is
-    added, the less a step changes) and every searched parameter in units of its range. A parameter
-    that a method ignores stays at its default. Where weights were tuned by gradient, a unit's are
-    the mean of the blended ones, at or above zero, and there are two features more: the strength,
-    and its product with the position on the path.
+    Features are each unit's weights on a log scale (``log(1 + w)``: the larger a weight, the less a
+    step matters) and every searched parameter in units of its range. A parameter that a method
+    ignores is set to its default. If there are tuned weights, a unit's features are its mean
+    blended weights, clipped at zero, and there are two more features: the strength, and its product
+    with the position on the path.
 
     Args:
         space: Of the recipes.
@@ -117,7 +117,9 @@ class RecipeEncoding:
         total = self.space.used * generator.uniform(*self.space.scale, (count, units, 1))
         return Candidates(
             generator.integers(len(self.space.methods), size=count),
-            self._few(zero_small_weights(total * shares / shares.sum(axis=2, keepdims=True))),
+            self._keep_at_most(
+                zero_small_weights(total * shares / shares.sum(axis=2, keepdims=True))
+            ),
             generator.random((count, len(self.searched))),
             self._draw_tuned(count, generator),
         )
@@ -132,7 +134,7 @@ class RecipeEncoding:
     def perturb(self, some: Candidates, width: float, generator: np.random.Generator) -> Candidates:
         """Take a random step from each candidate, sometimes to fewer donors or another method.
 
-        Where there are tuned weights, their strength and position make steps as well.
+        Strength and position of tuned weights take steps, too.
 
         ``width`` is the standard deviation of a weight's or a parameter's step.
 
@@ -196,10 +198,10 @@ class RecipeEncoding:
 
     def _in_range(self, weights: Floats) -> Floats:
         """Return the nearest weights that are at or above zero with means in the scale's range."""
-        weights = self._few(zero_small_weights(np.maximum(weights, 0.0)))
+        weights = self._keep_at_most(zero_small_weights(np.maximum(weights, 0.0)))
         scale = weights.sum(axis=2, keepdims=True) / self.space.used
         even = np.where(scale > 0, weights / np.where(scale > 0, scale, 1.0), self._evenly)
-        clipped: Floats = self._few(even * np.clip(scale, *self.space.scale))
+        clipped: Floats = self._keep_at_most(even * np.clip(scale, *self.space.scale))
         return clipped
 
     @property
@@ -207,7 +209,7 @@ class RecipeEncoding:
         """Weight of each of the k donors whose scale is 1."""
         return self.space.used / len(self.space.donors)
 
-    def _few(self, weights: Floats) -> Floats:
+    def _keep_at_most(self, weights: Floats) -> Floats:
         return keep_heaviest(weights, self.space.at_most)
 
 

@@ -1,6 +1,6 @@
 """The sampler ``gp``: the recipe of the highest expected improvement of a Gaussian process.
 
-The process is fitted to the complete trials (all of them, or of very many the best and the latest);
+The process is fitted to the complete trials (if there are very many, to the best and the latest);
 trials still running are imputed at their posterior means. With several objectives every proposal
 draws weights between them (ParEGO). Parts of the model share weights at first and get their own
 stage after stage (``Space.shared_units``).
@@ -22,7 +22,7 @@ from search.racing.race import Estimate
 from search.storing.trials import TrialRecord
 
 MAX_TRIALS: Final = 400  # in the training set, whose cost is the cube of their number
-REFRESH: Final = 50  # trials after which a thinned training set is chosen anew
+REFRESH: Final = 50  # trials after which a thinned training set is chosen again
 AUGMENTATION: Final = 0.05  # weight of all objectives besides the one that is furthest behind
 
 # The search for the highest acquisition: random candidates, the best of them to step from, steps
@@ -46,7 +46,7 @@ def propose(request: ProposalRequest) -> Proposal | BaseSampler:
         return Proposal(encoding.point(encoding.random(1, generator)))
     with one_thread():
         point, improvement = _best_point(request, encoding.shared, training_set(complete), pending)
-    # With several objectives it is not the mean's; units with weights of their own may gain more.
+    # It says nothing about the mean if there are several objectives, nor about unshared weights.
     modelled = not request.front and not encoding.shared
     return Proposal(point, improvement if modelled else None)
 
@@ -120,10 +120,10 @@ def maximise_acquisition(
 
 
 def training_set(trials: Sequence[TrialRecord]) -> Sequence[TrialRecord]:
-    """Return all complete trials up to MAX_TRIALS; of more the best half and the latest.
+    """Return all complete trials up to MAX_TRIALS; if there are more, the best and the latest.
 
-    Which are best and latest changes once in REFRESH trials, so that hyper-parameters need not be
-    fitted for every proposal; trials since then are added.
+    The choice changes once every REFRESH trials, so that hyper-parameters are not fitted for every
+    proposal; newer trials are added.
     """
     if len(trials) <= MAX_TRIALS:
         return trials

@@ -1,4 +1,4 @@
-"""What the Gaussian process says of a search: the best trial, the best method, what matters."""
+"""Posterior summaries of a search: best trial, chances of methods, parameter sensitivity."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ HALF_WIDTH: Final = 1.96  # of a 95 % interval, in standard deviations
 
 
 class TrialPosterior(NamedTuple):
-    """A trial's posterior mean and half the width of its 95 % interval, in per cent."""
+    """A trial's posterior mean and the half width of its 95 % interval, in per cent."""
 
     trial: TrialRecord
     mean: float
@@ -30,7 +30,7 @@ class TrialPosterior(NamedTuple):
 
 
 class MethodChance(NamedTuple):
-    """A method's best trial, if it has a feasible one, and its chance to be the best of all."""
+    """A method's best feasible trial, if any, and the probability that it has the best trial."""
 
     method: str
     best: TrialPosterior | None
@@ -38,7 +38,7 @@ class MethodChance(NamedTuple):
 
 
 class PosteriorView:
-    """The posterior after complete trials, of which very many are thinned as the sampler does."""
+    """The posterior given the complete trials, thinned like the sampler's training set."""
 
     def __init__(self, space: Space, complete: Sequence[TrialRecord]) -> None:
         self.trials = training_set(complete)

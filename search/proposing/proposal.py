@@ -1,4 +1,4 @@
-"""What a sampler is asked for, and what it returns: the next point of a study's search space."""
+"""The interface of samplers: a request for the next point, and the proposal."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ class Proposal(NamedTuple):
     """A point to evaluate next."""
 
     point: dict[str, Any]  # value of each parameter of the space
-    # Over the incumbent, in units of the values; None: not modelled.
+    # Over the incumbent, in units of the values; None if the sampler has no model of them.
     expected_improvement: float | None = None
 
 
 @dataclass(frozen=True)
 class ProposalRequest:
-    """One trial's request for a point: a sampler's answer depends on nothing else."""
+    """A request for one trial's point: everything that a sampler's proposal may depend on."""
 
     space: Space  # the search space
     seed: int  # the study's
@@ -34,15 +34,15 @@ class ProposalRequest:
 
     @property
     def trial_seed(self) -> int:
-        """A seed for this trial alone."""
+        """Seed of this trial."""
         return (self.seed * 1_000_003 + self.number) % 2**32
 
     @property
     def startup(self) -> int:
-        """How many trials have to be complete before they are modelled."""
+        """Number of complete trials from which on the surrogate is used."""
         return self.starts + RANDOM_STARTUP
 
     @property
     def after_starts(self) -> int:
-        """How many trials there were after the warm starts."""
+        """Number of trials since the warm starts."""
         return max(0, self.number - self.starts)

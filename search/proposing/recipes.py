@@ -19,8 +19,7 @@ from search.racing.race import Floats
 def to_recipe(space: Space, point: Point) -> Recipe:
     """Return the recipe at a point; parameters that its method does not have are left out.
 
-    Weights tuned by gradient may be below zero, which methods that take averages do not: there
-    they are zero.
+    Weights tuned by gradient may be negative. Methods that average clip them at zero.
     """
     if space.tuned is None or not point.get("strength"):
         return recipe_with_weights(space, point, space.weights([point])[0] @ space.signs)
@@ -101,8 +100,8 @@ def _shared_parameters(space: Space, point: Point, method: str) -> dict[str, Any
 def _chosen(space: Space, method: str, weights: Sequence[Sequence[float]]) -> list[int]:
     """Return the indices of the models that the recipe names.
 
-    They are as many as the method takes, and no more than ``space.at_most``; but a vocabulary may
-    be made of all models, so that those without weight are named, too.
+    At most as many as the method takes and ``space.at_most`` allows. If the vocabulary is made of
+    all models, those without weight are named, too.
     """
     count, row = len(space.models), METHODS[method]
     most = min(row.donors[1] or count, count)
@@ -150,7 +149,7 @@ def _inputs(
         return space.base, models
     if weighted:  # the base at weight zero, so that config and tokenizer are the base's
         return space.base, [{"model": space.base, "parameters": {"weight": 0.0}}, *models]
-    return None, models  # a base would be one more model that counts
+    return None, models  # a base would be merged as one more model
 
 
 def _recipe(
@@ -229,13 +228,13 @@ def _check_known(space: Space, method: str, added: Sequence[Mapping[str, float]]
     unknown = sorted(named - {*space.models})
     if unknown or method not in space.methods:
         what = repr(unknown[0]) if unknown else f"method {method!r}"
-        raise MergeError(f"it has {what}, which the study has not; leave it out")
+        raise MergeError(f"it has {what}, which the study does not have; leave it out")
 
 
 def _added(values: Mapping[str, Any], count: int, used: int) -> list[float]:
-    """Return how much a recipe with these parameters adds of each of its ``count`` models.
+    """Return the effective weight of each of a recipe's ``count`` models.
 
-    Where only the weights' ratio counts, they sum to ``used``.
+    If only the ratio of the weights counts, they are scaled to sum to ``used``.
     """
     even = (1 - values["t"], values["t"]) if "t" in values and count == 2 else (1.0,) * count
     weights = values.get("weight", even)
@@ -254,4 +253,4 @@ def _donor_weights(space: Space, of_models: Floats) -> Floats:
     found = [nnls(space.signs.T, of_unit) for of_unit in of_models]
     if max(distance for _, distance in found) > 1e-5:
         raise MergeError(f"it is no sum of {', '.join(map(str, space.donors))}")
-    return np.array([weights.round(9) for weights, _ in found])  # a bound stays one
+    return np.array([weights.round(9) for weights, _ in found])  # so that a bound is exact

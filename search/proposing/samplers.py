@@ -1,11 +1,11 @@
 """Samplers: which point a study evaluates next.
 
-A sampler is made anew for every trial from (seed, trial number) and sees only what the study's
-database holds. Its proposals therefore depend on the finished trials alone, not on the process that
-asks: a killed run goes on exactly as it would have.
+A sampler is created for every trial from (seed, trial number) and sees only what is in the study's
+database. Its proposals therefore depend on the finished trials alone and not on the process: a
+killed run continues exactly as it would have.
 
-``search.study.sampler_table`` names a source for each: a function of a ``ProposalRequest`` that
-returns a ``Proposal``, or a sampler of Optuna's for it.
+``search.study.sampler_table`` names a source for each: a function that takes a ``ProposalRequest``
+and returns a ``Proposal``, or an Optuna sampler that makes one.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from typing_extensions import override
 
 from search.proposing.edges import widest
 from search.proposing.proposal import Proposal, ProposalRequest
-from search.proposing.soup import PREFIX, next_step
+from search.proposing.soup import SOUP_PREFIX, next_step
 from search.proposing.space import Space
 from search.proposing.starts import warm_starts
 from search.storing.trials import OpenTrial, TrialLog, TrialRecord
@@ -35,7 +35,7 @@ Source = Callable[[ProposalRequest], Proposal | BaseSampler]
 
 
 class Proposer:
-    """Asks a study's sampler for one trial after another.
+    """Opens one trial after another, with points from the study's sampler.
 
     Args:
         name: A key of ``SAMPLERS``, or ``package.module:Class``, a sampler of Optuna's interface.
@@ -64,7 +64,7 @@ class Proposer:
     ) -> OpenTrial:
         """Open a trial that an earlier session left running, else a waiting one, else a new one.
 
-        ``space`` has the weights that were tuned so far; None: none were.
+        ``space`` includes the weights tuned so far; None: the study's space without any.
         """
         space = space or self.space
         trials = log.records()
@@ -75,7 +75,7 @@ class Proposer:
             left, queued = _queued(trials, open_now)
         number = queued.number if queued else len(trials)
         others = [one for one in trials if one.number != number]
-        starts = self._starts + sum((trial.start or "").startswith(PREFIX) for trial in others)
+        starts = self._starts + sum((trial.start or "").startswith(SOUP_PREFIX) for trial in others)
         made = self._source(ProposalRequest(space, self.seed, number, starts, others, self.front))
         if isinstance(made, BaseSampler):
             return log.open(space.distributions, left=left, sampler=made)
@@ -93,7 +93,7 @@ def _queued(
 
 
 def load_sampler(name: str) -> Source:
-    """Return the source of the samplers of a study.
+    """Return the source of a study's samplers.
 
     Raises:
         StudyError: There is no such class, or it is no sampler of Optuna's interface.
@@ -111,7 +111,7 @@ def load_sampler(name: str) -> Source:
             "folder on PYTHONPATH"
         ) from error
     if not (isinstance(found, type) and issubclass(found, BaseSampler)):
-        raise StudyError(f"search.sampler: {name} is no subclass of optuna.samplers.BaseSampler")
+        raise StudyError(f"search.sampler: {name} is not a subclass of optuna.samplers.BaseSampler")
     made: Callable[..., BaseSampler] = found
     return lambda request: made(seed=request.trial_seed)
 
@@ -124,7 +124,7 @@ def random(request: ProposalRequest) -> BaseSampler:
 def grid(request: ProposalRequest) -> Proposal:
     """Propose points of the uniform mixture along the scale, for each method alternately.
 
-    Both ends first, then the middle of the widest gap: after ``2^n + 1`` scales they are even.
+    Both ends first, then the middle of the widest gap: ``2^n + 1`` scales are evenly spaced.
     """
     space = request.space
     row, column = divmod(request.after_starts, len(space.methods))
@@ -165,9 +165,9 @@ class Tpe(_FixedSpace, TPESampler):
 
 
 class CmaEs(_FixedSpace, CmaEsSampler):
-    """Optuna's CMA-ES of the numbers; the method is drawn by TPE, from those that score well.
+    """Optuna's CMA-ES for the numbers; TPE chooses the method.
 
-    It begins in the middle of the space: the warm starts teach TPE alone.
+    It starts in the middle of the space: only TPE learns from the warm starts.
     """
 
     def __init__(self, request: ProposalRequest) -> None:

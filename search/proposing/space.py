@@ -1,11 +1,10 @@
 """The search space: axes shared by all methods, and the donors' weights at its points.
 
-Scale and mixture are separate axes: ``scale`` is the donors' mean weight (so 1/k is the uniform
-average of k donors, and 1 adds every task vector in full; with ``at_most`` it is the mean over as
-many donors as a recipe may use), and ``mix_1 .. mix_{k-1}`` are the
-stick-breaking coordinates of the mixture, so that no two points are one mixture. With depth groups
-or tensor-name splits every unit of the model has a scale and a mixture of its own; in the first
-stages of a search units share theirs (coarse to fine).
+Scale and mixture are separate axes. ``scale`` is the donors' mean weight: 1/k is the uniform
+average of k donors, and 1 adds every task vector in full; with ``at_most`` it is the mean over that
+many donors. ``mix_1 .. mix_{k-1}`` are the stick-breaking coordinates of the mixture, which are
+unique. With depth groups or tensor-name splits every unit of the model has its own scale and
+mixture; in the first stages of a search units share theirs (coarse to fine).
 
 ``recipes`` maps points to recipes and back.
 """
@@ -42,7 +41,7 @@ if TYPE_CHECKING:
     from optuna.distributions import BaseDistribution
 
 Point = Mapping[str, Any]
-STAGE = 20  # trials that a stage lasts
+STAGE = 20  # trials of a stage
 
 
 @dataclass(frozen=True)
@@ -103,7 +102,7 @@ class Space:
 
     @cached_property
     def models(self) -> tuple[str, ...]:
-        """The m models whose weights a recipe gives: those that the donors are made of."""
+        """The m models that the donors are made of, which have weights in a recipe."""
         return models_but_base(self.base, self.donors)
 
     @property
@@ -146,7 +145,7 @@ class Space:
         }
 
     def shared_units(self, trials: int) -> tuple[int, ...]:
-        """Return each unit's group after so many trials; none when units have their own weights."""
+        """Return each unit's group after ``trials`` trials; empty once none is shared."""
         stage = max(0, trials) // STAGE
         return self.stages[stage] if stage < len(self.stages) else ()
 
@@ -225,7 +224,7 @@ class Space:
 
 
 def with_points(space: Space, units: TunedUnits, states: Sequence[Floats]) -> Space:
-    """Return the space with the points of paths of tuned weights, once there is more than a start.
+    """Return the space with the points of the tuned path, if there are any besides its start.
 
     Each state (4, U, k) has a point's weights last, see ``tuning.update``.
     """
@@ -251,7 +250,7 @@ def model_units(
 def coarse_to_fine(groups: int, parts: int) -> tuple[tuple[int, ...], ...]:
     """Return the stages before ``model_units`` have their own weights: 1, 2, 4, ... depth groups.
 
-    ``parts`` names split each depth group.
+    ``parts`` is the number of name splits in each depth group.
     """
     depths = [depth for depth in range(groups) for _ in range(parts)] + [*range(groups)]
     counts = [2**power for power in range(groups.bit_length()) if 2**power < groups]

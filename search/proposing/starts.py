@@ -1,4 +1,4 @@
-"""Recipes that need no search: the baselines a winner has to beat, and the warm starts."""
+"""Recipes known before the search: the baselines to beat, and the warm starts."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from search.proposing.space import Space
 
 UNIFORM: Final = "uniform average"
 LADDER: Final = (1.0, 0.6, 0.4, 0.8, 0.2)  # scales of the warm starts, the most useful first
-MOST_LEFT_OUT: Final = 8  # donors up to which each is left out of an average
+MOST_LEFT_OUT: Final = 8  # most donors for which leave-one-out averages are tried
 
 
 def baselines(space: Space) -> dict[str, Recipe]:
-    """Return what any winner has to beat: base and models by name, and the ``UNIFORM`` average."""
+    """Return the recipes of the baselines: base and models by name, and the ``UNIFORM`` average."""
     k, m = len(space.donors), len(space.models)
     whole = replace(space, units=((),), methods=("task_arithmetic",), ranges={})
     everyone = replace(whole, at_most=None)
@@ -61,7 +61,7 @@ def warm_starts(space: Space, ranking: Sequence[int] = ()) -> list[tuple[str, di
 
 
 def soup_steps(space: Space) -> int:
-    """Return how many trials a greedy soup may take: a third of the warm starts at most."""
+    """Return how many trials a greedy soup may take, at most a third of the warm starts."""
     if "task_arithmetic" not in space.methods or space.models != space.donors:
         return 0
     steps = len(space.donors) - 1 if len(space.donors) > 2 else 0
@@ -69,7 +69,7 @@ def soup_steps(space: Space) -> int:
 
 
 def even_weights(space: Space, some: Collection[int], each: float) -> tuple[float, ...]:
-    """Return weights (k) that give each of some donors the same, and the others none."""
+    """Return weights (k): ``each`` for some donors, zero for the others."""
     return tuple(each if index in some else 0.0 for index in range(len(space.donors)))
 
 
@@ -79,7 +79,7 @@ def _usual_starts(
     """Yield label, method and weights (k) of each start, the most useful first."""
     plain, k, used = "task_arithmetic", len(space.donors), ranking[: space.used]
     donors = [(str(space.donors[one]), plain, even_weights(space, [one], 1.0)) for one in ranking]
-    if k > 1:  # else they are the scale 1
+    if k > 1:  # else both are the recipe with scale 1
         average = UNIFORM if len(used) == k else f"average of the best {len(used)}"
         yield average, plain, even_weights(space, used, round(1 / len(used), 6))
         yield donors[0]

@@ -1,9 +1,9 @@
-"""Early stopping of the search: no further gain is expected that could be told from noise.
+"""Early stopping of the search, when no further gain can be told from noise.
 
 The search stops when the mean expected improvement of the last ``WINDOW`` proposals is below
-``SHARE`` of the standard error that a recipe's lead has on the select split. Where weights were
-tuned by gradient, far ahead of everything else, it also stops when the last ``PATIENCE`` proposals
-have not raised the best estimate by as much: tuning is then what finds recipes.
+``SHARE`` of the standard error that a recipe's lead has on the select split. If tuned
+weights are in the lead, it also stops when the last ``PATIENCE`` proposals have not raised the best
+estimate by as much: then tuning finds the good recipes, not the sampler.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ PATIENCE: Final = 10
 
 
 def should_stop(trials: Sequence[TrialRecord], items: int, share: float = SHARE) -> bool:
-    """Return whether the search is to stop.
+    """Return whether to stop the search, by its expected improvement.
 
-    Proposals without an expected improvement (every sampler's but ``gp``, and several objectives')
-    never stop it. A recipe that fails after the search changes nothing.
+    Proposals without one (of samplers other than ``gp``, or with several objectives) never stop it.
+    Recipes that failed after the search count, too.
     """
     complete = [trial for trial in trials if trial.estimate is not None]
     last = [trial.expected_improvement for trial in complete[-WINDOW:]]
@@ -54,6 +54,6 @@ def has_stalled(trials: Sequence[TrialRecord], items: int, since: int) -> bool:
 
 
 def standard_error(complete: Sequence[TrialRecord], items: int) -> float:
-    """Return the standard error of a recipe's lead on so many items, from complete trials."""
+    """Estimate the standard error of a recipe's lead on ``items`` items, from complete trials."""
     of_one_item = [trial.variance * trial.items for trial in complete]
     return float(np.sqrt(np.median(of_one_item) / items))

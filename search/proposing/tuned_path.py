@@ -1,7 +1,7 @@
-"""Weights tuned by gradient: points along a path of them, on units finer than a search space's.
+"""Weights tuned by gradient: points along a path, in units finer than the search space's.
 
-A recipe between flat and tuned weights has the weights ``(1 - s) flat + s tuned(p)`` with the
-strength s, and with tuned(p) on the path: linear between its points, which are numbered from 0 on.
+A recipe blends flat and tuned weights, ``(1 - s) flat + s tuned(p)``, with strength s and tuned(p)
+at position p on the path: its points are at 0, 1, 2, ..., and it is linear between them.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from search.study.spec import TunedUnit
 if TYPE_CHECKING:
     from merge_engine.models.model_set import ModelSet
 
-PREFIX: Final = "tuned, "  # of the labels of the trials that are a path's points
+PATH_PREFIX: Final = "tuned, "  # begins the labels of trials that are points of a path
 STRENGTH: Final = (0.0, 1.25)  # range of s
 
 
 @dataclass(frozen=True)
 class TunedUnits:
-    """What has a tuned weight of its own: U units, each in one of a search space's."""
+    """The U units that have tuned weights of their own, each part of a unit of the search space."""
 
     filters: tuple[Filters, ...]  # of each unit, see `Units`
     unit_of: tuple[int, ...]  # the unit of the space that each of them lies in, (U)

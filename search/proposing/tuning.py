@@ -36,7 +36,7 @@ def most_steps(trials: int, items: int, batch: int) -> int:
     return max(LEAST_STEPS, int(trials * items / 5 / (GRADIENT_COST * batch)))
 
 
-def points(steps: int) -> list[int]:
+def point_steps(steps: int) -> list[int]:
     """Return after how many steps a path of at most so many has its points."""
     return [*takewhile(lambda step: step <= steps, (FIRST_POINT * 2**n for n in count()))]
 

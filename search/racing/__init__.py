@@ -1,1 +1,1 @@
-"""How many items a candidate is evaluated on, and who is ahead: pure functions of scores."""
+"""Decide how many items to evaluate and which candidate is ahead: pure functions of scores."""

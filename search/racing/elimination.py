@@ -15,7 +15,7 @@ from scipy.special import ndtr
 
 from search.racing.race import STOP_BELOW, UNKNOWN_VARIANCE, Floats, Strata
 
-COMMON: Final = 1000.0  # variance of the items' difficulty, in that of a candidate: far more
+COMMON: Final = 1000.0  # variance of the items' common difficulty, relative to a candidate's
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class JointPosterior:
 
     @classmethod
     def vague(cls, count: int) -> JointPosterior:
-        """Return the posterior of values of which nothing is known."""
+        """Return an uninformative posterior."""
         return cls(np.zeros(count), UNKNOWN_VARIANCE * np.eye(count))
 
     def __getitem__(self, some: Sequence[int]) -> JointPosterior:
@@ -36,7 +36,7 @@ class JointPosterior:
     def update(self, means: Floats, covariance: Floats) -> JointPosterior:
         """Condition on fresh items that gave these means (k) with this covariance (k, k).
 
-        Only differences count: how difficult the fresh items are is common to all.
+        Only differences count: the difficulty of the fresh items is common to all candidates.
         """
         noise = covariance + COMMON * np.trace(self.covariance + covariance) / len(means)
         gain = np.linalg.solve(self.covariance + noise, self.covariance).T

@@ -1,4 +1,4 @@
-"""Per-item scores of one recipe, their means, and how far they miss the study's limits."""
+"""Per-item scores of one recipe, their means, and the constraint violation."""
 
 from __future__ import annotations
 
@@ -72,9 +72,9 @@ class ItemScores:
 def constraint_violation(
     scores: ItemScores, floors: Mapping[str, float], max_tokens: float | None = None
 ) -> float:
-    """Sum how far task means fall short of their floors; 0 if all limits are met.
+    """Sum the shortfalls of task means below their floors; 0 if all limits are met.
 
-    Mean tokens above ``max_tokens`` count as a share of it. Tasks without an item are left out.
+    Mean tokens above ``max_tokens`` add the relative excess. Tasks without items are left out.
     """
     means = scores.by_task
     short = [floor - means[task] for task, floor in floors.items() if task in means]

@@ -27,7 +27,7 @@ def posterior_front(posteriors: Mapping[str, JointPosterior], most: int) -> list
     """
     means = np.stack([posterior.means for posterior in posteriors.values()], axis=1)
     front = nondominated(means)
-    return [front[index] for index in widest(means[front], most)]
+    return [front[index] for index in largest_hypervolume(means[front], most)]
 
 
 def leading(values: Floats, most: int) -> list[int]:
@@ -55,7 +55,7 @@ def nondominated(values: Floats) -> list[int]:
     return np.flatnonzero(~beats.any(axis=0)).tolist()
 
 
-def widest(values: Floats, most: int) -> list[int]:
+def largest_hypervolume(values: Floats, most: int) -> list[int]:
     """Choose ``most`` of the rows (n, tasks) whose hypervolume is largest, greedily.
 
     The hypervolume is the share of quasi-random points in the rows' bounding box that a chosen row

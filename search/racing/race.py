@@ -1,10 +1,9 @@
 """Racing: after each block of items, decide whether a candidate is evaluated further.
 
-Pure functions of per-item scores, for a run and for its replay alike. All candidates are evaluated
-on the same items in the same order, so that any two can be compared item by item on those that
-both have. All noise is which items were drawn; pairing removes the part of it that is the items'
-difficulty. A candidate that is stopped is not judged: its estimate carries its variance, and the
-finalists are evaluated on fresh items.
+Pure functions of per-item scores. All candidates are evaluated on the same items in one order, so
+any two can be compared item by item. The only noise is which items were drawn, and pairing
+removes the part of it that is due to their difficulty. Stopping a candidate is no verdict on it:
+its estimate carries its variance, and the finalists are evaluated on fresh items.
 
 Notation: n items in all, the first m of them evaluated, k candidates.
 """
@@ -22,8 +21,8 @@ Floats = NDArray[np.float64]
 
 STOP_BELOW: Final = 0.05  # probability of ending ahead of the incumbent
 STOP_BELOW_PER_TASK: Final = 0.2  # the same in one task of several: each is another chance
-PANEL: Final = 5  # best candidates whose mean scores say how difficult the items are
-UNKNOWN_VARIANCE: Final = 1e6  # of a value of which nothing is known, in any unit
+PANEL: Final = 5  # best candidates, whose mean scores measure the items' difficulty
+UNKNOWN_VARIANCE: Final = 1e6  # of an unknown value, in any unit
 
 
 class Estimate(NamedTuple):
@@ -34,7 +33,7 @@ class Estimate(NamedTuple):
 
 
 class Strata:
-    """The tasks of n items in the order they are evaluated."""
+    """The tasks of n items, in evaluation order, as strata of a sample."""
 
     def __init__(self, tasks: Sequence[str], weights: Mapping[str, float]) -> None:
         self.weights, self.size = weights, len(tasks)
@@ -44,8 +43,8 @@ class Strata:
     def moments(self, values: Floats) -> tuple[Floats, Floats]:
         """Compute weighted task means of several models on the same items, and their covariance.
 
-        Variances are computed with one score of 0 and one of 1 added in each task: a few equal
-        scores are not certainty. A task that has no item yet is left out.
+        Variances are computed with one score of 0 and one of 1 added in each task, because a few
+        equal scores are not certainty. Tasks without an item so far are left out.
 
         Args:
             values: (k, m), on the first m items.
@@ -88,8 +87,8 @@ def prob_ahead(strata: Strata, differences: Floats) -> float:
     """Compute the probability that a mean difference ends above zero after all n items.
 
     The predictive probability of stochastic curtailment under a flat prior: Lan, Simon and Halperin
-    1982, https://doi.org/10.1080/07474948208836014. It is a martingale, so that of the candidates
-    stopped below a probability, over all looks, about that share at most would have ended ahead.
+    1982, https://doi.org/10.1080/07474948208836014. It is a martingale, so among the candidates
+    stopped below a probability, at any look, about that share at most would have ended ahead.
 
     ``differences`` (m) are those on the first m items.
     """
@@ -100,7 +99,7 @@ def prob_ahead(strata: Strata, differences: Floats) -> float:
     return float(ndtr(now.value / left**0.5)) if left else float(now.value > 0)
 
 
-class Evaluated(NamedTuple):
+class FullyEvaluated(NamedTuple):
     """A candidate that was evaluated on all items."""
 
     violation: float
@@ -109,11 +108,10 @@ class Evaluated(NamedTuple):
 
 
 class Race:
-    """Candidates of a search, one after another, each against the incumbent.
+    """Race of a search's candidates, each against the incumbent.
 
-    Its state is a function of the scores it was given, in their order.
-
-    With ``front``, a candidate goes on that may end ahead of each of the best in some task.
+    The state depends only on the recorded scores and their order. With ``front``, a candidate
+    continues while it may still beat each of the best recipes on some task.
     """
 
     def __init__(
@@ -125,7 +123,7 @@ class Race:
         front: bool = False,
     ) -> None:
         self.strata, self.stop_below, self.panel, self.front = strata, stop_below, panel, front
-        self.evaluated: list[Evaluated] = []  # best first; with one objective the panel alone
+        self.evaluated: list[FullyEvaluated] = []  # best first; with one objective the panel alone
 
     def should_continue(self, values: Floats) -> bool:
         """Decide whether to evaluate a candidate further, given its values (m) so far.
@@ -165,17 +163,17 @@ class Race:
         """
         if len(values) == self.strata.size:
             mean = self.strata.estimate(values).value
-            self.evaluated.append(Evaluated(violation, mean, values))
+            self.evaluated.append(FullyEvaluated(violation, mean, values))
             self.evaluated.sort(key=lambda one: (one.violation, -one.mean))
             if not self.front:
-                del self.evaluated[self.panel :]  # no candidate is compared with them any more
-        return _beside(self._panel_values, values, self.strata)
+                del self.evaluated[self.panel :]  # not needed for comparisons any more
+        return _relative_to_panel(self._panel_values, values, self.strata)
 
     def by_task(self, values: Floats) -> dict[str, Estimate]:
-        """Estimate each task's score likewise; a task without an item so far gets the panel's."""
+        """Estimate each task's score like ``record``; tasks without items get the panel's score."""
         panel = self.strata.parts(self._panel_values)
         return {
-            task: _beside(panel[task], part, self.strata.by_task[task])
+            task: _relative_to_panel(panel[task], part, self.strata.by_task[task])
             for task, part in self.strata.parts(values).items()
         }
 
@@ -185,7 +183,7 @@ class Race:
         return mean
 
 
-def _beside(panel: Floats, values: Floats, strata: Strata) -> Estimate:
+def _relative_to_panel(panel: Floats, values: Floats, strata: Strata) -> Estimate:
     """Add the paired difference on the first m items to the panel's mean on all n."""
     whole = strata.estimate(panel).value
     if not len(values):

@@ -1,1 +1,1 @@
-"""The loop: ask, build, evaluate, race, tell; then choose, test and export."""
+"""The loop: ask, build, evaluate, race, tell; then select, test and export."""

@@ -1,4 +1,4 @@
-"""The models a search starts from: base, donors and their average, and the race they open."""
+"""Evaluate and rank the models a search starts from: base, donors and their average."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from search.wording import OWN_TEMPLATE
 def try_baselines(run: Run) -> None:
     """Evaluate base, donors and their uniform average on a first block of search items.
 
-    Donors are evaluated under their own chat templates, too.
+    Donors are also evaluated under their own chat templates.
 
     Raises:
         StudyError: One of them cannot be evaluated.
@@ -46,7 +46,7 @@ def named_inputs(run: Run) -> dict[str, Evaluated]:
 
 
 def check_inputs(run: Run, failed: Mapping[str, Exception]) -> None:
-    """Refuse an input that has failed, by its key: nothing can be compared with it.
+    """Raise if one of the inputs is among the failed keys: it is needed for comparison.
 
     Raises:
         StudyError: One has.
@@ -68,9 +68,9 @@ def best_donor(run: Run, *, own_templates: bool) -> tuple[str, Evaluated]:
 
 
 def rank_donors(run: Run, *, own_templates: bool) -> list[tuple[str, Evaluated]]:
-    """Return what ``best_donor`` does of every donor, the best first.
+    """Rank all donors by a race among them, the best first.
 
-    The race's survivor comes first; then those that stayed longer, and of them the higher scores.
+    The survivor comes first, then the donors that stayed in the race longer; ties by score.
 
     Raises:
         StudyError: A donor cannot be evaluated.
@@ -103,7 +103,7 @@ def rank_donors(run: Run, *, own_templates: bool) -> list[tuple[str, Evaluated]]
 
 
 def open_race(run: Run) -> Race:
-    """Make the race as the finished trials have left it; the best donor is recorded first."""
+    """Restore the race from the best donor and the finished trials."""
     race = Race(run.scores.strata("search"), front=run.spec.search.front)
     best, _ = best_donor(run, own_templates=False)  # candidates have the study's template
     recipe = baselines(run.context.space)[best]
@@ -121,8 +121,8 @@ def open_race(run: Run) -> Race:
 def _references(run: Run, race: Race) -> list[TrialRecord]:
     """List the trials that a race depends on, in the order they were told.
 
-    They were evaluated on all search items and, where there is one objective, are the reference
-    panel, or equal to its last but for rounding.
+    They were evaluated on all search items. With one objective they are the reference panel, and
+    any trials that tie with its last up to rounding.
     """
     size = len(run.context.splits.search)
     trials = [trial for trial in run.log.complete() if trial.items == size]

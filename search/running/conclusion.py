@@ -1,9 +1,8 @@
 """The end of a run: finalists on fresh select items, the winner on test items, the result.
 
-A candidate that fails on those items (its log-likelihood is not a number on one of them, say)
-counts as a failed trial from then on, and the end begins again without it. What the others have
-scored is in the database, and who failed too, so that a session that was killed and another come
-to the same result.
+A candidate that fails on those items (say, with a NaN log-likelihood) counts as a failed trial from
+then on, and the conclusion starts over without it. All scores and failures are in the database, so
+a killed and resumed session comes to the same result.
 """
 
 from __future__ import annotations
@@ -49,12 +48,12 @@ from search.study.spec import StudyError
 
 
 class CandidateError(Exception):
-    """Candidates have failed after the search, and count as failed trials now."""
+    """Candidates failed after the search and now count as failed trials."""
 
 
 @dataclass(frozen=True)
 class Choice:
-    """The winner, and what is known of it before the test."""
+    """The winner as chosen before the test."""
 
     candidate: Candidate  # the winner
     posterior_mean: float  # of its value, after the search
@@ -113,7 +112,7 @@ def choose(run: Run) -> Choice:
 
 
 def find_front(run: Run) -> list[Candidate]:
-    """Find the Pareto front over the tasks, fresh select items considered.
+    """Find the Pareto front over the tasks, from search and select items.
 
     Raises:
         CandidateError: Some cannot be evaluated on select items.
@@ -247,10 +246,9 @@ def _conclude(run: Run) -> tuple[Result, Recipe]:
 
 
 def _tested_winners(run: Run, untuned: Sequence[Recipe]) -> set[str]:
-    """Return the keys of recipes that were evaluated on test items, but for mere comparisons.
+    """Return the keys of recipes that were tested as winners, not only for comparison.
 
-    Recipes without tuned weights that the winner is to be compared with are noted as such first,
-    unless they were tested for another reason.
+    Records ``untuned`` recipes as tested for comparison, unless they were tested before.
     """
     compared = {*run.log.header().get("compared", ())}
     tested = set(run.store.recipes("test"))

@@ -3,11 +3,10 @@
 Jobs go to several workers at once. A job's results are in the database before anything depends
 on them, and a recipe's blocks go to the worker that has built it already, if that one is idle.
 
-A race decides after every block, so a job of the search is one block. Where more of a split is
-asked at once, a job is up to ``JOB_ITEMS`` items of consecutive blocks: texts of many items are
-written together for little more than those of one block. A job ends at the same items whatever is
-stored already, and is stored in one transaction: a kill loses at most the job under way, and what
-was not killed is asked in the same jobs and has the same rounding.
+A race decides after every block, so in a race a job is one block. Elsewhere a job has up to
+``JOB_ITEMS`` items of consecutive blocks: generating text for many items together costs little more
+than for one block. Jobs end at the same items whatever is stored already, so that a resumed run has
+the same rounding, and each is stored in one transaction, so that a kill loses at most one job.
 """
 
 from __future__ import annotations
@@ -42,13 +41,13 @@ from search.storing.store import Store
 TuningJob = LossJob | AnswerJob
 TuningReply = TypeVar("TuningReply", LossReply, AnswerReply)
 
-MAX_DEATHS: Final = 2  # of workers, after which a recipe counts as failed
+MAX_DEATHS: Final = 2  # of workers evaluating a recipe, after which it counts as failed
 JOB_ITEMS: Final = 100  # items of a job at most; one block, if that has more
 
 
 @dataclass(frozen=True)
 class UnderOwnTemplate:
-    """A donor on the study's items, asked under its own chat template."""
+    """A donor, evaluated on the study's items under its own chat template."""
 
     donor: str  # its name in the study
     recipe: Recipe  # the donor alone
@@ -56,11 +55,11 @@ class UnderOwnTemplate:
 
     @property
     def key(self) -> str:
-        """Under which its results are stored."""
+        """Key of its results in the database."""
         return f"{self.recipe.key}-{self.digest}"
 
 
-Evaluated = Recipe | UnderOwnTemplate  # what has results on items
+Evaluated = Recipe | UnderOwnTemplate  # anything with results on items
 
 
 def under_own_templates(context: StudyContext) -> dict[str, UnderOwnTemplate]:
@@ -162,9 +161,9 @@ class Evaluator:
     def failures(
         self, recipes: Iterable[Evaluated], split: Split, items: int | None = None
     ) -> dict[str, Exception]:
-        """Evaluate recipes as ``evaluate`` does, and return why some have failed, by their keys.
+        """Evaluate recipes as ``evaluate`` does, but return the errors of failed ones by key.
 
-        The blocks that a failed recipe has left are not evaluated.
+        The remaining blocks of a failed recipe are skipped.
         """
         left = {
             Blocks(recipe.key, split, numbers): recipe
@@ -185,7 +184,7 @@ class Evaluator:
         return failed
 
     def _next_of(self, left: Iterable[Blocks]) -> Blocks:
-        """Choose blocks whose recipe an idle worker has built, else nobody has, else the first."""
+        """Choose blocks of a recipe that an idle worker has, else of one that none has."""
         idle = {self._built.get(worker) for worker in self.idle}
         others = {blocks.recipe for blocks, _ in self._jobs.values()}
         return min(left, key=lambda one: (one.recipe not in idle, one.recipe in others))
@@ -215,7 +214,7 @@ class Evaluator:
         """Wait for a job to be finished, and store its results.
 
         Returns:
-            Its blocks, and why they have no results, if they have none.
+            Its blocks, and the error if it failed.
 
         Raises:
             KeyboardInterrupt: ``stopping`` was set; all jobs under way were stored before.
@@ -242,7 +241,7 @@ class Evaluator:
                 raise KeyboardInterrupt
 
     def _save(self, blocks: Blocks, reply: EvalReply) -> None:
-        """Store what a job gave, block by block in one transaction."""
+        """Store a job's results, block by block in one transaction."""
         results, sizes = iter(reply.results), [*map(len, self._blocks[blocks.split])]
         by_block = {number: list(islice(results, sizes[number])) for number in blocks.numbers}
         self.store.save(blocks.recipe, blocks.split, by_block, reply.score_seconds)
@@ -290,9 +289,9 @@ class Evaluator:
             self._tuning.pop(worker, None)
 
     def export(self, recipe: Recipe, out: Path, card: str) -> ExportCheck:
-        """Have a recipe built once more, compared with its stored results, saved with a card.
+        """Have a recipe rebuilt, compared with its stored results, and saved with a card.
 
-        Jobs are those it was asked in: single blocks in races, more of the test items.
+        It is evaluated in the same jobs as before: single blocks, but larger ones of test items.
         """
         evaluated = []
         for split in SPLITS:
@@ -306,6 +305,6 @@ class Evaluator:
         return check
 
     def _first(self, split: Split, items: int | None) -> range:
-        """Number the blocks that the first items of a split are in."""
+        """Return the numbers of the blocks that contain the first items of a split."""
         count = len(self._blocks[split])
         return range(count if items is None else min(count, math.ceil(items / self._size)))

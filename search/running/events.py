@@ -16,12 +16,12 @@ if TYPE_CHECKING:  # events are light
 
 
 class Event:
-    """Something that a listener shows, or counts."""
+    """Something that a listener shows or counts."""
 
 
 @dataclass(frozen=True)
 class PlanReady(Event):
-    """A line of what a command will take: memory, item evaluations, workers."""
+    """A line of a command's plan: memory, item evaluations, workers."""
 
     line: str | MemoryPlan
 
@@ -35,7 +35,7 @@ class Note(Event):
 
 @dataclass(frozen=True)
 class Stage(Event):
-    """A part of the work begins, or has ended, outside the search."""
+    """A part of the work outside the search begins or has ended."""
 
     text: str
 
@@ -52,7 +52,7 @@ class SearchStarted(Event):
 
 @dataclass(frozen=True)
 class BlockEvaluated(Event):
-    """A recipe was evaluated on so many items, of one block or several."""
+    """A job was evaluated: one block of items, or several."""
 
     items: int
 
@@ -95,7 +95,7 @@ class TrialFinished(Event):
 
 @dataclass(frozen=True)
 class IncumbentChanged(Event):
-    """The trial with the highest posterior mean among the feasible ones, computed anew."""
+    """The feasible trial with the highest posterior mean, recomputed."""
 
     trial: TrialRecord
     posterior_mean: float
@@ -103,7 +103,7 @@ class IncumbentChanged(Event):
 
 @dataclass(frozen=True)
 class StopRequested(Event):
-    """The run ends after the blocks that are being evaluated; raised in a signal's handler."""
+    """The run will end after the jobs under way; sent from a signal handler."""
 
 
 @dataclass(frozen=True)
@@ -138,7 +138,7 @@ class RunFinished(Event):
 
 @dataclass(frozen=True)
 class CommandDone(Event):
-    """Another command is done: its text for people, its facts for programs."""
+    """Any other command is done: text for people, facts for programs."""
 
     text: str
     facts: Mapping[str, Any] = field(default_factory=dict)

@@ -1,4 +1,4 @@
-"""Labels of the items whose losses have gradients: the tasks' own, else answers judged right."""
+"""Find the labels that tuning needs: the tasks' own targets, else answers judged right."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from search.study.spec import StudyError
 def find_labels(run: Run) -> Mapping[int, str]:
     """Return the labels of tune items by number, and store them; items without one are left out.
 
-    Where a task has no label for an item, base and donors answer it, the best donor first, until
-    one is judged right.
+    Items for which a task has no label are answered by the donors, best first, and the base, until
+    an answer is judged right.
 
     Raises:
-        StudyError: The study is to be tuned, and no item has a label.
+        StudyError: The study requires tuning, and no item has a label.
     """
     stored = run.log.header().get("labels", {})
     items = run.context.splits.tune
@@ -77,10 +77,10 @@ def by_task(run: Run, labels: Mapping[int, str]) -> dict[str, list[int]]:
 
 
 def _note_tasks_without(run: Run, labels: Mapping[int, str]) -> None:
-    """Say which tasks take no part in tuning.
+    """Note the tasks without labels, which take no part in tuning.
 
     Raises:
-        StudyError: The study is to be tuned, and none does.
+        StudyError: The study requires tuning, and no item has a label.
     """
     counts = Counter(run.context.objective.items[number].task for number in labels)
     without = [task for task in run.context.weights if not counts[task]]

@@ -1,4 +1,4 @@
-"""Workers that are processes of their own, on several devices and machines, through Ray.
+"""Workers in separate processes, on several devices and machines, through Ray.
 
 Each is a Ray actor with a live model of its own. It finds models, tasks and the run folder where
 the coordinator does: in a file system they share, or on the Hub. An actor that dies is replaced.
@@ -26,8 +26,8 @@ from search.process import quiet_libraries
 from search.running.workers import FAILURES, Job, Reply, Worker, WorkerDied, Workers
 from search.study.spec import StudyError, StudySpec
 
-STORE_BYTES: Final = 1 << 27  # Ray's own memory: only recipes and results pass through it
-MAX_LOADS: Final = 3  # in a row that a worker may die of
+STORE_BYTES: Final = 1 << 27  # Ray's object store: only recipes and results pass through it
+MAX_LOADS: Final = 3  # consecutive deaths of a worker while loading, at most
 _LOG = logging.getLogger(__name__)
 
 
@@ -40,9 +40,9 @@ class Cluster:
 
 
 class _Actor:
-    """A worker in a process of its own. Its warnings go to the coordinator with its next reply.
+    """A worker in its own process. Its warnings go to the coordinator with its next reply.
 
-    What libraries print is in Ray's log files.
+    Output of libraries goes to Ray's log files.
     """
 
     def __init__(self) -> None:
@@ -61,14 +61,14 @@ class _Actor:
         try:
             plan = plan_study(spec, compiled=hardware.compiled)
             self.worker = Worker(load(plan, hardware, lines.append))
-        except FAILURES as error:  # no candidate's
+        except FAILURES as error:  # not a candidate's: fatal
             raise StudyError(str(error)) from error
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
             raise StudyError(
-                f"a worker had not enough memory to load the study ({reason(error)}); use fewer "
-                "workers, or another --device or --memory"
+                f"a worker did not have enough memory to load the study ({reason(error)}); use "
+                "fewer workers, or another --device or --memory"
             ) from None
         return lines
 
@@ -76,7 +76,7 @@ class _Actor:
         try:
             reply = self.worker.do(job)
         except torch.AcceleratorError:
-            os._exit(1)  # all that follows on this device would fail, too: a new process takes over
+            os._exit(1)  # the device is unusable in this process: a new one takes over
         notes = [*self._notes]
         self._notes.clear()
         return replace(reply, notes=notes)
@@ -163,7 +163,7 @@ class RayWorkers(Workers):
 
     @override
     def call(self, method: str, *args: Any) -> Any:
-        # By the first worker; once more if it dies of it.
+        # On the first worker; once more if that dies.
         try:
             return self._result(self._actors[0].call.remote(method, *args))
         except WorkerDied:
@@ -189,7 +189,7 @@ class RayWorkers(Workers):
             had_loaded = False
             if self._failed_loads[worker] == MAX_LOADS:
                 raise StudyError(f"{error}, {MAX_LOADS} times while it loaded") from None
-        self._ray.kill(self._actors[worker])  # out of reach is not always gone
+        self._ray.kill(self._actors[worker])  # it may be unreachable, but alive
         self._actors[worker] = self._actor.remote()
         self._loaded[worker] = self._load(worker)
         return had_loaded

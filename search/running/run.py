@@ -1,8 +1,8 @@
-"""A session of a run: its study, its database and who evaluates recipes for it.
+"""A session of a run: its study, database, workers and scores.
 
-Everything a run knows is in its database, so running it again goes on where it stopped: finished
-trials are kept, a running trial is taken up again with its finished blocks, and proposals depend
-on the finished trials alone.
+The whole state of a run is in its database, so it can be resumed: finished trials are kept, a
+running trial continues after its finished blocks, and proposals depend on the finished trials
+alone.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ class Run:
             context, self.store, workers, lambda items: listener(BlockEvaluated(items))
         )
         self.scores = Scores(context, self.evaluator)
-        self.space = context.space  # with the weights that were tuned so far
+        self.space = context.space  # including the weights tuned so far
         self.read_tuned_path()
         self.ask_seconds = 0.0
         self._started = time.perf_counter()
@@ -71,7 +71,7 @@ class Run:
         return self.context.spec
 
     def bind_to_store(self) -> None:
-        """Write the study into the database, or compare it with what is there.
+        """Write the study into the database, or compare it with the stored one.
 
         Raises:
             StudyError: The folder is another study's, or models or tasks' files have changed.
@@ -81,7 +81,7 @@ class Run:
         check_items(self.folder, self.store, context.objective, context.splits)
         fingerprints = {name: model.fingerprint for name, model in context.models.items()}
         check_models(self.folder, self.log, fingerprints)
-        self.log.set_header(  # for what has the database alone, such as the report
+        self.log.set_header(  # for readers of the database alone, such as the report
             baselines={name: recipe.key for name, recipe in baselines(context.space).items()},
             own_templates={name: one.key for name, one in under_own_templates(context).items()},
             weights=context.weights,
@@ -137,6 +137,6 @@ class Run:
         }
 
     def request_stop(self) -> bool:
-        """End the search after the blocks that are being evaluated; False: none is."""
+        """Ask the evaluator to stop after the jobs under way; return whether there are any."""
         self.evaluator.stopping = self.evaluator.working
         return self.evaluator.working

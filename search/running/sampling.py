@@ -1,7 +1,7 @@
 """Responses of a run's models to the same prompts, for reading side by side.
 
 The prompts are the user's own, or test items that the winner gained or lost against the best
-donor. Scores of test items are those stored at the test; the texts are generated again.
+donor. Scores of test items are the stored ones; responses are generated again.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ ITEMS: Final = 6  # gained, and as many lost, sampled at the end of a run
 
 
 class _Model(NamedTuple):
-    """A model that responds: its name in tables, its folder or id, and what is asked."""
+    """A model that responds: its name in tables, its folder or id, and what is evaluated."""
 
     name: str
     model: str
-    asked: Evaluated
+    recipe: Evaluated
 
     def respond(self, run: Run, to: Sequence[int] | PromptEntry) -> list[Response]:
-        """Have it respond to items or prompts."""
-        one = self.asked
+        """Generate responses to items or prompts."""
+        one = self.recipe
         if isinstance(one, UnderOwnTemplate):
             args: tuple[object, ...] = (one.recipe, to, one.donor)
         else:
@@ -64,7 +64,7 @@ def of_items(run: Run, result: Result, count: int) -> list[Sample]:
     Items to which no model responds in text are left out.
     """
     models, best = _models(run, result), result.difference_to_best_donor.donor
-    values = [one.values for one in run.scores.evaluate([one.asked for one in models], "test")]
+    values = [one.values for one in run.scores.evaluate([one.recipe for one in models], "test")]
     before, after = values[[one.model for one in models].index(best)], values[-1]
     indices = changed(run.context.tasks_of("test"), before, after, count)
     if not indices:

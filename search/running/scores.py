@@ -1,4 +1,4 @@
-"""What the stored results of a study's items mean: scores, constraints, estimates of the base."""
+"""Scores and constraint violations from the stored results of a study's items."""
 
 from __future__ import annotations
 
@@ -57,9 +57,9 @@ class Scores:
     def failures(
         self, recipes: Sequence[Evaluated], split: Split, items: int | None = None
     ) -> dict[str, Exception]:
-        """Evaluate recipes as ``evaluate`` does, and return why some have failed, by their keys.
+        """Evaluate recipes as ``evaluate`` does, but return the errors of failed ones by key.
 
-        Where a constraint follows the base, the base is evaluated on the same items.
+        If a constraint is relative to the base, the base is evaluated on the same items.
         """
         base = [self._base] if self._below_base else []
         return self.evaluator.failures([*recipes, *base], split, items)
@@ -73,15 +73,15 @@ class Scores:
         return Strata(self.context.tasks_of(split), self.context.weights)
 
     def violation(self, scores: Mapping[Split, ItemScores]) -> float:
-        """Compute how far a recipe misses the study's limits on the items it was evaluated on."""
+        """Compute a recipe's constraint violation on the items it was evaluated on."""
         together = sum(scores.values(), start=self.empty())
         limit = self.context.spec.objective.max_mean_tokens
         return constraint_violation(together, self.floors(scores), limit)
 
     def floors(self, scores: Mapping[Split, ItemScores]) -> dict[str, float]:
-        """Compute each constrained task's least mean for a recipe with these scores.
+        """Compute each constrained task's minimum mean for a recipe with these scores.
 
-        A constraint that follows the base is the base's mean on the same items, less its margin.
+        A constraint relative to the base is the base's mean on the same items, less its margin.
         """
         floors = dict(self._fixed)
         if self._below_base:
@@ -103,10 +103,10 @@ class Scores:
         return [(t, one.fault) for t, one in zip(tasks, results, strict=False) if one.fault]
 
     def check_judged(self, name: str, recipe: Recipe) -> list[str]:
-        """Describe which search items of a model could not be judged, task by task.
+        """Describe how many search items of a model could not be judged, task by task.
 
         Raises:
-            StudyError: No item of a task could be judged, which no candidate would change.
+            StudyError: No item of a task could be judged, so no candidate could score on it.
         """
         faults = self.faults(recipe)
         sizes = Counter(self.context.tasks_of("search"))

@@ -1,6 +1,6 @@
 """The search loop: ask, build, evaluate, race, tell.
 
-A candidate that has lost its race makes way for the next at once; there are no generations.
+There are no generations: a candidate that loses its race is replaced at once.
 """
 
 from __future__ import annotations
@@ -44,9 +44,9 @@ class RunningTrial:
 def search(
     run: Run, timeout: float = math.inf, after_trial: Sequence[Callable[[Run], None]] = ()
 ) -> None:
-    """Run trials until the study has all of them, or early stopping or the time ends it.
+    """Run trials up to the study's number, early stopping or the timeout.
 
-    ``timeout`` are seconds of the session after which no trial but the first is begun.
+    After ``timeout`` seconds of the session no trial but the first is begun.
 
     Raises:
         StudyError: The base or a donor cannot be evaluated.
@@ -63,7 +63,7 @@ def search(
 
 
 def _announce_time(run: Run, evaluations: float) -> None:
-    """Say how long it takes, by the first blocks of base, donors and average."""
+    """Announce the expected time, from the first blocks of base, donors and average."""
     counts, seconds = run.store.evaluations()
     per_item = seconds / sum(counts.values()) / run.workers.count
     per_build = run.evaluator.build_seconds / len(baselines(run.context.space)) / run.workers.count
@@ -85,7 +85,7 @@ class SearchLoop:
     ) -> None:
         self.run, self.deadline, self.after_trial = run, deadline, after_trial
         spec, space = run.spec.search, run.context.space
-        # Differences of models have no scores of their own.
+        # Donors that are differences of models cannot be scored on their own.
         alone = space.models == space.donors
         ranked = rank_donors(run, own_templates=False) if alone else []
         ranking = [space.models.index(name) for name, _ in ranked]
@@ -120,7 +120,7 @@ class SearchLoop:
         self._note_why_it_ended()
 
     def _begin_trials(self, trials: Sequence[TrialRecord]) -> bool:
-        """Begin trials for idle workers: while the first path is under way its points alone.
+        """Begin trials for idle workers; during the first tuned path, only its points.
 
         Returns:
             Whether one was begun.
@@ -137,7 +137,7 @@ class SearchLoop:
         return begun
 
     def _some_wait(self) -> bool:
-        """Return whether a trial was queued, or left running by an earlier session."""
+        """Return whether a trial is queued, or was left running by an earlier session."""
         open_now = [one.trial.number for one in self._running]
         return bool(self.run.log.records("waiting") or self.run.log.left_running(open_now))
 
@@ -164,7 +164,7 @@ class SearchLoop:
         return not self._exhausted(finished) or bool(run.log.left_running(open_now))
 
     def _exhausted(self, finished: Sequence[TrialRecord]) -> str:
-        """Return why no further gain is expected; empty: one is."""
+        """Return why no further gain is expected; empty if one is."""
         select = len(self.run.context.splits.select)
         tuned = self.tuner.last_trial(finished)
         if not self.run.spec.search.stop:
@@ -202,7 +202,7 @@ class SearchLoop:
     def _evaluate_ahead(self) -> None:
         """Let idle workers evaluate blocks that the running trials may need next.
 
-        At the end of a search the longest trial would keep all but one of them waiting.
+        Else, at the end of a search, all workers but one would wait for the longest trial.
         """
         evaluator = self.run.evaluator
         if not evaluator.idle:
@@ -215,7 +215,7 @@ class SearchLoop:
                     self._waiting[block] = []
 
     def _tell(self, running: RunningTrial) -> None:
-        """Tell a trial its recipe's estimate and that estimate's variance."""
+        """Finish a trial with its recipe's estimate."""
         run, scores = self.run, running.scores
         violation = run.scores.violation({"search": scores})
         faults = run.scores.faults(running.recipe, len(scores.values))

@@ -1,11 +1,11 @@
 """Tuning of weights by gradient: steps along a path, whose points are trials of the study.
 
 A step updates one weight per unit and donor by the gradient of the mean loss of a few tune items.
-After 10, 20, 40, ... steps the mean of the latest weights is a point of the path and, as a trial,
-in the race on search items, which no gradient has seen. A path ends when its last two points are
-behind an earlier one, or at its limit. Where it was still rising there, a second one begins later,
-from the best recipe known by then. Every step is stored before the next, so that a killed run goes
-on with the same path.
+After 10, 20, 40, ... steps the running mean of the weights is a point of the path: a trial, which
+races on search items that no gradient has seen. A path ends when its last two points are behind an
+earlier one, or at its limit. If it was still improving there, a second path starts later, from the
+best recipe known by then. Every step is stored before the next, so a killed run continues on the
+same path.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from objectives.items import blocks
 from search.proposing.recipes import to_recipe
 from search.proposing.space import Space
 from search.proposing.starts import even_weights
-from search.proposing.tuned_path import PREFIX, TunedPath
+from search.proposing.tuned_path import PATH_PREFIX, TunedPath
 from search.proposing.tuning import (
     AT_ONCE,
     BATCH,
@@ -34,7 +34,7 @@ from search.proposing.tuning import (
     items_of_job,
     minibatch,
     most_steps,
-    points,
+    point_steps,
     update,
 )
 from search.racing.race import Floats
@@ -49,11 +49,11 @@ from search.study.parameters import tuning_method
 Upcoming = Literal["point", "steps", "trial", "path", ""]
 
 RATES: Final = (0.12, 0.06)  # step sizes of the first path and the second
-AROUND: Final = 10  # modelled trials between the first path and the second
+AROUND: Final = 10  # trials proposed by the sampler between the first path and the second
 
 
 def first_path_evaluations(run: Run) -> int:
-    """Return how many item evaluations the first path takes at least; 0: nothing is tuned."""
+    """Return the minimum item evaluations of the first path; 0 without tuning."""
     tuned = run.context.tuned_units is not None and bool(run.context.splits.tune)
     return LEAST_STEPS * BATCH * GRADIENT_COST if tuned else 0
 
@@ -89,7 +89,7 @@ class Tuner:
         return self._next(trials) in ("point", "steps", "path")
 
     def opens(self, trials: Sequence[TrialRecord]) -> bool:
-        """Return whether the first path is not at its end yet."""
+        """Return whether the first path is still under way."""
         first = not self._steps or self._steps[-1].path == 0
         return first and self._next(trials) in ("point", "steps", "trial")
 
@@ -110,11 +110,11 @@ class Tuner:
 
     def last_trial(self, trials: Sequence[TrialRecord]) -> int | None:
         """Return the number of the last trial that is a point of a path."""
-        numbers = [one.number for one in trials if (one.start or "").startswith(PREFIX)]
+        numbers = [one.number for one in trials if (one.start or "").startswith(PATH_PREFIX)]
         return max(numbers, default=None)
 
     def advance(self, trials: Sequence[TrialRecord]) -> None:
-        """Take the steps up to the next point, and make that a trial.
+        """Take the steps up to the next point, and queue it as a trial.
 
         A step that fails ends all tuning.
 
@@ -212,7 +212,7 @@ class Tuner:
         """List the steps after which the weights are a point of a path."""
         trials, items = self.run.spec.search.trials, len(self.run.context.splits.search)
         earlier = sum(one.path < path and one.step > 0 for one in self._steps)
-        return points(most_steps(trials, items, self._batch) - earlier)
+        return point_steps(most_steps(trials, items, self._batch) - earlier)
 
     def _recipe(self, weights: Floats) -> Recipe:
         """Return the recipe with tuned weights (U, k)."""
@@ -222,7 +222,7 @@ class Tuner:
         return to_recipe(space, self._point(space, 0.0))
 
     def _point(self, space: Space, position: float) -> dict[str, object]:
-        """Return the point of tuned weights alone: its flat ones only have to be in the space."""
+        """Return the point with strength 1, at which the flat weights have no effect."""
         assert self.method is not None
         point = space.point(self.method, self._start)
         for name, (low, high) in space.bounds.items():
@@ -272,4 +272,4 @@ class Tuner:
 
 def _label(step: PathStep) -> str:
     again = f" of path {step.path + 1}" if step.path else ""
-    return f"{PREFIX}{step.step} steps{again}"
+    return f"{PATH_PREFIX}{step.step} steps{again}"

@@ -54,11 +54,11 @@ class EvalJob:
 
 @dataclass(frozen=True)
 class EvalReply:
-    """What a job gave."""
+    """Results of an evaluation job."""
 
     results: Sequence[ItemResult]  # one per item
-    build_seconds: float  # that building took
-    score_seconds: float  # that evaluating took
+    build_seconds: float  # time of the build
+    score_seconds: float  # time of the evaluation
     notes: Sequence[str] = ()  # warnings of the worker's libraries
 
 
@@ -69,13 +69,13 @@ class LossJob:
     recipe: Recipe
     items: tuple[int, ...]
     labels: tuple[str, ...]  # of the items, see `Objective.targets`
-    # Of the items in the sum whose gradient is computed; none: no gradient is.
+    # Weights of the items in the sum to differentiate; empty: no gradient is computed.
     weights: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)
 class LossReply:
-    """What a job of losses gave."""
+    """Losses and gradient of a loss job."""
 
     losses: Sequence[float]  # one per item
     gradient: Floats | None  # of the weighted sum, (U, m) for m models in U units
@@ -85,7 +85,7 @@ class LossReply:
 
 @dataclass(frozen=True)
 class AnswerJob:
-    """A recipe, and the numbers of the items whose right answers may become labels."""
+    """A recipe, and the numbers of items to answer; right answers may become labels."""
 
     recipe: Recipe
     items: tuple[int, ...]
@@ -93,7 +93,7 @@ class AnswerJob:
 
 @dataclass(frozen=True)
 class AnswerReply:
-    """What a job of answers gave."""
+    """Answers of an answer job."""
 
     answers: Sequence[str | None]  # one per item; None: it is not judged right
     notes: Sequence[str] = ()  # warnings of the worker's libraries
@@ -104,7 +104,7 @@ Reply = EvalReply | LossReply | AnswerReply
 
 
 class ExportCheck(NamedTuple):
-    """How a recipe that was built once more and saved compares with its stored results."""
+    """How the results of a saved recipe, built again, compare with the stored ones."""
 
     compared: int  # results that were evaluated again
     differing: int  # those of them that are not the same to the bit
@@ -116,7 +116,7 @@ class WorkerDied(Interrupted):
 
 
 class Workers(Protocol):
-    """Several workers, known by their indices from 0 on; each does one job at a time."""
+    """Several workers, indexed from 0; each does one job at a time."""
 
     @property
     def count(self) -> int:
@@ -141,7 +141,7 @@ class Workers(Protocol):
 
 
 class Worker:
-    """A live model, and what builds recipes in it and evaluates them."""
+    """Builds recipes in one live model and evaluates them."""
 
     def __init__(self, context: LiveContext) -> None:
         self.context = context
@@ -155,7 +155,7 @@ class Worker:
         return self.losses(job) if isinstance(job, LossJob) else self.right_answers(job)
 
     def evaluate(self, job: EvalJob) -> EvalReply:
-        """Do a job; a recipe that is in the live model already is not built again.
+        """Build a recipe, unless the live model has it already, and score items with it.
 
         Raises:
             MergeError: The recipe cannot be built.
@@ -217,7 +217,7 @@ class Worker:
         return self._gradient
 
     def labels(self, items: Sequence[int]) -> list[str | None]:
-        """Return the labels of items that the tasks have; None where there is none."""
+        """Return the labels that the tasks have for items, else None."""
         return self.context.objective.targets(items)
 
     def right_answers(self, job: AnswerJob) -> AnswerReply:
@@ -237,7 +237,7 @@ class Worker:
     ) -> list[Response]:
         """Generate a recipe's text for items of the study, or for prompts.
 
-        They are under the own chat template of the donor ``template``; None: under the study's.
+        With ``template``, they are under that donor's own chat template.
 
         Raises:
             MergeError: The recipe cannot be built.
@@ -260,14 +260,13 @@ class Worker:
     ) -> ExportCheck:
         """Build a recipe once more, compare its results with those stored, and save it.
 
-        ``card`` is the checkpoint's; "": it has none.
-
-        On another machine, or in smaller batches, rounding may decide a few items otherwise. Where
-        judging failed, now or then, there is nothing to compare: a time limit was in play.
+        An empty ``card`` writes none. On another machine, or in smaller batches, rounding may
+        change a few results. Items whose judging failed, now or before, are not compared: they hit
+        a time limit.
 
         Raises:
-            ObjectiveError: More than ``ROUNDED`` of the results differ: what would be saved is not
-                what was scored.
+            ObjectiveError: More than ``ROUNDED`` of the results differ, so the recipe built now is
+                not the one that was scored.
         """
         builder = self.context.builder
         with self._unchanged_weights():
@@ -284,7 +283,7 @@ class Worker:
             raise ObjectiveError(
                 f"the recipe, built once more, answers {others} of {len(pairs)} items otherwise "
                 "than it did, so it is not saved: models, packages or the machine have changed; "
-                "restore them, or begin anew with --force-new"
+                "restore them, or start over with --force-new"
             )
         models = builder.model_set
         files = CheckpointFiles.of(models.reference, recipe, models.vocabulary)
@@ -298,9 +297,9 @@ class Worker:
 
     @contextmanager
     def _oom_fails_candidate(self) -> Iterator[None]:
-        """Turn a lack of memory into an ``ObjectiveError``, so that only this candidate fails.
+        """Turn an out-of-memory error into an ``ObjectiveError``: only this candidate fails.
 
-        What was made for it, and what can be made again, is freed.
+        Its tensors, and all statistics that can be computed again, are freed.
         """
         try:
             yield
@@ -308,19 +307,19 @@ class Worker:
             if not is_out_of_memory(error):
                 raise
             clear_frames(error.__traceback__)  # they hold the tensors of a failed batch
-            said = reason(error)
+            why = reason(error)
         else:
             return
         self.context.builder.model_set.measurements.release()
         torch.cuda.empty_cache()  # does nothing without CUDA
-        raise ObjectiveError(f"out of memory: {said}")
+        raise ObjectiveError(f"out of memory: {why}")
 
     @contextmanager
     def _unchanged_weights(self) -> Iterator[None]:
-        """Refuse what was made of weights that have changed since they were first read.
+        """Raise if a model's weights have changed since they were first read.
 
         Raises:
-            StudyError: They have; even if what was made of them has failed.
+            StudyError: They have; it takes precedence over any error inside.
         """
         try:
             yield
@@ -344,15 +343,15 @@ class Worker:
 def saturate(losses: Tensor) -> Tensor:
     """Return ``log(1 + L)`` of losses L in nats, and those below zero as they are.
 
-    A long answer's loss has a hundred times the gradient of a choice's, and would be all that a
-    step follows; so has an answer that is far out of reach. Here what counts is by which share a
-    loss falls, and near zero its own amount.
+    A long or very unlikely answer has a hundred times the loss of a multiple choice, and its
+    gradient would dominate the step. Of ``log(1 + L)``, relative changes of large losses count, and
+    absolute changes of small ones.
     """
     return torch.where(losses > 0, losses.clamp_min(0).log1p(), losses)
 
 
 class LocalWorker(Workers):
-    """The one worker in this process; it does a job when its reply is waited for."""
+    """A single worker in this process; a job runs when its reply is waited for."""
 
     def __init__(self, context: LiveContext) -> None:
         self._worker = Worker(context)

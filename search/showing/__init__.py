@@ -1,1 +1,1 @@
-"""For people and programs: terminal, JSON lines, report, model card, upload."""
+"""Output of a run: terminal, JSON lines, report, model card, upload."""

@@ -23,7 +23,7 @@ from search.wording import UNTUNED, bracketed, percent, shortened
 TEMPLATE: Final = Path(__file__).with_name("card.md")
 TAGS: Final = ["merge", "mergekit", "mergesearch"]
 LICENCE: Final = ("license", "license_name", "license_link")
-LONGEST_FRONT: Final = 100_000  # letters of a card that are read for its licence
+LONGEST_FRONT: Final = 100_000  # characters of a card that are searched for its licence
 LONGEST_LICENCE: Final = 200  # letters of a licence
 
 
@@ -124,7 +124,7 @@ def _cell(text: str) -> str:
 
 def _licence(model: str) -> Mapping[str, str]:
     """Read the licence from a model's own card; empty where it has no readable one."""
-    with suppress(Exception):  # anything may be in it, and it is no reason to stop
+    with suppress(Exception):  # whatever is in it must not stop the run
         file = locate(model) / CARD
         if not file.is_file():
             return {}

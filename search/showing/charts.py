@@ -20,8 +20,8 @@ from search.storing.trials import TrialRecord
 DRAWN: Final = 2000  # trials in a chart
 MOMENTS: Final = 40  # at which the incumbent's posterior is computed
 PAIRS: Final = 6  # of tasks, for which the Pareto front is drawn
-NEGLIGIBLE: Final = 1e-9  # a difference of features that is rounding alone
-COLOURS: Final = 8  # that the style sheet has for methods
+NEGLIGIBLE: Final = 1e-9  # a difference of features due to rounding
+COLOURS: Final = 8  # number of colours for methods in the style sheet
 
 
 def colour(method: str, methods: Sequence[str]) -> str:
@@ -119,7 +119,7 @@ def trial_chart(facts: RunFacts) -> Markup:
 
 
 def thinned(complete: Sequence[TrialRecord], most: int) -> list[TrialRecord]:
-    """Keep the best of very many trials, and as many of the others, in their order."""
+    """Thin many trials to ``most``: half of them the best, half a sample of the others."""
     if len(complete) <= most:
         return [*complete]
     ranked = sorted(range(len(complete)), key=lambda index: complete[index].sort_key)
@@ -165,7 +165,7 @@ def scale_charts(facts: RunFacts, view: PosteriorView) -> ScaleCharts | None:
 
 
 def _mean_scales(view: PosteriorView, some: Candidates) -> Floats:
-    """Return n candidates' scales, (n), in the mean over the parts of the model."""
+    """Return n candidates' scales, averaged over the units of the model, (n)."""
     scales: Floats = some.weights.sum(axis=2).mean(axis=1) / view.space.used
     return scales
 

@@ -1,4 +1,4 @@
-"""Scores of a run's models with an interval for every task, and items gained and lost."""
+"""Tabulate scores of a run's models with intervals by task, and items gained and lost."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Row(NamedTuple):
 
     name: str  # of the model
     title: str  # its full name
-    note: str  # stands beneath the name
+    note: str  # shown below the name
     # One for the mean and one for each task; None: no items of it were evaluated.
     cells: Sequence[Cell | None]
     tokens: float | None = None  # mean number of tokens written for an item

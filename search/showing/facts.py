@@ -1,4 +1,4 @@
-"""Facts of a run, read from its database and result.json; no model is loaded."""
+"""Facts about a run, read from its database and result.json without loading a model."""
 
 from __future__ import annotations
 

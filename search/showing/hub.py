@@ -20,7 +20,7 @@ TEMPORARY: Final = (408, 429)  # HTTP statuses of requests that may succeed late
 def push(checkpoint: Path, repo: str, *, private: bool) -> str:
     """Upload a checkpoint with its card, and the recipe, in one commit; return the address.
 
-    Of the checkpoint's folder only what was written as the checkpoint is sent.
+    Only files that belong to the checkpoint are sent, whatever else is in its folder.
 
     Raises:
         StudyError: The id is invalid, there is no token, or the Hub refuses.

@@ -1,4 +1,4 @@
-"""Text of users, files and models in rich's markup."""
+"""Escape untrusted text for rich's markup."""
 
 from __future__ import annotations
 
@@ -8,5 +8,5 @@ from objectives.base import printable
 
 
 def shown(text: str) -> str:
-    """Return text that rich prints as it is: no markup in it, and control characters visible."""
+    """Return text that rich prints verbatim, with control characters made visible."""
     return escape(printable(text))

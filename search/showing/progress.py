@@ -1,4 +1,4 @@
-"""Counts of a search that goes on, as its events report them."""
+"""Progress of a search, counted from its events."""
 
 from __future__ import annotations
 
@@ -51,5 +51,5 @@ class Progress:
 
 
 def write_stopping() -> None:
-    """Announce the stop from a signal's handler, where a stream may be in the middle of a write."""
+    """Announce the stop from a signal handler, where a buffered stream may be mid-write."""
     os.write(2, f"\nmergesearch: {STOPPING}\n".encode())

@@ -1,9 +1,9 @@
 """report.html: the search and the result of a run on one page that needs no other file.
 
 Everything is read from the run's database and result.json; no model is loaded. The page's policy
-lets it load nothing and run no script but its own, whatever names and texts of models say.
-Statements about recipes between and beyond the trials are those of the Gaussian process of
-``proposing.gp``.
+lets it load nothing and run no script but its own, whatever untrusted text it shows.
+Statements about recipes that were not tried are predictions of the Gaussian process
+(``proposing.gp``).
 """
 
 from __future__ import annotations

@@ -66,7 +66,7 @@ class IntervalRow:
 
 @dataclass(frozen=True)
 class HeatRow:
-    """A named row of values, one for each column, None where there is none; or one for all."""
+    """A named row of values: one for each column (None: no cell), or a single one for all."""
 
     name: str
     values: Sequence[float | None]
@@ -164,31 +164,31 @@ def interval_chart(x: Axis, rows: Sequence[IntervalRow], what: str) -> Markup:
 def heat_map(columns: Sequence[int], rows: Sequence[HeatRow], largest: float, what: str) -> Markup:
     """Draw a cell for each value, the darker the farther from zero; ``largest`` is darkest.
 
-    Those below zero have a class of their own. A row with one value is one cell.
+    Negative values have a class of their own. A row with a single value is one wide cell.
     """
     parts = []
     for index, row in enumerate(rows):
         y, width = CELL * index, 100 / len(row.values)
         text = Markup('<text class="row" x="-8" y="{}" dy="4" text-anchor="end">{}</text>')
         parts.append(text.format(y + CELL / 2, shortened(row.name, 26)))
-        for place, value in enumerate(row.values):
+        for column, value in enumerate(row.values):
             if value is None:
                 continue
-            where = f", layer {columns[place]}" if len(row.values) > 1 else ""
+            where = f", layer {columns[column]}" if len(row.values) > 1 else ""
             parts.append(
                 Markup(
                     '<rect class="{}" x="{:.3f}%" y="{}" width="{:.3f}%" height="{}" '
                     'fill-opacity="{:.3f}">{}</rect>'
                 ).format(
-                    "below" if value < 0 else "cell", width * place, y, width, CELL - 1,
+                    "below" if value < 0 else "cell", width * column, y, width, CELL - 1,
                     min(1.0, abs(value) / largest), _title(f"{row.name}{where}: {value:.3f}"),
                 )
             )  # fmt: skip
     height, step = CELL * len(rows), -(-len(columns) // MOST_NAMED)
     tick = Markup('<text class="tick" x="{:.2f}%" y="{}" text-anchor="middle">{}</text>')
     parts += [
-        tick.format(100 * (place + 0.5) / len(columns), height + 14, columns[place])
-        for place in range(0, len(columns), max(1, step))
+        tick.format(100 * (column + 0.5) / len(columns), height + 14, columns[column])
+        for column in range(0, len(columns), max(1, step))
     ]
     name = Markup('<text class="name" x="100%" y="{}" text-anchor="end">layer</text>')
     return _drawing(what, height, [*parts, name.format(height + 30)])

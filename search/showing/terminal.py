@@ -1,6 +1,6 @@
-"""Events for people: a live view while a search goes on, and lines and tables that stay.
+"""Events for people: a live view during a search, and permanent lines and tables.
 
-A pipe, and a terminal that cannot move its cursor, gets a line for every trial.
+Without an interactive terminal, every trial is a line.
 """
 
 from __future__ import annotations
@@ -155,7 +155,7 @@ class Terminal:
         )
 
     def _seconds_left(self) -> float | None:
-        """Estimate the seconds left: trials at the latest pace, and the evaluations after them."""
+        """Estimate the seconds left, of trials at the latest pace and of the conclusion."""
         if len(self._finish_times) < LEAST_TRIALS:
             return None
         first, last = self._finish_times[0], self._finish_times[-1]

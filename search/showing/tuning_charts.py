@@ -1,4 +1,4 @@
-"""Charts of weights tuned by gradient: the winner's, and the path with its race."""
+"""Charts of tuned weights: the winner's weights, and the path's losses and estimates."""
 
 from __future__ import annotations
 
@@ -12,22 +12,22 @@ from markupsafe import Markup
 
 from search.proposing.insight import HALF_WIDTH
 from search.proposing.recipes import is_tuned, merged_weights
-from search.proposing.tuned_path import PREFIX, TunedUnits
+from search.proposing.tuned_path import PATH_PREFIX, TunedUnits
 from search.racing.race import Floats
 from search.showing.charts import COLOURS
 from search.showing.facts import RunFacts
 from search.showing.svg import Axis, Chart, HeatRow, heat_map
 from search.storing.store import PathStep
 
-DARKEST: Final = 0.95  # quantile of the weights' amounts: a few large ones would hide all others
-AVERAGED: Final = 5  # steps, whose losses' mean is drawn
+DARKEST: Final = 0.95  # quantile of |weight| drawn darkest, so that outliers do not hide the rest
+AVERAGED: Final = 5  # steps over which the drawn loss is averaged
 
 
 class WeightMaps(NamedTuple):
-    """The winner's weights, a picture for each donor."""
+    """The winner's weights, as a heat map for each donor."""
 
     strength: float  # between flat and tuned weights
-    largest: float  # the weight, above or below zero, from which on cells are darkest
+    largest: float  # |weight| from which on cells are darkest
     mean: float  # over all units and donors
     maps: Mapping[str, Markup]  # by the donor's short name
 
@@ -61,7 +61,7 @@ def weight_maps(facts: RunFacts) -> WeightMaps | None:
 def arranged(units: TunedUnits, weights: Floats) -> tuple[list[int], list[HeatRow]]:
     """Arrange units' weights (U) in rows of one kind of tensor, a column for each layer.
 
-    What is in no layer follows in rows of one cell.
+    Tensors outside the layers follow in rows of one cell.
 
     Returns:
         The numbers of the layers, and the rows.
@@ -106,7 +106,7 @@ def _race_chart(facts: RunFacts, x: Axis) -> Markup | None:
     found = {
         round(trial.point["position"]): trial
         for trial in facts.complete
-        if (trial.start or "").startswith(PREFIX) and "position" in trial.point
+        if (trial.start or "").startswith(PATH_PREFIX) and "position" in trial.point
     }
     if not found:
         return None

@@ -1,1 +1,1 @@
-"""What survives a kill: run folder, database, trials, items, results."""
+"""Everything a run keeps on disk: run folder, database, trials, items, results."""

@@ -1,4 +1,4 @@
-"""Which database a run is kept in, and what its driver's errors mean.
+"""The address of a run's database, and the meaning of its driver's errors.
 
 A run's database is a file in its folder or, with ``--storage``, one that several runs share. The
 folder then remembers its URL, without a password, and the study's name in it.
@@ -26,7 +26,7 @@ from merge_engine.schema import FrozenModel
 from search.storing.folder import DATABASE, REMEMBERED, Interrupted
 from search.study.spec import StudyError
 
-# A server that is gone is noticed, and does not hang the run.
+# So that a lost server is noticed instead of blocking the run.
 _NETWORK = {"connect_timeout": 10, "keepalives_idle": 30, "tcp_user_timeout": 60_000}
 CONNECT_OPTIONS: Final[Mapping[str, dict[str, int]]] = {
     "sqlite": {"timeout": 60},  # seconds another program may hold its lock
@@ -76,7 +76,7 @@ class Storage:
         if own.name != known.name:
             raise StudyError(
                 f"the study of {folder} is in {known.name}, and not in {own.name}; leave "
-                "--storage away, choose another --out, or begin anew with --force-new"
+                "--storage away, choose another --out, or start over with --force-new"
             )
         return own
 
@@ -89,7 +89,7 @@ class Storage:
             except (ValidationError, StudyError):
                 raise StudyError(
                     f"{file}: damaged: it has no database's url and study; restore it, or remove "
-                    "it and begin anew with --force-new"
+                    "it and start over with --force-new"
                 ) from None
         return cls.file(folder / DATABASE) if (folder / DATABASE).exists() else None
 
@@ -104,12 +104,12 @@ class Storage:
         """The URL without a password."""
         secrets = [key for key in self.url.query if _SECRET.search(key)]
         url = self.url.difference_update_query(secrets)
-        place = (url.username, None, url.host, url.port, url.database, url.query)
-        return URL.create(url.drivername, *place).render_as_string()
+        parts = (url.username, None, url.host, url.port, url.database, url.query)
+        return URL.create(url.drivername, *parts).render_as_string()
 
     @property
     def secrets(self) -> list[str]:
-        """What must not be printed: the password, and the like among the URL's options."""
+        """The password, and secrets among the URL's options, which must not be printed."""
         values = [value for key, value in self.url.query.items() if _SECRET.search(key)]
         return [str(each) for each in (self.url.password, *values) if each]
 
@@ -126,9 +126,9 @@ class Storage:
         return {"connect_args": options, "pool_pre_ping": not self.is_file}
 
     def check(self, run: Path) -> None:
-        """Connect once, if there is a server, to see that it lets us in.
+        """Check that a server accepts a connection, or that a file's folder exists.
 
-        A file needs its folder, unless that is the run's, which is made.
+        The run folder itself need not exist: it will be made.
         """
         if self.is_file:
             folder = Path(str(self.url.database)).parent
@@ -181,7 +181,7 @@ def opening(storage: Storage) -> Iterator[None]:
             raise
         raise StudyError(
             f"{storage.name}: written by another version of Optuna than {version('optuna')}, or "
-            "damaged; install that version, restore the database, or begin anew with --force-new"
+            "damaged; install that version, restore the database, or start over with --force-new"
         ) from None
     except DATABASE_ERRORS as error:
         what = _without(storage.secrets, reason_of(error))
@@ -213,13 +213,13 @@ def reason_of(error: Exception) -> str:
 
 
 def is_transient(error: Exception) -> bool:
-    """Return whether SQLite's file is sound, and only its disk full or its lock held."""
+    """Return whether SQLite's file is intact, but its disk full or its lock held."""
     name = getattr(getattr(cause_of(error), "orig", None), "sqlite_errorname", "")
     return name.startswith(("SQLITE_FULL", "SQLITE_BUSY", "SQLITE_IOERR"))
 
 
 def is_damage(error: Exception) -> bool:
-    """Return whether SQLite's file is not as it was written."""
+    """Return whether SQLite's file is damaged."""
     name = getattr(getattr(cause_of(error), "orig", None), "sqlite_errorname", "")
     corrupt = name.startswith(("SQLITE_CORRUPT", "SQLITE_NOTADB"))
     return corrupt or "Could not decode" in reason_of(error)

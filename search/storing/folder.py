@@ -1,6 +1,6 @@
-"""A run's folder: whether there can be one, who holds it, and what its files are called.
+"""The run folder: checks before anything is written, its lock, and the names of its files.
 
-What is wrong with it is said at once, so nothing that is slow to import is imported here.
+Its errors are reported first, so this module imports nothing slow.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from merge_engine.errors import FULL
 from merge_engine.replacing import remove_partials
 from search.study.spec import StudyError
 
-DATABASE: Final = "study.db"  # in a run folder, unless there is a
-REMEMBERED: Final = "storage.json"  # with the URL of another one, and the study's name there
+DATABASE: Final = "study.db"  # the run's own, unless it has REMEMBERED
+REMEMBERED: Final = "storage.json"  # URL of another database, and the study's name in it
 CARD: Final = "README.md"  # in an exported folder
 _LOCK: Final = "lock"
 # What a run writes in its folder.
@@ -32,11 +32,11 @@ _ASIDE: Final = re.compile(r"old-(\d+)$")
 
 
 class Interrupted(Exception):  # noqa: N818  an event, not a mistake
-    """The machine has stopped a run; when that is mended, the same command goes on."""
+    """The machine has stopped a run; when that is fixed, the same command resumes it."""
 
 
 def check_folder(folder: Path) -> None:
-    """Refuse a folder that cannot be made or written into, before anything long starts."""
+    """Refuse a folder that cannot be made or written to, before anything slow starts."""
     whole = folder.absolute()
     there = next(path for path in (whole, *whole.parents) if path.exists())
     if not there.is_dir():
@@ -49,7 +49,7 @@ def check_folder(folder: Path) -> None:
 
 
 def check_run_folder(folder: Path) -> None:
-    """Refuse a folder in which no run can begin or go on."""
+    """Refuse a folder in which no run can start or be resumed."""
     check_folder(folder)
     _check_ours(folder)
     if is_held(folder):
@@ -57,12 +57,12 @@ def check_run_folder(folder: Path) -> None:
 
 
 def has_run(folder: Path) -> bool:
-    """Whether a run has begun in it."""
+    """Return whether the folder contains a run."""
     return any((folder / name).is_file() for name in (DATABASE, REMEMBERED))
 
 
 def _check_ours(run: Path) -> None:
-    """Refuse a folder with other files, or in which a link would have us write elsewhere."""
+    """Refuse a folder with other files, or with links that would redirect our writes."""
     if linked := [name for name in NAMES if (run / name).is_symlink()]:
         raise StudyError(
             f"{run / linked[0]} is a link, and the run would write where it leads; remove it, or "
@@ -105,8 +105,8 @@ def _held(run: Path) -> StudyError:
 
 
 def is_held(run: Path) -> bool:
-    """Return whether another lock on the run folder is held, by this process or another."""
-    if not (run / _LOCK).is_file():  # to try a lock makes its file
+    """Return whether the run folder is locked, by this process or another."""
+    if not (run / _LOCK).is_file():  # trying the lock would create the file
         return False
     try:
         with FileLock(run / _LOCK).acquire(blocking=False):
@@ -118,9 +118,9 @@ def is_held(run: Path) -> bool:
 
 
 def set_aside(run: Path) -> None:
-    """Move a study and all it has left in a run folder into a folder of its own in there."""
+    """Move a run's files into a new subfolder of the run folder."""
     left = [path for path in run.iterdir() if path.name != _LOCK and not _ASIDE.match(path.name)]
-    # Last what says that there is a study: until then it is all there.
+    # The database last: until it is moved, the run can still be found.
     left.sort(key=lambda path: path.name.startswith((DATABASE, REMEMBERED)))
     if left:
         taken = [int(match[1]) for path in run.iterdir() if (match := _ASIDE.match(path.name))]

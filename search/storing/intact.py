@@ -1,4 +1,4 @@
-"""Damage to what is stored: found by digests of the data, or by what reading it raises."""
+"""Detect damaged stored data, by digests or by the errors of reading it."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ from search.study.spec import StudyError
 
 
 def digest_of(*parts: object) -> str:
-    """Hash data that JSON can hold; equal data has the same digest on every machine."""
+    """Hash JSON data; equal data has the same digest on every machine."""
     text = json.dumps(parts, sort_keys=True)
     return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
 
 def damaged(where: object, what: str) -> StudyError:
-    """Return the error of data that is not as it was written."""
+    """Return the error for damaged data."""
     return StudyError(
-        f"{where} is damaged: {what}; restore it from a copy, or begin anew with --force-new"
+        f"{where} is damaged: {what}; restore it from a copy, or start over with --force-new"
     )
 
 
 @contextmanager
 def reading_stored(where: object) -> Iterator[None]:
-    """Turn what damaged data raises while it is read into one line.
+    """Turn errors of reading damaged data into one line.
 
     Raises:
         StudyError: It is damaged.

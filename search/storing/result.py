@@ -1,7 +1,7 @@
 """result.json: the outcome of a run. All means are in the tasks' own unit.
 
-It may be given to others, so models in folders are ``./name`` in it; paths.json, which is private,
-says where those are.
+It may be published, so it calls local models ``./name``; paths.json, which is private, has their
+paths.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from search.study.spec import StudyError
 from search.wording import OWN_TEMPLATE, UNTUNED, bracketed, percent, short_names
 
 RESULT = "result.json"
-PATHS = "paths.json"  # where the folders lie that a result names
+PATHS = "paths.json"  # paths of the folders that a result names
 PACKAGES = ("mergesearch", "torch", "transformers", "lm_eval", "optuna", "safetensors")
 
 Kind = TypeVar("Kind", bound=BaseModel)
@@ -83,7 +83,7 @@ class Baseline(FrozenModel):
 
 
 class Donor(Baseline):
-    """A donor, asked as the winner is: under the study's chat template, if it uses one."""
+    """A donor, evaluated like the winner: under the study's chat template, if it uses one."""
 
     # The same under the donor's own chat template; None: it has no other, or none is used.
     own_template: Baseline | None = None
@@ -120,7 +120,7 @@ class Untuned(Winner):
 
     @property
     def text(self) -> str:
-        """What tuning has gained."""
+        """What tuning has gained, as a sentence."""
         lead = self.difference.interval
         return (
             f"Tuning gained {bracketed(lead, '+')} points over the best recipe without tuned "
@@ -157,7 +157,7 @@ class AtEdge(FrozenModel):
 
     @property
     def text(self) -> str:
-        """What it means, and what to do."""
+        """What it means and what to do, as sentences."""
         low, high = (f"{end:.4g}" for end in self.range)
         wider = ", ".join(f"{end:.4g}" for end in self.wider)
         return (
@@ -182,7 +182,7 @@ class Result(FrozenModel):
     edges: list[AtEdge] = Field(default=[])  # of the ranges, where the winner lies
     base: Baseline
     uniform: Baseline  # the uniform average of the donors
-    # Where the winner's weights were tuned by gradient; None: they were not, or all others were.
+    # If the winner's weights were tuned; None: they were not, or no untuned recipe is left.
     untuned: Untuned | None = None
     difference_to_best_donor: DonorDifference  # the lead that the verdict's sentence names
     search_score: float  # the winner's estimate on the search items, which it was chosen on
@@ -233,7 +233,7 @@ class ScoreRow(NamedTuple):
     model: str  # a donor's folder or id; else the name, or the trial of the recipe
     test: Score
     lead: Difference | None = None  # of the winner over it; None: it is the winner or a trial
-    own_template: bool = False  # the donor is asked under its own chat template
+    own_template: bool = False  # the donor is evaluated under its own chat template
 
 
 @dataclass(frozen=True)
@@ -280,7 +280,7 @@ class ScoreTable:
 
 
 def write_result(run: Path, result: Result, names: Mapping[str, str]) -> None:
-    """Write a result with folders by their public ``names``, and beside it where those lie."""
+    """Write a result, with folders by their public ``names``, and their paths beside it."""
     text = json.dumps({name: path for path, name in names.items()}, indent=2)
     replace_text(run / PATHS, text + "\n", private=True)
     text = json.dumps(renamed(result.model_dump(mode="json"), names), indent=2)
@@ -288,12 +288,12 @@ def write_result(run: Path, result: Result, names: Mapping[str, str]) -> None:
 
 
 def read_result(run: Path) -> Result | None:
-    """Read the result of a run folder, if it has one so far, with folders by their paths."""
+    """Read the result of a run folder, with folders by their paths; None: there is none yet."""
     return read_json(run / RESULT, Result, read_paths(run))
 
 
 def read_paths(run: Path) -> dict[str, str]:
-    """Read where the folders lie that a result names; empty where that is not known."""
+    """Read the paths of the folders that a result names; empty if unknown."""
     with suppress(OSError, ValueError, TypeError):
         return TypeAdapter(dict[str, str]).validate_json((run / PATHS).read_bytes())
     return {}

@@ -1,4 +1,4 @@
-"""Whether a run folder still belongs to this study, these models and these items."""
+"""Check that a resumed run still has the same study, models and items."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from search.storing.store import Store
 from search.storing.trials import WHERE, TrialLog, TrialRecord
 from search.study.spec import StudyError, StudySpec
 
-MAY_CHANGE = ("search.trials", "search.stop")  # when a search ends, not what it is
+MAY_CHANGE = ("search.trials", "search.stop")  # they only decide when a search ends
 
 
 def check_run(folder: Path, spec: StudySpec, storage: Storage) -> None:
-    """Refuse a folder in which another study has been run, before anything long starts."""
+    """Refuse a folder with another study's run, before anything slow starts."""
     if (folder / DATABASE).is_file():
         check_same(folder, TrialLog(Store(storage).study()), spec)
 
@@ -36,7 +36,7 @@ def check_same(folder: Path, log: TrialLog, spec: StudySpec) -> None:
     if changed:
         raise StudyError(
             f"{folder} is the run of another study: {'; '.join(changed)}. "
-            "Choose another --out, set it back, or begin anew with --force-new"
+            "Choose another --out, set it back, or start over with --force-new"
         )
 
 
@@ -48,7 +48,7 @@ def check_models(folder: Path, log: TrialLog, models: Mapping[str, str]) -> None
     if changed:
         raise StudyError(
             f"{folder}: the weights of {', '.join(changed)} have changed since the run "
-            "began. Restore them, choose another --out, or begin anew with --force-new"
+            "began. Restore them, choose another --out, or start over with --force-new"
         )
     log.set_header(models=dict(models))
 
@@ -96,7 +96,7 @@ def find_trial(folder: Path, log: TrialLog, number: int) -> TrialRecord:
 
 
 def _changes(old: Mapping[str, Any], new: Mapping[str, Any], where: str = "") -> list[str]:
-    """Describe how two studies differ, but for when the search ends."""
+    """Describe how two studies differ, except in when the search ends."""
     found = []
     for name in sorted({*old, *new}):
         mine, theirs = new.get(name), old.get(name)

@@ -1,4 +1,4 @@
-"""samples.json: what the models of a finished run respond to the same prompts."""
+"""samples.json: responses of a finished run's models to the same prompts."""
 
 from __future__ import annotations
 
@@ -54,16 +54,16 @@ class Samples(FrozenModel):
 
 
 def read_samples(folder: Path, result: Result) -> list[Sample]:
-    """Read the samples of a run's winner; none where they are damaged, or an earlier winner's."""
+    """Read the samples of a run's winner; empty if damaged, or of an earlier winner."""
     try:
         kept = read_json(folder / FILE, Samples)
-    except StudyError:  # they are made again
+    except StudyError:  # they will be generated again
         return []
     return kept.samples if kept and kept.trial == result.winner.trial else []
 
 
 def store_samples(folder: Path, result: Result, samples: Sequence[Sample]) -> None:
-    """Store samples of prompts, or of items, in place of those of the same kind."""
+    """Store samples of prompts, or of items, replacing those of the same kind."""
     kinds = {sample.task is None for sample in samples}
     others = [one for one in read_samples(folder, result) if (one.task is None) not in kinds]
     kept = Samples(trial=result.winner.trial, samples=[*others, *samples])

@@ -1,8 +1,8 @@
-"""Snapshots of a study's items: a run that goes on evaluates exactly the items it began with.
+"""Snapshots of a study's items: a resumed run evaluates exactly the items it began with.
 
-Prompts depend on task files, data, tokenizer, chat template and versions of other packages. What a
-model is shown for each item, and what is right, is therefore stored with the run, compared when it
-goes on, and a difference is named instead of a score that means something else.
+Prompts depend on task files, data, tokenizer, chat template and package versions. Each item's
+prompt and target are therefore stored with the run and compared when it is resumed, and the first
+difference is reported.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 from objectives.base import ItemSnapshot, Objective, printable
 from objectives.items import SPLITS, Splits
 
-_ASPECTS = {  # of a snapshot, and what to call them
+_ASPECTS = {  # fields of a snapshot, and their names in messages
     "prompt": "prompt",
     "gold": "right answer or row of data",
     "encoding": "tokens, though not its text (another tokenizer?)",
@@ -65,7 +65,7 @@ def difference(
         elif change := _change(old, _aspects(objective.snapshots([number])[0])):
             changed.append(f"task {old.task!r}, item {old.doc_id}: {change}")
     if not changed:
-        return "the tasks have other items besides, so the splits would be dealt anew"
+        return "the tasks have additional items, so the splits would change"
     more = f" (and {len(changed) - 1} more items)" if len(changed) > 1 else ""
     return f"{changed[0]}{more}"
 
@@ -76,7 +76,7 @@ def _aspects(snapshot: ItemSnapshot) -> dict[str, str]:
 
 
 def _content(item: StoredItem) -> dict[str, Any]:
-    """Return all of an item but its row: the rows of a data file may be reordered."""
+    """Return an item's fields without its row: the rows of a data file may be reordered."""
     return {name: value for name, value in asdict(item).items() if name != "doc_id"}
 
 

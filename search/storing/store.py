@@ -1,8 +1,8 @@
 """The store: Optuna's study and every finished block of results, in one database.
 
-The blocks of a job are written in one transaction before the next job, so that a kill loses at
-most the job under way. Results are keyed by the recipe's own key, not by trial: a recipe proposed
-twice is evaluated once.
+The blocks of a job are written in one transaction before the next job, so a kill loses at most the
+jobs under way. Results are keyed by recipe, not by trial: a recipe proposed twice is evaluated
+once.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ from search.storing.snapshot import StoredItem
 from search.study.spec import StudyError
 
 PAUSES: Final = (1, 2, 4, 8, 15, 30, 60, 60, 60)  # seconds between attempts to reach a server
-RECONNECTS: Final = 20  # transactions that a session may lose with their connections
+RECONNECTS: Final = 20  # lost connections that a session survives
 
 _META = MetaData()
 _ANSWERS = Table(
@@ -69,7 +69,7 @@ _ANSWERS = Table(
     Column("faults", Text, nullable=False),  # JSON list, a reason or null per item
     Column("tokens", Text, nullable=False),  # JSON list, how many were written per item
     Column("seconds", Float, nullable=False),
-    Column("digest", String(32), nullable=False),  # of the row but for items and seconds
+    Column("digest", String(32), nullable=False),  # of the row except items and seconds
     Index("mergesearch_asked", "study", "split", "recipe", "items", "seconds"),  # to count by
 )
 _STEPS = Table(
@@ -105,10 +105,10 @@ class PathStep:
     """One step of tuning by gradient: an update of a path's weights."""
 
     path: int  # number of the path, from 0 on
-    step: int  # how many there were before it on its path; 0: the start, before any update
+    step: int  # number of updates on its path so far; 0: the start
     is_point: bool  # whether the weights after it are a point of the path, so that they are kept
     evaluations: int  # item evaluations that it took; an item's gradient counts three
-    seconds: float  # that it took
+    seconds: float  # time it took
     losses: Mapping[str, float]  # the mean over each task's items, before the update
 
 
@@ -120,7 +120,7 @@ def _opened(storage: Storage, **options: Any) -> RDBStorage:
 
 
 def _make_tables(storage: Storage) -> None:
-    """Make the tables that are missing; other runs may be about to make the same."""
+    """Make the missing tables; other runs may be making them at the same time."""
     if storage.is_file and not Path(str(storage.url.database)).exists():
         _make_file(storage)
     for pause in (0.1, 0.5, 2.0, None):
@@ -135,9 +135,9 @@ def _make_tables(storage: Storage) -> None:
 
 
 def _make_file(storage: Storage) -> None:
-    """Make an SQLite file with all tables, which holds answers and is nobody else's to read.
+    """Make an SQLite file with all tables, readable by its owner only: it will hold answers.
 
-    It gets its name when it is complete: a kill between two tables would leave half of them.
+    It gets its name when it is complete, so that a kill cannot leave it without some tables.
     """
     file = Path(str(storage.url.database))
     partial = file.with_name(f".{file.name}.{secrets.token_hex(4)}.partial")
@@ -156,7 +156,7 @@ class Store:
 
     Args:
         storage: The study's address; or an SQLite file.
-        say: Called with a line when a server is waited for.
+        say: Called with a line while waiting for a server.
 
     Raises:
         StudyError: It cannot be opened, or another version of this program made it.
@@ -191,7 +191,7 @@ class Store:
                 )
 
     def _reconnect(self, dialect: Any, record: Any, args: Any, options: Any) -> Any:  # noqa: ARG002
-        """Connect again, waiting for a server that was there before."""
+        """Reconnect, waiting for a server that was reachable before."""
         for pause in (0, *PAUSES):
             time.sleep(pause)
             try:
@@ -203,7 +203,7 @@ class Store:
         raise Interrupted(f"{self.storage.name} is gone: {reason}")
 
     def persist(self, attempt: Callable[[], None]) -> None:
-        """Do work that goes on from what is stored, again when a broken connection ended it."""
+        """Do work that resumes from what is stored; repeat it after a lost connection."""
         for _ in range(RECONNECTS):
             try:
                 return attempt()
@@ -287,9 +287,9 @@ class Store:
         results: Mapping[int, Sequence[ItemResult]],
         seconds: float,
     ) -> None:
-        """Store results by their blocks' numbers, in one transaction.
+        """Store results by block number, in one transaction.
 
-        ``seconds`` are of all together; each block has its items' share.
+        ``seconds`` is the time of all of them; it is divided among blocks by items.
         """
         per_item = seconds / sum(map(len, results.values()))
         rows: list[dict[str, Any]] = [
@@ -313,7 +313,7 @@ class Store:
             connection.execute(_ANSWERS.insert(), rows)
 
     def recipes(self, split: str) -> set[str]:
-        """List the keys of the recipes that were evaluated on some of a split."""
+        """List the keys of the recipes that have results on a split."""
         asked = select(_ANSWERS.c.recipe).distinct()
         mine = asked.where(_ANSWERS.c.study == self._study, _ANSWERS.c.split == split)
         with self._engine.connect() as connection:
@@ -333,7 +333,7 @@ class Store:
         return counts, seconds
 
     def save_step(self, step: PathStep, state: Floats) -> None:
-        """Store a step of tuning, and the state (4, U, k) after it beside those of points."""
+        """Store a step of tuning and its state (4, U, k); earlier states stay only at points."""
         row = {**asdict(step), "losses": json.dumps(step.losses), "study": self._study}
         stale = update(_STEPS).where(
             _STEPS.c.study == self._study, _STEPS.c.is_point.is_(False), _STEPS.c.state.is_not(None)
@@ -352,7 +352,7 @@ class Store:
             return [PathStep(**{**row, "losses": json.loads(row["losses"])}) for row in rows]
 
     def states(self, *, points: bool) -> list[Floats]:
-        """Read the states (4, U, k) after the points of the paths, else after the last step."""
+        """Read the states (4, U, k) at the points of all paths, or else after the last step."""
         mine = select(_STEPS.c.units, _STEPS.c.state).where(_STEPS.c.study == self._study)
         if points:
             mine = mine.where(_STEPS.c.is_point.is_(True)).order_by(_STEPS.c.path, _STEPS.c.step)

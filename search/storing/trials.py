@@ -22,8 +22,8 @@ from search.storing.intact import damaged, digest_of, reading_stored
 State = Literal["waiting", "running", "complete", "fail"]
 
 DEFAULT_VARIANCE: Final = 0.001  # of a trial without one: 250 items, half of them right
-_CONSTRAINT: Final = "floors"  # the one constraint of a study: how far all limits are missed
-# Attributes that its digest is made of.
+_CONSTRAINT: Final = "floors"  # name of Optuna's constraint that stores the total violation
+# Attributes that a trial's digest covers.
 _DIGESTED: Final = ("recipe", "variance", "items", "tasks", "told", "faults")
 WHERE: Final = "the run's database"  # in messages
 _STATES: Final[Mapping[TrialState, State]] = {
@@ -123,7 +123,7 @@ def candidates(complete: Iterable[TrialRecord]) -> list[Candidate]:
 
 
 class OpenTrial:
-    """A running trial: it is told an estimate, or why it failed, once."""
+    """A running trial, to be finished once: with an estimate, or as failed."""
 
     def __init__(self, study: Study, trial: Trial) -> None:
         self._study, self._trial = study, trial
@@ -170,13 +170,13 @@ class OpenTrial:
 
 
 def _digest_of(trial: Trial | FrozenTrial, value: float, violation: float | None) -> str:
-    """Hash what a complete trial is, but for its times."""
+    """Hash a complete trial's contents, without its times."""
     noted = {name: trial.user_attrs.get(name) for name in _DIGESTED}
     return digest_of(trial.number, trial.params, value, violation, noted)
 
 
 class TrialLog:
-    """All trials of a study, and what the study itself keeps beside them."""
+    """All trials of a study, and the study's header."""
 
     def __init__(self, study: Study) -> None:
         self._study = study
@@ -184,7 +184,7 @@ class TrialLog:
     def records(self, *states: State) -> list[TrialRecord]:
         """Read the trials in these states, or all, in the order of their numbers.
 
-        Complete trials of a recipe that has failed since then are failed ones.
+        Complete trials whose recipe has failed since then count as failed.
         """
         read = {*states, "complete"} if "fail" in states else states
         wanted = tuple(state for state, name in _STATES.items() if name in read) or None
@@ -202,12 +202,12 @@ class TrialLog:
 
     @property
     def failed(self) -> Mapping[str, str]:
-        """Why recipes with an estimate have failed on other items, by their keys."""
+        """Errors of recipes that failed after the search, by recipe key."""
         failed: Mapping[str, str] = self.header().get("failed", {})
         return failed
 
     def fail_recipe(self, key: str, error: str) -> None:
-        """Count a recipe's complete trials as failed from here on, with the reason."""
+        """Count a recipe's complete trials as failed from now on, with the reason."""
         self.set_header(failed={**self.failed, key: error})
 
     def complete(self) -> list[TrialRecord]:
@@ -225,7 +225,7 @@ class TrialLog:
         start: str | None = None,
         expected_improvement: float | None = None,
     ) -> None:
-        """Add a waiting trial with this point, which a kill cannot lose any more."""
+        """Add a waiting trial with this point; it survives a kill."""
         noted = {"start": start, "gain": expected_improvement}
         known = {name: value for name, value in noted.items() if value is not None}
         self._study.enqueue_trial(dict(point), user_attrs=known)
@@ -260,7 +260,7 @@ class TrialLog:
         return OpenTrial(self._study, trial)
 
     def header(self) -> Mapping[str, Any]:
-        """Read what is kept of the study itself: spec, models, weights, failed recipes, ..."""
+        """Read the study's header: spec, models, weights, failed recipes, ..."""
         with reading_stored(WHERE):
             return self._study.user_attrs
 
@@ -271,7 +271,7 @@ class TrialLog:
 
 
 def _suggest(trial: Trial, name: str, distribution: BaseDistribution) -> None:
-    """Give a trial a value of one parameter, unless it has one."""
+    """Suggest a value of one parameter; Optuna returns the trial's own if it has one."""
     match distribution:
         case FloatDistribution(low=low, high=high, log=log):
             trial.suggest_float(name, low, high, log=log)

@@ -34,9 +34,9 @@ def allowed_methods(
 
 
 def names_all_models(method: str, donors: int, used: int) -> bool:
-    """Return whether a method's recipes name the base and all donors, of which they use some.
+    """Return whether a method's recipes name the base and all donors, even if they use only some.
 
-    A vocabulary made of all models can be made of such a recipe alone.
+    Only from such a recipe can a vocabulary made of all models be rebuilt.
     """
     row = METHODS[method]
     named = row.base in (Base.ORIGIN, Base.OPTIONAL) or (
@@ -66,8 +66,8 @@ def searchable(methods: Iterable[str]) -> dict[str, Param]:
 def followers(name: str, methods: Iterable[str]) -> tuple[str, ...]:
     """Return the methods whose parameter of this name takes the study's value.
 
-    Some methods mean different things by one name (``epsilon`` of della and of ram). The value is
-    then for those with a range to search in METHODS; the others keep their default.
+    Some methods use one name for different things (``epsilon`` of della and of ram). The value is
+    then for those with a search range in METHODS; the others keep their defaults.
     """
     having = tuple(method for method in methods if name in searchable((method,)))
     searched = tuple(m for m in having if METHODS[m].params[name].search is not None)
@@ -75,7 +75,7 @@ def followers(name: str, methods: Iterable[str]) -> tuple[str, ...]:
 
 
 def tuning_method(spec: StudySpec) -> str | None:
-    """Return the method whose weights a study tunes by gradient; None: it tunes none."""
+    """Return the method whose weights a study tunes by gradient; None: no tuning."""
     search = spec.search
     able = [name for name in search.methods if METHODS[name].differentiable]
     if search.tune is False or search.sampler not in TUNING_SAMPLERS or not able:

@@ -1,4 +1,4 @@
-"""Names without paths: what others may read does not say where on this machine a model lies."""
+"""Replace local paths by short names in everything that may be published."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from search.study.spec import StudySpec
 
 
 def public_names(spec: StudySpec) -> dict[str, str]:
-    """Map each absolute path in a study to ``./`` and as many last parts as tell it apart."""
+    """Map each absolute path in a study to ``./`` and its shortest unique end."""
     paths = sorted({*_paths(spec.model_dump(mode="json"))})
     return {path: _shortest(path, paths) for path in paths}
 
@@ -37,7 +37,7 @@ def _shortest(path: str, others: list[str]) -> str:
 
 
 def renamed(part: Any, names: Mapping[str, str]) -> Any:
-    """Return data as JSON has it with every key and text that is a name, or ``a+b``, renamed."""
+    """Return JSON data with every key or string that is in ``names``, or ``a+b``, renamed."""
     if isinstance(part, dict):
         return {renamed(key, names): renamed(value, names) for key, value in part.items()}
     if isinstance(part, list):
@@ -53,7 +53,7 @@ def public_recipe(recipe: Recipe, names: Mapping[str, str]) -> Recipe:
 
 
 def without_paths(text: str, names: Mapping[str, str]) -> str:
-    """Replace all paths in a text, or a page, by their names, and the user's home by ``~``."""
+    """Replace all paths in a text or page by their names, and the home folder by ``~``."""
     known = {**names, str(Path.home()): "~"}
     known |= {str(escape(path)): str(escape(name)) for path, name in known.items()}
     known.pop("/", None)

@@ -132,7 +132,7 @@ def _search(
     raw: dict[str, Any], donors: Sequence[object], folder: Path, where: str, aligned: bool
 ) -> dict[str, Any]:
     """Return the search block with parameters gathered under ``ranges`` and methods filled in."""
-    # Not passthrough: every donor is evaluated as it is anyway, to compare with.
+    # Not passthrough: the unmerged donors are evaluated anyway, as baselines.
     at_most = raw.get("at_most")
     most = at_most if isinstance(at_most, int) and at_most > 0 else None  # else refused later
     allowed = allowed_methods(donors, most, aligned=aligned)
@@ -238,7 +238,7 @@ def _check(spec: StudySpec, where: str) -> None:
 
 
 def _check_donors(spec: StudySpec, where: str) -> None:
-    """Check that donors differ, and are as many as a recipe may use."""
+    """Check that donors differ, and that there are at least ``at_most`` of them."""
     differences = as_differences(spec.base_model, spec.models)
     for donor, one in zip(spec.models, differences, strict=True):
         if one.model == one.minus or differences.count(one) > 1:
@@ -312,7 +312,7 @@ def _check_sampler(spec: StudySpec, where: str) -> None:
 
 
 def _check_tuning(spec: StudySpec, where: str) -> None:
-    """Check that a study that is to be tuned by gradient can be."""
+    """Check that a study with ``tune: true`` can be tuned."""
     if spec.search.tune is True and spec.objective.items.tune == 0:
         raise StudyError(
             f"{where}: search.tune is true but objective.items.tune is 0; leave one of them out"

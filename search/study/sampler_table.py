@@ -1,4 +1,4 @@
-"""The samplers a study can name, as light rows: nothing is imported before a sampler is used."""
+"""The table of samplers; a sampler's module is imported only when it is used."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Final
 
 @dataclass(frozen=True)
 class SamplerEntry:
-    """What a study has to know of a sampler before it is imported."""
+    """A sampler's source, and its properties that a study is checked against."""
 
     source: str  # `module:attribute` that gives a proposal or an Optuna sampler for a request
     many_objectives: bool = False  # works with `search.front`: it does not follow the mean alone

@@ -27,7 +27,7 @@ class StudyError(ValueError):
 
 DEFAULT_SCALE: Final = (0.0, 1.5)
 
-# Numbers that are counted to, or that memory is taken for; beyond them nothing would end.
+# Limits for numbers that loops or memory depend on.
 Count = Annotated[PositiveInt, Field(le=1_000_000_000)]
 Seed = Annotated[NonNegativeInt, Field(le=2**63 - 1)]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
@@ -53,7 +53,7 @@ def _parse_floor(raw: object) -> object:
     raise ValueError("a floor is a number, or one like 'base - 0.02'")
 
 
-# The least mean a task may have: a number, or ``base - 0.02``.
+# The minimum mean of a task: a number, or ``base - 0.02``.
 Floor = Annotated[Finite | BelowBase, BeforeValidator(_parse_floor)]
 
 
@@ -63,7 +63,7 @@ class ItemCounts(FrozenModel):
     search: Count = 200
     select: Count = 200
     test: Count = 400
-    # Whose losses have gradients, where weights are tuned; None: what the others leave.
+    # Items used for gradients, if weights are tuned; None: those that the others leave.
     tune: Annotated[NonNegativeInt, Field(le=1_000_000_000)] | None = None
 
 
@@ -73,9 +73,9 @@ class ObjectiveSpec(FrozenModel):
     tasks: tuple[Entry, ...] = Field(min_length=1)  # their weighted mean is maximised
     include_path: tuple[Path, ...] = ()  # folders of task files, besides lm-eval's own tasks
     items: ItemCounts = ItemCounts()  # number of items of each split
-    # The least mean of a task, by its name.
+    # Minimum mean of a task, by its name.
     constraints: dict[str, Floor] = Field(default_factory=dict)
-    # The most tokens a model may write for an item, in the mean.
+    # Maximum of the mean number of tokens generated per item.
     max_mean_tokens: Annotated[PositiveFloat, Field(allow_inf_nan=False)] | None = None
     # Prompt through the base model's chat template, in every task.
     apply_chat_template: bool = False
@@ -84,7 +84,7 @@ class ObjectiveSpec(FrozenModel):
     unsafe_code: bool = False
     trust_task_code: bool = False  # run Python that comes with task files outside lm-eval
     batch_size: Count | None = None  # of the forward passes; None: found by trying
-    engine: Engine | None = None  # what writes texts; None: the live model itself
+    engine: Engine | None = None  # generates text; None: the live model itself
     block: Count = 20  # items that are evaluated between two decisions of a race
 
     @property
@@ -116,7 +116,7 @@ class SearchSpec(FrozenModel):
     # Of the methods' other parameters, by name.
     ranges: dict[str, Range] = Field(default_factory=dict)
     at_most: Count | None = None  # donors that a recipe uses at most; None: all
-    layer_groups: Count = 1  # groups of consecutive layers that have weights of their own
+    layer_groups: Count = 1  # groups of consecutive layers with weights of their own
     # Parts of tensor names; tensors whose name has one get weights of their own.
     split: tuple[str, ...] = ()
     # Whether weights are tuned by gradient; auto: where a method and the tasks have gradients.

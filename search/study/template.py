@@ -1,4 +1,4 @@
-"""Writes a study to begin with: commented YAML, and task files for the user's JSONL questions."""
+"""Write a first study: commented YAML, and task files for the user's JSONL questions."""
 
 from __future__ import annotations
 
@@ -78,8 +78,7 @@ def write_study(
         Notes for the user.
 
     Raises:
-        StudyError, MergeError, ObjectiveError: What is wrong, and what to do; a study of it
-            would be refused, too.
+        StudyError, MergeError, ObjectiveError: A model or task cannot be used.
     """
     folder = file.parent
     remove_partials(folder, file.name)
@@ -115,7 +114,7 @@ def write_study(
 
 
 def _tokenizer(models: Sequence[str]) -> str:
-    """Return the line on the vocabulary: needed where models on this machine differ in rows."""
+    """Return the line on the vocabulary, active if local models differ in their number of rows."""
     comment = "vocabulary of every candidate; default: the base's"
     if not all(map(is_local, models)):
         return f"# tokenizer: {{source: union}}   # {comment}"
@@ -154,7 +153,7 @@ def _find_task(task: str, folder: Path, write: Write) -> tuple[str, Path | None]
 
     The file of a JSONL file's task is written.
     """
-    path = Path(os.path.expanduser(task))  # pathlib's raises for nobody's home
+    path = Path(os.path.expanduser(task))  # pathlib's raises for an unknown user's home
     if path.suffix not in (".jsonl", ".yaml"):
         if path.exists():
             raise StudyError(

@@ -23,7 +23,7 @@ from unittest.mock import patch
 
 from merge_engine.building.builder import Builder
 from objectives.harness.harness import Harness
-from search import steps
+from search import pipeline
 from search.cli import main as mergesearch
 from search.proposing.samplers import Proposer
 from search.running.search_loop import SearchLoop
@@ -39,7 +39,7 @@ PARTS: dict[str, list[tuple[Any, str]]] = {
         *((TrialLog, name) for name in ("records", "enqueue", "open", "header", "set_header")),
         *((OpenTrial, name) for name in ("set_recipe", "fail", "tell")),
     ],
-    "show": [(steps, "draw_report"), (steps, "_announce_best")],
+    "show": [(pipeline, "draw_report"), (pipeline, "_announce_best")],
     "other": [(SearchLoop, "work")],
 }
 

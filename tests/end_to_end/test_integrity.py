@@ -413,12 +413,12 @@ def test_no_readme_of_a_donor_stops_a_card(kind, models):
 
 
 def test_failing_card_leaves_result_and_checkpoint(done, tmp_path, monkeypatch, capsys):
-    import search.steps
+    import search.pipeline
 
     def broken(*_, **__):
         raise TypeError("card")
 
-    monkeypatch.setattr(search.steps, "model_card", broken)
+    monkeypatch.setattr(search.pipeline, "model_card", broken)
     assert again(done, tmp_path / "run") == 0
     assert (tmp_path / "run" / "result.json").is_file()
     assert (tmp_path / "run" / "checkpoint" / "model.safetensors").is_file()

@@ -11,7 +11,7 @@ import torch
 
 from objectives.base import ItemResult, ObjectiveError, printable
 from objectives.entries import TextEntry
-from objectives.harness import apart
+from objectives.harness import isolation
 from objectives.harness.judging import is_untrusted
 from tiny_models import make_model, make_tokenizer
 from tiny_tasks import (
@@ -197,7 +197,7 @@ def test_only_texts_that_are_compared_as_they_are_need_no_process_of_their_own(
     write_task(folder, "own", **ANSWER | settings)
     harness, started = prepare(folder, model, "own"), []
     assert {is_untrusted(question) for question in harness.questions} == {is_apart}
-    begin = apart.start
+    begin = isolation.start
     monkeypatch.setattr(
         "objectives.harness.judging.start", lambda *a: started.append(a) or begin(*a)
     )

@@ -10,7 +10,13 @@ from proposals import StudySampler
 from search.proposing.gp import posterior_of
 from search.proposing.space import Space
 from search.racing.elimination import JointPosterior
-from search.racing.pareto import confirmed, leading, nondominated, posterior_front, widest
+from search.racing.pareto import (
+    confirmed,
+    largest_hypervolume,
+    leading,
+    nondominated,
+    posterior_front,
+)
 from search.racing.race import Estimate, Strata
 
 SPACE = Space("base", ("a", "b"), ("task_arithmetic",), (0.0, 1.0), {})
@@ -27,14 +33,14 @@ def test_front_is_the_nondominated_rows(values):
 def test_widest_rows_cover_nearly_the_hypervolume_of_all():
     x = np.linspace(0, 1, 60)
     arc = np.stack([np.cos(x * np.pi / 2), np.sin(x * np.pi / 2)], axis=1)
-    kept = widest(arc, 12)
+    kept = largest_hypervolume(arc, 12)
     assert len(kept) == len(set(kept)) == 12
     points = np.random.default_rng(0).random((2000, 2))
     covered, whole = (
         (points[:, None] <= some[None]).all(axis=2).any(axis=1).mean() for some in (arc[kept], arc)
     )
     assert covered > 0.93 * whole
-    assert widest(arc[:5], 9) == [0, 1, 2, 3, 4]
+    assert largest_hypervolume(arc[:5], 9) == [0, 1, 2, 3, 4]
 
 
 @given(arrays(float, (12, 3), elements=st.integers(0, 4)), st.integers(3, 15))

@@ -10,9 +10,9 @@ import pytest
 
 from landscape import planted
 from search.cli import main
+from search.pipeline import finish
 from search.running.search_loop import search
 from search.showing.report import make_report
-from search.steps import finish
 from search.storing.folder import locked
 from search.storing.result import read_result
 from search.storing.samples import read_samples

@@ -5,7 +5,7 @@ import pytest
 
 from search.proposing.recipes import to_recipe
 from search.proposing.samplers import Proposer
-from search.proposing.soup import PREFIX
+from search.proposing.soup import SOUP_PREFIX
 from search.proposing.starts import warm_starts
 from search.racing.race import Estimate
 from search.storing.trials import TrialLog
@@ -30,7 +30,7 @@ def soup_of(space, *, killed=False, trials=12):
         weights = space.weights([trial.point])[0, 0]
         used = "".join(donor for donor, weight in zip(space.donors, weights, strict=True) if weight)
         label = log.records()[trial.number].start
-        if label and label.startswith(PREFIX):
+        if label and label.startswith(SOUP_PREFIX):
             steps.append(used)
         value = VALUES.get(used, 0.0)
         trial.tell(Estimate(value, 1e-4), {}, items=20, order=number)
@@ -64,7 +64,7 @@ def test_donors_and_averages_that_were_tried_are_not_tried_again():
         trial = Proposer("random", SPACE, 0, ranking=RANKING).ask(log)
         key = to_recipe(SPACE, trial.point).key
         label = log.records()[trial.number].start or ""
-        if label.startswith(PREFIX):
+        if label.startswith(SOUP_PREFIX):
             assert key not in {record.recipe for record in log.records()}
             steps.append(label)
         trial.set_recipe(key)

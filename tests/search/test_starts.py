@@ -51,8 +51,8 @@ def test_recipe_of_an_earlier_run_is_tried_first(method, weights, density):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"donors": ("a", "b", "d")}, "'c', which the study has not"),
-        ({"methods": ("ties",)}, "method 'task_arithmetic', which the study has not"),
+        ({"donors": ("a", "b", "d")}, "'c', which the study does not have"),
+        ({"methods": ("ties",)}, "method 'task_arithmetic', which the study does not have"),
         ({"scale": (0.0, 0.5)}, "outside the study's ranges"),
     ],
 )

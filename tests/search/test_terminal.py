@@ -12,10 +12,10 @@ from types import SimpleNamespace
 from rich.console import Console
 
 from landscape import planted
+from search.pipeline import finish
 from search.racing.race import Estimate
 from search.running.events import BlockEvaluated, SearchStarted, TrialFinished
 from search.showing.terminal import LEAST_TRIALS, Terminal
-from search.steps import finish
 from search.storing.trials import TrialRecord
 from simulated import simulated_context, simulated_run
 

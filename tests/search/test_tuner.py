@@ -11,7 +11,7 @@ import yaml
 
 from merge_engine.recipe.recipe_file import load_recipe
 from search.cli import main
-from search.proposing.tuned_path import PREFIX
+from search.proposing.tuned_path import PATH_PREFIX
 from search.proposing.tuning import FIRST_POINT, GRADIENT_COST
 from search.storing.folder import DATABASE
 from search.storing.store import Store
@@ -44,7 +44,10 @@ def steps_and_points(run):
 def test_points_of_the_path_are_the_first_trials(finished):
     trials = TrialLog(Store(finished / DATABASE).study()).complete()
     labels = [trial.start for trial in trials]
-    assert labels[:2] == [f"{PREFIX}{FIRST_POINT} steps", f"{PREFIX}{2 * FIRST_POINT} steps"]
+    assert labels[:2] == [
+        f"{PATH_PREFIX}{FIRST_POINT} steps",
+        f"{PATH_PREFIX}{2 * FIRST_POINT} steps",
+    ]
     assert [trial.point["position"] for trial in trials[:2]] == [1.0, 2.0]
     assert trials[0].point["strength"] == 1.0
     assert trials[0].recipe != trials[1].recipe
@@ -140,5 +143,5 @@ def test_page_shows_every_step_and_every_point_of_the_path(finished):
     assert f"{len(steps)} steps, each by the gradient" in page
     assert all(f"<title>step {one.step}: " in page for one in steps)
     trials = TrialLog(store.study()).complete()
-    points = [trial for trial in trials if (trial.start or "").startswith(PREFIX)]
+    points = [trial for trial in trials if (trial.start or "").startswith(PATH_PREFIX)]
     assert all(f"<title>trial {trial.number}, {trial.start}: " in page for trial in points)

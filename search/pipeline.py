@@ -1,4 +1,4 @@
-"""Steps of a run whose folder is held: open its database, search, conclude, export, report."""
+"""Run a study in a locked run folder: open the database, search, conclude, export, report."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ from search.storing.samples import read_samples, store_samples
 from search.storing.store import Store
 from search.study.public_names import public_names, public_recipe
 
-REPORT_EVERY: Final = 30.0  # seconds between two drawings of a run's page
+REPORT_EVERY: Final = 30.0  # seconds between two versions of report.html
 BEST_EVERY: Final = 1.0  # seconds between two announcements of the best trial
 SHOWING_SHARE: Final = 0.05  # of a run's time, for each of them
 
@@ -54,11 +54,11 @@ def work_on(
     listener: Listener,
     work: Callable[[Run], None],
 ) -> None:
-    """Open the database of a run and do ``work``, again when a lost connection has ended it."""
+    """Open the database of a run and do ``work``; repeat it after a lost connection."""
     storage = Storage.of(folder, url)
     store = Store(storage, lambda text: listener(Note(text)))
     storage.remember(folder)
-    opened = time.perf_counter()  # reconnecting does not begin the session anew
+    opened = time.perf_counter()  # reconnecting does not restart the session's clock
     store.persist(lambda: _attempt(Run(folder, context, workers, listener, store, opened), work))
 
 
@@ -99,7 +99,7 @@ def _interruptible(run: Run) -> Iterator[None]:
 
 
 def finish(run: Run, timeout: float) -> None:
-    """Search, select, test, export and report; each step resumes what an earlier session did."""
+    """Search, select, test, export and report; each part resumes what an earlier session did."""
     shows = _throttled(_announce_best, BEST_EVERY), _throttled(draw_report, REPORT_EVERY)
     search(run, timeout, shows)
     result, recipe = conclude(run)
@@ -119,9 +119,9 @@ def finish(run: Run, timeout: float) -> None:
 
 
 def _throttled(work: Callable[[Run], None], every: float) -> Callable[[Run], None]:
-    """Return ``work``, left out where it ended less than ``every`` seconds ago.
+    """Return ``work`` that does nothing if it last ended less than ``every`` seconds ago.
 
-    It is left out for longer where it would take more than ``SHOWING_SHARE`` of the time.
+    The pause is longer where it would take more than ``SHOWING_SHARE`` of the time.
     """
     due = time.monotonic() + every
 
@@ -136,7 +136,7 @@ def _throttled(work: Callable[[Run], None], every: float) -> Callable[[Run], Non
 
 
 def _announce_best(run: Run) -> None:
-    """Announce the trial with the best posterior mean; a failure of this stops no run."""
+    """Announce the trial with the best posterior mean; a failure here does not stop the run."""
     with suppress(Exception):
         candidates, posterior = run.posterior()
         best = posterior.ranked([one.trial.violation for one in candidates])[0]
@@ -155,7 +155,7 @@ def _sample_test_items(run: Run, result: Result) -> None:
 
 
 def draw_report(run: Run) -> None:
-    """Write the run's page; a failure of this stops no run."""
+    """Write report.html; a failure here does not stop the run."""
     try:
         page = make_report(run.folder, run.store)
         replace_text(run.folder / "report.html", page)
@@ -166,7 +166,7 @@ def draw_report(run: Run) -> None:
 def card_of(
     run: Run, out: Path, recipe: Recipe, result: Result | None, other: OtherTrial | None = None
 ) -> str:
-    """Write the card of a checkpoint; "" where that fails, which stops no run."""
+    """Write the card of a checkpoint; "" if that fails, which does not stop the run."""
     name = run.folder.name if out.parent == run.folder else out.name
     try:
         return model_card(name, run.spec, recipe, result, other)
@@ -176,7 +176,7 @@ def card_of(
 
 
 def is_export_of(checkpoint: Path, recipe: Recipe) -> bool:
-    """Read a folder back: whether it holds the checkpoint of this public recipe, whole."""
+    """Return whether a folder holds the complete checkpoint of this public recipe."""
     file = checkpoint / RECIPE
     if checkpoint.is_symlink() or RECIPE not in listed_files(checkpoint):
         return False
@@ -184,7 +184,7 @@ def is_export_of(checkpoint: Path, recipe: Recipe) -> bool:
 
 
 def _make_room(run: Run, checkpoint: Path) -> None:
-    """Remove an earlier winner's checkpoint, but nothing else that lies in its folder."""
+    """Remove an earlier winner's checkpoint, but no other files in its folder."""
     if not os.path.lexists(checkpoint):
         return
     if not checkpoint.is_symlink():

@@ -4,10 +4,10 @@ import math
 
 import pytest
 
-import search.steps
+import search.pipeline
 from landscape import planted
+from search.pipeline import finish
 from search.running.events import Note, RunFinished
-from search.steps import finish
 from search.storing.result import read_result
 from simulated import simulated_context, simulated_run
 
@@ -52,7 +52,7 @@ def test_session_whose_time_is_up_concludes(context, tmp_path):
 
 def test_report_is_there_during_a_search_and_its_failure_stops_nothing(tmp_path, monkeypatch):
     context = simulated_context(planted(0), 0, COUNTS, search={"trials": 3})
-    seen, notes, draw = [], [], search.steps.make_report
+    seen, notes, draw = [], [], search.pipeline.make_report
 
     def drawing(folder, store):
         seen.append((folder / "report.html").is_file())
@@ -60,9 +60,9 @@ def test_report_is_there_during_a_search_and_its_failure_stops_nothing(tmp_path,
             raise KeyError("no such thing")
         return draw(folder, store)
 
-    monkeypatch.setattr(search.steps, "make_report", drawing)
-    monkeypatch.setattr(search.steps, "REPORT_EVERY", 0.0)
-    monkeypatch.setattr(search.steps, "SHOWING_SHARE", 1e9)
+    monkeypatch.setattr(search.pipeline, "make_report", drawing)
+    monkeypatch.setattr(search.pipeline, "REPORT_EVERY", 0.0)
+    monkeypatch.setattr(search.pipeline, "SHOWING_SHARE", 1e9)
     run = simulated_run(tmp_path / "run", context, listener=notes.append)
     finish(run, math.inf)
     assert seen == [False, True, True, True]
