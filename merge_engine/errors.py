@@ -1,4 +1,4 @@
-"""The engine's error, and the sentences that its messages are made of."""
+"""The engine's error, and helpers to write its messages."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from pydantic import ValidationError
 from merge_engine.out_of_memory import is_out_of_memory
 
 FULL = (errno.ENOSPC, errno.EDQUOT)  # of a full disk
-_SHOWN = 300  # characters of what a library says
-_PLAIN = (  # what Python says of its own limits, and what it means
+_SHOWN = 300  # characters of a library's message
+_PLAIN = (  # Python's messages about its own limits, and plainer ones
     ("maximum recursion depth", "it is nested too deeply, or in itself"),
     ("Exceeds the limit", "it has a number of thousands of digits"),
     ("integer division or modulo by zero", "it makes a division by zero"),
@@ -26,22 +26,22 @@ class MergeError(ValueError):
 
 @contextmanager
 def reading(what: object, advice: str = "fetch it again") -> Iterator[None]:
-    """Raise a MergeError that names ``what`` is read for anything that a library raises inside.
+    """Turn any error of a library that reads ``what`` into a MergeError that names it.
 
-    Errors of this project pass as they are, and so does a lack of memory or disk.
+    Errors of this project, and lack of memory or disk space, pass unchanged.
     """
     try:
         yield
     except MergeError:
         raise
-    except Exception as error:  # whatever a library stumbles over in what somebody else has made
+    except Exception as error:  # libraries raise anything on malformed input
         if is_out_of_memory(error) or (isinstance(error, OSError) and error.errno in FULL):
             raise
         raise MergeError(f"{what}: {reason(error)}; {advice}") from error
 
 
 def reason(error: BaseException) -> str:
-    """Return what an error says in one line of moderate length."""
+    """Return an error's message in one line of limited length."""
     text = " ".join(str(error).split())
     for beginning, meaning in _PLAIN:
         if beginning in text:

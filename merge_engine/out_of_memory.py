@@ -1,4 +1,4 @@
-"""Errors that mean that memory has run out; read with the standard library alone."""
+"""Recognise out-of-memory errors of any library, without importing one."""
 
 from __future__ import annotations
 

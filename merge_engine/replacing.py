@@ -1,4 +1,4 @@
-"""Files and folders put in place whole: the old one or the new one, never half of it."""
+"""Atomic writes of files and folders: readers see the old or the new one, never a part."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ from merge_engine.errors import FULL, MergeError
 
 # What a kill leaves of a file that was being written.
 _PARTIAL: Final = re.compile(r"\.(.+)\.[0-9a-f]{8}\.partial(-journal)?")
-_MARK: Final = ".mergesearch"  # in a folder that is being written, so nothing of the user's
+_MARK: Final = ".mergesearch"  # marks a folder that this program is writing
 
 
 def replace_text(file: Path, text: str, *, private: bool = False) -> None:
-    """Write a file under a name of its own and rename it; a link in its place is not followed.
+    """Replace a file atomically; a symbolic link in its place is replaced, not followed.
 
-    ``private``: nobody else may read it, whatever the umask says.
+    With ``private`` only its owner may read it, whatever the umask.
     """
     with _partial(file, text, 0o600 if private else 0o666) as partial:
         partial.replace(file)
 
 
 def create_text(file: Path, text: str) -> None:
-    """Write a file that is not there yet, whole; FileExistsError if there is something."""
+    """Create a file atomically; raise FileExistsError if it exists."""
     remove_partials(file.parent, file.name)
     with _partial(file, text, 0o666) as partial:
         file.hardlink_to(partial)
@@ -53,7 +53,7 @@ def _partial(file: Path, text: str, mode: int) -> Iterator[Path]:
 
 
 def remove_partials(folder: Path, name: str | None = None) -> None:
-    """Remove what a kill has left of a file's writing in a folder; None: of any file's."""
+    """Remove partial files that a kill has left in a folder, of one file or of all (None)."""
     for path in folder.iterdir() if folder.is_dir() and not folder.is_symlink() else ():
         match = _PARTIAL.fullmatch(path.name)
         if match and name in (None, match[1]) and path.is_file() and not path.is_symlink():
@@ -62,10 +62,10 @@ def remove_partials(folder: Path, name: str | None = None) -> None:
 
 @contextmanager
 def new_folder(out: Path) -> Iterator[Path]:
-    """Yield a folder to write in, which becomes ``out`` if nothing is raised, else is removed.
+    """Yield a folder to write in, which becomes ``out`` on success and is removed on an error.
 
-    It is beside ``out``, locked, and marked as ours. One that a kill has left is used anew, one of
-    the user's with the same name is left alone.
+    It is next to ``out``, locked and marked as ours. One that a kill has left is reused; a user's
+    folder of the same name is left alone.
 
     Raises:
         MergeError: ``out`` exists, cannot be made, or another process is writing it.
@@ -127,12 +127,12 @@ def _locked_beside(out: Path) -> tuple[Path, int]:
 
 
 def _is_ours(folder: Path) -> bool:
-    """Whether a folder is empty, or was begun by this program."""
+    """Return whether a folder is empty, or was created by this program."""
     return (folder / _MARK).is_file() or not any(folder.iterdir())
 
 
 def _put_in_place(partial: Path, out: Path) -> None:
-    """Have everything on the disk, then give the folder its name."""
+    """Sync everything to disk, then give the folder its name."""
     for folder, _, files in os.walk(partial, topdown=False):
         for path in [*(Path(folder, name) for name in files), Path(folder)]:
             _sync(path)

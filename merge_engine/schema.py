@@ -1,4 +1,4 @@
-"""What the YAML and JSON files of this project are checked with."""
+"""Read YAML safely, and the pydantic base of all files of this project."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class FrozenModel(BaseModel):
 
     @override
     def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> Self:
-        """Copy the fields alone: what was derived from them once is derived anew."""
+        """Copy the fields without cached properties, which are derived again."""
         copied = super().model_copy(update=update, deep=deep)
         for name in copied.__dict__.keys() - type(self).model_fields.keys():
             del copied.__dict__[name]
@@ -49,15 +49,15 @@ def dump_yaml(content: object) -> str:
 
 
 def find_folder(name: str, beside: Path | None = None) -> Path | None:
-    """Return the folder that a name is, relative to ``beside``; None if there is none.
+    """Return a name's folder, relative to ``beside``; None if there is none.
 
-    A name that no folder can have, as of the home of nobody, is none.
+    Names that no folder can have (too long, an unknown user's home) count as missing.
     """
     return _find(name, beside, Path.is_dir)
 
 
 def find_file(name: str, beside: Path | None = None) -> Path | None:
-    """Return the file that a name is, relative to ``beside``; None if there is none."""
+    """Return a name's file, relative to ``beside``; None if there is none."""
     return _find(name, beside, Path.is_file)
 
 
@@ -65,12 +65,12 @@ def _find(name: str, beside: Path | None, is_there: Callable[[Path], bool]) -> P
     try:
         path = ((beside or Path()) / name).expanduser()
         return path if is_there(path) else None
-    except (OSError, RuntimeError, ValueError):  # too long, the home of nobody, a zero byte
+    except (OSError, RuntimeError, ValueError):  # too long, unknown user's home, zero byte
         return None
 
 
 def _is_piped(path: Path) -> bool:
-    """Return whether a path is what a shell makes of ``<(command)``."""
+    """Return whether a path is a shell's process substitution, ``<(command)``."""
     return path.is_relative_to("/dev/fd") or path.is_relative_to("/proc")
 
 
@@ -84,7 +84,7 @@ def _strerror(error: Exception) -> str:
 
 
 def _check_depth(data: bytes, path: Path) -> None:
-    """Refuse what is nested so deeply that libyaml would end the process."""
+    """Refuse YAML nested so deeply that libyaml would crash the process."""
     depth = 0
     for event in yaml.parse(data, _LOADER):
         depth += isinstance(event, yaml.CollectionStartEvent)
@@ -94,7 +94,7 @@ def _check_depth(data: bytes, path: Path) -> None:
 
 
 def _check_node(node: yaml.Node | None, path: Path) -> None:
-    """Refuse a document in which a key comes twice, or which aliases make endless or huge."""
+    """Refuse a document with duplicate keys, or that aliases make recursive or huge."""
     sizes: dict[int, int] = {}  # of parts, with what aliases stand for, by identity
     inside: set[int] = set()
 
@@ -121,7 +121,7 @@ def _parts(node: yaml.CollectionNode) -> Iterator[yaml.Node]:
 
 
 def _check_keys_differ(node: yaml.MappingNode, path: Path) -> None:
-    """Refuse a mapping with a key twice, of which YAML would take the last."""
+    """Refuse a mapping with duplicate keys, of which YAML would take the last."""
     seen: set[str] = set()
     for key, _ in node.value:
         if isinstance(key, yaml.ScalarNode):
@@ -174,7 +174,7 @@ def load_documents(path: Path) -> Sequence[Mapping[str, Any]]:
             raise MergeError(f"{path}: not YAML: {reason(error)}; save it as UTF-8 text") from None
     documents = [document for document in found if document is not None]
     if not documents:
-        raise MergeError(f"{path} is empty; `mergesearch init` writes a study to begin with")
+        raise MergeError(f"{path} is empty; `mergesearch init` writes a first study")
     if not all(isinstance(document, dict) for document in documents):
         raise MergeError(f"{path}: expected a mapping of keys to values, like 'dtype: float32'")
     return documents

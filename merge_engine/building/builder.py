@@ -24,7 +24,7 @@ from merge_engine.numerics.packing import TensorPack
 from merge_engine.numerics.statistics import all_finite
 from merge_engine.recipe.recipe import Recipe, Tokenizer
 
-_HELD = 1 << 26  # bytes that are read of files before they are closed
+_HELD = 1 << 26  # bytes read from files before they are closed and opened again
 
 
 def merge_tensor(
@@ -49,8 +49,8 @@ def merge_tensor(
 def merge_into(out: Tensor, recipe: Recipe, name: str, models: ModelSet) -> None:
     """Merge one tensor into a contiguous tensor of any dtype, rounding once.
 
-    Models that lack the tensor are left out; one that only the first has, whose config the result
-    gets, is copied.
+    Models that lack the tensor are left out. A tensor that only the first model has (the one whose
+    config the result gets) is copied.
 
     Raises:
         MergeError: The parameters do not work for the tensor; the message names it.
@@ -116,12 +116,12 @@ def built_tensors(plan: Plan, device: torch.device) -> Iterator[tuple[str, Tenso
         MergeError: A tensor cannot be merged, or the result has NaN or Inf.
     """
     for part in plan.parts:
-        held = 0  # bytes read since files were opened, which count as this process's memory
+        held = 0  # bytes read since the files were opened: mapped pages count as our memory
         for name, tensor in merged_tensors(part.recipe, part.model_set, device):
             held += tensor.nbytes * len(part.model_set.checkpoints)
             yield name, tensor
             del tensor  # before the next is merged
-            if held >= _HELD:  # opening a file anew reads the whole of its header
+            if held >= _HELD:  # not after every tensor: reopening reads the whole header
                 part.model_set.release()
                 held = 0
         part.model_set.release()
@@ -139,7 +139,7 @@ def merged_tensors(
 
 
 def _check_finite(merged: Tensor, recipe: Recipe, name: str) -> None:
-    """Refuse values beyond the range of their dtype: those of the models are known to be finite."""
+    """Refuse values that overflow their dtype; the models' own are known to be finite."""
     if not all_finite(merged):
         raise MergeError(
             f"{recipe.merge_method} of {name!r} has NaN or Inf in {merged.dtype}; "
@@ -148,7 +148,7 @@ def _check_finite(merged: Tensor, recipe: Recipe, name: str) -> None:
 
 
 class Builder:
-    """Builds recipes in one live model, whose parameters keep their storage.
+    """Builds recipes in one live model, whose parameters keep their storage from then on.
 
     Args:
         model: The live model, of the models' shape; its dtype is that of the result.
@@ -180,7 +180,7 @@ class Builder:
     def _pack(self) -> Iterator[tuple[TensorPack, Tensor]]:
         """Move the live model's tensors into matrices that are packed like the donors'.
 
-        A run that lies end to end in one live tensor is such a matrix already.
+        Tensors that lie end to end in one live tensor already form such a matrix.
         """
         in_runs = {name for run in self.live.runs for name in run}
         for pack in self.model_set.placement.packs:
@@ -188,7 +188,7 @@ class Builder:
             if not live[0].dtype.is_floating_point:
                 continue
             if pack.names[0] in in_runs:
-                if lie_end_to_end(live):  # not where models store parts of a run in other dtypes
+                if lie_end_to_end(live):  # not if models store parts of it in different dtypes
                     yield pack, pack.laid_on(live[0])
                 continue
             matrix = pack.empty(live[0].dtype, live[0].device)
@@ -201,7 +201,7 @@ class Builder:
     def build(self, recipe: Recipe, *, force: bool = False) -> None:
         """Write a recipe's weights into the model, in place, unless it has them already.
 
-        With ``force``, also if it was built last.
+        With ``force``, write them in any case.
 
         Raises:
             MergeError: The recipe cannot be built; the live model then has no recipe's weights.
@@ -212,7 +212,7 @@ class Builder:
         self.version += 1
         parts = self._parts(recipe)
         self._owners = {name: part for part in parts for name in part.model_set.names}
-        whole = parts[0].model_set is self.model_set  # else layers are stacked, as in no donor
+        whole = parts[0].model_set is self.model_set  # else the recipe stacks layers
         if whole:
             self._merge_packs(parts[0].recipe)
         else:
@@ -276,9 +276,9 @@ class Builder:
         }
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """Yield the weights of the recipe that is loaded, under the names they are stored by.
+        """Yield the weights of the loaded recipe under their stored names.
 
-        Those that the live model does not read are merged now.
+        Tensors that the live model does not read are merged now.
         """
         for name, part in self._owners.items():
             dtype, target = self._written_dtype(name), self.live.targets.get(name)

@@ -1,6 +1,6 @@
-"""checksums.txt: which files a checkpoint consists of, and what is in them.
+"""checksums.txt: the files of a checkpoint and their checksums.
 
-A line is a file's checksum and its path, as ``xxh128sum --check`` reads them.
+Each line is a checksum and a path, as ``xxh128sum --check`` reads them.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def write_checksums(folder: Path) -> None:
 def listed_files(folder: Path) -> dict[str, str]:
     """Return the checksum of each file of a checkpoint by its path.
 
-    Empty where there is no list, or one with paths that lead elsewhere, be it by links.
+    Empty if there is no list, or if a path in it leads outside the folder, also by a link.
     """
     try:
         lines = (folder / CHECKSUMS).read_text(encoding="utf-8").splitlines()
@@ -45,7 +45,7 @@ def listed_files(folder: Path) -> dict[str, str]:
 
 
 def is_whole(folder: Path) -> bool:
-    """Read a checkpoint back: whether all of its files are as they were written."""
+    """Return whether all of a checkpoint's files are there and unchanged."""
     listed = listed_files(folder)
     try:
         return bool(listed) and all(checksum(folder / name) == listed[name] for name in listed)

@@ -63,7 +63,7 @@ def _norm_ratio(before: float, after: float) -> float:
 
 
 def write_elementwise(out: Tensor, method: Elementwise, merge: PackMerge) -> None:
-    """Write the result of an elementwise method; a donor without weight is not read.
+    """Write the result of an elementwise method; donors with weight zero are not read.
 
     Raises:
         MergeError: The parameters do not work for a tensor; the message names it.
@@ -104,8 +104,8 @@ def kernel_arguments(
 ) -> KernelArguments:
     """Return a kernel's arguments for the donors ``used``, given by their indices.
 
-    Without ``summed`` they lack the values of the sum, and ``factor`` is the weight times what
-    restores the task vector's norm.
+    Without ``summed``, the values of the sum are left out, and ``factor`` is the weight times the
+    factor that restores the task vector's norm.
     """
     models = tuple(merge.recipe.donors[index].model for index in used)
     kernel_values = _prepared(method, merge, used, models, summed=summed)
@@ -197,7 +197,7 @@ def _rescale_factors(
     per_donor: dict[str, list[Any]],
     noise: Noise | None,
 ) -> list[Number]:
-    """Return what restores each task vector's L1 norm under its mask, (k,) for each donor."""
+    """Return factors that restore each task vector's L1 norm under its mask, (k,) per donor."""
     values = {name: per_donor[name] for name in ("chance", "spread", "rank_share")}
     sums = merge.models.runner.sums(kept_masses, inputs, values, noise)
     masses = merge.pack.sums(sums).tolist()  # n before the masks and n after, of k tensors

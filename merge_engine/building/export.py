@@ -1,9 +1,9 @@
 """Write a checkpoint that any library can load: weights, config, tokenizer, recipe.
 
 It is written under another name and renamed when complete, so a folder that exists is complete;
-the checksums in it say whether it still is. Of the reference's files those with known names are
-copied, and links that lead out of its folder are refused: a checkpoint may be published.
-Tensors are written one by one to their offsets: memory holds one, whatever the model's size.
+its checksums tell whether it still is. Only files with known names are copied from the reference,
+and links that leave its folder are refused, because a checkpoint may be published. Tensors are
+written one by one to their offsets, so memory holds one of them, whatever the model's size.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ TOKENIZER_FILES = (
     *("bpe.codes", "byte_maps.json", "dict.txt", "emoji.json", "normalizer.json", "word_*.json"),
     "additional_chat_templates/*.jinja",
 )
-# Files of what prepares images, sound and video, which a tokenizer of the result does not replace.
+# Files of image, sound and video processors, which the result's tokenizer does not replace.
 PROCESSOR_FILES = ("*processor_config.json", "audio_tokenizer*")
 _DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
@@ -51,7 +51,7 @@ class CheckpointFiles:
     config: Mapping[str, Any] | None = None  # used instead of the reference's
     generation_config: Mapping[str, Any] | None = None  # used instead of the reference's
     tokenizer: Any = None  # used instead of the reference's
-    text: str | None = None  # stored instead: with the recipes of models that were built for it
+    text: str | None = None  # stored instead of the recipe's YAML: that of several stages
 
     @classmethod
     def of(
@@ -115,7 +115,7 @@ def write_checkpoint(
         MergeError: ``out`` exists, cannot be made, or another process is writing it.
         OSError: Writing failed, for instance on a full disk; ``out`` does not exist then.
     """
-    _files_to_copy(files)  # what cannot be copied is said before anything is written
+    _files_to_copy(files)  # raises before anything is written
     with new_folder(out) as partial:
         _write_weights(tensors, shapes, partial, shard_bytes)
         _write_others(files, shapes, partial)
@@ -123,7 +123,7 @@ def write_checkpoint(
 
 
 def write_outline(out: Path, shapes: Mapping[str, Tensor], files: CheckpointFiles) -> None:
-    """Write a model folder without values, which can be planned with and takes no space on disk."""
+    """Write a model folder without values: enough to plan with, and a sparse file on disk."""
     out.mkdir(parents=True)
     _write_headers(shapes, out, SHARD_BYTES)
     _write_others(files, shapes, out)

@@ -1,4 +1,4 @@
-"""Write the config of stacked layers: what it says of a layer follows the layer."""
+"""Write the config of stacked layers: per-layer entries follow their layers."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from typing import Any
 
 from merge_engine.errors import MergeError
 
-# Lists of the numbers of the layers that are of one kind.
+# Lists of layer numbers, of the layers of one kind.
 _NUMBERS = (
     *("mlp_only_layers", "moe_layers", "full_attn_idxs", "attn_layer_indices", "ple_layer_ids"),
     *("cross_attention_layers", "rope_scaling_layers", "hybrid_layer_ids", "attn_layer_idx"),
 )
-# Lists of one entry a layer, besides those with "layer" in their key.
+# Lists with an entry per layer, besides those with "layer" in their key.
 _ENTRIES = (
     *("intermediate_size", "num_query_heads", "num_kv_heads", "num_key_value_heads"),
     *("ffn_multipliers", "block_configs", "attention_types", "activation_sparsity_pattern"),
@@ -49,7 +49,7 @@ def with_layers(
 
 
 def _implied_lists(config: Mapping[str, Any], count: int) -> dict[str, Any]:
-    """Return the lists of an entry a layer that a config leaves to its model's defaults."""
+    """Return per-layer lists that a config leaves to its class's defaults."""
     from transformers import CONFIG_MAPPING
 
     try:
@@ -70,7 +70,7 @@ def _implied_lists(config: Mapping[str, Any], count: int) -> dict[str, Any]:
 def _dense_layers(
     config: Mapping[str, Any], changed: Mapping[str, Any], layers: Sequence[int]
 ) -> dict[str, Any]:
-    """Return the keys by which a mixture of experts says which layers have none."""
+    """Return the keys by which a mixture of experts says which layers are dense."""
     if (step := config.get("decoder_sparse_step") or 1) > 1:
         listed = config.get("mlp_only_layers") or ()
         dense = [n for n, layer in enumerate(layers) if (layer + 1) % step or layer in listed]

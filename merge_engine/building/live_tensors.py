@@ -1,4 +1,4 @@
-"""A live model's tensors, under the names of the stored ones that they are made of."""
+"""Map stored tensors to where they are written in a live model."""
 
 from __future__ import annotations
 
@@ -16,18 +16,16 @@ from merge_engine.numerics.packing import WIDTH
 class LiveTensors:
     """Where each stored tensor of a live model is written.
 
-    That is a live tensor, a part of one, or memory of its own whose values ``convert`` moves into
-    the model.
+    That is a live tensor, a part of one, or separate memory whose values ``convert`` moves into the
+    model.
 
     Args:
         model: The live model.
         shapes: Shapes of the stored tensors, by name.
 
     Attributes:
-        targets: Where a stored tensor is written, by its name; one that the model does not read
-            has none.
-        joined: How live tensors are made of stored ones, by name, where these are no more than
-            renamed or joined.
+        targets: Where each stored tensor is written, by name, if the model reads it.
+        joined: Conversions that only rename or join stored tensors, by the live tensor's name.
         separate: Names of those that are tensors of their own, by dtype and device.
         runs: Names of those that lie end to end in one live tensor, in their order there.
 
@@ -63,15 +61,15 @@ class LiveTensors:
                 self.separate[target.dtype, target.device].append(name)
 
     def parts(self, name: str, tensor: Tensor) -> dict[str, Tensor]:
-        """Return the part of a tensor, of a live one's name and shape, that each stored one is.
+        """Split a tensor like a live one (its gradient, say) into the parts of the stored ones.
 
-        Empty where stored tensors are more than joined to make the live one.
+        Empty if the live tensor is more than a join of stored ones.
         """
         joined = self.joined.get(name)
         return (joined.views({name: tensor}) if joined else None) or {}
 
     def convert(self) -> None:
-        """Move the values that have memory of their own into the model."""
+        """Move the values in separate memory into the model."""
         for conversion in self._converted:
             stored = {name: self.targets[name] for name in conversion.names}
             for name, value in conversion.convert(stored).items():
@@ -102,7 +100,7 @@ def lie_end_to_end(tensors: Sequence[Tensor]) -> bool:
 def _check_read(
     live: Mapping[str, Tensor], model: nn.Module, found: Collection[Conversion]
 ) -> None:
-    """Refuse live tensors that no stored one becomes, and a stored head that the model ties."""
+    """Refuse live tensors that no stored one fills, and a stored head that the model ties."""
     read = {name: conversion for conversion in found for name in conversion.live}
     buffers = dict(model.named_buffers())
     if missing := sorted(live.keys() - read.keys() - buffers.keys()):

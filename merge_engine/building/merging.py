@@ -1,7 +1,7 @@
 """Merging by a recipe: one pass over the models for one tensor, or for a pack of tensors at once.
 
-In a pack the coefficients, bounds and keys of its k tensors become columns with one number per row.
-A single tensor is a pack of its own.
+In a pack of k tensors, coefficients, bounds and keys become columns with one number per row. A
+single tensor is a pack of one.
 """
 
 from __future__ import annotations

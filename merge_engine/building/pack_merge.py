@@ -37,24 +37,24 @@ class PackMerge:
         return self.recipe.base
 
     def columns(self, numbers: Tensor) -> list[Number]:
-        """Return numbers (c, k) of the tensors as c columns (rows, 1), or those of a single tensor.
+        """Return numbers (c, k) of k tensors as c columns (rows, 1), or as scalars if k is 1.
 
-        They are copied to the device at once.
+        All columns are copied to the device together.
         """
         if numbers.shape[1] == 1:
             return [each.item() for each in numbers]
         return [*self.pack.columns(numbers.to(self.device))]
 
     def refused(self, index: int, error: ValueError) -> MergeError:
-        """Return the error of a method's function with the names of method and tensor."""
+        """Return a method's error as a MergeError that names method and tensor."""
         return MergeError(f"{self.recipe.merge_method} of {self.pack.names[index]!r}: {error}")
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
     """Return a tensor on a device.
 
-    Pinned memory is copied to a GPU on a stream of its own, so that the next tensors are copied
-    while a kernel still writes the last ones.
+    Pinned memory is copied to a GPU on a separate stream, so that the next tensors are copied while
+    a kernel is still writing the last ones.
     """
     if device.type != "cuda" or not tensor.is_pinned():
         return tensor.to(device)

@@ -1,8 +1,8 @@
-"""Plan a merge: for every tensor of the result the tensors that it is made of.
+"""Plan a merge: which tensors every tensor of the result is made of.
 
-A recipe is a stack of parts, runs of layers with models and settings of their own; a recipe in the
-``models`` form is one part. Tensors before the layers belong to the first part, those after them to
-the last.
+A recipe is a stack of parts: runs of layers with their own models and settings. A recipe in the
+``models`` form is one part. Tensors before the layers belong to the first part, tensors after them
+to the last.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class Plan:
 
     recipe: Recipe  # as the user wrote it
     parts: tuple[Part, ...]  # runs of layers, in order
-    files: CheckpointFiles  # what the result gets besides weights
+    files: CheckpointFiles  # the result's files besides the weights
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -61,7 +61,7 @@ class Plan:
         return tuple(name for part in self.parts for name in part.model_set.names)
 
     def notes(self) -> list[str]:
-        """Return notes on what may not be what the user meant, though it can be built."""
+        """Return notes on recipes that can be built but may not mean what the user wants."""
         found = {m: one for part in self.parts for m, one in part.model_set.checkpoints.items()}
         reference = self.files.reference
         checkpoints = ({reference.model: reference} | found).values()

@@ -1,9 +1,9 @@
 """The gradient of a loss with respect to a recipe's weights, from a live model's backward pass.
 
-The live model has the recipe's weights. Whenever the gradient of one of its tensors is complete, a
-hook takes the inner products with the donors' task vectors, which are read where they lie, and
-frees it: of all gradients one is alive at a time. Of a tied tensor the part that comes from the
-head waits until that of the embedding is there.
+The live model has the recipe's weights. As soon as the gradient of one of its tensors is complete,
+a hook takes the inner products with the donors' task vectors and frees it, so only one gradient is
+alive at a time. The gradient of a tied tensor is complete when both head and embedding have added
+their parts.
 """
 
 from __future__ import annotations
@@ -32,14 +32,14 @@ class RecipeGradient:
     """Gradients of losses of one live model with respect to the weights of its recipe.
 
     Args:
-        builder: Its live model has a differentiable recipe, which may be another in every call.
+        builder: Has built a differentiable recipe; it may be another one in every call.
         units: Which tensors share a weight.
-        recompute: Whether layers compute their activations again when they go backward, which
-            takes a third more time and far less memory.
+        recompute: Whether to recompute layers' activations in the backward pass (gradient
+            checkpointing), which takes a third more time and far less memory.
 
     Attributes:
-        recompute: As given; set where one item alone is too much for the memory.
-        batch: Most items of a backward pass; halved where they are too many for the memory.
+        recompute: As given; set when a single item does not fit into memory.
+        batch: Most items of a backward pass; halved when they do not fit into memory.
 
     Raises:
         MergeError: The live model is offloaded.
@@ -61,8 +61,8 @@ class RecipeGradient:
     def of(self, loss: Callable[[], Tensor]) -> tuple[Tensor, Tensor]:
         """Return what ``loss`` returns, and its gradient.
 
-        ``loss`` computes a number () with the live model, whose parameters get gradients only
-        meanwhile.
+        ``loss`` computes a scalar () with the live model; its parameters require gradients only
+        during the call.
 
         Returns:
             The loss () and its gradient (units, donors), float64 on the CPU; donors are in the
@@ -129,7 +129,7 @@ class RecipeGradient:
         """Halve the batches, or recompute activations.
 
         Raises:
-            MergeError: Both is done already.
+            MergeError: Both have been done already.
         """
         if self.batch > 1:
             self.batch //= 2
@@ -231,9 +231,9 @@ _Products = tuple[Tensor, list[int], Any]
 def inner_products(merge: PackMerge, gradient: Tensor) -> Tensor:
     """Return the derivatives with respect to the factors of one tensor's task vectors.
 
-    They are ``<gradient, v_i>`` with v_i what the method leaves of a donor's task vector (of the
-    donor itself, if there is no origin), times what restores its norm: (n,) float64 on the device
-    of the gradient, summed in float32 along rows and in float64 over them.
+    They are ``<gradient, v_i>`` with v_i the masked task vector of a donor (the donor itself if
+    there is no origin), times the factor that restores its norm: (n,) float64 on the gradient's
+    device, summed in float32 along rows and in float64 over them.
     """
     recipe, method, runner = merge.recipe, merge.recipe.method, merge.models.runner
     used = tuple(range(len(recipe.donors)))

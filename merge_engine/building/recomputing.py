@@ -1,4 +1,4 @@
-"""Train with less memory: a layer's activations are computed again when it goes backward."""
+"""Gradient checkpointing: recompute a layer's activations in its backward pass."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from torch.utils.checkpoint import checkpoint
 
 @contextlib.contextmanager
 def recomputed_layers(model: nn.Module) -> Iterator[None]:
-    """Keep of each layer's activations the inputs alone, in passes that begin within.
+    """Store only each layer's inputs during forward passes inside the block.
 
-    Unlike transformers' own gradient checkpointing it needs no training mode, in which dropout
-    would be on. Caches of keys and values have to be off.
+    Unlike transformers' own gradient checkpointing it works in evaluation mode, without dropout.
+    Key-value caches have to be off.
     """
     layers = [*_layers(model)]
     for layer in layers:

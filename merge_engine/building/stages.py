@@ -1,4 +1,4 @@
-"""Plan and build the stages of a file: recipes of which one may use another's result."""
+"""Plan and build the stages of a file: recipes that may use one another's results."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from merge_engine.recipe.stages import Stage
 
 @contextmanager
 def planned(stages: Sequence[Stage]) -> Iterator[list[Plan]]:
-    """Plan every stage before any is built: the results of others stand there without values.
+    """Plan every stage before any is built; used results are outlines without values.
 
     Raises:
         MergeError: A stage cannot be built; the message says which.

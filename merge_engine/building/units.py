@@ -1,4 +1,4 @@
-"""Units: groups of tensors that share a weight, each told by parts of its tensors' names."""
+"""Units: groups of tensors that share a weight, defined by filters on tensor names."""
 
 from __future__ import annotations
 
@@ -9,22 +9,22 @@ from dataclasses import dataclass, replace
 from merge_engine.models.alignment import live_names
 from merge_engine.models.model_set import ModelSet
 
-Filters = tuple[str, ...]  # parts of names, of which one has to occur; none: any name will do
+Filters = tuple[str, ...]  # a name matches if it contains one of them, or if there are none
 
 
 @dataclass(frozen=True)
 class Units:
     """The units that the tensors of a result belong to."""
 
-    filters: tuple[Filters, ...]  # of each unit; of several that match a name the first is meant
-    index: Mapping[str, int]  # unit of each tensor, by its name; of one in none, no entry
+    filters: tuple[Filters, ...]  # of each unit; a tensor belongs to the first that matches
+    index: Mapping[str, int]  # unit of each tensor, by name; tensors in no unit are missing
 
     def __len__(self) -> int:
         return len(self.filters)
 
     @classmethod
     def of_tensors(cls, names: Iterable[str]) -> Units:
-        """Return one unit for each tensor, names that have another in them before it."""
+        """Return one unit per tensor; names that contain another name come first."""
         ordered = sorted(names, key=lambda name: (-len(name), name))
         return cls(tuple((name,) for name in ordered), {name: n for n, name in enumerate(ordered)})
 
@@ -45,10 +45,10 @@ class Units:
         return cls(tuple(filters), index)
 
     def with_live_names(self, models: ModelSet) -> Units:
-        """Return the units with filters that find their tensors by the live model's names, too.
+        """Return the units with filters that also match the live model's names of their tensors.
 
-        mergekit resolves filters by these names, the experts of a layer as one, where transformers
-        has other names for a type's tensors than its checkpoints.
+        mergekit matches filters with these names, all experts of a layer as one tensor, for types
+        whose tensors transformers renames on loading.
         """
         found = [dict.fromkeys(own) for own in self.filters]
         live = live_names(models.reference.folder, self.index)
@@ -59,7 +59,7 @@ class Units:
 
 
 def without_expert(name: str) -> str:
-    """Return the part of a tensor's name that all experts of its layer share; of others all."""
+    """Return an expert tensor's name up to ``.experts.``, other names unchanged."""
     return re.sub(r"(\.experts\.).*", r"\1", name)
 
 

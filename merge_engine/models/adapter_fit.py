@@ -23,7 +23,7 @@ _MERGE = "merge the adapter with peft (merge_and_unload) and name the result"
 
 
 @dataclass(frozen=True)
-class Base:
+class AdapterBase:
     """The model that an adapter is added to."""
 
     model: str  # as the user named it
@@ -42,7 +42,7 @@ class Fitted:
     untied_head: str | None
 
 
-def fit(adapter: Adapter, base: Base) -> Fitted:
+def fit(adapter: Adapter, base: AdapterBase) -> Fitted:
     """Return what an adapter makes of a base.
 
     Raises:
@@ -66,7 +66,7 @@ def fit(adapter: Adapter, base: Base) -> Fitted:
     return Fitted(changes, shapes, head)
 
 
-def _untied(adapter: Adapter, base: Base) -> tuple[dict[str, Change], str | None]:
+def _untied(adapter: Adapter, base: AdapterBase) -> tuple[dict[str, Change], str | None]:
     """Return the changes, and the name of a head that is no longer the base's embedding.
 
     In training a tied head is a module of its own: a change of one is no change of the other,
@@ -93,7 +93,7 @@ def _untied(adapter: Adapter, base: Base) -> tuple[dict[str, Change], str | None
     return changes, head
 
 
-def _as_stored(changes: Mapping[str, Change], base: Base) -> dict[str, Change]:
+def _as_stored(changes: Mapping[str, Change], base: AdapterBase) -> dict[str, Change]:
     """Return changes by the base's stored names, where those in training are others."""
     others = [name for name in changes if name not in base.shapes and not is_head_weight(name)]
     weights = [name for name in others if name.endswith("weight")]
@@ -128,7 +128,9 @@ def _oriented(change: Change, adapter: Adapter, stored: Shape) -> Change:
     return replace(change, low_rank=replace(low, transposed=True))
 
 
-def _check_shapes(name: str, change: Change, adapter: Adapter, base: Base, stored: Shape) -> Shape:
+def _check_shapes(
+    name: str, change: Change, adapter: Adapter, base: AdapterBase, stored: Shape
+) -> Shape:
     """Return a changed tensor's shape; refuse a change that does not fit."""
     whole = change.saved or change.base
     shape = adapter.shapes[whole] if whole else stored
@@ -167,7 +169,7 @@ def _other_shapes(change: Change, shape: Shape) -> Iterable[tuple[str, Shape]]:
         yield change.rows[0], (len(change.rows[1]), *shape[1:])
 
 
-def _check_rows(adapter: Adapter, base: Base, shapes: Mapping[str, Shape]) -> None:
+def _check_rows(adapter: Adapter, base: AdapterBase, shapes: Mapping[str, Shape]) -> None:
     """Refuse an adapter that gives the embedding and the head different numbers of rows."""
     before = {base.shapes[name][0] for name in base.shapes if is_vocabulary(name)}
     after = {name: shape[0] for name, shape in shapes.items() if is_vocabulary(name)}
@@ -180,7 +182,7 @@ def _check_rows(adapter: Adapter, base: Base, shapes: Mapping[str, Shape]) -> No
         )
 
 
-def _why_missing(name: str, change: Change, adapter: Adapter, base: Base) -> str:
+def _why_missing(name: str, change: Change, adapter: Adapter, base: AdapterBase) -> str:
     """Return why the base has no tensor that the adapter changes, and the way out."""
     weight = f"{name.removesuffix('.bias')}.weight"
     if change.bias and weight in base.shapes:
@@ -188,7 +190,7 @@ def _why_missing(name: str, change: Change, adapter: Adapter, base: Base) -> str
     return f"changes {name!r}, which is not in {base.model!r}; {_trained_elsewhere(adapter, base)}"
 
 
-def _trained_elsewhere(adapter: Adapter, base: Base) -> str:
+def _trained_elsewhere(adapter: Adapter, base: AdapterBase) -> str:
     """Return the advice for an adapter that was trained on a model of other tensors."""
     trained_on = adapter.config.base_model_name_or_path
     if trained_on in (None, base.model):

@@ -20,7 +20,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from merge_engine.errors import MergeError, reading
-from merge_engine.models.adapter_fit import Base, fit
+from merge_engine.models.adapter_fit import AdapterBase, fit
 from merge_engine.models.alignment import is_multimodal, text_type
 from merge_engine.models.architecture import load_config
 from merge_engine.models.fingerprint import KnownFiles
@@ -254,7 +254,8 @@ class Adapted(Checkpoint):
         self._adapter = Adapter(locate(adapter))
         shapes = {name: info.shape for name, info in self._base.tensors.items()}
         self._fitted = fit(
-            self._adapter, Base(base, self.folder, self._base.config.get("model_type"), shapes)
+            self._adapter,
+            AdapterBase(base, self.folder, self._base.config.get("model_type"), shapes),
         )
 
     @cached_property

@@ -1,1 +1,1 @@
-"""Recipes: the model, mergekit's YAML read and written, parameters' values by tensor."""
+"""Recipes: their data model, mergekit's YAML in and out, parameter values by tensor."""

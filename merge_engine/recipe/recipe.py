@@ -1,4 +1,4 @@
-"""A merge recipe: mergekit's configuration as a frozen model, and what follows from it."""
+"""A merge recipe: mergekit's configuration as a frozen model, with derived properties."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ Settings = dict[
 
 
 def _model_name(raw: object) -> object:
-    """Return mergekit's mapping form of a model as the equivalent string."""
+    """Convert mergekit's mapping form of a model to the equivalent string."""
     if not isinstance(raw, dict):
         return raw
     if raw.get("override_architecture"):
@@ -41,7 +41,7 @@ def _model_name(raw: object) -> object:
 
 
 def _source_name(raw: object) -> object:
-    """Return the model of a vocabulary without ``model:``, with which old recipes began it."""
+    """Convert a vocabulary's source; old recipes wrote it with the prefix ``model:``."""
     return raw.removeprefix("model:") if isinstance(raw, str) else _model_name(raw)
 
 

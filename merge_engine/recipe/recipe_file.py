@@ -1,4 +1,4 @@
-"""Read recipes from mergekit's YAML: check them, and note for the user what is special.
+"""Read recipes from mergekit's YAML, check them, and note what is read differently.
 
 mergekit silently ignores parameters that the method does not have or that are at the top level
 (as in many published recipes). Here they are applied where they can be, and noted; unknown keys are
@@ -48,7 +48,7 @@ def load_recipe(path: Path) -> tuple[Recipe, list[str]]:
 def with_absolute_folders(recipe: Recipe, folder: Path, other_than: Collection[str] = ()) -> Recipe:
     """Return the recipe with absolute paths for models that are folders relative to ``folder``.
 
-    Models in ``other_than`` are names of another kind, and stay.
+    Names in ``other_than`` are not models and stay as they are.
     """
 
     def rename(model: str) -> str:
@@ -61,7 +61,7 @@ def with_absolute_folders(recipe: Recipe, folder: Path, other_than: Collection[s
 def rename_models(part: _Part, rename: Callable[[str], str]) -> _Part:
     """Return a recipe, or a part of one, with every model renamed.
 
-    Of ``base+adapter`` each is, if not the whole.
+    If ``base+adapter`` is not renamed as a whole, its parts are.
     """
 
     def rename_parts(model: str) -> str:
@@ -92,7 +92,7 @@ def _rename_models(part: Any, rename: Callable[[str], str]) -> Any:
 
 
 def is_recipe(mapping: Mapping[str, Any]) -> bool:
-    """Return whether a YAML document is meant as a recipe, if only another tool's."""
+    """Return whether a YAML document is a recipe, or another tool's merge configuration."""
     return "merge_method" in mapping or any(key in mapping for key in _OTHER_TOOLS)
 
 

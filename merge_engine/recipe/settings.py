@@ -14,7 +14,7 @@ from dataclasses import dataclass
 Scalar = float | int | bool | str
 Raw = object  # as PyYAML gives it
 
-_LARGEST = 2**63  # whole number
+_LARGEST = 2**63  # of whole numbers
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class Setting:
 
 
 class FirstMatches(dict[str, int | None]):
-    """The number of the first filter that a name contains, by the name: searched for once."""
+    """Cache from a tensor's name to the number of the first filter that it contains."""
 
     def __init__(self, filters: Sequence[str | None]) -> None:
         self._filters = filters
@@ -55,8 +55,8 @@ class FirstMatches(dict[str, int | None]):
         return self[name]
 
 
-# A filter for each of thousands of tensors is searched for once: all donors have the same filters,
-# and so have the recipes of a study.
+# Cached because a recipe may have thousands of filters, and all donors and all recipes of a study
+# have the same ones.
 _first_matches = functools.lru_cache(maxsize=64)(FirstMatches)
 
 

@@ -1,8 +1,8 @@
-"""Read files of several recipes, of which one may use another's result as a model.
+"""Read files of several recipes, in which a recipe may use another's result as a model.
 
-Such a file has several YAML documents, as mergekit-multi reads them: each with a ``name``, which
-the others use in place of a folder or hub id. One may go without: the result. mergekit-mega, which
-is older, has an ``out_path`` for a name. A file of a single recipe is one stage.
+Such a file has several YAML documents, as in mergekit-multi: each has a ``name``, which the others
+use in place of a folder or hub id. Only the result may lack one. The older mergekit-mega has
+``out_path`` instead of a name. A file of a single recipe is one stage.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ class Stage:
     name: str  # empty where it has none
     recipe: Recipe
     uses: frozenset[str]  # names of the stages whose results it merges
-    text: str = ""  # in YAML, with all documents that it is built from
-    needed: bool = True  # whether the file's result is built from it, or is it
+    text: str = ""  # YAML of the stage and of all stages that it is built from
+    needed: bool = True  # whether it is the file's result, or part of it
 
     def placed(self, folder: Path) -> Recipe:
         """Return the recipe with the used stages' results in ``folder`` as models."""
