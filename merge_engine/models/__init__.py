@@ -1,1 +1,1 @@
-"""Checkpoints, adapters and vocabularies; models that are merged, placed and measured."""
+"""Checkpoints, adapters and vocabularies; sets of models, their placement and statistics."""

@@ -1,4 +1,4 @@
-"""``adapter_config.json`` of a LoRA adapter: the settings that its changes depend on."""
+"""``adapter_config.json`` of a LoRA adapter: the settings that its weights depend on."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 from merge_engine.errors import MergeError
 from merge_engine.models.model_folder import read_json
 
-# Settings that change the formula in ways that are not computed here, and what they are. Each is
-# refused unless it is empty.
+# Settings that change the formula in unsupported ways, and what they are. Each is refused unless
+# it is empty.
 _REFUSED: Mapping[str, str] = {
     "target_parameters": "LoRA on parameters without a module of their own, as of fused experts",
     "layer_replication": "layers that are used several times",
@@ -24,7 +24,7 @@ _REFUSED: Mapping[str, str] = {
     "arrow_config": "Arrow, a router of several adapters",
     "kasa_config": "KaSA",
 }
-# Ways to begin that leave the base's weights as they are; the others take a part out of them.
+# Initialisations that leave the base's weights unchanged; others take a part out of them.
 _KEEP_BASE = (True, False, None, "gaussian", "orthogonal", "eva", "mica")
 _MATCH_SECONDS = 0.2  # for a pattern and a module's name
 
@@ -33,7 +33,7 @@ def _check_pattern(pattern: str) -> str:
     try:
         regex.compile(_ended(pattern))
     except regex.error as error:
-        raise ValueError(f"{pattern!r} is no regular expression: {error}") from None
+        raise ValueError(f"{pattern!r} is not a regular expression: {error}") from None
     return pattern
 
 
@@ -103,14 +103,14 @@ def read_adapter_config(file: Path) -> AdapterConfig:
         raise MergeError(f"{file}: damaged: {where}: {first['msg']}; fetch it again") from None
     if found := _unknown_formula(raw):
         raise MergeError(
-            f"{file}: {found}, which cannot be added to a base here; merge the adapter with peft "
+            f"{file}: {found}, which is not supported; merge the adapter with peft "
             "(merge_and_unload) and name the result"
         )
     return config
 
 
 def _unknown_formula(raw: Mapping[str, Any]) -> str | None:
-    """Return the setting with which the change is not computed here; None if there is none."""
+    """Return the first setting that makes an adapter unsupported; None if there is none."""
     if (kind := raw.get("peft_type")) != "LORA":
         return f"peft_type is {kind!r}"
     init = raw.get("init_lora_weights")

@@ -38,12 +38,12 @@ class Fitted:
 
     changes: Mapping[str, Change]  # by name
     shapes: Mapping[str, Shape]  # of the changed tensors, by name
-    # A head that the base does not store because it is the embedding, and that no longer is it.
+    # Name of a head that the base ties to its embedding and the adapter unties.
     untied_head: str | None
 
 
 def fit(adapter: Adapter, base: AdapterBase) -> Fitted:
-    """Return what an adapter makes of a base.
+    """Match an adapter's changes with its base's tensors.
 
     Raises:
         MergeError: The base lacks a tensor that is changed, or has it in another shape.
@@ -67,11 +67,11 @@ def fit(adapter: Adapter, base: AdapterBase) -> Fitted:
 
 
 def _untied(adapter: Adapter, base: AdapterBase) -> tuple[dict[str, Change], str | None]:
-    """Return the changes, and the name of a head that is no longer the base's embedding.
+    """Return the changes, and the name of a head that they untie from the embedding.
 
-    In training a tied head is a module of its own: a change of one is no change of the other,
-    unless they have the same rows trained, or are tied by ``ensure_weight_tying``. peft's
-    merge_and_unload adds low-rank changes of one to both, and warns that this is another model.
+    In training, a tied head is a separate module: a change of one does not change the other,
+    unless the same rows are trained or ``ensure_weight_tying`` is set. peft's merge_and_unload adds
+    low-rank changes of one to both, and warns that this is a different model.
     """
     changes = _as_stored(adapter.changes, base)
     embedding = input_embedding(base.shapes)
@@ -94,7 +94,7 @@ def _untied(adapter: Adapter, base: AdapterBase) -> tuple[dict[str, Change], str
 
 
 def _as_stored(changes: Mapping[str, Change], base: AdapterBase) -> dict[str, Change]:
-    """Return changes by the base's stored names, where those in training are others."""
+    """Return changes by the base's stored names, which may differ from those in training."""
     others = [name for name in changes if name not in base.shapes and not is_head_weight(name)]
     weights = [name for name in others if name.endswith("weight")]
     found = match_names(base.folder, base.shapes, weights) if weights else {}

@@ -1,8 +1,8 @@
-"""Which of a model's stored tensors another model's are, where the two have other names for them.
+"""Match the stored tensors of models that use different names for them.
 
 Checkpoints of one architecture come in several layouts, a text-only fine-tune lacks the prefix of
-the multimodal model it was made from, and an adapter has the names of the live model. All are
-compared by the place they take in the live model.
+its multimodal base, and an adapter uses the names of the live model. They are matched by where they
+go in the live model.
 """
 
 from __future__ import annotations
@@ -42,10 +42,9 @@ def is_multimodal(config: Mapping[str, Any]) -> bool:
 
 
 def live_names(folder: Path, names: Iterable[str]) -> dict[str, str]:
-    """Return the name of the live tensor that each of a model's stored tensors becomes.
+    """Return the name of the live tensor that each of a model's stored tensors goes into.
 
-    Of several that become one together it is that one's; of those that are not known to become any
-    it is their own.
+    Tensors that are not known to go into any keep their own name.
 
     Args:
         folder: The model's folder.
@@ -64,7 +63,7 @@ def _without_weights(folder: Path) -> PreTrainedModel | None:
 
 
 def match_names(folder: Path, own: Iterable[str], others: Iterable[str]) -> dict[str, str]:
-    """Return which of a model's stored tensors each of another's names stands for.
+    """Match another model's tensor names with a model's stored tensors.
 
     Args:
         folder: The model's folder.
@@ -72,7 +71,7 @@ def match_names(folder: Path, own: Iterable[str], others: Iterable[str]) -> dict
         others: Names in another layout.
 
     Returns:
-        The model's names by the other's; names that stand for none of its tensors are left out.
+        The model's names by the other's; names without a match are left out.
 
     Raises:
         MergeError: The other stores the experts of a layer as one tensor, and the model does not,

@@ -1,6 +1,6 @@
-"""The transformers class of a checkpoint: what its config names, whatever kind of model that is.
+"""Find and make the transformers class that a checkpoint's config names.
 
-transformers takes seconds to import, so each function that needs it imports it.
+transformers takes seconds to import, so functions import it where needed.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ import torch
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
-# Auto classes and the tables of their models; of several that know a config, the first is taken
-# that makes the architecture the config names, or else the first.
+# Auto classes and the tables of their models. Of those that know a config, the first that makes the
+# named architecture is taken, else the first.
 _GENERATE = (
     ("AutoModelForCausalLM", "MODEL_FOR_CAUSAL_LM_MAPPING"),
     ("AutoModelForImageTextToText", "MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING"),
@@ -45,9 +45,9 @@ def auto_class(config: PreTrainedConfig) -> Any:
 
 
 def load_config(folder: Path, *, trust_remote_code: bool = False) -> PreTrainedConfig:
-    """Load the config in a folder, without the kernels that it asks for.
+    """Load the config in a folder, ignoring the attention kernels that it asks for.
 
-    They might be another repository's code, or take minutes to be compiled.
+    They could be another repository's code, or take minutes to compile.
 
     Raises:
         ValueError: transformers does not know the model, or it needs ``trust_remote_code``.
@@ -59,7 +59,7 @@ def load_config(folder: Path, *, trust_remote_code: bool = False) -> PreTrainedC
     )
     for part in (config, *(getattr(config, name) for name in config.sub_configs)):
         if part is not None:
-            part._attn_implementation = None  # there is no other name for it
+            part._attn_implementation = None  # there is no public setter for None
     return config
 
 

@@ -1,4 +1,4 @@
-"""Where what was computed of models is kept from one run to the next."""
+"""The folder of caches that are shared by runs."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ def default_folder() -> Path:
     """Return ``$MERGESEARCH_CACHE``, or else ``mergesearch`` in the user's cache folder.
 
     Raises:
-        MergeError: It would be in the home of a user that is not known.
+        MergeError: It would be in an unknown user's home.
     """
     try:
         if own := os.environ.get("MERGESEARCH_CACHE"):

@@ -1,6 +1,6 @@
-"""Chat templates: those a recipe may name, made of what each format puts around a message.
+"""Chat templates: those a recipe may name, and a model's own, read from its tokenizer folder.
 
-And a model's own, read from its tokenizer's folder.
+Named templates are generated from the texts that a format puts around each message.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ _FORMATS = {
 def _template(form: _Format) -> str:
     """Return a format as a Jinja template.
 
-    A system message that begins as a user's does is the beginning of the first of those.
+    If system and user messages begin alike, the system message is put inside the first user's.
     """
     pieces = [f"{{{{ {form.start} }}}}"] if form.start else []
     pieces += [f"{{% set before, after = {dict(form.before)!r}, {dict(form.after)!r} %}}"]
@@ -91,7 +91,7 @@ CHAT_TEMPLATES: Final[Mapping[str, str]] = {
 def read_chat_template(folder: Path) -> str | None:
     """Read the chat template of a tokenizer's folder, without loading the tokenizer.
 
-    Of several by name it is the default one; None: there is none.
+    If there are several, the one named "default"; None: there is none.
 
     Raises:
         MergeError: A file is damaged.

@@ -38,7 +38,7 @@ _RECOMPUTED = re.compile(r"\.(rotary_emb\.inv_freq|attn\.masked_bias|attention\.
 _MASK = re.compile(r"\.(attn|attention)\.bias$")
 _WITH_MASKS = ("gpt2", "gpt_bigcode", "gpt_neo", "gpt_neox", "gptj", "codegen", "imagegpt")
 _ROWS = 64  # of a head that are compared with the embedding's
-# Beyond what any tensor has, and below what makes libraries stumble.
+# Limits above what any model has, and below what breaks libraries.
 _NAME_LENGTH, _LAYER, _ELEMENTS = 1000, 10_000, 1 << 48
 # Modules that torch.compile, FSDP and activation checkpointing wrap around a model's own.
 _WRAPPERS = re.compile(r"(?:^|\.)(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
@@ -55,7 +55,7 @@ class TensorInfo:
 
 
 class Checkpoint:
-    """One model's files. The header of each is read once, tensors every time."""
+    """One model's files. Headers are read once, tensors whenever they are asked for."""
 
     def __init__(self, model: str, folder: Path | None = None) -> None:
         self.model = model
@@ -144,9 +144,9 @@ class Checkpoint:
         return not recomputed and not (is_head_weight(name) and self._is_tied)
 
     def _is_embedding(self, head: str, found: Mapping[str, TensorInfo]) -> bool:
-        """Return whether a stored head is a copy of the embedding, by some of its rows.
+        """Return whether a stored head is a copy of the embedding, comparing some of its rows.
 
-        transformers does not tie another one, whatever the config says.
+        transformers does not tie a different one, whatever the config says.
         """
         embedding = input_embedding(found)
         if embedding is None or found[embedding].shape != found[head].shape:
@@ -168,7 +168,7 @@ class Checkpoint:
         return bool(said)
 
     def name_in(self, name: str) -> str | None:
-        """Return the model's own name of a tensor that other models have; None if it lacks it.
+        """Return the model's own name of a tensor; None if it lacks it.
 
         The head of a model with tied embeddings is its embedding.
         """
@@ -182,7 +182,7 @@ class Checkpoint:
         return self._known_files.fingerprint
 
     def has_changed(self) -> bool:
-        """Return whether the weights are other ones than when first asked for a fingerprint."""
+        """Return whether the weights have changed since the fingerprint was first computed."""
         return self._known_files.have_changed()
 
     @cached_property
@@ -192,7 +192,7 @@ class Checkpoint:
     def must_have(self, name: str) -> bool:
         """Return whether the model is incomplete without a tensor.
 
-        It is not without a bias, a head, or a kind of tensor that none of its layers has.
+        Biases, the head, and kinds of tensors that none of its layers has are optional.
         """
         position = layer_position(name)
         if position is None:
@@ -224,7 +224,7 @@ class Checkpoint:
         return self.tensors[name].dtype
 
     def release(self) -> None:
-        """Close the files: until then what was read of them counts as this process's memory."""
+        """Close the files: their mapped pages count as this process's memory until then."""
         self._handles.clear()
 
     @property
@@ -301,7 +301,7 @@ class Adapted(Checkpoint):
 
     @override
     def file_of(self, name: str) -> Path:
-        # NaN in the model's own tensor is not the adapter's fault.
+        # If the base's own tensor has NaN, the error should name the base.
         own = self._base_name(name)
         changed = name in self._fitted.changes and all_finite(self._base.read(own))
         return self._adapter.weights if changed else self._base.file_of(own)
@@ -367,7 +367,7 @@ def open_models(models: Iterable[str]) -> dict[str, Checkpoint]:
 
 
 def _kind(checkpoint: Checkpoint, other: Checkpoint) -> tuple[object, ...]:
-    """Return what a model must have in common with another: with a text-only one, its text."""
+    """Return what two models must have in common; with a text-only one, only the text type."""
     config = checkpoint.config
     if is_multimodal(config) != is_multimodal(other.config):
         return (text_type(config),)

@@ -1,4 +1,7 @@
-"""Say where models' configs differ in what their weights mean: the result has only one config."""
+"""Find config differences that change what a model's weights compute.
+
+They matter because the result has only one config.
+"""
 
 from __future__ import annotations
 
@@ -10,8 +13,8 @@ from merge_engine.errors import MergeError
 from merge_engine.models.alignment import is_multimodal, text_config
 from merge_engine.models.checkpoint import Checkpoint
 
-# Keys without a part in what a forward pass computes, or that the merge itself looks after. Any
-# other key counts: one that this list lacks costs a note too many, not a wrong model without one.
+# Keys that do not affect the forward pass, or that the merge itself takes care of. Unknown keys
+# count: a superfluous note is better than a silently wrong model.
 _IGNORED = {
     *("architectures", "name_or_path", "transformers_version", "torch_dtype", "dtype", "auto_map"),
     *("use_cache", "vocab_size", "tie_word_embeddings", "initializer_factor", "pretraining_tp"),
@@ -24,8 +27,8 @@ _IGNORED = {
 }
 _IGNORED_ENDS = ("_token_id", "_token_index", "dropout", "pdrop", "drop", "_std")
 _IGNORED_STARTS = ("_", "output_", "unsloth", "use_flash", "flash_")
-# Keys by which the same weights compute something else: positions, heads, norms, windows, layers'
-# kinds, activations, scales, experts in use.
+# Keys that change what the same weights compute: positions, heads, norms, windows, kinds of layers,
+# activations, scales, experts in use.
 _FUNCTION = re.compile(
     r"(rope|rotary|alibi|position_embedding_type|head|_eps|epsilon|norm|window|layer_types?|pattern"
     r"|act|activation|act_fn|softcap|scal|multiplier|scalar|experts_per_tok|top_k|topk|parallel"
@@ -35,7 +38,7 @@ _SHOWN = 3  # keys that a note has in full
 
 
 def config_notes(reference: Checkpoint, checkpoints: Iterable[Checkpoint]) -> list[str]:
-    """Return a note on each model whose weights do something else with the reference's config."""
+    """Return a note on each model whose weights mean something else with the reference's config."""
     return [
         f"{said}; the result gets what {reference.model!r} has (in brackets), with which these "
         "weights compute something else: merge models whose configs agree"
@@ -46,7 +49,7 @@ def config_notes(reference: Checkpoint, checkpoints: Iterable[Checkpoint]) -> li
 def check_functions(reference: Checkpoint, checkpoints: Iterable[Checkpoint]) -> None:
     """Refuse a model that computes something else with the reference's config.
 
-    Evaluated in the live model, which has the reference's, it would not be itself.
+    The live model has the reference's config, so the model's score would not be its own.
 
     Raises:
         MergeError: There is one, by a key that is known to matter.
@@ -70,7 +73,7 @@ def _found(
             pair = text_config(pair[0]), text_config(pair[1])
         if dict(_flat(pair[0])) == dict(_flat(pair[1])):
             continue
-        # Files leave defaults out and name keys in older ways: what they mean is compared.
+        # Compare normalised configs: files omit defaults and use older key names.
         found = _differences(_completed(pair[0]), _completed(pair[1]))
         if found:
             shown = [f"{key} {theirs!r} ({mine!r})" for key, (mine, theirs) in found.items()]
@@ -94,7 +97,7 @@ def _differences(
 
 
 def _of_other_depth(mine: object, theirs: object) -> bool:
-    """Return whether two lists have an entry for each of differently many layers."""
+    """Return whether two values are per-layer lists of models of different depth."""
     return isinstance(mine, list) and isinstance(theirs, list) and len(mine) != len(theirs)
 
 

@@ -1,8 +1,8 @@
-"""Which stored tensors the tensors of a live model are made of.
+"""Map a checkpoint's stored tensors to the tensors of a live model.
 
-transformers may load a checkpoint under other names, and several tensors as one: the experts of a
-layer as a stack, gate and up projections side by side. Its own tables say which; here they are read
-in the direction of loading, so whatever layout a checkpoint has is the one that is written again.
+transformers may load tensors under other names, and several as one: the experts of a layer as a
+stack, gate and up projections side by side. Its own conversion tables are applied in the direction
+of loading, so an export keeps the layout of the checkpoint, whatever that is.
 """
 
 from __future__ import annotations
@@ -43,9 +43,9 @@ class Conversion:
         return tuple(name for names in self.stored.values() for name in names)
 
     def views(self, live: Mapping[str, Tensor]) -> dict[str, Tensor] | None:
-        """Return the part of a live tensor that each stored tensor becomes, if it is one.
+        """Return the view of the live tensor that each stored tensor becomes.
 
-        None if there is more to it than joining: then only ``convert`` tells what they become.
+        None if the conversion is more than a join; use ``convert`` then.
         """
         if self.converter is None:
             return {self.names[0]: live[self.live[0]]}
@@ -78,7 +78,7 @@ class Conversion:
 def find_conversions(model: nn.Module, shapes: Shapes) -> list[Conversion]:
     """Return how a live model's tensors are made of stored ones of these names and shapes.
 
-    Stored tensors that the model does not read are in none.
+    Stored tensors that the model does not read are left out.
 
     Raises:
         MergeError: Stored tensors cannot be converted.
@@ -106,7 +106,7 @@ def find_conversions(model: nn.Module, shapes: Shapes) -> list[Conversion]:
 
 
 class Slot(NamedTuple):
-    """The place of a stored tensor in a live model."""
+    """Where a stored tensor goes in a live model."""
 
     live: str  # name of the live tensor that it becomes, or the first of several
     pattern: str | None  # of the converter, if there is one
@@ -114,7 +114,7 @@ class Slot(NamedTuple):
 
 
 def find_slots(model: PreTrainedModel, names: Iterable[str]) -> dict[str, Slot]:
-    """Return the place of each stored tensor in a live model; of one it does not read, none."""
+    """Return where each stored tensor goes in a live model; unread ones are left out."""
     return {
         name: Slot(live, pattern if converter else None, position)
         for live, (converter, stored) in _renamed(model, model.state_dict(), names).items()
@@ -176,7 +176,7 @@ def _in_order(
 
 
 def _joined_dims(converter: WeightConverter) -> tuple[int | None, int | None] | None:
-    """Return the dimensions along which a converter stacks tensors, and lays them side by side.
+    """Return the dimensions along which a converter stacks and concatenates tensors.
 
     None if it does anything else.
     """

@@ -1,7 +1,7 @@
-"""Fingerprints of weight files: which weights these are, by every byte of them.
+"""Fingerprints of weight files, over all of their bytes.
 
-A checksum is kept in the cache folder and computed again when the file's size, inode or times have
-changed. XXH3 is as fast as memory, so that a disk sets the pace: 16 GB take seconds, once.
+A checksum is cached and computed again when the file's size, inode or times change. XXH3 is limited
+by the disk: 16 GB take seconds, once.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ from merge_engine.models.cache_folder import default_folder
 from merge_engine.replacing import replace_text
 
 CHUNK = 1 << 22  # bytes that are read at once
-SETTLED = 2_000_000_000  # ns after which another change has another time
+SETTLED = 2_000_000_000  # ns after which another change is sure to get a different time
 
 
 class FileState(NamedTuple):
-    """What changes with a file's contents, without reading them."""
+    """Metadata that changes whenever a file's contents do."""
 
     size: int  # bytes
     modified: int  # ns
-    changed: int  # ns; unlike the time before, no program can set it
+    changed: int  # ns; unlike `modified`, programs cannot set it
     inode: int
     device: int
 
@@ -95,7 +95,7 @@ class KnownFiles:
         self.fingerprint = fingerprint(files)
 
     def have_changed(self) -> bool:
-        """Return whether there is another byte in them; they are read if their states differ."""
+        """Return whether the contents have changed; they are read only if the metadata has."""
         try:
             states = [FileState.of(file) for file in self._files]
             if states != self._states and fingerprint(self._files) != self.fingerprint:

@@ -1,4 +1,4 @@
-"""How much memory is free, within the limits of this process's container; sizes in words."""
+"""Measure free memory, within the limits of a container; parse and format sizes."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _FILES = {
 def free_bytes(device: str, share: float = 1.0) -> int:
     """Return the bytes free on a device; "auto": on all GPUs.
 
-    ``share`` is the part of a GPU that this process may use: others use the rest.
+    ``share`` is the part of a GPU that this process may use.
     """
     if device == "auto":
         return sum(free_bytes(f"cuda:{number}") for number in range(torch.cuda.device_count()))
@@ -48,17 +48,17 @@ def total_bytes(device: str) -> int:
 
 
 def reserve_share(device: str, share: float) -> None:
-    """Keep this process from taking more than its ``share`` of a GPU."""
+    """Limit this process to its ``share`` of a GPU."""
     if share < 1 and device != "auto" and torch.device(device).type == "cuda":
         torch.cuda.set_per_process_memory_fraction(share, torch.device(device))
 
 
 def parse_size(text: str) -> int:
-    """Return the bytes of a size such as "24GB" or "512 MiB"; raise ValueError if it is none."""
+    """Return the bytes of a size such as "24GB" or "512 MiB"; raise ValueError if it is invalid."""
     try:
         return TypeAdapter(ByteSize).validate_python(text if _SIZE.fullmatch(text) else "")
     except ValidationError:
-        raise ValueError(f"{text!r} is no size; write it like 24GB or 512MiB") from None
+        raise ValueError(f"{text!r} is not a size; write it like 24GB or 512MiB") from None
 
 
 def said_size(size: int) -> str:
@@ -67,7 +67,7 @@ def said_size(size: int) -> str:
 
 
 def _free_in_groups(root: Path) -> Iterator[int]:
-    """Yield what each limited control group of this process has left, under a file system root."""
+    """Yield the free bytes of each memory-limited control group of this process."""
     try:
         lines = (root / "proc/self/cgroup").read_text().splitlines()
     except OSError:  # not Linux

@@ -1,4 +1,4 @@
-"""Where a model's files are: a folder, or the hub's cache, filled from the hub when they lack."""
+"""Locate a model's files: a folder, or the hub's cache, downloading what is missing."""
 
 from __future__ import annotations
 
@@ -66,18 +66,18 @@ def locate(model: str) -> Path:
     except Exception as error:  # the hub client raises some twenty kinds, all meaning "not got"
         reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
         raise MergeError(
-            f"model {model!r}: no such folder, and not to be had from the hub ({reason}); check "
+            f"model {model!r}: no such folder, and not available from the hub ({reason}); check "
             "its name and the connection, and log in with `hf auth login` if it is gated or private"
         ) from None
 
 
 def files_there(model: str, folder: Path) -> list[str]:
-    """Return the paths of all files of a model, also of those that are not fetched from the hub."""
+    """Return the paths of all files of a model, including those not downloaded from the hub."""
     return list_files(folder) if find_folder(model) else (_hub_files(model) or list_files(folder))
 
 
 def _hub_files(model: str) -> list[str]:
-    """Return the files of a model on the hub, none if it cannot be asked; say if it has moved."""
+    """List a model's files on the hub (empty if unreachable); warn if it was renamed."""
     from huggingface_hub import HfApi, constants
 
     if constants.HF_HUB_OFFLINE or not is_hub_id(model):
@@ -85,7 +85,7 @@ def _hub_files(model: str) -> list[str]:
     name, revision = _parts(model)
     try:
         found = HfApi().model_info(name, revision=revision)
-    except Exception:  # as in ``locate``, which says why, unless the cache has the model
+    except Exception:  # `locate` reports it, unless the cache has the model
         return []
     if found.id.lower() != name.lower():
         _LOG.warning("%s is now called %s on the hub; name it so from now on", name, found.id)

@@ -1,7 +1,7 @@
-"""LoRA adapters as peft saves them: what they make of a base's tensor, when it is read.
+"""LoRA adapters as peft saves them, applied to a base's tensor when it is read.
 
-A module's weight is ``W + scale * B @ A``, with DoRA ``m * (W + scale * B @ A)`` divided by its
-norms; or it is stored whole, or some of its rows are.
+A module's weight becomes ``W + scale * B @ A``; with DoRA ``m * (W + scale * B @ A)``, divided by
+its norms. Weights, or some of their rows, may also be stored whole.
 """
 
 from __future__ import annotations
@@ -52,23 +52,23 @@ class LowRank:
 
 @dataclass(frozen=True)
 class Change:
-    """What an adapter makes of one tensor. The steps are taken in the order of the fields."""
+    """An adapter's change of one tensor. The steps are applied in the order of the fields."""
 
-    base: str | None = None  # key of a tensor that stands for the base's, as if it was resized
-    saved: str | None = None  # key of a tensor that was trained instead of it
+    base: str | None = None  # key of a tensor that replaces the base's, which was resized
+    saved: str | None = None  # key of a tensor that was trained in full
     low_rank: LowRank | None = None  # what is added to it
     bias: tuple[str, float] | None = None  # key of a tensor that is added to it, and its factor
     rows: tuple[str, tuple[int, ...]] | None = None  # key of rows that replace it, and which
 
 
 class Adapter:
-    """A LoRA adapter: what it makes of its base's tensors.
+    """A LoRA adapter and its changes of the base's tensors.
 
     Attributes:
         weights: The file with the adapter's tensors.
-        files: All that the changes depend on.
+        files: All files that the changes depend on.
         shapes: Of the adapter's own tensors, by key.
-        changes: What it makes of tensors of a base, by their names in training.
+        changes: Changes of the base's tensors, by their names in training.
 
     Raises:
         MergeError: It is damaged, or of a kind that cannot be computed here.
@@ -104,13 +104,13 @@ class Adapter:
             self._add_parts(module, keys)
 
     def tokenizer(self, rows: int) -> Path | None:
-        """Return its folder if there is a tokenizer in it, all of whose tokens have a row."""
+        """Return the adapter's folder if it has a tokenizer whose tokens all have a row."""
         if not any(any(self.folder.glob(pattern)) for pattern in _TOKENIZER):
             return None
         return self.folder if _last_added_token(self.folder) < rows else None
 
     def apply(self, change: Change, weight: Tensor) -> Tensor:
-        """Return what becomes of a tensor of the base, in float32."""
+        """Apply a change to a tensor of the base, in float32."""
         if key := change.saved or change.base:
             weight = self._read(key)
         weight = weight.float()
@@ -170,7 +170,7 @@ class Adapter:
         if bias := keys.pop("lora_B.bias", None):
             self._change(f"{module}.bias", bias=(bias, scale))
         for key in keys.values():
-            raise self._damaged(key, "is no part of LoRA known here")
+            raise self._damaged(key, "is not a known part of LoRA")
 
     def _rank(self, down: str, up: str) -> int:
         """Return the rank of a pair of matrices."""

@@ -1,4 +1,4 @@
-"""Statistics of the models' tensors, which depend on no recipe: each is measured once.
+"""Statistics of the models' tensors. They do not depend on a recipe, so each is measured once.
 
 Notation: n models, a tensor of shape s or k tensors of a pack.
 """
@@ -23,20 +23,20 @@ from merge_engine.numerics.order_statistics import Magnitudes, Variances
 from merge_engine.numerics.packing import TensorPack
 from merge_engine.numerics.statistics import gram_by_row, overlaps, row_ranks, row_width, salient
 
-CACHED_FROM = 65_536  # elements from which on reading a statistic is quicker than measuring it
-MEASURING = 9  # bytes for each element of a tensor while a statistic of it is measured, at most
-TEMPORARIES = 32 << 20  # bytes besides, of pieces of it
-IDLE_BUILDS = 16  # after which a statistic as large as the weights is freed if none has used it
+CACHED_FROM = 65_536  # elements from which reading a statistic is faster than measuring it
+MEASURING = 9  # bytes at most per element of the tensor being measured
+TEMPORARIES = 32 << 20  # bytes on top, for temporaries
+IDLE_BUILDS = 16  # builds without use, after which a weight-sized statistic is freed
 _PIECE = 1 << 20  # elements of temporaries
-_TRIM_EVERY = 1 << 22  # elements measured, of which temporaries may have left holes in the heap
+_TRIM_EVERY = 1 << 22  # measured elements, whose temporaries fragment the heap
 
 T = TypeVar("T")
 
 
 class Measurements:
-    """Statistics of models' tensors, kept in memory and, where worth it, in the cache on disk.
+    """Statistics of models' tensors, kept in memory and, if large enough, cached on disk.
 
-    Those as large as the weights are worth it if several recipes are to be built (``repeated``).
+    Statistics as large as the weights are cached only if several recipes are built (``repeated``).
     """
 
     def __init__(self, placement: Placement, runner: KernelRunner, *, repeated: bool) -> None:

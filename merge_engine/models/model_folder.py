@@ -1,4 +1,4 @@
-"""A model's folder: which files hold its weights, and what it holds where it has none."""
+"""Find the weight files in a model's folder, or say what it has instead."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from typing import Any
 
 from merge_engine.errors import MergeError, reading
 
-WEIGHTS = ("model.safetensors", "pytorch_model.bin")  # the first that there is, as transformers
+WEIGHTS = ("model.safetensors", "pytorch_model.bin")  # in transformers' order of preference
 ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
-_JSON_BYTES = 1 << 29  # at most: of the largest vocabularies there are, tens of megabytes
+_JSON_BYTES = 1 << 29  # at most; the largest vocabularies have tens of megabytes
 _LISTED = 10_000  # files of a folder that are looked at to say what it holds
 _FULL = "name the model in transformers' format that"
 _OTHERS = (  # what may be there instead of weights, by its path, and the way out
@@ -48,8 +48,7 @@ _OTHERS = (  # what may be there instead of weights, by its path, and the way ou
     ),
     (
         r".*\.(safetensors|bin|pth|pt|ckpt|onnx)",
-        "it holds {path}, which is no model's weights by its name: save the model with "
-        "save_pretrained",
+        "it holds {path}, which is not a weight file's name: save the model with save_pretrained",
     ),
 )
 
@@ -83,7 +82,7 @@ def _indexed(index: Path) -> Weights:
     files = read_json(index).get("weight_map")
     if not (files and isinstance(files, dict) and all(type(f) is str for f in files.values())):
         raise MergeError(
-            f"{index}: its 'weight_map' is no mapping of tensors to files; fetch it again"
+            f"{index}: its 'weight_map' is not a mapping of tensors to files; fetch it again"
         )
     names = sorted(set(files.values()))
     if outside := [name for name in names if Path(name).is_absolute() or ".." in Path(name).parts]:
@@ -120,13 +119,13 @@ def list_files(folder: Path) -> list[str]:
     """Return paths below a folder, relative to it: three levels, as in the hub's cache."""
     levels = chain.from_iterable(folder.glob(pattern) for pattern in ("*", "*/*", "*/*/*"))
     found: list[str] = []
-    with contextlib.suppress(OSError):  # of folders that come and go, or are others' alone
+    with contextlib.suppress(OSError):  # folders may vanish, or be unreadable
         found.extend(path.relative_to(folder).as_posix() for path in islice(levels, _LISTED))
     return found
 
 
 def way_out(paths: Iterable[str], model: str, folder: Path) -> str:
-    """Return what a folder without a model's weights holds instead, and what to do."""
+    """Return what a folder without weights contains instead, and what to do."""
     found = sorted(paths, key=lambda path: [int(n) for n in re.findall(r"-(\d+)/", path)])
     for pattern, advice in _OTHERS:
         if matches := [match for path in found if (match := re.fullmatch(pattern, path))]:

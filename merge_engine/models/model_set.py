@@ -1,4 +1,4 @@
-"""Models that are merged together: their tensors side by side, placed and measured."""
+"""A set of models that are merged together: tensors aligned, placed and measured."""
 
 from __future__ import annotations
 
@@ -32,18 +32,17 @@ from merge_engine.recipe.recipe import Tokenizer
 
 
 class Layout(NamedTuple):
-    """Which tensors the result has, and of which tensors of each model they are made."""
+    """The tensors of the result, and the tensors of each model that they are merged from."""
 
     inputs: Inputs
     depths: Mapping[str, float]  # relative depth in the result, 0 to 1
 
     @classmethod
     def aligned(cls, checkpoints: Mapping[str, Checkpoint]) -> Layout:
-        """Return the layout in which every tensor is made of those that stand for the same.
+        """Return the layout that merges corresponding tensors, under the first model's names.
 
-        They have the first model's name, whatever they are called in others. What a multimodal
-        model has besides the text of a text-only one is taken from the multimodal ones alone, and
-        only if the first is multimodal.
+        If multimodal and text-only models are mixed, the multimodal parts are merged from the
+        multimodal models alone, and only if the first model is multimodal.
         """
         first = next(iter(checkpoints.values()))
         multimodal = {m: is_multimodal(each.config) for m, each in checkpoints.items()}
@@ -83,9 +82,9 @@ class AlignedTensors(TensorSource):
 
     Args:
         checkpoints: The models.
-        layout: Of which tensors the result is made; None: of all, by name.
+        layout: The result's tensors; None: all of them (``Layout.aligned``).
         vocabulary: The result's, if the models do not share one.
-        base: The model whose rows stand in for those that another lacks.
+        base: The model whose rows replace those that another model lacks.
 
     Raises:
         MergeError: The models' tensors differ in shape, or a model lacks one that it must have.
@@ -161,9 +160,9 @@ class AlignedTensors(TensorSource):
 
 
 class ModelSet:
-    """Models that fit one another. The first is the reference: its config is the result's.
+    """Models that can be merged. The first is the reference: its config is the result's.
 
-    Kernels are compiled if that pays for the number of candidates, unless a runner is given.
+    Without a ``runner``, kernels are compiled if that pays for ``candidates`` candidates.
 
     Attributes:
         placement: Where the tensors live.
@@ -202,7 +201,7 @@ class ModelSet:
         self.measurements = Measurements(self.placement, self.runner, repeated=self._repeated)
 
     def arrange(self, groups: Iterable[Sequence[str]]) -> None:
-        """Decide, before any tensor is read, which tensors lie in packs together."""
+        """Set which tensors share packs, before any tensor is read."""
         if self.placement.groups == (groups := [tuple(group) for group in groups]):
             return
         self.placement = Placement(self.source, self.placement.device, self.placement.room, groups)
@@ -245,7 +244,7 @@ class ModelSet:
 
     @cached_property
     def layer_filters(self) -> tuple[str, ...]:
-        """For each layer the part of its tensors' names that no other layer's tensors have."""
+        """For each layer, the part of tensor names that only its tensors contain."""
         return layer_filters(self.names)
 
     def depth(self, name: str) -> float:
@@ -257,7 +256,7 @@ class ModelSet:
         return self.placement.read(model, name)
 
     def check_finite(self) -> None:
-        """Read all tensors now, to where they stay, and not when a recipe first needs them.
+        """Read all tensors now, instead of when a recipe first needs them.
 
         Raises:
             MergeError: There is NaN or Inf in one.
@@ -290,7 +289,7 @@ def _own_names(wanted: Mapping[str, str], checkpoints: Mapping[str, Checkpoint])
 
 
 def _check_shapes(name: str, owners: Sequence[tuple[Checkpoint, str]], *, resized: bool) -> None:
-    """Refuse models in which a tensor's shapes differ, if it is resized in more than the rows."""
+    """Refuse models in which a tensor's shapes differ; ``resized`` rows may differ."""
     (first, own), *others = owners
     mine = first.tensors[own].shape
     for other, its in others:

@@ -1,4 +1,4 @@
-"""Tell quantised weights from full-precision ones: merging needs the latter."""
+"""Detect quantised weights, which cannot be merged."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ class Quantised(NamedTuple):
 def find_quantised(dtypes: Mapping[str, str], config: Mapping[str, Any]) -> Quantised | None:
     """Return how a model is quantised; None if its weights are in full precision.
 
-    The tensors decide: a config may still speak of the quantised model that they were made from.
+    The tensors decide: the config may still have the ``quantization_config`` of an earlier model.
 
     Args:
         dtypes: Name of each tensor's dtype, as in safetensors headers.
@@ -69,7 +69,7 @@ def find_quantised(dtypes: Mapping[str, str], config: Mapping[str, Any]) -> Quan
     for name, dtype in dtypes.items():
         if dtype.startswith(("F8", "float8", "F4", "float4")):
             return Quantised(method or "FP8", name, _ANY)
-        # Any whole numbers are weights where the config speaks of a quantised model.
+        # If there is a quantization_config, any integers are quantised weights.
         suspect = settings and not _INDEX.search(name)
         if dtype not in (*_FLOATS, "BOOL") and (suspect or name.endswith(".weight")):
             other = settings.get("quant_method") or f"{dtype} weights"
@@ -78,6 +78,6 @@ def find_quantised(dtypes: Mapping[str, str], config: Mapping[str, Any]) -> Quan
 
 
 def quantisation_of(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Return what a ``config.json`` says of quantisation; empty if it says nothing."""
+    """Return a config's ``quantization_config``; empty if there is none."""
     found = config.get("quantization_config")
     return found if isinstance(found, dict) else {}

@@ -1,16 +1,15 @@
 """Statistics of donors, cached on disk from one run to the next.
 
 A file holds one statistic of one tensor of some models. Its name is a digest of the models'
-fingerprints, so files never change and are never out of date; the folder may be removed at any
-time. It carries a checksum of what is in it and of its name, so that a damaged file, or another in
-its place, is found. The cache never raises: what is missing or damaged is computed again, what
-cannot be stored is not.
+fingerprints, so files never change and are never stale; the folder may be removed at any time. A
+checksum of contents and name detects damaged or swapped files. The cache never raises: a missing or
+damaged file is computed again, and a failed write is ignored.
 
-The folder has a size limit, beyond which the least recently used files are removed. It is measured
-when a ``StatisticsCache`` first stores a file, and again after each 64th of the limit that it has
-stored, so it may exceed the limit by that much. Several processes may do so at once: a file that is
-mapped by one can be read to the end, and one that is gone is computed again. Of several that lack
-a file one computes it, and the others wait for it.
+The least recently used files are removed beyond a size limit. The size is measured when a
+``StatisticsCache`` first stores a file, and again whenever it has stored a 64th of the limit, so
+the limit may be exceeded by that much. Several processes may share the folder: a mapped file stays
+readable after its removal. If several need the same missing file, one computes it and the others
+wait.
 """
 
 from __future__ import annotations
@@ -38,7 +37,7 @@ from merge_engine.models.free_memory import parse_size
 FORMAT = 5  # raise it when a statistic is computed or stored in another way
 MOST = 20 << 30  # bytes
 SHARE = 10  # the default limit is at most a tenth of the space that the folder could take
-CHECKS = 64  # the folder is measured so often while as much is stored as it may hold
+CHECKS = 64  # the folder is measured each time this part of the limit has been stored
 _CACHED = re.compile(r"[0-9a-f]{40}\.safetensors(\.\w+\.partial)?")
 
 
@@ -97,9 +96,9 @@ class StatisticsCache:
                 self._until_trim = self.trim() // CHECKS
 
     def limit(self, held: int) -> int:
-        """Return the limit in bytes of a folder that has ``held``: the user's, or else 20 GiB.
+        """Return the size limit of the folder, which holds ``held`` bytes: the user's, else 20 GiB.
 
-        The default is no more than a tenth of what is free on the disk and ``held``.
+        The default is at most a tenth of the disk space that is free or held.
         """
         if (own := user_limit()) is not None:
             return own
@@ -129,7 +128,7 @@ class StatisticsCache:
 
 @contextlib.contextmanager
 def _one_at_a_time(folder: Path) -> Iterator[None]:
-    """Let one process measure what a folder lacks, where files can be locked."""
+    """Let only one process at a time fill a folder, if its files can be locked."""
     lock = FileLock(folder / ".lock")
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -144,9 +143,9 @@ def _one_at_a_time(folder: Path) -> Iterator[None]:
 
 
 def _load(file: Path) -> dict[str, Tensor] | None:
-    """Map a file's tensors if it is undamaged; of what is mapped only pages that are read count."""
+    """Map a file's tensors if it is undamaged; return unread mappings, which take no memory."""
     try:
-        if not file.is_file():  # a pipe would have us wait
+        if not file.is_file():  # opening a pipe would block
             return None
         checksum, found = _mapped(file)
         if checksum != _checksum(file, found):

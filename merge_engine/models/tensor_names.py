@@ -37,9 +37,9 @@ def layer_counts(names: Iterable[str]) -> dict[str, int]:
 
 
 def layer_filters(names: Iterable[str]) -> tuple[str, ...]:
-    """Return for each layer the part of its tensors' names that no other layer's tensors have.
+    """Return for each layer the part of tensor names that only its tensors contain.
 
-    Of a multimodal model these are the layers of the text.
+    For a multimodal model, these are the layers of the text model.
     """
     stacks = layer_counts(names)
     text = [stack for stack in stacks if _TEXT_STACK.search(stack)] or [*stacks]

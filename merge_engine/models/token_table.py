@@ -1,4 +1,4 @@
-"""Which token each row of a model's embedding stands for, read without loading its tokenizer."""
+"""Read the token of each embedding row, without loading the tokenizer."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def token_table(checkpoint: Checkpoint) -> Mapping[int, str]:
 
 
 def tokenizer_table(folder: Path) -> dict[int, str]:
-    """Return the token of each number in a folder's tokenizer, as far as JSON files have them.
+    """Return the token of each id in a folder's tokenizer, as far as JSON files have them.
 
     Raises:
         MergeError: A file is damaged.
@@ -38,7 +38,7 @@ def tokenizer_table(folder: Path) -> dict[int, str]:
 
 
 def added_tokens(folder: Path) -> dict[int, str]:
-    """Return the token of each number that was added to a folder's tokenizer.
+    """Return the token of each id that was added to a folder's tokenizer.
 
     Raises:
         MergeError: A file is damaged.
@@ -53,7 +53,7 @@ def added_tokens(folder: Path) -> dict[int, str]:
 def vocabulary_notes(checkpoints: Iterable[Checkpoint]) -> list[str]:
     """Return a note on each model in which rows stand for other tokens than in the first.
 
-    A model whose tokens are not known is left out.
+    Models whose tokens are unknown are skipped.
     """
     tables = [(one.model, token_table(one)) for one in checkpoints]
     return [

@@ -1,4 +1,4 @@
-"""A common vocabulary for models with different ones: the result's tokenizer, and its rows.
+"""A common vocabulary for models with different ones: the result's tokenizer and rows.
 
 Tensors with one row per token (embedding, head) are mapped to the result's rows model by model,
 before they are merged. A token that a model lacks gets the base's row; if the base lacks it too,
@@ -32,7 +32,7 @@ _SPECIAL_ID = re.compile(r"\w+_token_(id|index)")  # keys of configs: eos_token_
 class Vocabulary:
     """The result's tokenizer, and the map from each model's rows to the result's."""
 
-    settings: Tokenizer  # what was asked for
+    settings: Tokenizer  # the recipe's or study's entry
     tokenizer: Any
     size: int  # number of rows of the result, padding included
     rows: Mapping[str, Tensor]  # by model: its own row of each token id of the result; -1: none
@@ -72,7 +72,7 @@ class Vocabulary:
         return result
 
     def _fill(self, result: Tensor, lacking: Tensor, models: Sequence[Any], read: Reader) -> None:
-        """Fill rows that are lacking with the mean over the models that have them; unmark them."""
+        """Fill lacking rows with the mean over the models that have them, and unmark them."""
         count = torch.zeros(len(lacking))
         for model in models:
             has = lacking & (self.rows[model] >= 0)
@@ -87,7 +87,7 @@ class Vocabulary:
     def renumber(self, config: Mapping[str, Any]) -> dict[str, Any]:
         """Return a config, or generation config, with the result's ids of special tokens.
 
-        A token that the result lacks is replaced by its tokenizer's own of that name, or by None.
+        If the result lacks a token, its tokenizer's token for that purpose is used, or None.
         """
 
         def change(key: str, number: Any) -> Any:

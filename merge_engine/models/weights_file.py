@@ -1,4 +1,4 @@
-"""Files of weights, safetensors or pickled by PyTorch, opened to be read tensor by tensor."""
+"""Open weight files, safetensors or pickled by PyTorch, to be read tensor by tensor."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ DTYPES: Mapping[str, torch.dtype] = {  # by their names in safetensors headers
     "BOOL": torch.bool,
 }
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
-_LFS = b"version https://git-lfs"  # how the pointer begins that Git keeps in a large file's place
+_LFS = b"version https://git-lfs"  # start of a Git LFS pointer
 
 
 def open_weights(file: Path) -> Any:
@@ -55,7 +55,7 @@ def _is_pointer(file: Path) -> bool:
     try:
         with file.open("rb") as opened:
             return opened.read(len(_LFS)) == _LFS
-    except OSError:  # opening it in earnest tells why
+    except OSError:  # reported when it is opened
         return False
 
 
@@ -121,7 +121,7 @@ def _load(file: Path) -> object:
         text = str(error)
         if wanted := re.search(r"GLOBAL (\w+(?:\.\w+)+)\s", text):
             raise MergeError(
-                f"{file}: asks to run {wanted[1]!r}, which is no tensor; nothing of it was run: "
+                f"{file}: asks to run {wanted[1]!r}, which is not a tensor; nothing of it was run: "
                 "use the model's safetensors, or save its state_dict() alone"
             ) from None
         cause = re.search(r"WeightsUnpickler error:\s*(.+)", text)

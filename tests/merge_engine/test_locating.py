@@ -99,7 +99,7 @@ def publish(cache, monkeypatch):
 
 @pytest.mark.parametrize(
     ("model", "message"),
-    [("no/such/folder", "not a hub id"), ("nobody/nothing", "not to be had from the hub")],
+    [("no/such/folder", "not a hub id"), ("nobody/nothing", "not available from the hub")],
 )
 def test_missing_model_is_refused_by_name(model, message):
     with pytest.raises(MergeError, match=f"model '{model}': no such folder, and {message}"):

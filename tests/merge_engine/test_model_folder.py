@@ -68,7 +68,7 @@ def test_adapter_is_read_from_bin_if_that_is_all(tmp_path):
         (["pytorch_model_fsdp_0/__0_0.distcp"], "FSDP .* `accelerate merge-weights`"),
         (["tf_model.h5"], "tf_model.h5, of another framework"),
         (["model-00001-of-00002.safetensors"], "without the index"),
-        (["weights.pt"], "it holds weights.pt, which is no model's weights by its name"),
+        (["weights.pt"], "it holds weights.pt, which is not a weight file's name"),
         (["adapter_config.json"], "it is an adapter: name it with its base, as 'BASE\\+"),
         ([], "fetch it again"),
     ],

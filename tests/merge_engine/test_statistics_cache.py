@@ -232,7 +232,7 @@ def test_limit_is_a_tenth_of_the_space_and_20_gib_at_most(
 def test_wrong_limit_is_refused_before_any_work(monkeypatch, capsys, tmp_path, wrong):
     monkeypatch.setenv("MERGESEARCH_CACHE_LIMIT", wrong)
     assert main(["check", str(tmp_path / "no.yaml")]) == 2
-    assert f"$MERGESEARCH_CACHE_LIMIT: {wrong!r} is no size" in capsys.readouterr().err
+    assert f"$MERGESEARCH_CACHE_LIMIT: {wrong!r} is not a size" in capsys.readouterr().err
 
 
 def test_folder_is_measured_at_first_and_once_in_a_64th_of_the_limit(folder, monkeypatch):
