@@ -37,7 +37,7 @@ class ObjectiveError(ValueError):
 
 @contextlib.contextmanager
 def objective_errors(where: str) -> Iterator[None]:
-    """Raise an ``ObjectiveError`` that begins with ``where`` for any error of a user's code."""
+    """Turn any error inside into an ``ObjectiveError`` that begins with ``where``."""
     try:
         yield
     except ObjectiveError:
@@ -48,9 +48,9 @@ def objective_errors(where: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def time_limit(seconds: float, what: str) -> Iterator[None]:
-    """Raise an ``ObjectiveError`` if Python code inside takes longer, in the main thread.
+    """Raise an ``ObjectiveError`` if Python code in the main thread takes longer.
 
-    Other threads, and libraries in C that do not look for signals, are not interrupted.
+    Other threads, and C code that ignores signals, are not interrupted.
     """
 
     def stop(_number: int, _frame: object) -> None:
@@ -165,18 +165,18 @@ class Objective(Protocol):
         """Return the text of the model's answers, one ``Response`` per item."""
 
     def targets(self, items: Sequence[int]) -> list[str | None]:
-        """Return the labels of the items' losses that the tasks themselves have.
+        """Return the labels that the tasks themselves have for the items' losses.
 
-        A label is the text of a written answer where the task's metric judges its own target right,
-        and "" where the task says in other ways what is right: choices, log-likelihoods, text. It
-        is None where the task has no label, or the objective no loss.
+        For a generated answer a label is the target's text, if the task's metric judges it right.
+        It is "" for items that need none (choices, log-likelihoods, text), and None if the task has
+        no label or the objective no loss.
         """
 
     def right_answers(self, model: nn.Module, items: Sequence[int]) -> list[str | None]:
-        """Generate answers; return those that are judged right: labels where ``targets`` has none.
+        """Generate answers and return the right ones, as labels for items without a target.
 
-        An answer is right if its value is 1, or 100 in a metric that counts in per cent. None
-        stands for a wrong one, and for items whose answers are not written.
+        An answer is right if its value is 1, or 100 for a metric in per cent. None stands for a
+        wrong answer, and for items whose answers are not generated.
 
         Args:
             model: The live model, in evaluation mode and without gradients.
@@ -186,15 +186,15 @@ class Objective(Protocol):
     def loss(self, model: nn.Module, items: Sequence[int], targets: Sequence[str]) -> Tensor:
         """Return differentiable losses (n,) of n items, float32 on the model's device.
 
-        With log-likelihoods in nats they are: of choices the cross-entropy over what the metric
-        compares, ``logsumexp(all) - logsumexp(correct)``; of a given or a written answer minus its
-        log-likelihood; of text that divided by the text's bytes in UTF-8.
+        With log-likelihoods in nats: for multiple choice the cross-entropy over what the metric
+        compares, ``logsumexp(all) - logsumexp(correct)``; for a given or generated answer minus its
+        log-likelihood; for text the same divided by its UTF-8 bytes.
 
         Args:
             model: The live model, in evaluation mode. Losses have gradients with respect to those
                 of its parameters that require them.
             items: Item numbers, in any order.
-            targets: The items' labels, of ``targets`` or ``right_answers``.
+            targets: The items' labels, from ``targets`` or ``right_answers``.
 
         Raises:
             ObjectiveError: The objective has no loss, or a loss is not a number.

@@ -10,11 +10,11 @@ from typing import Annotated, Any, Final, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt
 
-# A task's weight in the study's mean, of any scale from which sums and shares can be taken.
+# A task's weight in the study's mean, of any scale; limited so that sums and ratios stay finite.
 Weight = Annotated[float, Field(ge=1e-9, le=1e9)]
 
-Engine = Literal["vllm"]  # what may write texts in the live model's place
-ENGINE_MEMORY: Final = 0.4  # share of the device that it takes, its copy of the model included
+Engine = Literal["vllm"]  # what may generate text instead of the live model
+ENGINE_MEMORY: Final = 0.4  # its share of the device's memory, its copy of the model included
 
 
 class _Entry(BaseModel):
@@ -72,7 +72,7 @@ class PluginEntry(_Entry):
 
 
 class PromptEntry(_Entry):
-    """Prompts to be continued greedily by up to ``max_tokens``: for samples, never for a score."""
+    """Prompts to be continued greedily by up to ``max_tokens``; for samples, not for scores."""
 
     prompts: tuple[str, ...] = Field(min_length=1)
     max_tokens: PositiveInt

@@ -14,7 +14,7 @@ from objectives.base import Item, ObjectiveError
 Split = Literal["search", "select", "test", "tune"]
 
 SPLITS: tuple[Split, ...] = get_args(Split)
-MOST_TUNED: Final = 100  # items of a task that gradients see, where no number is given
+MOST_TUNED: Final = 100  # default limit of tune items per task
 
 
 @dataclass(frozen=True)
@@ -41,9 +41,9 @@ def split_items(
     Args:
         items: All items; the splits hold indices into this sequence.
         tasks: Positive weight of each task.
-        counts: Sizes of ``search``, ``select`` and ``test``, each 1 or more, and of ``tune``; None
-            gives ``tune`` up to ``MOST_TUNED`` of a task's items that no other split has, and where
-            those are less than half of its search items, the last of these as well.
+        counts: Sizes of ``search``, ``select`` and ``test``, each 1 or more, and of ``tune``. If
+            that is None, ``tune`` gets up to ``MOST_TUNED`` of each task's remaining items; if
+            these are fewer than its search items, some of those are moved until both are equal.
         seed: Of the shuffle.
 
     Raises:

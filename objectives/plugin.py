@@ -50,7 +50,7 @@ class Plugin(Objective):
                 f"{self._where} has no {', '.join(missing)}; see objectives.base.Objective"
             )
         self._own = cast("Objective", own)
-        # whoever inherits from the protocol has its empty methods
+        # a class that inherits from the protocol has its empty methods
         self._responds, self._has_loss = (
             hasattr(own, name) and getattr(type(own), name, None) is not getattr(Objective, name)
             for name in ("respond", "loss")
@@ -146,28 +146,28 @@ class Suite(Objective):
     @override
     def loss(self, model: nn.Module, items: Sequence[int], targets: Sequence[str]) -> Tensor:
         found: dict[int, Tensor] = {}
-        for part, places in self._by_part(items).items():
-            numbers = [items[place] - self._starts[part] for place in places]
-            losses = self._parts[part].loss(model, numbers, [targets[place] for place in places])
-            found |= dict(zip(places, losses, strict=True))
-        return torch.stack([found[place] for place in range(len(items))])
+        for part, indices in self._by_part(items).items():
+            numbers = [items[index] - self._starts[part] for index in indices]
+            losses = self._parts[part].loss(model, numbers, [targets[index] for index in indices])
+            found |= dict(zip(indices, losses, strict=True))
+        return torch.stack([found[index] for index in range(len(items))])
 
     def _map(
         self, items: Sequence[int], call: Callable[[Objective, Sequence[int]], list[_T]]
     ) -> list[_T]:
         """Call every part with its own item numbers; return the results in the items' order."""
         found: dict[int, _T] = {}
-        for part, places in self._by_part(items).items():
-            results = call(self._parts[part], [items[n] - self._starts[part] for n in places])
-            found |= dict(zip(places, results, strict=True))
-        return [found[place] for place in range(len(items))]
+        for part, indices in self._by_part(items).items():
+            results = call(self._parts[part], [items[n] - self._starts[part] for n in indices])
+            found |= dict(zip(indices, results, strict=True))
+        return [found[index] for index in range(len(items))]
 
     def _by_part(self, items: Sequence[int]) -> dict[int, list[int]]:
-        """Return the places in ``items`` of each part's items, by the part's number."""
-        places: dict[int, list[int]] = defaultdict(list)
-        for place, number in enumerate(items):
-            places[bisect.bisect_right(self._starts, number) - 1].append(place)
-        return places
+        """Return the indices into ``items`` of each part's items, by the part's number."""
+        indices: dict[int, list[int]] = defaultdict(list)
+        for index, number in enumerate(items):
+            indices[bisect.bisect_right(self._starts, number) - 1].append(index)
+        return indices
 
 
 def find_class(path: str) -> Callable[..., object]:

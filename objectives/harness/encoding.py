@@ -1,4 +1,4 @@
-"""Try a tokenizer and its chat template before they are used: both come with a model."""
+"""Try an untrusted tokenizer and its chat template in isolation before they are used."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Prompting:
 
 
 def check_encoding(tokenizer: PreTrainedTokenizerBase, prompting: Prompting) -> None:
-    """Encode a text, and fill in the chat template if it is used, in a process of its own.
+    """Encode a text, and apply the chat template if it is used, in a separate process.
 
     Raises:
         ObjectiveError: That fails, takes too long or too much memory.

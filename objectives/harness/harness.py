@@ -1,16 +1,16 @@
 """Evaluate one live model on lm-eval's tasks, item by item.
 
-Tasks, prompts and the model's wrapper are made once; ``score`` only runs the model, and gives the
-values of lm-eval's ``simple_evaluate``, item for item. Three things make that hold:
+Tasks, prompts and the model's wrapper are made once; ``score`` only runs the model. It gives the
+values of lm-eval's ``simple_evaluate``, item for item, because:
 
-* prompts of the whole split are built at once, with ``simple_evaluate``'s seeds, because the
-  few-shot sampler is one random stream: building a subset would change the examples of all;
-* responses are cleared before each call, because lm-eval appends to them and reads the first;
-* generation settings a model ships with (a repetition penalty, say) are set aside during
-  generation, because they would change greedy responses; its end-of-text tokens are kept.
+* prompts of the whole split are built at once, with ``simple_evaluate``'s seeds: the few-shot
+  sampler is one random stream, so building a subset would change all examples;
+* responses are cleared before each call: lm-eval appends to them and reads the first;
+* generation settings that a model ships with (a repetition penalty, say) are ignored: they would
+  change greedy responses. Its end-of-text tokens are kept.
 
-None of lm-eval's caches is used: they are keyed by prompt, and here the weights change under them.
-A failure ends with the item (``judging``) or the model, never with the study.
+lm-eval's caches are not used: they are keyed by prompt, but here the weights change. A failure
+affects an item (``judging``) or a candidate, never the study.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ class Harness(Objective):
         tokenizer: Its tokenizer; copied, because lm-eval sets a padding token.
         batch_size: Sequences per forward pass; None: the first size for its device.
         prompting: Chat template and system prompt, the same for every task.
-        engine: What writes texts; None: the live model itself.
+        engine: What generates text; None: the live model itself.
 
     Attributes:
         questions: One per item, in the items' order; their requests hold the latest responses.
@@ -111,14 +111,15 @@ class Harness(Objective):
         self._chat = prompting.apply_chat_template
 
     def hold(self, memory: int) -> None:
-        """Let keys and values take a quarter of the bytes that a forward pass may take.
+        """Limit cached keys and values to a quarter of the bytes that a forward pass may take.
 
-        It is rounded to a power of two, so that a little less memory makes no other batches.
+        The limit is rounded down to a power of two, so that small differences in free memory do not
+        change the batches.
         """
         self.language_model.runner.held_bytes = 1 << max(1, memory // 4).bit_length() - 1
 
     def find_batch_size(self, memory: int, block: int) -> int:
-        """Try larger batches with the longest items, unless the size is given or there is but one.
+        """Try larger batches with the longest items, unless the batch size is fixed.
 
         Args:
             memory: Bytes that a forward pass may take.
@@ -140,7 +141,7 @@ class Harness(Objective):
         def respond() -> None:
             questions = {number: self.questions[number] for number in longest}
             for request_type, numbered in _empty_requests(questions).items():
-                with contextlib.suppress(ObjectiveError):  # it is raised where items are scored
+                with contextlib.suppress(ObjectiveError):  # it is raised when items are scored
                     self._respond_to(request_type, [request for _, request in numbered])
 
         tokens = sum(lengths[number] for number in longest)
@@ -211,7 +212,7 @@ class Harness(Objective):
     def _evaluate(
         self, model: nn.Module, items: Sequence[int]
     ) -> tuple[dict[int, Question], dict[int, int]]:
-        """Put the model's responses into the requests of the numbered items.
+        """Fill the requests of the numbered items with the model's responses.
 
         Returns:
             The items' questions, and their numbers of generated tokens, by item number.
@@ -264,7 +265,7 @@ class Harness(Objective):
         _LOG.warning("out of memory: batch size halved to %d", size // 2)
 
     def _respond_to(self, request_type: str, requests: Sequence[Instance]) -> list[tuple[Any, int]]:
-        """Do what ``_responses`` does in batches of the present size."""
+        """Return ``_responses`` without halving batches."""
         language_model = self.language_model
         if request_type == "generate_until":
             model = language_model.model
@@ -302,7 +303,7 @@ def _check_model(
 
 
 def _use_engine(language_model: FastHFLM) -> None:
-    """Have vLLM write the texts, unless there are no weights to write them with."""
+    """Let vLLM generate the text, unless the model has no weights (a coordinator's)."""
     if language_model.device.type != "meta":
         own = language_model
         settle_engine(own, VllmEngine(own.runner, own.decoder, own.tokenizer))
@@ -310,7 +311,7 @@ def _use_engine(language_model: FastHFLM) -> None:
 
 @contextlib.contextmanager
 def _plain_decoding(model: PreTrainedModel) -> Iterator[None]:
-    """Set the model's own generation settings aside, all but its special tokens."""
+    """Ignore the model's own generation settings, except its special tokens."""
     own = model.generation_config
     tokens = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id")
     plain = {name: getattr(own, name, None) for name in tokens}

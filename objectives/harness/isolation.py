@@ -1,6 +1,6 @@
-"""Work in a process of its own, with limits: of code that may hang, or take all memory.
+"""Run code that may hang or take all memory in a separate process, with limits.
 
-A regular expression or a tokenizer can take for ever in C code that no signal interrupts.
+A regular expression or a tokenizer can run forever in C code that no signal interrupts.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _FORK = multiprocessing.get_context("fork")  # a task's functions cannot always 
 
 
 def start(work: Callable[..., None], *arguments: Any) -> tuple[BaseProcess, Connection]:
-    """Start ``work(sender, *arguments)`` in a fork; return it and what receives from it."""
+    """Start ``work(sender, *arguments)`` in a fork; return the process and the receiver."""
     receiver, sender = _FORK.Pipe(duplex=False)
     process = _FORK.Process(target=work, args=(sender, *arguments))
     with warnings.catch_warnings():
@@ -36,10 +36,10 @@ def start(work: Callable[..., None], *arguments: Any) -> tuple[BaseProcess, Conn
 
 
 def attempt(work: Callable[[], object], seconds: float, memory: int) -> str | None:
-    """Try work in a fork; return why it fails, None if it does not.
+    """Try work in a fork; return why it fails, or None if it succeeds.
 
     Args:
-        work: What is tried; its result and effects are lost.
+        work: Its result and side effects are lost.
         seconds: Limit of its time.
         memory: Limit in bytes, beyond what this process has.
     """

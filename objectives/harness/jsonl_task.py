@@ -151,7 +151,7 @@ def _find_field(rows: Rows, data: Path, names: Sequence[str]) -> str:
 
 
 def _choice_target(rows: Rows, data: Path, answer: str) -> str:
-    """Return ``doc_to_target``: all answers name their choice by index, by text or by letter."""
+    """Return ``doc_to_target``; answers must all be indices, texts or letters of choices."""
     forms: dict[str, Callable[[Any, list[str]], bool]] = {
         answer: lambda target, choices: type(target) is int and 0 <= target < len(choices),
         f"{{{{{CHOICES}.index({answer})}}}}": lambda target, choices: target in choices,
@@ -174,7 +174,7 @@ def _choice_target(rows: Rows, data: Path, answer: str) -> str:
 
 
 def _longest_answer(rows: Rows, data: Path, answer: str) -> int:
-    """Return an upper bound of the longest answer's tokens: one per byte, and the end."""
+    """Return an upper bound of the longest answer's tokens: one per byte, and two for the end."""
     for line, row in rows.items():
         target = row[answer]
         if isinstance(target, bool) or not isinstance(target, str | int | float):

@@ -1,9 +1,9 @@
 """Differentiable losses of questions, on the prompts that are scored, and the labels they need.
 
-A task's target is a label only where the task's own metric judges it right: the text of a written
-answer is put in where the model's would be, cut as generation would cut it, and of choices the
-correct ones are made likely. A target that all documents share is a placeholder: IFEval's "0" is
-right wherever an answer must have no comma.
+A task's target is a label only if the task's own metric judges it right. To find out, a target text
+is put in place of the model's answer and cut like one, and correct choices are given a high
+likelihood. A target that all documents share is a placeholder: IFEval's "0" counts as right
+wherever an answer must not contain a comma.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from objectives.inference.fast_hflm import FastHFLM
 from objectives.inference.loglikelihood import Loglikelihood
 from objectives.inference.token_tree import Request, Tokens
 
-_BEST: Final = (1.0, 100.0)  # values of a right answer: a metric may count in per cent
+_BEST: Final = (1.0, 100.0)  # values of a right answer; some metrics are in per cent
 _LIKELY: Final = (-1.0, True)
 _UNLIKELY: Final = (-1e4, False)
 
@@ -39,10 +39,10 @@ def targets(
     """Return the questions' own labels, see ``Objective.targets``.
 
     Args:
-        questions: Their requests are left alone.
+        questions: Their requests are not changed.
         language_model: Encodes and cuts written targets as it does what the model generates.
         seconds: Limit per item for judging.
-        chat: Whether prompts have a chat template, behind which no delimiter is written.
+        chat: Whether prompts have a chat template, after which there is no delimiter.
     """
     if not language_model.is_differentiable:
         return [None] * len(questions)
@@ -61,7 +61,7 @@ def targets(
 
 
 def _has_one_target(task: Task) -> bool:
-    """Return whether several documents of a task have one and the same target."""
+    """Return whether all of a task's several documents have the same target."""
     found = (task.doc_to_target(request.doc) for request in task.instances)
     first = next(found)
     return len(task.instances) > 1 and all(target == first for target in found)
@@ -70,7 +70,7 @@ def _has_one_target(task: Task) -> bool:
 def _candidates(
     question: Question, language_model: FastHFLM, *, chat: bool
 ) -> list[tuple[str, Question]]:
-    """Return labels to be judged, each with the question so answered."""
+    """Return possible labels, each with the question answered by it."""
     if question.item.generated:
         texts = _written_targets(question, language_model, chat=chat)
         responses = [_as_generated(question, text, language_model) for text in texts]
@@ -95,8 +95,8 @@ def is_right(result: ItemResult) -> bool:
 def written_answer(question: Question, language_model: FastHFLM) -> str | None:
     """Return the model's response in a question's request as a label.
 
-    Some tokenizers lose a first space when they decode: it is put back if the model would begin
-    with it. None if the tokenizer does not encode what it decoded.
+    Some tokenizers drop a leading space when they decode; it is restored if the model prefers it.
+    None if encoding the response and decoding it again changes it.
     """
     response = question.requests[0].resps[0]
     texts = [
@@ -118,7 +118,7 @@ def losses(
     """Return the questions' losses (n,), see ``Objective.loss``.
 
     Raises:
-        ObjectiveError: A loss is NaN, or the model is none whose log-likelihoods have gradients.
+        ObjectiveError: A loss is NaN, or the model's log-likelihoods have no gradients.
     """
     if not language_model.is_differentiable:
         raise ObjectiveError(
@@ -181,10 +181,10 @@ def _token_pairs(question: Question, label: str, language_model: FastHFLM) -> li
 
 
 def _written_pairs(question: Question, text: str, language_model: FastHFLM) -> list[TokenPair]:
-    """Return the prompt with a written answer, once for every way in which the answer can end.
+    """Return the prompt with a generated answer, once for every way the answer can end.
 
-    It ends with an end-of-text token or a stop string, and as it is if it is as long as it may be.
-    No continuation begins with another, so their probabilities add up.
+    It ends with an end-of-text token, a stop string or the token limit. No continuation is a prefix
+    of another, so their probabilities add up.
     """
     until, limit = _generation(question, language_model)
     prompt, tokens = _encode_answer(question, text, language_model)
@@ -239,7 +239,7 @@ def _generation(question: Question, language_model: FastHFLM) -> tuple[list[str]
 
 
 def _as_generated(question: Question, text: str, language_model: FastHFLM) -> str:
-    """Return what would be judged if the model wrote a text."""
+    """Return a text as it would be judged if the model had generated it."""
     until, limit = _generation(question, language_model)
     tokens = _encode_answer(question, text, language_model)[1][:limit]
     found = postprocess_generated_text(language_model.tok_decode(tokens), until, None)
@@ -247,7 +247,7 @@ def _as_generated(question: Question, text: str, language_model: FastHFLM) -> st
 
 
 def _written_targets(question: Question, language_model: FastHFLM, *, chat: bool) -> list[str]:
-    """Return a question's first target, behind the delimiter and alone, up to a stop string."""
+    """Return a question's first target, with and without delimiter, up to a stop string."""
     task, doc = question.task, question.requests[0].doc
     target: Any = task.doc_to_target(doc)
     if isinstance(target, list | tuple):
@@ -268,7 +268,7 @@ def _delimiter(task: Task, *, chat: bool) -> str:
 
 
 def _correct_responses(question: Question) -> list[Loglikelihood] | None:
-    """Return responses in which what the task calls correct is likely; None without such."""
+    """Return responses in which only correct choices are likely; None if none is correct."""
     task, requests = question.task, question.requests
     if task.OUTPUT_TYPE != "multiple_choice":
         return [_LIKELY] if len(requests) == 1 else None

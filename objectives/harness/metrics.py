@@ -54,7 +54,7 @@ def choose_metric(task_name: str, task: Task, wanted: str | None) -> Metric:
 def _why_unusable(task: Task, metric: str) -> str | None:
     """Return why a metric cannot be compared item by item, or None if it can.
 
-    f1 or bleu, say, exist for the whole set of items alone, not as a mean of one number per item.
+    f1 and bleu, say, are defined for all items together, not as a mean of one number per item.
     """
     if task.aggregation()[metric] in PER_UNIT:
         return None

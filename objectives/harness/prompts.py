@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 _LOG = logging.getLogger(__name__)
 
-# Where a task's data comes from may change: the data are compared item by item.
+# Not part of the rules: the data themselves are compared item by item.
 _DATA_KEYS = ("metadata", "dataset_path", "dataset_name", "dataset_kwargs")
 
 
@@ -114,7 +114,7 @@ def _check_request(name: str, request: Instance, language_model: HFLM) -> None:
 
 
 def check_tokens(questions: Sequence[Question], language_model: HFLM) -> None:
-    """Refuse prompts of no token, or with one that the model has no row for.
+    """Refuse prompts without tokens, or with a token that the model has no row for.
 
     Raises:
         ObjectiveError: There is one, or the tokenizer cannot encode it.
@@ -140,9 +140,9 @@ def check_tokens(questions: Sequence[Question], language_model: HFLM) -> None:
 
 
 def snapshots(questions: Sequence[Question], language_model: HFLM) -> list[ItemSnapshot]:
-    """Return the questions' snapshots, and warn once of prompts that lose their beginning.
+    """Return the questions' snapshots, and warn once of truncated prompts.
 
-    lm-eval would warn on each call, prompt by prompt.
+    lm-eval would warn in every call, prompt by prompt.
     """
     of_task = {question.item.task: question for question in questions}
     rules = {name: _rules(question) for name, question in of_task.items()}
@@ -185,7 +185,7 @@ def _tokens(request: Instance, language_model: HFLM) -> list[int]:
 
 
 def _count_tokens(tokens: Sequence[list[int]]) -> int:
-    """Count the tokens of a question's requests, a beginning they share once."""
+    """Count the tokens of a question's requests, a shared prefix once."""
     shared = min(common_length(tokens[0], each) for each in tokens)
     return sum(map(len, tokens)) - shared * (len(tokens) - 1)
 
@@ -211,9 +211,9 @@ def _is_truncated(request: Instance, tokens: Sequence[int], language_model: HFLM
 
 
 def _prompt_and_settings(question: Question) -> tuple[str, str]:
-    """Return the text of all requests and the generation settings, "" where there are none.
+    """Return the text of all requests, and the generation settings or "".
 
-    A multiple choice has its prompt once and every choice.
+    For multiple choice: the prompt once, then every choice.
     """
     parts: list[str] = []
     for request in question.requests:

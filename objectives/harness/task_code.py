@@ -1,4 +1,4 @@
-"""Python that a task's files bring along: found without running any of it.
+"""Find Python code in task files without running any of it.
 
 lm-eval imports what ``!function`` names while it reads a task, and has ``evaluate`` run a metric
 that it does not know as a script. Its templates are Jinja, which reaches Python outside a sandbox.
@@ -22,7 +22,7 @@ _STANDARD = "tag:yaml.org,2002:"  # of YAML's own types
 
 
 def find_code(file: Path) -> str | None:
-    """Return the first thing in a task file, or in one it includes, that runs code; None: nothing.
+    """Return the first thing in a task file or its includes that runs code; None: nothing.
 
     lm-eval's own files are as trusted as lm-eval.
 
@@ -37,7 +37,7 @@ def _code_in(file: Path, seen: set[Path]) -> Iterator[str]:
     if file in seen or file.is_relative_to(LM_EVAL_TASKS.resolve()):
         return
     seen.add(file)
-    try:  # into events alone, of which nothing is made
+    try:  # only events are parsed, no objects are constructed
         for event in yaml.parse(file.read_bytes()):
             tag = getattr(event, "tag", None) or "!"
             if tag != "!" and (not tag.startswith(_STANDARD) or "python" in tag):
@@ -64,7 +64,7 @@ def _scripts(part: Any) -> Iterator[str]:
 
 
 def sandbox_templates() -> None:
-    """Have lm-eval render all templates in a sandbox, in which no text is another."""
+    """Let lm-eval render all templates in Jinja's sandbox; rendered texts are the same."""
     plain = lm_eval.utils.env
     if not isinstance(plain, SandboxedEnvironment):
         sandbox = SandboxedEnvironment(

@@ -84,7 +84,7 @@ class SafeTaskFactory(TaskFactory):  # type: ignore[misc]  # lm-eval is publishe
 
 @contextlib.contextmanager
 def limited_templates(task: str) -> Iterator[None]:
-    """Have a task's templates filled in within limits of time and length for each."""
+    """Limit the time and the output of rendering each of a task's templates."""
     apply = utils.apply_template
 
     def limited(template: str, document: dict[str, Any]) -> str:
@@ -105,7 +105,7 @@ def limited_templates(task: str) -> Iterator[None]:
 
 
 def _inside_folder_of(entry: Entry) -> contextlib.AbstractContextManager[None]:
-    # lm-eval's own YAMLs have no files, and folder names there can be taken for data sets
+    # lm-eval's own tasks have no data files, and its folder names can be mistaken for data sets
     if entry.yaml_path is None or entry.yaml_path.is_relative_to(LM_EVAL_TASKS):
         return contextlib.nullcontext()
     return contextlib.chdir(entry.yaml_path.parent)

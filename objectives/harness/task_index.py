@@ -1,7 +1,7 @@
-"""Find lm-eval tasks by name: in the user's folders, else in lm-eval's own index, kept on disk.
+"""Find lm-eval tasks by name: in the user's folders, else in lm-eval's own index, cached on disk.
 
-lm-eval parses 14,000 YAML files to know its task names, ten seconds of every start. That is done
-once per version of lm-eval; the result is kept in the cache folder.
+lm-eval parses 14,000 YAML files to learn its task names, which takes ten seconds. It is done once
+per version of lm-eval.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from typing import Any
 import yaml
 from lm_eval.tasks import TaskManager
 
-# Private, but the type of ``TaskManager.task_index``: an index that is kept has to make them.
+# Private, but the type of ``TaskManager.task_index``, which a cached index has to recreate.
 from lm_eval.tasks._index import Entry, Kind
 
 # Private, and lm-eval's only reader of task files: it knows their includes and functions.
@@ -50,7 +50,7 @@ def find_tasks(names: Sequence[str], include_path: Sequence[Path]) -> TaskManage
     for file in (file for folder in folders for file in folder.rglob("*.yaml")):
         if file.exists() and not file.is_file() and not file.is_dir():
             raise ObjectiveError(f"{file}: no plain file; take it out of the folder")
-        with suppress(OSError, yaml.YAMLError):  # said where the file is needed
+        with suppress(OSError, yaml.YAMLError):  # raised when the file is needed
             _check_depth(file)
     manager = TaskManager(include_defaults=False, include_path=folders)
     index = manager.task_index
@@ -71,7 +71,7 @@ def registered_tasks() -> Mapping[str, Entry]:
 
 @functools.cache
 def read_index(file: Path) -> Mapping[str, Entry]:
-    """Read the kept index, or build and keep it if the file is missing or damaged."""
+    """Read the cached index, or build and cache it if the file is missing or damaged."""
     with suppress(OSError, ValueError, KeyError, TypeError):
         rows = json.loads(file.read_text(encoding="utf-8"))
         return {
@@ -96,7 +96,7 @@ def _row(entry: Entry) -> list[Any]:
 
 
 def _cache_folder() -> Path:
-    """Return the folder that also keeps the engine's statistics."""
+    """Return the cache folder, the same as ``merge_engine``'s."""
     if own := os.environ.get("MERGESEARCH_CACHE"):
         return Path(os.path.expanduser(own))
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "mergesearch"
@@ -171,7 +171,7 @@ def read_task(file: Path, *, recursive: bool = True) -> dict[str, Any]:
 
 
 def _check_depth(file: Path) -> None:
-    """Refuse a file nested so deeply that reading it would end the process."""
+    """Refuse a file nested so deeply that reading it would crash the process."""
     depth = 0
     for event in yaml.parse(file.read_bytes(), getattr(yaml, "CSafeLoader", yaml.SafeLoader)):
         depth += isinstance(event, yaml.CollectionStartEvent)

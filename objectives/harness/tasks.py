@@ -1,6 +1,6 @@
-"""lm-eval's tasks, loaded: their items and metrics, all that needs no model.
+"""Load lm-eval's tasks with their items and metrics: everything that needs no model.
 
-Nothing here imports transformers, which takes seconds: errors in a task are found before.
+Nothing here imports transformers, which takes seconds, so errors in tasks are reported before.
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ _DOCUMENT_SECONDS = 10.0  # for the templates of one row
 
 
 class TaskRandomState:
-    """States of the global random generators for one task's code, kept between its calls.
+    """Global random states of one task's code, kept between its calls.
 
-    Task files draw from these generators, numpy's legacy one too. Their first state is that of
-    ``simple_evaluate``'s default seeds.
+    Task code draws from the global generators of Python, numpy and torch. The first state is that
+    of ``simple_evaluate``'s default seeds.
     """
 
     def __init__(self) -> None:
@@ -45,7 +45,7 @@ class TaskRandomState:
 
     @contextlib.contextmanager
     def active(self) -> Iterator[None]:
-        """Run a task's code with its own random states, and restore everyone else's."""
+        """Run a task's code with its own random states, then restore the previous ones."""
         others = _get_states()
         with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
             if self._states is None:
