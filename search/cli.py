@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from search.running.events import Listener
 
 STOPPED, BAD_INPUT, INTERRUPTED = 1, 2, 130
-AGAIN = "the same command goes on from here"
+AGAIN = "repeat the command to continue"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -98,10 +98,10 @@ def _expected(error: Exception) -> tuple[str, int] | None:
     if isinstance(error, MergeError | ObjectiveError | StudyError):
         return printable(str(error)), BAD_INPUT  # it may quote a file's or a model's own words
     if isinstance(error, Interrupted):
-        return f"{error}; when that is mended, {AGAIN}", STOPPED
+        return f"{error}; when that is fixed, {AGAIN}", STOPPED
     if isinstance(error, OSError) and error.errno in FULL:
         where = f"{error.filename}: " if error.filename else ""
-        return f"{where}{error.strerror}; when there is room, {AGAIN}", STOPPED
+        return f"{where}{error.strerror}; when there is space, {AGAIN}", STOPPED
     if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
         return f"{str(error.filename)[:100]}...: {error.strerror}; choose another", BAD_INPUT
     return _of_database(error)
@@ -117,7 +117,7 @@ def _of_database(error: Exception) -> tuple[str, int] | None:
         return None
     what = f"the run's database: {printable(reason_of(error))}"
     if is_transient(error):
-        return f"{what}; when that is mended, {AGAIN}", STOPPED
+        return f"{what}; when that is fixed, {AGAIN}", STOPPED
     return f"{what}; restore it from a copy, or start over with --force-new", BAD_INPUT
 
 

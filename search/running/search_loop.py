@@ -257,8 +257,10 @@ class SearchLoop:
             self.run.listener(
                 Note(
                     f"early stopping after {len(finished)} trials: {why}; with search.stop: false "
-                    "the search goes on"
+                    "the search would continue"
                 )
             )
         elif len(finished) < self.run.spec.search.trials:
-            self.run.listener(Note("the time is up; run it again to go on searching"))
+            self.run.listener(
+                Note("the time limit is reached; run it again to continue the search")
+            )

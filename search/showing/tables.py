@@ -108,7 +108,8 @@ def _print_verdict(console: Console, result: Result, best_donor: str) -> None:
     if result.untuned:
         console.print(shown(result.untuned.text), highlight=False)
     if lead.items_to_decide is not None:
-        console.print(f"About {lead.items_to_decide} test items would show a lead of this size.")
+        needed = f"About {lead.items_to_decide} test items would be needed to show"
+        console.print(f"{needed} a lead of this size.")
     select = "" if result.select_score is None else f", {percent(result.select_score)} on select"
     console.print(
         f"Winner: estimate {percent(result.search_score)} and posterior mean "

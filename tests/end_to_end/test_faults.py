@@ -14,7 +14,7 @@ from search.storing.folder import DATABASE
 from search.storing.store import Store
 from search.storing.trials import TrialLog
 
-AGAIN = "the same command goes on from here"
+AGAIN = "repeat the command to continue"
 
 
 @pytest.fixture(scope="module")

@@ -759,7 +759,7 @@ def test_sigterm_stops_a_run_like_ctrl_c(done, tmp_path, make_study):
     process.terminate()
     error = process.communicate(timeout=60)[1]
     assert process.returncode in (130, 143)
-    assert "the same command goes on from here" in error
+    assert "repeat the command to continue" in error
 
 
 def told_answers(run):

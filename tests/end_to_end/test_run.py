@@ -197,7 +197,7 @@ def test_interrupted_run_stores_its_block_and_says_how_to_go_on(
     assert len(answers_of(run)) == len(blocks) == 6
     error = capfd.readouterr().err
     assert "stopping after this block" in error
-    assert "the same command goes on from here" in error
+    assert "repeat the command to continue" in error
 
 
 @pytest.mark.usefixtures("_default_interrupts")

@@ -87,7 +87,7 @@ def test_card_of_another_trial_has_no_test_that_was_not_made(run, tmp_path):
         options = ["--trial", str(number), "--device", "cpu"]
         assert main(["export", str(run), str(out), *options]) == 0
         text = (out / "README.md").read_text()
-        assert f"trial {number} of its run and **not a recipe" in text
+        assert f"trial {number} of its run and **not the recipe" in text
         assert ("| this trial |" in text) == tested
         assert ("model-index" in text) == tested
         assert ("It has not been tested" in text) != tested

@@ -184,7 +184,7 @@ def test_hub_that_fails_is_exit_1_with_advice(hub, push, failing):
     hub.failing = failing
     status, _, error = push(hub.url)
     assert status == 1
-    assert "when that is mended, the same command goes on" in error
+    assert "when that is fixed, repeat the command" in error
     assert "log in" not in error
     assert error.count("\n") == 1
 

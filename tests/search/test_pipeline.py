@@ -47,7 +47,7 @@ def test_session_whose_time_is_up_concludes(context, tmp_path):
     run = simulated_run(tmp_path / "run", context, listener=events.append)
     finish(run, 0.0)
     assert read_result(run.folder).trials == 1
-    assert any(isinstance(one, Note) and "the time is up" in one.text for one in events)
+    assert any(isinstance(one, Note) and "the time limit" in one.text for one in events)
 
 
 def test_report_is_there_during_a_search_and_its_failure_stops_nothing(tmp_path, monkeypatch):

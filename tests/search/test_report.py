@@ -136,14 +136,14 @@ def test_interrupted_run_has_a_page_without_a_result(tmp_path, trials):
     words = drawn(run.folder).text
     assert f"The search has stopped: {trials} of at most 16 trials" in words
     with locked(run.folder):
-        assert f"The search goes on: {trials} of at most 16 trials" in drawn(run.folder).text
+        assert f"The search is running: {trials} of at most 16 trials" in drawn(run.folder).text
     by_the_run_itself = make_report(run.folder, run.store)
     assert f"The search so far: {trials} of" in by_the_run_itself
     assert "On the test items" not in words
     assert ("with a posterior mean of" in words) == (trials > 2)
     assert ("On the search items so far" in words) == (trials > 2)
     if trials > 2:
-        table = words.partition("On the search items so far")[2].partition("this is no result")
+        table = words.partition("On the search items so far")[2].partition("not a result")
         for name in ("base", "a", "b", "c", "uniform", "best so far"):
             items, score = re.search(rf" {name} (\d+) items (\d+\.\d) ± \d+", table[0]).groups()
             assert int(items) % 20 == 0

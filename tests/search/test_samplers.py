@@ -94,7 +94,7 @@ def test_grid_is_an_even_curve_of_each_method():
     [
         ("nowhere.to:Find", "No module named 'nowhere'; install it"),
         ("optuna.samplers:Oracle", "has no attribute 'Oracle'"),
-        ("optuna.study:Study", "no subclass of optuna.samplers.BaseSampler"),
+        ("optuna.study:Study", "is not a subclass of optuna.samplers.BaseSampler"),
     ],
 )
 def test_sampler_class_that_cannot_be_used_is_refused(name, message):

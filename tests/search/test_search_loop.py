@@ -122,7 +122,7 @@ def test_timeout_begins_no_trial_but_the_first_and_a_later_session_goes_on(conte
     run = simulated_run(tmp_path / "run", context, listener=notes.append)
     search(run, timeout=0.0)
     assert len(run.log.finished()) == 1
-    assert any(isinstance(one, Note) and "the time is up" in one.text for one in notes)
+    assert any(isinstance(one, Note) and "the time limit" in one.text for one in notes)
     search(simulated_run(tmp_path / "run", context))
     whole = simulated_run(tmp_path / "whole", context)
     search(whole)

@@ -116,7 +116,7 @@ def test_run_whose_server_stays_away_stops_and_goes_on_later(
     out, error = capfd.readouterr()
     assert out.count("waiting for it") == 1
     assert "is gone: connection failed" in error
-    assert "the same command goes on from here" in error
+    assert "repeat the command to continue" in error
     assert PASSWORD not in out + error
     assert main(command(study, run, *options)) == 0
     decisions, _ = outcome(run, server.url())

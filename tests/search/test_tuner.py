@@ -140,7 +140,7 @@ def test_study_without_gradients_is_refused_if_it_is_to_be_tuned(study, tmp_path
 def test_page_shows_every_step_and_every_point_of_the_path(finished):
     store, page = Store(finished / DATABASE), (finished / "report.html").read_text()
     steps = [one for one in store.steps() if one.step]
-    assert f"{len(steps)} steps, each by the gradient" in page
+    assert f"{len(steps)} gradient steps" in page
     assert all(f"<title>step {one.step}: " in page for one in steps)
     trials = TrialLog(store.study()).complete()
     points = [trial for trial in trials if (trial.start or "").startswith(PATH_PREFIX)]
