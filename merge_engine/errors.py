@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import errno
+import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
@@ -13,6 +14,12 @@ from merge_engine.out_of_memory import is_out_of_memory
 
 FULL = (errno.ENOSPC, errno.EDQUOT)  # of a full disk
 _SHOWN = 300  # characters of a library's message
+_YAML_WORDS = (  # pydantic's words, and YAML's for the same
+    (r"^Value error, ", ""),
+    (r"valid tuple", "list"),
+    (r"^(Tuple|List) should have at least 1 item .*", "Input should be a list with an entry"),
+    (r"valid dictionary( or instance of \w+)?", "mapping"),
+)
 _PLAIN = (  # Python's messages about its own limits, and plainer ones
     ("maximum recursion depth", "it is nested too deeply, or in itself"),
     ("Exceeds the limit", "it has a number of thousands of digits"),
@@ -68,6 +75,9 @@ def check_keys(where: str, keys: Iterable[object], known: Iterable[str], kind: s
 def first_error(error: ValidationError) -> str:
     """Return pydantic's first complaint in one line: where, what is wrong, and the input."""
     first = error.errors()[0]
-    where = ".".join(str(part) for part in first["loc"])
-    said = first["msg"].replace("valid tuple", "list")  # as YAML calls it
+    parts = [str(part) for part in first["loc"]]
+    where = ".".join(part for part in parts if not part.startswith("function-"))  # pydantic's own
+    said = first["msg"]
+    for words, others in _YAML_WORDS:
+        said = re.sub(words, others, said)
     return f"{where}: {said} (got {first['input']!r})"

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict
+from pydantic import BaseModel, BeforeValidator, ConfigDict, model_validator
 from typing_extensions import override
 
 from merge_engine.errors import MergeError, reading, reason
@@ -23,9 +23,21 @@ DtypeName = Annotated[
 
 
 class FrozenModel(BaseModel):
-    """An immutable pydantic model that refuses unknown keys."""
+    """An immutable pydantic model that refuses unknown keys.
+
+    A field with a default may be null, as YAML reads a key with nothing behind it: it is then as if
+    left out.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_nulls(cls, raw: Any) -> Any:
+        if not isinstance(raw, dict):
+            return raw
+        optional = {name for name, field in cls.model_fields.items() if not field.is_required()}
+        return {key: v for key, v in raw.items() if v is not None or key not in optional}
 
     @override
     def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> Self:

@@ -29,7 +29,7 @@ from merge_engine.models.lora import Adapter
 from merge_engine.models.model_folder import WEIGHTS, Weights, find_weights, read_json, way_out
 from merge_engine.models.quantised import find_quantised
 from merge_engine.models.tensor_names import input_embedding, is_head_weight, layer_position
-from merge_engine.models.weights_file import DTYPES, can_be_mapped, open_weights, read_rows
+from merge_engine.models.weights_file import DTYPES, OpenFiles, can_be_mapped, read_rows
 from merge_engine.numerics.statistics import all_finite
 from merge_engine.schema import find_folder
 
@@ -60,7 +60,7 @@ class Checkpoint:
     def __init__(self, model: str, folder: Path | None = None) -> None:
         self.model = model
         self.folder = folder or locate(model)
-        self._handles: dict[Path, Any] = {}  # open files
+        self._opened = OpenFiles()
 
     @property
     def tokenizer_folder(self) -> Path:
@@ -120,7 +120,7 @@ class Checkpoint:
         """Return each stored tensor's file and header; refuse what is not a model's own weights."""
         found: dict[str, tuple[Path, Any]] = {}
         for file in self._weights.files:
-            handle = self._open(file)
+            handle = self._opened.open(file)
             found |= {name: (file, handle.get_slice(name)) for name in handle.keys()}  # noqa: SIM118
         dtypes = {name: part.get_dtype() for name, (_, part) in found.items()}
         if quantised := find_quantised(dtypes, self.config):
@@ -155,7 +155,9 @@ class Checkpoint:
         rows = (
             sorted({last * number // (_ROWS - 1) for number in range(_ROWS)}) if last > 0 else [0]
         )
-        mine, its = (read_rows(self._open(found[n].file), n, rows) for n in (head, embedding))
+        mine, its = (
+            read_rows(self._opened.open(found[n].file), n, rows) for n in (head, embedding)
+        )
         return torch.equal(mine, its)
 
     @cached_property
@@ -212,7 +214,7 @@ class Checkpoint:
             MergeError: The tensor is missing, or its file is damaged.
         """
         with reading(f"model {self.model!r}: cannot read {name!r}"):
-            tensor: Tensor = self._open(self.tensors[name].file).get_tensor(name)
+            tensor: Tensor = self._opened.open(self.tensors[name].file).get_tensor(name)
         return tensor
 
     def file_of(self, name: str) -> Path:
@@ -225,7 +227,7 @@ class Checkpoint:
 
     def release(self) -> None:
         """Close the files: their mapped pages count as this process's memory until then."""
-        self._handles.clear()
+        self._opened.close()
 
     @property
     def unmapped(self) -> int:
@@ -238,11 +240,6 @@ class Checkpoint:
         if found is None:
             raise self._missing(" or ".join(WEIGHTS))
         return found
-
-    def _open(self, file: Path) -> Any:
-        if file not in self._handles:
-            self._handles[file] = open_weights(file)
-        return self._handles[file]
 
 
 class Adapted(Checkpoint):

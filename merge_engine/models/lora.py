@@ -18,7 +18,7 @@ from torch import Tensor
 from merge_engine.errors import MergeError, reading
 from merge_engine.models.adapter_config import read_adapter_config
 from merge_engine.models.model_folder import find_adapter, read_json
-from merge_engine.models.weights_file import open_weights
+from merge_engine.models.weights_file import OpenFiles
 
 _PREFIX = "base_model.model."
 _WRAPPERS = re.compile(r"\.(base_layer|original_module|token_adapter|modules_to_save)(?=\.)")
@@ -83,9 +83,9 @@ class Adapter:
             )
         self.weights = find_adapter(folder)
         self.files = (folder / "adapter_config.json", self.weights)
-        self._handle: Any = None  # the open file
+        self._opened = OpenFiles()
         self.config = read_adapter_config(self.files[0])
-        file = self._open()
+        file = self._opened.open(self.weights)
         self.shapes = {key: tuple(file.get_slice(key).get_shape()) for key in sorted(file.keys())}
         self.changes: dict[str, Change] = {}
         self._add_all()
@@ -126,16 +126,11 @@ class Adapter:
 
     def release(self) -> None:
         """Close the file."""
-        self._handle = None
+        self._opened.close()
 
     def _read(self, key: str) -> Tensor:
-        tensor: Tensor = self._open().get_tensor(key)
+        tensor: Tensor = self._opened.open(self.weights).get_tensor(key)
         return tensor.float()
-
-    def _open(self) -> Any:
-        if self._handle is None:
-            self._handle = open_weights(self.weights)
-        return self._handle
 
     def _change(self, name: str, **parts: Any) -> None:
         self.changes[name] = replace(self.changes.get(name, Change()), **parts)

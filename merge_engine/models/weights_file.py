@@ -51,6 +51,36 @@ def open_weights(file: Path) -> Any:
         return safe_open(file, framework="pt", device="cpu")
 
 
+class OpenFiles:
+    """Open files of weights, which are mapped: none is read that has become shorter.
+
+    Reading a mapped page beyond a file's end would end the process.
+    """
+
+    def __init__(self) -> None:
+        self._opened: dict[Path, tuple[Any, int]] = {}  # with the size when it was opened
+
+    def open(self, file: Path) -> Any:
+        """Return a file as ``open_weights`` does, opened once.
+
+        Raises:
+            MergeError: As there; or it has become shorter, or has gone, since it was opened.
+        """
+        if file not in self._opened:
+            self._opened[file] = open_weights(file), file.stat().st_size
+        opened, size = self._opened[file]
+        if not file.is_file() or file.stat().st_size < size:
+            raise MergeError(
+                f"{file}: was cut short or removed while it was read; restore it, and repeat the "
+                "command"
+            )
+        return opened
+
+    def close(self) -> None:
+        """Close them all: until then what was read of them counts as this process's memory."""
+        self._opened.clear()
+
+
 def _is_pointer(file: Path) -> bool:
     try:
         with file.open("rb") as opened:

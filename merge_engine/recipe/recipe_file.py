@@ -116,7 +116,8 @@ def parse_recipe(mapping: Mapping[str, Any], where: str) -> tuple[Recipe, list[s
         raise MergeError(
             f"{where}: unknown merge_method {method!r}{suggestion(str(method), METHODS)}"
         )
-    given = [form for form in ("models", "slices", "modules") if mapping.get(form) is not None]
+    forms = ("models", "slices", "modules")
+    given = [form for form in forms if mapping.get(form) not in (None, [], {})]
     if len(given) != 1:
         found = f"it has {' and '.join(given)}" if given else "it has none"
         raise MergeError(f"{where}: a recipe has one of models, slices and modules; {found}")
@@ -152,16 +153,19 @@ _EXAMPLES = {
 
 def _entries(mapping: Mapping[str, Any], path: str) -> Iterator[tuple[str, Any, type[BaseModel]]]:
     """Yield the path of each mapping nested in a recipe, the mapping, and the model it must fit."""
-    for name in _LISTS.keys() & mapping.keys():
-        entries = mapping[name]
+    for name, kind in _LISTS.items():
+        if (entries := mapping.get(name)) is None:
+            continue
         if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
             raise MergeError(f"{path}: {name!r} has to be a list of {_EXAMPLES[name]}")
         for index, entry in enumerate(entries):
-            yield f"{path}: {name}[{index}]", entry, _LISTS[name]
+            yield f"{path}: {name}[{index}]", entry, kind
             yield from _entries(entry, f"{path}: {name}[{index}]")
     for name, module in _mapping(mapping, "modules", path).items():
         if not isinstance(module, dict):
-            raise MergeError(f"{path}: modules.{name} has to be a mapping with 'slices'")
+            raise MergeError(
+                f"{path}: modules.{name} has to be a mapping with 'models' or 'slices'"
+            )
         yield f"{path}: modules.{name}", module, Module
         yield from _entries(module, f"{path}: modules.{name}")
 

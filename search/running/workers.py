@@ -184,7 +184,7 @@ class Worker:
             found = objective.loss(builder.model, items, [labels[item] for item in items])
             return saturate(found)
 
-        with self._oom_fails_candidate():
+        with self._unchanged_weights(), self._oom_fails_candidate():
             builder.build(job.recipe)
             if job.weights:
                 found, gradient = self._gradients().of_items(loss, job.items, job.weights)
@@ -227,7 +227,7 @@ class Worker:
             MergeError: The recipe cannot be built.
             ObjectiveError: The model it makes gives no usable text.
         """
-        with self._oom_fails_candidate():
+        with self._unchanged_weights(), self._oom_fails_candidate():
             self.context.builder.build(job.recipe)
             model = self.context.builder.model
             return AnswerReply(self.context.objective.right_answers(model, job.items))
@@ -243,7 +243,7 @@ class Worker:
             MergeError: The recipe cannot be built.
             ObjectiveError: The model it makes gives no usable text, or a prompt cannot be used.
         """
-        with self._oom_fails_candidate():
+        with self._unchanged_weights(), self._oom_fails_candidate():
             if isinstance(to, PromptEntry):
                 objective, items = self._prompts(to, template), [*range(len(to.prompts))]
             else:

@@ -77,7 +77,8 @@ def parse_study(mapping: Mapping[str, Any], folder: Path, where: str) -> StudySp
             dict(mapping) | blocks | {"base_model": base, "models": models}
         )
     except ValidationError as error:
-        raise StudyError(f"{where}: {first_error(error)}") from None
+        said = first_error(error).replace("search.ranges.", "search.")  # as the study has it
+        raise StudyError(f"{where}: {said}") from None
     _check(spec, where)
     return spec
 
@@ -86,10 +87,10 @@ def parse_study(mapping: Mapping[str, Any], folder: Path, where: str) -> StudySp
 
 
 def _block(mapping: Mapping[str, Any], name: str, where: str) -> dict[str, Any]:
-    block = mapping.get(name) or {}
-    if not isinstance(block, dict):
+    block = mapping.get(name)
+    if not isinstance(block, dict | None):
         raise StudyError(f"{where}: {name!r} has to be a mapping, got {block!r}")
-    return dict(block)
+    return dict(block or {})
 
 
 def _model(model: object, folder: Path) -> object:
@@ -102,8 +103,10 @@ def _model(model: object, folder: Path) -> object:
 
 
 def _donor(donor: object, folder: Path, where: str) -> object:
-    if not isinstance(donor, dict):
+    if isinstance(donor, str):
         return _model(donor, folder)
+    if not isinstance(donor, dict):
+        raise StudyError(f"{where} has to be a model or {{model, minus}}, got {donor!r}")
     check_keys(where, donor, ModelDifference.model_fields)
     try:
         return ModelDifference.model_validate(
@@ -136,8 +139,9 @@ def _search(
     at_most = raw.get("at_most")
     most = at_most if isinstance(at_most, int) and at_most > 0 else None  # else refused later
     allowed = allowed_methods(donors, most, aligned=aligned)
-    raw.setdefault("methods", [name for name in allowed if name != "passthrough"])
-    methods = raw["methods"]
+    methods = raw.get("methods")
+    if methods is None:
+        methods = [name for name in allowed if name != "passthrough"]
     if not isinstance(methods, list | tuple):
         raise StudyError(f"{where}: search.methods has to be a list, got {methods!r}")
     check_keys(f"{where}: search.methods", methods, METHODS, "method")
@@ -146,13 +150,14 @@ def _search(
     ranges = {name: value for name, value in raw.items() if name not in own}
     kept = {name: value for name, value in raw.items() if name in own}
     return kept | {
+        "methods": methods,
         "ranges": ranges,
         "start": _paths(raw.get("start"), folder, f"{where}: search.start"),
     }
 
 
 def _objective(raw: dict[str, Any], folder: Path, where: str) -> dict[str, Any]:
-    entries = raw.get("tasks") or []
+    entries = raw.get("tasks", [])
     if not isinstance(entries, list | tuple):
         raise StudyError(f"{where}: objective.tasks has to be a list, got {entries!r}")
     raw["tasks"] = [
@@ -169,7 +174,7 @@ def _objective(raw: dict[str, Any], folder: Path, where: str) -> dict[str, Any]:
 
 def _paths(raw: Any, folder: Path, where: str) -> list[Path]:
     """Return the absolute paths of one that is given alone, or of a list."""
-    paths = [raw] if isinstance(raw, str) else raw or []
+    paths = [raw] if isinstance(raw, str) else [] if raw is None else raw
     if not isinstance(paths, list | tuple) or not all(isinstance(path, str) for path in paths):
         raise StudyError(f"{where} has to be a path or a list of paths, got {raw!r}")
     try:
@@ -196,9 +201,12 @@ def _entry(raw: object, folder: Path, where: str) -> Entry:
 
 def _text_files(raw: object, folder: Path, where: str) -> list[Path]:
     """Return the files of paths and patterns, in the order given, each pattern's sorted."""
+    patterns = [raw] if isinstance(raw, str) else raw
+    if not isinstance(patterns, list) or not all(isinstance(each, str) for each in patterns):
+        raise StudyError(f"{where}: text has to be a path or a list of paths, got {raw!r}")
     files = []
-    for pattern in [raw] if isinstance(raw, str) else raw if isinstance(raw, list) else []:
-        wanted = str(folder / str(pattern))
+    for pattern in patterns:
+        wanted = str(folder / pattern)
         with time_limit(_GLOB_SECONDS, f"{where}: looking for {wanted}"):
             paths = [*itertools.islice(glob.iglob(wanted, recursive=True), _TEXTS + 1)]
             found = [name for name in sorted(paths) if find_file(name)]

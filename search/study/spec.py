@@ -32,11 +32,17 @@ Count = Annotated[PositiveInt, Field(le=1_000_000_000)]
 Seed = Annotated[NonNegativeInt, Field(le=2**63 - 1)]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 
+
+def _parse_range(raw: object) -> object:
+    if isinstance(raw, int | float | str):
+        return raw, raw
+    if isinstance(raw, list | tuple) and len(raw) == 2:
+        return raw
+    raise ValueError("a range is a number, or [low, high]")
+
+
 # A number fixes a parameter; [low, high] searches it.
-Range = Annotated[
-    tuple[float, float],
-    BeforeValidator(lambda raw: raw if isinstance(raw, list | tuple) else (raw, raw)),
-]
+Range = Annotated[tuple[float, float], BeforeValidator(_parse_range)]
 
 
 class BelowBase(FrozenModel):
@@ -46,9 +52,11 @@ class BelowBase(FrozenModel):
 
 
 def _parse_floor(raw: object) -> object:
-    if not isinstance(raw, str):
+    if isinstance(raw, int | float | BelowBase | dict):
         return raw
-    if match := re.fullmatch(r"base(?:\s*-\s*(\d*\.?\d+))?", raw.strip()):
+    if isinstance(raw, str) and (
+        match := re.fullmatch(r"base(?:\s*-\s*(\d*\.?\d+))?", raw.strip())
+    ):
         return BelowBase(margin=float(match[1] or 0))
     raise ValueError("a floor is a number, or one like 'base - 0.02'")
 

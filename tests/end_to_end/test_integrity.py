@@ -20,6 +20,8 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
+from merge_engine.models.model_set import ModelSet
+from merge_engine.models.placement import ON_DISK
 from merge_engine.models.statistics_cache import StatisticsCache
 from search.cli import main
 from search.storing.folder import DATABASE
@@ -806,31 +808,56 @@ def test_clock_that_runs_backwards_ends_nothing(done, tmp_path, monkeypatch):
     assert (tmp_path / "run" / "result.json").is_file()
 
 
-def test_donor_cut_short_while_it_is_read_leaves_nothing_half(models):
+def test_donor_cut_short_while_it_is_mapped_is_one_line_and_leaves_nothing_half(models):
     code = (
-        "import os, sys, pathlib, search.cli as c, merge_engine.building.export as e\n"
-        "write = e._write_header\n"
+        "import os, sys, search.cli as c, merge_engine.building.builder as b\n"
+        "merge, count = b.merge_tensor, iter(range(999))\n"
         "def cut(*a):\n"
-        "    os.truncate(pathlib.Path('a/model.safetensors'), 100)\n"
-        "    return write(*a)\n"
-        "e._write_header = cut\n"
+        "    if next(count) == 3:\n"
+        "        os.truncate('a/model.safetensors', 100)\n"
+        "    return merge(*a)\n"
+        "b.merge_tensor = cut\n"
         "sys.exit(c.main(['build', 'recipe.yaml', 'out', '--device', 'cpu']))\n"
     )
     whole = (models / "a" / "model.safetensors").read_bytes()
-    subprocess.run([sys.executable, "-c", code], cwd=models, capture_output=True)
-    assert not (models / "out").exists()
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, cwd=models, capture_output=True, text=True)
+    assert done.returncode == 2, done  # not by SIGBUS
+    assert done.stderr.count("\n") == 1
+    assert "a/model.safetensors: was cut short or removed while it was read" in done.stderr
+    assert not list(models.glob("out*"))
     (models / "a" / "model.safetensors").write_bytes(whole)
     assert build(models, models / "out") == 0
     assert [path.name for path in models.glob("out*")] == ["out"]
 
 
-def test_donor_altered_while_a_run_goes_on_stops_it(make_study, zoo, tmp_path, monkeypatch, capsys):
+def cut_short(path):
+    os.truncate(path, 100)
+
+
+def treble(path):
+    tensors = load_file(path)
+    tensors["model.norm.weight"] = tensors["model.norm.weight"] * 3
+    save_file(tensors, path, metadata={"format": "pt"})
+
+
+def answers_of(run):
+    with sqlite3.connect(run / DATABASE) as database:
+        columns = "recipe, split, block, answers"
+        return {*database.execute(f"select {columns} from mergesearch_answers")}
+
+
+@pytest.mark.parametrize(("change", "on_disk"), [(cut_short, True), (treble, False)])
+def test_donor_changed_while_a_run_goes_on_stops_it_and_restored_it_goes_on(
+    make_study, models, monkeypatch, capsys, change, on_disk
+):
     from search.running.workers import LocalWorker
 
-    shutil.copytree(zoo / "a", tmp_path / "a")
+    donor = models / "a" / "model.safetensors"
+    whole = donor.read_bytes()
     study = make_study(
-        tmp_path / "study",
-        models=[str(tmp_path / "a"), str(zoo / "b")],
+        models / "study",
+        models=[str(models / "a"), str(models / "b")],
         search__trials=4,
         search__methods=["task_arithmetic"],
     )
@@ -839,18 +866,22 @@ def test_donor_altered_while_a_run_goes_on_stops_it(make_study, zoo, tmp_path, m
     def next_of(worker):
         asked.append(0)
         if len(asked) == 5:
-            path = tmp_path / "a" / "model.safetensors"
-            tensors = load_file(path)
-            tensors["model.norm.weight"] = tensors["model.norm.weight"] * 3
-            save_file(tensors, path, metadata={"format": "pt"})
+            change(donor)
         return ask(worker)
 
+    if on_disk:
+        place = ModelSet.place
+        monkeypatch.setattr(ModelSet, "place", lambda own, device, _: place(own, device, ON_DISK))
     monkeypatch.setattr(LocalWorker, "next", next_of)
-    assert main(["run", str(study), "--out", str(tmp_path / "run"), "--device", "cpu"]) == 2
-    error = capsys.readouterr().err
-    assert "changed" in error
-    assert error.count("mergesearch:") == 1
-    assert not (tmp_path / "run" / "result.json").exists()
+    command = ["run", str(study), "--out", str(models / "run"), "--device", "cpu"]
+    assert main(command) == 2
+    one_line(capsys, "a have changed", "restore them")
+    assert not (models / "run" / "result.json").exists()
+    before = answers_of(models / "run")
+    donor.write_bytes(whole)
+    assert main(command) == 0
+    assert before
+    assert before <= answers_of(models / "run")
 
 
 # Names in a terminal and on the page

@@ -39,14 +39,58 @@ def test_shared_parameters_are_not_read_from_a_model():
         ({"base_model": {"model": "a", "override_architecture": "X"}}, "override_architecture is"),
         ({"merge_method": "model_stock", "models": [{"model": "a"}]}, "at least 2 models besides"),
         ({"dtype": "int4"}, "dtype: Input should be"),
-        ({"slices": []}, "one of models, slices and modules; it has models and slices"),
+        (
+            {"slices": [{"sources": [{"model": "a", "layer_range": [0, 1]}]}]},
+            "one of models, slices and modules; it has models and slices",
+        ),
         ({"models": None}, "one of models, slices and modules; it has none"),
+        ({"models": []}, "one of models, slices and modules; it has none"),
+        ({"models": None, "modules": {"t": {}}}, "modules need 'slices' or 'models'"),
+        ({"models": None, "modules": {"t": None}}, "modules.t has to be a mapping with 'models'"),
+        ({"models": None, "modules": [1]}, r"'modules' has to be a mapping \(got \[1\]\)"),
+        ({"models": None, "slices": [{}]}, r"slices.0.sources: Field required"),
+        (
+            {"models": None, "slices": [{"sources": []}]},
+            r"slices.0.sources: Input should be a list with an entry \(got \[\]\)",
+        ),
+        ({"models": None, "slices": [None]}, r"'slices' has to be a list of '- sources:"),
+        ({"models": [None]}, "'models' has to be a list of '- model: NAME' entries"),
+        ({"models": [{"model": None}]}, r"models.0.model: Input should be .* string \(got None"),
+        ({"models": [{"model": "a", "parameters": [1]}]}, r"parameters: Input should be a mapping"),
+        ({"parameters": []}, r"parameters: Input should be a mapping \(got \[\]\)"),
+        ({"parameters": {"lambda": None}}, "parameters.lambda: None: expected a number, a list"),
+        ({"tokenizer": []}, "tokenizer has to be a mapping"),
+        ({"tokenizer": {"tokens": []}}, r"tokenizer: 'tokens' has to be a mapping \(got \[\]\)"),
+        ({"tokenizer": {"tokens": {"x": 3}}}, r"tokenizer.tokens.x: Input should be a mapping"),
+        ({"tokenizer": {"tokens": {"x": {"source": []}}}}, r"x.source: Input should be a mapping"),
         ({"parameters": {"lambda": {"valeu": 1}}}, "a clause has the keys"),
     ],
 )
 def test_wrong_recipe_is_refused_with_the_fix(changes, message):
     with pytest.raises(MergeError, match=message):
         parsed(**changes)
+
+
+@pytest.mark.parametrize(
+    "empty",
+    [
+        {"slices": None, "modules": None},
+        {"slices": [], "modules": {}},
+        {"tokenizer": None, "tokenizer_source": None, "dtype": None, "seed": None},
+        {"tokenizer": {"source": None, "tokens": None}},
+        {"models": [{"model": "a", "parameters": None}]},
+    ],
+)
+def test_key_with_nothing_behind_it_is_as_if_left_out(empty):
+    assert parsed(**empty) == parsed(**_without_empty(empty))
+
+
+def _without_empty(part):
+    if isinstance(part, list):
+        return [_without_empty(entry) for entry in part]
+    if not isinstance(part, dict):
+        return part
+    return {key: _without_empty(value) for key, value in part.items() if value}
 
 
 def test_several_modules_are_refused():

@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import save_file
 
 from merge_engine.errors import MergeError
-from merge_engine.models.weights_file import open_weights
+from merge_engine.models.weights_file import OpenFiles, open_weights
 
 TENSORS = {"a": torch.arange(6.0).reshape(2, 3), "b": torch.arange(4, dtype=torch.int64)}
 
@@ -112,3 +112,19 @@ def test_git_lfs_pointer_is_named(tmp_path, name):
     (tmp_path / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:1\n")
     with pytest.raises(MergeError, match=f"{name}: is a Git LFS pointer.*git lfs pull"):
         open_weights(tmp_path / name)
+
+
+@pytest.mark.parametrize("change", [lambda f: os.truncate(f, 100), os.unlink], ids=["cut", "gone"])
+@pytest.mark.parametrize("name", ["x.safetensors", "x.bin"])
+def test_open_file_that_is_cut_short_or_gone_is_refused_until_it_is_restored(
+    tmp_path, name, change
+):
+    file, files = tmp_path / name, OpenFiles()
+    (save_file if name == "x.safetensors" else torch.save)(TENSORS, file)
+    whole = file.read_bytes()
+    assert torch.equal(files.open(file).get_tensor("a"), TENSORS["a"])
+    change(file)
+    with pytest.raises(MergeError, match=rf"{name}: was cut short or removed .*; restore it"):
+        files.open(file)
+    file.write_bytes(whole)
+    assert torch.equal(files.open(file).get_tensor("a"), TENSORS["a"])

@@ -4,7 +4,7 @@ import pytest
 import yaml
 
 from search.cli import main
-from search.study.reading import load_study
+from search.study.reading import load_study, parse_study
 from search.study.spec import BelowBase, ModelDifference, StudyError, StudySpec
 
 
@@ -101,7 +101,10 @@ def test_sampler_whose_package_is_missing_names_the_extra(make_study, tmp_path, 
         ),
         ({"search__trials": 0}, "search.trials: Input should be greater than 0"),
         ({"objective__task": []}, "objective: unknown key 'task'; did you mean 'tasks'"),
-        ({"objective__tasks": []}, "objective.tasks: Tuple should have at least 1 item"),
+        (
+            {"objective__tasks": []},
+            r"objective.tasks: Input should be a list with an entry \(got \[\]",
+        ),
         ({"objective__tasks": [{"taks": "x"}]}, r"objective.tasks\[0\]: unknown key 'taks'"),
         ({"objective__tasks": [{"text": "no/*.txt"}]}, r"tasks\[0\]: no file .*no/\*.txt"),
         ({"objective__tasks": [{"text": "x", "metric": "acc"}]}, r"tasks\[0\]: unknown key 'me"),
@@ -112,16 +115,55 @@ def test_sampler_whose_package_is_missing_names_the_extra(make_study, tmp_path, 
         ({"objective__batch_size": 0}, "objective.batch_size: Input should be greater than 0"),
         ({"objective__items__select": 0}, "objective.items.select: Input should be greater than 0"),
         ({"objective__include_path": "nowhere"}, "objective.include_path: no folder .*nowhere"),
-        ({"models": []}, "models: Tuple should have at least 1 item"),
+        ({"models": []}, r"models: Input should be a list with an entry \(got \[\]\)"),
         ({"models": "a"}, "models: "),
         ({"dtype": "int8"}, "dtype: Input should be"),
         ({"objective__constraints": {"pick": "bas - 1"}}, "a floor is a number, or one like 'base"),
         ({"objective": [1]}, "'objective' has to be a mapping"),
+        ({"objective": []}, "'objective' has to be a mapping"),
+        ({"objective": None}, "objective.tasks: Input should be a list with an entry"),
+        ({"search": 0}, "'search' has to be a mapping, got 0"),
+        ({"base_model": None}, r"base_model: Input should be a valid string \(got None\)"),
+        ({"models": None}, r"models: Input should be a list \(got None\)"),
+        ({"models": ["a", None]}, r"models\[1\] has to be a model or {model, minus}, got None"),
+        ({"models": [["a"]]}, r"models\[0\] has to be a model or {model, minus}, got \['a'\]"),
+        ({"models": [{"model": "a", "minus": None}]}, r"models\[0\]: minus: Input should be"),
+        ({"search__methods": {}}, "search.methods has to be a list, got {}"),
+        ({"search__methods": []}, "search.methods: Input should be a list with an entry"),
+        ({"search__scale": []}, r"search.scale: a range is a number, or \[low, high\] \(got \[\]"),
+        ({"search__density": None}, r"search.density: a range is a number, or \[low, high\]"),
+        ({"search__density": [0, "x"]}, r"search.density.1: Input should be a valid number"),
+        ({"search__split": "mlp"}, "search.split: Input should be a list"),
+        ({"search__start": {}}, "search.start has to be a path or a list of paths, got {}"),
+        ({"objective__tasks": {}}, "objective.tasks has to be a list, got {}"),
+        ({"objective__tasks": [{"text": 3}]}, "text has to be a path or a list of paths, got 3"),
+        ({"objective__tasks": [{"text": [3]}]}, r"text has to be a path or .*, got \[3\]"),
+        ({"objective__tasks": [{"text": []}]}, "text: Input should be a list with an entry"),
+        ({"objective__include_path": 0}, "include_path has to be a path or a list of paths, got 0"),
+        ({"objective__items": []}, r"objective.items: Input should be a mapping \(got \[\]\)"),
+        ({"objective__constraints": [1]}, r"constraints: Input should be a mapping \(got \[1\]"),
+        ({"objective__constraints": {"pick": None}}, "constraints.pick: a floor is a number, or"),
+        ({"tokenizer": {"tokens": {"x": {"source": []}}}}, r"x.source: Input should be a mapping"),
     ],
 )
 def test_wrong_study_is_refused_with_the_key_and_the_fix(make_study, tmp_path, changes, message):
     with pytest.raises(StudyError, match=message):
         load_study(make_study(tmp_path, **changes))
+
+
+def test_key_with_nothing_behind_it_is_as_if_left_out(make_study, tmp_path):
+    empty = {"search__methods": None, "search__scale": None, "search__trials": None}
+    empty |= {"objective__items": None, "objective__constraints": None, "objective__block": None}
+    empty |= {"search__start": None, "objective__include_path": None, "tokenizer": None}
+    file = make_study(tmp_path, **empty)
+    study = yaml.safe_load(file.read_text())
+    for path in empty:
+        part = study
+        *parents, last = path.split("__")
+        for parent in parents:
+            part = part[parent]
+        assert part.pop(last) is None
+    assert load_study(file) == parse_study(study, tmp_path, "study.yaml")
 
 
 def test_text_files_are_found_from_the_study_and_named_after_themselves(make_study, tmp_path):
@@ -194,7 +236,7 @@ def test_method_that_needs_more_donors_is_refused(make_study, tmp_path, zoo):
 def test_missing_parts_are_named(tmp_path):
     file = tmp_path / "study.yaml"
     file.write_text(yaml.safe_dump({"base_model": "a/b", "models": ["a/c"], "search": {}}))
-    with pytest.raises(StudyError, match=r"objective.tasks: Tuple should have"):
+    with pytest.raises(StudyError, match=r"objective.tasks: Input should be a list with"):
         load_study(file)
 
 
