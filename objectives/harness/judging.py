@@ -30,6 +30,7 @@ from objectives.harness.prompts import Question
 from objectives.inference.loglikelihood import Loglikelihood
 
 JUDGE_SECONDS = 30.0  # per item; MATH itself gives up on a formula after 15 s
+_HANGS = 10  # items that may take so long, of those that are scored together
 NAN = "a model that was sound elsewhere needs a wider dtype in the study (bfloat16, float32)"
 _JUDGE_MEMORY = 4 << 30  # bytes beyond those of the process when it is forked
 _REASON = 300  # characters kept of a reason: an exception may quote the whole response
@@ -53,7 +54,8 @@ def judge(questions: Sequence[Question], seconds: float) -> list[ItemResult]:
         seconds: Limit per item, where a task's code or generated text is involved.
 
     Raises:
-        ObjectiveError: A log-likelihood is NaN, or a task gives no number per item.
+        ObjectiveError: A log-likelihood is NaN, a task gives no number per item, or so many items
+            reach the limit that scoring all of them might take hours.
     """
     for question in questions:
         _check_numbers(question)
@@ -62,6 +64,13 @@ def judge(questions: Sequence[Question], seconds: float) -> list[ItemResult]:
     judged: list[ItemResult] = []
     while len(judged) < len(untrusted):
         judged += _judge_until_stopped(untrusted[len(judged) :], seconds)
+        hanging = sum(result.fault == _too_long(seconds) for result in judged)
+        if hanging == _HANGS and len(judged) < len(untrusted):
+            raise ObjectiveError(
+                f"{untrusted[len(judged) - 1].where}: scoring took longer than {seconds:g} s for "
+                f"{hanging} of {len(judged)} responses; look for a regular expression or code of "
+                "the task that takes for ever on some texts"
+            )
     apart = iter(judged)
     return [
         next(apart) if own else _result_of(question)

@@ -72,6 +72,18 @@ def test_a_response_that_cannot_be_scored_counts_0_with_its_reason_and_the_rest_
     assert capfd.readouterr() == ("", "")
 
 
+def test_items_that_hang_one_after_another_end_the_scoring_of_their_block(
+    faulty, model, monkeypatch
+):
+    monkeypatch.setattr("objectives.harness.judging._HANGS", 2)
+    faulty.judge_seconds = 0.5
+    faulty.questions[1] = faulty.questions[4] = faulty.questions[2]
+    with pytest.raises(ObjectiveError, match=r"longer than 0\.5 s for 2 of 3 responses; look"):
+        faulty.score(model, [0, 1, 2, 5])
+    faulty.judge_seconds = 0.5
+    assert [each.value for each in faulty.score(model, [0, 5, 2])] == [1.0, 1.0, 0.0]
+
+
 def test_no_process_is_left_behind_by_scoring_that_hangs(faulty, model):
     faulty.score(model, [2])
     with pytest.raises(ChildProcessError):
