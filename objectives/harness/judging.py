@@ -65,7 +65,7 @@ def judge(questions: Sequence[Question], seconds: float) -> list[ItemResult]:
     while len(judged) < len(untrusted):
         judged += _judge_until_stopped(untrusted[len(judged) :], seconds)
         hanging = sum(result.fault == _too_long(seconds) for result in judged)
-        if hanging == _HANGS and len(judged) < len(untrusted):
+        if hanging >= _HANGS and len(judged) < len(untrusted):
             raise ObjectiveError(
                 f"{untrusted[len(judged) - 1].where}: scoring took longer than {seconds:g} s for "
                 f"{hanging} of {len(judged)} responses; look for a regular expression or code of "

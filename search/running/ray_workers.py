@@ -218,7 +218,11 @@ def import_ray() -> Any:
 
 
 def _connect(count: int, cluster: Cluster) -> None:
-    """Join a cluster, or start one of this machine alone."""
+    """Join a cluster, or start one of this machine alone.
+
+    Raises:
+        StudyError: There is none at the address, or Ray did not start in the time it gives itself.
+    """
     ray = import_ray()
     options: dict[str, Any] = {"address": cluster.address}
     if cluster.address is None:
@@ -228,5 +232,6 @@ def _connect(count: int, cluster: Cluster) -> None:
     try:
         level = "WARNING" if cluster.verbose else "CRITICAL"
         ray.init(**options, logging_level=level, log_to_driver=cluster.verbose)
-    except (ConnectionError, ValueError, RuntimeError) as error:
-        raise StudyError(f"--ray-address {cluster.address}: {error}") from None
+    except Exception as error:  # Ray raises bare ones where starting takes too long
+        where = f"--ray-address {cluster.address}" if cluster.address else "Ray could not start"
+        raise StudyError(f"{where}: {reason(error)}; try again, or run without --workers") from None

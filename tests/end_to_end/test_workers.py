@@ -152,6 +152,17 @@ def test_missing_ray_is_an_error_before_anything_is_prepared(study, tmp_path, mo
     assert not (tmp_path / "run").exists()
 
 
+def test_ray_that_does_not_start_is_an_error_of_one_sentence(study, tmp_path, monkeypatch, capsys):
+    def init(**options):
+        raise Exception("The current node timed out during startup.")
+
+    monkeypatch.setattr(pytest.importorskip("ray"), "init", init)
+    command = ["run", str(study), "--out", str(tmp_path / "run"), "--workers", "2"]
+    assert main(command) == 2
+    said = "Ray could not start: The current node timed out during startup"
+    assert said in capsys.readouterr().err
+
+
 def blocks_of(run):
     """List the evaluated blocks."""
     try:
