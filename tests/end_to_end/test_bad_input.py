@@ -648,7 +648,7 @@ MISTAKES = {
         RUN, ("study.yaml", "'tell'", "twice", "one"), study(objective__tasks=["tell", "tell"])
     ),
     "no tasks": Mistake(
-        RUN, ("study.yaml: objective.tasks", "at least 1"), study(objective__tasks=[])
+        RUN, ("study.yaml: objective.tasks", "a list with an entry"), study(objective__tasks=[])
     ),
     "floor of no task": Mistake(
         RUN,
