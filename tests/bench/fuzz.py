@@ -3,17 +3,21 @@
     PYTHONPATH=tests/support python tests/bench/fuzz.py --inputs 100 [--seed S] [--first N]
         [--border B ...] [--out DIR]
 
-Prints one JSON line: ``inputs``, ``exits`` (their exit codes), ``seconds`` (the longest) and
-``findings`` by border. A finding is an input that neither works nor is refused in one sentence
-that names it, or leaves a file. It is kept as ``DIR/BORDER-SEED-N``: the folder that the command
-began in, ``command.json``, and what it said on stderr. The same input again:
+Prints one JSON line: ``inputs`` by border, ``exits`` (their exit codes), ``seconds`` (the longest)
+and ``findings`` by border. A finding is an input that neither works nor is refused in one sentence
+that names it, or leaves a file. It is kept at once as ``DIR/BORDER-SEED-N``: the folder that the
+command began in, ``command.json``, and what it said on stderr. The same input again:
 ``--border B --seed S --first N --inputs 1``.
+
+A count goes to stderr after each number, which is tried at every border in turn. Ctrl-C or SIGTERM
+ends it early: the line then speaks of what was tried, and ``next`` is where to go on with --first.
 """
 
 import argparse
 import json
 import os
 import shutil
+import signal
 import sys
 import tempfile
 from collections import Counter
@@ -47,15 +51,22 @@ def fuzz(options: argparse.Namespace, top: Path) -> dict[str, object]:
         stdout, sys.stdout = sys.stdout, nowhere
         fuzzer = Fuzzer(top / "work", top / "zoo", options.seed)
         sys.stdout = stdout
-    findings, count = Counter[str](), 0
-    for border in options.border or BORDERS:
+    inputs, findings, number = Counter[str](), Counter[str](), options.first
+    try:
         for number in range(options.first, options.first + options.inputs):
-            count += 1
-            if finding := fuzzer.run(border, number):
-                findings[border] += 1
-                keep(fuzzer, finding, options.out)
+            for border in options.border or BORDERS:
+                if finding := fuzzer.run(border, number):
+                    findings[border] += 1
+                    keep(fuzzer, finding, options.out)
+                inputs[border] += 1
+            counted = f"{inputs.total()} inputs, {findings.total()} findings"
+            print(f"number {number}: {counted}", file=sys.stderr, flush=True)
+        number += 1
+    except KeyboardInterrupt:
+        pass
     return {
-        "inputs": count,
+        "next": number,
+        "inputs": inputs,
         "exits": fuzzer.exits,
         "seconds": round(fuzzer.longest, 1),
         "findings": findings,
@@ -70,6 +81,7 @@ if __name__ == "__main__":
     parser.add_argument("--border", nargs="+", choices=BORDERS, help="default: all")
     parser.add_argument("--out", type=Path, default=Path("runs/fuzz"), help="for findings")
     chosen = parser.parse_args()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     with tempfile.TemporaryDirectory() as made:
         line = fuzz(chosen, Path(made))
     print(json.dumps({"seed": chosen.seed, "first": chosen.first, **line}))

@@ -121,13 +121,14 @@ def _run_in_fork(work: Callable[[], int]) -> int | None:
         finally:
             os._exit(status)
     ends = time.monotonic() + SECONDS
-    while time.monotonic() < ends:
-        done, status = os.waitpid(child, os.WNOHANG)
-        if done:
-            _kill_group(child)  # what it may have started
-            return os.waitstatus_to_exitcode(status)
-        time.sleep(0.002)
-    _kill_group(child)
+    try:
+        while time.monotonic() < ends:
+            done, status = os.waitpid(child, os.WNOHANG)
+            if done:
+                return os.waitstatus_to_exitcode(status)
+            time.sleep(0.002)
+    finally:
+        _kill_group(child)  # with what it may have started
     os.waitpid(child, 0)
     return None
 
