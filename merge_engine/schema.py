@@ -11,6 +11,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, model_validator
 from typing_extensions import override
 
 from merge_engine.errors import MergeError, reading, reason
+from merge_engine.plain_files import other_than_file
 
 _YAML_BYTES, _PARTS = 10_000_000, 1_000_000  # of a file, and of a document with its aliases
 _DEPTH = 100  # levels of a document
@@ -167,8 +168,8 @@ def load_documents(path: Path) -> Sequence[Mapping[str, Any]]:
         MergeError: The file is missing, is not YAML, or holds something else.
     """
     try:
-        if not path.is_file() and path.exists() and not path.is_dir() and not _is_piped(path):
-            raise ValueError("no plain file")
+        if not _is_piped(path) and (kind := other_than_file(path)):
+            raise ValueError(f"is {kind}, not a file")
         with path.open("rb") as opened:
             data = opened.read(_YAML_BYTES + 1)
     except (OSError, ValueError) as error:

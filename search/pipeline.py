@@ -180,16 +180,17 @@ def is_export_of(checkpoint: Path, recipe: Recipe) -> bool:
     file = checkpoint / RECIPE
     if checkpoint.is_symlink() or RECIPE not in listed_files(checkpoint):
         return False
-    return file.read_text(encoding="utf-8") == recipe.to_yaml() and is_whole(checkpoint)
+    return is_whole(checkpoint) and file.read_text(encoding="utf-8") == recipe.to_yaml()
 
 
 def _make_room(run: Run, checkpoint: Path) -> None:
     """Remove an earlier winner's checkpoint, but no other files in its folder."""
     if not os.path.lexists(checkpoint):
         return
-    if not checkpoint.is_symlink():
-        for name in (*listed_files(checkpoint), CARD, CHECKSUMS):
-            (checkpoint / name).unlink(missing_ok=True)
+    if checkpoint.is_dir() and not checkpoint.is_symlink():
+        for path in (checkpoint / n for n in (*listed_files(checkpoint), CARD, CHECKSUMS)):
+            if not path.is_dir():
+                path.unlink(missing_ok=True)
         for folder in (*(path for path in checkpoint.iterdir() if path.is_dir()), checkpoint):
             with suppress(OSError):  # it has other files
                 folder.rmdir()

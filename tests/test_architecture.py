@@ -23,6 +23,7 @@ ROOMS = {
     "merge_engine": [
         "out_of_memory",
         "errors",
+        "plain_files",
         "schema",
         "replacing",
         "numerics",

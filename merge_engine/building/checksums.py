@@ -31,6 +31,8 @@ def listed_files(folder: Path) -> dict[str, str]:
 
     Empty if there is no list, or if a path in it leads outside the folder, also by a link.
     """
+    if not (folder / CHECKSUMS).is_file():
+        return {}
     try:
         lines = (folder / CHECKSUMS).read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError):
@@ -48,6 +50,8 @@ def is_whole(folder: Path) -> bool:
     """Return whether all of a checkpoint's files are there and unchanged."""
     listed = listed_files(folder)
     try:
-        return bool(listed) and all(checksum(folder / name) == listed[name] for name in listed)
+        return bool(listed) and all(
+            (folder / name).is_file() and checksum(folder / name) == listed[name] for name in listed
+        )
     except OSError:
         return False

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import regex
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
-from merge_engine.errors import MergeError
+from merge_engine.errors import MergeError, first_error
 from merge_engine.models.model_folder import read_json
 
 # Settings that change the formula in unsupported ways, and what they are. Each is refused unless
@@ -43,25 +43,29 @@ def _ended(pattern: str) -> str:
 
 
 _Alpha = Annotated[float, Field(ge=-1e30, le=1e30)]  # of float32, in which it is multiplied
+_Flag = Annotated[bool, BeforeValidator(lambda flag: flag is not None and flag)]  # null: false
 _Pattern = Annotated[str, AfterValidator(_check_pattern)]
 
 
 class AdapterConfig(BaseModel):
-    """Settings of a LoRA adapter; peft's others do not matter to the merged weights."""
+    """Settings of a LoRA adapter; peft's others do not matter to the merged weights.
 
-    model_config = ConfigDict(frozen=True, extra="ignore")
+    Types are strict, for peft would take the text "false" as true.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="ignore", strict=True)
 
     base_model_name_or_path: str | None = None  # what it was trained on
-    lora_alpha: _Alpha = 8  # numerator of the scale
+    lora_alpha: _Alpha = 8  # numerator of the scale; peft refuses null, too
     # Other alphas, by a pattern for the end of a module's name.
     alpha_pattern: dict[_Pattern, _Alpha] | None = None
-    use_rslora: bool = False  # divide by the root of the rank, not the rank
-    use_dora: bool = False  # a weight's norms are learned as well
-    fan_in_fan_out: bool = False  # modules store their weights as (in, out), like GPT-2's
+    use_rslora: _Flag = False  # divide by the root of the rank, not the rank
+    use_dora: _Flag = False  # a weight's norms are learned as well
+    fan_in_fan_out: _Flag = False  # modules store their weights as (in, out), like GPT-2's
     modules_to_save: list[str] | None = None  # ends of names of modules that were trained in full
     # Rows of the input embedding that were trained, or of modules by the end of their names.
     trainable_token_indices: list[int] | dict[str, list[int]] | None = None
-    ensure_weight_tying: bool = False  # a tied head was changed with the embedding
+    ensure_weight_tying: _Flag = False  # a tied head was changed with the embedding
 
     def scale(self, module: str, rank: int) -> float:
         """Return the factor of a module's product of matrices.
@@ -94,13 +98,13 @@ def read_adapter_config(file: Path) -> AdapterConfig:
     Raises:
         MergeError: It is damaged, or of an adapter that cannot be computed here.
     """
-    raw = {key: value for key, value in read_json(file).items() if value is not None}
+    raw = read_json(file)
     try:
         config = AdapterConfig.model_validate(raw)
     except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(map(str, first["loc"])) or "its content"
-        raise MergeError(f"{file}: damaged: {where}: {first['msg']}; fetch it again") from None
+        raise MergeError(
+            f"{file}: damaged: {first_error(error)}; correct it, or fetch it again"
+        ) from None
     if found := _unknown_formula(raw):
         raise MergeError(
             f"{file}: {found}, which is not supported; merge the adapter with peft "

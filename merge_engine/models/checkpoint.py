@@ -26,7 +26,14 @@ from merge_engine.models.architecture import load_config
 from merge_engine.models.fingerprint import KnownFiles
 from merge_engine.models.locating import files_there, locate
 from merge_engine.models.lora import Adapter
-from merge_engine.models.model_folder import WEIGHTS, Weights, find_weights, read_json, way_out
+from merge_engine.models.model_folder import (
+    WEIGHTS,
+    Weights,
+    check_settings,
+    find_weights,
+    read_json,
+    way_out,
+)
 from merge_engine.models.quantised import find_quantised
 from merge_engine.models.tensor_names import input_embedding, is_head_weight, layer_position
 from merge_engine.models.weights_file import DTYPES, OpenFiles, can_be_mapped, read_rows
@@ -60,6 +67,7 @@ class Checkpoint:
     def __init__(self, model: str, folder: Path | None = None) -> None:
         self.model = model
         self.folder = folder or locate(model)
+        check_settings(self.folder)
         self._opened = OpenFiles()
 
     @property

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from merge_engine.errors import MergeError, reading
 from merge_engine.models.adapter_config import read_adapter_config
-from merge_engine.models.model_folder import find_adapter, read_json
+from merge_engine.models.model_folder import check_settings, find_adapter, read_json
 from merge_engine.models.weights_file import OpenFiles
 
 _PREFIX = "base_model.model."
@@ -76,6 +76,7 @@ class Adapter:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        check_settings(folder)
         if not (folder / "adapter_config.json").is_file():
             raise MergeError(
                 f"{folder}: no adapter: it has no adapter_config.json; what follows the '+' has to "

@@ -12,9 +12,15 @@ from pathlib import Path
 from typing import Any
 
 from merge_engine.errors import MergeError, reading
+from merge_engine.plain_files import is_there
 
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")  # in transformers' order of preference
 ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
+# Files that would silently be left out if something else had their names.
+_SETTINGS = (
+    *("config.json", "generation_config.json", "adapter_config.json", "chat_template.jinja"),
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+)
 _JSON_BYTES = 1 << 29  # at most; the largest vocabularies have tens of megabytes
 _LISTED = 10_000  # files of a folder that are looked at to say what it holds
 _FULL = "name the model in transformers' format that"
@@ -62,18 +68,28 @@ class Weights:
     file_of: Mapping[str, str] = field(default_factory=dict)  # by tensor, of such a model
 
 
+def check_settings(folder: Path) -> None:
+    """Refuse the folder of a model or an adapter in which a setting's file is none.
+
+    Raises:
+        MergeError: One is a folder, a pipe or a link to nothing.
+    """
+    for name in _SETTINGS:
+        is_there(folder / name)
+
+
 def find_weights(folder: Path) -> Weights | None:
     """Return the files that transformers would load; None if there are none.
 
     Safetensors come before ``.bin``, and one file before an index, which may be of an earlier save.
 
     Raises:
-        MergeError: An index is damaged, or a file that it names is missing.
+        MergeError: An index is damaged, or a file that it names is missing or none.
     """
     for name in WEIGHTS:
-        if (single := folder / name).is_file():
+        if is_there(single := folder / name):
             return Weights((single,))
-        if (index := folder / f"{name}.index.json").is_file():
+        if is_there(index := folder / f"{name}.index.json"):
             return _indexed(index)
     return None
 
@@ -89,7 +105,7 @@ def _indexed(index: Path) -> Weights:
         raise MergeError(
             f"{index}: names {outside[0]!r}, which is outside its folder; fetch it again"
         )
-    if missing := [name for name in names if not (index.parent / name).is_file()]:
+    if missing := [name for name in names if not is_there(index.parent / name)]:
         raise MergeError(f"{index}: names {missing[0]!r}, which is missing; fetch it again")
     return Weights(tuple(index.parent / name for name in names), index, files)
 
@@ -97,7 +113,7 @@ def _indexed(index: Path) -> Weights:
 def find_adapter(folder: Path) -> Path:
     """Return the file with an adapter's weights: safetensors, unless there is a ``.bin`` alone."""
     first, second = (folder / name for name in ADAPTER_WEIGHTS)
-    return second if second.is_file() and not first.is_file() else first
+    return second if not is_there(first) and is_there(second) else first
 
 
 def read_json(file: Path) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from merge_engine.errors import MergeError, reading
+from merge_engine.plain_files import is_there
 
 DTYPES: Mapping[str, torch.dtype] = {  # by their names in safetensors headers
     "F64": torch.float64,
@@ -38,7 +39,7 @@ def open_weights(file: Path) -> Any:
     Raises:
         MergeError: It is missing or damaged, or a pickle of more than tensors by name.
     """
-    if not file.is_file():
+    if not is_there(file):
         raise MergeError(f"{file}: missing; fetch it again")
     if _is_pointer(file):
         raise MergeError(

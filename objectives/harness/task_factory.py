@@ -21,7 +21,7 @@ from typing_extensions import override
 from objectives.base import ObjectiveError, objective_errors, time_limit
 from objectives.harness.encoding import TEMPLATE_SECONDS
 from objectives.harness.task_code import find_code
-from objectives.harness.task_index import LM_EVAL_TASKS
+from objectives.harness.task_index import LM_EVAL_TASKS, check_plain
 
 TEMPLATE_MAKES = 10_000_000  # characters at most
 
@@ -46,6 +46,8 @@ class SafeTaskFactory(TaskFactory):  # type: ignore[misc]  # lm-eval is publishe
         where = f"task {entry.name!r} ({entry.yaml_path})"
         named = objective_errors(f"{where} could not be loaded")
         with _inside_folder_of(entry), named, limited_templates(entry.name):
+            for file in _data_files(entry):
+                check_plain(file.absolute())
             try:
                 return super()._build_task(entry, overrides)
             except datasets.exceptions.DatasetGenerationError as error:
@@ -113,13 +115,21 @@ def _inside_folder_of(entry: Entry) -> contextlib.AbstractContextManager[None]:
 
 def _broken_line(entry: Entry) -> str | None:
     """Return an error that names the first line of a task's JSONL files that is not JSON."""
-    files = ((entry.cfg or {}).get("dataset_kwargs") or {}).get("data_files") or {}
-    for file in files.values() if isinstance(files, dict) else ():
-        if isinstance(file, str) and file.endswith(".jsonl"):
-            lines = Path(file).read_text(encoding="utf-8", errors="replace").split("\n")
+    for file in _data_files(entry):
+        if file.suffix == ".jsonl":
+            lines = file.read_text(encoding="utf-8", errors="replace").split("\n")
             for number, line in enumerate(lines, start=1):
                 try:
                     json.loads(line or "{}")
                 except ValueError as error:
-                    return f"{Path(file).absolute()}:{number}: not JSON: {error}; correct it"
+                    return f"{file.absolute()}:{number}: not JSON: {error}; correct it"
     return None
+
+
+def _data_files(entry: Entry) -> list[Path]:
+    """List a task's data files, relative to the folder of its YAML."""
+    settings = (entry.cfg or {}).get("dataset_kwargs")
+    files = settings.get("data_files") if isinstance(settings, dict) else None
+    listed = files.values() if isinstance(files, dict) else [files]
+    each = [name for part in listed for name in (part if isinstance(part, list) else [part])]
+    return [Path(name) for name in each if isinstance(name, str)]

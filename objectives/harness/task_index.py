@@ -34,6 +34,7 @@ from objectives.harness.quiet import quiet
 LM_EVAL_TASKS = Path(importlib.import_module("lm_eval.tasks").__path__[0])
 
 _DEPTH = 100  # levels of a task file
+_SHOWN = 300  # characters of what is wrong with one
 # All that is looked up in an entry's configuration; tasks are built from their files.
 _KEPT = ("task", "group", "unsafe_code")
 
@@ -47,11 +48,9 @@ def find_tasks(names: Sequence[str], include_path: Sequence[Path]) -> TaskManage
         ObjectiveError: A name is unknown.
     """
     folders = [folder.resolve() for folder in include_path]
+    checked: set[Path] = set()
     for file in (file for folder in folders for file in folder.rglob("*.yaml")):
-        if file.exists() and not file.is_file() and not file.is_dir():
-            raise ObjectiveError(f"{file}: no plain file; take it out of the folder")
-        with suppress(OSError, yaml.YAMLError):  # raised when the file is needed
-            _check_depth(file)
+        _check_files(file, checked)
     manager = TaskManager(include_defaults=False, include_path=folders)
     index = manager.task_index
     if {*names, *(name for entry in index.values() for name in members(entry))} - index.keys():
@@ -73,6 +72,8 @@ def registered_tasks() -> Mapping[str, Entry]:
 def read_index(file: Path) -> Mapping[str, Entry]:
     """Read the cached index, or build and cache it if the file is missing or damaged."""
     with suppress(OSError, ValueError, KeyError, TypeError):
+        if not file.is_file():  # opening a pipe would block
+            raise FileNotFoundError
         rows = json.loads(file.read_text(encoding="utf-8"))
         return {
             name: Entry(name, Kind[kind], Path(path) if path else None, config, set(tags))
@@ -148,8 +149,8 @@ def _unknown_task(name: str, known: Iterable[str], folders: Sequence[Path]) -> O
     for file in [file for folder in folders for file in sorted(folder.rglob("*.yaml"))]:
         try:
             read_task(file)
-        except ObjectiveError:  # lm-eval's index leaves such a file out silently
-            fixes.append(f"{file} cannot be read: correct it")
+        except ObjectiveError as error:  # lm-eval's index leaves such a file out silently
+            fixes.append(f"correct {str(error)[:_SHOWN]}")
     return ObjectiveError(
         f"no task {name!r} in {searched}; {'; '.join(fixes) or 'check its spelling'}"
     )
@@ -168,6 +169,34 @@ def read_task(file: Path, *, recursive: bool = True) -> dict[str, Any]:
         raise
     except Exception as error:  # besides PyYAML's own, of tags such as !!int zz
         raise ObjectiveError(f"{file}: no task file: {' '.join(str(error).split())}") from None
+
+
+def check_plain(file: Path) -> None:
+    """Refuse what has a file's name and is none: reading a pipe or a device may never end."""
+    if file.exists() and not file.is_file():
+        kind = "a folder" if file.is_dir() else "a named pipe" if file.is_fifo() else "a device"
+        raise ObjectiveError(
+            f"{file}: is {kind}, not a file; put the file there, or correct the path"
+        )
+
+
+def _check_files(file: Path, seen: set[Path]) -> None:
+    """Refuse a task file that would block or crash lm-eval, which reads all with their includes.
+
+    Other faults are raised when the file is needed.
+    """
+    if file in seen or file.is_dir():
+        return
+    seen.add(file)
+    check_plain(file)
+    included: object = None
+    with suppress(OSError, yaml.YAMLError):
+        _check_depth(file)
+        with suppress(Exception):  # of tags such as !!int zz
+            included = load_yaml(file, resolve_func=False, recursive=False).get("include")
+    for other in included if isinstance(included, list) else [included]:
+        if isinstance(other, str):
+            _check_files(file.resolve().parent / other, seen)
 
 
 def _check_depth(file: Path) -> None:

@@ -295,7 +295,8 @@ def read_result(run: Path) -> Result | None:
 def read_paths(run: Path) -> dict[str, str]:
     """Read the paths of the folders that a result names; empty if unknown."""
     with suppress(OSError, ValueError, TypeError):
-        return TypeAdapter(dict[str, str]).validate_json((run / PATHS).read_bytes())
+        if (run / PATHS).is_file():  # opening a pipe would block
+            return TypeAdapter(dict[str, str]).validate_json((run / PATHS).read_bytes())
     return {}
 
 

@@ -15,6 +15,7 @@ import yaml
 from merge_engine.models.checkpoint import open_model
 from merge_engine.models.locating import is_hub_id, is_local
 from merge_engine.models.tensor_names import input_embedding
+from merge_engine.plain_files import is_there
 from merge_engine.replacing import create_text, remove_partials
 from merge_engine.schema import find_folder
 from objectives.base import ObjectiveError
@@ -161,7 +162,7 @@ def _find_task(task: str, folder: Path, write: Write) -> tuple[str, Path | None]
                 ".yaml file or a .jsonl file of questions"
             )
         return task, None
-    if not path.is_file():
+    if not is_there(path, "name a file"):
         raise StudyError(f"--tasks: no file {task}; check the path")
     if path.suffix == ".yaml":
         from objectives.harness.task_index import name_in

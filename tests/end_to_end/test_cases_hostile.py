@@ -305,6 +305,23 @@ CASES = {
     "alpha that is a list": Case(
         BUILD, ("adapter_config.json", "lora_alpha"), settings(lora_alpha=[4])
     ),
+    "alpha that is null": Case(
+        BUILD, ("adapter_config.json", "lora_alpha", "None"), settings(lora_alpha=None)
+    ),
+    "alpha that is true": Case(
+        BUILD, ("adapter_config.json", "lora_alpha", "True"), settings(lora_alpha=True)
+    ),
+    "alpha that is a number in quotes": Case(
+        BUILD, ("adapter_config.json", "lora_alpha", "'4'"), settings(lora_alpha="4")
+    ),
+    "rslora that is a word": Case(
+        BUILD, ("adapter_config.json", "use_rslora", "'false'"), settings(use_rslora="false")
+    ),
+    "settings of an adapter that are null": Case(
+        BUILD,
+        None,
+        settings(use_rslora=None, use_dora=None, fan_in_fan_out=None, alpha_pattern=None),
+    ),
     "alpha pattern that is a list": Case(
         BUILD, ("adapter_config.json", "alpha_pattern"), settings(alpha_pattern=["x"])
     ),
@@ -367,9 +384,9 @@ CASES = {
     "long --out": Case(f"build recipe.yaml {LONG}", ("aaa", "too long"), unharmed),
     "long run": Case(f"run study.yaml --out {LONG} --device cpu", ("aaa", "too long"), unharmed),
     "long model to score": Case(f"score {LONG} study.yaml --device cpu", ("aaa",), unharmed),
-    "pipe for a recipe": Case(BUILD, ("recipe.yaml", "no plain file"), pipe("recipe.yaml")),
-    "pipe for a task": Case(CHECK, ("tasks/tell.yaml", "no plain file"), pipe("tasks/tell.yaml")),
-    "pipe for weights": Case(BUILD, ("b'", "no model.safetensors"), pipe(f"b/{WEIGHTS}")),
+    "pipe for a recipe": Case(BUILD, ("recipe.yaml", "named pipe"), pipe("recipe.yaml")),
+    "pipe for a task": Case(CHECK, ("tasks/tell.yaml", "named pipe"), pipe("tasks/tell.yaml")),
+    "pipe for weights": Case(BUILD, (f"b/{WEIGHTS}", "named pipe"), pipe(f"b/{WEIGHTS}")),
     "device for a study": Case("check /dev/zero --device cpu", ("/dev/zero",), unharmed),
     # tokenizers
     "template without end": Case(

@@ -1,0 +1,37 @@
+"""Tell files from whatever else may have a file's name; opening a pipe would block for ever."""
+
+from __future__ import annotations
+
+import os
+import stat
+from pathlib import Path
+
+from merge_engine.errors import MergeError
+
+_KINDS = {
+    stat.S_IFDIR: "a folder",
+    stat.S_IFIFO: "a named pipe",
+    stat.S_IFSOCK: "a socket",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+}
+
+
+def other_than_file(path: Path) -> str | None:
+    """Return what is there instead of a file, as "a folder"; None: a file, or nothing."""
+    try:
+        kind = stat.S_IFMT(path.stat().st_mode)
+    except (OSError, ValueError):  # nothing there, or no name that a file can have
+        return "a link that leads to no file" if os.path.islink(path) else None
+    return None if kind == stat.S_IFREG else _KINDS.get(kind, "something else")
+
+
+def is_there(file: Path, advice: str = "put the file there, or fetch it again") -> bool:
+    """Return whether a file is there.
+
+    Raises:
+        MergeError: Something else has its name.
+    """
+    if kind := other_than_file(file):
+        raise MergeError(f"{file}: is {kind}, not a file; {advice}")
+    return os.path.isfile(file)  # pathlib's raises for a name that is too long
