@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Protocol
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+    from objectives.journal import Journal
+
 
 def printable(text: str) -> str:
     r"""Return untrusted text with every unprintable character escaped, for terminals and logs.
@@ -137,7 +139,8 @@ class Objective(Protocol):
     """Evaluates a live model on some of a benchmark's items; never sees a recipe.
 
     A user's own class need not inherit from it, and may leave out ``respond`` and what losses need:
-    ``targets``, ``right_answers`` and ``loss``. Its ``loss`` takes the model and the items alone.
+    ``targets``, ``right_answers`` and ``loss``. Its ``score`` and ``loss`` take the model and the
+    items alone.
 
     Attributes:
         tasks: Task name to its weight in the study's mean; weights are positive, of any scale.
@@ -150,12 +153,15 @@ class Objective(Protocol):
     def snapshots(self, items: Sequence[int]) -> list[ItemSnapshot]:
         """Return the inputs of the numbered items, to be compared when a run is resumed."""
 
-    def score(self, model: nn.Module, items: Sequence[int]) -> list[ItemResult]:
+    def score(
+        self, model: nn.Module, items: Sequence[int], journal: Journal | None = None
+    ) -> list[ItemResult]:
         """Return one result per numbered item; a task's score is the mean of its items' values.
 
         Args:
             model: The live model, in evaluation mode and without gradients.
             items: Item numbers, in any order.
+            journal: Of this recipe's responses to these items: those in it are not computed again.
 
         Raises:
             ObjectiveError: The model gave no usable answer to an item.

@@ -23,6 +23,7 @@ from objectives.base import (
     objective_errors,
 )
 from objectives.entries import PluginEntry
+from objectives.journal import Journal
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -69,7 +70,12 @@ class Plugin(Objective):
             return list(self._own.snapshots(items))
 
     @override
-    def score(self, model: nn.Module, items: Sequence[int]) -> list[ItemResult]:
+    def score(
+        self,
+        model: nn.Module,
+        items: Sequence[int],
+        journal: Journal | None = None,
+    ) -> list[ItemResult]:
         with objective_errors(f"{self._where}: score"), torch.no_grad():
             results = list(self._own.score(model, items))
         wrong = [repr(result) for result in results if not _is_valid(result)]
@@ -128,8 +134,11 @@ class Suite(Objective):
         return self._map(items, lambda part, numbers: part.snapshots(numbers))
 
     @override
-    def score(self, model: nn.Module, items: Sequence[int]) -> list[ItemResult]:
-        return self._map(items, lambda part, numbers: part.score(model, numbers))
+    def score(
+        self, model: nn.Module, items: Sequence[int], journal: Journal | None = None
+    ) -> list[ItemResult]:
+        # one part at most, the harness, writes into it
+        return self._map(items, lambda part, numbers: part.score(model, numbers, journal))
 
     @override
     def respond(self, model: nn.Module, items: Sequence[int]) -> list[Response]:

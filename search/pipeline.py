@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import threading
 import time
@@ -35,7 +36,7 @@ from search.running.workers import FAILURES, Workers
 from search.showing.card import model_card
 from search.showing.report import make_report
 from search.storing.address import DATABASE_ERRORS, Storage
-from search.storing.folder import CARD
+from search.storing.folder import CARD, JOURNALS
 from search.storing.result import OtherTrial, Result, write_result
 from search.storing.samples import read_samples, store_samples
 from search.storing.store import Store
@@ -114,6 +115,7 @@ def finish(run: Run, timeout: float) -> None:
     elif card:
         replace_text(checkpoint / CARD, card)
     _sample_test_items(run, result)
+    shutil.rmtree(run.folder / JOURNALS, ignore_errors=True)
     draw_report(run)
     run.listener(RunFinished(result, run.folder))
 

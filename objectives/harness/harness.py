@@ -49,6 +49,7 @@ from objectives.inference.batch_size import find_batch_size, fits_in
 from objectives.inference.fast_hflm import FastHFLM
 from objectives.inference.nan_watch import NanError
 from objectives.inference.vllm_engine import VllmEngine, check_installed
+from objectives.journal import Journal
 
 _LOG = logging.getLogger(__name__)
 
@@ -142,7 +143,8 @@ class Harness(Objective):
             questions = {number: self.questions[number] for number in longest}
             for request_type, numbered in _empty_requests(questions).items():
                 with contextlib.suppress(ObjectiveError):  # it is raised when items are scored
-                    self._respond_to(request_type, [request for _, request in numbered])
+                    requests = [request for _, request in numbered]
+                    _respond_to(self.language_model, request_type, requests)
 
         tokens = sum(lengths[number] for number in longest)
         size = find_batch_size(language_model.sizes, tokens, fits)
@@ -162,8 +164,10 @@ class Harness(Objective):
         return snapshots([self.questions[number] for number in items], self.language_model)
 
     @override
-    def score(self, model: nn.Module, items: Sequence[int]) -> list[ItemResult]:
-        questions, tokens = self._evaluate(model, items)
+    def score(
+        self, model: nn.Module, items: Sequence[int], journal: Journal | None = None
+    ) -> list[ItemResult]:
+        questions, tokens = self._evaluate(model, items, journal)
         with quiet(logging.ERROR):
             judged = judge(list(questions.values()), self.judge_seconds)
         results = {
@@ -210,7 +214,7 @@ class Harness(Objective):
             return losses(questions, targets, self.language_model)
 
     def _evaluate(
-        self, model: nn.Module, items: Sequence[int]
+        self, model: nn.Module, items: Sequence[int], journal: Journal | None = None
     ) -> tuple[dict[int, Question], dict[int, int]]:
         """Fill the requests of the numbered items with the model's responses.
 
@@ -222,7 +226,8 @@ class Harness(Objective):
         tokens = dict.fromkeys(questions, 0)
         with quiet(logging.ERROR):  # truncated prompts were reported once
             for request_type, numbered in _empty_requests(questions).items():
-                responses = self._responses(request_type, [request for _, request in numbered])
+                requests = [request for _, request in numbered]
+                responses = self._responses(request_type, requests, journal)
                 for (number, request), (response, count) in zip(numbered, responses, strict=True):
                     request.resps.append(response)
                     tokens[number] += count
@@ -241,7 +246,9 @@ class Harness(Objective):
                     f"item {number} does not exist; there are {len(self.questions)}"
                 )
 
-    def _responses(self, request_type: str, requests: Sequence[Instance]) -> list[tuple[Any, int]]:
+    def _responses(
+        self, request_type: str, requests: Sequence[Instance], journal: Journal | None
+    ) -> list[tuple[Any, int]]:
         """Return the model's response to each request and its number of generated tokens.
 
         Batches are halved until they fit into memory.
@@ -249,7 +256,7 @@ class Harness(Objective):
         while True:
             # leaving the block lets go of the tensors that the failed batch held
             with contextlib.suppress(torch.OutOfMemoryError):
-                return self._respond_to(request_type, requests)
+                return _respond_to(self.language_model, request_type, requests, journal)
             self._halve_batches()
 
     def _halve_batches(self) -> None:
@@ -264,15 +271,24 @@ class Harness(Objective):
         torch.cuda.empty_cache()
         _LOG.warning("out of memory: batch size halved to %d", size // 2)
 
-    def _respond_to(self, request_type: str, requests: Sequence[Instance]) -> list[tuple[Any, int]]:
-        """Return ``_responses`` without halving batches."""
-        language_model = self.language_model
-        if request_type == "generate_until":
-            model = language_model.model
-            with _plain_decoding(model), _nan_refused():
-                return language_model.generate_counted(requests)
-        run = getattr(language_model, request_type)
-        return [(response, 0) for response in run(requests, disable_tqdm=True)]
+
+def _respond_to(
+    language_model: FastHFLM,
+    request_type: str,
+    requests: Sequence[Instance],
+    journal: Journal | None = None,
+) -> list[tuple[Any, int]]:
+    """Return the model's response to each request and its number of generated tokens.
+
+    Raises:
+        torch.OutOfMemoryError: A batch does not fit into memory.
+    """
+    if request_type == "generate_until":
+        with _plain_decoding(language_model.model), _nan_refused():
+            return language_model.generate_counted(requests, journal)
+    noted = {"journal": journal} if journal and request_type == "loglikelihood" else {}
+    run = getattr(language_model, request_type)
+    return [(response, 0) for response in run(requests, disable_tqdm=True, **noted)]
 
 
 def _empty_requests(

@@ -7,7 +7,7 @@ state) a batch is read and written as one, and finished texts leave it.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -49,8 +49,9 @@ class StopCriteria:
 @dataclass(frozen=True)
 class _Prompt:
     index: int
-    tokens: Tokens  # without a prefix that was cut off
+    tokens: Tokens  # without a prefix that was cut off; `begun` are the last
     criteria: StopCriteria
+    begun: Tokens = ()  # of its text
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -58,7 +59,7 @@ class _Prompt:
     @property
     def columns(self) -> int:
         """Most tokens of the whole text."""
-        return len(self.tokens) + self.criteria.max_tokens
+        return len(self.tokens) - len(self.begun) + self.criteria.max_tokens
 
     @property
     def trunk(self) -> Tokens:
@@ -92,6 +93,11 @@ class DecodingPlan:
     batches: tuple[PromptBatch, ...]  # written as they are read
 
 
+# A prompt, when its text ends, and tokens that have been written of it.
+Wanted = tuple[Tokens, StopCriteria] | tuple[Tokens, StopCriteria, Tokens]
+Keep = Callable[[Sequence[int], Sequence[int]], None]  # of prompts' indices, and their next tokens
+
+
 @dataclass(eq=False)
 class _Text:
     """A text being written: its row is its place in a list."""
@@ -104,6 +110,14 @@ class _Text:
     def column(self) -> int:
         """Of its latest token."""
         return self.start + len(self.tokens) - 1
+
+
+@dataclass(frozen=True)
+class _Noted:
+    """What is noted of every pass: NaN among its logits, else each prompt's next token."""
+
+    nan: NanWatch
+    keep: Keep | None
 
 
 class GreedyDecoder:
@@ -120,14 +134,15 @@ class GreedyDecoder:
         self.most_rows: int | None = None
         self.kept: DecodingStep | None = None
 
-    def plan(self, prompts: Iterable[tuple[Tokens, StopCriteria]]) -> DecodingPlan:
+    def plan(self, prompts: Iterable[Wanted]) -> DecodingPlan:
         """Lay out prompts in batches."""
         runner = self._runner
         plain = plain_length(runner.model.config)
         within: list[_Prompt] = []  # texts that the model reads with plain causal attention
         beyond: list[_Prompt] = []
-        for index, prompt in enumerate(prompts):
-            one = _Prompt(index, *prompt)
+        for index, (tokens, criteria, *written) in enumerate(prompts):
+            begun = written[0] if written else ()
+            one = _Prompt(index, tokens + begun, criteria, begun)
             (within if one.columns <= plain else beyond).append(one)
         if runner.modes.refilled:
             pools = tuple(self._pools(within))
@@ -174,27 +189,30 @@ class GreedyDecoder:
                     yield _pad(prefix, rows[first : first + size], runner.device, left=left)
 
     @torch.no_grad()
-    def decode(self, plan: DecodingPlan) -> list[list[int]]:
+    def decode(self, plan: DecodingPlan, keep: Keep | None = None) -> list[list[int]]:
         """Return the tokens generated after each prompt, including the one that ended the text.
+
+        ``keep`` receives the tokens of each pass, as long as no logits are NaN.
 
         Raises:
             NanError: The model's logits are not numbers.
         """
         texts: dict[int, list[int]] = {}
-        nan = NanWatch()
+        noted = _Noted(NanWatch(), keep)
         for pool in plan.pools:
-            texts |= self._write_in_slots(pool, nan)
+            texts |= self._write_in_slots(pool, noted)
         prefixes = _Prefixes(self._runner)
         for batch in plan.batches:
-            texts |= self._write_batch(batch, prefixes.cache(batch.prefix, len(batch.prompts)), nan)
-        nan.raise_if_seen()
+            cache = prefixes.cache(batch.prefix, len(batch.prompts))
+            texts |= self._write_batch(batch, cache, noted)
+        noted.nan.raise_if_seen()
         return [texts[index] for index in sorted(texts)]
 
     def release(self) -> None:
         """Let go of what is kept."""
         self.kept = None
 
-    def _write_in_slots(self, pool: Pool, nan: NanWatch) -> dict[int, list[int]]:
+    def _write_in_slots(self, pool: Pool, noted: _Noted) -> dict[int, list[int]]:
         """Return the tokens generated after each prompt of a pool, by prompt index."""
         found: dict[int, list[int]] = {}
         waiting = list(reversed(pool.batches))
@@ -205,7 +223,7 @@ class GreedyDecoder:
             while waiting and len(texts) + len(waiting[-1].prompts) <= pool.rows:
                 batch = waiting.pop()
                 cache = prefixes.cache(batch.prefix, len(batch.prompts))
-                begun = self._read(batch, cache, nan)
+                begun = self._read(batch, cache, noted)
                 found |= {text.prompt.index: text.tokens for text in begun}
                 rows = self._unfinished(begun)
                 if rows:
@@ -215,12 +233,12 @@ class GreedyDecoder:
             if texts:
                 latest = [text.tokens[-1] for text in texts]
                 logits = step(latest, [text.column for text in texts])
-                _append(texts, logits, nan)
+                _append(texts, logits, noted)
                 texts = self._compact(texts, step.cache)
         return found
 
-    def _read(self, batch: PromptBatch, cache: DynamicCache, nan: NanWatch) -> list[_Text]:
-        """Read prompts, and return the texts that begin after them with their first tokens."""
+    def _read(self, batch: PromptBatch, cache: DynamicCache, noted: _Noted) -> list[_Text]:
+        """Read prompts, and return their texts with the first token after what is read."""
         lengths = torch.tensor([len(prompt) for prompt in batch.prompts])
         last = torch.zeros(batch.tokens.shape, dtype=torch.bool)
         last[torch.arange(len(lengths)), lengths - 1] = True
@@ -228,8 +246,8 @@ class GreedyDecoder:
         logits = self._runner.logits_at(
             last.to(self._runner.device), batch.tokens, past_key_values=cache, use_cache=True
         )
-        texts = [_Text(one, len(batch.prefix) + len(one)) for one in batch.prompts]
-        _append(texts, logits, nan)
+        texts = _texts_of(batch)
+        _append(texts, logits, noted)
         return texts
 
     def _compact(self, texts: list[_Text], cache: SlotCache) -> list[_Text]:
@@ -258,10 +276,10 @@ class GreedyDecoder:
         return self.kept
 
     def _write_batch(
-        self, batch: PromptBatch, cache: DynamicCache, nan: NanWatch
+        self, batch: PromptBatch, cache: DynamicCache, noted: _Noted
     ) -> dict[int, list[int]]:
         """Return the tokens generated after each prompt of a batch, by prompt index."""
-        texts = [_Text(one, len(batch.prefix) + len(one)) for one in batch.prompts]
+        texts = _texts_of(batch)
         found = {text.prompt.index: text.tokens for text in texts}
         before = batch.mask.new_ones(len(texts), len(batch.prefix))
         mask = torch.cat([before, batch.mask], dim=1)  # (b, prefix + t)
@@ -271,7 +289,7 @@ class GreedyDecoder:
             logits = self._runner.next_token_logits(
                 tokens, attention_mask=mask, position_ids=positions, past_key_values=cache
             )
-            chosen = _append([texts[row] for row in unfinished], logits, nan, unfinished)
+            chosen = _append([texts[row] for row in unfinished], logits, noted, unfinished)
             rows = self._unfinished([texts[row] for row in unfinished])
             unfinished = [unfinished[row] for row in rows]
             if not unfinished:
@@ -288,11 +306,13 @@ class GreedyDecoder:
 
     def length_until_end(self, tokens: Sequence[int], criteria: StopCriteria) -> int:
         """Return how many of the tokens a text has, up to the one that ends it."""
-        prompt = _Prompt(0, (), criteria)
-        for length in range(1, len(tokens)):
-            if not self._unfinished([_Text(prompt, 0, [*tokens[:length]])]):
-                return length
-        return len(tokens)
+        lengths = range(1, len(tokens))
+        ends = (length for length in lengths if self.has_ended(tokens[:length], criteria))
+        return next(ends, len(tokens))
+
+    def has_ended(self, tokens: Sequence[int], criteria: StopCriteria) -> bool:
+        """Return whether a text has ended with the latest of its tokens."""
+        return not self._unfinished([_Text(_Prompt(0, (), criteria), 0, [*tokens])])
 
     def _unfinished(self, texts: Sequence[_Text]) -> list[int]:
         """Return the places of texts that have not ended with their latest token."""
@@ -347,15 +367,23 @@ def capture_for(device: torch.device) -> Capture:
     return cuda_graphs() if device.type == "cuda" else run_again
 
 
+def _texts_of(batch: PromptBatch) -> list[_Text]:
+    before = len(batch.prefix)
+    return [_Text(one, before + len(one) - len(one.begun), [*one.begun]) for one in batch.prompts]
+
+
 def _append(
-    texts: Sequence[_Text], logits: Tensor, nan: NanWatch, rows: Sequence[int] | None = None
+    texts: Sequence[_Text], logits: Tensor, noted: _Noted, rows: Sequence[int] | None = None
 ) -> Tensor:
     """Append the greedy tokens (b) of logits (b, vocabulary) to the texts of all or some rows."""
-    nan.see(logits)
+    noted.nan.see(logits)
     chosen = logits.float().argmax(-1)
     tokens = chosen.tolist()
-    for text, row in zip(texts, rows or range(len(tokens)), strict=True):
-        text.tokens.append(tokens[row])
+    tokens = tokens if rows is None else [tokens[row] for row in rows]
+    for text, token in zip(texts, tokens, strict=True):
+        text.tokens.append(token)
+    if noted.keep and not noted.nan.seen:
+        noted.keep([text.prompt.index for text in texts], tokens)
     return chosen
 
 

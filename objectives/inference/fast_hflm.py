@@ -19,7 +19,7 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections import defaultdict
-from collections.abc import Hashable, Iterable, Iterator, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, cast
 
@@ -47,6 +47,7 @@ from objectives.inference.loglikelihood import (
 from objectives.inference.nan_watch import NanWatch
 from objectives.inference.token_tree import Request, Tokens
 from objectives.inference.vllm_engine import TextEngine
+from objectives.journal import Journal
 
 _PLANS = 1024  # plans of batches kept in memory
 _PROMPTS = 4096  # token ids of prompts to be continued kept in memory
@@ -79,6 +80,7 @@ class FastHFLM(HFLM):  # type: ignore[misc]  # lm-eval is published without type
         decoder: Greedy decoding of prompts in tokens.
         engine: Writes texts in its place; None: nothing does.
         encode_prompt: Encodes a text to be continued, once.
+        plan_generation: Plans batches of prompts, once.
     """
 
     def __init__(self, *, batch_size: int | None = None, **settings: Any) -> None:
@@ -91,7 +93,7 @@ class FastHFLM(HFLM):  # type: ignore[misc]  # lm-eval is published without type
         self.engine: TextEngine | None = None
         self._encoded: dict[str, list[int]] = {}
         self._plan_scoring = functools.lru_cache(_PLANS)(self._plan_texts)
-        self._plan_generation = functools.lru_cache(_PLANS)(self.decoder.plan)
+        self.plan_generation = functools.lru_cache(_PLANS)(self.decoder.plan)
         self._generated_lengths: list[int] = []
         self.encode_prompt = functools.lru_cache(_PROMPTS)(self._encode_prompt)
 
@@ -112,7 +114,7 @@ class FastHFLM(HFLM):  # type: ignore[misc]  # lm-eval is published without type
         """Evaluate with these shortcuts from here on, and plan batches anew."""
         self.runner.modes = modes
         self._plan_scoring.cache_clear()
-        self._plan_generation.cache_clear()
+        self.plan_generation.cache_clear()
         self.decoder.release()
 
     def resize_batches(self, size: int) -> None:
@@ -132,12 +134,15 @@ class FastHFLM(HFLM):  # type: ignore[misc]  # lm-eval is published without type
 
     @override
     def loglikelihood(
-        self, requests: list[Instance], disable_tqdm: bool = False
+        self,
+        requests: list[Instance],
+        disable_tqdm: bool = False,
+        journal: Journal | None = None,
     ) -> list[Loglikelihood]:
         if not self.modes.scoring:
             return cast("list[Loglikelihood]", super().loglikelihood(requests, disable_tqdm))
         texts = tuple((request.task_name, _group(request), *request.args) for request in requests)
-        return self.scorer.score(self._plan_scoring(texts), len(requests))
+        return self.scorer.score(self._plan_scoring(texts), len(requests), journal)
 
     @override
     def _loglikelihood_tokens(
@@ -207,10 +212,13 @@ class FastHFLM(HFLM):  # type: ignore[misc]  # lm-eval is published without type
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         return [text for text, _ in self.generate_counted(requests)]
 
-    def generate_counted(self, requests: Sequence[Instance]) -> list[GeneratedText]:
+    def generate_counted(
+        self, requests: Sequence[Instance], journal: Journal | None = None
+    ) -> list[GeneratedText]:
         """Return what ``generate_until`` does, each text with the number of its tokens.
 
-        The token that ends a text, or completes a stop string, is counted.
+        The token that ends a text, or completes a stop string, is counted. Tokens are noted in a
+        journal; texts that it has are not generated, or only continued.
 
         Raises:
             NanError: The model's logits are not numbers.
@@ -227,8 +235,8 @@ class FastHFLM(HFLM):  # type: ignore[misc]  # lm-eval is published without type
                 continue
             for index, text in zip(indices, self._stock_texts(group), strict=True):
                 texts[index] = text
-        wanted = [(requests[index].args[0], greedy[index]) for index in greedy]
-        for index, tokens in zip(greedy, self._decode(wanted), strict=True):
+        wanted = {index: (requests[index].args[0], greedy[index]) for index in greedy}
+        for index, tokens in _decode(self, wanted, journal).items():
             stops, text = [*greedy[index].strings], self.tok_decode(tokens)
             texts[index] = postprocess_generated_text(text, stops, None), len(tokens)
         return texts
@@ -279,12 +287,30 @@ class FastHFLM(HFLM):  # type: ignore[misc]  # lm-eval is published without type
         eos = self.tok_decode(self.eot_token_id, skip_special_tokens=False)
         return cast("list[str]", handle_stop_sequences([*until], eos))
 
-    def _decode(self, texts: Iterable[tuple[str, StopCriteria]]) -> list[list[int]]:
-        # prompts are cut on the left to leave room for what is generated
-        prompts = [(self.encode_prompt(t)[c.max_tokens - self.max_length :], c) for t, c in texts]
-        if self.engine:
-            return self.engine.decode(prompts)
-        return self.decoder.decode(self._plan_generation(tuple(prompts)))
+
+def _decode(
+    own: FastHFLM, texts: Mapping[int, tuple[str, StopCriteria]], journal: Journal | None
+) -> dict[int, list[int]]:
+    """Return the tokens generated after each text, by its number."""
+    # prompts are cut on the left to leave room for what is generated
+    prompts = {
+        index: (own.encode_prompt(text)[criteria.max_tokens - own.max_length :], criteria)
+        for index, (text, criteria) in texts.items()
+    }
+    if own.engine:
+        return dict(zip(prompts, own.engine.decode([*prompts.values()]), strict=True))
+    known = journal.texts if journal else {}
+    begun = [index for index in prompts if index in known]
+    found = {n: known[n] for n in begun if own.decoder.has_ended(known[n], prompts[n][1])}
+    left = [index for index in prompts if index not in found]
+    plan = own.plan_generation(tuple((*prompts[n], (*known.get(n, ()),)) for n in left))
+
+    def note(numbers: Sequence[int], tokens: Sequence[int]) -> None:
+        if journal:
+            journal.add_tokens([left[number] for number in numbers], tokens)
+
+    written = own.decoder.decode(plan, note if journal else None)
+    return found | dict(zip(left, written, strict=True))
 
 
 def _group(request: Instance) -> Hashable:

@@ -26,6 +26,7 @@ from objectives.inference.token_tree import (
     group_by_prefix,
     join_groups,
 )
+from objectives.journal import Journal
 
 SOFTMAX_DTYPE = torch.float32
 _SOFTMAX_ROWS = 1024  # positions whose log-softmax is in memory at once
@@ -91,20 +92,29 @@ class LoglikelihoodScorer:
         return self.score(self.plan(requests), len(requests))
 
     @torch.no_grad()
-    def score(self, plan: Iterable[PrefixBatches], count: int) -> list[Loglikelihood]:
-        """Return the log-likelihoods of ``count`` planned requests, by request index."""
-        scores: list[Loglikelihood] = [(math.nan, False)] * count
+    def score(
+        self, plan: Iterable[PrefixBatches], count: int, journal: Journal | None = None
+    ) -> list[Loglikelihood]:
+        """Return the log-likelihoods of ``count`` planned requests, by request index.
+
+        Batches are noted in a journal; those that it has are not evaluated.
+        """
+        scores: dict[int, Loglikelihood] = dict(journal.logliks) if journal else {}
         for prefix, batches in plan:
-            cache = self._runner.cache_prefix(prefix)
-            for batch in batches:
+            left = [one for one in batches if any(n not in scores for n, _ in one.target_counts)]
+            cache = self._runner.cache_prefix(prefix) if left else None
+            for batch in left:
                 logits = self._logits(batch, len(prefix), cache)  # (m, vocabulary)
                 log_probs, greedy = _target_log_probs(logits, batch)
-                start = 0
+                found, start = {}, 0
                 for index, length in batch.target_counts:
                     own = slice(start, start + length)
-                    scores[index] = (float(log_probs[own].sum()), bool(greedy[own].all()))
+                    found[index] = (float(log_probs[own].sum()), bool(greedy[own].all()))
                     start += length
-        return scores
+                if journal:
+                    journal.add_logliks(found)
+                scores |= found
+        return [scores.get(index, (math.nan, False)) for index in range(count)]
 
     def differentiable(self, plan: Iterable[PrefixBatches]) -> Tensor:
         """Return the log-likelihoods (n,) of all planned requests in the order of their indices.

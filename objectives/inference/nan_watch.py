@@ -20,7 +20,12 @@ class NanWatch:
         found = logits.amax().isnan()  # the largest of numbers and NaN is NaN
         self._seen = found if self._seen is None else self._seen.to(found.device) | found
 
+    @property
+    def seen(self) -> bool:
+        """Whether any was seen; waits for the passes so far."""
+        return self._seen is not None and bool(self._seen.item())
+
     def raise_if_seen(self) -> None:
         """Raise ``NanError`` if any was seen."""
-        if self._seen is not None and self._seen.item():
+        if self.seen:
             raise NanError

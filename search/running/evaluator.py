@@ -6,7 +6,8 @@ on them, and a recipe's blocks go to the worker that has built it already, if th
 A race decides after every block, so in a race a job is one block. Elsewhere a job has up to
 ``JOB_ITEMS`` items of consecutive blocks: generating text for many items together costs little more
 than for one block. Jobs end at the same items whatever is stored already, so that a resumed run has
-the same rounding, and each is stored in one transaction, so that a kill loses at most one job.
+the same rounding, and each is stored in one transaction. A job of several blocks has a journal of
+its responses in the run folder, from which the same job goes on after a kill.
 """
 
 from __future__ import annotations
@@ -35,7 +36,8 @@ from search.running.workers import (
     WorkerDied,
     Workers,
 )
-from search.storing.intact import damaged
+from search.storing.folder import JOURNALS
+from search.storing.intact import damaged, digest_of
 from search.storing.store import Store
 
 TuningJob = LossJob | AnswerJob
@@ -79,10 +81,11 @@ class Blocks(NamedTuple):
     numbers: tuple[int, ...]
 
 
-def _job(recipe: Evaluated, items: tuple[int, ...]) -> EvalJob:
+def _job(recipe: Evaluated, items: tuple[int, ...], journals: Path | None) -> EvalJob:
+    journal = journals and journals / digest_of(recipe.key, items)
     if isinstance(recipe, UnderOwnTemplate):
-        return EvalJob(recipe.recipe, items, recipe.donor)
-    return EvalJob(recipe, items)
+        return EvalJob(recipe.recipe, items, recipe.donor, journal)
+    return EvalJob(recipe, items, journal=journal)
 
 
 def jobs_of(blocks: Iterable[int], size: int) -> list[tuple[int, ...]]:
@@ -94,7 +97,8 @@ def jobs_of(blocks: Iterable[int], size: int) -> list[tuple[int, ...]]:
 class Evaluator:
     """Hands blocks of items to workers and stores their results.
 
-    ``on_block`` is called with the number of items of each job that was evaluated.
+    ``on_block`` is called with the number of items of each job that was evaluated. ``folder`` is
+    the run's; without one no journals are kept.
     """
 
     def __init__(
@@ -103,12 +107,11 @@ class Evaluator:
         store: Store,
         workers: Workers,
         on_block: Callable[[int], None] = lambda items: None,  # noqa: ARG005
+        folder: Path | None = None,
     ) -> None:
-        self.store = store
-        self.workers = workers
-        self.on_block = on_block
-        self.build_seconds = 0.0
-        self.stopping = False
+        self.store, self.workers, self.on_block = store, workers, on_block
+        self._journals = folder and folder.absolute() / JOURNALS
+        self.build_seconds, self.stopping = 0.0, False
         self._size = context.spec.objective.block
         self._blocks: dict[Split, tuple[tuple[int, ...], ...]] = {
             split: blocks(getattr(context.splits, split), self._size) for split in SPLITS
@@ -200,7 +203,8 @@ class Evaluator:
         """Give blocks to an idle worker, to be evaluated at once."""
         worker = min(self.idle, key=lambda worker: self._built.get(worker) != recipe.key)
         blocks, items = Blocks(recipe.key, split, numbers), self._items(split, numbers)
-        self._submit(worker, blocks, _job(recipe, items))
+        journals = self._journals if len(numbers) > 1 else None
+        self._submit(worker, blocks, _job(recipe, items, journals))
         return blocks
 
     def _items(self, split: Split, numbers: Iterable[int]) -> tuple[int, ...]:
@@ -236,6 +240,8 @@ class Evaluator:
                 self._save(blocks, outcome)
                 self.on_block(len(outcome.results))
             if not self.stopping:
+                if job.journal:
+                    job.journal.unlink(missing_ok=True)
                 return blocks, outcome if isinstance(outcome, Exception) else None
             if not self.working:
                 raise KeyboardInterrupt

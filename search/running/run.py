@@ -55,7 +55,7 @@ class Run:
         self.store = store or Store(Storage.of(folder))
         self.log = TrialLog(self.store.study())
         self.evaluator = Evaluator(
-            context, self.store, workers, lambda items: listener(BlockEvaluated(items))
+            context, self.store, workers, lambda items: listener(BlockEvaluated(items)), folder
         )
         self.scores = Scores(context, self.evaluator)
         self.space = context.space  # including the weights tuned so far

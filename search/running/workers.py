@@ -32,6 +32,7 @@ from merge_engine.replacing import replace_text
 from objectives.base import ItemResult, ObjectiveError, Response
 from objectives.entries import PromptEntry
 from objectives.items import blocks
+from objectives.journal import Journal
 from search.preparing.context import LiveContext, load_prompts
 from search.proposing.tuning import AT_ONCE
 from search.racing.race import Floats
@@ -50,6 +51,7 @@ class EvalJob:
     recipe: Recipe
     items: tuple[int, ...]
     template: str | None = None  # donor whose own chat template is used; None: the study's
+    journal: Path | None = None  # file of its responses so far; None: they are not noted
 
 
 @dataclass(frozen=True)
@@ -166,7 +168,8 @@ class Worker:
             self.context.builder.build(job.recipe)
             built = time.perf_counter()
             objective = self.context.objective_of(job.template)
-            results = objective.score(self.context.builder.model, job.items)
+            with Journal.opened(job.journal) as journal:
+                results = objective.score(self.context.builder.model, job.items, journal)
         return EvalReply(results, built - start, time.perf_counter() - built)
 
     def losses(self, job: LossJob) -> LossReply:

@@ -22,11 +22,13 @@ from search.study.spec import StudyError
 DATABASE: Final = "study.db"  # the run's own, unless it has REMEMBERED
 REMEMBERED: Final = "storage.json"  # URL of another database, and the study's name in it
 CARD: Final = "README.md"  # in an exported folder
+JOURNALS: Final = "journals"  # folder of the responses to jobs under way
 _LOCK: Final = "lock"
 # What a run writes in its folder.
 NAMES: Final = (
     *(_LOCK, DATABASE, f"{DATABASE}-journal", f"{DATABASE}-wal", f"{DATABASE}-shm", REMEMBERED),
-    *("recipe.yaml", "result.json", "paths.json", "report.html", "samples.json", "checkpoint"),
+    *("recipe.yaml", "result.json", "paths.json", "report.html", "samples.json"),
+    *("checkpoint", JOURNALS),
 )
 _ASIDE: Final = re.compile(r"old-(\d+)$")
 
@@ -69,7 +71,10 @@ def _check_ours(run: Path) -> None:
             "link the whole folder"
         )
     if odd := [
-        n for n in NAMES if n != "checkpoint" and (run / n).exists() and not (run / n).is_file()
+        name
+        for name in NAMES
+        if name not in ("checkpoint", JOURNALS) and (run / name).exists()
+        if not (run / name).is_file()
     ]:
         raise StudyError(f"{run / odd[0]} is no file, but the run would write one there; remove it")
     if run.is_dir() and any(run.iterdir()) and not (has_run(run) or (run / _LOCK).exists()):

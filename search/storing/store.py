@@ -1,8 +1,8 @@
 """The store: Optuna's study and every finished block of results, in one database.
 
-The blocks of a job are written in one transaction before the next job, so a kill loses at most the
-jobs under way. Results are keyed by recipe, not by trial: a recipe proposed twice is evaluated
-once.
+The blocks of a job are written in one transaction before the next job; what jobs under way have
+answered is in their journals. Results are keyed by recipe, not by trial: a recipe proposed twice is
+evaluated once.
 """
 
 from __future__ import annotations

@@ -165,7 +165,7 @@ class Replayed:
     def loglikelihood(self, requests, disable_tqdm=False):
         return [self.responses[str(request.args)] for request in requests]
 
-    def generate_counted(self, requests):
+    def generate_counted(self, requests, journal=None):
         return [(text, 0) for text in self.loglikelihood(requests)]
 
 

@@ -1,6 +1,5 @@
 """Several real workers: their scores, the winner they save, and kills of Ray's."""
 
-import contextlib
 import math
 import sqlite3
 import subprocess
@@ -9,7 +8,6 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import psutil
 import pytest
 import torch
 from typing_extensions import override
@@ -18,6 +16,7 @@ from merge_engine.models.model_set import AlignedTensors
 from merge_engine.numerics.kernel_runner import KernelRunner
 from objectives.base import ObjectiveError
 from objectives.items import blocks
+from ray_actors import ray_workers
 from search.cli import main
 from search.preparing.context import load, load_outline, plan_study
 from search.preparing.models import Hardware
@@ -176,17 +175,6 @@ def blocks_of(run):
 
 def finished_in(run):
     return TrialLog(Store(run / DATABASE).study()).finished()
-
-
-def ray_workers(process):
-    """List the worker processes of a run."""
-    named = {}
-    for child in psutil.Process(process.pid).children(recursive=True):
-        with contextlib.suppress(psutil.NoSuchProcess):  # it has just ended
-            if "ray::_Actor" in " ".join(child.cmdline()[:1]):
-                named[child.pid] = (child, child.ppid())
-    # what a worker starts has its name
-    return [child for child, parent in named.values() if parent not in named]
 
 
 def test_ray_workers_and_the_coordinator_may_be_killed(study, tmp_path):

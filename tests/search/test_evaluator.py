@@ -10,6 +10,7 @@ from landscape import planted
 from objectives.base import ObjectiveError
 from search.proposing.starts import baselines
 from search.running import evaluator as module
+from search.storing.folder import JOURNALS
 from simulated import SimulatedWorkers, simulated_context, simulated_run
 
 COUNTS = {"search": 60, "select": 60, "test": 250}
@@ -55,13 +56,36 @@ def test_jobs_end_at_the_same_items_whatever_is_stored(context, tmp_path):
     assert jobs == [order[120:140], order[:100], order[100:120] + order[140:200], order[200:]]
 
 
-def test_kill_in_the_middle_of_a_job_loses_that_job_alone(context, tmp_path):
+def test_job_of_several_blocks_alone_has_a_journal_until_it_is_stored(context, tmp_path):
+    recipe, other, *_ = baselines(context.space).values()
+    journals = []
+
+    def note(job):
+        journals.append(job.journal)
+        if job.journal:
+            job.journal.parent.mkdir(exist_ok=True)
+            job.journal.write_text("responses")
+
+    run, workers = evaluated(context, tmp_path / "run", [recipe, other], failure=note)
+    run.evaluator.submit(recipe, "search", 0)
+    run.evaluator.collect()
+    *long, last = journals
+    assert last is None
+    assert len({*long}) == len(long) == len(workers.jobs) - 1
+    assert {journal.parent for journal in long} == {(tmp_path / "run" / JOURNALS).absolute()}
+    assert [*(tmp_path / "run" / JOURNALS).iterdir()] == []
+
+
+def test_kill_in_the_middle_of_a_job_keeps_those_before_and_the_same_job_is_asked_again(
+    context, tmp_path
+):
     recipe, folder = next(iter(baselines(context.space).values())), tmp_path / "run"
     jobs = []
 
     def kill(job):
         jobs.append(job)
         if len(jobs) == 2:
+            (tmp_path / "journal").write_text(str(job.journal))
             os.kill(os.getpid(), signal.SIGKILL)
 
     killed = multiprocessing.get_context("fork").Process(
@@ -72,6 +96,7 @@ def test_kill_in_the_middle_of_a_job_loses_that_job_alone(context, tmp_path):
     assert killed.exitcode == -signal.SIGKILL
     again, later = evaluated(context, folder, [recipe])
     assert [len(job.items) for job in later.jobs] == [100, 50]
+    assert str(later.jobs[0].journal) == (tmp_path / "journal").read_text()
     assert len(again.evaluator.stored(recipe, "test")) == COUNTS["test"]
 
 
