@@ -100,18 +100,24 @@ def _size(text: str) -> int:
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """Options of every command; without ``device`` the first GPU is used, else the CPU."""
+    """Options of every command."""
 
     usage: ClassVar[str] = ""  # arguments in short, where it is not the required ones alone
-    device: str | None = _argument(
-        "--device D", "device of the model (default: a GPU, else cpu)", default=None
-    )
     json: bool = _flag("--json", "print events as JSON, one per line")
     verbose: bool = _flag("-v --verbose", "do not silence libraries")
 
 
 @dataclass(frozen=True, kw_only=True)
-class SessionOptions(Options):
+class DeviceOptions(Options):
+    """Options of every command that computes on a device, or plans for one."""
+
+    device: str | None = _argument(
+        "--device D", "device of the model (default: a GPU, else cpu)", default=None
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class SessionOptions(DeviceOptions):
     """Options of every command that evaluates recipes of a run, in this process or by workers."""
 
     storage: str | None = _argument(*_STORAGE, default=None)
@@ -176,7 +182,7 @@ class InitOptions(Options):
 
 
 @dataclass(frozen=True, kw_only=True)
-class BuildOptions(Options):
+class BuildOptions(DeviceOptions):
     """Merge a recipe into a checkpoint."""
 
     recipe: Path = _argument("RECIPE", "a mergekit recipe, or several that use one another", Path)
@@ -190,7 +196,7 @@ class BuildOptions(Options):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ScoreOptions(Options):
+class ScoreOptions(DeviceOptions):
     """Score a model as a study scores its candidates."""
 
     model: str = _argument("MODEL", "a folder, a hub id, BASE+ADAPTER or a recipe's YAML file")
@@ -205,7 +211,7 @@ class ScoreOptions(Options):
 
 
 @dataclass(frozen=True, kw_only=True)
-class CheckOptions(Options):
+class CheckOptions(DeviceOptions):
     """Validate a study or a recipe and print its plan."""
 
     file: Path = _argument("FILE", "a study or a recipe", Path)

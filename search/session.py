@@ -43,7 +43,7 @@ def errors_name(file: Path) -> Iterator[None]:
         raise type(error)(f"{file}: {error}") from error
 
 
-def choose_device(device: str | None, *, elsewhere: bool = False) -> str:
+def choose_device(device: str | None = None, *, elsewhere: bool = False) -> str:
     """Return the named device, else the first GPU if there is one, else the CPU.
 
     With ``elsewhere`` it is a device of other machines and is not checked here.

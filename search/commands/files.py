@@ -165,7 +165,7 @@ def init(options: InitOptions, listener: Listener) -> None:
             trust_task_code=options.trust_task_code,
         )
         away = [model for model in (base, *models) if not is_local(model)]
-        plan, more = ([], []) if away else check_study(options.out, choose_device(options.device))
+        plan, more = ([], []) if away else check_study(options.out, choose_device())
     if away:
         more = [f"not on this machine: {', '.join(away)}; check fetches them and prints the plan"]
     for note in (*notes, *more):

@@ -157,6 +157,14 @@ def test_help_fits_a_screen_and_ends_with_an_example(command, monkeypatch, capsy
     assert lines[-1].startswith(f"example: mergesearch {command or ''}")
 
 
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_device_is_an_option_of_the_commands_that_compute_on_one(command, monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "80")
+    with pytest.raises(SystemExit):
+        main([command, "--help"])
+    assert ("--device" in capsys.readouterr().out) == (command not in ("init", "report", "push"))
+
+
 @pytest.mark.parametrize(
     ("modules", "heavy"),
     [

@@ -240,5 +240,5 @@ def test_init_writes_the_block_for_models_with_other_rows(names, tmp_path, capsy
     questions.write_text("".join(json.dumps(row) + "\n" for row in rows))
     file = tmp_path / "study.yaml"
     words = ["--models", names["a"], names["b"], "--tasks", str(questions), "--out", str(file)]
-    assert main(["init", "--base", names["base"], *words, "--device", "cpu"]) == 0
+    assert main(["init", "--base", names["base"], *words]) == 0
     assert load_study(file).tokenizer.source == "union"

@@ -33,7 +33,7 @@ def write_rows(file, rows):
 def command(zoo, *tasks, models="ab", out):
     named = {"--models": [zoo / name for name in models], "--tasks": tasks, "--out": [out]}
     words = [word for option, values in named.items() for word in (option, *map(str, values))]
-    return ["init", "--base", str(zoo / "base"), *words, "--device", "cpu"]
+    return ["init", "--base", str(zoo / "base"), *words]
 
 
 def tree(folder):

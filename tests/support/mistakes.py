@@ -52,7 +52,7 @@ def shortcoming(parts: tuple[str, ...], code: int, said: str) -> str | None:
 
 RUN = "run study.yaml --out run --device cpu"
 CHECK, BUILD = "check study.yaml --device cpu", "build recipe.yaml out --device cpu"
-INIT = "init --base base --models a b --out new.yaml --device cpu --tasks"
+INIT = "init --base base --models a b --out new.yaml --tasks"
 STUDY: Mapping[str, Any] = {
     "base_model": "base",
     "models": ["a", "b"],
