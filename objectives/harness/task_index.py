@@ -39,10 +39,15 @@ _SHOWN = 300  # characters of what is wrong with one
 _KEPT = ("task", "group", "unsafe_code")
 
 
-def find_tasks(names: Sequence[str], include_path: Sequence[Path]) -> TaskManager:
+def find_tasks(
+    names: Sequence[str], include_path: Sequence[Path], cache: Path | None = None
+) -> TaskManager:
     """Return a task manager that knows the named tasks, groups and tags.
 
-    Tasks in the folders of ``include_path`` take precedence over lm-eval's.
+    Args:
+        names: Names to look up.
+        include_path: Folders whose tasks take precedence over lm-eval's.
+        cache: Folder that keeps lm-eval's index between processes; None: it is built again.
 
     Raises:
         ObjectiveError: A name is unknown.
@@ -54,53 +59,58 @@ def find_tasks(names: Sequence[str], include_path: Sequence[Path]) -> TaskManage
     manager = TaskManager(include_defaults=False, include_path=folders)
     index = manager.task_index
     if {*names, *(name for entry in index.values() for name in members(entry))} - index.keys():
-        for name, entry in registered_tasks().items():
+        for name, entry in registered_tasks(cache).items():
             index.setdefault(name, entry)
     if (unknown := next(_unknown(names, index), None)) is not None:
         raise _unknown_task(unknown, index, folders)
     return manager
 
 
-def registered_tasks() -> Mapping[str, Entry]:
-    """Return lm-eval's own index: name of a task, group or tag to its entry."""
-    tasks = LM_EVAL_TASKS.stat().st_mtime_ns  # an lm-eval under development gets new folders
-    key = hashlib.sha256(f"{version('lm-eval')} {LM_EVAL_TASKS} {tasks}".encode()).hexdigest()[:16]
-    return read_index(_cache_folder() / "task_index" / f"{key}.json")
-
-
 @functools.cache
-def read_index(file: Path) -> Mapping[str, Entry]:
-    """Read the cached index, or build and cache it if the file is missing or damaged."""
+def registered_tasks(cache: Path | None = None) -> Mapping[str, Entry]:
+    """Return lm-eval's own index: name of a task, group or tag to its entry.
+
+    It is read from the folder ``cache``, or built and written there if it is missing or damaged.
+    """
+    file = cache / "task_index" / f"{_version()}.json" if cache else None
     with suppress(OSError, ValueError, KeyError, TypeError):
-        if not file.is_file():  # opening a pipe would block
-            raise FileNotFoundError
-        rows = json.loads(file.read_text(encoding="utf-8"))
-        return {
-            name: Entry(name, Kind[kind], Path(path) if path else None, config, set(tags))
-            for name, kind, path, config, tags in rows
-        }
+        if file and file.is_file():  # opening a pipe would block
+            return _read_index(file)
     with quiet(logging.ERROR):
         index: dict[str, Entry] = TaskManager().task_index
-    rows = [_row(entry) for entry in index.values()]
-    with suppress(OSError):  # without the file, the next start takes ten seconds more
-        file.parent.mkdir(parents=True, exist_ok=True)
-        partial = file.with_suffix(f".{os.getpid()}.partial")
-        partial.write_text(json.dumps(rows, default=str), encoding="utf-8")
-        partial.replace(file)  # in one step: other processes may read and write it
+    if file:
+        with suppress(OSError):  # without the file, the next start takes ten seconds more
+            _write_index(file, index)
     return index
+
+
+def _version() -> str:
+    """Return a hash that changes with lm-eval's version and folder, and with new task folders."""
+    changed = LM_EVAL_TASKS.stat().st_mtime_ns  # an lm-eval under development gets new ones
+    text = f"{version('lm-eval')} {LM_EVAL_TASKS} {changed}"
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _read_index(file: Path) -> Mapping[str, Entry]:
+    rows = json.loads(file.read_text(encoding="utf-8"))
+    return {
+        name: Entry(name, Kind[kind], Path(path) if path else None, config, set(tags))
+        for name, kind, path, config, tags in rows
+    }
+
+
+def _write_index(file: Path, index: Mapping[str, Entry]) -> None:
+    rows = [_row(entry) for entry in index.values()]
+    file.parent.mkdir(parents=True, exist_ok=True)
+    partial = file.with_suffix(f".{os.getpid()}.partial")
+    partial.write_text(json.dumps(rows, default=str), encoding="utf-8")
+    partial.replace(file)  # in one step: other processes may read and write it
 
 
 def _row(entry: Entry) -> list[Any]:
     config = {key: entry.cfg[key] for key in _KEPT if key in entry.cfg} if entry.cfg else None
     path = str(entry.yaml_path) if entry.yaml_path else None
     return [entry.name, entry.kind.name, path, config, sorted(entry.tags)]
-
-
-def _cache_folder() -> Path:
-    """Return the cache folder, the same as ``merge_engine``'s."""
-    if own := os.environ.get("MERGESEARCH_CACHE"):
-        return Path(os.path.expanduser(own))
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "mergesearch"
 
 
 def members(entry: Entry) -> Iterator[str]:

@@ -94,6 +94,7 @@ def load_tasks(
     *,
     unsafe_code: bool = False,
     trust_task_code: bool = False,
+    cache: Path | None = None,
 ) -> list[LoadedTask]:
     """Load a study's tasks, with every check that needs no model, and leave random states alone.
 
@@ -103,6 +104,7 @@ def load_tasks(
             files are looked up in the folder of a task's YAML.
         unsafe_code: Allow tasks that run code the model wrote; they run it on this machine.
         trust_task_code: Allow task files outside lm-eval that bring Python code.
+        cache: Folder that keeps lm-eval's index of task names between processes; None: no folder.
 
     Raises:
         ObjectiveError: A task, metric, folder or data file is unknown or not usable.
@@ -118,7 +120,7 @@ def load_tasks(
     with quiet(logging.WARNING):
         names = [entry.task for entry in entries if isinstance(entry, TaskEntry)]
         with objective_errors("objective.include_path: its task files could not be read"):
-            manager = find_tasks(names, include_path)
+            manager = find_tasks(names, include_path, cache)
         for entry in entries:
             random_state = TaskRandomState()
             with random_state.active():

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from merge_engine.errors import check_keys
+from merge_engine.models.cache_folder import default_folder
 from objectives.base import Item, Objective, ObjectiveError
 from objectives.entries import PluginEntry, PromptEntry
 from objectives.items import SPLITS, Splits, split_items
@@ -56,6 +57,7 @@ def plan_tasks(spec: StudySpec) -> TaskPlan:
         wanted.include_path,
         unsafe_code=wanted.unsafe_code,
         trust_task_code=wanted.trust_task_code,
+        cache=default_folder(),
     )
     items = tuple(item for task in loaded for item in task.items)
     splits = None

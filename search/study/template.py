@@ -12,6 +12,7 @@ from typing import Final
 
 import yaml
 
+from merge_engine.models.cache_folder import default_folder
 from merge_engine.models.checkpoint import open_model
 from merge_engine.models.locating import is_hub_id, is_local
 from merge_engine.models.tensor_names import input_embedding
@@ -187,7 +188,10 @@ def _count_items(
     wanted = ItemCounts()
     try:
         tasks = load_tasks(
-            [TaskEntry(task=name) for name in names], include_path, trust_task_code=trust_task_code
+            [TaskEntry(task=name) for name in names],
+            include_path,
+            trust_task_code=trust_task_code,
+            cache=default_folder(),
         )
     except ObjectiveError as error:
         if not isinstance(error.__cause__, ConnectionError):

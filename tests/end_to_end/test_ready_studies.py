@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from transformers import AutoTokenizer, LlamaForCausalLM
 
 from merge_engine.building.builder import Builder
+from merge_engine.models.cache_folder import default_folder
 from merge_engine.models.chat_templates import CHAT_TEMPLATES
 from merge_engine.models.model_set import ModelSet
 from objectives.harness.task_index import find_tasks
@@ -36,7 +37,7 @@ def test_every_study_is_read_and_its_tasks_are_known():
     objectives = [load_study(file).objective for file in STUDIES.glob("*/study.yaml")]
     names = [entry.task for objective in objectives for entry in objective.tasks]
     folders = {folder for objective in objectives for folder in objective.include_path}
-    find_tasks(names, [*folders])  # refuses an unknown one
+    find_tasks(names, [*folders], default_folder())  # refuses an unknown one
 
 
 @pytest.mark.parametrize("name", READY)

@@ -11,7 +11,7 @@ from objectives.harness import task_index
 from objectives.harness.task_index import find_tasks, registered_tasks
 
 
-def replace_index(monkeypatch, cache, manager):
+def replace_index(monkeypatch, manager):
     """Let ``manager`` stand for all of lm-eval's tasks; returns a list of its uses."""
     built = []
 
@@ -21,7 +21,6 @@ def replace_index(monkeypatch, cache, manager):
             return manager
         return TaskManager(include_defaults=False, include_path=include_path)
 
-    monkeypatch.setenv("MERGESEARCH_CACHE", str(cache))
     monkeypatch.setattr(task_index, "TaskManager", whole_or_own)
     return built
 
@@ -37,16 +36,21 @@ def small_lm_eval(tmp_path, monkeypatch):
     (tasks / "group.yaml").write_text(yaml.safe_dump({"group": "both", "task": ["language"]}))
     monkeypatch.setattr(task_index, "LM_EVAL_TASKS", tasks)
     manager = TaskManager(include_defaults=False, include_path=tasks)
-    return replace_index(monkeypatch, tmp_path / "cache", manager)
+    return replace_index(monkeypatch, manager)
 
 
-def read_again():
-    task_index.read_index.cache_clear()
-    return registered_tasks()
+@pytest.fixture
+def cache(tmp_path):
+    return tmp_path / "cache"
 
 
-def test_the_index_is_built_once_and_read_afterwards(small_lm_eval):
-    first, second = read_again(), read_again()
+def read_again(cache):
+    registered_tasks.cache_clear()
+    return registered_tasks(cache)
+
+
+def test_the_index_is_built_once_and_read_afterwards(small_lm_eval, cache):
+    first, second = read_again(cache), read_again(cache)
     assert len(small_lm_eval) == 1
     assert first.keys() == second.keys() == {"spelling", "grammar", "language", "both"}
     for name, entry in second.items():
@@ -59,17 +63,17 @@ def test_the_index_is_built_once_and_read_afterwards(small_lm_eval):
     assert second["grammar"].cfg["unsafe_code"]
 
 
-def test_a_damaged_index_is_built_again(small_lm_eval, tmp_path):
-    read_again()
-    (file,) = (tmp_path / "cache" / "task_index").iterdir()
+def test_a_damaged_index_is_built_again(small_lm_eval, cache):
+    read_again(cache)
+    (file,) = (cache / "task_index").iterdir()
     file.write_text(file.read_text()[:-20])
-    assert read_again().keys() == {"spelling", "grammar", "language", "both"}
+    assert read_again(cache).keys() == {"spelling", "grammar", "language", "both"}
     assert len(small_lm_eval) == 2
 
 
-def test_without_a_folder_to_write_to_the_index_is_built_each_time(small_lm_eval, tmp_path):
-    (tmp_path / "cache").write_text("a file, not a folder")
-    assert read_again().keys() == read_again().keys() != set()
+def test_without_a_folder_to_write_to_the_index_is_built_each_time(small_lm_eval, cache):
+    cache.write_text("a file, not a folder")
+    assert read_again(cache).keys() == read_again(cache).keys() != set()
     assert len(small_lm_eval) == 2
 
 
@@ -81,26 +85,26 @@ def test_tasks_of_the_users_own_folders_need_no_index(small_lm_eval, tmp_path):
     assert not small_lm_eval
 
 
-def test_a_name_in_the_users_own_folder_takes_precedence(small_lm_eval, tmp_path):
+def test_a_name_in_the_users_own_folder_takes_precedence(small_lm_eval, cache, tmp_path):
     own = tmp_path / "own"
     own.mkdir()
     (own / "grammar.yaml").write_text(yaml.safe_dump({"task": "grammar"}))
-    index = find_tasks(["grammar", "spelling"], [own]).task_index
+    index = find_tasks(["grammar", "spelling"], [own], cache).task_index
     assert index["grammar"].yaml_path == own / "grammar.yaml"
     assert index["spelling"].yaml_path == tmp_path / "tasks" / "spelling.yaml"
 
 
-def test_a_misspelt_name_is_refused_with_suggestions(small_lm_eval):
+def test_a_misspelt_name_is_refused_with_suggestions(small_lm_eval, cache):
     with pytest.raises(ObjectiveError, match=r"no task 'grammer'.*did you mean 'grammar'"):
-        find_tasks(["grammer"], [])
+        find_tasks(["grammer"], [], cache)
 
 
 @pytest.mark.slow
-def test_the_kept_index_means_what_lm_evals_own_means(tmp_path, monkeypatch):
+def test_the_kept_index_means_what_lm_evals_own_means(cache, monkeypatch):
     manager = TaskManager()
-    built = replace_index(monkeypatch, tmp_path / "cache", manager)
-    read_again()
-    whole, index = manager.task_index, read_again()
+    built = replace_index(monkeypatch, manager)
+    read_again(cache)
+    whole, index = manager.task_index, read_again(cache)
     assert len(built) == 1
     assert index.keys() == whole.keys() >= {"leaderboard", "mmlu", "arc_easy", "ai2_arc"}
     for name, entry in whole.items():

@@ -9,6 +9,7 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
+from merge_engine.models.cache_folder import default_folder
 from mistakes import BUILD, CHECK, INIT, RUN, furnish
 from objectives.harness.task_index import registered_tasks
 from search.cli import main
@@ -87,7 +88,7 @@ def make_example(folder: Path, zoo: Path) -> None:
     pickled_twin(folder / "b", folder / "pickled")
     _save_shards(folder / "b", folder / "shards")
     _save_adapter(folder / "lora")
-    registered_tasks()
+    registered_tasks(default_folder())
     with contextlib.chdir(folder):
         for command in (CHECK, BUILD, RUN, "score a study.yaml --device cpu", f"{INIT} own.jsonl"):
             assert main(command.split()) == 0, command
