@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import re
 
 _WORDS = (
     "out of memory",  # CUDA, as torch.OutOfMemoryError and as torch.AcceleratorError
@@ -23,3 +24,9 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError | ImportError | OSError) and any(
         words in str(error) for words in _WORDS
     )
+
+
+def shortage(error: BaseException) -> str:
+    """Describe an out-of-memory error: how much was wanted, if its message says so."""
+    wanted = re.search(r"tried to allocate (\d[\d.]* \w+)", str(error), re.IGNORECASE)
+    return "out of memory" + (f": {wanted[1]} more were wanted" if wanted else "")

@@ -19,7 +19,7 @@ from typing_extensions import override
 
 from merge_engine.errors import reason
 from merge_engine.models.memory_plan import MemoryPlan
-from merge_engine.out_of_memory import is_out_of_memory
+from merge_engine.out_of_memory import is_out_of_memory, shortage
 from search.preparing.context import load, plan_study
 from search.preparing.models import Hardware
 from search.process import quiet_libraries
@@ -67,8 +67,8 @@ class _Actor:
             if not is_out_of_memory(error):
                 raise
             raise StudyError(
-                f"a worker did not have enough memory to load the study ({reason(error)}); use "
-                "fewer workers, or another --device or --memory"
+                f"{shortage(error)} when a worker loaded the study; use fewer workers, or another "
+                "--device or --memory"
             ) from None
         return lines
 

@@ -24,9 +24,9 @@ from typing_extensions import override
 from merge_engine.building.export import CheckpointFiles, write_checkpoint
 from merge_engine.building.recipe_gradient import RecipeGradient
 from merge_engine.building.units import Units
-from merge_engine.errors import MergeError, reason
+from merge_engine.errors import MergeError
 from merge_engine.numerics.heap import trim_heap
-from merge_engine.out_of_memory import is_out_of_memory
+from merge_engine.out_of_memory import is_out_of_memory, shortage
 from merge_engine.recipe.recipe import Recipe
 from merge_engine.replacing import replace_text
 from objectives.base import ItemResult, ObjectiveError, Response
@@ -310,12 +310,12 @@ class Worker:
             if not is_out_of_memory(error):
                 raise
             clear_frames(error.__traceback__)  # they hold the tensors of a failed batch
-            why = reason(error)
+            why = shortage(error)
         else:
             return
         self.context.builder.model_set.measurements.release()
         torch.cuda.empty_cache()  # does nothing without CUDA
-        raise ObjectiveError(f"out of memory: {why}")
+        raise ObjectiveError(f"{why}; free some, or use smaller batches (batch_size)")
 
     @contextmanager
     def _unchanged_weights(self) -> Iterator[None]:

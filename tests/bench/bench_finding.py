@@ -119,30 +119,30 @@ def copy_results(recipes: Sequence[Recipe], source: Run, target: Run) -> None:
 
 
 def load_context(study: Path, system: str) -> LiveContext:
-    """Load the study with weights tuned by gradient, or without for ``untuned``."""
+    """Load the study; weights are tuned by gradient for ``mergesearch`` alone."""
     spec = load_study(study)
-    changed = {"tune": system != "untuned", "stop": False}
+    changed = {"tune": system == "mergesearch", "stop": False}
     spec = spec.model_copy(update={"search": spec.search.model_copy(update=changed)})
     return load(plan_study(spec), Hardware("cpu"))
 
 
 def search_all(
-    contexts: Mapping[str, LiveContext], out: Path, seed: int, budget: float, *, cma: bool
+    contexts: Mapping[str, LiveContext], out: Path, seed: int, budget: float
 ) -> dict[str, Run]:
-    """Search with every system."""
-    runs = {}
+    """Search with every system; ``cma-es``, the last, with as many evaluations as the first."""
+    runs: dict[str, Run] = {}
     for name, context in contexts.items():
         search_spec = context.spec.search.model_copy(update={"seed": seed})
         spec = context.spec.model_copy(update={"search": search_spec})
+        if name == "cma-es":  # evaluates a candidate on all search items at once
+            whole = {"block": spec.objective.items.search}
+            spec = spec.model_copy(update={"objective": spec.objective.model_copy(update=whole)})
         runs[name] = open_run(out / f"seed{seed}-{name}", replace(context, spec=spec))
         with locked(runs[name].folder):
-            search_within(runs[name], budget)
-    if cma:  # a candidate is evaluated on all search items at once, and nothing is tuned
-        context, own = contexts["untuned"], runs["untuned"].spec
-        whole = {"block": own.objective.items.search}
-        own = own.model_copy(update={"objective": own.objective.model_copy(update=whole)})
-        runs["cma-es"] = open_run(out / f"seed{seed}-cma", replace(context, spec=own))
-        search_with_cma(runs["cma-es"], spent(runs["mergesearch"]))
+            if name == "cma-es":
+                search_with_cma(runs[name], spent(runs["mergesearch"]))
+            else:
+                search_within(runs[name], budget)
     return runs
 
 
@@ -191,9 +191,9 @@ def main() -> None:
     parser.add_argument("--search-only", action="store_true", help="leave the test items alone")
     given = parser.parse_args()
     systems, known = given.systems.split(","), None
-    contexts = {name: load_context(given.study, name) for name in systems if name != "cma-es"}
+    contexts = {name: load_context(given.study, name) for name in systems}
     for seed in map(int, given.seeds.split(",")):
-        runs = search_all(contexts, given.out, seed, given.budget, cma="cma-es" in systems)
+        runs = search_all(contexts, given.out, seed, given.budget)
         known = known or runs["mergesearch"]
         if not given.search_only:
             for line in compare(runs, known):

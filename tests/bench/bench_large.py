@@ -87,7 +87,7 @@ def make_study(out: Path, layers: int, donors: int, methods: list[str], items: i
     study = {
         "base_model": "./base",
         "models": [f"./{name}" for name in names[1:]],
-        "search": {"methods": methods, "trials": 1, "tune": False},
+        "search": {"methods": methods, "trials": 100, "tune": False},  # of so many, kernels compile
         "objective": {
             "tasks": [{"text": "items.txt", "name": "numbers", "unit": "line"}],
             "block": items,
@@ -120,8 +120,9 @@ def measure(context: LiveContext, out: Path, model: int) -> dict[str, object]:
     seconds: dict[str, float] = {}
     k = len(space.donors)
     for method in space.methods:
-        for weight in (0.3, 0.5):  # the first reads the donors, and compiles
-            recipe = to_recipe(space, space.point(method, (weight,) * k, density=0.5))
+        for first in (0.3, 0.5):  # the first recipe reads the donors, and compiles
+            weights = (first, *(0.4,) * (k - 1))
+            recipe = to_recipe(space, space.point(method, weights, density=0.5))
             with timed(seconds, method):
                 context.builder.build(recipe)
     with timed(seconds, "score"):
