@@ -1,7 +1,7 @@
-"""What a model has responded so far, in a file: a kill loses little of a long job.
+"""A file with a job's responses so far, so that a kill loses little of a long job.
 
-A job notes each response as it comes: a log-likelihood, or a token of a text that is being written.
-The same job, given to another process, goes on from there.
+A log-likelihood, or a token of a generated text, is recorded as soon as it is computed. Another
+process that is given the same job continues from there.
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ from io import FileIO
 from pathlib import Path
 from typing import Any, Final
 
-LINE: Final = 160  # tokens of a line at least: those of a block of 20 short texts
+LINE: Final = 160  # least tokens per line, as in a block of 20 short texts
 
 
 class Journal:
     """Responses to a job's requests, numbered by type in the order in which they are made.
 
-    Lines have digests, and one that was cut short ends what is read. The file is private, and a new
-    one takes its place when it is opened again: a process that is not dead yet cannot write into
-    it. Where none can be written, on a full disk, a job is done without.
+    Every line has a digest; reading stops at the first damaged line. The file is private. Opening
+    it again replaces it, so that a process that is still alive cannot write to it. If it cannot be
+    written, on a full disk say, the job runs without a journal.
 
     Attributes:
         logliks: Log-likelihoods in nats, and whether greedy decoding gives the text, by request.
@@ -46,7 +46,7 @@ class Journal:
     @classmethod
     @contextlib.contextmanager
     def opened(cls, file: Path | None) -> Iterator[Journal | None]:
-        """Open a file to be read and added to, and close it; None where there is none."""
+        """Open a journal for reading and appending, and close it on exit; None without a file."""
         if file is None:
             yield None
             return
@@ -57,13 +57,13 @@ class Journal:
             journal.close()
 
     def add_logliks(self, found: Mapping[int, tuple[float, bool]]) -> None:
-        """Write log-likelihoods by request."""
+        """Record log-likelihoods by request."""
         numbers, values = [*found], [*found.values()]
         self._take("logliks", numbers, values)
         self._write([("logliks", numbers, values)])
 
     def add_tokens(self, numbers: Sequence[int], tokens: Sequence[int]) -> None:
-        """Note the next token of the texts of some requests; write them when there are ``LINE``."""
+        """Record the next token of some requests' texts, at least ``LINE`` tokens per write."""
         self._take("tokens", numbers, tokens)
         self._waiting.append((numbers, tokens))
         if sum(len(tokens) for _, tokens in self._waiting) >= LINE:
@@ -71,7 +71,7 @@ class Journal:
             self._waiting = []
 
     def close(self) -> None:
-        """Write no more."""
+        """Close the file; nothing is written from then on."""
         if self._file:
             self._file.close()
         self._file = None
@@ -93,7 +93,7 @@ class Journal:
 
 
 def _replaced(file: Path, content: bytes) -> FileIO:
-    """Create a file with a content, in place of an earlier one, and return it open."""
+    """Create a file with this content, replacing an earlier one, and return it open."""
     name, flags = str(file), os.O_WRONLY | os.O_CREAT | os.O_EXCL
     file.parent.mkdir(mode=0o700, exist_ok=True)
     if not os.path.lexists(name):
@@ -106,7 +106,7 @@ def _replaced(file: Path, content: bytes) -> FileIO:
 
 
 def _whole_lines(file: Path) -> Iterator[bytes]:
-    """Read a journal's lines up to one that is not as it was written."""
+    """Yield a journal's lines up to the first damaged one."""
     try:
         written = file.read_bytes() if file.is_file() else b""
     except OSError:

@@ -1,4 +1,4 @@
-"""The types of the METHODS table: methods, their parameters, and what their functions are given."""
+"""The types of the METHODS table: methods, their parameters, and their functions' arguments."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from merge_engine.numerics.order_statistics import Magnitudes, Variances
 
 Value = float | int | bool
 Values = Mapping[str, Value | tuple[Value, ...]]  # by argument name; a tuple: one per donor
-Number = float | Tensor  # as a tensor () it is no constant, so a new value compiles nothing anew
+Number = float | Tensor  # a tensor () is not compiled in, so a new value recompiles nothing
 Numbers = Sequence[Number] | Tensor  # n of them
 
 
@@ -39,7 +39,7 @@ class Param:
     effect: bool = True  # False: mergekit has the parameter, but it has no effect
 
     def typed(self, value: object) -> Value:
-        """Convert a value to the parameter's type; words of YAML ("1e-2", "false"), too.
+        """Convert a value to the parameter's type, also from a string such as "1e-2" or "false".
 
         Raises:
             ValueError: The value is of another type, or outside the legal range.
@@ -77,7 +77,7 @@ class Parameters:
 
     @classmethod
     def from_values(cls, values: Values, donors: Sequence[int]) -> Parameters:
-        """Separate the values for all donors from those for each, and keep those of some donors."""
+        """Separate shared values from per-donor ones, and select the latter for these donors."""
         return cls(
             {name: value for name, value in values.items() if not isinstance(value, tuple)},
             {n: tuple(v[d] for d in donors) for n, v in values.items() if isinstance(v, tuple)},
@@ -90,10 +90,10 @@ class KernelValues:
 
     scalars: Mapping[str, float]  # one number for the tensor
     per_donor: Mapping[str, tuple[float, ...]]  # n numbers, one for each donor
-    # Some of several elements of equal magnitude are to be kept, so the kernel needs noise even if
-    # its method is not random.
+    # Only some of several equal elements are kept, so the kernel needs noise even if its method is
+    # not random.
     has_ties: bool = False
-    # `factor` is still to be multiplied by what restores each task vector's L1 norm under the mask.
+    # `factor` still lacks the factor that restores each task vector's L1 norm under the mask.
     rescales: bool = False
 
 
@@ -116,7 +116,7 @@ class TaskVectors(Protocol):
 
         Args:
             donor: 0 to n - 1.
-            chance: Chance of every element to be kept, in LEVELS.
+            chance: Probability of keeping an element, in units of 1 / LEVELS.
 
         Returns:
             The ratio; 1 where either norm is below 1e-7.
@@ -142,9 +142,9 @@ class Method:
     donors: tuple[int, int | None]  # fewest and most, besides an ORIGIN base; None: no limit
     params: Mapping[str, Param]  # by mergekit's names
     paper: str  # link to its source
-    # Whether the result is a sum of the inputs, or of what a fixed mask leaves of their task
-    # vectors, each times its `weight` (and `lambda`, over the weights' sum if `normalize`). Its
-    # derivatives are those of `derivative`.
+    # Whether the result is a sum of the inputs, or of their task vectors under a mask that does not
+    # depend on the weights, each times its `weight` (and `lambda`, over the weights' sum if
+    # `normalize`). `derivative` has the derivatives.
     differentiable: bool = False
 
 
@@ -178,8 +178,8 @@ class Elementwise(Method):
     # Computes the kernel's values from the parameters; None: they are the same.
     prepare: Prepare | None = None
     combine: Combine | None = None  # adds the values of the sum, if `prepare` leaves them out
-    # `left(base, donors, **values)` returns what the masks of a differentiable method leave of each
-    # task vector, of the kernel's values but those of the sum.
+    # `left(base, donors, **values)` returns each task vector under the mask of a differentiable
+    # method. It takes the kernel's values except those of the sum.
     left: Callable[..., list[Tensor]] | None = None
     random: bool = False  # the kernel takes `noise`: uniform numbers of each donor's shape
     # Name of a statistic of donor and base with a number for every element, which the kernel takes

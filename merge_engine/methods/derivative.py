@@ -1,9 +1,9 @@
 """Derivatives of a loss with respect to the weights of differentiable methods.
 
-The merged tensor is ``theta = base + sum_i c_i v_i`` (or ``sum_i c_i x_i`` without an origin), with
-``v_i`` what a mask that no weight changes leaves of a task vector. So ``dL/dc_i = <dL/dtheta,
-v_i>``, and the coefficients are ``c_i = lambda u_i w_i``, over ``sum_j w_j`` if ``normalize``; u_i
-restores a norm under a mask, and is 1 elsewhere.
+The merged tensor is ``theta = base + sum_i c_i v_i`` (or ``sum_i c_i x_i`` without an origin),
+where ``v_i`` is a task vector under a mask that does not depend on the weights. So ``dL/dc_i =
+<dL/dtheta, v_i>``. The coefficients are ``c_i = lambda u_i w_i``, divided by ``sum_j w_j`` if
+``normalize``; u_i restores the norm of a masked task vector, and is 1 without a mask.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def whole(base: Tensor | None, donors: Sequence[Tensor]) -> list[Tensor]:
 
 @functools.cache
 def products_kernel(left: Callable[..., list[Tensor]]) -> Callable[..., Tensor]:
-    """Return a kernel of inner products, row by row, with what ``left`` returns.
+    """Return a kernel of the inner products of a gradient with what ``left`` returns, row by row.
 
     It takes rows (rows, width) of base and donors, the values of ``left``, and ``gradient`` of the
     same shape, and returns (n, rows) float32.
@@ -47,8 +47,8 @@ def weight_gradient(
     """Return the derivatives with respect to the weights, (n,).
 
     With ``s = sum_j w_j`` they are ``lambda p_i``, or if ``normalize`` ``lambda / s (p_i - sum_j
-    w_j p_j / s)``: a common factor of the weights changes nothing. Weights that cancel out divide
-    nothing, as in the merge.
+    w_j p_j / s)``: a common factor of the weights changes nothing. The sum is not divided by if
+    the weights cancel out, as in the merge.
 
     Args:
         products: ``p_i = u_i <dL/dtheta, v_i>``, (n,) float64.

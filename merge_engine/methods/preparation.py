@@ -1,7 +1,7 @@
-"""Preparations: a method's parameters and statistics of whole task vectors to its kernel's values.
+"""Compute a kernel's values from a method's parameters and statistics of whole task vectors.
 
-A density becomes bounds on magnitudes or a chance, and ``rescale`` a factor. Then ``plain_sum`` or
-``elected_sum`` add the values of the sum.
+A density becomes bounds on magnitudes or a probability of keeping an element, and ``rescale`` a
+factor. ``plain_sum`` or ``elected_sum`` then adds the values of the sum.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ def _banded(parameters: Parameters, bands: Sequence[Band]) -> KernelValues:
 
 
 def dare(parameters: Parameters, deltas: TaskVectors) -> KernelValues:
-    """Return each donor's chance, and the factor that restores its L1 norm under its mask."""
+    """Return each donor's keep probability, and the factor that restores its L1 norm."""
     chances = tuple(level(density) for density in parameters.per_donor["density"])
     rescale = parameters.shared["rescale"]
     settings = enumerate(zip(parameters.per_donor["weight"], chances, strict=True))
@@ -84,12 +84,12 @@ def dare(parameters: Parameters, deltas: TaskVectors) -> KernelValues:
 
 
 def della(parameters: Parameters, deltas: TaskVectors) -> KernelValues:
-    """Return the chance of a row's smallest element, and its distance to that of the largest.
+    """Return the keep probability of a row's smallest element, and the largest's less that.
 
-    The distance is multiplied by 256 / 255, for shares that are bytes.
+    The difference is multiplied by 256 / 255, because rank shares are bytes.
 
     Raises:
-        ValueError: A chance is outside (0, 1).
+        ValueError: A probability is outside (0, 1).
     """
     per_donor = parameters.per_donor
     chances = [
@@ -105,7 +105,7 @@ def della(parameters: Parameters, deltas: TaskVectors) -> KernelValues:
 
 
 def _chances(density: float, epsilon: float) -> tuple[float, float]:
-    """Return the lowest chance and its distance to the highest; 0 apart at densities 0 and 1."""
+    """Return the lowest keep probability and its difference to the highest."""
     if density >= 1 or density <= 0:
         return density, 0.0
     if density - epsilon <= 0 or density + epsilon >= 1:
@@ -118,7 +118,7 @@ def _chances(density: float, epsilon: float) -> tuple[float, float]:
 def plain_sum(parameters: Parameters, values: KernelValues) -> KernelValues:
     """Multiply the factors by ``lambda``, over the weights' sum if ``normalize``.
 
-    Weights that cancel out divide nothing.
+    The sum is not divided by if the weights cancel out.
     """
     scale = parameters.shared["lambda_"]
     total = sum(parameters.per_donor["weight"])
@@ -146,7 +146,7 @@ def sce(parameters: Parameters, deltas: TaskVectors) -> KernelValues:
 
 
 def ramplus_tl(parameters: Parameters, deltas: TaskVectors) -> KernelValues:
-    """Return the factor of the elements that one donor alone changed, for each donor."""
+    """Return each donor's factor for the elements that it alone changed."""
     epsilon, r, alpha = (parameters.shared[name] for name in ("epsilon", "r", "alpha"))
     alone, shared = deltas.overlaps(epsilon)
     # A donor without elements of its own: its factor multiplies nothing, so any divisor will do.

@@ -1,16 +1,17 @@
-"""Kernels that sparsify each donor's task vector and add what is left of them.
+"""Kernels that sparsify each donor's task vector and add the results.
 
-Kernels compute in float32, return float32 and do not change their inputs. Which magnitudes are kept
-and what restores a norm is computed before (``preparation``), so a kernel can be run over any part
-of a flattened tensor.
+Kernels compute in float32, return float32 and do not change their inputs. Bounds on magnitudes and
+factors that restore norms are computed beforehand (``preparation``), so a kernel can be run over
+any part of a flattened tensor.
 
 Notation: base (*s) and n donors (*s), of any shape ``s``; ``Numbers`` are n numbers, one per donor;
-noise is n tensors (*s) of uniform numbers in [0, LEVELS), and chances are in LEVELS, too.
+noise is n tensors (*s) of uniform integers in [0, LEVELS); probabilities are in units of
+1 / LEVELS.
 
-What is left is added as a plain sum, ``base + sum_i factor_i d_i``; or, if a kernel is given
-``lambda_``, as an elected sum: ``base + lambda_ m``, where m has at each element the sum of those
-``factor_i d_i`` that have the sign of larger mass there, divided by the sum of their ``weight_i``
-if weights are given (the mean of the TIES paper).
+The sparse task vectors d_i are added as a plain sum, ``base + sum_i factor_i d_i``, or with
+``lambda_`` as an elected sum, ``base + lambda_ m``. At each element, m is the sum of those
+``factor_i d_i`` that have the sign of larger total mass there; with weights it is divided by the
+sum of their ``weight_i`` (the mean of the TIES paper).
 """
 
 from __future__ import annotations
@@ -46,9 +47,9 @@ def trimmed_sum(
         donors: The donors' tensors.
         factor: Factors of the kept elements.
         low: Magnitudes below which elements are dropped.
-        low_share: Chances to keep an element exactly at ``low``.
+        low_share: Probabilities of keeping an element exactly at ``low``.
         high: Magnitudes from which on elements are dropped. None: no upper bound.
-        high_share: Chances to keep an element exactly at ``high``.
+        high_share: Probabilities of keeping an element exactly at ``high``.
         weight: Weights of the elected sum.
         lambda_: Factor of the elected sum; None: a plain sum.
         noise: Chooses among elements at a bound; None: those at ``low`` are kept and those at
@@ -105,10 +106,10 @@ def dare(
         base: The base model's tensor.
         donors: The donors' tensors.
         factor: Factors of the kept elements.
-        chance: Chances of an element to be kept.
+        chance: Probabilities of keeping an element.
         weight: Weights of the elected sum.
         lambda_: Factor of the elected sum; None: a plain sum.
-        noise: An element is kept if its number is below its chance.
+        noise: An element is kept if its number is below its probability.
 
     Source: Yu et al. 2023, https://arxiv.org/abs/2311.03099
     """

@@ -9,10 +9,10 @@ from typing import Any
 
 
 def trim_heap() -> None:
-    """Give freed memory back to the system, where the C library can.
+    """Return freed memory to the system, if the C library can.
 
-    Until version 2.38 glibc seldom uses a freed aligned block again if something small that is kept
-    lies behind it. So every large tensor that makes a small result leaves a hole of its size.
+    Until version 2.38, glibc seldom reuses a freed aligned block that is followed by a small block
+    in use. So every large temporary that yields a small result leaves a hole of its size.
     """
     if trim := _malloc_trim():
         trim(0)

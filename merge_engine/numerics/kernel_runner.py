@@ -24,8 +24,8 @@ from merge_engine.numerics.packing import WIDTH
 _LOG = logging.getLogger(__name__)
 Kernel = Callable[..., Tensor]
 CHUNK = 1 << 16  # elements of a chunk that fits a CPU's cache
-CHUNK_ON_GPU = 1 << 26  # elsewhere calls cost more than traffic to memory
-PAYS = 2_000_000_000  # merged parameters from which on compiling (some seconds, once) pays
+CHUNK_ON_GPU = 1 << 26  # launching kernels costs more than memory traffic
+PAYS = 2_000_000_000  # merged parameters for which compiling once, in some seconds, pays
 # Every intermediate result should stay in a register: one that inductor keeps in memory, as it does
 # with those used often, also halves how many 16-bit numbers it processes at a time.
 _OPTIONS: dict[str, str | int | bool | Callable[..., Any]] = {
@@ -42,13 +42,13 @@ _OPTIONS_ON_GPU = _OPTIONS | {
 
 
 def compiling_pays(parameters: int, candidates: int) -> bool:
-    """Return whether compiling is faster for that many candidates of that many parameters."""
+    """Return whether compiling saves time for ``candidates`` merges of ``parameters`` numbers."""
     can = torch.cuda.is_available() or shutil.which("g++") is not None
     return can and parameters * candidates >= PAYS
 
 
 def configure_compiler() -> None:
-    """Set what compiled kernels need of this process; call it once, before the first one runs.
+    """Configure this process for compiled kernels; call it once, before the first one runs.
 
     Sets torch's ``recompile_limit`` and a warnings filter.
     """
@@ -64,12 +64,12 @@ def compiler_options(device: str) -> dict[str, str | int | bool | Callable[..., 
 
 
 class KernelRunner:
-    """Runs kernels over rows of WIDTH numbers: packs, or any tensor, cut into rows and a rest.
+    """Runs kernels over packs, or over any tensor cut into rows of WIDTH numbers and a remainder.
 
-    A kernel's values are numbers, for the whole tensor or one a row, (rows, 1); lists of n of
-    either; flags; and lists of n tensors with a number for every element, of which a kernel gets
-    the same part as of the donors. If ``compiled`` it runs through ``torch.compile`` (see
-    ``configure_compiler``), else in chunks.
+    A kernel's value is a number for the whole tensor, or one per row, (rows, 1); a list of n of
+    these; a flag; or a list of n elementwise tensors, which are cut like the donors. If
+    ``compiled``, kernels run through ``torch.compile`` (see ``configure_compiler``); else in
+    chunks.
     """
 
     def __init__(self, compiled: bool) -> None:
@@ -98,9 +98,9 @@ class KernelRunner:
         values: Mapping[str, Any],
         noise: Noise | None = None,
     ) -> Tensor:
-        """Return a kernel's k sums along each row of WIDTH elements and the rest, (k, rows).
+        """Return a kernel's k sums over each row of WIDTH elements and the remainder, (k, rows).
 
-        The kernel returns them for some rows; the other arguments are those of ``write``.
+        The kernel returns them for the rows that it is given. Arguments are those of ``write``.
         """
         found = self._run(kernel, _Rows.flatten(inputs, values, noise, None))
         return torch.cat(found, 1) if found else torch.zeros(1, 0, dtype=torch.float64)
@@ -108,7 +108,7 @@ class KernelRunner:
     def _run(self, kernel: Kernel, whole: _Rows) -> list[Any]:
         """Run over all rows: in chunks, or compiled where there is more than one row.
 
-        The compiler would specialise on a single row, which the rest of a tensor always is.
+        The remainder of a tensor is a single row, on which the compiler would specialise.
         """
         done: list[Any] = []
         run, key = _on_rows(kernel), (kernel, whole.donors[0].device.type)
@@ -146,7 +146,7 @@ class _Rows:
         noise: Noise | None,
         out: Tensor | None,
     ) -> _Rows:
-        """Flatten all to one long row; numbers become tensors, not constants to a compiler."""
+        """Flatten everything to one long row; numbers become tensors, which are not compiled in."""
         base, donors = inputs
         device = donors[0].device
         return cls(
@@ -162,7 +162,7 @@ class _Rows:
         return len(self.donors[0])
 
     def split(self) -> Iterator[_Rows]:
-        """Yield the long row as rows of WIDTH, and the rest, if there are any."""
+        """Yield the long row cut into rows of WIDTH, then the remainder; neither if empty."""
         size = self.donors[0].shape[1]
         count, rest = divmod(size, WIDTH)
         if count:
@@ -181,7 +181,7 @@ class _Rows:
             yield self._map(lambda tensor, part=part: tensor[part], part)  # type: ignore[misc]
 
     def _map(self, cut: Callable[[Tensor], Tensor], rows: slice) -> _Rows:
-        """Apply ``cut`` to what is elementwise; take ``rows`` of what has a number a row."""
+        """Apply ``cut`` to elementwise tensors; select ``rows`` of those with a number per row."""
         wide = self.donors[0].shape[1]
 
         def part(value: Any) -> Any:

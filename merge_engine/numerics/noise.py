@@ -45,7 +45,7 @@ class Noise(NamedTuple):
 def drawn(noise: Noise, columns: Tensor) -> list[Tensor]:
     """Return each donor's numbers, (rows, width) int32 in [0, LEVELS).
 
-    ``columns`` are the positions within a row through ``weyl``, (width,) int32.
+    ``columns`` are the positions within a row after ``weyl``, (width,) int32.
     """
     positions = noise.first + columns  # ``weyl`` is linear
     if noise.even:  # the key moves the whole of it, so that tensors do not all start alike
@@ -56,8 +56,8 @@ def drawn(noise: Noise, columns: Tensor) -> list[Tensor]:
 def weyl(positions: Tensor) -> Tensor:
     """Multiply int32 positions by the golden ratio, modulo 2**32.
 
-    Multiples of the golden ratio modulo 1 fall into any interval as often as its length says, to a
-    few of them (Weyl 1916).
+    Multiples of the golden ratio modulo 1 are evenly spread: the share in any interval is close to
+    its length (Weyl 1916).
     """
     return positions * _GOLDEN
 
@@ -84,8 +84,9 @@ def uniform_at(key: int, start: int, count: int, device: torch.device | str = "c
 def halves(key: int, block: int = 0) -> tuple[int, int]:
     """Return two int32 keys for the mixer, from a 64-bit key and a block of 2**31 positions.
 
-    Neighbouring keys would be one sequence with its numbers swapped in pairs, were they not spread
-    over all 64 bits first (SplitMix64's finaliser, https://doi.org/10.1145/2660193.2660195).
+    Keys are first spread over all 64 bits (SplitMix64's finaliser,
+    https://doi.org/10.1145/2660193.2660195): otherwise neighbouring keys would give the same
+    sequence with numbers swapped in pairs.
     """
     mask = (1 << 64) - 1
     mixed = (key + (block + 1) * 0x9E3779B97F4A7C15) & mask
@@ -115,13 +116,13 @@ def hashed(positions: Tensor, low: int | Tensor, high: int | Tensor) -> Tensor:
 def spread(positions: Tensor) -> Tensor:
     """Return evenly spread numbers in [0, LEVELS), at a fraction of the cost of ``hashed``.
 
-    They serve to keep a share of equal elements, whose positions are given as to ``hashed``.
+    They choose a share of equal elements. Positions are as in ``hashed``.
     """
     return _shifted(positions, 16)
 
 
 def level(chance: float) -> int:
-    """Return the number below which an element of that chance is kept, 0 to LEVELS."""
+    """Return a probability in units of 1 / LEVELS: elements with noise below it are kept."""
     return round(chance * LEVELS)
 
 
@@ -129,7 +130,7 @@ def masses_below(magnitudes: Tensor, key: int) -> Tensor:
     """Sum, for each level k, the magnitudes whose random number is below ``k / LEVELS``.
 
     This tabulates what a random mask of any density keeps of a donor: (LEVELS + 1,) float64, on the
-    CPU, of magnitudes of any shape. Summed as whole numbers, so every machine has the same.
+    CPU, of magnitudes of any shape. Sums are of integers, so every machine gets the same.
     """
     flat = magnitudes.reshape(-1)
     largest = float(flat.max()) if flat.numel() else 0.0

@@ -52,7 +52,7 @@ NOTHING = Band(math.inf, math.inf, 1.0, 0.0, 0.0, 0.0)
 
 @dataclass(frozen=True)
 class Magnitudes:
-    """Sorted magnitudes of a tensor; of a large one those at equally spaced ranks.
+    """Sorted magnitudes of a tensor; of a large tensor, only those at equally spaced ranks.
 
     Rank 0 is the smallest. With all ranks kept, up to TABLE + 1 elements, every answer is exact.
     Otherwise a rank is rounded to the nearest one kept, which is off by at most
@@ -207,8 +207,8 @@ class Variances:
     def largest(self, share: float) -> tuple[Band, Tensor]:
         """Return the band of the largest ``share`` of the elements of positive variance.
 
-        From 1 on it has all elements, of no variance too. Also return each donor's sum of squared
-        changes in it, divided by the number of all elements, (n,) float64.
+        With a share of 1 or more it has all elements, even those of no variance. Also return each
+        donor's sum of squared changes in it, divided by the number of all elements, (n,) float64.
         """
         size = self.order.size
         if share >= 1:

@@ -1,9 +1,9 @@
 """Packs: tensors laid end to end in one matrix, so that one kernel call merges all of them.
 
-A model has hundreds of tensors, many of them small, and a call costs as much as merging a hundred
-thousand numbers. So where models stay in memory their tensors lie in matrices with rows of WIDTH
-numbers, each tensor beginning a row of its own. What a method needs of each tensor (a coefficient,
-a bound, a key) becomes a column with one number for each row.
+A model has hundreds of tensors, many of them small, and a kernel call costs as much as merging a
+hundred thousand numbers. Tensors that stay in memory are therefore laid out in matrices with rows
+of WIDTH numbers; every tensor begins in a new row. A number that a method needs per tensor (a
+coefficient, a bound, a key) becomes a column with one number per row.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ class TensorPack:
         return matrix.view(-1)[start : start + prod(shape)].view(shape)
 
     def laid_on(self, first: Tensor) -> Tensor:
-        """Return the matrix that begins with a tensor's memory, where all tensors lie end to end.
+        """View tensors that lie end to end in memory as a matrix, given the first of them.
 
         The size of each has to be a multiple of WIDTH.
         """
@@ -84,7 +84,7 @@ class TensorPack:
     def columns(self, numbers: Tensor) -> list[Tensor]:
         """Repeat numbers of each tensor (c, k) to c columns of one per row (rows, 1).
 
-        They stay on their device, which nothing waits for.
+        They stay on their device, so that nothing waits for a copy.
         """
         if (device := numbers.device) not in self._tensor_of_row:
             index = torch.arange(len(self._counts)).repeat_interleave(self._counts)

@@ -20,8 +20,8 @@ _BLOCK = 1 << 22  # elements whose rows are ranked at a time
 def variance(deltas: Sequence[Tensor]) -> Tensor:
     """Return each element's variance over n tensors (*s); exactly 0 where all are equal.
 
-    Products are rounded, and divisions are products with a reciprocal, as compilers for a GPU make
-    them of constants: elements that are equal on one device are equal on any.
+    Products are rounded explicitly, and divisions by constants are written as products with the
+    reciprocal, as GPU compilers do. So elements that are equal on one device are equal on all.
 
     Source: Welford 1962, https://doi.org/10.1080/00401706.1962.10490022
     """
@@ -36,8 +36,8 @@ def variance(deltas: Sequence[Tensor]) -> Tensor:
 def overlaps(base: Tensor, donors: Sequence[Tensor], *, epsilon: float | Tensor) -> Tensor:
     """Count the elements of each row that each donor changed alone, and together with others.
 
-    A change of at most ``epsilon`` counts as none. Base and donors are (rows, width), of a width
-    below 2**24: float32 counts no further.
+    A change of at most ``epsilon`` counts as none. Base and donors are (rows, width); the width is
+    below 2**24, up to which float32 counts exactly.
 
     Returns:
         The n counts of the first kind, then those of the second, (2 n, rows) float32.

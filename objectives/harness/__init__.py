@@ -1,8 +1,9 @@
 """lm-eval's tasks as an objective.
 
-``task_index`` names of tasks, found fast · ``tasks`` tasks loaded without a model, from their
-files by ``task_factory``, with their ``metrics`` · ``jsonl_task`` a task file for a user's
-questions · ``prompts`` lm-eval's requests for every document, once ``encoding`` has tried the
-tokenizer · ``judging`` responses to values, in separate processes (``isolation``) ·
-``harness`` all of them for one live model, with lm-eval's log kept ``quiet``.
+``harness`` evaluates one live model on tasks, using all of the following · ``task_index`` finds
+tasks by name · ``tasks`` loads them without a model · ``task_factory`` builds each from its file ·
+``task_code`` finds Python code in task files · ``metrics`` chooses a task's metric · ``jsonl_task``
+writes a task file for a user's questions · ``encoding`` tries the tokenizer · ``prompts`` builds
+lm-eval's requests · ``judging`` turns responses into values · ``losses`` are differentiable ·
+``isolation`` runs code in separate processes · ``quiet`` silences lm-eval's log.
 """

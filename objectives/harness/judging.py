@@ -1,9 +1,9 @@
 """Score a model's responses with the tasks' own metrics.
 
-Log-likelihoods, and texts that are only compared with their target, are scored by lm-eval's own
-arithmetic, in this process. Whatever else reads generated text, or runs a task's own code, runs in
-a process of its own, with a time and memory limit: a regular expression or a formula can take for
-ever on garbage, in C code that no signal interrupts, and a task may use the process's one alarm.
+Log-likelihoods, and generated answers that are only compared with their target, are scored in this
+process. Everything else that reads generated text, or runs a task's own code, runs in a separate
+process with time and memory limits: on garbage, a regular expression or a formula can run forever
+in C code that no signal interrupts, and a task may itself use the process's only alarm.
 """
 
 from __future__ import annotations
@@ -187,7 +187,7 @@ def correct_choices(question: Question, choices: Sequence[str]) -> list[int]:
 
 
 def is_untrusted(question: Question) -> bool:
-    """Return whether scoring it may take for ever: by a task's own code, or on generated text."""
+    """Return whether scoring may run forever: in a task's own code, or on generated text."""
     if not _is_built_in(question.task):
         return True
     return question.item.generated and not _takes_linear_time(question)
@@ -198,10 +198,10 @@ def _is_built_in(task: Task) -> bool:
 
 
 def _takes_linear_time(question: Question) -> bool:
-    """Return whether a written answer is only cut, and compared with a field of its document.
+    """Return whether a generated answer is only trimmed and compared with a field of its document.
 
-    No regular expression is evaluated then, and no template but the name of a field. This process
-    scores a block of such answers in less than the time that a fork of it takes.
+    No regular expression is evaluated then, and no template beyond the name of a field. Scoring a
+    block of such answers takes less time than forking this process.
     """
     task = question.task
     target = _FIELD.fullmatch(str(task.get_config("doc_to_target")))
@@ -223,7 +223,7 @@ def _takes_linear_time(question: Question) -> bool:
 
 
 def _judge_until_stopped(questions: Sequence[Question], seconds: float) -> list[ItemResult]:
-    """Score in one process until it is done or has to be killed: one result or more."""
+    """Score in a child process until it is done or has to be killed; return at least one result."""
     process, receiver = start(_judge_and_send, questions, seconds)
     results: list[ItemResult] = []
     try:

@@ -1,10 +1,10 @@
 """Measure which shortcuts of the forward pass reproduce lm-eval's scores on a model.
 
-Each shortcut is tried on a few made-up questions of random tokens whose shapes it applies to. It is
-kept if its log-likelihoods differ from ``HFLM``'s by no more than rounding (in 16 bits judged by
-how much ``HFLM`` itself differs between batches of one and of many), and if decoding generates the
-tokens that the model's own logits prefer, near ties apart. The test is as sharp as the model is:
-where context hardly changes a model's scores a wrong shortcut can pass, and hardly matters.
+Each shortcut is tried on a few made-up questions of random tokens. It is kept if its
+log-likelihoods differ from ``HFLM``'s by no more than rounding (in 16 bits: by no more than
+``HFLM``'s own differ between batches of one and of many), and if decoding generates the tokens of
+highest logit, except for near ties. If context hardly changes a model's scores, a wrong shortcut
+may pass the test, but then it hardly changes scores either.
 """
 
 from __future__ import annotations
@@ -38,19 +38,19 @@ _SHORTCUTS: Final = {  # by field of Modes, each tried with those kept before it
     "tree": "answers as branches of one token tree",
     "prefix": "shared prefixes computed once",
     "generation": "batched greedy decoding",
-    "refilled": "rows that take waiting prompts as texts end",
+    "refilled": "slots that waiting prompts take as texts end",
     "captured": "captured decoding passes",
 }
 
 
-_ATTENTION: Final = ("tree", "prefix", "refilled")  # left off where a state goes on
-_GENERATION: Final = ("generation", "refilled", "captured")  # tried on texts
+_ATTENTION: Final = ("tree", "prefix", "refilled")  # not for recurrent models
+_GENERATION: Final = ("generation", "refilled", "captured")  # tried by generating text
 
 
 def settle_modes(language_model: FastHFLM) -> None:
-    """Try each shortcut on the model and set ``modes`` to those that agree with ``HFLM``.
+    """Try each shortcut on the model, and turn on those that agree with ``HFLM``.
 
-    A warning names each shortcut that is left off, and why.
+    A warning names each shortcut that stays off, and why.
     """
     language_model.use_modes(Modes())
     if language_model.device.type == "meta":
@@ -79,10 +79,10 @@ def settle_modes(language_model: FastHFLM) -> None:
 
 
 def settle_engine(language_model: FastHFLM, engine: TextEngine) -> None:
-    """Have an engine write the texts, if it writes what the live model would.
+    """Let an engine generate text, after checking that it generates what the live model would.
 
     Raises:
-        ObjectiveError: It does not.
+        ObjectiveError: It generates something else.
     """
     if not language_model.modes.generation:
         raise ObjectiveError(
@@ -99,7 +99,7 @@ def settle_engine(language_model: FastHFLM, engine: TextEngine) -> None:
 
 
 def _may_be_tried(name: str, language_model: FastHFLM) -> bool:
-    """Return whether what a shortcut requires is there."""
+    """Return whether the shortcuts that a shortcut builds on are on."""
     if name == "refilled":
         return language_model.modes.generation
     return name != "captured" or (language_model.modes.refilled and captures(language_model.runner))
@@ -139,14 +139,14 @@ class _Reference:
         return cls(requests, scores, softmax + model / 4 + min(4 * noise, model))
 
     def problem(self, language_model: FastHFLM, *, texts: bool) -> str | None:
-        """Return why the present modes cannot be used, by log-likelihoods or by texts."""
+        """Return what is wrong with log-likelihoods, or with ``texts``; None: nothing."""
         try:
             return (self.compare_texts if texts else self.compare_scores)(language_model)
         except Exception as error:  # a model may raise anything at inputs it does not support
             return f"{type(error).__name__}: {error}".splitlines()[0]
 
     def compare_scores(self, language_model: FastHFLM) -> str | None:
-        """Return how log-likelihoods of the present modes disagree; None if they agree."""
+        """Return how log-likelihoods with the present modes are wrong; None: they agree."""
         scores = language_model.scorer.score_requests(self.requests)
         difference = _largest_difference(scores, self.scores)
         if difference > self.tolerance:
@@ -158,9 +158,9 @@ class _Reference:
         return None
 
     def compare_texts(self, language_model: FastHFLM) -> str | None:
-        """Return how tokens generated in the present modes disagree; None if they agree.
+        """Return how tokens generated with the present modes are wrong; None: they agree.
 
-        Texts of 1 to 4 tokens, two at once where rows are refilled: some leave while others go on.
+        The texts have 1 to 4 tokens, so that slots are refilled while other texts go on.
         """
         prompts = list({request.group: request.inputs for request in self.requests}.values())
         criteria = [StopCriteria(1 + number % _GENERATED_TOKENS) for number in range(len(prompts))]
@@ -214,7 +214,7 @@ def _last_logits(language_model: FastHFLM, tokens: Sequence[int]) -> torch.Tenso
 
 
 def _logit_gap(language_model: FastHFLM, prompt: Tokens, generated: Sequence[int]) -> float:
-    """Return by how much the first token that is not the greedy one has a smaller logit."""
+    """Return how far the logit of the first non-greedy token is below the maximum; 0: none is."""
     for length, token in enumerate(generated):
         logits = _last_logits(language_model, (*prompt, *generated[:length]))
         if token != int(logits.argmax()):

@@ -1,9 +1,9 @@
-"""How large batches are: on an accelerator doubled from a modest size while they fit and help.
+"""Choose the batch size: on an accelerator it is doubled while batches fit into memory and help.
 
-A size is a number of sequences: of ``HFLM``'s own batches, and of ours, which have so many tokens
-for each of them. Equal requests in batches of equal size give equal values to the bit; another size
-can decide near ties otherwise, as rounding does. So a size is tried before anything is evaluated,
-with the study's longest items, and then only ever halved.
+A size is the number of sequences of ``HFLM``'s batches; ours have ``BatchSizes.tokens`` tokens for
+each. The same requests in batches of the same size give bit-identical values, while another size
+may round near ties differently. The size is therefore found before anything is evaluated, with the
+study's longest items, and can only be halved later.
 """
 
 from __future__ import annotations
@@ -14,22 +14,22 @@ from typing import Final
 
 import torch
 
-# Keys and values of a text being written grow beyond what a trial has seen, and a candidate may
-# write longer texts than the base.
+# The cache of a generated text grows beyond what was tried, and a candidate may generate longer
+# texts than the base.
 HEADROOM: Final = 2.0
 
 
 @dataclass(frozen=True)
 class BatchSizes:
-    """Sizes to try, in sequences; the first and the last are equal if there is nothing to try."""
+    """Range of sizes to try, in sequences; a single size if ``first`` equals ``last``."""
 
     first: int
     last: int
-    tokens: int  # of a batch, for each sequence
+    tokens: int  # tokens of a batch per sequence
 
     @classmethod
     def of(cls, device: torch.device, given: int | None = None) -> BatchSizes:
-        """Return the sizes for a device, or the one that is given."""
+        """Return the range for a device, or the given size alone."""
         sizes = ON_CPU if device.type == "cpu" else ON_ACCELERATOR
         return sizes if given is None else replace(sizes, first=given, last=given)
 
@@ -45,9 +45,9 @@ def find_batch_size(sizes: BatchSizes, tokens: int, fits: Callable[[int], bool])
     """Double the first size while the next one fits, up to the last; halve it while it does not.
 
     Args:
-        sizes: The first and the last to try.
-        tokens: Tokens that are ever evaluated at once: a batch that holds them all is not doubled.
-        fits: Whether batches of a size fit into memory.
+        sizes: The range to try.
+        tokens: Most tokens that are evaluated at once; a batch of that many is not doubled.
+        fits: Returns whether batches of a size fit into memory.
     """
     size = sizes.first
     if size == sizes.last:
@@ -62,9 +62,9 @@ def find_batch_size(sizes: BatchSizes, tokens: int, fits: Callable[[int], bool])
 
 
 def fits_in(work: Callable[[], object], device: torch.device, memory: int) -> bool:
-    """Do work, and return whether ``memory`` has ``HEADROOM`` times the bytes that it took.
+    """Run work, and return whether ``memory`` is at least ``HEADROOM`` times the bytes it took.
 
-    Bytes are counted on CUDA devices alone; elsewhere what can be allocated fits.
+    Bytes are counted on CUDA devices only; elsewhere work fits if it can be allocated.
     """
     on_cuda = device.type == "cuda"
     before = 0

@@ -1,8 +1,8 @@
 """Greedy decoding of many prompts in one loop, each with its own stop strings and token limit.
 
-Prompts are read in batches, then written side by side in *slots* (``slots``), which take waiting
-prompts as texts end. Where a model cannot be written so (its window slides, it carries a recurrent
-state) a batch is read and written as one, and finished texts leave it.
+Prompts are prefilled in batches and then decoded side by side in *slots* (``slots``). A slot whose
+text has ended is given to the next waiting prompt (continuous batching). Models that cannot use
+slots, because of a sliding window or a recurrent state, decode each batch on its own.
 """
 
 from __future__ import annotations
@@ -19,28 +19,28 @@ from objectives.inference.nan_watch import NanWatch
 from objectives.inference.slots import Capture, DecodingStep, SlotCache, cuda_graphs, run_again
 from objectives.inference.token_tree import Tokens, batches_by_length, group_by_prefix
 
-# finished texts leave a batch once at most this share of its rows is unfinished: removing them
-# copies the keys and values of all others
+# finished texts are removed from a batch once at most this share of it is unfinished: removing
+# them copies the keys and values of all others
 _UNFINISHED = 0.5
-# where prompts wait, a batch that is read has at most this share of the slots
+# while other prompts wait, a prefill batch has at most this share of the slots
 _REFILLED = 0.25
-# a prompt that waits for a slot takes one of texts at most so many times as long as its own
+# texts share slots if their maximum lengths differ by at most this factor
 _LONGER = 2
 
 
 @dataclass(frozen=True)
 class StopCriteria:
-    """When a generated text ends, besides at the model's end-of-text tokens."""
+    """What ends a generated text, besides the model's end-of-text tokens."""
 
-    max_tokens: int  # most tokens, at least one
-    strings: tuple[str, ...] = ()  # stop strings, searched for in the `lookback` latest tokens
+    max_tokens: int  # limit of generated tokens, at least 1
+    strings: tuple[str, ...] = ()  # stop strings, searched for in the last `lookback` tokens
     lookback: int = 1
 
     @classmethod
     def from_strings(
         cls, strings: Sequence[str], max_tokens: int, tokenizer: PreTrainedTokenizerBase
     ) -> StopCriteria:
-        """Return criteria with a lookback long enough for each stop string."""
+        """Return criteria whose lookback is long enough for every stop string."""
         lengths = (len(tokenizer.encode(string, add_special_tokens=False)) for string in strings)
         # a stop string may be written in more tokens than its own encoding; lm-eval adds two too
         return cls(max_tokens, tuple(strings), max(lengths, default=0) + 2)
@@ -49,7 +49,7 @@ class StopCriteria:
 @dataclass(frozen=True)
 class _Prompt:
     index: int
-    tokens: Tokens  # without a prefix that was cut off; `begun` are the last
+    tokens: Tokens  # without the shared prefix; `begun` are the last
     criteria: StopCriteria
     begun: Tokens = ()  # of its text
 
@@ -58,7 +58,7 @@ class _Prompt:
 
     @property
     def columns(self) -> int:
-        """Most tokens of the whole text."""
+        """Maximum tokens of prompt and generated text together."""
         return len(self.tokens) - len(self.begun) + self.criteria.max_tokens
 
     @property
@@ -68,7 +68,7 @@ class _Prompt:
 
 @dataclass(frozen=True)
 class PromptBatch:
-    """Prompts behind one prefix: padded on the left where they are written together."""
+    """Prompts that share a prefix and are prefilled together, padded to one length."""
 
     prefix: Tokens
     prompts: tuple[_Prompt, ...]
@@ -78,19 +78,19 @@ class PromptBatch:
 
 @dataclass(frozen=True)
 class Pool:
-    """Prompts that take one another's slots."""
+    """Prompts that share a set of slots."""
 
-    rows: int  # slots
-    columns: int  # most tokens of a text
-    batches: tuple[PromptBatch, ...]  # each fits into the slots
+    rows: int  # number of slots
+    columns: int  # tokens per slot
+    batches: tuple[PromptBatch, ...]  # prefill batches, none with more prompts than slots
 
 
 @dataclass(frozen=True)
 class DecodingPlan:
-    """How prompts are laid out."""
+    """The layout of prompts for decoding."""
 
-    pools: tuple[Pool, ...]  # in slots
-    batches: tuple[PromptBatch, ...]  # written as they are read
+    pools: tuple[Pool, ...]  # decoded in slots
+    batches: tuple[PromptBatch, ...]  # decoded batch by batch
 
 
 # A prompt, when its text ends, and tokens that have been written of it.
@@ -100,32 +100,32 @@ Keep = Callable[[Sequence[int], Sequence[int]], None]  # of prompts' indices, an
 
 @dataclass(eq=False)
 class _Text:
-    """A text being written: its row is its place in a list."""
+    """A text being generated; its row is its index in a list of texts."""
 
     prompt: _Prompt
-    start: int  # tokens before it, a prefix included
+    start: int  # length of the prompt, including the prefix
     tokens: list[int] = field(default_factory=list)
 
     @property
     def column(self) -> int:
-        """Of its latest token."""
+        """Column of its latest token."""
         return self.start + len(self.tokens) - 1
 
 
 @dataclass(frozen=True)
 class _Noted:
-    """What is noted of every pass: NaN among its logits, else each prompt's next token."""
+    """Records every pass: whether its logits are NaN, and each prompt's next token."""
 
     nan: NanWatch
     keep: Keep | None
 
 
 class GreedyDecoder:
-    """Plans batches of prompts and continues them greedily, up to an end token or stop string.
+    """Plans batches of prompts and continues them greedily until their stop criteria are met.
 
     Attributes:
-        most_rows: Texts written at once at most; None: as many as may be held.
-        kept: Storage and captured passes that serve every candidate; None: there are none.
+        most_rows: Maximum number of texts decoded at once; None: limited by memory alone.
+        kept: Slots and captured passes, reused for every candidate; None: none so far.
     """
 
     def __init__(self, runner: ModelRunner, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -135,7 +135,7 @@ class GreedyDecoder:
         self.kept: DecodingStep | None = None
 
     def plan(self, prompts: Iterable[Wanted]) -> DecodingPlan:
-        """Lay out prompts in batches."""
+        """Plan the batches of prompts, given as (tokens, stop criteria)."""
         runner = self._runner
         plain = plain_length(runner.model.config)
         within: list[_Prompt] = []  # texts that the model reads with plain causal attention
@@ -151,7 +151,7 @@ class GreedyDecoder:
         return DecodingPlan((), tuple(self._batches(groups, left=True)))
 
     def _pools(self, prompts: Iterable[_Prompt]) -> Iterator[Pool]:
-        """Share prompts out over pools: short texts do not wait for slots of long ones."""
+        """Divide prompts into pools of similar length: short texts do not use long slots."""
         rest = sorted(prompts, key=lambda prompt: prompt.columns, reverse=True)
         while rest:
             columns = rest[0].columns
@@ -164,7 +164,7 @@ class GreedyDecoder:
             yield Pool(min(rows, len(together)), columns, tuple(batches))
 
     def _groups(self, prompts: Sequence[_Prompt]) -> Iterable[tuple[Tokens, Sequence[_Prompt]]]:
-        """Group prompts by a prefix that is read once."""
+        """Group prompts by shared prefix."""
         return group_by_prefix(prompts) if self._runner.modes.prefix else [((), prompts)]
 
     def _batches(
@@ -174,7 +174,7 @@ class GreedyDecoder:
         *,
         left: bool,
     ) -> Iterator[PromptBatch]:
-        """Cut groups into batches of at most so many rows, padded on one side."""
+        """Cut groups into batches of at most ``most_rows`` prompts, padded on one side."""
         runner = self._runner
         for prefix, group in groups:
             written = max((one.criteria.max_tokens for one in group), default=0)
@@ -209,7 +209,7 @@ class GreedyDecoder:
         return [texts[index] for index in sorted(texts)]
 
     def release(self) -> None:
-        """Let go of what is kept."""
+        """Free the slots and captured passes that were kept."""
         self.kept = None
 
     def _write_in_slots(self, pool: Pool, noted: _Noted) -> dict[int, list[int]]:
@@ -238,7 +238,7 @@ class GreedyDecoder:
         return found
 
     def _read(self, batch: PromptBatch, cache: DynamicCache, noted: _Noted) -> list[_Text]:
-        """Read prompts, and return their texts with the first token after what is read."""
+        """Prefill prompts; return their texts, each with its first new token."""
         lengths = torch.tensor([len(prompt) for prompt in batch.prompts])
         last = torch.zeros(batch.tokens.shape, dtype=torch.bool)
         last[torch.arange(len(lengths)), lengths - 1] = True
@@ -251,7 +251,7 @@ class GreedyDecoder:
         return texts
 
     def _compact(self, texts: list[_Text], cache: SlotCache) -> list[_Text]:
-        """Drop finished texts, the last unfinished ones taking their slots."""
+        """Drop finished texts, and move the last unfinished ones into their slots."""
         rows = self._unfinished(texts)
         if len(rows) == len(texts):
             return texts
@@ -263,7 +263,7 @@ class GreedyDecoder:
         return [texts[moved.get(row, row)] for row in range(len(rows))]
 
     def _step(self, pool: Pool) -> DecodingStep:
-        """Return what writes a pool's texts; captured passes are kept for the next call."""
+        """Return the decoding step of a pool; one with captured passes is kept for later pools."""
         if not self._runner.modes.captured:
             return DecodingStep(self._runner, SlotCache(pool.rows, pool.columns), None)
         kept = self.kept and self.kept.cache
@@ -305,17 +305,17 @@ class GreedyDecoder:
             positions = positions[:, -1:] + 1
 
     def length_until_end(self, tokens: Sequence[int], criteria: StopCriteria) -> int:
-        """Return how many of the tokens a text has, up to the one that ends it."""
+        """Return the length of a text: its tokens up to the one that ends it."""
         lengths = range(1, len(tokens))
         ends = (length for length in lengths if self.has_ended(tokens[:length], criteria))
         return next(ends, len(tokens))
 
     def has_ended(self, tokens: Sequence[int], criteria: StopCriteria) -> bool:
-        """Return whether a text has ended with the latest of its tokens."""
+        """Return whether a text's latest token ends it."""
         return not self._unfinished([_Text(_Prompt(0, (), criteria), 0, [*tokens])])
 
     def _unfinished(self, texts: Sequence[_Text]) -> list[int]:
-        """Return the places of texts that have not ended with their latest token."""
+        """Return the indices of the texts that their latest token does not end."""
         ends = self._runner.model.generation_config.eos_token_id
         ends = ends if isinstance(ends, list) else [ends]
         open_now = [
@@ -338,7 +338,7 @@ class GreedyDecoder:
 
 
 class _Prefixes:
-    """Keys and values of the latest prefix, read once for the batches behind it."""
+    """Keys and values of the latest prefix, computed once for all batches that share it."""
 
     def __init__(self, runner: ModelRunner) -> None:
         self._runner = runner
@@ -346,7 +346,7 @@ class _Prefixes:
         self._cache: DynamicCache | None = None
 
     def cache(self, prefix: Tokens, rows: int) -> DynamicCache:
-        """Return a cache of so many rows that have read a prefix."""
+        """Return a key-value cache with the prefix in each of ``rows`` rows."""
         if prefix != self._prefix:
             self._prefix, self._cache = prefix, self._runner.cache_prefix(prefix)
         if self._cache is None:
@@ -355,15 +355,15 @@ class _Prefixes:
 
 
 def captures(runner: ModelRunner) -> bool:
-    """Return whether to try captured passes: where launching kernels takes longer than they run.
+    """Return whether to try captured passes, which save the time of launching kernels.
 
-    A model over several devices, or in part on the host, is read by copies that no graph holds.
+    They cannot contain the copies of a model on several devices or partly on the host.
     """
     return runner.device.type == "cuda" and not runner.spans_devices
 
 
 def capture_for(device: torch.device) -> Capture:
-    """Return how passes are captured on a device."""
+    """Return the function that captures passes on a device."""
     return cuda_graphs() if device.type == "cuda" else run_again
 
 

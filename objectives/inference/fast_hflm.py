@@ -1,17 +1,18 @@
-"""lm-eval's scores of a transformers model at a fraction of their cost.
+"""lm-eval's ``HFLM`` with faster forward passes.
 
-``FastHFLM`` is lm-eval's ``HFLM`` with another way through the model. Tokens, positions and the
-float32 log-softmax are the same, so scores are the same up to rounding, but
+Tokens, positions and the float32 log-softmax are those of ``HFLM``, so scores are the same up to
+rounding, but
 
 * a question is read once for all its answers, and few-shot examples shared by many questions once
   for all of them (``token_tree``, ``loglikelihood``);
 * logits, and the last layer's MLP, are computed only at tokens that predict a target (``forward``);
-* texts are generated in one loop whatever ends them, rows refilled as they end (``decoding``).
+* texts with different stop criteria are generated in one loop with continuous batching
+  (``decoding``).
 
-Texts are encoded and batches planned once; nothing that depends on weights outlives a call. The
-same requests always make the same batches, and so give the same values to the bit; among other
-requests a value can differ by rounding, as in lm-eval. All shortcuts are off until
-``agreement.settle_modes`` has compared each with ``HFLM`` on the model at hand.
+Texts are encoded and batches planned once; nothing that depends on weights is kept between calls.
+The same requests always form the same batches, and so give bit-identical values; batched with other
+requests, values may differ by rounding, as in lm-eval. All shortcuts are off until
+``agreement.settle_modes`` has compared each with ``HFLM`` on the model.
 """
 
 from __future__ import annotations
@@ -67,10 +68,10 @@ TokenRequest = tuple[tuple[str, str] | None, Sequence[int], Sequence[int]]  # lm
 
 
 class FastHFLM(HFLM):  # type: ignore[misc]  # lm-eval is published without types
-    """``HFLM`` for a live model, faster; see the module.
+    """``HFLM`` for a live model, with the shortcuts of ``modes``.
 
     Args:
-        batch_size: In sequences; None: the first of ``sizes``.
+        batch_size: Sequences per batch; None: the first of ``sizes``.
         settings: Model, tokenizer and context length, passed to ``HFLM``.
 
     Attributes:
@@ -78,8 +79,8 @@ class FastHFLM(HFLM):  # type: ignore[misc]  # lm-eval is published without type
         runner: Forward passes of the model.
         scorer: Log-likelihoods of requests in tokens, with the shortcuts that are on.
         decoder: Greedy decoding of prompts in tokens.
-        engine: Writes texts in its place; None: nothing does.
-        encode_prompt: Encodes a text to be continued, once.
+        engine: Generates text instead of ``decoder``; None: ``decoder`` does.
+        encode_prompt: Encodes a text to be continued; cached.
         plan_generation: Plans batches of prompts, once.
     """
 
@@ -111,14 +112,14 @@ class FastHFLM(HFLM):  # type: ignore[misc]  # lm-eval is published without type
         return self.runner.modes
 
     def use_modes(self, modes: Modes) -> None:
-        """Evaluate with these shortcuts from here on, and plan batches anew."""
+        """Turn on these shortcuts and no others, and plan batches anew."""
         self.runner.modes = modes
         self._plan_scoring.cache_clear()
         self.plan_generation.cache_clear()
         self.decoder.release()
 
     def resize_batches(self, size: int) -> None:
-        """Evaluate in batches of so many sequences from here on."""
+        """Set the batch size, in sequences, and plan batches anew."""
         self.batch_size_per_gpu = size
         self.runner.tokens_per_batch = size * self.sizes.tokens
         self.use_modes(self.modes)
@@ -268,7 +269,7 @@ class FastHFLM(HFLM):  # type: ignore[misc]  # lm-eval is published without type
         return rows
 
     def _greedy_criteria(self, settings: dict[str, Any]) -> StopCriteria | None:
-        """Return when texts end if these and the model's settings mean greedy decoding, or None."""
+        """Return the stop criteria if all settings mean greedy decoding, else None."""
         own = self.model.generation_config
         wanted = dict(normalize_gen_kwargs(settings, self.max_gen_toks))
         until, max_tokens = wanted.pop("until"), wanted.pop("max_gen_toks")
@@ -321,7 +322,7 @@ def _group(request: Instance) -> Hashable:
 
 @contextlib.contextmanager
 def _nan_refused(model: PreTrainedModel) -> Iterator[None]:
-    """Raise ``NanError`` in the end if the model's last logits were NaN in any pass."""
+    """Raise ``NanError`` on exit if the logits of the last token were NaN in any pass."""
     watch = NanWatch()
     hook = model.get_output_embeddings().register_forward_hook(
         lambda _module, _inputs, logits: watch.see(logits[..., -1, :])

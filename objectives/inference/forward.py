@@ -27,8 +27,8 @@ class Modes:
     tree: bool = False  # the answers to one question as branches of one token tree
     prefix: bool = False  # keys and values of a shared prefix computed once
     generation: bool = False  # greedy decoding in batches of our own; the next two require it
-    refilled: bool = False  # rows of their own lengths, which take waiting prompts as texts end
-    captured: bool = False  # their passes captured as CUDA graphs
+    refilled: bool = False  # decoding in slots, which waiting prompts take as texts end
+    captured: bool = False  # passes over slots captured as CUDA graphs
 
 
 # cached keys and values of a token take less memory than the activations of a token being read
@@ -40,8 +40,8 @@ class ModelRunner:
 
     Attributes:
         device: Device of the model's inputs.
-        tokens_per_batch: Most tokens of a batch, padding included.
-        held_bytes: Most bytes of cached keys and values; None: unknown, and a batch's tokens count.
+        tokens_per_batch: Maximum tokens of a batch, padding included.
+        held_bytes: Maximum bytes of cached keys and values; None: ``tokens_per_batch`` decides.
         modes: Shortcuts that are on; none at first.
         spans_devices: Whether the model's layers are on several devices.
     """
@@ -57,14 +57,14 @@ class ModelRunner:
 
     @property
     def held_tokens(self) -> int:
-        """Most tokens whose keys and values are cached at once."""
+        """Maximum number of tokens whose keys and values are cached at once."""
         if self.held_bytes is None:
             return _CACHED_PER_READ * self.tokens_per_batch
         return max(1, self.held_bytes // self.bytes_per_token)
 
     @cached_property
     def bytes_per_token(self) -> int:
-        """Bytes of a token's keys and values, as the model makes them."""
+        """Bytes of one token's keys and values, measured on the model."""
         with torch.no_grad():
             cache = self.cache_prefix((0,))
         layers: list[Any] = cache.layers if cache else []
@@ -124,7 +124,7 @@ def plain_length(config: PreTrainedConfig) -> float:
 
 
 def _last_mlp(model: torch.nn.Module) -> torch.nn.Module | None:
-    """Return the last layer's MLP; None where the model names none as most models do."""
+    """Return the last layer's MLP; None if it does not have one of the usual names."""
     layers = [module for module in model.modules() if isinstance(module, torch.nn.ModuleList)]
     last = max(layers, key=len, default=[None])[-1]
     return getattr(last, "mlp", None) or getattr(last, "feed_forward", None)

@@ -1,7 +1,7 @@
 """Log-likelihoods of continuations, computed over token trees behind shared prefixes.
 
-Shapes: b rows of t tokens in a batch, m positions that predict anything, n target tokens (n > m
-where answers of a question differ in their last token alone).
+Shapes: b rows of t tokens in a batch, m positions that predict a target, n targets (n > m if
+answers to a question differ only in their last token).
 """
 
 from __future__ import annotations

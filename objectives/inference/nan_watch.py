@@ -1,4 +1,4 @@
-"""Notice logits that are NaN while texts are written: greedy decoding would take a token."""
+"""Detect NaN logits during generation: the argmax of NaN would pass for a token."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ class NanError(ArithmeticError):
 
 
 class NanWatch:
-    """Notes NaN among logits; the flag stays on their device, so that no pass waits for it."""
+    """Records whether logits were NaN, in a flag on their device, so that no pass waits for it."""
 
     def __init__(self) -> None:
         self._seen: Tensor | None = None
 
     def see(self, logits: Tensor) -> None:
-        """Look at logits of any shape."""
-        found = logits.amax().isnan()  # the largest of numbers and NaN is NaN
+        """Check logits of any shape."""
+        found = logits.amax().isnan()  # the maximum is NaN if any of them is
         self._seen = found if self._seen is None else self._seen.to(found.device) | found
 
     @property

@@ -1,11 +1,11 @@
-"""Texts written side by side in fixed storage, each row as long as its own text.
+"""A key-value cache in fixed storage, whose rows have lengths of their own.
 
 A ``DynamicCache`` has the same columns for all rows, and copies them all for every token. Here a
-row is a *slot*: its keys and values lie at columns 0 to its length, new ones are written in place,
-and a slot whose text has ended takes another prompt at once. Storage that stays where it is can
-also be read by a captured step (a CUDA graph), which saves launching each kernel anew.
+row is a *slot*: its keys and values are in columns 0 to its length, new ones are written in place,
+and when its text ends the slot is given to another prompt. Storage at a fixed address can also be
+used by a captured pass (a CUDA graph), which saves launching each kernel anew.
 
-Shapes: b rows being written, R slots, c columns in use, C columns of storage.
+Shapes: b rows in use, R slots, c columns in use, C columns of storage.
 """
 
 from __future__ import annotations
@@ -20,37 +20,39 @@ from typing_extensions import override
 
 from objectives.inference.forward import ModelRunner
 
-_GROWTH = 1.5  # of columns that have become too few
-_COLUMNS = 256  # a captured step reads columns in multiples of this
+_GROWTH = 1.5  # factor by which storage grows when it has too few columns
+_COLUMNS = 256  # a captured pass reads a multiple of this many columns
 
 Work = Callable[[], Tensor]
-Capture = Callable[[Work], Work]  # work over fixed storage to the same work, replayed
+Capture = Callable[[Work], Work]  # records work on fixed storage; returns its replay
 
 
 class SlotCache(Cache):
     """Keys and values of up to R rows with lengths of their own.
 
     Attributes:
-        rows: Slots, R.
-        columns: Most tokens of a row.
+        rows: Number of slots, R.
+        columns: Maximum tokens per slot.
     """
 
     def __init__(self, rows: int, columns: int) -> None:
         super().__init__(layer_class_to_replicate=lambda: _SlotLayer(self))  # type: ignore[arg-type]
         self.rows, self.columns = rows, columns
-        self.written: dict[torch.device, Tensor] = {}  # column of each row's token, (b) per device
+        self.written: dict[
+            torch.device, Tensor
+        ] = {}  # column of each row's new token, (b), per device
         self.read = 0  # columns that attention reads, c
         self._stored = 0  # columns of storage, C
 
     def reserve(self, columns: int) -> None:
-        """Make room for so many columns in every slot."""
+        """Enlarge the storage to ``columns`` columns or more."""
         if columns > self._stored:
             self._stored = min(self.columns, max(columns, int(_GROWTH * self._stored)))
             for layer in self._kept():
                 layer.widen(self._stored)
 
     def take(self, source: Cache, rows: Sequence[int], first: int) -> None:
-        """Copy rows of a cache that was read at once into the slots from ``first`` on."""
+        """Copy rows of a prefill's cache into the slots from ``first`` on."""
         selected = torch.tensor(rows)  # on the CPU, where it may index a tensor of any device
         for number, layer in enumerate(source.layers):
             while len(self.layers) <= number:
@@ -69,17 +71,17 @@ class SlotCache(Cache):
             layer.keys[to], layer.values[to] = layer.keys[source], layer.values[source]
 
     def clear(self) -> None:
-        """Forget everything: a NaN of another candidate would be read where it is masked."""
+        """Zero the storage: a NaN of an earlier candidate would pass through the attention mask."""
         for layer in self._kept():
             layer.keys.zero_()
             layer.values.zero_()
 
     def begin(self, written: Tensor, read: int) -> None:
-        """Say where the tokens of the next pass go, (b), and how many columns it reads."""
+        """Set the columns of the next pass's tokens, (b), and how many columns it reads."""
         self.written, self.read = {written.device: written}, read
 
     def written_on(self, device: torch.device) -> Tensor:
-        """Return where the tokens of this pass go, on the device of a layer's keys."""
+        """Return the columns of this pass's tokens, (b), on the device of a layer's keys."""
         if device not in self.written:
             self.written[device] = next(iter(self.written.values())).to(device)
         return self.written[device]
@@ -147,10 +149,10 @@ class _SlotLayer(CacheLayerMixin):
 
 
 class DecodingStep:
-    """One pass that gives each row being written its next token's logits.
+    """Runs one forward pass for the next token of every row in use.
 
-    With ``capture`` passes are recorded for a few numbers of rows and columns, and replayed with
-    rows that nobody reads; without, every pass has the rows and columns there are.
+    With ``capture``, passes are recorded for a few numbers of rows and columns and replayed; the
+    results of unused rows are dropped. Without it, a pass has only the rows and columns in use.
     """
 
     def __init__(self, runner: ModelRunner, cache: SlotCache, capture: Capture | None) -> None:
@@ -159,8 +161,8 @@ class DecodingStep:
         self._capture = capture
         self._recorded: dict[tuple[int, int], Work] = {}  # by rows and columns
         if capture is not None:
-            cache.reserve(cache.columns)  # storage that a recorded pass reads must stay
-            # tokens, and the columns they go to
+            cache.reserve(cache.columns)  # a recorded pass needs storage that does not move
+            # tokens, and their columns
             self._given = torch.zeros(2, cache.rows, dtype=torch.long, device=runner.device)
 
     def __call__(self, tokens: Sequence[int], columns: Sequence[int]) -> Tensor:
@@ -179,7 +181,7 @@ class DecodingStep:
         return self._recorded[rows, read]()[:count]
 
     def _logits(self, given: Tensor, read: int) -> Tensor:
-        """Run a pass over tokens and the columns they go to, (2, b)."""
+        """Run a pass for tokens and their columns, stacked to (2, b)."""
         tokens, columns = given[:, :, None]  # (b, 1) each
         dtype = self._runner.model.dtype
         mask = torch.zeros(len(columns), read, dtype=dtype, device=given.device)
@@ -194,7 +196,7 @@ class DecodingStep:
 
 
 def cuda_graphs() -> Capture:
-    """Return a way to capture work as CUDA graphs, which share their memory."""
+    """Return a function that captures work as CUDA graphs with one memory pool."""
     pool = torch.cuda.graph_pool_handle()
 
     def capture(work: Work) -> Work:
@@ -218,5 +220,5 @@ def cuda_graphs() -> Capture:
 
 
 def run_again(work: Work) -> Work:
-    """Capture nothing: what is replayed is run, so that a CPU can take the same way."""
+    """Return the work itself: replaying then runs it, so that a CPU can test the same code."""
     return work

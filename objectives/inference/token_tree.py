@@ -179,13 +179,13 @@ def _by_group(requests: Iterable[Request]) -> list[list[Request]]:
 
 
 def join_groups(requests: Iterable[Request], max_tokens: int) -> list[Request]:
-    """Put requests of several groups into one where a shared beginning is worth it.
+    """Join groups of requests whose shared beginning saves enough tokens.
 
     Unlike a cut-off prefix, the beginning of a joint tree has gradients.
 
     Args:
-        requests: Of any groups.
-        max_tokens: Of a joint tree at most.
+        requests: Requests of any groups.
+        max_tokens: Maximum tokens of a joint tree.
     """
     groups = sorted(_by_group(requests), key=lambda group: min(each.inputs for each in group))
     joined: list[list[Request]] = []
@@ -231,8 +231,8 @@ def batches_by_length(
 
     Args:
         rows: Rows of a forward pass, without their prefix.
-        tokens_per_batch: Most tokens of a batch, padding included.
-        held_tokens: Most tokens whose keys and values are cached at once.
+        tokens_per_batch: Maximum tokens of a batch, padding included.
+        held_tokens: Maximum number of tokens whose keys and values are cached at once.
         cached_tokens: Tokens of each row whose keys and values are cached besides its own: the
             prefix, and what will be generated.
     """

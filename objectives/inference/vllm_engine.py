@@ -1,9 +1,9 @@
-"""Texts written by vLLM, with the live model's weights copied into a resident engine.
+"""Generate text with vLLM, the live model's weights being copied into a resident engine.
 
 Written against vLLM's documented interface (``LLM``, ``apply_model``, ``reset_prefix_cache``,
 ``generate`` on token ids) and tested with a stand-in that has it; **never run on a GPU**. Prompts,
-limits and stop strings are ours, and so is what counts as the text; vLLM only chooses tokens.
-Before it is used its texts are compared with the live model's own logits, as every shortcut is.
+limits, stop strings and the end of a text are those of ``decoding``; vLLM only chooses tokens.
+Before it is used, its texts are compared with the live model's logits, like those of any shortcut.
 """
 
 from __future__ import annotations
@@ -26,18 +26,14 @@ from objectives.inference.token_tree import Tokens
 
 
 class TextEngine(Protocol):
-    """What writes texts instead of the live model."""
+    """Generates text in place of the live model."""
 
     def decode(self, prompts: Sequence[tuple[Tokens, StopCriteria]]) -> list[list[int]]:
         """Return the tokens generated after each prompt, including the one that ended the text."""
 
 
 def check_installed() -> None:
-    """Refuse a study that wants vLLM where it is missing.
-
-    Raises:
-        ObjectiveError: It is.
-    """
+    """Raise an ``ObjectiveError`` if vLLM is not installed."""
     if importlib.util.find_spec("vllm") is None:
         raise ObjectiveError(
             "objective.engine: vllm is not installed; pip install 'mergesearch[vllm]', or leave "
@@ -49,7 +45,7 @@ class VllmEngine:
     """A resident vLLM engine of the live model's config.
 
     Raises:
-        ObjectiveError: The model is in no one device's memory, or vLLM cannot run its config.
+        ObjectiveError: The model is on several devices, or vLLM cannot run its config.
     """
 
     def __init__(
@@ -62,7 +58,7 @@ class VllmEngine:
                 "several: leave the key out"
             )
         self._runner, self._decoder = runner, decoder
-        # in this process the engine reads the live weights where they are
+        # in one process the engine can read the live weights in place
         os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
         import vllm
 
@@ -86,7 +82,7 @@ class VllmEngine:
 
     @torch.no_grad()
     def decode(self, prompts: Sequence[tuple[Tokens, StopCriteria]]) -> list[list[int]]:
-        """Write texts with the weights that the live model has now.
+        """Generate text with the live model's present weights (``TextEngine.decode``).
 
         Raises:
             NanError: Its logits are not numbers.

@@ -5,12 +5,12 @@
 
 Prints one JSON line: ``inputs`` by border, ``exits`` (their exit codes), ``seconds`` (the longest)
 and ``findings`` by border. A finding is an input that neither works nor is refused in one sentence
-that names it, or leaves a file. It is kept at once as ``DIR/BORDER-SEED-N``: the folder that the
-command began in, ``command.json``, and what it said on stderr. The same input again:
+that names it, or leaves a file. It is saved at once in ``DIR/BORDER-SEED-N``: the folder that the
+command started in, ``command.json``, and ``said.txt`` with its stderr. To repeat an input:
 ``--border B --seed S --first N --inputs 1``.
 
-A count goes to stderr after each number, which is tried at every border in turn. Ctrl-C or SIGTERM
-ends it early: the line then speaks of what was tried, and ``next`` is where to go on with --first.
+Each number is tried at every border in turn; then the counts so far go to stderr. Ctrl-C or SIGTERM
+ends it early: the line then covers what was tried, and ``next`` is the --first to continue with.
 """
 
 import argparse

@@ -1,7 +1,8 @@
 """Fuzzing of the command line: random changes of valid input, each run in a fork with limits.
 
-What is right: exit 0 with nothing on stderr; or exit 2, one sentence that names what was changed,
-and no file or folder made. A finding is anything else.
+An input is handled correctly if the command exits with 0 and prints nothing on stderr; or exits
+with 2, prints one sentence that names what was changed, and leaves no new file or folder. Anything
+else is a finding.
 """
 
 import contextlib
@@ -29,13 +30,13 @@ from fuzzing_example import make_example
 from mistakes import tree
 from search.cli import main
 
-# Limits of an input; the clock's is for what waits, and leaves room for a busy machine.
+# Limits of an input; that on wall-clock time is for commands that wait, on a busy machine too.
 SECONDS, CPU_SECONDS = 240, 30
 MEMORY, DISK = 3 << 30, 1 << 28  # bytes, of memory beyond the parent's
 
 
 class Finding(NamedTuple):
-    """An input that was not treated right."""
+    """An input that was handled incorrectly."""
 
     border: str
     number: int  # of the input
@@ -48,9 +49,9 @@ class Fuzzer:
     """Runs inputs in a folder of its own; input ``n`` of a border and a seed is always the same.
 
     Args:
-        folder: To work in; its path is in what a run stores.
-        zoo: With the models base, a, b.
-        seed: Of all inputs.
+        folder: Working folder; stored runs contain its path.
+        zoo: Folder with the models base, a and b.
+        seed: Seed of all inputs.
     """
 
     def __init__(self, folder: Path, zoo: Path, seed: int = 0) -> None:
@@ -64,14 +65,14 @@ class Fuzzer:
         self.place.rename(self.whole)
 
     def change(self, border: str, number: int) -> tuple[list[str], bool]:
-        """Make the folder of an input; return the command, and whether it has to be refused."""
+        """Create the folder of an input; return its command, and whether that must be refused."""
         shutil.rmtree(self.place, ignore_errors=True)
         shutil.copytree(self.whole, self.place, symlinks=True)
         with contextlib.chdir(self.place):
             return BORDERS[border].make(Random(f"{border} {self.seed} {number}"))
 
     def run(self, border: str, number: int) -> Finding | None:
-        """Run an input; return what is wrong."""
+        """Run an input; return a finding, or None if it is handled correctly."""
         command, bad = self.change(border, number)
         before, start = tree(self.place).keys(), time.monotonic()
         status = _run_in_fork(lambda: _command(command, self.place, self.said))
@@ -86,7 +87,7 @@ class Fuzzer:
 
 
 def _shortcoming(status: int | None, said: str, names: tuple[str, ...], *, bad: bool) -> str | None:
-    """Return what is wrong with an exit status (None: beyond the time limit) and with stderr."""
+    """Return what is wrong with an exit status (None: timed out) and stderr; None: nothing."""
     if status in (None, -signal.SIGXCPU):
         return "hangs"
     if status < 0:
@@ -107,7 +108,7 @@ def _shortcoming_of_refusal(said: str, names: tuple[str, ...]) -> str | None:
 
 
 def _run_in_fork(work: Callable[[], int]) -> int | None:
-    """Return the exit status of work, minus the signal that ended it; None if it took too long."""
+    """Run work in a fork with limits; return its exit status (-N: signal N), None on timeout."""
     limit = psutil.Process().memory_info().vms + MEMORY
     child = os.fork()
     if not child:
@@ -139,7 +140,7 @@ def _kill_group(leader: int) -> None:
 
 
 def _command(command: list[str], folder: Path, said: Path) -> int:
-    """Run a command with its output in files, as a process of its own would."""
+    """Run a command in this process, with its output redirected to files."""
     os.chdir(folder)
     datasets.utils.logging.set_verbosity(logging.CRITICAL)  # as the command does before imports
     transformers.utils.logging.set_verbosity(logging.CRITICAL)

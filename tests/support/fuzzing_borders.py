@@ -1,7 +1,7 @@
-"""The borders at which others' files and words come in, each with random inputs for it.
+"""The borders where untrusted files and arguments come in, each with a generator of random inputs.
 
-A border changes the example in the working directory and returns the words of a command, and
-whether the command has to be refused.
+A generator changes the example in the working directory and returns a command line, and whether the
+command must be refused.
 """
 
 import contextlib
@@ -29,7 +29,7 @@ WHOLE = (CHECK, BUILD, SCORE, RUN, SAMPLE, EXPORT, "report run", f"{INIT} own.js
 
 
 class Border(NamedTuple):
-    """One place where input comes in; ``names``: a refusal has one of these."""
+    """One kind of input; a refusal of it must contain one of ``names``."""
 
     make: Callable[[Random], Made]
     names: tuple[str, ...]
@@ -48,7 +48,7 @@ def _write_yaml(file: Path, tree: Any) -> None:
 
 
 def _changed_yaml(file: str, examples: Sequence[Any], draw: Random) -> bool:
-    """Write a changed example; return whether it has a key that nobody knows."""
+    """Write a changed example; return whether it has an unknown key."""
     example, kind = draw.choice(examples), draw.random()
     if kind < 0.1:
         _write_yaml(Path(file), add_unknown(example, draw))
@@ -186,7 +186,7 @@ def card(draw: Random) -> Made:
 
 
 def _change_database(file: Path, draw: Random) -> None:
-    """Change one value, of any table."""
+    """Change one value in a random table."""
     with sqlite3.connect(file) as database:
         tables = [
             name

@@ -29,12 +29,12 @@ def change_tree(tree: Any, draw: Random, times: int | None = None) -> Any:
 
 
 def add_unknown(tree: Any, draw: Random) -> Any:
-    """Return a copy of a tree whose mapping at the top has a key that nobody knows."""
+    """Return a copy of a tree with an unknown key in its top mapping."""
     return copy.deepcopy(tree) | {UNKNOWN: draw.choice(STRANGE)}
 
 
 def _places(tree: Any) -> Iterator[tuple[Any, Any]]:
-    """Yield every mapping or list with each of its keys or numbers."""
+    """Yield every mapping or list with each of its keys or indices."""
     if isinstance(tree, dict | list):
         for key in list(tree) if isinstance(tree, dict) else range(len(tree)):
             yield tree, key
@@ -128,7 +128,7 @@ def change_bytes(data: bytes, draw: Random) -> bytes:
 
 
 def change_text(text: str, pieces: Sequence[str], draw: Random) -> bytes:
-    """Return a text with pieces put in, lines moved, left out or doubled; or its bytes changed."""
+    """Return a text with random insertions, lines moved, dropped or repeated, or bytes changed."""
     if draw.random() < 0.15:
         return change_bytes(text.encode(), draw)
     lines = text.splitlines(keepends=True) or [""]

@@ -70,7 +70,7 @@ PICK = {
 
 
 def make_example(folder: Path, zoo: Path) -> None:
-    """Furnish a folder in which every command works, and run each: forks need not import again."""
+    """Create a folder in which every command works, and run each, so that forks import nothing."""
     furnish(folder, zoo)
     for name, text in FILES.items():
         (folder / name).write_text(text, encoding="utf-8")

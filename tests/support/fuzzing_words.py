@@ -1,4 +1,4 @@
-"""What fuzzing puts into templates, YAML, classes, names of models and command lines."""
+"""Words that fuzzing puts into templates, YAML, class paths, model names and command lines."""
 
 PARTS = (  # of Jinja templates
     *(

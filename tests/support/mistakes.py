@@ -1,4 +1,4 @@
-"""Folders with a small study, recipe and task, to be made wrong in one way each."""
+"""Folders with a small valid study, recipe and task, for tests to break in one way each."""
 
 import json
 import shutil
