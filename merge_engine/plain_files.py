@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
 from pathlib import Path
@@ -18,9 +19,15 @@ _KINDS = {
 
 
 def other_than_file(path: Path) -> str | None:
-    """Return what is there instead of a file, as "a folder"; None: a file, or nothing."""
+    """Return what is there instead of a file, as "a folder"; None: a file, or nothing.
+
+    Raises:
+        MergeError: Its folder may not be looked into.
+    """
     try:
         kind = stat.S_IFMT(path.stat().st_mode)
+    except PermissionError as error:
+        raise MergeError(f"{path}: {error.strerror}; make its folder readable") from None
     except (OSError, ValueError):  # nothing there, or no name that a file can have
         return "a link that leads to no file" if os.path.islink(path) else None
     return None if kind == stat.S_IFREG else _KINDS.get(kind, "something else")
@@ -30,8 +37,21 @@ def is_there(file: Path, advice: str = "put the file there, or fetch it again") 
     """Return whether a file is there.
 
     Raises:
-        MergeError: Something else has its name.
+        MergeError: Something else has its name, or it may not be read.
     """
     if kind := other_than_file(file):
         raise MergeError(f"{file}: is {kind}, not a file; {advice}")
-    return os.path.isfile(file)  # pathlib's raises for a name that is too long
+    if not os.path.isfile(file):  # pathlib's raises for a name that is too long
+        return False
+    if not os.access(file, os.R_OK):
+        raise MergeError(f"{file}: {os.strerror(errno.EACCES)}; make it readable")
+    return True
+
+
+def is_text(name: object) -> bool:
+    """Return whether a path or a word is UTF-8 text, as databases and weight files need it."""
+    try:
+        str(name).encode()
+    except UnicodeEncodeError:
+        return False
+    return True

@@ -16,6 +16,8 @@ from merge_engine.plain_files import other_than_file
 _YAML_BYTES, _PARTS = 10_000_000, 1_000_000  # of a file, and of a document with its aliases
 _DEPTH = 100  # levels of a document
 _NAME = 200  # characters of a path in a message
+_TAG = "tag:yaml.org,2002:"
+_UNWANTED = ("set", "omap", "pairs", "binary")  # types of YAML that no file of ours has
 
 DtypeName = Annotated[
     Literal["float16", "bfloat16", "float32", "float64"],
@@ -112,6 +114,12 @@ def _check_node(node: yaml.Node | None, path: Path) -> None:
     inside: set[int] = set()
 
     def size(part: yaml.Node | None) -> int:
+        if part is not None and part.tag.removeprefix(_TAG) in _UNWANTED:
+            line = part.start_mark.line + 1
+            raise MergeError(
+                f"{path}: line {line}: write a plain list, mapping or text, without "
+                f"!!{part.tag.removeprefix(_TAG)}"
+            )
         if not isinstance(part, yaml.CollectionNode):
             return 1
         if id(part) in inside:

@@ -44,7 +44,7 @@ def objective_errors(where: str) -> Iterator[None]:
         yield
     except ObjectiveError:
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:  # a user's code may exit
         raise ObjectiveError(f"{where}: {type(error).__name__}: {error}") from error
 
 

@@ -99,12 +99,20 @@ def _expected(error: Exception) -> tuple[str, int] | None:
         return printable(str(error)), BAD_INPUT  # it may quote a file's or a model's own words
     if isinstance(error, Interrupted):
         return f"{error}; when that is fixed, {AGAIN}", STOPPED
-    if isinstance(error, OSError) and error.errno in FULL:
-        where = f"{error.filename}: " if error.filename else ""
-        return f"{where}{error.strerror}; when there is space, {AGAIN}", STOPPED
-    if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
-        return f"{str(error.filename)[:100]}...: {error.strerror}; choose another", BAD_INPUT
+    if isinstance(error, OSError):
+        return _of_system(error, full=error.errno in FULL)
     return _of_database(error)
+
+
+def _of_system(error: OSError, *, full: bool) -> tuple[str, int] | None:
+    where = f"{error.filename}: " if error.filename else ""
+    if full:
+        return f"{where}{error.strerror}; when there is space, {AGAIN}", STOPPED
+    if error.errno == errno.ENAMETOOLONG:
+        return f"{where[:100]}...: {error.strerror}; choose another", BAD_INPUT
+    if error.errno in (errno.EACCES, errno.EROFS) and where:
+        return f"{where}{error.strerror}; change its permissions", BAD_INPUT
+    return None
 
 
 def _of_database(error: Exception) -> tuple[str, int] | None:

@@ -82,6 +82,7 @@ def match_names(folder: Path, own: Iterable[str], others: Iterable[str]) -> dict
         return {name: name for name in others if name in set(own)}
     mine = {slot: name for name, slot in find_slots(model, own).items()}
     made = {slot.live for slot in mine}
+    layouts = {(slot.live, slot.pattern) for slot in mine}
     decoder = model.get_decoder()
     prefix = next((name for name, each in model.named_modules() if each is decoder), "")
     found: dict[str, str] = {}
@@ -95,7 +96,7 @@ def match_names(folder: Path, own: Iterable[str], others: Iterable[str]) -> dict
         for each, slot in slots.items():
             if slot in mine:
                 found[renamed[each]] = mine[slot]
-            elif slot.live in made:
+            elif slot.live in made and (slot.live, slot.pattern) not in layouts:
                 raise MergeError(
                     f"one model stores {renamed[each]!r}, of which another stores the parts; load "
                     "the first with transformers and save it again, so that both have one layout"

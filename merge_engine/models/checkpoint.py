@@ -78,7 +78,12 @@ class Checkpoint:
     @cached_property
     def config(self) -> Mapping[str, Any]:
         """The model's ``config.json``."""
-        return self._json("config.json")
+        config = self._json("config.json")
+        if not isinstance(config.get("text_config"), dict | None):
+            raise MergeError(
+                f"{self.folder / 'config.json'}: its text_config is no mapping; fetch it again"
+            )
+        return config
 
     @cached_property
     def generation_config(self) -> Mapping[str, Any]:
@@ -129,7 +134,13 @@ class Checkpoint:
         found: dict[str, tuple[Path, Any]] = {}
         for file in self._weights.files:
             handle = self._opened.open(file)
-            found |= {name: (file, handle.get_slice(name)) for name in handle.keys()}  # noqa: SIM118
+            own = {name: (file, handle.get_slice(name)) for name in handle.keys()}  # noqa: SIM118
+            if twice := sorted(found.keys() & own.keys()):
+                raise MergeError(
+                    f"{file}: has {twice[0]!r}, which {found[twice[0]][0].name} has as well; fetch "
+                    "both again"
+                )
+            found |= own
         dtypes = {name: part.get_dtype() for name, (_, part) in found.items()}
         if quantised := find_quantised(dtypes, self.config):
             raise MergeError(

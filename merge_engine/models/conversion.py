@@ -100,7 +100,8 @@ def find_conversions(model: nn.Module, shapes: Shapes) -> list[Conversion]:
         for name, tensor in live.items():
             if name in targets and tensor.shape != targets[name].shape:
                 wanted, got = list(targets[name].shape), list(tensor.shape)
-                raise _not_made(name, conversion, f"its shape is {wanted}, theirs make {got}")
+                rows = wanted[1:] == got[1:]
+                raise _not_made(name, conversion, f"its shape is {wanted}, theirs make {got}", rows)
         found.append(replace(conversion, live=tuple(live)))
     return found
 
@@ -123,10 +124,12 @@ def find_slots(model: PreTrainedModel, names: Iterable[str]) -> dict[str, Slot]:
     }
 
 
-def _not_made(live: str, conversion: Conversion, reason: str) -> MergeError:
+def _not_made(
+    live: str, conversion: Conversion, reason: str, rows_differ: bool = False
+) -> MergeError:
     first, *others = conversion.names
     advice = "fetch the base again, or correct its config.json"
-    if is_vocabulary(first):
+    if rows_differ and is_vocabulary(first):
         advice = (
             "say in the study which vocabulary it is to have, as in 'tokenizer: {source: base}'"
         )

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from merge_engine.errors import MergeError
 from merge_engine.models.model_folder import ADAPTER_WEIGHTS, WEIGHTS, list_files
+from merge_engine.plain_files import is_text
 from merge_engine.schema import find_file, find_folder
 
 HUB_FILES = (
@@ -49,6 +50,8 @@ def locate(model: str) -> Path:
         MergeError: There is neither such a folder nor such a model.
     """
     if folder := find_folder(model):
+        if not is_text(folder.absolute()):
+            raise MergeError(f"model {model!r}: its path is no UTF-8 text; rename the folder")
         return folder
     if find_file(model):
         raise MergeError(f"model {model!r} is a file; name the folder it is in")

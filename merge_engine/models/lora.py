@@ -18,6 +18,7 @@ from torch import Tensor
 from merge_engine.errors import MergeError, reading
 from merge_engine.models.adapter_config import read_adapter_config
 from merge_engine.models.model_folder import check_settings, find_adapter, read_json
+from merge_engine.models.quantised import FLOATS
 from merge_engine.models.weights_file import OpenFiles
 
 _PREFIX = "base_model.model."
@@ -87,7 +88,10 @@ class Adapter:
         self._opened = OpenFiles()
         self.config = read_adapter_config(self.files[0])
         file = self._opened.open(self.weights)
-        self.shapes = {key: tuple(file.get_slice(key).get_shape()) for key in sorted(file.keys())}
+        parts = {key: file.get_slice(key) for key in sorted(file.keys())}
+        if odd := [key for key, part in parts.items() if part.get_dtype() not in FLOATS]:
+            raise self._damaged(odd[0], f"is of {parts[odd[0]].get_dtype()}, not of floats")
+        self.shapes = {key: tuple(part.get_shape()) for key, part in parts.items()}
         self.changes: dict[str, Change] = {}
         self._add_all()
 

@@ -22,6 +22,7 @@ _SETTINGS = (
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
 )
 _JSON_BYTES = 1 << 29  # at most; the largest vocabularies have tens of megabytes
+_NAME = 200  # characters of a name in a message
 _LISTED = 10_000  # files of a folder that are looked at to say what it holds
 _FULL = "name the model in transformers' format that"
 _OTHERS = (  # what may be there instead of weights, by its path, and the way out
@@ -105,8 +106,13 @@ def _indexed(index: Path) -> Weights:
         raise MergeError(
             f"{index}: names {outside[0]!r}, which is outside its folder; fetch it again"
         )
+    kind = Path(index.name.removesuffix(".index.json")).suffix
+    if others := [name for name in names if Path(name).suffix != kind]:
+        raise MergeError(
+            f"{index}: names {others[0][:_NAME]!r}, which is no {kind} file; fetch it again"
+        )
     if missing := [name for name in names if not is_there(index.parent / name)]:
-        raise MergeError(f"{index}: names {missing[0]!r}, which is missing; fetch it again")
+        raise MergeError(f"{index}: names {missing[0][:_NAME]!r}, which is missing; fetch it again")
     return Weights(tuple(index.parent / name for name in names), index, files)
 
 

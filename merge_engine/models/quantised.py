@@ -38,7 +38,7 @@ _METHODS = {  # of config.json's quantization_config, in their usual spelling
 }
 # Integer tensors of full-precision models.
 _INDEX = re.compile(r"(position_ids|num_batches_tracked|attn\.bias|attention\.bias)$")
-_FLOATS = {"F64", "F32", "F16", "BF16"}
+FLOATS = ("F64", "F32", "F16", "BF16")  # dtypes of full precision, as in safetensors headers
 
 
 class Quantised(NamedTuple):
@@ -67,11 +67,11 @@ def find_quantised(dtypes: Mapping[str, str], config: Mapping[str, Any]) -> Quan
                 same = method in (None, kind)
                 return Quantised(kind if same else str(method), name, advice if same else _ANY)
     for name, dtype in dtypes.items():
-        if dtype.startswith(("F8", "float8", "F4", "float4")):
+        if dtype.startswith(("F8", "float8")):
             return Quantised(method or "FP8", name, _ANY)
         # If there is a quantization_config, any integers are quantised weights.
-        suspect = settings and not _INDEX.search(name)
-        if dtype not in (*_FLOATS, "BOOL") and (suspect or name.endswith(".weight")):
+        suspect = settings and dtype != "BOOL" and not _INDEX.search(name)
+        if dtype not in FLOATS and (suspect or name.endswith(".weight")):
             other = settings.get("quant_method") or f"{dtype} weights"
             return Quantised(method or str(other), name, _ANY)
     return None

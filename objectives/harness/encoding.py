@@ -57,6 +57,8 @@ def check_encoding(tokenizer: PreTrainedTokenizerBase, prompting: Prompting) -> 
         text = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
         if len(str(text)) > _TEMPLATE_LENGTH:
             raise ValueError(f"it makes {len(str(text)):,} characters")
+        if not str(text).strip():
+            raise ValueError("it makes no text")
 
     if fault := attempt(apply, TEMPLATE_SECONDS, _MEMORY):
         raise ObjectiveError(

@@ -92,7 +92,7 @@ class Harness(Objective):
             check_installed()
         _check_model(model, tokenizer, prompting)
         check_encoding(tokenizer, prompting)
-        where = f"{tokenizer.name_or_path}: lm-eval cannot use its tokenizer and config"
+        where = f"{tokenizer.name_or_path}: correct its config.json or tokenizer, which fail"
         with quiet(logging.ERROR), objective_errors(where):  # it warns that this is not a path
             self.language_model = FastHFLM(
                 pretrained=model, tokenizer=copy.deepcopy(tokenizer), batch_size=batch_size

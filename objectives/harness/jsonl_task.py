@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -79,6 +80,7 @@ def task_yaml(name: str, data: Path, folder: Path) -> str:
         "Question: {{question}}\nAnswer:" if question == "question" else f"{{{{{question}}}}}"
     )
     path = Path(os.path.relpath(data.expanduser().resolve(), folder.resolve())).as_posix()
+    path = glob.escape(path)  # datasets takes it for a pattern
     return TASK.format(
         file=data.name,
         name=_quoted(name),
@@ -98,7 +100,7 @@ def _quoted(text: str) -> str:
 def _read_rows(data: Path) -> Rows:
     rows = {}
     try:
-        lines = data.read_text(encoding="utf-8").split("\n")  # no other separates lines of JSON
+        lines = data.read_text(encoding="utf-8-sig").split("\n")  # no other separates lines of JSON
     except OSError as error:
         raise ObjectiveError(f"{data}: {error.strerror}; check the path") from None
     except UnicodeDecodeError as error:

@@ -15,8 +15,8 @@ import yaml
 from jinja2.sandbox import SandboxedEnvironment
 from lm_eval.api.registry import metric_registry
 
-from objectives.base import ObjectiveError
-from objectives.harness.task_index import LM_EVAL_TASKS, read_task
+from objectives.harness.task_files import with_includes
+from objectives.harness.task_index import LM_EVAL_TASKS
 
 _STANDARD = "tag:yaml.org,2002:"  # of YAML's own types
 
@@ -29,26 +29,14 @@ def find_code(file: Path) -> str | None:
     Raises:
         ObjectiveError: A file cannot be read.
     """
-    return next(_code_in(file, set()), None)
-
-
-def _code_in(file: Path, seen: set[Path]) -> Iterator[str]:
-    file = file.expanduser().resolve()
-    if file in seen or file.is_relative_to(LM_EVAL_TASKS.resolve()):
-        return
-    seen.add(file)
-    try:  # only events are parsed, no objects are constructed
-        for event in yaml.parse(file.read_bytes()):
+    for each, config in with_includes(file, LM_EVAL_TASKS.resolve()):
+        for event in yaml.parse(each.read_bytes()):  # no objects are constructed
             tag = getattr(event, "tag", None) or "!"
             if tag != "!" and (not tag.startswith(_STANDARD) or "python" in tag):
-                yield f"{tag} {getattr(event, 'value', '')} in {file}"
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ObjectiveError(f"{file}: no task file: {' '.join(str(error).split())}") from None
-    config = read_task(file, recursive=False)
-    yield from (f"the metric {name!r} in {file}" for name in _scripts(config))
-    included = config.get("include") or []
-    for other in included if isinstance(included, list) else [included]:
-        yield from _code_in(file.parent / str(other), seen)
+                return f"{tag} {getattr(event, 'value', '')} in {each}"
+        if metric := next(_scripts(config), None):
+            return f"the metric {metric!r} in {each}"
+    return None
 
 
 def _scripts(part: Any) -> Iterator[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import glob
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,7 +22,8 @@ from typing_extensions import override
 from objectives.base import ObjectiveError, objective_errors, time_limit
 from objectives.harness.encoding import TEMPLATE_SECONDS
 from objectives.harness.task_code import find_code
-from objectives.harness.task_index import LM_EVAL_TASKS, check_plain
+from objectives.harness.task_files import check_plain
+from objectives.harness.task_index import LM_EVAL_TASKS
 
 TEMPLATE_MAKES = 10_000_000  # characters at most
 
@@ -58,17 +60,18 @@ class SafeTaskFactory(TaskFactory):  # type: ignore[misc]  # lm-eval is publishe
                 raise ObjectiveError(
                     f"{where}: {error}; correct it, or give the rows of its data that field"
                 ) from error
-            except (FileNotFoundError, ConnectionError) as error:
+            except (FileNotFoundError, ConnectionError, StopIteration) as error:
+                reason = str(error) or "no file fits data_files"  # datasets' own stop has no text
                 raise ObjectiveError(
-                    f"{where}: its data was not found: {error}; check dataset_path and "
+                    f"{where}: its data was not found: {reason}; check dataset_path and "
                     "data_files, which are relative to that YAML"
                 ) from error
 
     def _check_trusted(self, entry: Entry) -> None:
-        """Raise an ``ObjectiveError`` for files that carry code, unless it is trusted."""
-        if self._trust_task_code or entry.yaml_path is None:
+        """Raise an ``ObjectiveError`` for damaged files, or for code that is not trusted."""
+        if entry.yaml_path is None:
             return
-        if code := find_code(entry.yaml_path):
+        if (code := find_code(entry.yaml_path)) and not self._trust_task_code:
             raise ObjectiveError(
                 f"task {entry.name!r} brings Python code of its own ({code}); read it, and if you "
                 "trust it, set trust_task_code: true in the study's objective, or give init "
@@ -117,7 +120,7 @@ def _broken_line(entry: Entry) -> str | None:
     """Return an error that names the first line of a task's JSONL files that is not JSON."""
     for file in _data_files(entry):
         if file.suffix == ".jsonl":
-            lines = file.read_text(encoding="utf-8", errors="replace").split("\n")
+            lines = file.read_text(encoding="utf-8-sig", errors="replace").split("\n")
             for number, line in enumerate(lines, start=1):
                 try:
                     json.loads(line or "{}")
@@ -132,4 +135,5 @@ def _data_files(entry: Entry) -> list[Path]:
     files = settings.get("data_files") if isinstance(settings, dict) else None
     listed = files.values() if isinstance(files, dict) else [files]
     each = [name for part in listed for name in (part if isinstance(part, list) else [part])]
-    return [Path(name) for name in each if isinstance(name, str)]
+    found = [glob.iglob(name) for name in each if isinstance(name, str)]
+    return [Path(name) for names in found for name in names]

@@ -19,21 +19,17 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import yaml
 from lm_eval.tasks import TaskManager
 
 # Private, but the type of ``TaskManager.task_index``, which a cached index has to recreate.
 from lm_eval.tasks._index import Entry, Kind
 
-# Private, and lm-eval's only reader of task files: it knows their includes and functions.
-from lm_eval.tasks._yaml_loader import load_yaml
-
 from objectives.base import ObjectiveError
 from objectives.harness.quiet import quiet
+from objectives.harness.task_files import check_plain, check_readable, read_task
 
 LM_EVAL_TASKS = Path(importlib.import_module("lm_eval.tasks").__path__[0])
 
-_DEPTH = 100  # levels of a task file
 _SHOWN = 300  # characters of what is wrong with one
 # All that is looked up in an entry's configuration; tasks are built from their files.
 _KEPT = ("task", "group", "unsafe_code")
@@ -55,7 +51,10 @@ def find_tasks(
     folders = [folder.resolve() for folder in include_path]
     checked: set[Path] = set()
     for file in (file for folder in folders for file in folder.rglob("*.yaml")):
-        _check_files(file, checked)
+        check_readable(file, checked)
+    for file in (file for folder in folders for file in folder.rglob("*.py")):
+        if not file.is_dir():  # a task's code, which is imported if it is trusted
+            check_plain(file)
     manager = TaskManager(include_defaults=False, include_path=folders)
     index = manager.task_index
     if {*names, *(name for entry in index.values() for name in members(entry))} - index.keys():
@@ -161,62 +160,11 @@ def _unknown_task(name: str, known: Iterable[str], folders: Sequence[Path]) -> O
             read_task(file)
         except ObjectiveError as error:  # lm-eval's index leaves such a file out silently
             fixes.append(f"correct {str(error)[:_SHOWN]}")
+    misnamed = [file for folder in folders for file in sorted(folder.rglob("*.yml"))]
+    fixes += [f"{file} is not read: call it .yaml" for file in misnamed]
     return ObjectiveError(
         f"no task {name!r} in {searched}; {'; '.join(fixes) or 'check its spelling'}"
     )
-
-
-def read_task(file: Path, *, recursive: bool = True) -> dict[str, Any]:
-    """Read a task file and, if ``recursive``, those it includes; functions are left as texts.
-
-    Raises:
-        ObjectiveError: One is not a task file.
-    """
-    try:
-        _check_depth(file)
-        return load_yaml(file, resolve_func=False, recursive=recursive)  # type: ignore[no-any-return]
-    except ObjectiveError:
-        raise
-    except Exception as error:  # besides PyYAML's own, of tags such as !!int zz
-        raise ObjectiveError(f"{file}: no task file: {' '.join(str(error).split())}") from None
-
-
-def check_plain(file: Path) -> None:
-    """Refuse what has a file's name and is none: reading a pipe or a device may never end."""
-    if file.exists() and not file.is_file():
-        kind = "a folder" if file.is_dir() else "a named pipe" if file.is_fifo() else "a device"
-        raise ObjectiveError(
-            f"{file}: is {kind}, not a file; put the file there, or correct the path"
-        )
-
-
-def _check_files(file: Path, seen: set[Path]) -> None:
-    """Refuse a task file that would block or crash lm-eval, which reads all with their includes.
-
-    Other faults are raised when the file is needed.
-    """
-    if file in seen or file.is_dir():
-        return
-    seen.add(file)
-    check_plain(file)
-    included: object = None
-    with suppress(OSError, yaml.YAMLError):
-        _check_depth(file)
-        with suppress(Exception):  # of tags such as !!int zz
-            included = load_yaml(file, resolve_func=False, recursive=False).get("include")
-    for other in included if isinstance(included, list) else [included]:
-        if isinstance(other, str):
-            _check_files(file.resolve().parent / other, seen)
-
-
-def _check_depth(file: Path) -> None:
-    """Refuse a file nested so deeply that reading it would crash the process."""
-    depth = 0
-    for event in yaml.parse(file.read_bytes(), getattr(yaml, "CSafeLoader", yaml.SafeLoader)):
-        depth += isinstance(event, yaml.CollectionStartEvent)
-        depth -= isinstance(event, yaml.CollectionEndEvent)
-        if depth > _DEPTH:
-            raise ObjectiveError(f"{file}: nested more than {_DEPTH} levels deep; correct it")
 
 
 def name_in(file: Path) -> str:

@@ -9,7 +9,9 @@ import contextlib
 import hashlib
 import json
 import logging
+import os
 import random
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +32,7 @@ from objectives.harness.task_code import sandbox_templates
 from objectives.harness.task_factory import SafeTaskFactory
 from objectives.harness.task_index import find_tasks
 
+_LOG = logging.getLogger(__name__)
 _DOCUMENT_SECONDS = 10.0  # for the templates of one row
 
 
@@ -111,9 +114,10 @@ def load_tasks(
     """
     if not entries:
         raise ObjectiveError("tasks: the list is empty; name one or more")
-    for folder in include_path:
-        if not folder.is_dir():
-            raise ObjectiveError(f"include_path: {folder} is not a folder; check the path")
+    if unread := [each for each in include_path if not os.access(each / ".", os.R_OK | os.X_OK)]:
+        raise ObjectiveError(
+            f"include_path: {unread[0]} is not a folder that may be read; check the path"
+        )
     loaded: dict[str, LoadedTask] = {}
     factory = SafeTaskFactory(unsafe_code=unsafe_code, trust_task_code=trust_task_code)
     sandbox_templates()
@@ -188,7 +192,8 @@ def _build_tasks(name: str, factory: SafeTaskFactory, manager: TaskManager) -> d
     # Private, but reading a task's name draws from the global random generator: only lm-eval's
     # own ``load`` leaves the prompts drawn afterwards as they are in ``simple_evaluate``.
     manager._factory = factory
-    tasks: dict[str, Task] = manager.load([name])["tasks"]
+    with objective_errors(f"task {name!r} could not be loaded"):
+        tasks: dict[str, Task] = manager.load([name])["tasks"]
     for leaf, task in tasks.items():
         # a task written in Python, or inside its group's file, has it on the built task alone
         factory.check_safe(leaf, getattr(task, "UNSAFE_CODE", False))
@@ -214,9 +219,13 @@ def _prepare(
     if generated := task.OUTPUT_TYPE == "generate_until":
         check_greedy(name, normalize_gen_kwargs(task.get_config("generation_kwargs") or {}))
     metric = choose_metric(name, task, settings.metric)
+    with objective_errors(f"task {name!r}: its filter {metric.filter.name!r} cannot be used"):
+        for make in metric.filter.filters:
+            make()
     where = f"task {name!r}: its items could not be read"
     with objective_errors(where), TaskRandomState().active():
         contents = [_content(name, task, document) for document in task.eval_docs]
+        _note_gaps(name, task)
     items = tuple(
         Item(name, digest(content), row, generated=generated)
         for row, content in enumerate(contents)
@@ -225,8 +234,30 @@ def _prepare(
     return LoadedTask(name, task, metric, weight, items, random_state, sample)
 
 
+def _note_gaps(name: str, task: Task) -> None:
+    """Warn of rows of a JSON file that lack a field which others have: templates read None."""
+    if task.get_config("dataset_path") != "json":
+        return
+    settings = ("doc_to_text", "doc_to_target", "doc_to_choice")
+    used = {*re.findall(r"\w+", " ".join(str(task.get_config(key)) for key in settings))}
+    rows = list(task.eval_docs)
+    for field in sorted(used & {key for row in rows for key in row}):
+        lacking = [number for number, row in enumerate(rows) if row.get(field) is None]
+        if 0 < len(lacking) < len(rows):
+            _LOG.warning(
+                "task %r: %d of %d rows have no %r, which is then None in its prompts; the first "
+                "is row %d, counted from 0",
+                *(name, len(lacking), len(rows), field, lacking[0]),
+            )
+
+
 def check_greedy(name: str, settings: Mapping[str, Any]) -> None:
-    """Raise an ``ObjectiveError`` for generation settings that sample."""
+    """Raise an ``ObjectiveError`` for generation settings that sample, or stop at no text."""
+    if odd := [text for text in settings["until"] if not isinstance(text, str)]:
+        raise ObjectiveError(
+            f"task {name!r}: until is {odd[0]!r}; write a text or a list of texts in its "
+            "generation_kwargs"
+        )
     if settings["do_sample"]:
         raise ObjectiveError(
             f"task {name!r}: its answers are sampled, so a score would be luck; "

@@ -34,7 +34,7 @@ from search.options import (
     ScoreOptions,
 )
 from search.preparing.check import check_recipe, check_study
-from search.preparing.models import Hardware, load_scored
+from search.preparing.models import Hardware, load_scored, open_references
 from search.preparing.tasks import bind_tasks, plan_tasks
 from search.process import collector_paused
 from search.racing.item_scores import ItemScores
@@ -126,8 +126,9 @@ def score(options: ScoreOptions, listener: Listener) -> None:
     spec = load_study(options.study)
     with errors_name(options.study):
         tasks = plan_tasks(spec)
+        references = open_references(spec)
     hardware = Hardware(choose_device(options.device), offload=options.offload)
-    model, tokenizer = load_scored(spec, options.model, hardware)
+    model, tokenizer = load_scored(spec, options.model, hardware, references)
     with errors_name(options.study):
         objective, splits = bind_tasks(spec, tasks, model, tokenizer)
     numbers = getattr(splits, options.split)

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from merge_engine.errors import MergeError
+from merge_engine.plain_files import is_text
 from merge_engine.recipe.recipe import Recipe
 from merge_engine.replacing import replace_text
+from objectives.base import printable
 from objectives.entries import PromptEntry
 from search.options import ExportOptions, PushOptions, ReportOptions, SampleOptions
 from search.pipeline import card_of, is_export_of, save_checkpoint
@@ -21,7 +21,7 @@ from search.storing.address import Storage
 from search.storing.folder import CARD, check_folder, is_held
 from search.storing.intact import reading_stored
 from search.storing.result import PATHS, Result, read_paths, read_result
-from search.storing.resume import find_trial, stored_spec
+from search.storing.resume import check_result, find_trial, stored_spec
 from search.storing.samples import store_samples
 from search.storing.store import Store
 from search.storing.trials import TrialLog
@@ -35,10 +35,10 @@ def export(options: ExportOptions, listener: Listener) -> None:
         raise MergeError(f"{options.out} exists; choose another folder or remove it")
     check_folder(options.out)
     spec = stored_spec(options.run, options.storage)
-    result = _read_result(options.run, spec)
+    result = _read_result(options, spec)
     won = result.winner.recipe if result else None
     if options.trial is not None:  # a missing trial is reported before anything is loaded
-        store = Store(Storage.of(options.run, options.storage))
+        store = Store(Storage.of(options.run, options.storage), begun=True)
         find_trial(options.run, TrialLog(store.study()), options.trial)
     elif won is None:
         raise StudyError(f"{options.run} has no winner yet; name a --trial")
@@ -59,8 +59,10 @@ def export(options: ExportOptions, listener: Listener) -> None:
 
 def sample(options: SampleOptions, listener: Listener) -> None:
     """Show what base, donors and winner write to prompts, or to test items gained and lost."""
+    if options.prompt and (odd := [text for text in options.prompt if not is_text(text)]):
+        raise StudyError(f"--prompt: {printable(odd[0][:50])!r} is no UTF-8 text; write another")
     spec = stored_spec(options.run, options.storage)
-    result = _read_result(options.run, spec)
+    result = _read_result(options, spec)
     if result is None:
         raise StudyError(f"{options.run} has no winner yet; ask again when the run has finished")
 
@@ -81,8 +83,9 @@ def sample(options: SampleOptions, listener: Listener) -> None:
     Session(spec, options.run, options, listener, source=options.run).hold(respond)
 
 
-def _read_result(run: Path, spec: StudySpec) -> Result | None:
-    """Read a run's result; refuse one with models that are not the study's."""
+def _read_result(options: ExportOptions | SampleOptions, spec: StudySpec) -> Result | None:
+    """Read a run's result; refuse another run's, or one with models that are not the study's."""
+    run = options.run
     result = read_result(run)
     known = {spec.base_model, *spec.models_but_base}
     read = Recipe.model_validate(result.winner.recipe).models_read if result else ()
@@ -91,6 +94,9 @@ def _read_result(run: Path, spec: StudySpec) -> Result | None:
             f"{run / PATHS}: does not say where the winner's model {lost[0]!r} lies; run the study "
             "again, which writes it anew"
         )
+    if result:
+        store = Store(Storage.of(run, options.storage), begun=True)
+        check_result(run, result, TrialLog(store.study()).finished())
     return result
 
 
@@ -101,7 +107,7 @@ def report(options: ReportOptions, listener: Listener) -> None:
     if file.is_dir():
         raise StudyError(f"{file} is a folder; name the file to write in it")
     check_folder(file.parent)
-    store = Store(Storage.of(options.run, options.storage))
+    store = Store(Storage.of(options.run, options.storage), begun=True)
     with reading_stored(options.run):
         page = make_report(options.run, store, held=is_held(options.run))
     replace_text(file, page)

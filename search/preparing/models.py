@@ -24,6 +24,7 @@ from merge_engine.models.checkpoint import Adapted, Checkpoint, open_model
 from merge_engine.models.model_set import ModelSet
 from merge_engine.models.vocabulary import Vocabulary, load_tokenizer
 from merge_engine.numerics.kernel_runner import configure_compiler
+from merge_engine.numerics.statistics import all_finite
 from merge_engine.out_of_memory import is_out_of_memory
 from merge_engine.recipe.recipe import Tokenizer
 from merge_engine.recipe.recipe_file import load_recipe, parse_recipe
@@ -191,8 +192,18 @@ def open_model_set(
     return model_set
 
 
+def open_references(spec: StudySpec) -> ModelSet:
+    """Open what of a study's models `load_scored` needs: the base, or all for a common vocabulary.
+
+    Raises:
+        MergeError: One cannot be used.
+    """
+    names = [spec.base_model, *spec.models_but_base]
+    return open_model_set(names if spec.tokenizer else names[:1], tokenizer=spec.tokenizer)
+
+
 def load_scored(
-    spec: StudySpec, model: str, hardware: Hardware
+    spec: StudySpec, model: str, hardware: Hardware, mine: ModelSet
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load a checkpoint, hub id, ``base+adapter`` or recipe file, in the study's dtype.
 
@@ -207,11 +218,10 @@ def load_scored(
     """
     if hardware.offload:
         check_offload(spec, hardware.device)
-        loaded = load_scored(spec, model, Hardware("cpu"))
+        loaded = load_scored(spec, model, Hardware("cpu"), mine)
         offload(loaded[0], hardware.device)
         return loaded
     names = [spec.base_model, *spec.models_but_base]
-    mine = open_model_set(names if spec.tokenizer else names[:1], tokenizer=spec.tokenizer)
     dtype = study_dtype(spec, mine.reference)
     folder = find_folder(model)
     name = str(folder.resolve()) if folder else model
@@ -225,12 +235,23 @@ def load_scored(
         _check_same_tokens(checkpoint, mine.vocabulary)
         if not isinstance(checkpoint, Adapted):
             live = load_model(spec, checkpoint, dtype, hardware.device)
+            _check_finite(live, model, dtype)
             return live, study_tokenizer(spec, mine)
         models, whole = open_model_set([model]), {"model": model, "parameters": {"weight": 1.0}}
         recipe, _ = parse_recipe({"merge_method": "linear", "models": [whole]}, model)
     live = load_model(spec, models.reference, dtype, hardware.device, models.vocabulary)
     Builder(live, models).build(recipe)
     return live, study_tokenizer(spec, models if recipe.vocabulary or spec.tokenizer else mine)
+
+
+def _check_finite(live: PreTrainedModel, model: str, dtype: str) -> None:
+    """Refuse a model with weights that are no numbers: its output would be none, either."""
+    for name, tensor in live.named_parameters():
+        if not all_finite(tensor.detach()):
+            raise StudyError(
+                f"model {model!r}: {name!r} has NaN or Inf in {dtype}; fetch or train it again, or "
+                "give the study a wider dtype"
+            )
 
 
 def _check_same_tokens(checkpoint: Checkpoint, vocabulary: Vocabulary | None) -> None:

@@ -44,6 +44,7 @@ from search.showing.comparison import (
 from search.showing.facts import RunFacts, describe_trial
 from search.showing.tuning_charts import AVERAGED, path_charts, weight_maps
 from search.storing.result import Result, ScoreTable, read_result
+from search.storing.resume import check_result
 from search.storing.samples import read_samples
 from search.storing.store import Store
 from search.study.public_names import public_names, without_paths
@@ -65,6 +66,8 @@ def make_report(run: Path, store: Store, *, held: bool | None = None) -> str:
     """
     result = read_result(run)
     facts = RunFacts(store, result)
+    if result:
+        check_result(run, result, facts.trials)
     with one_thread():
         contents = _search_part(facts) | (_result_part(facts, result) if result else {})
     page = _template().render(

@@ -16,6 +16,7 @@ from typing import Final
 from filelock import FileLock, Timeout
 
 from merge_engine.errors import FULL
+from merge_engine.plain_files import is_text
 from merge_engine.replacing import remove_partials
 from search.study.spec import StudyError
 
@@ -52,6 +53,8 @@ def check_folder(folder: Path) -> None:
 
 def check_run_folder(folder: Path) -> None:
     """Refuse a folder in which no run can start or be resumed."""
+    if not is_text(folder.absolute()):
+        raise StudyError(f"{folder}: its path is no UTF-8 text; choose another folder")
     check_folder(folder)
     _check_ours(folder)
     if is_held(folder):

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 
 from merge_engine.errors import first_error
+from merge_engine.recipe.recipe import Recipe
 from objectives.base import Objective
 from objectives.items import Splits
 from search.storing.address import Storage
 from search.storing.folder import DATABASE, has_run
 from search.storing.intact import reading_stored
+from search.storing.result import PATHS, RESULT, Result
 from search.storing.snapshot import difference, snapshot_items
 from search.storing.store import Store
 from search.storing.trials import WHERE, TrialLog, TrialRecord
@@ -73,7 +75,7 @@ def stored_spec(folder: Path, url: str | None = None) -> StudySpec:
     """
     if not has_run(folder):
         raise StudyError(f"{folder}: no run here (no {DATABASE}); give the folder of a run")
-    header = TrialLog(Store(Storage.of(folder, url)).study()).header()
+    header = TrialLog(Store(Storage.of(folder, url), begun=True).study()).header()
     if "spec" not in header:
         raise StudyError(f"{folder}: the run was stopped before it began; run it again")
     try:
@@ -83,6 +85,17 @@ def stored_spec(folder: Path, url: str | None = None) -> StudySpec:
             f"{folder}: another version of mergesearch made this run ({first_error(error)}); "
             "use that version, or begin another run"
         ) from None
+
+
+def check_result(folder: Path, result: Result, trials: Iterable[TrialRecord]) -> None:
+    """Refuse a result whose winner is not the recipe of its trial: it is another run's."""
+    recipes = {trial.number: trial.recipe for trial in trials}
+    winner = result.winner
+    if recipes.get(winner.trial) != Recipe.model_validate(winner.recipe).key:
+        raise StudyError(
+            f"{folder / RESULT}: its winner is not trial {winner.trial} of this run; run the study "
+            f"again, which writes it and {PATHS} anew"
+        )
 
 
 def find_trial(folder: Path, log: TrialLog, number: int) -> TrialRecord:

@@ -35,6 +35,7 @@ from sqlalchemy import (
     String,
     Table,
     Text,
+    create_engine,
     event,
     func,
     inspect,
@@ -112,20 +113,44 @@ class PathStep:
     losses: Mapping[str, float]  # the mean over each task's items, before the update
 
 
-def _opened(storage: Storage, **options: Any) -> RDBStorage:
+def _opened(storage: Storage, *, begun: bool = False, **options: Any) -> RDBStorage:
     url = storage.url.render_as_string(hide_password=False)
-    database = RDBStorage(url, engine_kwargs={**storage.engine_options(), **options})
-    _META.create_all(database.engine)
+    database = RDBStorage(url, {**storage.engine_options(), **options}, skip_table_creation=begun)
+    if not begun:
+        _META.create_all(database.engine)
     return database
+
+
+def _check_tables(storage: Storage) -> None:
+    """Refuse a database that is gone, or is none of a run of this version; make nothing in it."""
+    if storage.is_file and not Path(str(storage.url.database)).is_file():
+        raise StudyError(f"{storage.name}: no such file; restore it from a copy")
+    found = inspect(create_engine(storage.url, **storage.engine_options(), poolclass=NullPool))
+    for name, table in _META.tables.items():
+        theirs = {
+            each["name"] for each in (found.get_columns(name) if found.has_table(name) else ())
+        }
+        if not theirs:
+            raise StudyError(
+                f"{storage.name} has no table {name} and is no run's database; restore it from a "
+                "copy, or start over with --force-new"
+            )
+        if theirs != set(table.columns.keys()):
+            raise StudyError(
+                f"{storage.name} was made by another version of mergesearch (table {name} has "
+                f"{', '.join(sorted(theirs))}); choose another --out"
+            )
 
 
 def _make_tables(storage: Storage) -> None:
     """Make the missing tables; other runs may be making them at the same time."""
-    if storage.is_file and not Path(str(storage.url.database)).exists():
-        _make_file(storage)
+    if storage.is_file:
+        if not Path(str(storage.url.database)).exists():
+            _make_file(storage)
+        return
     for pause in (0.1, 0.5, 2.0, None):
         try:
-            _opened(storage, poolclass=NullPool)  # one that fails leaves no connection open
+            _opened(storage, poolclass=NullPool)  # a failed one leaves none open
             return
         except DATABASE_ERRORS as error:
             others = isinstance(cause_of(error), IntegrityError) or "exists" in reason_of(error)
@@ -143,7 +168,8 @@ def _make_file(storage: Storage) -> None:
     partial = file.with_name(f".{file.name}.{secrets.token_hex(4)}.partial")
     try:
         partial.touch(mode=0o600, exist_ok=False)
-        _opened(replace(storage, url=storage.url.set(database=str(partial))), poolclass=NullPool)
+        made = replace(storage, url=storage.url.set(database=str(partial)))
+        _opened(made, poolclass=NullPool)
         with contextlib.suppress(FileExistsError):  # another run has made it meanwhile
             os.link(partial, file)
     finally:
@@ -157,19 +183,23 @@ class Store:
     Args:
         storage: The study's address; or an SQLite file.
         say: Called with a line while waiting for a server.
+        begun: The run is there already: nothing is made, so a read-only file will do.
 
     Raises:
         StudyError: It cannot be opened, or another version of this program made it.
     """
 
-    def __init__(self, storage: Storage | Path, say: Callable[[str], None] = print) -> None:
+    def __init__(
+        self, storage: Storage | Path, say: Callable[[str], None] = print, *, begun: bool = False
+    ) -> None:
         self.storage = Storage.file(storage) if isinstance(storage, Path) else storage
-        self._say = say
+        self._say, self._begun = say, begun
         optuna.logging.set_verbosity(optuna.logging.ERROR)
         with opening(self.storage):
-            _make_tables(self.storage)
-            self._rdb = _opened(self.storage)
-            self._check_tables()
+            if not begun:
+                _make_tables(self.storage)
+            _check_tables(self.storage)
+            self._rdb = _opened(self.storage, begun=begun)
             with reading_stored(self.storage.name):
                 self.study()
                 self._study = self._rdb.get_study_id_from_name(self.storage.study)
@@ -179,16 +209,6 @@ class Store:
     def _engine(self) -> Engine:
         engine: Engine = self._rdb.engine
         return engine
-
-    def _check_tables(self) -> None:
-        for table in _META.sorted_tables:
-            columns = inspect(self._engine).get_columns(table.name)
-            theirs = {column["name"] for column in columns}
-            if theirs != set(table.columns.keys()):
-                raise StudyError(
-                    f"{self.storage.name} was made by another version of mergesearch (table "
-                    f"{table.name} has {', '.join(sorted(theirs))}); choose another --out"
-                )
 
     def _reconnect(self, dialect: Any, record: Any, args: Any, options: Any) -> Any:  # noqa: ARG002
         """Reconnect, waiting for a server that was reachable before."""
@@ -220,7 +240,13 @@ class Store:
         raise stopped
 
     def study(self) -> Study:
-        """Load the run's study, or make it."""
+        """Load the run's study, or make it unless the run is to have begun."""
+        if self._begun:
+            try:
+                return optuna.load_study(storage=self._rdb, study_name=self.storage.study)
+            except KeyError:
+                why = "the run was stopped before it began; run it again"
+                raise StudyError(f"{self.storage.name} has no such study: {why}") from None
         return optuna.create_study(
             storage=self._rdb,
             study_name=self.storage.study,

@@ -553,7 +553,7 @@ MISTAKES = {
     ),
     "empty file": Mistake(CHECK, ("study.yaml", "empty"), write("study.yaml", "")),
     "no text": Mistake(CHECK, ("study.yaml", "YAML"), write("study.yaml", bytes(range(256)))),
-    "folder instead of a file": Mistake("check tasks", ("tasks", "directory", "check the path")),
+    "folder instead of a file": Mistake("check tasks", ("tasks", "is a folder", "check the path")),
     "file that is not there": Mistake("check stduy.yaml", ("stduy.yaml", "check the path")),
     # the models
     "model that is not there": Mistake(

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import struct
 from collections.abc import Callable
 from pathlib import Path
@@ -176,11 +177,35 @@ def pipe(name: str) -> Change:
     return change
 
 
-def as_integers(folder: Path) -> None:
-    tensors = load_file(folder / "b" / WEIGHTS)
-    name = "model.layers.0.mlp.up_proj.weight"
-    tensors[name] = tensors[name].view(torch.int32)
-    save_file(tensors, folder / "b" / WEIGHTS, metadata={"format": "pt"})
+def stored_as(change: Callable[[torch.Tensor], torch.Tensor]) -> Change:
+    """Donor b stores one weight otherwise."""
+
+    def edit(folder):
+        tensors = load_file(folder / "b" / WEIGHTS)
+        name = "model.layers.0.mlp.up_proj.weight"
+        tensors[name] = change(tensors[name])
+        save_file(tensors, folder / "b" / WEIGHTS, metadata={"format": "pt"})
+
+    return edit
+
+
+def adapter_of(dtype: torch.dtype) -> Change:
+    def change(folder):
+        file = folder / "lora" / "adapter_model.safetensors"
+        save_file({name: part.to(dtype) for name, part in load_file(file).items()}, file)
+
+    return both(lora(), change)
+
+
+def shared_shards(folder: Path) -> None:
+    """Donor b becomes two shards of the same tensors."""
+    index(folder, f"1-{WEIGHTS}")
+    shutil.copy(folder / "a" / WEIGHTS, folder / "b" / f"1-{WEIGHTS}")
+    shutil.copy(folder / "a" / WEIGHTS, folder / "b" / f"2-{WEIGHTS}")
+    file = folder / "b" / f"{WEIGHTS}.index.json"
+    names = json.loads(file.read_text())["weight_map"]
+    names[next(iter(names))] = f"2-{WEIGHTS}"
+    file.write_text(json.dumps({"weight_map": names}))
 
 
 def index(folder: Path, file: str) -> None:
@@ -196,10 +221,10 @@ def group_of_itself(folder: Path) -> None:
     study(objective__tasks=["round"])(folder)
 
 
-def laughs() -> str:
+def laughs(*after: str) -> str:
     lines = ["x0: &x0 [a, a, a, a, a, a, a, a, a]"]
     lines += [f"x{n}: &x{n} [{', '.join([f'*x{n - 1}'] * 9)}]" for n in range(1, 12)]
-    return "\n".join([*lines, "merge_method: linear", "models: *x11"])
+    return "\n".join([*lines, *after])
 
 
 def recipe_text(text: str) -> Change:
@@ -214,9 +239,41 @@ def study_text(line: str) -> Change:
     return change
 
 
+QUESTIONS = "".join(json.dumps({"question": f"{n}?", "answer": "1"}) + "\n" for n in range(20))
+
+
 def questions(text: str) -> Change:
-    good = "".join(json.dumps({"question": f"{n}?", "answer": "1"}) + "\n" for n in range(20))
-    return write("own.jsonl", good + text + "\n")
+    return write("own.jsonl", QUESTIONS + text + "\n")
+
+
+def task_text(lines: str, **trusted: bool) -> Change:
+    """Add lines to the task; a study may trust its code."""
+
+    def change(folder):
+        file = folder / "tasks" / "tell.yaml"
+        file.write_text(f"{file.read_text()}{lines}\n")
+        study(**{f"objective__{name}": value for name, value in trusted.items()})(folder)
+
+    return change
+
+
+def group(members: str) -> Change:
+    return both(
+        write("tasks/group.yaml", f"group: mine\ntask: {members}\n"),
+        study(objective__tasks=["mine"]),
+    )
+
+
+def with_code(code: str) -> Change:
+    return both(
+        task(doc_to_text="x"),
+        lambda f: write(
+            "tasks/tell.yaml",
+            (f / "tasks/tell.yaml").read_text().replace("text: x", "text: !function own.text"),
+        )(f),
+        write("tasks/own.py", code),
+        study(objective__trust_task_code=True),
+    )
 
 
 OWN = f"{INIT} own.jsonl"
@@ -229,10 +286,24 @@ CASES = {
     "layer of 5000 digits": Case(BUILD, ("b",), also(f"model.layers.{'1' * 5000}.x", [0])),
     "empty name": Case(BUILD, ("b",), also("", [0])),
     "20,000 empty tensors": Case(BUILD, ("b",), many_empty),
-    "integers in place of weights": Case(BUILD, ("b", "I32", "up_proj"), as_integers),
+    "integers in place of weights": Case(
+        BUILD, ("b", "I32", "up_proj"), stored_as(lambda old: old.view(torch.int32))
+    ),
+    "booleans in place of weights": Case(
+        BUILD, ("b", "BOOL", "up_proj"), stored_as(lambda old: old > 0)
+    ),
+    "no numbers, scored": Case(
+        "score b study.yaml --device cpu",
+        ("'b'", "up_proj", "NaN"),
+        stored_as(lambda old: old * float("nan")),
+    ),
+    "tensor in two shards": Case(BUILD, (f"b/2-{WEIGHTS}", f"1-{WEIGHTS} has"), shared_shards),
     # indexes
     "index of ../x": Case(BUILD, ("b", "index", "../a"), lambda f: index(f, f"../a/{WEIGHTS}")),
     "index of /x": Case(BUILD, ("b", "index"), lambda f: index(f, str(f / "a" / WEIGHTS))),
+    "index of a config": Case(BUILD, ("index", "'config.json'"), lambda f: index(f, "config.json")),
+    "index of no name": Case(BUILD, ("index", "''"), lambda f: index(f, "")),
+    "index of a long name": Case(BUILD, ("index",), lambda f: index(f, "a" * 5000)),
     "deep index": Case(
         BUILD,
         ("b", "index"),
@@ -282,6 +353,9 @@ CASES = {
         RUN, ("base",), everywhere(rope_scaling={"rope_type": "newrope", "factor": 2.0})
     ),
     "activation of tomorrow": Case(RUN, ("base",), everywhere(hidden_act="swiglu9")),
+    "text config that is a list": Case(
+        BUILD, ("base/config.json", "text_config"), config("base", text_config=[1])
+    ),
     "generation config that is a list": Case(
         RUN, ("base", "generation_config"), write("base/generation_config.json", "[1]")
     ),
@@ -345,6 +419,12 @@ CASES = {
     "model in place of an adapter": Case(
         BUILD, ("b", "no adapter"), recipe(models=[{"model": "a"}, {"model": "base+b"}])
     ),
+    "adapter of integers": Case(
+        BUILD, ("adapter_model.safetensors", "lora_A", "I32"), adapter_of(torch.int32)
+    ),
+    "adapter of float8": Case(
+        BUILD, ("adapter_model.safetensors", "lora_A", "F8_E4M3"), adapter_of(torch.float8_e4m3fn)
+    ),
     "adapter of rank 0": Case(BUILD, ("adapter_model.safetensors", "rank"), lora(rank=0)),
     # what a base has beside its weights
     "folder called tokenizer": Case(BUILD, None, folder_called("base/tokenizer")),
@@ -381,6 +461,15 @@ CASES = {
     "long model in a study": Case(CHECK, ("aaa",), study(models=["a", LONG])),
     "long path in a recipe": Case(BUILD, ("x/x",), recipe(models=[{"model": DEEP_PATH}])),
     "name with a zero byte": Case(CHECK, ("study.yaml",), study(models=["a", "b\0c"])),
+    "model of no UTF-8": Case(
+        "score m\udcff study.yaml --device cpu",
+        ("UTF-8", "rename"),
+        lambda folder: (folder / "b").rename(folder / "m\udcff"),
+    ),
+    "run of no UTF-8": Case(
+        "run study.yaml --out r\udcff --device cpu", ("UTF-8", "choose another"), unharmed
+    ),
+    "prompt of no UTF-8": Case("sample run --prompt \udcff", ("--prompt", "UTF-8"), unharmed),
     "long --out": Case(f"build recipe.yaml {LONG}", ("aaa", "too long"), unharmed),
     "long run": Case(f"run study.yaml --out {LONG} --device cpu", ("aaa", "too long"), unharmed),
     "long model to score": Case(f"score {LONG} study.yaml --device cpu", ("aaa",), unharmed),
@@ -402,6 +491,9 @@ CASES = {
     "template that divides by zero": Case(RUN, ("base", "template"), template("{{ 1 // 0 }}")),
     "template that makes a long text": Case(
         CHECK, ("base", "template", "2,000,000 characters"), template("{{ 'x' * 2000000 }}")
+    ),
+    "template that makes no text": Case(
+        CHECK, ("base", "template", "no text"), template("{{ '' }}")
     ),
     "template in UTF-16": Case(
         CHECK,
@@ -434,6 +526,12 @@ CASES = {
     ),
     "huge number in a row": Case(
         OWN, ("own.jsonl:21",), questions('{"question": "x", "answer": %s}' % ("1" * 5000))
+    ),
+    "byte order mark": Case(
+        OWN, None, lambda f: write("own.jsonl", b"\xef\xbb\xbf" + QUESTIONS.encode())(f)
+    ),
+    "pattern for a name": Case(
+        f"{INIT} ö[x]{{y}}.jsonl", None, lambda f: write("ö[x]{y}.jsonl", QUESTIONS)(f)
     ),
     "line separator in a text": Case(
         OWN, None, questions('{"question": "a\u2028b\x85c", "answer": "1"}')
@@ -471,7 +569,57 @@ CASES = {
         write("own.jsonl", '{"question": "a", "answer": "b"}\n' * 20),
     ),
     "description of 20 million letters": Case(
-        CHECK, ("study.yaml", "'tell'", "characters"), task(description="{{ 'x' * 20000000 }}")
+        CHECK, ("study.yaml", "'tell'", "the template"), task(description="{{ 'x' * 20000000 }}")
+    ),
+    "billion laughs in a task": Case(CHECK, ("tell.yaml", "aliases"), task_text(laughs())),
+    "anchor in itself, in a task": Case(CHECK, ("tell.yaml", "alias"), task_text("x: &a [*a]")),
+    "key twice in a task": Case(
+        CHECK, ("tell.yaml", "'doc_to_text'", "twice"), task_text("doc_to_text: x")
+    ),
+    "include of a pipe": Case(
+        CHECK,
+        ("tasks/more", "named pipe"),
+        both(task_text("include: more"), lambda f: os.mkfifo(f / "tasks" / "more")),
+    ),
+    "include of a device": Case(CHECK, ("/dev/zero", "device"), task_text("include: /dev/zero")),
+    "include of brackets, trusted": Case(
+        CHECK,
+        ("tasks/more", "levels deep"),
+        both(task_text("include: more", trust_task_code=True), write("tasks/more", f"x: {DEEP}")),
+    ),
+    "include of nothing": Case(CHECK, ("tell.yaml", "nowhere"), task_text("include: nowhere")),
+    "task file called .yml": Case(
+        CHECK,
+        ("'tell'", "tell.yml", "call it .yaml"),
+        lambda f: (f / "tasks/tell.yaml").rename(f / "tasks/tell.yml"),
+    ),
+    "group with a number in it": Case(CHECK, ("'mine'", "5"), group("[5]")),
+    "group with a task that lacks all": Case(
+        CHECK, ("'mine'",), group("[{task: own, doc_to_text: x}]")
+    ),
+    "filter of a broken expression": Case(
+        CHECK,
+        ("'tell'", "filter 'x'", "unterminated"),
+        task(filter_list=[{"name": "x", "filter": [{"function": "regex", "regex_pattern": "(a"}]}]),
+    ),
+    "filter with a setting that is none": Case(
+        CHECK,
+        ("'tell'", "filter 'x'", "nosuch"),
+        task(filter_list=[{"name": "x", "filter": [{"function": "regex", "nosuch": 1}]}]),
+    ),
+    "end that is no text": Case(
+        CHECK, ("'tell'", "until", "{'a': 1}"), task(generation_kwargs__until=[{"a": 1}])
+    ),
+    "task's code that exits": Case(
+        CHECK, ("tell.yaml", "SystemExit"), with_code("import sys\nsys.exit(0)\n")
+    ),
+    "task's code that is a pipe": Case(
+        CHECK, ("own.py", "named pipe"), both(with_code(""), pipe("tasks/own.py"))
+    ),
+    "data by a pattern of nothing": Case(
+        CHECK,
+        ("tell.yaml", "no file fits"),
+        task(dataset_kwargs__data_files__test="no*.jsonl"),
     ),
     "deep task file": Case(
         CHECK, ("tasks/tell.yaml",), write("tasks/tell.yaml", f"task: tell\nx: {DEEP}")
@@ -480,7 +628,11 @@ CASES = {
         CHECK, ("tell",), write("tasks/tell.yaml", "task: tell\nx: " + "[" * 900 + "]" * 900)
     ),
     # YAML
-    "billion laughs": Case(BUILD, ("recipe.yaml",), write("recipe.yaml", laughs())),
+    "billion laughs": Case(
+        BUILD,
+        ("recipe.yaml",),
+        write("recipe.yaml", laughs("merge_method: linear", "models: *x11")),
+    ),
     "anchor in itself": Case(BUILD, ("recipe.yaml",), recipe_text("models: &a [*a]")),
     "anchor in itself, in a study": Case(
         CHECK, ("study.yaml",), study_text("tokenizer: &a {tokens: *a}")
@@ -493,6 +645,14 @@ CASES = {
     "!!timestamp zz": Case(BUILD, ("recipe.yaml",), recipe_text("models: !!timestamp zz")),
     "500 brackets in a study": Case(
         CHECK, ("study.yaml",), study_text(f"dtype: {'[' * 500}{']' * 500}")
+    ),
+    "set of models": Case(
+        CHECK,
+        ("study.yaml", "line 2", "!!set"),
+        lambda f: write(
+            "study.yaml",
+            (f / "study.yaml").read_text().replace("models:\n- a\n- b", "models: !!set {a, b}"),
+        )(f),
     ),
     "30th of February": Case(CHECK, ("study.yaml",), study_text("dtype: 2024-02-30")),
     "!!int zz in a study": Case(CHECK, ("study.yaml",), study_text("dtype: !!int zz")),

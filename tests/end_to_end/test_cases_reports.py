@@ -15,7 +15,7 @@ import yaml
 from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
 
-from architectures import save_family
+from architectures import make_architecture, save_family
 from mistakes import BUILD, CHECK, Change, config, furnish, recipe, shortcoming, study, write
 from search.cli import main
 from tiny_models import pickled_twin
@@ -228,6 +228,15 @@ def fused(found: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         kept[f"{experts}.gate_up_proj"] = torch.cat([gate, up], 1)
         kept[f"{experts}.down_proj"] = down
     return kept
+
+
+def of_experts(count: int) -> Change:
+    """Donor b has another number of experts."""
+
+    def change(folder):
+        make_architecture("qwen3_moe", num_experts=count).save_pretrained(folder / "b")
+
+    return change
 
 
 STACK = """merge_method: passthrough
@@ -499,6 +508,12 @@ CASES = {
             study(objective__apply_chat_template=True, objective__system_instruction="Be brief."),
         ),
     ),
+    "row without a field": Case(
+        CHECK,
+        None,
+        lambda f: write("tasks/tell.jsonl", (f / "tasks/tell.jsonl").read_text() + '{"q": 1}\n')(f),
+        ("1 of 21 rows have no 'question'", "row 20"),
+    ),
     "r13 as Gemma refuses it": Case(
         CHECK,
         ("study.yaml", "'tell'", "system_instruction", "no system message"),
@@ -522,6 +537,11 @@ CASES = {
         BUILD,
         ("recipe.yaml", "experts"),
         kind("qwen3_moe", tensors(fused), recipe(merge_method="linear")),
+    ),
+    "m04b experts of another number": Case(
+        BUILD,
+        ("recipe.yaml", "base'", "b'", "differ in the shape", "gate.weight"),
+        kind("qwen3_moe", of_experts(8)),
     ),
     "r08": Case(
         CHECK,

@@ -669,6 +669,72 @@ def test_result_whose_paths_are_lost_is_not_taken_for_other_folders(
     assert COMMANDS["sample"](done, run) == 0
 
 
+def test_result_of_another_run_is_refused_until_the_run_writes_its_own(done, run, capsys):
+    whole = (run / "result.json").read_text()
+    edit_result(run, lambda r: r["winner"]["recipe"].update(seed=77, out_dtype="float16"))
+    for command in ("report", "export", "sample"):
+        assert COMMANDS[command](done, run) == 2
+        one_line(capsys, "result.json", "run the study again")
+    assert again(done, run) == 0
+    mine, theirs = (json.loads(text) for text in ((run / "result.json").read_text(), whole))
+    assert mine["winner"] == theirs["winner"]
+
+
+@pytest.mark.parametrize("kind", ["checksums.txt", "model.safetensors", "recipe", "all"])
+def test_pipe_in_a_checkpoint_is_not_opened(done, run, kind, capsys):
+    checkpoint = run / "checkpoint"
+    if kind == "all":
+        shutil.rmtree(checkpoint)
+        checkpoint.write_text("no folder")
+    else:
+        file = checkpoint / ("mergekit_config.yml" if kind == "recipe" else kind)
+        file.unlink()
+        os.mkfifo(file)
+    assert main(["push", str(run), "org/name"]) == 2
+    one_line(capsys, str(checkpoint))
+    assert again(done, run) == 0
+    assert (checkpoint / "model.safetensors").is_file()
+
+
+OTHER_DATABASES = {
+    "empty": lambda file: file.write_bytes(b""),
+    "of something else": lambda file: (file.unlink(), make_table(file)),
+    "gone": lambda file: remember(file),
+}
+
+
+def make_table(file):
+    with sqlite3.connect(file) as database:
+        database.execute("create table cats (name text)")
+    database.close()
+
+
+def remember(file):
+    url = f"sqlite:///{file.parent / 'gone.db'}"
+    (file.parent / "storage.json").write_text(json.dumps({"url": url, "study": "x"}))
+
+
+@pytest.mark.parametrize("command", ["report", "export", "sample"])
+@pytest.mark.parametrize("damage", OTHER_DATABASES.values(), ids=OTHER_DATABASES)
+def test_database_of_no_run_is_refused_and_nothing_is_made_in_it(
+    done, run, damage, command, capsys
+):
+    damage(run / DATABASE)
+    before = {path: path.read_bytes() for path in run.iterdir() if path.is_file()}
+    assert COMMANDS[command](done, run) == 2
+    one_line(capsys, "sqlite:////", "restore it")
+    after = {path: path.read_bytes() for path in run.iterdir() if path.is_file()}
+    assert after == before
+
+
+@pytest.mark.parametrize("kind", ["empty", "of something else"])
+def test_run_does_not_begin_anew_in_a_database_that_has_lost_its_tables(done, run, kind, capsys):
+    OTHER_DATABASES[kind](run / DATABASE)
+    assert again(done, run) == 2
+    one_line(capsys, DATABASE, "no run's database", "--force-new")
+    assert again(done, run, "--force-new") == 0
+
+
 DATABASES = {
     "spec garbage": "update study_user_attributes set value_json = '{' where key = 'spec'",
     "spec list": "update study_user_attributes set value_json = '[5]' where key = 'spec'",

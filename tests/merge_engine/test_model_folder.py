@@ -19,7 +19,7 @@ ORDER = (
 def test_files_are_chosen_in_the_order_of_transformers(tmp_path):
     for name in ORDER:
         if name.endswith("json"):
-            weight_map = {"a": name.replace(".index.json", "-1")}
+            weight_map = {"a": f"1-{name.removesuffix('.index.json')}"}
             (tmp_path / name).write_text(json.dumps({"weight_map": weight_map}))
             (tmp_path / weight_map["a"]).touch()
         else:

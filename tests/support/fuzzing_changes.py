@@ -68,7 +68,7 @@ def _other_value(value: Any, others: Sequence[Any], draw: Random) -> Any:
         case 1:
             return draw.choice(others)
         case 2:
-            return _deep(value, draw.choice((5, 90, 300)))
+            return _deep(value, draw.choice((5, 90, 101)))
         case 3:
             return _other_number(value, draw)
         case _:
