@@ -113,7 +113,7 @@ def _print_verdict(console: Console, result: Result, best_donor: str) -> None:
     select = "" if result.select_score is None else f", {percent(result.select_score)} on select"
     console.print(
         f"Winner: estimate {percent(result.search_score)} and posterior mean "
-        f"{percent(result.believed_score)} on search{select}, "
+        f"{percent(result.posterior_mean)} on search{select}, "
         f"{percent(result.winner.test.mean)} on test: only the last is unbiased.",
         highlight=False,
     )

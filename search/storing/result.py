@@ -32,6 +32,9 @@ RESULT = "result.json"
 PATHS = "paths.json"  # paths of the folders that a result names
 PACKAGES = ("mergesearch", "torch", "transformers", "lm_eval", "optuna", "safetensors")
 
+# Keys of `Result` in files of earlier versions.
+_FORMER_NAMES = {"believed_score": "posterior_mean", "items_asked": "split_evaluations"}
+
 Kind = TypeVar("Kind", bound=BaseModel)
 
 
@@ -186,17 +189,24 @@ class Result(FrozenModel):
     untuned: Untuned | None = None
     difference_to_best_donor: DonorDifference  # the lead that the verdict's sentence names
     search_score: float  # the winner's estimate on the search items, which it was chosen on
-    believed_score: float  # its posterior mean after the search, without that optimism
+    posterior_mean: float  # its posterior mean after the search, without that optimism
     # Its mean on the select items it was evaluated on; None: it had no rival.
     select_score: float | None
     trials: int  # how many are complete
     failed_trials: int  # how many have failed
     item_evaluations: int  # of all splits
-    items_asked: dict[str, int]  # item evaluations of each split
+    split_evaluations: dict[str, int]  # item evaluations of each split
     times_tested: int  # winners evaluated on the test items; several if the run was extended
     seconds: Seconds  # where the time went
     seed: int  # of the study
     versions: dict[str, str]  # of the packages the numbers depend on
+
+    @model_validator(mode="before")
+    @classmethod
+    def _with_present_names(cls, raw: Any) -> Any:
+        if not isinstance(raw, dict):
+            return raw
+        return {_FORMER_NAMES.get(name, name): value for name, value in raw.items()}
 
     @model_validator(mode="after")
     def _best_donor_is_known(self) -> Self:

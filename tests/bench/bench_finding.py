@@ -161,8 +161,8 @@ def compare(runs: dict[str, Run], known: Run) -> Iterator[dict[str, object]]:
             continue
         copy_results([*fixed.values()], known, run)
         found[name], recipe = conclude(run)
-        asked = found[name].items_asked
-        recipes[name] = (recipe, sum(n for split, n in asked.items() if split != "test"))
+        evaluated = found[name].split_evaluations
+        recipes[name] = (recipe, sum(n for split, n in evaluated.items() if split != "test"))
         copy_results([recipe], run, first)
     recipes |= {name: (recipe, 0) for name, recipe in fixed.items()}
     scores = first.scores.evaluate([recipe for recipe, _ in recipes.values()], "test")

@@ -8,7 +8,7 @@ choose among four texts, and which is right was drawn by lot, so that the true s
 is 25 % and its true lead over any other is 0, while the copies do answer differently. Copies, items
 and lots differ from seed to seed.
 
-One JSON line, scores in per cent: ``not_better`` of ``runs``; ``believed``, ``select``, ``search``
+One JSON line, scores in per cent: ``not_better`` of ``runs``; ``posterior``, ``select``, ``search``
 and ``test`` are the mean excess of these scores of the winner over the truth; ``covered`` counts
 the 95 % intervals of each kind that have the truth; ``width`` is the mean one of the leads' over
 the best donor; ``tuned`` counts winners with tuned weights.
@@ -94,7 +94,7 @@ def measure(given: argparse.Namespace, seed: int) -> dict[str, Any]:
     covered["lead over the best donor"] = covers(best, 0)
     covered["score of the winner"] = covers(result["winner"]["test"], 1 / CHOICES)
     scores = {
-        "believed": result["believed_score"],
+        "posterior": result["posterior_mean"],
         "select": result["select_score"],
         "search": result["search_score"],
         "test": result["winner"]["test"]["mean"],
@@ -129,7 +129,7 @@ def main() -> None:
     for seed in map(int, given.seeds.split(",")):
         found.append(measure(given, seed))
         print(json.dumps(found[-1]), file=sys.stderr, flush=True)
-    per_cent = ("believed", "select", "search", "test", "lead", "width")
+    per_cent = ("posterior", "select", "search", "test", "lead", "width")
     line = {name: round(100 * mean(one[name] for one in found), 2) for name in per_cent}
     covered = Counter[str]()
     for one in found:

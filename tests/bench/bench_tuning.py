@@ -45,12 +45,12 @@ def run(study: Path, out: Path, seed: int, changes: dict[str, Any]) -> dict[str,
 def describe(results: list[dict[str, Any]]) -> dict[str, Any]:
     """Summarise runs that differ in their seeds."""
     scores = [100 * one["winner"]["test"]["mean"] for one in results]
-    asked = [one["items_asked"] for one in results]
+    evaluated = [one["split_evaluations"] for one in results]
     leads = [one["difference_to_best_donor"] for one in results]
     return {
         "mean": round(mean(scores), 2),
         "test": [round(score, 1) for score in scores],
-        "evaluations": [sum(n for split, n in one.items() if split != "test") for one in asked],
+        "evaluations": [sum(n for split, n in one.items() if split != "test") for one in evaluated],
         "trials": [one["trials"] for one in results],
         "optimism": round(
             mean(

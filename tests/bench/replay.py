@@ -143,7 +143,7 @@ class Concluded:
         return Export(
             recipe,
             Interval(test.mean, *test.ci95),
-            result.items_asked["select"],
+            result.split_evaluations["select"],
             result.verdict,
             finalists,
         )

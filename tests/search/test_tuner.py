@@ -62,8 +62,8 @@ def test_gradients_are_counted_as_evaluations(finished):
     result = json.loads((finished / "result.json").read_text())
     steps = Store(finished / DATABASE).steps()
     items = 16 * sum(one.step > 0 for one in steps)
-    assert result["items_asked"]["tune"] == GRADIENT_COST * items
-    assert result["item_evaluations"] == sum(result["items_asked"].values())
+    assert result["split_evaluations"]["tune"] == GRADIENT_COST * items
+    assert result["item_evaluations"] == sum(result["split_evaluations"].values())
 
 
 @pytest.mark.parametrize("after", [0, 7, FIRST_POINT])
