@@ -26,7 +26,7 @@ from merge_engine.models.tensor_names import (
     layer_counts,
     layer_position,
 )
-from merge_engine.models.token_table import vocabulary_notes
+from merge_engine.models.token_table import rows_note, vocabulary_notes
 from merge_engine.models.vocabulary import (
     Vocabulary,
     load_tokenizer,
@@ -66,7 +66,9 @@ class Plan:
         reference = self.files.reference
         checkpoints = ({reference.model: reference} | found).values()
         notes = _filter_notes(self.parts) + config_notes(reference, checkpoints)
-        return notes if self.recipe.vocabulary else notes + vocabulary_notes(checkpoints)
+        if self.recipe.vocabulary:
+            return notes
+        return notes + rows_note(reference) + vocabulary_notes(checkpoints)
 
     def shapes(self) -> dict[str, torch.Tensor]:
         """Return the result's tensors on the meta device: shapes and dtypes without values."""

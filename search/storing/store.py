@@ -263,9 +263,9 @@ class Store:
             rows = connection.execute(mine.order_by(_ITEMS.c.place)).mappings()
             items = [StoredItem(**row) for row in rows]
             written = connection.execute(digests.order_by(_ITEMS.c.place)).all()
-        for item, (place, digest) in zip(items, written, strict=True):
-            if digest != digest_of(place, asdict(item)):
-                raise damaged(self.storage.name, f"item {place} is not as it was written")
+            for item, (place, digest) in zip(items, written, strict=True):
+                if digest != digest_of(place, asdict(item)):
+                    raise damaged(self.storage.name, f"item {place} is not as it was written")
         return items
 
     def save_items(self, items: Sequence[StoredItem]) -> None:
@@ -287,16 +287,13 @@ class Store:
         wanted = select(_ANSWERS).where(
             _ANSWERS.c.study == self._study, _ANSWERS.c.recipe == recipe, _ANSWERS.c.split == split
         )
-        with self._engine.connect() as connection:
+        with self._engine.connect() as connection, reading_stored(self.storage.name):
             rows = connection.execute(wanted.order_by(_ANSWERS.c.block)).all()
-        for row in rows:
-            if row.digest != _digest_of(row):
-                raise damaged(
-                    self.storage.name,
-                    f"the answers of recipe {recipe}, {split} block {row.block} are not as they "
-                    "were written",
-                )
-        return {row.block: _results_of(row) for row in rows}
+            for row in rows:
+                if row.digest != _digest_of(row):
+                    what = f"the answers of recipe {recipe}, {split} block {row.block}"
+                    raise damaged(self.storage.name, f"{what} are not as they were written")
+            return {row.block: _results_of(row) for row in rows}
 
     def blocks(self, recipe: str, split: str) -> set[int]:
         """List the numbers of the blocks of a split that a recipe was evaluated on."""

@@ -424,6 +424,9 @@ CASES = {
         then=lambda folder: rows_of(folder) == 50,
     ),
     "v07b": Case(BUILD, None, vocabulary("a", swap), ("row 3 is 'a' and 'b'",)),
+    "rows that the config does not have": Case(
+        BUILD, None, config("base", vocab_size=10), ("vocab_size 10", "48 rows")
+    ),
     "v07b in a study": Case(CHECK, None, vocabulary("a", swap), ("row 3 is 'a' and 'b'",)),
     "r01": Case(
         CHECK,

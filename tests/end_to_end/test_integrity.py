@@ -743,6 +743,8 @@ DATABASES = {
     "baselines gone": "delete from study_user_attributes where key = 'baselines'",
     "items gone": "delete from mergesearch_items",
     "item changed": "update mergesearch_items set gold = 'x' where place = 3",
+    "item of bytes": "update mergesearch_items set key = x'ff' where place = 3",
+    "answers of bytes": "update mergesearch_answers set margins = x'ff' where block = 0",
     "answers gone": "delete from mergesearch_answers",
     "block gone": "delete from mergesearch_answers where block = 0 and split = 'test'",
     "answers nan": "update mergesearch_answers set answers = replace(answers, '0.0', 'NaN')",
