@@ -80,6 +80,8 @@ def _check_ours(run: Path) -> None:
         if not (run / name).is_file()
     ]:
         raise StudyError(f"{run / odd[0]} is no file, but the run would write one there; remove it")
+    if (run / JOURNALS).exists() and not (run / JOURNALS).is_dir():
+        raise StudyError(f"{run / JOURNALS} is no folder, but the run would make one; remove it")
     if run.is_dir() and any(run.iterdir()) and not (has_run(run) or (run / _LOCK).exists()):
         raise StudyError(f"{run} holds other files; choose an empty folder or a run to resume")
 

@@ -51,10 +51,11 @@ def prepare(folder: Path) -> dict[str, list[str]]:
     names = [str(folder / name) for name in ("base", "a", "b")]
     start = ["init", "--base", names[0], "--models", *names[1:], "--trials", "4"]
     start += ["--tasks", str(folder / "pick.jsonl"), "--out", str(folder / "study" / "study.yaml")]
+    device = ("--device", "cpu")
     return {
         "init": start,
-        "run": ["run", str(folder / "study" / "study.yaml"), "--out", str(folder / "run")],
-        "build": ["build", str(folder / "recipe.yaml"), str(folder / "out")],
+        "run": ["run", str(folder / "study" / "study.yaml"), "--out", str(folder / "run"), *device],
+        "build": ["build", str(folder / "recipe.yaml"), str(folder / "out"), *device],
     }
 
 
@@ -85,7 +86,8 @@ def watch(command: str, folder: Path, act: Callable[[str], None]) -> None:
 
     def execute(_conn: Any, _cursor: Any, statement: str, values: Any, *_: Any) -> None:
         if statement.lstrip()[:6].upper() in ("INSERT", "UPDATE", "CREATE"):
-            split = values[2] if "mergesearch_answers" in statement and values else ""
+            row = values[0] if isinstance(values, list) and values else values  # of several blocks
+            split = row[2] if "mergesearch_answers" in statement and row else ""
             act(phase_of(command, "sql", str(split), folder) or "")
 
     event.listen(Engine, "after_cursor_execute", execute)
@@ -111,7 +113,7 @@ def start(command: str, folder: Path, words: list[str], kill: tuple[str, int] | 
     watch(command, folder, act)
     os.environ["MERGESEARCH_CACHE"] = str(folder / "cache")
     with (folder.parent / "said").open("w") as said, redirect_stdout(said), redirect_stderr(said):
-        code = main([*words, "--device", "cpu"])
+        code = main(words)
         said.flush()
     os._exit(code)
 

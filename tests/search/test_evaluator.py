@@ -10,7 +10,8 @@ from landscape import planted
 from objectives.base import ObjectiveError
 from search.proposing.starts import baselines
 from search.running import evaluator as module
-from search.storing.folder import JOURNALS
+from search.storing.folder import JOURNALS, check_run_folder
+from search.study.spec import StudyError
 from simulated import SimulatedWorkers, simulated_context, simulated_run
 
 COUNTS = {"search": 60, "select": 60, "test": 250}
@@ -74,6 +75,20 @@ def test_job_of_several_blocks_alone_has_a_journal_until_it_is_stored(context, t
     assert len({*long}) == len(long) == len(workers.jobs) - 1
     assert {journal.parent for journal in long} == {(tmp_path / "run" / JOURNALS).absolute()}
     assert [*(tmp_path / "run" / JOURNALS).iterdir()] == []
+
+
+def test_what_is_in_place_of_the_folder_of_journals_is_refused(tmp_path):
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "study.db").touch()
+    check_run_folder(run)
+    (run / JOURNALS).write_text("mine")
+    with pytest.raises(StudyError, match="journals is no folder"):
+        check_run_folder(run)
+    (run / JOURNALS).unlink()
+    (run / JOURNALS).symlink_to(tmp_path)
+    with pytest.raises(StudyError, match="journals is a link"):
+        check_run_folder(run)
 
 
 def test_kill_in_the_middle_of_a_job_keeps_those_before_and_the_same_job_is_asked_again(
