@@ -1,4 +1,4 @@
-"""Tell files from whatever else may have a file's name; opening a pipe would block for ever."""
+"""Tell regular files from folders, pipes and devices; opening a pipe would block forever."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _KINDS = {
 
 
 def other_than_file(path: Path) -> str | None:
-    """Return what is there instead of a file, as "a folder"; None: a file, or nothing.
+    """Return what a path is if it is not a regular file, like "a folder"; None: a file, or nothing.
 
     Raises:
         MergeError: Its folder may not be looked into.
@@ -37,7 +37,7 @@ def is_there(file: Path, advice: str = "put the file there, or fetch it again") 
     """Return whether a file is there.
 
     Raises:
-        MergeError: Something else has its name, or it may not be read.
+        MergeError: The path is not a regular file, or it may not be read.
     """
     if kind := other_than_file(file):
         raise MergeError(f"{file}: is {kind}, not a file; {advice}")

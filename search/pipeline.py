@@ -162,7 +162,7 @@ def draw_report(run: Run) -> None:
         page = make_report(run.folder, run.store)
         replace_text(run.folder / "report.html", page)
     except Exception as error:  # whatever it is
-        run.listener(Note(f"there is no report.html: {error}"))
+        run.listener(Note(f"report.html was not written: {error}"))
 
 
 def card_of(
@@ -173,7 +173,7 @@ def card_of(
     try:
         return model_card(name, run.spec, recipe, result, other)
     except Exception as error:  # whatever it is
-        run.listener(Note(f"{out} gets no card: {type(error).__name__}: {error}"))
+        run.listener(Note(f"{out}: no model card was written: {type(error).__name__}: {error}"))
         return ""
 
 
@@ -203,7 +203,7 @@ def _make_room(run: Run, checkpoint: Path) -> None:
             if not os.path.lexists(path := checkpoint.with_name(f"checkpoint-old-{number}"))
         )
         checkpoint.rename(aside)
-        run.listener(Note(f"{checkpoint} was not this run's alone: {aside} has what was in it"))
+        run.listener(Note(f"{checkpoint} had files of others: they are now in {aside}"))
 
 
 def save_checkpoint(run: Run, recipe: Recipe, out: Path, card: str) -> None:
@@ -211,11 +211,11 @@ def save_checkpoint(run: Run, recipe: Recipe, out: Path, card: str) -> None:
     run.listener(Stage(f"saving {out}"))
     compared, differing, machine = run.evaluator.export(recipe, out, card)
     if not out.is_dir():
-        run.listener(Note(f"{out} lies on the machine {machine}, whose worker has written it"))
-    text = f"rebuilt: all {compared} answers are those in the database"
+        run.listener(Note(f"{out} was written by a worker on the machine {machine}"))
+    text = f"rebuilt: all {compared} answers match the database"
     if differing:
         text = (
-            f"rebuilt: {compared - differing} of {compared} answers are those in the database, the "
-            "others differ as rounding does (another machine, or smaller batches)"
+            f"rebuilt: {compared - differing} of {compared} answers match the database; the "
+            "others differ by rounding (another machine, or smaller batches)"
         )
     run.listener(Stage(text))

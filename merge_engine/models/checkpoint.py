@@ -81,7 +81,7 @@ class Checkpoint:
         config = self._json("config.json")
         if not isinstance(config.get("text_config"), dict | None):
             raise MergeError(
-                f"{self.folder / 'config.json'}: its text_config is no mapping; fetch it again"
+                f"{self.folder / 'config.json'}: its text_config is not a mapping; fetch it again"
             )
         return config
 

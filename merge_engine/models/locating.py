@@ -51,7 +51,7 @@ def locate(model: str) -> Path:
     """
     if folder := find_folder(model):
         if not is_text(folder.absolute()):
-            raise MergeError(f"model {model!r}: its path is no UTF-8 text; rename the folder")
+            raise MergeError(f"model {model!r}: its path is not UTF-8 text; rename the folder")
         return folder
     if find_file(model):
         raise MergeError(f"model {model!r} is a file; name the folder it is in")

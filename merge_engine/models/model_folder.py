@@ -70,7 +70,7 @@ class Weights:
 
 
 def check_settings(folder: Path) -> None:
-    """Refuse the folder of a model or an adapter in which a setting's file is none.
+    """Refuse the folder of a model or an adapter whose settings files are not regular files.
 
     Raises:
         MergeError: One is a folder, a pipe or a link to nothing.
@@ -85,7 +85,7 @@ def find_weights(folder: Path) -> Weights | None:
     Safetensors come before ``.bin``, and one file before an index, which may be of an earlier save.
 
     Raises:
-        MergeError: An index is damaged, or a file that it names is missing or none.
+        MergeError: An index is damaged, or a file that it names is missing or not a regular file.
     """
     for name in WEIGHTS:
         if is_there(single := folder / name):
@@ -109,7 +109,7 @@ def _indexed(index: Path) -> Weights:
     kind = Path(index.name.removesuffix(".index.json")).suffix
     if others := [name for name in names if Path(name).suffix != kind]:
         raise MergeError(
-            f"{index}: names {others[0][:_NAME]!r}, which is no {kind} file; fetch it again"
+            f"{index}: names {others[0][:_NAME]!r}, which is not a {kind} file; fetch it again"
         )
     if missing := [name for name in names if not is_there(index.parent / name)]:
         raise MergeError(f"{index}: names {missing[0][:_NAME]!r}, which is missing; fetch it again")

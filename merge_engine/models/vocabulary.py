@@ -271,7 +271,9 @@ def _fixed(
             source = TokenOfModel(kind="model_token", model=source, token=token)
         model, row = source.model, source.token_id
         if model not in numbers:
-            raise MergeError(f"{where}: {model!r} is none of the recipe's models; add it to them")
+            raise MergeError(
+                f"{where}: {model!r} is not one of the recipe's models; add it to them"
+            )
         if row is None:
             row = numbers[model].get(str(source.token))
         if row is None or not 0 <= row < heights[model]:

@@ -53,7 +53,7 @@ def open_weights(file: Path) -> Any:
 
 
 class OpenFiles:
-    """Open files of weights, which are mapped: none is read that has become shorter.
+    """Open weight files, memory-mapped; a file that has become shorter is not read.
 
     Reading a mapped page beyond a file's end would end the process.
     """
@@ -62,10 +62,10 @@ class OpenFiles:
         self._opened: dict[Path, tuple[Any, int]] = {}  # with the size when it was opened
 
     def open(self, file: Path) -> Any:
-        """Return a file as ``open_weights`` does, opened once.
+        """Return a file opened by ``open_weights``, at the first call only.
 
         Raises:
-            MergeError: As there; or it has become shorter, or has gone, since it was opened.
+            MergeError: It cannot be opened, or was cut short or removed since then.
         """
         if file not in self._opened:
             self._opened[file] = open_weights(file), file.stat().st_size
@@ -78,7 +78,7 @@ class OpenFiles:
         return opened
 
     def close(self) -> None:
-        """Close them all: until then what was read of them counts as this process's memory."""
+        """Close all files: until then, their mapped pages count as this process's memory."""
         self._opened.clear()
 
 
@@ -92,7 +92,7 @@ def _is_pointer(file: Path) -> bool:
 
 @dataclass(frozen=True)
 class Header:
-    """What is known of a tensor without its values."""
+    """Shape and dtype of a tensor, without its values."""
 
     shape: tuple[int, ...]
     dtype: str  # as in safetensors headers, or torch's name where those have none

@@ -53,7 +53,8 @@ def configure_compiler() -> None:
     Sets torch's ``recompile_limit`` and a warnings filter.
     """
     # Kernels, numbers of donors and dtypes share one compiled function, of more variants than 8.
-    torch._dynamo.config.recompile_limit = max(256, torch._dynamo.config.recompile_limit)
+    config = torch.compiler.config
+    config.recompile_limit = max(256, config.recompile_limit)
     # Rank shares are of one 16-bit type and weights may be of the other: this is intended.
     warnings.filterwarnings("ignore", message="bf16 and fp16 are mixed")
 
@@ -120,6 +121,7 @@ class KernelRunner:
                 try:
                     done.append(self._compiled[key](*rows.arguments()))
                     continue
+                # Private: torch has no public name for the errors of its compiler.
                 except torch._dynamo.exc.TorchDynamoException as error:
                     name, reason = kernel.__name__, str(error).splitlines()[0]
                     _LOG.warning("%s is not compiled but runs in chunks: %s", name, reason)

@@ -176,7 +176,7 @@ def tokenizer_entries(
     """Yield the path of each mapping under ``tokenizer``, it, and the model it must fit.
 
     Raises:
-        MergeError: It is no mapping, or ``tokenizer_source`` is given, too.
+        MergeError: It is not a mapping, or ``tokenizer_source`` is given, too.
     """
     if (raw := mapping.get("tokenizer")) is None:
         return

@@ -142,7 +142,7 @@ def _find_field(rows: Rows, data: Path, names: Sequence[str]) -> str:
         if name is None or name not in row:
             raise ObjectiveError(
                 f"{data}:{line}: no field {name or ' or '.join(names)} among "
-                f"{', '.join(row) or 'none'}; name them so, in every line alike"
+                f"{', '.join(row) or 'none'}; use the same names on every line"
             )
         if type(row[name]) is not type(first[name]):
             raise ObjectiveError(
@@ -169,7 +169,7 @@ def _choice_target(rows: Rows, data: Path, answer: str) -> str:
         if not fitting:
             raise ObjectiveError(
                 f"{data}:{line}: {answer} is {target!r}, which is none of the {len(choices)} "
-                f"{CHOICES}; write its number from 0 on, its text or its letter, everywhere alike"
+                f"{CHOICES}; write its number from 0 on, its text or its letter, always the same"
             )
         forms = fitting
     return next(iter(forms))

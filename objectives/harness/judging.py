@@ -69,7 +69,7 @@ def judge(questions: Sequence[Question], seconds: float) -> list[ItemResult]:
             raise ObjectiveError(
                 f"{untrusted[len(judged) - 1].where}: scoring took longer than {seconds:g} s for "
                 f"{hanging} of {len(judged)} responses; look for a regular expression or code of "
-                "the task that takes for ever on some texts"
+                "the task that runs forever on some texts"
             )
     apart = iter(judged)
     return [

@@ -122,8 +122,8 @@ def losses(
     """
     if not language_model.is_differentiable:
         raise ObjectiveError(
-            "loss: the model is no causal language model evaluated in batches of our own; tune "
-            "without gradients"
+            "loss: the model is not a causal language model, or lm-eval's own code evaluates it; "
+            "tune without gradients"
         )
     pairs = [
         _token_pairs(question, label, language_model)

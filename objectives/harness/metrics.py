@@ -43,6 +43,7 @@ def choose_metric(task_name: str, task: Task, wanted: str | None) -> Metric:
         reasons = ", ".join(f"{metric!r} {reason}" for metric, reason in refused.items())
         raise ObjectiveError(f"{where} has no usable metric ({reasons}); leave it out")
     preferred = [metric for metric in ("acc", "exact_match") if metric in usable]
+    # Private: lm-eval has no other list of a task's filters.
     filters = {ensemble.name: ensemble for ensemble in task._filters}
     if filter_name and filter_name not in filters:
         raise ObjectiveError(f"{where} has no filter {filter_name!r}; it has {', '.join(filters)}")

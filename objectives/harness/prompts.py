@@ -22,7 +22,7 @@ from objectives.harness.tasks import LoadedTask, check_greedy, digest
 from objectives.inference.token_tree import common_length
 
 if TYPE_CHECKING:
-    from lm_eval.models.huggingface import HFLM
+    from objectives.inference.fast_hflm import FastHFLM
 
 _LOG = logging.getLogger(__name__)
 
@@ -46,7 +46,7 @@ class Question:
 
 
 def build_questions(
-    loaded: LoadedTask, language_model: HFLM, prompting: Prompting
+    loaded: LoadedTask, language_model: FastHFLM, prompting: Prompting
 ) -> list[Question]:
     """Build the requests of a task's whole split, as ``simple_evaluate`` does.
 
@@ -102,7 +102,7 @@ def _check_instruction(name: str, requests: Sequence[Instance], prompting: Promp
         )
 
 
-def _check_request(name: str, request: Instance, language_model: HFLM) -> None:
+def _check_request(name: str, request: Instance, language_model: FastHFLM) -> None:
     """Refuse responses that are sampled, or leave no tokens for a prompt."""
     if request.request_type == "generate_until":
         check_greedy(name, normalize_gen_kwargs(request.args[1]))
@@ -113,7 +113,7 @@ def _check_request(name: str, request: Instance, language_model: HFLM) -> None:
         )
 
 
-def check_tokens(questions: Sequence[Question], language_model: HFLM) -> None:
+def check_tokens(questions: Sequence[Question], language_model: FastHFLM) -> None:
     """Refuse prompts without tokens, or with a token that the model has no row for.
 
     Raises:
@@ -139,7 +139,7 @@ def check_tokens(questions: Sequence[Question], language_model: HFLM) -> None:
                 )
 
 
-def snapshots(questions: Sequence[Question], language_model: HFLM) -> list[ItemSnapshot]:
+def snapshots(questions: Sequence[Question], language_model: FastHFLM) -> list[ItemSnapshot]:
     """Return the questions' snapshots, and warn once of truncated prompts.
 
     lm-eval would warn in every call, prompt by prompt.
@@ -175,13 +175,13 @@ def snapshots(questions: Sequence[Question], language_model: HFLM) -> list[ItemS
     return found
 
 
-def _tokens(request: Instance, language_model: HFLM) -> list[int]:
+def _tokens(request: Instance, language_model: FastHFLM) -> list[int]:
     """Return the token ids of prompt and continuation, as lm-eval encodes them."""
     if request.request_type == "loglikelihood" and request.args[0]:
-        prompt, continuation = language_model._encode_pair(*request.args)
+        prompt, continuation = language_model.encode_pair(*request.args)
         return [*prompt, *continuation]
     text = request.args[1 if request.request_type == "loglikelihood" else 0]
-    return cast("list[int]", language_model.tok_encode(text))
+    return language_model.tok_encode(text)
 
 
 def _count_tokens(tokens: Sequence[list[int]]) -> int:
@@ -190,7 +190,7 @@ def _count_tokens(tokens: Sequence[list[int]]) -> int:
     return sum(map(len, tokens)) - shared * (len(tokens) - 1)
 
 
-def _max_new_tokens(request: Instance, language_model: HFLM) -> int:
+def _max_new_tokens(request: Instance, language_model: FastHFLM) -> int:
     """Return the limit of a response in tokens; 0 where nothing is generated."""
     if request.request_type != "generate_until":
         return 0
@@ -198,7 +198,7 @@ def _max_new_tokens(request: Instance, language_model: HFLM) -> int:
     return cast("int", settings["max_gen_toks"])
 
 
-def _is_truncated(request: Instance, tokens: Sequence[int], language_model: HFLM) -> bool:
+def _is_truncated(request: Instance, tokens: Sequence[int], language_model: FastHFLM) -> bool:
     """Return whether lm-eval drops the first tokens of this prompt."""
     limit: int = language_model.max_length
     if request.request_type == "loglikelihood":

@@ -73,7 +73,7 @@ class SafeTaskFactory(TaskFactory):  # type: ignore[misc]  # lm-eval is publishe
             return
         if (code := find_code(entry.yaml_path)) and not self._trust_task_code:
             raise ObjectiveError(
-                f"task {entry.name!r} brings Python code of its own ({code}); read it, and if you "
+                f"task {entry.name!r} contains Python code ({code}); read it, and if you "
                 "trust it, set trust_task_code: true in the study's objective, or give init "
                 "--trust-task-code"
             )

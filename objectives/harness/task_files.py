@@ -1,4 +1,4 @@
-"""Refuse task files that would block or crash their readers, or that say a thing twice.
+"""Read task files; refuse those that would block or crash lm-eval, or have a key twice.
 
 lm-eval reads every file of a folder, with what it includes, to learn the tasks' names.
 """
@@ -36,7 +36,7 @@ def read_task(file: Path, *, recursive: bool = True) -> dict[str, Any]:
     except ObjectiveError:
         raise
     except Exception as error:  # besides PyYAML's own, of tags such as !!int zz
-        raise ObjectiveError(f"{file}: no task file: {' '.join(str(error).split())}") from None
+        raise ObjectiveError(f"{file}: not a task file: {' '.join(str(error).split())}") from None
 
 
 def with_includes(file: Path, outside: Path) -> Iterator[tuple[Path, dict[str, Any]]]:
@@ -77,7 +77,7 @@ def check_readable(file: Path, seen: set[Path]) -> None:
 
 
 def check_plain(file: Path) -> None:
-    """Refuse what has a file's name and is none: reading a pipe or a device may never end."""
+    """Refuse a path that is not a regular file: reading a pipe or a device may never end."""
     if file.exists() and not file.is_file():
         kind = "a folder" if file.is_dir() else "a named pipe" if file.is_fifo() else "a device"
         raise ObjectiveError(

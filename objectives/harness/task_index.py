@@ -173,4 +173,4 @@ def name_in(file: Path) -> str:
     for kind in ("task", "group"):
         if isinstance(name := config.get(kind), str):
             return name
-    raise ObjectiveError(f"{file}: no task file of lm-eval; it needs a line like 'task: name'")
+    raise ObjectiveError(f"{file}: not a task file of lm-eval; it needs a line like 'task: name'")

@@ -60,7 +60,7 @@ def export(options: ExportOptions, listener: Listener) -> None:
 def sample(options: SampleOptions, listener: Listener) -> None:
     """Show what base, donors and winner write to prompts, or to test items gained and lost."""
     if options.prompt and (odd := [text for text in options.prompt if not is_text(text)]):
-        raise StudyError(f"--prompt: {printable(odd[0][:50])!r} is no UTF-8 text; write another")
+        raise StudyError(f"--prompt: {printable(odd[0][:50])!r} is not UTF-8 text; write another")
     spec = stored_spec(options.run, options.storage)
     result = _read_result(options, spec)
     if result is None:
@@ -74,8 +74,8 @@ def sample(options: SampleOptions, listener: Listener) -> None:
             samples = of_items(run, result, options.items)
         if not samples:
             raise StudyError(
-                "the winner and the best donor answer all test items alike, or in no words; "
-                "give a --prompt"
+                "there are no test items to show: winner and best donor score the same on all, or "
+                "generate no text; give a --prompt"
             )
         store_samples(run.folder, result, samples)
         listener(SamplesReady(samples))
@@ -91,8 +91,8 @@ def _read_result(options: ExportOptions | SampleOptions, spec: StudySpec) -> Res
     read = Recipe.model_validate(result.winner.recipe).models_read if result else ()
     if lost := [model for model in read if model not in known]:
         raise StudyError(
-            f"{run / PATHS}: does not say where the winner's model {lost[0]!r} lies; run the study "
-            "again, which writes it anew"
+            f"{run / PATHS}: lacks the path of the winner's model {lost[0]!r}; run the study again "
+            "to rewrite it"
         )
     if result:
         store = Store(Storage.of(run, options.storage), begun=True)
@@ -124,8 +124,8 @@ def push(options: PushOptions, listener: Listener) -> None:
     checkpoint = run / "checkpoint"
     if not is_export_of(checkpoint, recipe) or not (checkpoint / CARD).is_file():
         raise StudyError(
-            f"{checkpoint} is not whole, or not what result.json speaks of; run the study again, "
-            "which makes it anew"
+            f"{checkpoint} is incomplete, or not the winner of result.json; run the study again to "
+            "rebuild it"
         )
     if folders := [model for model in recipe.models_read if model.startswith("./")]:
         listener(Note(f"the recipe names folders of this machine: {', '.join(folders)}"))

@@ -228,8 +228,8 @@ def _check_config(base: Checkpoint) -> None:
     """Refuse a quantization_config on full-precision tensors, which transformers would obey."""
     if quantisation_of(base.config):
         raise StudyError(
-            f"{base.folder / 'config.json'}: speaks of quantization_config, but the tensors are in "
-            "full precision; remove that key, by which transformers would load them as quantised"
+            f"{base.folder / 'config.json'}: has a quantization_config, but its tensors are in "
+            "full precision; remove that key, or transformers would load them as quantised"
         )
 
 

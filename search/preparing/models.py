@@ -245,7 +245,7 @@ def load_scored(
 
 
 def _check_finite(live: PreTrainedModel, model: str, dtype: str) -> None:
-    """Refuse a model with weights that are no numbers: its output would be none, either."""
+    """Refuse a model with NaN or Inf among its weights: its output would be NaN."""
     for name, tensor in live.named_parameters():
         if not all_finite(tensor.detach()):
             raise StudyError(
@@ -283,7 +283,7 @@ def _explained(checkpoint: Checkpoint) -> Iterator[None]:
             ) from error
         if "trust_remote_code" in str(error):
             raise StudyError(
-                f"model {checkpoint.model!r} brings Python code of its own; read it, and if you "
+                f"model {checkpoint.model!r} has Python code of its own; read it, and if you "
                 "trust it, set trust_remote_code: true in the study"
             ) from error
         raise StudyError(

@@ -252,5 +252,5 @@ def _donor_weights(space: Space, of_models: Floats) -> Floats:
         return of_models
     found = [nnls(space.signs.T, of_unit) for of_unit in of_models]
     if max(distance for _, distance in found) > 1e-5:
-        raise MergeError(f"it is no sum of {', '.join(map(str, space.donors))}")
+        raise MergeError(f"it is not a sum of {', '.join(map(str, space.donors))}")
     return np.array([weights.round(9) for weights, _ in found])  # so that a bound is exact

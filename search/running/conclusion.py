@@ -146,7 +146,7 @@ def conclude(run: Run) -> tuple[Result, Recipe]:
 
     The best donor is named before the test items are opened, so that its interval is honest.
     Donors with a chat template of their own are evaluated under that, too. A winner that fails on
-    test items gives way to the one that is chosen without it; test items choose nothing else.
+    test items is replaced by the one chosen without it; test items choose nothing else.
 
     Raises:
         StudyError: Every trial has failed, or a donor, the base or their average has.
@@ -175,8 +175,8 @@ def _evaluate(
         run.log.fail_recipe(key, str(failed[key]))
         run.listener(
             Note(
-                f"trial {numbers[key]} fails on the {split} items and gives way to the next best: "
-                f"{failed[key]}"
+                f"trial {numbers[key]} fails on the {split} items and is replaced by the next "
+                f"best: {failed[key]}"
             )
         )
     needed = {one.key for one in inputs}

@@ -284,8 +284,8 @@ class Worker:
         others = sum(not math.isclose(new, old, rel_tol=1e-3, abs_tol=1e-6) for new, old in pairs)
         if others > ROUNDED * len(pairs):
             raise ObjectiveError(
-                f"the recipe, built once more, answers {others} of {len(pairs)} items otherwise "
-                "than it did, so it is not saved: models, packages or the machine have changed; "
+                f"the recipe, built once more, answers {others} of {len(pairs)} items differently "
+                "than before, so it is not saved: models, packages or the machine have changed; "
                 "restore them, or start over with --force-new"
             )
         models = builder.model_set

@@ -28,9 +28,7 @@ def push(checkpoint: Path, repo: str, *, private: bool) -> str:
     """
     api = HfApi()
     if get_token() is None:
-        raise StudyError(
-            "there is no token of the Hub; log in with `hf auth login`, or set HF_TOKEN"
-        )
+        raise StudyError("no Hub token; log in with `hf auth login`, or set HF_TOKEN")
     sent = {name: checkpoint / name for name in (*listed_files(checkpoint), CHECKSUMS, CARD)}
     sent["recipe.yaml"] = checkpoint / RECIPE
     additions = [

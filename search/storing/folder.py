@@ -54,7 +54,7 @@ def check_folder(folder: Path) -> None:
 def check_run_folder(folder: Path) -> None:
     """Refuse a folder in which no run can start or be resumed."""
     if not is_text(folder.absolute()):
-        raise StudyError(f"{folder}: its path is no UTF-8 text; choose another folder")
+        raise StudyError(f"{folder}: its path is not UTF-8 text; choose another folder")
     check_folder(folder)
     _check_ours(folder)
     if is_held(folder):
@@ -79,9 +79,13 @@ def _check_ours(run: Path) -> None:
         if name not in ("checkpoint", JOURNALS) and (run / name).exists()
         if not (run / name).is_file()
     ]:
-        raise StudyError(f"{run / odd[0]} is no file, but the run would write one there; remove it")
+        raise StudyError(
+            f"{run / odd[0]} is not a file, but the run has to write one there; remove it"
+        )
     if (run / JOURNALS).exists() and not (run / JOURNALS).is_dir():
-        raise StudyError(f"{run / JOURNALS} is no folder, but the run would make one; remove it")
+        raise StudyError(
+            f"{run / JOURNALS} is not a folder, but the run has to make one there; remove it"
+        )
     if run.is_dir() and any(run.iterdir()) and not (has_run(run) or (run / _LOCK).exists()):
         raise StudyError(f"{run} holds other files; choose an empty folder or a run to resume")
 

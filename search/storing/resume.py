@@ -94,7 +94,7 @@ def check_result(folder: Path, result: Result, trials: Iterable[TrialRecord]) ->
     if recipes.get(winner.trial) != Recipe.model_validate(winner.recipe).key:
         raise StudyError(
             f"{folder / RESULT}: its winner is not trial {winner.trial} of this run; run the study "
-            f"again, which writes it and {PATHS} anew"
+            f"again to rewrite it and {PATHS}"
         )
 
 

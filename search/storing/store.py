@@ -122,7 +122,7 @@ def _opened(storage: Storage, *, begun: bool = False, **options: Any) -> RDBStor
 
 
 def _check_tables(storage: Storage) -> None:
-    """Refuse a database that is gone, or is none of a run of this version; make nothing in it."""
+    """Refuse a missing database, or one that this version has not written; change nothing."""
     if storage.is_file and not Path(str(storage.url.database)).is_file():
         raise StudyError(f"{storage.name}: no such file; restore it from a copy")
     found = inspect(create_engine(storage.url, **storage.engine_options(), poolclass=NullPool))
@@ -132,8 +132,8 @@ def _check_tables(storage: Storage) -> None:
         }
         if not theirs:
             raise StudyError(
-                f"{storage.name} has no table {name} and is no run's database; restore it from a "
-                "copy, or start over with --force-new"
+                f"{storage.name} has no table {name}, so it is not a run's database; restore it "
+                "from a copy, or start over with --force-new"
             )
         if theirs != set(table.columns.keys()):
             raise StudyError(

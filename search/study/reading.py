@@ -237,7 +237,9 @@ def _check(spec: StudySpec, where: str) -> None:
     _check_tuning(spec, where)
     for path in spec.search.start:
         if not (find_file(str(path)) or find_file("recipe.yaml", path)):
-            raise StudyError(f"{where}: search.start: {path} is no recipe, and no run that has one")
+            raise StudyError(
+                f"{where}: search.start: {path} is neither a recipe nor a run with a winner"
+            )
     if spec.search.scale is not None:
         _check_range(where, "scale", spec.search.scale, (0.0, 100.0))
     known = searchable(spec.search.methods)

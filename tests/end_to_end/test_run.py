@@ -329,7 +329,7 @@ def test_export_whose_scores_differ_by_more_than_rounding_is_refused(
         assert f"answers {changed} of" in said.err
         assert "--force-new" in said.err
     else:
-        assert "the others differ as rounding does" in said.out
+        assert "the others differ by rounding" in said.out
 
 
 def test_rows_of_a_data_file_may_be_reordered_during_a_run(finished):
@@ -487,13 +487,13 @@ def test_candidate_that_overflows_on_later_items_gives_way(
     assert main(command) == 0
     events = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     notes = [event["text"] for event in events if event["event"] == "note"]
-    assert any(f"fails on the {split} items and gives way to the next best" in n for n in notes)
+    assert any(f"fails on the {split} items and is replaced by the next" in n for n in notes)
     before, answers = json.loads((run / "result.json").read_text()), answers_of(run)
     failed = [trial for trial in trials_of(run) if trial.state == "fail"]
     assert before["failed_trials"] == len(failed)
     assert before["winner"]["trial"] not in {trial.number for trial in failed}
     assert main(command) == 0
-    assert "gives way" not in capsys.readouterr().out
+    assert "is replaced" not in capsys.readouterr().out
     after = json.loads((run / "result.json").read_text())
     assert {**after, "seconds": None} == {**before, "seconds": None}
     assert answers_of(run) == answers

@@ -211,7 +211,7 @@ def test_chat_template_is_written_to_the_tokenizer(
         ({"tokenizer": "union"}, "to name a source only, use tokenizer_source"),
         ({"tokenizer": {"sorce": "union"}}, "unknown key 'sorce'; did you mean 'source'"),
         ({"tokenizer": {"tokens": {"a": {"forced": 1}}}}, "unknown key 'forced'; did you mean"),
-        ({"tokenizer": {"tokens": {"a": {"source": "no"}}}}, "'no' is none of the recipe's"),
+        ({"tokenizer": {"tokens": {"a": {"source": "no"}}}}, "'no' is not one of the recipe's"),
         ({"tokenizer": {"pad_to_multiple_of": 0}}, "tokenizer.pad_to_multiple_of: Input should"),
         ({"tokenizer_source": "no/such/place"}, "model 'no/such/place': no such folder"),
         (

@@ -46,7 +46,7 @@ def test_fields_decide_the_task(tmp_path, row, expected):
     [
         ('{"question": ', ":2: not JSON: "),
         ('["abc?", "a"]', ":2: not a JSON object; write one {...} a line"),
-        ({"q": "x", "answer": "y"}, ":2: no field question among q, answer; name them so"),
+        ({"q": "x", "answer": "y"}, ":2: no field question among q, answer; use the same names"),
         ({"question": "x"}, ":2: no field answer among question"),
         (GENERATED | {"answer": 1}, ":2: answer is 1, and 'a' before; make all texts"),
         (GENERATED | {"question": " "}, ":2: question is ' '; write a text"),

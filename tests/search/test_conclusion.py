@@ -179,7 +179,7 @@ def test_winner_that_fails_after_the_search_gives_way_to_the_next_best(
     assert after.trials == before.trials - 1
     assert after.times_tested == 1
     (note,) = notes
-    assert f"trial {before.winner.trial} fails on the {split} items and gives way" in note
+    assert f"trial {before.winner.trial} fails on the {split} items and is replaced" in note
     assert "is not a number" in note
 
 

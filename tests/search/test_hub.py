@@ -173,7 +173,7 @@ def test_push_that_is_refused_is_one_line_with_the_fix(hub, push):
     assert [refused[0], nobody[0], misnamed[0], unreachable[0]] == [2, 2, 2, 1]
     assert "'a name'" in misnamed[2]
     assert "log in with `hf auth login`" in refused[2]
-    assert "no token of the Hub; log in with `hf auth login`" in nobody[2]
+    assert "no Hub token; log in with `hf auth login`" in nobody[2]
     assert "http://127.0.0.1:9 cannot be reached" in unreachable[2]
     assert not hub.commits
     assert all(error.count("\n") == 1 for _, _, error in (refused, nobody, misnamed, unreachable))
@@ -196,4 +196,4 @@ def test_push_of_what_is_not_finished_is_refused(run, tmp_path, capsys):
     recipe = half / "checkpoint" / "mergekit_config.yml"
     recipe.write_text(yaml.safe_dump(yaml.safe_load(recipe.read_text()) | {"out_dtype": "float16"}))
     assert main(["push", str(half), "org/name"]) == 2
-    assert "is not whole, or not what result.json speaks of" in capsys.readouterr().err
+    assert "is incomplete, or not the winner of result.json" in capsys.readouterr().err

@@ -66,5 +66,5 @@ def test_report_is_there_during_a_search_and_its_failure_stops_nothing(tmp_path,
     run = simulated_run(tmp_path / "run", context, listener=notes.append)
     finish(run, math.inf)
     assert seen == [False, True, True, True]
-    assert Note("there is no report.html: 'no such thing'") in notes
+    assert Note("report.html was not written: 'no such thing'") in notes
     assert "The winner is" in (run.folder / "report.html").read_text()

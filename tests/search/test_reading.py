@@ -82,7 +82,7 @@ def test_sampler_whose_package_is_missing_names_the_extra(make_study, tmp_path, 
         ({"search__methods": "ties"}, "search.methods has to be a list"),
         ({"search__sampler": "tep"}, "search.sampler: unknown sampler 'tep'; did you mean 'tpe'"),
         ({"search__density": [0.9, 0.2]}, r"search.density: \[0.9, 0.2\] is not a range within"),
-        ({"search__start": ["no.yaml"]}, "search.start: .*no.yaml is no recipe, and no run that"),
+        ({"search__start": ["no.yaml"]}, "search.start: .*no.yaml is neither a recipe nor a run"),
         (
             {"search__sampler": "cmaes", "objective__constraints": {"pick": 0.1}},
             "ignores constraints",

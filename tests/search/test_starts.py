@@ -85,7 +85,7 @@ def test_recipe_of_differences_is_tried_first(weights):
 
 def test_recipe_that_differences_cannot_make_is_refused():
     alone = baselines(differences())["a"]
-    with pytest.raises(MergeError, match="no sum of a - b, c, base - c"):
+    with pytest.raises(MergeError, match="not a sum of a - b, c, base - c"):
         warm_starts(differences(starts=(alone,)))
 
 
