@@ -61,7 +61,7 @@ def parse_size(text: str) -> int:
         raise ValueError(f"{text!r} is not a size; write it like 24GB or 512MiB") from None
 
 
-def said_size(size: int) -> str:
+def format_size(size: int) -> str:
     """Return a number of bytes as text, such as "1.5 GiB"."""
     return ByteSize(size).human_readable(separator=" ")
 

@@ -19,9 +19,9 @@ import torch
 from merge_engine.errors import MergeError
 from merge_engine.methods import METHODS, Elementwise, preparation
 from merge_engine.models.checkpoint import TensorInfo
-from merge_engine.models.free_memory import free_bytes, said_size, total_bytes
+from merge_engine.models.free_memory import format_size, free_bytes, total_bytes
 from merge_engine.models.measurements import CACHED_FROM, MEASURING, TEMPORARIES
-from merge_engine.models.placement import Placed, Room
+from merge_engine.models.placement import Budget, Placed
 from merge_engine.numerics.noise import LEVELS
 from merge_engine.numerics.order_statistics import TABLE
 from merge_engine.numerics.packing import ROWS, WIDTH
@@ -75,13 +75,14 @@ class MemoryPlan:
     live: int  # the live model
     engine: int  # what writes texts instead, with a copy of the model
     donors: int  # all models as they are stored
-    beside: int  # ranks and masks, which have a number for every element of a donor
+    elementwise: int  # ranks and masks, which have a number for every element of a donor
     statistics: int  # what is kept of the donors' other statistics
     merging: int  # reading a pack, or measuring the largest tensor
     scoring: int  # see ``ForwardPasses``
     tuning: int
-    room: Room  # for the donors, and for ranks and masks
+    budget: Budget  # for the donors, and for ranks and masks
     placed: Placed  # how they fit into it, about
+    ranked: tuple[str, ...]  # methods that have ranks or masks, once they are tried
     # Device to which the live model's layers are copied, one by one, for forward passes.
     copied_to: str | None = None
 
@@ -108,14 +109,14 @@ class MemoryPlan:
 
     def components(self) -> dict[str, int]:
         """Return the bytes of each component, by what it is called; none of them is empty."""
-        on_disk = self.placed.disk / max(1, self.donors + self.beside)
+        on_disk = self.placed.disk / max(1, self.donors + self.elementwise)
         kept = max(0, 1 - on_disk)  # packs have gaps, which count on disk
         found = {
             "process": self.process,
             "live model": self.live,
             "text engine": self.engine,
             "donors": round(kept * self.donors),
-            "ranks and masks": round(kept * self.beside),
+            "ranks and masks": round(kept * self.elementwise),
             "statistics": self.statistics,
             "merging": self.merging,
             "scoring": self.scoring,
@@ -124,15 +125,18 @@ class MemoryPlan:
         return {name: size for name, size in found.items() if size}
 
     def __str__(self) -> str:
-        parts = [f"{name} {said_size(size)}" for name, size in self.components().items()]
+        parts = [f"{name} {format_size(size)}" for name, size in self.components().items()]
+        if self.ranked:
+            once = f" (once {' or '.join(self.ranked)} is tried)"
+            parts = [part + once * part.startswith("ranks") for part in parts]
         text = (
-            f"memory: up to {said_size(self.peak)} of {said_size(self.free)} free on "
+            f"memory: up to {format_size(self.peak)} of {format_size(self.free)} free on "
             f"{self.device}: {', '.join(parts)} (merging, scoring, tuning: one at a time)"
         )
         if self.placed.pinned:
-            text += f"; {said_size(self.placed.pinned)} of it in pinned host memory instead"
+            text += f"; {format_size(self.placed.pinned)} of it in pinned host memory instead"
         if self.placed.disk:
-            text += f"; {said_size(self.placed.disk)} of models mapped from disk"
+            text += f"; {format_size(self.placed.disk)} of models mapped from disk"
         if self.copied_to:
             text += f"; every forward pass copies the layers to {self.copied_to}, which is slow"
         return text
@@ -160,7 +164,8 @@ def plan_memory(
     dtypes = [info.dtype for info in models.tensors.values()]
     stored = sum(n * dtype.itemsize for n, dtype in zip(sizes, dtypes, strict=True))
     methods, others = _elementwise(models.methods), models.count - 1
-    kinds = {method.elementwise_stat for method in methods if method.elementwise_stat}
+    ranked = [method for method in methods if method.elementwise_stat]
+    kinds = {method.elementwise_stat for method in ranked}
     allowed, passes = allowed or Allowance(), passes or ForwardPasses()
     plan = MemoryPlan(
         device=device,
@@ -169,7 +174,7 @@ def plan_memory(
         live=sum(sizes) * models.dtype.itemsize,
         engine=int(allowed.engine * total_bytes(device)) if allowed.engine else 0,
         donors=models.count * stored,
-        beside=others * sum(sizes) * len(kinds),
+        elementwise=others * sum(sizes) * len(kinds),
         statistics=_statistics(sizes, others, methods),
         merging=max(
             _reading(sizes, stored) * (1 if _is_cpu(device) else 2 * models.count)
@@ -178,14 +183,15 @@ def plan_memory(
         ),
         scoring=passes.scoring,
         tuning=passes.tuning,
-        room=Room(beside=len(kinds)),
+        budget=Budget(per_element=len(kinds)),
         placed=Placed(),
+        ranked=tuple(name for name in models.methods if METHODS[name] in ranked),
     )
-    return _with_room(plan, allowed)
+    return _with_budget(plan, allowed)
 
 
-def _with_room(plan: MemoryPlan, allowed: Allowance) -> MemoryPlan:
-    """Return the plan with what is free, and the room that this leaves for the donors."""
+def _with_budget(plan: MemoryPlan, allowed: Allowance) -> MemoryPlan:
+    """Return the plan with what is free, and the budget that is left for the donors."""
     most = allowed.limit if allowed.limit is not None else 1 << 62
     on_host = min(free_bytes("cpu") // allowed.sharers + _resident(), most)
     free = on_host if plan.on_cpu else min(free_bytes(plan.device, allowed.share), most)
@@ -193,11 +199,11 @@ def _with_room(plan: MemoryPlan, allowed: Allowance) -> MemoryPlan:
     if least > free:  # batches can be smaller, and mapped statistics are read again
         way_out = "" if plan.on_cpu else ", or add --offload"
         raise MergeError(
-            f"memory: the live model takes {said_size(plan.live)}, with all that merging needs "
-            f"beside it {said_size(least)}, but {said_size(free)} are free on {plan.device}; "
+            f"memory: the live model takes {format_size(plan.live)}, with all that merging needs "
+            f"beside it {format_size(least)}, but {format_size(free)} are free on {plan.device}; "
             f"choose another --device or --memory, a smaller dtype, or fewer models{way_out}"
         )
-    whole = plan.donors + plan.beside
+    whole = plan.donors + plan.elementwise
     on_device = 0 if plan.device == "auto" else max(0, int(USABLE * free) - plan.peak)
     pinned = 0
     if not plan.on_cpu:
@@ -207,7 +213,7 @@ def _with_room(plan: MemoryPlan, allowed: Allowance) -> MemoryPlan:
     return replace(
         plan,
         free=free,
-        room=replace(plan.room, device=on_device, pinned=pinned),
+        budget=replace(plan.budget, device=on_device, pinned=pinned),
         placed=Placed(first, second, whole - first - second),
     )
 

@@ -16,7 +16,7 @@ from merge_engine.errors import MergeError
 from merge_engine.models.alignment import is_multimodal, match_names
 from merge_engine.models.checkpoint import Checkpoint, TensorInfo, open_models
 from merge_engine.models.measurements import Measurements
-from merge_engine.models.placement import Inputs, Placement, Room, TensorSource
+from merge_engine.models.placement import Budget, Inputs, Placement, TensorSource
 from merge_engine.models.tensor_names import (
     depth_in,
     is_head_weight,
@@ -195,16 +195,18 @@ class ModelSet:
         rows = make_vocabulary(tokenizer, checkpoints, base) if tokenizer else None
         return cls(AlignedTensors(checkpoints, vocabulary=rows, base=base), candidates, runner)
 
-    def place(self, device: torch.device, room: Room) -> None:
+    def place(self, device: torch.device, budget: Budget) -> None:
         """Decide where tensors live from now on (``Placement``)."""
-        self.placement = Placement(self.source, device, room)
+        self.placement = Placement(self.source, device, budget)
         self.measurements = Measurements(self.placement, self.runner, repeated=self._repeated)
 
     def arrange(self, groups: Iterable[Sequence[str]]) -> None:
         """Set which tensors share packs, before any tensor is read."""
         if self.placement.groups == (groups := [tuple(group) for group in groups]):
             return
-        self.placement = Placement(self.source, self.placement.device, self.placement.room, groups)
+        self.placement = Placement(
+            self.source, self.placement.device, self.placement.budget, groups
+        )
         self.measurements = Measurements(self.placement, self.runner, repeated=self._repeated)
 
     @property

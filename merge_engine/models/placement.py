@@ -49,22 +49,20 @@ class TensorSource(Protocol):
 
 
 @dataclass(frozen=True)
-class Room:
-    """Memory that packs may take, in bytes, and what is kept beside them."""
+class Budget:
+    """Memory that packs, and statistics as large as they are, may take, in bytes."""
 
     device: int = 0  # on the device that builds
     pinned: int = 0  # page-locked, on the host
-    # Bytes for each element of a donor: statistics that are as large as the weights.
-    beside: int = 0
+    per_element: int = 0  # bytes of statistics for each element of a donor
 
 
-IN_MEMORY: Final = Room(device=1 << 62)
-ON_DISK: Final = Room()
+ON_DISK: Final = Budget()
 
 
 @dataclass(frozen=True)
 class Placed:
-    """Bytes of packs and of what is kept beside them, by where they are."""
+    """Bytes of packs and of their statistics, by where they are."""
 
     device: int = 0
     pinned: int = 0
@@ -84,31 +82,31 @@ class Placement:
         self,
         source: TensorSource,
         device: torch.device | None = None,
-        room: Room = ON_DISK,
+        budget: Budget = ON_DISK,
         groups: Sequence[Sequence[str]] | None = None,
     ) -> None:
         self.source = source
         self.device = device or torch.device("cpu")
-        self.room = room
+        self.budget = budget
         self.groups = [tuple(source.tensors)] if groups is None else groups
         self.placed = Placed()
         self._pinned: set[TensorPack] = set()
-        self.packs = tuple(self._fitting()) if room != ON_DISK else ()
+        self.packs = tuple(self._fitting()) if budget != ON_DISK else ()
         self._pack_of = {name: pack for pack in self.packs for name in pack.names}
         self._packed: dict[tuple[str, TensorPack], Tensor] = {}
 
     def _fitting(self) -> Iterator[TensorPack]:
         """Yield the packs for which there is room, and note where each of them is to stay."""
         device = pinned = disk = 0
-        models, room = self.source.checkpoints, self.room
+        models, budget = self.source.checkpoints, self.budget
         for pack in _cut_packs(self.source, self.groups):
             name = pack.names[0]
             sizes = [pack.size * self.source.dtype_of(model, name).itemsize for model in models]
-            sizes += [pack.size * room.beside] * (len(models) - 1)
+            sizes += [pack.size * budget.per_element] * (len(models) - 1)
             locked = sum(map(pinned_bytes, sizes))
-            if device + sum(sizes) <= room.device:
+            if device + sum(sizes) <= budget.device:
                 device += sum(sizes)
-            elif pinned + locked <= room.pinned:
+            elif pinned + locked <= budget.pinned:
                 pinned += locked
                 self._pinned.add(pack)
             else:

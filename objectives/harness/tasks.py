@@ -78,8 +78,8 @@ def _set_states(states: tuple[Any, ...]) -> None:
 class LoadedTask:
     """A task of lm-eval with its data: one item per document of its evaluation split.
 
-    Building its prompts draws from ``random_state``. ``sample`` is the text of a long item with its
-    choices and target: nine of ten are no longer.
+    Building its prompts draws from ``random_state``. ``sample`` is a long item as JSON: question,
+    choices (null: none) and target: nine of ten are no longer.
     """
 
     name: str

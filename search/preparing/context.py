@@ -28,7 +28,7 @@ from merge_engine.models.vocabulary import check_tokenizer
 from objectives.base import Item, Objective
 from objectives.entries import ENGINE_MEMORY
 from objectives.items import Split, Splits
-from search.preparing.forward_memory import forward_passes, tuned_tokens
+from search.preparing.forward_memory import forward_passes, scored_tokens, tuned_tokens
 from search.preparing.models import (
     Hardware,
     load_model,
@@ -106,16 +106,23 @@ class StudyPlan:
             compiled=models.runner.compiled,
             unmapped=max(each.unmapped for each in models.checkpoints.values()),
         )
-        tuned = 0
-        if self.tuned_units is not None and not hardware.offload:
-            tokenizer = study_tokenizer(self.spec, models)
-            tuned = tuned_tokens(self.tasks.loaded, lambda text: len(tokenizer.encode(text)))
-        config = text_config(models.reference.config)
-        passes = forward_passes(config, dtype.itemsize, tuned=tuned)
+        tasks = self.tasks.loaded
+        tokenizer = study_tokenizer(self.spec, models) if tasks else None
+
+        def count_tokens(text: str) -> int:
+            return len(tokenizer.encode(text)) if tokenizer else 0
+
+        goes_backward = self.tuned_units is not None and not hardware.offload
+        passes = forward_passes(
+            text_config(models.reference.config),
+            dtype.itemsize,
+            scored=scored_tokens(tasks, count_tokens),
+            tuned=tuned_tokens(tasks, count_tokens) if goes_backward else None,
+        )
         engine = ENGINE_MEMORY if self.spec.objective.engine else 0.0
         allowed = Allowance(hardware.memory, hardware.sharers, hardware.share, engine)
         plan = plan_memory(merged, hardware.lives_on, passes=passes, allowed=allowed)
-        models.place(hardware.builds_on, plan.room)
+        models.place(hardware.builds_on, plan.budget)
         if (placed := models.placement.placed) != Placed():
             plan = replace(plan, placed=placed)
         return replace(plan, copied_to=hardware.device) if hardware.offload else plan

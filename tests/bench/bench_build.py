@@ -28,13 +28,14 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaConfig, MixtralConfig
 
+from in_memory import IN_MEMORY
 from merge_engine.building.builder import Builder
 from merge_engine.methods import METHODS, Base
 from merge_engine.models.model_set import ModelSet
-from merge_engine.models.placement import IN_MEMORY, ON_DISK, Room
+from merge_engine.models.placement import ON_DISK, Budget
 from merge_engine.recipe.recipe import Recipe
 
-ROOMS = {"device": IN_MEMORY, "pinned": Room(pinned=1 << 62), "disk": ON_DISK}
+BUDGETS = {"device": IN_MEMORY, "pinned": Budget(pinned=1 << 62), "disk": ON_DISK}
 SETTINGS = {"weight": 0.4, "density": 0.5, "gamma": 0.01, "epsilon": 0.1, "t": 0.5, "scale": 0.9}
 
 
@@ -211,13 +212,13 @@ def main() -> None:
     parser.add_argument("--no-oracle", action="store_true")
     parser.add_argument("--no-compile", action="store_true")
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--tier", default="device", choices=ROOMS, help="of the donors")
+    parser.add_argument("--tier", default="device", choices=BUDGETS, help="of the donors")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder, torch.no_grad():
         os.environ["MERGESEARCH_CACHE"] = folder  # what is measured once is in first_seconds
         models = make_models(Path(folder), options.millions, options.donors, options.experts)
         model_set = ModelSet.open(models, candidates=1 if options.no_compile else 100)
-        model_set.place(torch.device(options.device), ROOMS[options.tier])
+        model_set.place(torch.device(options.device), BUDGETS[options.tier])
         for method in options.methods.split(","):
             print(json.dumps(measure(method, models, model_set, not options.no_oracle)), flush=True)
 

@@ -20,11 +20,11 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from in_memory import IN_MEMORY
 from merge_engine.building.builder import Builder
 from merge_engine.building.recipe_gradient import RecipeGradient
 from merge_engine.building.units import Units
 from merge_engine.models.model_set import ModelSet
-from merge_engine.models.placement import IN_MEMORY
 from merge_engine.recipe.recipe import Recipe
 
 

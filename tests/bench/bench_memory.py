@@ -5,10 +5,11 @@
 
 Random weights of SmolLM2-135M's or Llama-3.2-1B's shapes in bfloat16, or a study's own models;
 ``--dtype`` is the live model's. In a fresh process a study is planned and loaded, its donors are
-read, a recipe of each method is built, a block of items is scored, and a gradient computed.
-``peak`` is the most that was resident during a phase, ``held`` what was after it, ``mapped`` how
-much of that is mapped files, which the system takes back when memory is short; all in MiB. The last
-line compares the peak of all with the plan's, and each component with what it took. Linux alone.
+read, of each method the largest tensor and then a recipe is built, a block of items is scored, and
+a gradient computed. ``peak`` is the most that was resident during a phase, ``held`` what was after
+it, ``mapped`` how much of that is mapped files, which the system takes back when memory is short;
+all in MiB. The last line compares the peak of all with the plan's, and each component with what it
+took. Linux alone.
 """
 
 import argparse
@@ -30,6 +31,7 @@ from safetensors.torch import save_file
 from transformers import LlamaConfig
 
 from bench_build import recipe_for
+from merge_engine.building.builder import Builder, merge_into
 from merge_engine.methods import METHODS
 from merge_engine.models.free_memory import parse_size
 from merge_engine.models.memory_plan import MemoryPlan
@@ -160,6 +162,21 @@ class Account:
         return max(0, self.phases[name]["peak"] - self.held(before))
 
 
+def build(account: Account, builder: Builder, methods: list[str]) -> None:
+    """Build with each method: the largest tensor, to see what merging takes, then recipes."""
+    models, live = builder.model_set, builder.live.targets
+    base, *donors = models.checkpoints
+    largest = max(live, key=lambda name: live[name].numel())
+    for method in methods:
+        with account.phase(f"{method} of the largest tensor"):
+            merge_into(live[largest], recipe_for(method, [base, *donors]), largest, models)
+        models.measurements.release()
+        with account.phase(method):
+            for first in donors if METHODS[method].donors[1] == 1 else donors[:1]:
+                others = [donor for donor in donors if donor != first]
+                builder.build(recipe_for(method, [base, first, *others]))
+
+
 def measure(study: Path, methods: list[str], memory: int | None) -> None:
     """Go through a study's phases in this process."""
     account, said = Account(), []
@@ -171,12 +188,7 @@ def measure(study: Path, methods: list[str], memory: int | None) -> None:
     with account.phase("donors"):
         worker.check_finite()
     names = list(models.checkpoints)
-    base, *donors = names
-    for method in methods:
-        with account.phase(method):
-            for first in donors if METHODS[method].donors[1] == 1 else donors[:1]:
-                others = [donor for donor in donors if donor != first]
-                context.builder.build(recipe_for(method, [base, first, *others]))
+    build(account, context.builder, methods)
     last = methods[-1]
     recipe = context.builder.loaded
     assert recipe is not None
@@ -203,7 +215,11 @@ def report(account: Account, plan: MemoryPlan, methods: list[str], last: str) ->
         "process and live model": account.held("load"),
         "donors": account.held("donors") - account.held("load"),
         "ranks, masks, statistics": account.held(last) - account.held("donors"),
-        "merging": max(account.phases[m]["peak"] - account.held(m) for m in methods),
+        "merging": max(
+            phase["peak"] - phase["held"]
+            for name, phase in account.phases.items()
+            if name == "donors" or name.endswith(" of the largest tensor")
+        ),
         "scoring": account.above("score", last),
         "tuning": account.above("tune", "score") if "tune" in account.phases else 0,
     }

@@ -27,10 +27,10 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM
 
+from in_memory import IN_MEMORY
 from merge_engine.building.builder import Builder
 from merge_engine.building.units import Units
 from merge_engine.models.model_set import ModelSet
-from merge_engine.models.placement import IN_MEMORY
 from merge_engine.recipe.recipe import Recipe
 from merge_engine.recipe.recipe_file import parse_recipe
 from merge_engine.schema import load_yaml

@@ -220,10 +220,10 @@ def same(given: argparse.Namespace) -> None:
     import torch
 
     from bench_build import live_model, make_models, recipe_for
+    from in_memory import IN_MEMORY
     from merge_engine.building.builder import Builder
     from merge_engine.methods import METHODS as ROWS
     from merge_engine.models.model_set import ModelSet
-    from merge_engine.models.placement import IN_MEMORY
 
     with tempfile.TemporaryDirectory() as folder, torch.no_grad():
         models = make_models(Path(folder), 20, 3, 0)

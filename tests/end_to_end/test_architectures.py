@@ -8,13 +8,13 @@ import yaml
 from transformers import AutoModelForCausalLM, Gemma3nConfig, LlamaForCausalLM
 
 from architectures import DENSE, ENCODER_DECODER, EXPERTS, MULTIMODAL, save_family
+from in_memory import IN_MEMORY
 from merge_engine.building.builder import Builder
 from merge_engine.building.units import Units
 from merge_engine.models.architecture import auto_class, load_config
 from merge_engine.models.checkpoint import Checkpoint
 from merge_engine.models.conversion import find_conversions
 from merge_engine.models.model_set import ModelSet
-from merge_engine.models.placement import IN_MEMORY
 from merge_engine.recipe.recipe_file import load_recipe, parse_recipe
 from search.cli import main
 from search.proposing.tuned_path import tuned_units

@@ -8,11 +8,11 @@ import torch
 from accelerate import dispatch_model
 
 from bench_build import live_model, make_models, recipe_for
+from in_memory import IN_MEMORY
 from lm_eval_reference import ALL, difference, fast, prompts, questions, scores, texts
 from merge_engine.building.builder import Builder
 from merge_engine.methods import METHODS
 from merge_engine.models.model_set import ModelSet
-from merge_engine.models.placement import IN_MEMORY
 from search.cli import main
 from tiny_models import MODELS, make_model
 

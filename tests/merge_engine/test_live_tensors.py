@@ -7,13 +7,14 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from architectures import make_architecture, save_family
+from in_memory import IN_MEMORY
 from merge_engine.building.builder import Builder
 from merge_engine.building.live_tensors import LiveTensors
 from merge_engine.errors import MergeError
 from merge_engine.models.architecture import auto_class, load_config
 from merge_engine.models.checkpoint import Checkpoint
 from merge_engine.models.model_set import ModelSet
-from merge_engine.models.placement import IN_MEMORY, ON_DISK
+from merge_engine.models.placement import ON_DISK
 from merge_engine.numerics.packing import WIDTH
 from merge_engine.recipe.recipe_file import parse_recipe
 
@@ -69,9 +70,9 @@ def test_experts_merge_to_the_same_bits_packed_and_one_by_one(experts, mixed, tm
     mapping = {"merge_method": "dare_ties", "base_model": models[0], "models": entries}
     recipe, _ = parse_recipe(mapping, "r.yaml")
     built = []
-    for room in (ON_DISK, IN_MEMORY):
+    for budget in (ON_DISK, IN_MEMORY):
         model_set = ModelSet.open(models)
-        model_set.place(torch.device("cpu"), room)
+        model_set.place(torch.device("cpu"), budget)
         builder = Builder(load(experts / "base"), model_set)
         builder.build(recipe)
         built.append(builder.model.state_dict())

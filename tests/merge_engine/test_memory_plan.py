@@ -62,13 +62,14 @@ def test_plan_counts_what_the_methods_may_need(models):
     ranked = planned(models, "cpu", methods=["linear", "ties", "della", "della_linear"])
     masked = planned(models, "cpu", methods=["arcee_fusion", "della"])
     elements = plain.live // 2
-    assert not plain.beside
+    assert not plain.elementwise
     assert plain.statistics
-    assert ranked.beside == 2 * elements  # a byte for each element of a donor
-    assert masked.beside == 2 * ranked.beside
-    assert ranked.room.beside == 1
+    assert ranked.elementwise == 2 * elements  # a byte for each element of a donor
+    assert masked.elementwise == 2 * ranked.elementwise
+    assert ranked.budget.per_element == 1
     assert planned(models, "cpu", methods=["dare_ties"]).statistics > plain.statistics
-    assert "ranks and masks" in str(ranked)
+    assert ", ranks and masks 60.4 KiB (once della or della_linear is tried), " in str(ranked)
+    assert "once" not in str(plain)
 
 
 @pytest.mark.usefixtures("free")

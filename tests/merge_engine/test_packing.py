@@ -8,11 +8,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 
+from in_memory import IN_MEMORY
 from merge_engine.building.builder import Builder
 from merge_engine.errors import MergeError
 from merge_engine.methods import METHODS, Base
 from merge_engine.models.model_set import ModelSet
-from merge_engine.models.placement import IN_MEMORY, ON_DISK
+from merge_engine.models.placement import ON_DISK
 from merge_engine.numerics.kernel_runner import KernelRunner
 from merge_engine.numerics.noise import halves, key_of, weyl
 from merge_engine.numerics.packing import ROWS, WIDTH, TensorPack
@@ -98,10 +99,10 @@ def recipe_of(zoo, method, filtered):
     return recipe
 
 
-def built(zoo, recipe, room, runner=None, dtype=torch.float32):
+def built(zoo, recipe, budget, runner=None, dtype=torch.float32):
     names = [str(zoo / name) for name in ("base", "a", "b", "c")]
     models = ModelSet.open(names, candidates=2, runner=runner or KernelRunner(compiled=False))
-    models.place(torch.device("cpu"), room)
+    models.place(torch.device("cpu"), budget)
     model = AutoModelForCausalLM.from_pretrained(zoo / "base", dtype=dtype)
     builder = Builder(model, models)
     builder.build(recipe)

@@ -3,11 +3,11 @@
 import torch
 from transformers import AutoModelForCausalLM
 
-from in_memory import InMemoryTensors
+from in_memory import IN_MEMORY, InMemoryTensors
 from merge_engine.building.builder import Builder
 from merge_engine.models.checkpoint import TensorInfo
 from merge_engine.models.model_set import ModelSet
-from merge_engine.models.placement import IN_MEMORY, ON_DISK, Placed, Placement, Room
+from merge_engine.models.placement import ON_DISK, Budget, Placed, Placement
 from merge_engine.numerics.packing import ROWS, WIDTH
 from merge_engine.recipe.recipe import Recipe
 
@@ -18,8 +18,8 @@ def test_tensors_that_stay_are_read_once_and_merge_alike(zoo):
     fields = {"merge_method": "ties", "base_model": str(zoo / "base"), "models": models}
     recipe = Recipe.model_validate(fields | {"parameters": {"density": 0.5}})
     results = []
-    for room in (ON_DISK, IN_MEMORY):
-        model_set.place(torch.device("cpu"), room)
+    for budget in (ON_DISK, IN_MEMORY):
+        model_set.place(torch.device("cpu"), budget)
         builder = Builder(AutoModelForCausalLM.from_pretrained(zoo / "base"), model_set)
         builder.build(recipe)
         results.append(dict(builder.tensors()))
@@ -33,17 +33,17 @@ def test_packs_fill_the_device_then_pinned_memory_and_the_rest_is_read_from_disk
     shapes = {f"x{number}": (ROWS * WIDTH // 2,) for number in range(8)}  # two fill a pack
     source = NoNumbers(shapes, ("base", "a", "b"))
     whole = 3 * 2 * ROWS * WIDTH  # of a pack in three models of bfloat16
-    device = Room(device=2 * whole + 1, pinned=whole)
+    device = Budget(device=2 * whole + 1, pinned=whole)
     placement = Placement(source, torch.device("cpu"), device)
     assert placement.placed == Placed(2 * whole, whole, whole)
     assert [pack.names for pack in placement.packs] == [("x0", "x1"), ("x2", "x3"), ("x4", "x5")]
-    beside = Placement(source, torch.device("cpu"), Room(device=2 * whole + 1, beside=1))
-    assert beside.placed.device == whole * 4 // 3  # a byte for each element of two donors
+    ranked = Placement(source, torch.device("cpu"), Budget(device=2 * whole + 1, per_element=1))
+    assert ranked.placed.device == whole * 4 // 3  # a byte for each element of two donors
 
 
 def test_pinned_memory_counts_as_the_power_of_two_that_is_allocated():
     source = NoNumbers({"x": (3 * WIDTH,)}, ("base", "a"))
-    placed = Placement(source, torch.device("cpu"), Room(pinned=1 << 30)).placed
+    placed = Placement(source, torch.device("cpu"), Budget(pinned=1 << 30)).placed
     assert placed.pinned == 2 * 2 * 4 * WIDTH
 
 

@@ -3,13 +3,14 @@ import torch
 from torch.func import functional_call
 
 from architectures import save_family
+from in_memory import IN_MEMORY
 from merge_engine.building.builder import Builder, merge_tensor
 from merge_engine.building.recipe_gradient import RecipeGradient
 from merge_engine.building.units import Units
 from merge_engine.errors import MergeError
 from merge_engine.models.architecture import auto_class, load_config
 from merge_engine.models.model_set import ModelSet
-from merge_engine.models.placement import IN_MEMORY, ON_DISK
+from merge_engine.models.placement import ON_DISK
 from merge_engine.recipe.recipe_file import parse_recipe
 
 WEIGHTS = {"a": 0.4, "b": 0.7}
@@ -48,9 +49,9 @@ def recipe_of(folder, method="task_arithmetic", weights=None, **parameters):
     return parse_recipe(mapping, "r.yaml")[0]
 
 
-def built(folder, recipe, room=IN_MEMORY):
+def built(folder, recipe, budget=IN_MEMORY):
     model_set = ModelSet.open([str(folder / name) for name in ("base", *WEIGHTS)])
-    model_set.place(torch.device("cpu"), room)
+    model_set.place(torch.device("cpu"), budget)
     builder = Builder(load(folder / "base"), model_set)
     builder.build(recipe)
     return builder
@@ -134,8 +135,8 @@ def test_gradient_passes_masks_and_the_sum_of_the_weights(families, method, norm
 def test_donor_of_weight_zero_has_a_gradient_and_donors_may_stay_on_disk(families):
     folder = families["llama"]
     found = []
-    for room in (IN_MEMORY, ON_DISK):
-        builder = built(folder, recipe_of(folder, weights={"a": 0.5, "b": 0.0}), room)
+    for budget in (IN_MEMORY, ON_DISK):
+        builder = built(folder, recipe_of(folder, weights={"a": 0.5, "b": 0.0}), budget)
         gradient = RecipeGradient(builder, Units.of_tensors(builder.model_set.names))
         found.append(gradient.of(loss_of(builder.model)[0])[1])
     assert torch.allclose(found[0], found[1], rtol=1e-6)

@@ -9,11 +9,11 @@ from torch import nn
 from torch.func import functional_call
 from transformers import AutoModelForCausalLM
 
+from in_memory import IN_MEMORY
 from merge_engine.building.builder import Builder
 from merge_engine.building.recipe_gradient import RecipeGradient
 from merge_engine.building.units import Units
 from merge_engine.models.model_set import ModelSet
-from merge_engine.models.placement import IN_MEMORY
 from merge_engine.recipe.recipe_file import parse_recipe
 from objectives.base import ObjectiveError
 from objectives.entries import TaskEntry, TextEntry

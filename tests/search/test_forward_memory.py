@@ -1,8 +1,18 @@
 """What forward passes take, by a model's config."""
 
+import json
+
 import pytest
 
-from search.preparing.forward_memory import BATCH, forward_passes, tuned_tokens
+from search.preparing.forward_memory import (
+    BATCH,
+    CACHED,
+    GENERATING,
+    Tokens,
+    forward_passes,
+    scored_tokens,
+    tuned_tokens,
+)
 from search.proposing.tuning import AT_ONCE
 
 CONFIG = {
@@ -13,41 +23,65 @@ CONFIG = {
     "num_key_value_heads": 2,
     "vocab_size": 1000,
 }
+BATCH_OF_CHOICES = Tokens(BATCH, 100)
+
+
+def passes(config=CONFIG, scored=BATCH_OF_CHOICES, tuned=BATCH_OF_CHOICES):
+    return forward_passes(config, 2, scored=scored, tuned=tuned)
 
 
 def test_numbers_of_layers_count_by_the_largest():
     listed = CONFIG | {"intermediate_size": [128, 256], "num_key_value_heads": [2, 1, None]}
-    assert forward_passes(listed, 2, tuned=1024) == forward_passes(CONFIG, 2, tuned=1024)
+    assert passes(listed) == passes()
 
 
 @pytest.mark.parametrize("name", CONFIG)
 def test_a_number_that_is_missing_or_none_is_not_counted(name):
     for config in (CONFIG | {name: None}, {k: CONFIG[k] for k in CONFIG if k != name}):
-        assert forward_passes(config, 2, tuned=1024).scoring >= 0
+        assert passes(config).scoring >= 0
 
 
 class Loaded:
     """A loaded task, as far as it is asked."""
 
-    def __init__(self, sample, shots):
-        self.sample, self.task = sample, self
-        self._shots = shots
+    def __init__(self, size, shots=0, choices=None, target="t", kind="multiple_choice", new=None):
+        self.task, self.OUTPUT_TYPE = self, kind
+        self._config = {"num_fewshot": shots, "generation_kwargs": {"max_gen_toks": new}}
+        rest = len(json.dumps(["", choices, target]))
+        self.sample = json.dumps(["x" * (size - rest), choices, target])
 
     def get_config(self, key):
-        return {"num_fewshot": self._shots}[key]
+        return self._config[key]
 
 
 def test_examples_that_items_share_are_counted_once_for_each_task():
-    long, longer = "x" * 400, "x" * 800
-    assert tuned_tokens([Loaded(long, 0)], len) == AT_ONCE * 400
-    assert tuned_tokens([Loaded(long, 5)], len) == AT_ONCE * 400 + 5 * 400
-    both = [Loaded(long, 5), Loaded(longer, 1)]
-    assert tuned_tokens(both, len) == AT_ONCE * 600 + 5 * 400 + 800
-    assert tuned_tokens([Loaded("short", 0)], len) == tuned_tokens([], len) == BATCH
+    assert tuned_tokens([Loaded(400)], len).read == AT_ONCE * 400
+    assert tuned_tokens([Loaded(400, 5)], len).read == AT_ONCE * 400 + 5 * 400
+    both = [Loaded(400, 5), Loaded(800, 1)]
+    assert tuned_tokens(both, len).read == AT_ONCE * 600 + 5 * 400 + 800
+    assert tuned_tokens([Loaded(40)], len).read == tuned_tokens([], len).read == BATCH
+
+
+def test_tokens_of_choices_have_logits_and_of_one_answer_a_loss():
+    task = Loaded(128, choices=["a" * 8, "b" * 24])
+    assert scored_tokens([task], len) == Tokens(BATCH, BATCH * 32 // 128)
+    assert tuned_tokens([task], len) == Tokens(BATCH, AT_ONCE * 24)
+    rolling = Loaded(1000, target="y" * 980)
+    assert scored_tokens([task, rolling], len).predicting == BATCH * 980 // 1000
+    assert scored_tokens([], len) == Tokens(BATCH, BATCH // 2)
+
+
+def test_texts_that_are_generated_at_once_have_keys_and_values():
+    short = Loaded(40, kind="generate_until", new=8, target=["yes", "no"])
+    assert scored_tokens([short], len) == Tokens(BATCH, GENERATING, GENERATING * 48)
+    long = Loaded(500, kind="generate_until", new=500)
+    assert scored_tokens([short, long], len).cached == CACHED
+    more, less = (passes(scored=Tokens(BATCH, 0, cached)).scoring for cached in (100, 0))
+    assert more - less == 100 * 2 * 4 * 2 * (64 // 8) * 2  # layers, heads, their size, bytes
 
 
 def test_passes_take_as_much_more_as_tokens_go_backward():
-    none, some, more = (forward_passes(CONFIG, 2, tuned=tokens) for tokens in (0, 100, 200))
+    none, some, more = (passes(tuned=t) for t in (None, Tokens(100, 10), Tokens(200, 20)))
     assert none.tuning == 0
     assert none.scoring == some.scoring == more.scoring
     constant = 2 * some.tuning - more.tuning  # the gradient of the largest tensor

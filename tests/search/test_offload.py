@@ -7,13 +7,13 @@ import pytest
 import torch
 
 from architectures import save_family
+from in_memory import IN_MEMORY
 from merge_engine.building.builder import Builder
 from merge_engine.building.recipe_gradient import RecipeGradient
 from merge_engine.building.units import Units
 from merge_engine.errors import MergeError
 from merge_engine.models.architecture import auto_class, load_config
 from merge_engine.models.model_set import ModelSet
-from merge_engine.models.placement import IN_MEMORY
 from merge_engine.recipe.recipe_file import parse_recipe
 from search.preparing.offload import check_offload, offload
 from search.study.reading import load_study

@@ -9,8 +9,10 @@ from typing_extensions import override
 
 from merge_engine.models.checkpoint import TensorInfo
 from merge_engine.models.model_set import ModelSet
-from merge_engine.models.placement import TensorSource
+from merge_engine.models.placement import Budget, TensorSource
 from merge_engine.numerics.kernel_runner import KernelRunner
+
+IN_MEMORY = Budget(device=1 << 62)
 
 
 class InMemoryTensors(TensorSource):
