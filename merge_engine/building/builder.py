@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from merge_engine.building.live_tensors import LiveTensors, lie_end_to_end
 from merge_engine.building.merging import merge_pack
-from merge_engine.building.pack_merge import to_device
 from merge_engine.building.plan import Part, Plan, plan_parts, written_dtype
 from merge_engine.errors import MergeError
 from merge_engine.methods import Base
@@ -22,6 +21,7 @@ from merge_engine.models.tensor_names import layer_counts
 from merge_engine.numerics.heap import trim_heap
 from merge_engine.numerics.packing import TensorPack
 from merge_engine.numerics.statistics import all_finite
+from merge_engine.numerics.transfer import to_device
 from merge_engine.recipe.recipe import Recipe, Tokenizer
 
 _HELD = 1 << 26  # bytes read from files before they are closed and opened again

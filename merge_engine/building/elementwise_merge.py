@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from merge_engine.building.pack_merge import PackMerge, to_device
+from merge_engine.building.pack_merge import PackMerge
 from merge_engine.errors import MergeError
 from merge_engine.methods import Elementwise
 from merge_engine.methods.contract import KernelValues, Number, Parameters, TaskVectors
@@ -19,6 +19,9 @@ from merge_engine.methods.task_vectors import kept_masses
 from merge_engine.numerics.noise import Noise, key_of
 from merge_engine.numerics.order_statistics import Magnitudes, Variances
 from merge_engine.numerics.statistics import row_width
+from merge_engine.numerics.transfer import to_device
+
+LEAST_NORM = 1e-7  # of a task vector that is rescaled
 
 
 @dataclass(frozen=True)
@@ -59,7 +62,7 @@ class _TaskVectors(TaskVectors):
 
 
 def _norm_ratio(before: float, after: float) -> float:
-    return before / after if min(before, after) >= 1e-7 else 1.0
+    return before / after if min(before, after) >= LEAST_NORM else 1.0
 
 
 def write_elementwise(out: Tensor, method: Elementwise, merge: PackMerge) -> None:
@@ -200,7 +203,6 @@ def _rescale_factors(
     """Return factors that restore each task vector's L1 norm under its mask, (k,) per donor."""
     values = {name: per_donor[name] for name in ("chance", "spread", "rank_share")}
     sums = merge.models.runner.sums(kept_masses, inputs, values, noise)
-    masses = merge.pack.sums(sums).tolist()  # n before the masks and n after, of k tensors
-    pairs = zip(masses[: len(masses) // 2], masses[len(masses) // 2 :], strict=True)
-    ratios = [[_norm_ratio(*both) for both in zip(*pair, strict=True)] for pair in pairs]
-    return merge.columns(torch.tensor(ratios))
+    before, after = merge.pack.sums(sums).chunk(2)  # n norms each, without and with the masks
+    kept = torch.minimum(before, after) >= LEAST_NORM
+    return merge.columns(torch.where(kept, before / after, 1.0).float())

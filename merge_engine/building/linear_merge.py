@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from merge_engine.building.pack_merge import PackMerge, to_device
+from merge_engine.building.pack_merge import PackMerge
 from merge_engine.methods import Base, Linear
 from merge_engine.methods.contract import Values
 from merge_engine.methods.linear import sum_of_task_vectors, weighted_sum
+from merge_engine.numerics.transfer import send_numbers, to_device
 from merge_engine.recipe.recipe import Recipe
 
 
@@ -87,7 +88,8 @@ def _write_sum_by_row(out: Tensor, method: Linear, merge: PackMerge, dim: int) -
     gram = merge.models.measurements.gram(name, models, origin, dim) if method.gram else None
     factors = method.coefficients(gram, **options)  # (rows, n)
     tensors = [to_device(merge.models.read(model, name), out.device) for model in models]
-    by_row = [_along(c, out.shape, dim).to(out.device) for c in factors.float().unbind(-1)]
+    sent = send_numbers(factors.float(), out.device)
+    by_row = [_along(column, out.shape, dim) for column in sent.unbind(-1)]
     if origin:
         base = to_device(merge.models.read(origin, name), out.device)
         out.copy_(sum_of_task_vectors(base, tensors, factor=by_row))

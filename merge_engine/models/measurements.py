@@ -22,6 +22,7 @@ from merge_engine.numerics.noise import masses_below
 from merge_engine.numerics.order_statistics import Magnitudes, Variances
 from merge_engine.numerics.packing import TensorPack
 from merge_engine.numerics.statistics import gram_by_row, overlaps, row_ranks, row_width, salient
+from merge_engine.numerics.transfer import to_device
 
 CACHED_FROM = 65_536  # elements from which reading a statistic is faster than measuring it
 MEASURING = 9  # bytes at most per element of the tensor being measured
@@ -158,7 +159,7 @@ class Measurements:
 
     def _read(self, model: str, name: str) -> Tensor:
         """Return a model's tensor on the device that builds, where it is measured."""
-        return self._placement.read(model, name).to(self._placement.device)
+        return to_device(self._placement.read(model, name), self._placement.device)
 
     def _task_vector(self, name: str, donor: str, base: str) -> Tensor:
         """Return a donor's task vector, float32, made without a temporary of its size."""

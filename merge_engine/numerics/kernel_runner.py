@@ -247,4 +247,4 @@ def _tensors(value: Any, size: int, device: torch.device) -> Any:
     if not torch.is_tensor(value):
         dtype = torch.int32 if isinstance(value, int) else torch.float32
         return torch.tensor(value, dtype=dtype, device=device)
-    return value.reshape(1, -1) if value.numel() == size else value
+    return value.reshape(1, -1) if value.dim() and value.numel() == size else value

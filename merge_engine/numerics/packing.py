@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from merge_engine.numerics.noise import BLOCK, Noise, halves, key_of, weyl
+from merge_engine.numerics.transfer import send_numbers
 
 WIDTH = 4096
 ROWS = 1 << 15  # of a pack at most, so that memory is allocated in pieces
@@ -88,14 +89,13 @@ class TensorPack:
         """
         if (device := numbers.device) not in self._tensor_of_row:
             index = torch.arange(len(self._counts)).repeat_interleave(self._counts)
-            self._tensor_of_row[device] = index.to(device)
+            self._tensor_of_row[device] = send_numbers(index, device)
         repeated = numbers.index_select(1, self._tensor_of_row[device])
         return [column.unsqueeze(1) for column in repeated]
 
     def sums(self, rows: Tensor) -> Tensor:
-        """Add up sums of rows (..., rows) to sums of tensors (..., k), float64 on the CPU."""
-        lengths = self._counts.tolist()
-        parts = torch.split(rows.double().cpu(), lengths, dim=-1)
+        """Add up sums of rows (..., rows) to sums of tensors (..., k), float64."""
+        parts = torch.split(rows.double(), self._counts.tolist(), dim=-1)
         return torch.stack([part.sum(-1) for part in parts], -1)
 
     def noise(self, seed: int, donors: tuple[int, ...], device: torch.device, even: bool) -> Noise:
@@ -114,14 +114,15 @@ class TensorPack:
 
         def column(halves_of_runs: list[int]) -> Tensor:
             numbers = torch.tensor(halves_of_runs, dtype=torch.int32)
-            return numbers.repeat_interleave(lengths).unsqueeze(1).to(device)
+            return send_numbers(numbers.repeat_interleave(lengths).unsqueeze(1), device)
 
         first = [torch.arange(rows, dtype=torch.int32) * WIDTH for _, _, rows in runs]
         keys = []
         for donor in donors:
             pairs = [halves(key_of(seed, name, donor), block) for name, block, _ in runs]
             keys.append((column([low for low, _ in pairs]), column([high for _, high in pairs])))
-        return Noise(weyl(torch.cat(first)).unsqueeze(1).to(device), tuple(keys), even)
+        positions = weyl(torch.cat(first)).unsqueeze(1)
+        return Noise(send_numbers(positions, device), tuple(keys), even)
 
 
 def _rows(shape: Sequence[int]) -> int:

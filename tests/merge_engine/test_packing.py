@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM
 
 from in_memory import IN_MEMORY
 from merge_engine.building.builder import Builder
+from merge_engine.building.merging import merge_pack
 from merge_engine.errors import MergeError
 from merge_engine.methods import METHODS, Base
 from merge_engine.models.model_set import ModelSet
@@ -118,6 +119,14 @@ def test_a_pack_is_merged_as_its_tensors_are_one_by_one(zoo, method, filtered):
     one_by_one = dict(built(zoo, recipe, ON_DISK).tensors())
     for name, tensor in built(zoo, recipe, IN_MEMORY).tensors():
         assert torch.allclose(tensor, one_by_one[name], rtol=0, atol=2.0**-22), name
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_merging_a_pack_reads_no_number_back_from_the_device(zoo, method):
+    builder = built(zoo, recipe_of(zoo, method, filtered=False), IN_MEMORY)  # has measured all
+    for pack in builder.model_set.placement.packs:
+        out = pack.empty(torch.float32, torch.device("meta"))  # has no numbers: reading one raises
+        merge_pack(out, builder.loaded, pack, builder.model_set)
 
 
 @needs_compiler
