@@ -25,6 +25,7 @@ from merge_engine.models.placement import Budget, Placed
 from merge_engine.numerics.noise import LEVELS
 from merge_engine.numerics.order_statistics import TABLE
 from merge_engine.numerics.packing import ROWS, WIDTH
+from merge_engine.numerics.transfer import STAGED
 
 USABLE: Final = 0.9  # of what is free: estimates are off, and allocators need some
 LATER: Final = 64 << 20  # bytes of prompts, and of modules that are imported later
@@ -170,7 +171,10 @@ def plan_memory(
     plan = MemoryPlan(
         device=device,
         free=0,
-        process=_resident() + LATER + COMPILING * models.compiled,
+        process=_resident()
+        + LATER
+        + COMPILING * models.compiled
+        + (0 if _is_cpu(device) else 2 * STAGED),
         live=sum(sizes) * models.dtype.itemsize,
         engine=int(allowed.engine * total_bytes(device)) if allowed.engine else 0,
         donors=models.count * stored,
