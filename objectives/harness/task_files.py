@@ -67,12 +67,16 @@ def check_readable(file: Path, seen: set[Path]) -> None:
         return
     seen.add(file)
     check_plain(file)
-    included: list[str] = []
+    config: dict[str, Any] = {}
     with suppress(OSError, yaml.YAMLError):
         _check_depth(file)
         with suppress(Exception):  # of tags such as !!int zz
-            included = _included(load_yaml(file, resolve_func=False, recursive=False))
-    for name in included:
+            config = load_yaml(file, resolve_func=False, recursive=False)
+    for key in ("task", "group", "tag"):
+        for name in _listed(config.get(key)):
+            if not isinstance(name, str | dict):  # lm-eval sorts all names
+                raise ObjectiveError(f"{file}: its {key} is {name!r}; write a text, in quotes")
+    for name in _included(config):
         check_readable(file.resolve().parent / name, seen)
 
 
@@ -86,10 +90,11 @@ def check_plain(file: Path) -> None:
 
 
 def _included(config: dict[str, Any]) -> list[str]:
-    named = config.get("include")
-    return [
-        name for name in (named if isinstance(named, list) else [named]) if isinstance(name, str)
-    ]
+    return [name for name in _listed(config.get("include")) if isinstance(name, str)]
+
+
+def _listed(value: object) -> list[Any]:
+    return [] if value is None else value if isinstance(value, list) else [value]
 
 
 def _check_depth(file: Path) -> None:

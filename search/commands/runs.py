@@ -6,7 +6,6 @@ from merge_engine.errors import MergeError
 from merge_engine.plain_files import is_text
 from merge_engine.recipe.recipe import Recipe
 from merge_engine.replacing import replace_text
-from objectives.base import printable
 from objectives.entries import PromptEntry
 from search.options import ExportOptions, PushOptions, ReportOptions, SampleOptions
 from search.pipeline import card_of, is_export_of, save_checkpoint
@@ -60,7 +59,7 @@ def export(options: ExportOptions, listener: Listener) -> None:
 def sample(options: SampleOptions, listener: Listener) -> None:
     """Show what base, donors and winner write to prompts, or to test items gained and lost."""
     if options.prompt and (odd := [text for text in options.prompt if not is_text(text)]):
-        raise StudyError(f"--prompt: {printable(odd[0][:50])!r} is not UTF-8 text; write another")
+        raise StudyError(f"--prompt: {odd[0][:50]!r} is not UTF-8 text; write another")
     spec = stored_spec(options.run, options.storage)
     result = _read_result(options, spec)
     if result is None:

@@ -461,6 +461,11 @@ CASES = {
     "long model in a study": Case(CHECK, ("aaa",), study(models=["a", LONG])),
     "long path in a recipe": Case(BUILD, ("x/x",), recipe(models=[{"model": DEEP_PATH}])),
     "name with a zero byte": Case(CHECK, ("study.yaml",), study(models=["a", "b\0c"])),
+    "file for the base, scored": Case(
+        "score a study.yaml --device cpu",
+        ("study.yaml", "a/config.json' is a file"),
+        study(base_model="a/config.json"),
+    ),
     "model of no UTF-8": Case(
         "score m\udcff study.yaml --device cpu",
         ("UTF-8", "rename"),
@@ -558,7 +563,9 @@ CASES = {
     "task file that includes itself": Case(
         CHECK, ("tell",), lambda f: write("tasks/tell.yaml", "include: tell.yaml\ntask: tell\n")(f)
     ),
-    "task whose name is a number": Case(CHECK, ("study.yaml", "task files"), task(task=5)),
+    "task whose name is a number": Case(
+        CHECK, ("tasks/tell.yaml", "task is 5", "quotes"), task(task=5)
+    ),
     "filters that are none": Case(CHECK, ("study.yaml", "'tell'"), task(filter_list=[])),
     "length that is no number": Case(
         CHECK, ("study.yaml", "'tell'"), task(generation_kwargs={"max_gen_toks": "x"})
@@ -593,7 +600,7 @@ CASES = {
         ("'tell'", "tell.yml", "call it .yaml"),
         lambda f: (f / "tasks/tell.yaml").rename(f / "tasks/tell.yml"),
     ),
-    "group with a number in it": Case(CHECK, ("'mine'", "5"), group("[5]")),
+    "group with a number in it": Case(CHECK, ("group.yaml", "task is 5"), group("[5]")),
     "group with a task that lacks all": Case(
         CHECK, ("'mine'",), group("[{task: own, doc_to_text: x}]")
     ),
