@@ -83,7 +83,7 @@ def test_what_is_in_place_of_the_folder_of_journals_is_refused(tmp_path):
     (run / "study.db").touch()
     check_run_folder(run)
     (run / JOURNALS).write_text("mine")
-    with pytest.raises(StudyError, match="journals is no folder"):
+    with pytest.raises(StudyError, match="journals is not a folder"):
         check_run_folder(run)
     (run / JOURNALS).unlink()
     (run / JOURNALS).symlink_to(tmp_path)
