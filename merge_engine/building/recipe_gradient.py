@@ -161,7 +161,7 @@ class RecipeGradient:
 
     @contextlib.contextmanager
     def _going_backward(self, recipe: Recipe) -> Iterator[dict[str, _Products]]:
-        """Let the live parameters have gradients, and turn each into products by stored tensor."""
+        """Require gradients of the live parameters; collect their products by stored tensor."""
         products: dict[str, _Products] = {}
         parameters = dict(self._builder.model.named_parameters())
         needed = {name: each.requires_grad for name, each in parameters.items()}

@@ -160,7 +160,7 @@ def _check_shapes(
 
 
 def _other_shapes(change: Change, shape: Shape) -> Iterable[tuple[str, Shape]]:
-    """Yield keys of what changes a tensor besides matrices, with the shapes they must have."""
+    """Yield keys of a change's parts other than matrices, with the shapes they must have."""
     if (low := change.low_rank) and low.magnitude:
         yield low.magnitude, (shape[1 if low.transposed else 0],)
     if change.bias:

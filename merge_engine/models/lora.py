@@ -188,7 +188,7 @@ class Adapter:
 
 
 def _own_name(name: str) -> str:
-    """Return a name without the modules that peft wraps others in."""
+    """Return a module's own name, without the wrappers that peft puts around it."""
     return _WRAPPERS.sub("", f"{name}.").removesuffix(".")
 
 

@@ -42,7 +42,7 @@ _CACHED = re.compile(r"[0-9a-f]{40}\.safetensors(\.\w+\.partial)?")
 
 
 def user_limit() -> int | None:
-    """Return ``$MERGESEARCH_CACHE_LIMIT`` in bytes, None if unset; MergeError if it is no size."""
+    """Return ``$MERGESEARCH_CACHE_LIMIT`` in bytes, None if unset; MergeError if invalid."""
     if not (text := os.environ.get("MERGESEARCH_CACHE_LIMIT")):
         return None
     try:

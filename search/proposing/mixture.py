@@ -39,7 +39,7 @@ def join_sticks(shares: Sequence[float]) -> list[float]:
 def keep_heaviest(weights: Floats, most: int | None) -> Floats:
     """Set all but the ``most`` heaviest of k donors to zero, in every unit; None: keep all.
 
-    Each unit's sum stays; one that has none of the donors that are kept gets all of them evenly.
+    Each unit keeps its sum; a unit without any of the kept donors gets all of them evenly.
 
     Args:
         weights: Of k donors in u units of n recipes, (n, u, k).

@@ -221,7 +221,7 @@ def _connect(count: int, cluster: Cluster) -> None:
     """Join a cluster, or start one of this machine alone.
 
     Raises:
-        StudyError: There is none at the address, or Ray did not start in the time it gives itself.
+        StudyError: There is no cluster at the address, or Ray did not start in time.
     """
     ray = import_ray()
     options: dict[str, Any] = {"address": cluster.address}

@@ -1,4 +1,4 @@
-"""Valid studies and recipes of the example, which have most keys in them between them."""
+"""Valid studies and recipes of the example, which together use most keys."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any

@@ -1,4 +1,4 @@
-"""A set of models without files, for tests of what is done with tensors."""
+"""A set of models without files, for tests of merging alone."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -16,7 +16,7 @@ IN_MEMORY = Budget(device=1 << 62)
 
 
 class InMemoryTensors(TensorSource):
-    """One tensor, "x", of several models: that of "m0" is the first, that of "m1" the next."""
+    """One tensor, "x", of the models "m0", "m1", ..."""
 
     def __init__(self, tensors: Sequence[Tensor]) -> None:
         self.stored = {f"m{i}": tensor for i, tensor in enumerate(tensors)}

@@ -1,4 +1,4 @@
-"""An objective of one's own for classifiers: texts, each with the label of its first letter."""
+"""A user's objective for classifiers: texts, each labelled by its first letter."""
 
 import random
 import string

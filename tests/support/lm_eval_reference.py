@@ -125,7 +125,7 @@ def write_every_type(folder: Path) -> None:
 
 
 def load_every_type(folder: Path) -> list[Any]:
-    """The tasks' objects, to be evaluated again and again."""
+    """Return the tasks' objects, which can be evaluated repeatedly."""
     names = ["choice", "choice_shots", "answer", "single", "rolled"]
     with contextlib.chdir(folder):
         manager = TaskManager(include_defaults=False, include_path=str(folder))
@@ -133,7 +133,7 @@ def load_every_type(folder: Path) -> list[Any]:
 
 
 class Evaluated(NamedTuple):
-    """What ``simple_evaluate`` found, by (task, document, ...)."""
+    """Results of ``simple_evaluate`` by (task, document, ...)."""
 
     values: dict[tuple[str, int, str], Any]  # by metric
     responses: dict[tuple[str, int, int], Any]  # by request

@@ -39,7 +39,7 @@ class Ended(NamedTuple):
 
 
 def run_limited(words: Sequence[str], folder: Path, phase: str | None, kilobytes: int = 0) -> Ended:
-    """Run a command in a child, one of its phases with so much memory more than is in use."""
+    """Run a command in a child process, with little free memory in one of its phases."""
     said, failure = folder / "said", folder / "failure"
     failure.write_text("")
     if not (child := os.fork()):
@@ -57,7 +57,7 @@ def run_limited(words: Sequence[str], folder: Path, phase: str | None, kilobytes
 
 @contextmanager
 def limited(more: int) -> Iterator[None]:
-    """Let this process take so many bytes more than it has, and fill the holes of its heap."""
+    """Limit this process to a few bytes more than it uses, and fill the holes of its heap."""
     _, most = resource.getrlimit(resource.RLIMIT_AS)
     taken = psutil.Process().memory_info().vms
     resource.setrlimit(resource.RLIMIT_AS, (taken, most))
@@ -74,7 +74,7 @@ def limited(more: int) -> Iterator[None]:
 
 
 def limit(phase: str, kilobytes: int, failure: Path) -> None:
-    """Limit one call of a phase's function, and write down what it raises."""
+    """Limit the memory of one call of a phase's function, and record what it raises."""
     path, chosen = PHASES[phase]
     module, _, names = path.partition(":")
     *owners, name = names.split(".")

@@ -28,7 +28,7 @@ def remove(name: str) -> Change:
 
 
 def tree(folder: Path) -> dict[Path, tuple[int, bytes | None]]:
-    """Every file and folder below, with the time of its last change and what is in it."""
+    """Return every file and folder below, with its modification time and contents."""
     return {
         path: (path.lstat().st_mtime_ns, path.read_bytes() if path.is_file() else None)
         for path in folder.rglob("*")
@@ -36,7 +36,7 @@ def tree(folder: Path) -> dict[Path, tuple[int, bytes | None]]:
 
 
 def shortcoming(parts: tuple[str, ...], code: int, said: str) -> str | None:
-    """What is wrong with a command's exit code and message, which is to have ``parts`` in order."""
+    """Return what is wrong with an exit code, or a message that must have ``parts`` in order."""
     start = 0
     for part in parts:
         found = said.find(part, start)
@@ -74,7 +74,7 @@ RECIPE: Mapping[str, Any] = {
 
 
 def furnish(folder: Path, zoo: Path) -> Path:
-    """A folder in which ``RUN`` and ``BUILD`` work."""
+    """Make a folder in which ``RUN`` and ``BUILD`` work."""
     for name in ("base", "a", "b"):
         shutil.copytree(zoo / name, folder / name)
     tasks = folder / "tasks"
@@ -88,7 +88,7 @@ def furnish(folder: Path, zoo: Path) -> Path:
 
 
 def study(**changes: Any) -> Callable[[Path], None]:
-    """Other values in the study, by the names of their keys with ``__`` between them."""
+    """Change values of the study, given by their keys joined with ``__``."""
     return lambda folder: _rewrite(folder / "study.yaml", changes)
 
 

@@ -1,4 +1,4 @@
-"""A PostgreSQL server of the tests' own, on loopback."""
+"""A PostgreSQL server for the tests, on loopback."""
 
 import os
 import shlex
@@ -27,7 +27,7 @@ class Server:
         return f"postgresql+psycopg://{user}@127.0.0.1:{port or self.port}/{database}"
 
     def control(self, *what):
-        """``pg_ctl``: start, stop or restart."""
+        """Start, stop or restart it by ``pg_ctl``."""
         options = f"-p {self.port} -k {self.folder} -h 127.0.0.1 -c fsync=off"
         log = self.folder / "log"
         _call("pg_ctl", "-w", "-D", self.folder / "data", "-l", log, "-o", options, *what)
@@ -35,7 +35,7 @@ class Server:
 
 @contextmanager
 def running():
-    """A server, skipping the test where the programs are missing."""
+    """Run a server; skip the test if PostgreSQL is not installed."""
     if _program("initdb") is None:
         pytest.skip("PostgreSQL's programs are not installed")
     folder = Path(tempfile.mkdtemp(prefix="pg", dir="/tmp"))  # a short name: it holds a socket

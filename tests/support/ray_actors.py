@@ -1,4 +1,4 @@
-"""Processes of a run's Ray workers, to be killed."""
+"""Find the processes of a run's Ray workers, for tests that kill them."""
 
 import contextlib
 import subprocess

@@ -95,7 +95,7 @@ def pickled_twin(model: Path, folder: Path, shards: int = 1, *, legacy: bool = F
     """Copy a model with its weights as ``pytorch_model.bin``, as transformers 4 saved them.
 
     Tied tensors share memory, every second matrix is a transposed view of a
-    Parameter. ``legacy``: in the format before PyTorch 1.6, which is no zip file.
+    Parameter. ``legacy``: in the format before PyTorch 1.6, which is not a zip file.
     """
     shutil.copytree(model, folder, ignore=shutil.ignore_patterns("*.safetensors", "*.index.json"))
     state = AutoModelForCausalLM.from_pretrained(model, dtype="auto").state_dict()
