@@ -151,10 +151,19 @@ def _unknown(
             yield from _unknown(entry.cfg["task"], index, (*inside, name))
 
 
+_FILES = {
+    ".jsonl": "write a task file for it with 'mergesearch init --tasks', and name that task",
+    ".yaml": "name the task in it, and its folder as 'include_path'",
+    ".yml": "rename it to .yaml, name the task in it, and its folder as 'include_path'",
+}
+
+
 def _unknown_task(name: str, known: Iterable[str], folders: Sequence[Path]) -> ObjectiveError:
     close = difflib.get_close_matches(name, known)
     searched = ", ".join([*map(str, folders), "lm-eval's own tasks"])
     fixes = [f"did you mean {' or '.join(map(repr, close))}?"] if close else []
+    if way := _FILES.get(Path(name).suffix):  # a file is no name
+        fixes = [way]
     for file in [file for folder in folders for file in sorted(folder.rglob("*.yaml"))]:
         try:
             read_task(file)

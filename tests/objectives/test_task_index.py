@@ -99,6 +99,16 @@ def test_a_misspelt_name_is_refused_with_suggestions(small_lm_eval, cache):
         find_tasks(["grammer"], [], cache)
 
 
+@pytest.mark.parametrize(
+    ("name", "way"), [("my.jsonl", "mergesearch init --tasks"), ("./my.yaml", "'include_path'")]
+)
+def test_a_file_in_place_of_a_name_is_refused_with_the_way_to_use_it(
+    small_lm_eval, cache, name, way
+):
+    with pytest.raises(ObjectiveError, match=f"no task '{name}'.*{way}"):
+        find_tasks([name], [], cache)
+
+
 @pytest.mark.slow
 def test_the_kept_index_means_what_lm_evals_own_means(cache, monkeypatch):
     manager = TaskManager()
