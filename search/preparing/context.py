@@ -108,6 +108,10 @@ class StudyPlan:
         )
         tasks = self.tasks.loaded
         tokenizer = study_tokenizer(self.spec, models) if tasks else None
+        if tokenizer:
+            from objectives.harness.encoding import Prompting, check_encoding
+
+            check_encoding(tokenizer, Prompting())  # in a process of its own, before it is used
 
         def count_tokens(text: str) -> int:
             return len(tokenizer.encode(text)) if tokenizer else 0
