@@ -85,7 +85,7 @@ class Session:
     def rows(self, query: str) -> list[Row]:
         if not (self.run / DATABASE).exists():
             return []
-        with sqlite3.connect(self.run / DATABASE) as database:
+        with sqlite3.connect(f"file:{self.run / DATABASE}?mode=ro", uri=True) as database:
             return sorted(database.execute(query))
 
     @property

@@ -537,7 +537,7 @@ MISTAKES = {
     ),
     "start that is not there": Mistake(
         CHECK,
-        ("study.yaml: search.start", "mine.yaml", "no recipe"),
+        ("study.yaml: search.start", "mine.yaml", "neither a recipe nor a run"),
         study(search__start=["mine.yaml"]),
     ),
     "start outside the ranges": Mistake(

@@ -444,6 +444,13 @@ CARRIERS = {
 }
 
 
+def _set_keys(task, values):
+    """Give a task file these keys, written as they are, in place of its own."""
+    kept = {key: own for key, own in yaml.safe_load(task.read_text()).items() if key not in values}
+    lines = [f"{key}: {value}\n" for key, value in values.items()]
+    task.write_text(yaml.safe_dump(kept) + "".join(lines))
+
+
 @pytest.mark.parametrize("command", ["check", "run", "score"])
 @pytest.mark.parametrize("carrier", CARRIERS)
 def test_code_of_a_task_file_is_run_only_where_the_study_says_so(
@@ -455,8 +462,7 @@ def test_code_of_a_task_file_is_run_only_where_the_study_says_so(
     tasks, ran = tmp_path / "study" / "tasks", tmp_path / "ran"
     (tasks / "evil.py").write_text(CODE.format(str(ran)))
     (tasks / "evil_base.yaml").write_text("process_docs: !function evil.f\n")
-    with (tasks / "pick.yaml").open("a") as file:
-        file.writelines(f"{key}: {value}\n" for key, value in CARRIERS[carrier].items())
+    _set_keys(tasks / "pick.yaml", CARRIERS[carrier])
     arguments = {
         "check": ["check", str(study)],
         "run": ["run", str(study), "--out", str(tmp_path / "run")],
@@ -731,7 +737,7 @@ def test_database_of_no_run_is_refused_and_nothing_is_made_in_it(
 def test_run_does_not_begin_anew_in_a_database_that_has_lost_its_tables(done, run, kind, capsys):
     OTHER_DATABASES[kind](run / DATABASE)
     assert again(done, run) == 2
-    one_line(capsys, DATABASE, "no run's database", "--force-new")
+    one_line(capsys, DATABASE, "not a run's database", "--force-new")
     assert again(done, run, "--force-new") == 0
 
 
@@ -839,7 +845,7 @@ def test_sigterm_stops_a_run_like_ctrl_c(done, tmp_path, make_study):
 
 def told_answers(run):
     try:
-        with sqlite3.connect(run / DATABASE) as database:
+        with sqlite3.connect(f"file:{run / DATABASE}?mode=ro", uri=True) as database:
             return database.execute("select block from mergesearch_answers").fetchall()
     except sqlite3.Error:
         return []

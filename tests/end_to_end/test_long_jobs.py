@@ -64,7 +64,7 @@ def finish(study, run):
 
 
 def answers_in(run):
-    with sqlite3.connect(run / DATABASE) as database:
+    with sqlite3.connect(f"file:{run / DATABASE}?mode=ro", uri=True) as database:
         rows = "select recipe, split, block, answers, tokens, faults from mergesearch_answers"
         return sorted(database.execute(rows))
 

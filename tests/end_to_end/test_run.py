@@ -39,7 +39,7 @@ def decisions(run):
 
 
 def answers_of(run):
-    with sqlite3.connect(run / DATABASE) as database:
+    with sqlite3.connect(f"file:{run / DATABASE}?mode=ro", uri=True) as database:
         return sorted(
             database.execute("select recipe, split, block, answers from mergesearch_answers")
         )

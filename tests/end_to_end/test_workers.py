@@ -165,7 +165,7 @@ def test_ray_that_does_not_start_is_an_error_of_one_sentence(study, tmp_path, mo
 def blocks_of(run):
     """List the evaluated blocks."""
     try:
-        with sqlite3.connect(run / DATABASE) as database:
+        with sqlite3.connect(f"file:{run / DATABASE}?mode=ro", uri=True) as database:
             return database.execute(
                 "select recipe, split, block from mergesearch_answers"
             ).fetchall()

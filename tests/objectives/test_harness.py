@@ -170,9 +170,10 @@ def test_a_chat_template_reaches_the_prompts(folder, model):
 
 
 REFUSES = "{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}"
+SKIPS = "{% if messages[0].role == 'system' %}{% set messages = messages[1:] %}{% endif %}"
 
 
-@pytest.mark.parametrize("start", [REFUSES, "{% set messages = messages[1:] %}"])
+@pytest.mark.parametrize("start", [REFUSES, SKIPS])
 def test_system_instruction_that_the_template_leaves_out_is_refused(folder, model, start):
     tokenizer = make_tokenizer()
     tokenizer.chat_template = start + "{% for m in messages %}{{ m.content }}{% endfor %}"
