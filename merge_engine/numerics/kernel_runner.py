@@ -25,7 +25,8 @@ _LOG = logging.getLogger(__name__)
 Kernel = Callable[..., Tensor]
 CHUNK = 1 << 16  # elements of a chunk that fits a CPU's cache
 CHUNK_ON_GPU = 1 << 26  # launching kernels costs more than memory traffic
-PAYS = 2_000_000_000  # merged parameters for which compiling once, in some seconds, pays
+PAYS = 100_000_000  # merged parameters for which compiling a kernel, in some seconds, pays
+KERNELS = 20  # about as many as a search over all methods runs
 # Every intermediate result should stay in a register: one that inductor keeps in memory, as it does
 # with those used often, also halves how many 16-bit numbers it processes at a time.
 _OPTIONS: dict[str, str | int | bool | Callable[..., Any]] = {
@@ -42,9 +43,12 @@ _OPTIONS_ON_GPU = _OPTIONS | {
 
 
 def compiling_pays(parameters: int, candidates: int) -> bool:
-    """Return whether compiling saves time for ``candidates`` merges of ``parameters`` numbers."""
+    """Return whether compiling saves time for ``candidates`` merges of ``parameters`` numbers.
+
+    A single merge compiles one kernel, a search those of all methods that it tries.
+    """
     can = torch.cuda.is_available() or shutil.which("g++") is not None
-    return can and parameters * candidates >= PAYS
+    return can and parameters * candidates >= PAYS * min(max(candidates, 1), KERNELS)
 
 
 def configure_compiler() -> None:

@@ -21,6 +21,7 @@ from merge_engine.methods.task_vectors import dare, kept_masses, trimmed_sum
 from merge_engine.numerics import kernel_runner as kernel_runner
 from merge_engine.numerics.kernel_runner import (
     CHUNK,
+    KERNELS,
     PAYS,
     KernelRunner,
     compiler_options,
@@ -336,8 +337,9 @@ def test_compiling_pays_only_with_a_compiler_and_for_much_work(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(shutil, "which", lambda program: f"/bin/{program}")
     assert compiling_pays(PAYS, 1)
-    assert compiling_pays(PAYS // 100, 100)
     assert not compiling_pays(PAYS - 1, 1)
+    assert compiling_pays(PAYS * KERNELS // 100, 100)
+    assert not compiling_pays(PAYS * KERNELS // 100 - 1, 100)
     assert not compiling_pays(PAYS, 0)
     monkeypatch.setattr(shutil, "which", lambda program: None)
     assert not compiling_pays(PAYS, 1_000)
