@@ -29,6 +29,7 @@ from merge_engine.numerics.transfer import STAGED
 
 USABLE: Final = 0.9  # of what is free: estimates are off, and allocators need some
 LATER: Final = 64 << 20  # bytes of prompts, and of modules that are imported later
+RANKS: Final = "ranks and masks"  # name of a component
 COMPILING: Final = 96 << 20  # of torch's compiler, once it has run
 
 
@@ -117,7 +118,7 @@ class MemoryPlan:
             "live model": self.live,
             "text engine": self.engine,
             "donors": round(kept * self.donors),
-            "ranks and masks": round(kept * self.elementwise),
+            RANKS: round(kept * self.elementwise),
             "statistics": self.statistics,
             "merging": self.merging,
             "scoring": self.scoring,
@@ -126,10 +127,11 @@ class MemoryPlan:
         return {name: size for name, size in found.items() if size}
 
     def __str__(self) -> str:
-        parts = [f"{name} {format_size(size)}" for name, size in self.components().items()]
-        if self.ranked:
-            once = f" (once {' or '.join(self.ranked)} is tried)"
-            parts = [part + once * part.startswith("ranks") for part in parts]
+        once = f" (once {' or '.join(self.ranked)} is tried)" if self.ranked else ""
+        parts = [
+            f"{name} {format_size(size)}" + (once if name == RANKS else "")
+            for name, size in self.components().items()
+        ]
         text = (
             f"memory: up to {format_size(self.peak)} of {format_size(self.free)} free on "
             f"{self.device}: {', '.join(parts)} (merging, scoring, tuning: one at a time)"

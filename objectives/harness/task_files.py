@@ -122,8 +122,9 @@ def _check_node(node: yaml.Node | None, file: Path) -> None:
         parts = part.value
         if isinstance(part, yaml.MappingNode):
             keys = [key.value for key, _ in parts if isinstance(key, yaml.ScalarNode)]
-            if twice := [key for key in keys if keys.count(key) > 1]:
-                raise ObjectiveError(f"{file}: the key {twice[0]!r} comes twice; keep one")
+            if len(set(keys)) < len(keys):
+                twice = next(key for key in keys if keys.count(key) > 1)
+                raise ObjectiveError(f"{file}: the key {twice!r} comes twice; keep one")
             parts = [each for pair in parts for each in pair]
         sizes[id(part)] = total = 1 + sum(map(size, parts))
         return total

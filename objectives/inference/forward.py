@@ -32,7 +32,7 @@ class Modes:
 
 
 # cached keys and values of a token take less memory than the activations of a token being read
-_CACHED_PER_READ = 8
+CACHED_PER_READ = 8
 
 
 class ModelRunner:
@@ -59,7 +59,7 @@ class ModelRunner:
     def held_tokens(self) -> int:
         """Maximum number of tokens whose keys and values are cached at once."""
         if self.held_bytes is None:
-            return _CACHED_PER_READ * self.tokens_per_batch
+            return CACHED_PER_READ * self.tokens_per_batch
         return max(1, self.held_bytes // self.bytes_per_token)
 
     @cached_property

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 BATCH: Final = 1024  # tokens of a batch on a CPU
 CACHED: Final = 8 * BATCH  # tokens at most whose keys and values are cached there
-GENERATING: Final = 100  # items of a job, whose texts are generated at once
+JOB_ITEMS: Final = 100  # items of a job, whose texts are generated at once
 _NEW: Final = 256  # tokens that lm-eval generates at most, unless a task says otherwise
 
 
@@ -28,14 +28,16 @@ class Tokens(NamedTuple):
 
 def scored_tokens(tasks: Sequence[LoadedTask], count_tokens: Callable[[str], int]) -> Tokens:
     """Estimate the tokens of a batch of items that are scored, of the task with most of each."""
+    from lm_eval.models.utils import normalize_gen_kwargs
+
     predicting = cached = 0
     for each in tasks:
         size = max(1, count_tokens(each.sample))
         if each.task.OUTPUT_TYPE == "generate_until":
-            settings = each.task.get_config("generation_kwargs") or {}
-            new = int(settings.get("max_gen_toks", _NEW))
-            cached = max(cached, min(CACHED, GENERATING * (size + new)))
-            predicting = max(predicting, min(GENERATING, BATCH))
+            settings = normalize_gen_kwargs(each.task.get_config("generation_kwargs") or {}, _NEW)
+            new = settings["max_gen_toks"]
+            cached = max(cached, min(CACHED, JOB_ITEMS * (size + new)))
+            predicting = max(predicting, min(JOB_ITEMS, BATCH))
         else:
             scored = sum(map(count_tokens, _answers(each)))
             predicting = max(predicting, min(BATCH, BATCH * scored // size))

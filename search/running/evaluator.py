@@ -24,6 +24,7 @@ from merge_engine.recipe.recipe import Recipe
 from objectives.base import ItemResult, ObjectiveError
 from objectives.items import SPLITS, Split, blocks
 from search.preparing.context import StudyContext
+from search.preparing.forward_memory import JOB_ITEMS
 from search.proposing.starts import baselines
 from search.running.workers import (
     AnswerJob,
@@ -44,7 +45,6 @@ TuningJob = LossJob | AnswerJob
 TuningReply = TypeVar("TuningReply", LossReply, AnswerReply)
 
 MAX_DEATHS: Final = 2  # of workers evaluating a recipe, after which it counts as failed
-JOB_ITEMS: Final = 100  # items of a job at most; one block, if that has more
 
 
 @dataclass(frozen=True)

@@ -4,10 +4,11 @@ import json
 
 import pytest
 
+from objectives.inference.forward import CACHED_PER_READ
 from search.preparing.forward_memory import (
     BATCH,
     CACHED,
-    GENERATING,
+    JOB_ITEMS,
     Tokens,
     forward_passes,
     scored_tokens,
@@ -73,9 +74,11 @@ def test_tokens_of_choices_have_logits_and_of_one_answer_a_loss():
 
 def test_texts_that_are_generated_at_once_have_keys_and_values():
     short = Loaded(40, kind="generate_until", new=8, target=["yes", "no"])
-    assert scored_tokens([short], len) == Tokens(BATCH, GENERATING, GENERATING * 48)
+    assert scored_tokens([short], len) == Tokens(BATCH, JOB_ITEMS, JOB_ITEMS * 48)
     long = Loaded(500, kind="generate_until", new=500)
     assert scored_tokens([short, long], len).cached == CACHED
+    unlimited = Loaded(40, kind="generate_until", new=None)  # null in YAML: lm-eval's default
+    assert scored_tokens([unlimited], len).cached == min(CACHED, JOB_ITEMS * (40 + 256))
     more, less = (passes(scored=Tokens(BATCH, 0, cached)).scoring for cached in (100, 0))
     assert more - less == 100 * 2 * 4 * 2 * (64 // 8) * 2  # layers, heads, their size, bytes
 
@@ -86,3 +89,7 @@ def test_passes_take_as_much_more_as_tokens_go_backward():
     assert none.scoring == some.scoring == more.scoring
     constant = 2 * some.tuning - more.tuning  # the gradient of the largest tensor
     assert constant == pytest.approx(2 * 64 * 1000 * 2, rel=0.01)
+
+
+def test_as_many_tokens_are_cached_as_the_forward_passes_keep():
+    assert CACHED == CACHED_PER_READ * BATCH
