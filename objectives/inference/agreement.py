@@ -20,7 +20,8 @@ import torch
 from transformers import DynamicCache, PreTrainedModel
 
 from objectives.base import ObjectiveError
-from objectives.inference.decoding import StopCriteria, captures
+from objectives.inference.decoding import captures
+from objectives.inference.decoding_plan import Continuation, StopCriteria
 from objectives.inference.fast_hflm import FastHFLM
 from objectives.inference.forward import Modes
 from objectives.inference.loglikelihood import Loglikelihood
@@ -170,7 +171,7 @@ class _Reference:
             generated = language_model.engine.decode(wanted)
         else:
             before, decoder.most_rows = decoder.most_rows, 2
-            generated = decoder.decode(decoder.plan(wanted))
+            generated = decoder.decode(decoder.plan(Continuation(*one) for one in wanted))
             decoder.most_rows = before
         for prompt, tokens in zip(prompts, generated, strict=True):
             gap = _logit_gap(language_model, prompt, tokens)

@@ -7,109 +7,45 @@ slots, because of a sliding window or a recurrent state, decode each batch on it
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedTokenizerBase
 
-from objectives.inference.forward import ModelRunner, plain_length, repeat_cache
+from objectives.inference.decoding_plan import (
+    Continuation,
+    DecodingPlan,
+    Pool,
+    Prompt,
+    PromptBatch,
+    StopCriteria,
+    plan_decoding,
+)
+from objectives.inference.forward import ModelRunner, repeat_cache
 from objectives.inference.nan_watch import NanWatch
 from objectives.inference.slots import Capture, DecodingStep, SlotCache, cuda_graphs, run_again
-from objectives.inference.token_tree import Tokens, batches_by_length, group_by_prefix
+from objectives.inference.token_tree import Tokens
 
 # finished texts are removed from a batch once at most this share of it is unfinished: removing
 # them copies the keys and values of all others
 _UNFINISHED = 0.5
-# while other prompts wait, a prefill batch has at most this share of the slots
-_REFILLED = 0.25
-# texts share slots if their maximum lengths differ by at most this factor
-_LONGER = 2
 
-
-@dataclass(frozen=True)
-class StopCriteria:
-    """What ends a generated text, besides the model's end-of-text tokens."""
-
-    max_tokens: int  # limit of generated tokens, at least 1
-    strings: tuple[str, ...] = ()  # stop strings, searched for in the last `lookback` tokens
-    lookback: int = 1
-
-    @classmethod
-    def from_strings(
-        cls, strings: Sequence[str], max_tokens: int, tokenizer: PreTrainedTokenizerBase
-    ) -> StopCriteria:
-        """Return criteria whose lookback is long enough for every stop string."""
-        lengths = (len(tokenizer.encode(string, add_special_tokens=False)) for string in strings)
-        # a stop string may be written in more tokens than its own encoding; lm-eval adds two too
-        return cls(max_tokens, tuple(strings), max(lengths, default=0) + 2)
-
-
-@dataclass(frozen=True)
-class _Prompt:
-    index: int
-    tokens: Tokens  # without the shared prefix; `begun` are the last
-    criteria: StopCriteria
-    begun: Tokens = ()  # of its text
-
-    def __len__(self) -> int:
-        return len(self.tokens)
-
-    @property
-    def columns(self) -> int:
-        """Maximum tokens of prompt and generated text together."""
-        return len(self.tokens) - len(self.begun) + self.criteria.max_tokens
-
-    @property
-    def trunk(self) -> Tokens:
-        return self.tokens[:-1]  # logits at the last token are needed
-
-
-@dataclass(frozen=True)
-class PromptBatch:
-    """Prompts that share a prefix and are prefilled together, padded to one length."""
-
-    prefix: Tokens
-    prompts: tuple[_Prompt, ...]
-    tokens: Tensor  # (b, t)
-    mask: Tensor  # (b, t), 1 at tokens and 0 at padding
-
-
-@dataclass(frozen=True)
-class Pool:
-    """Prompts that share a set of slots."""
-
-    rows: int  # number of slots
-    columns: int  # tokens per slot
-    batches: tuple[PromptBatch, ...]  # prefill batches, none with more prompts than slots
-
-
-@dataclass(frozen=True)
-class DecodingPlan:
-    """The layout of prompts for decoding."""
-
-    pools: tuple[Pool, ...]  # decoded in slots
-    batches: tuple[PromptBatch, ...]  # decoded batch by batch
-
-
-# A prompt, when its text ends, and tokens that have been written of it.
-Wanted = tuple[Tokens, StopCriteria] | tuple[Tokens, StopCriteria, Tokens]
-Keep = Callable[[Sequence[int], Sequence[int]], None]  # of prompts' indices, and their next tokens
+Keep = Callable[[Sequence[int], Sequence[int]], None]  # of texts' indices, and their next tokens
 
 
 @dataclass(eq=False)
 class _Text:
     """A text being generated; its row is its index in a list of texts."""
 
-    prompt: _Prompt
-    start: int  # length of the prompt, including the prefix
+    prompt: Prompt
     tokens: list[int] = field(default_factory=list)
 
     @property
     def column(self) -> int:
         """Column of its latest token."""
-        return self.start + len(self.tokens) - 1
+        return len(self.prompt.wanted.prompt) + len(self.tokens) - 1
 
 
 @dataclass(frozen=True)
@@ -134,59 +70,9 @@ class GreedyDecoder:
         self.most_rows: int | None = None
         self.kept: DecodingStep | None = None
 
-    def plan(self, prompts: Iterable[Wanted]) -> DecodingPlan:
-        """Plan the batches of prompts, given as (tokens, stop criteria)."""
-        runner = self._runner
-        plain = plain_length(runner.model.config)
-        within: list[_Prompt] = []  # texts that the model reads with plain causal attention
-        beyond: list[_Prompt] = []
-        for index, (tokens, criteria, *written) in enumerate(prompts):
-            begun = written[0] if written else ()
-            one = _Prompt(index, tokens + begun, criteria, begun)
-            (within if one.columns <= plain else beyond).append(one)
-        if runner.modes.refilled:
-            pools = tuple(self._pools(within))
-            return DecodingPlan(pools, tuple(self._batches([((), beyond)], left=True)))
-        groups = [*self._groups(within), ((), beyond)]
-        return DecodingPlan((), tuple(self._batches(groups, left=True)))
-
-    def _pools(self, prompts: Iterable[_Prompt]) -> Iterator[Pool]:
-        """Divide prompts into pools of similar length: short texts do not use long slots."""
-        rest = sorted(prompts, key=lambda prompt: prompt.columns, reverse=True)
-        while rest:
-            columns = rest[0].columns
-            rows = max(1, self._runner.held_tokens // columns)
-            rows = min(rows, self.most_rows or rows)
-            alike = sum(_LONGER * one.columns >= columns for one in rest)
-            together, rest = rest[: max(rows, alike)], rest[max(rows, alike) :]
-            most = max(1, int(_REFILLED * rows)) if len(together) > rows else rows
-            batches = self._batches(self._groups(together), most, left=False)
-            yield Pool(min(rows, len(together)), columns, tuple(batches))
-
-    def _groups(self, prompts: Sequence[_Prompt]) -> Iterable[tuple[Tokens, Sequence[_Prompt]]]:
-        """Group prompts by shared prefix."""
-        return group_by_prefix(prompts) if self._runner.modes.prefix else [((), prompts)]
-
-    def _batches(
-        self,
-        groups: Iterable[tuple[Tokens, Sequence[_Prompt]]],
-        most_rows: int | None = None,
-        *,
-        left: bool,
-    ) -> Iterator[PromptBatch]:
-        """Cut groups into batches of at most ``most_rows`` prompts, padded on one side."""
-        runner = self._runner
-        for prefix, group in groups:
-            written = max((one.criteria.max_tokens for one in group), default=0)
-            for rows in batches_by_length(
-                [replace(one, tokens=one.tokens[len(prefix) :]) for one in group],
-                runner.tokens_per_batch,
-                runner.held_tokens,
-                len(prefix) + written,
-            ):
-                size = most_rows or len(rows)
-                for first in range(0, len(rows), size):
-                    yield _pad(prefix, rows[first : first + size], runner.device, left=left)
+    def plan(self, texts: Iterable[Continuation]) -> DecodingPlan:
+        """Plan the batches of texts' prompts (``plan_decoding``)."""
+        return plan_decoding(texts, self._runner, self.most_rows)
 
     @torch.no_grad()
     def decode(self, plan: DecodingPlan, keep: Keep | None = None) -> list[list[int]]:
@@ -312,7 +198,7 @@ class GreedyDecoder:
 
     def has_ended(self, tokens: Sequence[int], criteria: StopCriteria) -> bool:
         """Return whether a text's latest token ends it."""
-        return not self._unfinished([_Text(_Prompt(0, (), criteria), 0, [*tokens])])
+        return not self._unfinished([_Text(Prompt(0, Continuation((), criteria), ()), [*tokens])])
 
     def _unfinished(self, texts: Sequence[_Text]) -> list[int]:
         """Return the indices of the texts that their latest token does not end."""
@@ -321,18 +207,19 @@ class GreedyDecoder:
         open_now = [
             row
             for row, text in enumerate(texts)
-            if len(text.tokens) < text.prompt.criteria.max_tokens and text.tokens[-1] not in ends
+            if len(text.tokens) < text.prompt.wanted.criteria.max_tokens
+            and text.tokens[-1] not in ends
         ]
-        stopping = [row for row in open_now if texts[row].prompt.criteria.strings]
+        stopping = [row for row in open_now if texts[row].prompt.wanted.criteria.strings]
         if not stopping:
             return open_now
         latest = self._tokenizer.batch_decode(
-            [texts[row].tokens[-texts[row].prompt.criteria.lookback :] for row in stopping]
+            [texts[row].tokens[-texts[row].prompt.wanted.criteria.lookback :] for row in stopping]
         )
         stopped = {
             row
             for row, text in zip(stopping, latest, strict=True)
-            if any(string in text for string in texts[row].prompt.criteria.strings)
+            if any(string in text for string in texts[row].prompt.wanted.criteria.strings)
         }
         return [row for row in open_now if row not in stopped]
 
@@ -368,8 +255,7 @@ def capture_for(device: torch.device) -> Capture:
 
 
 def _texts_of(batch: PromptBatch) -> list[_Text]:
-    before = len(batch.prefix)
-    return [_Text(one, before + len(one) - len(one.begun), [*one.begun]) for one in batch.prompts]
+    return [_Text(one, [*one.wanted.begun]) for one in batch.prompts]
 
 
 def _append(
@@ -377,7 +263,7 @@ def _append(
 ) -> Tensor:
     """Append the greedy tokens (b) of logits (b, vocabulary) to the texts of all or some rows."""
     noted.nan.see(logits)
-    chosen = logits.float().argmax(-1)
+    chosen = logits.argmax(-1)
     tokens = chosen.tolist()
     tokens = tokens if rows is None else [tokens[row] for row in rows]
     for text, token in zip(texts, tokens, strict=True):
@@ -385,16 +271,3 @@ def _append(
     if noted.keep and not noted.nan.seen:
         noted.keep([text.prompt.index for text in texts], tokens)
     return chosen
-
-
-def _pad(
-    prefix: Tokens, prompts: Sequence[_Prompt], device: torch.device, *, left: bool
-) -> PromptBatch:
-    shape = (len(prompts), max(map(len, prompts)))
-    tokens = torch.zeros(shape, dtype=torch.long)
-    mask = torch.zeros(shape, dtype=torch.long)
-    for row, prompt in enumerate(prompts):
-        first = shape[1] - len(prompt) if left else 0
-        tokens[row, first : first + len(prompt)] = torch.tensor(prompt.tokens)
-        mask[row, first : first + len(prompt)] = 1
-    return PromptBatch(prefix, tuple(prompts), tokens.to(device), mask.to(device))

@@ -37,7 +37,8 @@ from transformers import PreTrainedModel
 from typing_extensions import override
 
 from objectives.inference.batch_size import BatchSizes
-from objectives.inference.decoding import GreedyDecoder, StopCriteria
+from objectives.inference.decoding import GreedyDecoder
+from objectives.inference.decoding_plan import Continuation, StopCriteria
 from objectives.inference.forward import ModelRunner, Modes
 from objectives.inference.loglikelihood import (
     SOFTMAX_DTYPE,
@@ -304,7 +305,9 @@ def _decode(
     begun = [index for index in prompts if index in known]
     found = {n: known[n] for n in begun if own.decoder.has_ended(known[n], prompts[n][1])}
     left = [index for index in prompts if index not in found]
-    plan = own.plan_generation(tuple((*prompts[n], (*known.get(n, ()),)) for n in left))
+    plan = own.plan_generation(
+        tuple(Continuation(*prompts[n], begun=(*known.get(n, ()),)) for n in left)
+    )
 
     def note(numbers: Sequence[int], tokens: Sequence[int]) -> None:
         if journal:

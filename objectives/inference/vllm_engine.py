@@ -19,7 +19,8 @@ from transformers import PreTrainedTokenizerBase
 
 from objectives.base import ObjectiveError
 from objectives.entries import ENGINE_MEMORY
-from objectives.inference.decoding import GreedyDecoder, StopCriteria
+from objectives.inference.decoding import GreedyDecoder
+from objectives.inference.decoding_plan import StopCriteria
 from objectives.inference.forward import ModelRunner
 from objectives.inference.nan_watch import NanWatch
 from objectives.inference.token_tree import Tokens

@@ -21,7 +21,7 @@ import torch
 import transformers
 
 from objectives.inference.agreement import settle_modes
-from objectives.inference.decoding import StopCriteria
+from objectives.inference.decoding_plan import Continuation, StopCriteria
 from objectives.inference.fast_hflm import FastHFLM
 
 VOCABULARY = 96
@@ -70,7 +70,7 @@ def measure(language_model: FastHFLM, rows: int, given: argparse.Namespace) -> d
         language_model.use_modes(replace(modes, **on))
         seconds = {}
         for tokens in (1, given.tokens + 1):  # reading, reading and writing
-            plan = decoder.plan((tuple(one), StopCriteria(tokens)) for one in prompts)
+            plan = decoder.plan(Continuation(tuple(one), StopCriteria(tokens)) for one in prompts)
             if tokens > 1:
                 decoder.decode(plan)  # captures
             wait()

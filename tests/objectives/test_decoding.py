@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lm_eval_reference import fast, prompts, stock, texts
-from objectives.inference.decoding import StopCriteria, capture_for, captures
+from objectives.inference.decoding import capture_for, captures
+from objectives.inference.decoding_plan import Continuation, StopCriteria
 from objectives.inference.nan_watch import NanError
 from tiny_models import make_model
 
@@ -48,7 +49,7 @@ def test_texts_of_tasks_with_other_settings_are_written_in_one_loop_as_lm_eval_w
 def test_rows_refilled_as_texts_end_give_the_texts_of_prompts_alone(ours, captured, rows, limits):
     lengths = [3 + 5 * number % 17 for number in range(len(limits))]
     wanted = [
-        (tuple(range(5, 5 + length)), StopCriteria(limit, ("c",), 3))
+        Continuation(tuple(range(5, 5 + length)), StopCriteria(limit, ("c",), 3))
         for length, limit in zip(lengths, limits, strict=True)
     ]
     ours.use_modes(replace(ours.modes, captured=captured))
@@ -63,8 +64,8 @@ def test_rows_refilled_as_texts_end_give_the_texts_of_prompts_alone(ours, captur
 
 def test_short_texts_do_not_wait_for_the_slots_of_long_ones(ours):
     short, long = StopCriteria(4), StopCriteria(200)
-    few = [((5, 6, 7), long)] * 2 + [((5, 6, 7), short)] * 3
-    many = [((5, 6, 7), long)] * 40 + [((5, 6, 7), short)] * 40
+    few = [Continuation((5, 6, 7), long)] * 2 + [Continuation((5, 6, 7), short)] * 3
+    many = [Continuation((5, 6, 7), long)] * 40 + [Continuation((5, 6, 7), short)] * 40
     ours.runner.held_bytes = 2030 * ours.runner.bytes_per_token  # ten long texts
     try:
         assert [pool.rows for pool in ours.decoder.plan(few).pools] == [5]
@@ -74,7 +75,7 @@ def test_short_texts_do_not_wait_for_the_slots_of_long_ones(ours):
 
 
 def test_batches_hold_as_many_texts_as_bytes_allow(ours):
-    wanted = [((5, 6, 7), StopCriteria(97))] * 30
+    wanted = [Continuation((5, 6, 7), StopCriteria(97))] * 30
     one = ours.runner.bytes_per_token
     assert one == 2 * 2 * 2 * 8 * 4, "layers, keys and values, heads, numbers, bytes"
     for texts_at_once in (1, 4, 30):
@@ -108,7 +109,8 @@ def test_storage_of_captured_passes_is_kept_and_cleared_between_candidates():
 def test_a_window_that_slides_is_written_without_slots():
     model = make_model("Mistral")  # its window is 48
     ours = fast(model)
-    plan = ours.decoder.plan([((5,) * 30, StopCriteria(10)), ((5,) * 30, StopCriteria(30))])
+    wanted = [Continuation((5,) * 30, StopCriteria(limit)) for limit in (10, 30)]
+    plan = ours.decoder.plan(wanted)
     assert [len(pool.batches) for pool in plan.pools] == [1]
     assert len(plan.batches) == 1
     assert texts(ours, prompts(8, max_gen_toks=40)) == texts(
