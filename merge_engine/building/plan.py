@@ -16,9 +16,11 @@ import torch
 from merge_engine.building.export import CheckpointFiles
 from merge_engine.building.layer_config import with_layers
 from merge_engine.errors import MergeError
-from merge_engine.models.checkpoint import Checkpoint, open_models
+from merge_engine.models.checkpoint import Checkpoint
 from merge_engine.models.config_differences import config_notes
 from merge_engine.models.model_set import AlignedTensors, Layout, ModelSet
+from merge_engine.models.opening import open_models
+from merge_engine.models.size_check import LAYER_COUNTS, rows_note
 from merge_engine.models.tensor_names import (
     depth_in,
     is_before_layers,
@@ -26,7 +28,7 @@ from merge_engine.models.tensor_names import (
     layer_counts,
     layer_position,
 )
-from merge_engine.models.token_table import rows_note, vocabulary_notes
+from merge_engine.models.token_table import vocabulary_notes
 from merge_engine.models.vocabulary import (
     Vocabulary,
     load_tokenizer,
@@ -34,8 +36,6 @@ from merge_engine.models.vocabulary import (
     with_chat_template,
 )
 from merge_engine.recipe.recipe import FlatPart, Recipe
-
-_LAYER_COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 
 
 @dataclass(frozen=True)
@@ -247,10 +247,10 @@ def _with_layers(
     for part in recipe.parts:
         assert part.layers is not None
         layers += range(*part.layers.get(reference.model, next(iter(part.layers.values()))))
-    keys = [key for key in _LAYER_COUNTS if key in config]
+    keys = [key for key in LAYER_COUNTS if key in config]
     if not keys:
         raise MergeError(
-            f"model {reference.model!r}: config.json has none of {', '.join(_LAYER_COUNTS)}; "
+            f"model {reference.model!r}: config.json has none of {', '.join(LAYER_COUNTS)}; "
             "slices need to write the new number of layers there"
         )
     return with_layers(config, layers, keys)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -21,7 +21,6 @@ from typing_extensions import override
 
 from merge_engine.errors import MergeError, reading
 from merge_engine.models.adapter_fit import AdapterBase, fit
-from merge_engine.models.alignment import is_multimodal, text_type
 from merge_engine.models.architecture import load_config
 from merge_engine.models.fingerprint import KnownFiles
 from merge_engine.models.locating import files_there, locate
@@ -38,7 +37,6 @@ from merge_engine.models.quantised import find_quantised
 from merge_engine.models.tensor_names import input_embedding, is_head_weight, layer_position
 from merge_engine.models.weights_file import DTYPES, OpenFiles, can_be_mapped, read_rows
 from merge_engine.numerics.statistics import all_finite
-from merge_engine.schema import find_folder
 
 # Buffers that old checkpoints store; no model reads them. Masks of attention have a bias's name.
 _RECOMPUTED = re.compile(r"\.(rotary_emb\.inv_freq|attn\.masked_bias|attention\.masked_bias)$")
@@ -353,38 +351,3 @@ def with_rows(config: Mapping[str, Any], rows: int) -> dict[str, Any]:
     if isinstance(inner, dict) and "vocab_size" in inner:
         return {**config, "text_config": with_rows(inner, rows)}
     return {**config, "vocab_size": rows}
-
-
-def open_model(model: str) -> Checkpoint:
-    """Open a model by its name: a folder, a hub id, or ``base+adapter``."""
-    if "+" not in model or find_folder(model):
-        return Checkpoint(model)
-    cuts = [match.start() for match in re.finditer(r"\+", model)]
-    cut = next((i for i in cuts if find_folder(model[:i])), cuts[0])
-    return Adapted(model, model[:cut], model[cut + 1 :])
-
-
-def open_models(models: Iterable[str]) -> dict[str, Checkpoint]:
-    """Open models by name, in order.
-
-    Raises:
-        MergeError: One is missing or damaged, or they are of different architectures.
-    """
-    checkpoints = {model: open_model(model) for model in models}
-    first, *others = checkpoints.values()
-    for other in others:
-        for mine, theirs in zip(_kind(first, other), _kind(other, first), strict=True):
-            if mine and theirs and str(mine).lower() != str(theirs).lower():
-                raise MergeError(
-                    f"models {first.model!r} and {other.model!r} are of different architectures: "
-                    f"{mine} against {theirs}; only models of one can be merged"
-                )
-    return checkpoints
-
-
-def _kind(checkpoint: Checkpoint, other: Checkpoint) -> tuple[object, ...]:
-    """Return what two models must have in common; with a text-only one, only the text type."""
-    config = checkpoint.config
-    if is_multimodal(config) != is_multimodal(other.config):
-        return (text_type(config),)
-    return config.get("architectures"), config.get("model_type")

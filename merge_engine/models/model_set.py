@@ -14,8 +14,9 @@ from typing_extensions import override
 
 from merge_engine.errors import MergeError
 from merge_engine.models.alignment import is_multimodal, match_names
-from merge_engine.models.checkpoint import Checkpoint, TensorInfo, open_models
+from merge_engine.models.checkpoint import Checkpoint, TensorInfo
 from merge_engine.models.measurements import Measurements
+from merge_engine.models.opening import open_models
 from merge_engine.models.placement import Budget, Inputs, Placement, TensorSource
 from merge_engine.models.tensor_names import (
     depth_in,

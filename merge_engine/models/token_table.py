@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from merge_engine.errors import reading
-from merge_engine.models.alignment import text_config
 from merge_engine.models.checkpoint import Checkpoint
 from merge_engine.models.model_folder import read_json
 from merge_engine.models.tensor_names import input_embedding
@@ -49,18 +48,6 @@ def added_tokens(folder: Path) -> dict[int, str]:
         **_read(folder / "added_tokens.json", _of_added),
         **_read(folder / "tokenizer_config.json", _of_config),
     }
-
-
-def rows_note(checkpoint: Checkpoint) -> list[str]:
-    """Return a note if a model's config has another number of rows than its embedding."""
-    said = text_config(checkpoint.config).get("vocab_size")
-    name = input_embedding(checkpoint.tensors)
-    if not isinstance(said, int) or name is None or checkpoint.tensors[name].shape[0] == said:
-        return []
-    return [
-        f"model {checkpoint.model!r}: its config.json says vocab_size {said}, its {name!r} has "
-        f"{checkpoint.tensors[name].shape[0]} rows: nothing will load the result; correct that"
-    ]
 
 
 def vocabulary_notes(checkpoints: Iterable[Checkpoint]) -> list[str]:

@@ -21,7 +21,8 @@ from torch import Tensor
 from merge_engine.errors import MergeError
 from merge_engine.models.alignment import is_multimodal
 from merge_engine.models.chat_templates import CHAT_TEMPLATES
-from merge_engine.models.checkpoint import Checkpoint, Reader, open_model, with_rows
+from merge_engine.models.checkpoint import Checkpoint, Reader, with_rows
+from merge_engine.models.opening import open_model
 from merge_engine.models.tensor_names import input_embedding
 from merge_engine.recipe.recipe import Recipe, Tokenizer, TokenOfModel, ZeroRow
 

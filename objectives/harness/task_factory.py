@@ -49,7 +49,7 @@ class SafeTaskFactory(TaskFactory):  # type: ignore[misc]  # lm-eval is publishe
         named = objective_errors(f"{where} could not be loaded")
         with _inside_folder_of(entry), named, limited_templates(entry.name):
             for file in _data_files(entry):
-                check_plain(file.absolute())
+                check_plain(file.absolute(), f"{where}: data_files: ")
             try:
                 return super()._build_task(entry, overrides)
             except datasets.exceptions.DatasetGenerationError as error:

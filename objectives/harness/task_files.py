@@ -80,12 +80,15 @@ def check_readable(file: Path, seen: set[Path]) -> None:
         check_readable(file.resolve().parent / name, seen)
 
 
-def check_plain(file: Path) -> None:
-    """Refuse a path that is not a regular file: reading a pipe or a device may never end."""
+def check_plain(file: Path, where: str = "") -> None:
+    """Refuse a path that is not a regular file: reading a pipe or a device may never end.
+
+    ``where`` it was named comes first in the error.
+    """
     if file.exists() and not file.is_file():
         kind = "a folder" if file.is_dir() else "a named pipe" if file.is_fifo() else "a device"
         raise ObjectiveError(
-            f"{file}: is {kind}, not a file; put the file there, or correct the path"
+            f"{where}{file}: is {kind}, not a file; put the file there, or correct the path"
         )
 
 

@@ -134,7 +134,8 @@ def score(options: ScoreOptions, listener: Listener) -> None:
     numbers = getattr(splits, options.split)
     items = [objective.items[number] for number in numbers]
     snapshots = objective.snapshots(numbers)
-    answers = objective.score(model, numbers)
+    with errors_name(Path(options.model)):
+        answers = objective.score(model, numbers)
     found = Score.of(ItemScores.of(items, answers, objective.tasks), spec.search.seed)
     rows = [
         {

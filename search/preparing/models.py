@@ -20,8 +20,10 @@ from merge_engine.building.builder import Builder
 from merge_engine.errors import MergeError, reason
 from merge_engine.models.alignment import text_config
 from merge_engine.models.architecture import auto_class, load_config, make_without_weights
-from merge_engine.models.checkpoint import Adapted, Checkpoint, open_model
+from merge_engine.models.checkpoint import Adapted, Checkpoint
 from merge_engine.models.model_set import ModelSet
+from merge_engine.models.opening import open_model
+from merge_engine.models.size_check import check_layers
 from merge_engine.models.vocabulary import Vocabulary, load_tokenizer
 from merge_engine.numerics.kernel_runner import configure_compiler
 from merge_engine.numerics.statistics import all_finite
@@ -91,21 +93,28 @@ def load_model(
     With ``vocabulary`` its embedding is resized, and a builder has to write the rows.
 
     Raises:
-        MergeError, StudyError: Its files are damaged, transformers cannot use it, or it needs
-            ``trust_remote_code``.
+        MergeError, StudyError: Its files are damaged or incomplete, transformers cannot use it, or
+            it needs ``trust_remote_code``.
     """
     trusted = spec.trust_remote_code
     _check_loadable(checkpoint)
     checkpoint.tensors  # our errors on damaged weights say more than transformers'  # noqa: B018
     with _explained(checkpoint):
         config = load_config(checkpoint.folder, trust_remote_code=trusted)
-        model: PreTrainedModel = auto_class(config).from_pretrained(
+        model: PreTrainedModel
+        model, found = auto_class(config).from_pretrained(
             checkpoint.folder,
             config=config,
             dtype=torch_dtype(dtype),
             device_map=device,
             trust_remote_code=trusted,
+            output_loading_info=True,
         )
+        if missing := sorted(found["missing_keys"]):
+            raise StudyError(
+                f"model {checkpoint.model!r}: its files lack {missing[0]!r}, which its config.json "
+                "asks for, and which would be random; fetch it again"
+            )
         model.eval()
         return _resized(model, vocabulary)
 
@@ -232,6 +241,7 @@ def load_scored(
         recipe, models = baselines(Space.from_spec(spec, mine.layer_filters, dtype))[name], mine
     else:
         checkpoint = open_model(model)
+        check_layers(checkpoint)
         _check_same_tokens(checkpoint, mine.vocabulary)
         if not isinstance(checkpoint, Adapted):
             live = load_model(spec, checkpoint, dtype, hardware.device)

@@ -13,8 +13,8 @@ from typing import Final
 import yaml
 
 from merge_engine.models.cache_folder import default_folder
-from merge_engine.models.checkpoint import open_model
 from merge_engine.models.locating import is_hub_id, is_local
+from merge_engine.models.opening import open_model
 from merge_engine.models.tensor_names import input_embedding
 from merge_engine.plain_files import is_there
 from merge_engine.replacing import create_text, remove_partials

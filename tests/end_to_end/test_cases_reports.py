@@ -424,6 +424,24 @@ CASES = {
         then=lambda folder: rows_of(folder) == 50,
     ),
     "v07b": Case(BUILD, None, vocabulary("a", swap), ("row 3 is 'a' and 'b'",)),
+    "layers that the files do not have": Case(
+        BUILD, ("base/config.json", "4", "3 layers"), config("base", num_hidden_layers=4)
+    ),
+    "layers that the files do not have, scored": Case(
+        "score a study.yaml --device cpu",
+        ("a/config.json", "3000", "3 layers"),
+        config("a", num_hidden_layers=3000),
+    ),
+    "layers that a cut file has lost": Case(
+        CHECK,
+        ("b/config.json", "3", "2 layers"),
+        tensors(lambda found: {n: t for n, t in found.items() if ".layers.2." not in n}),
+    ),
+    "tensor that the files do not have, scored": Case(
+        "score a study.yaml --device cpu",
+        ("'a'", UP, "fetch"),
+        tensors(lambda found: {n: t for n, t in found.items() if n != UP}, "a"),
+    ),
     "rows that the config does not have": Case(
         BUILD, None, config("base", vocab_size=10), ("vocab_size 10", "48 rows")
     ),

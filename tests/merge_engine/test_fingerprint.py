@@ -13,8 +13,9 @@ from safetensors.torch import load_file, save_file
 
 from merge_engine.models import fingerprint as module
 from merge_engine.models.cache_folder import default_folder
-from merge_engine.models.checkpoint import Checkpoint, open_model
+from merge_engine.models.checkpoint import Checkpoint
 from merge_engine.models.fingerprint import KnownFiles, fingerprint
+from merge_engine.models.opening import open_model
 
 NAME = "model.layers.0.mlp.up_proj.weight"
 

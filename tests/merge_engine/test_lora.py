@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import tiny_models
 from architectures import make_architecture, save_family
 from merge_engine.errors import MergeError
-from merge_engine.models.checkpoint import open_model
+from merge_engine.models.opening import open_model
 from merge_engine.recipe.recipe_file import load_recipe
 
 KINDS = {

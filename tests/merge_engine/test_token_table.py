@@ -6,7 +6,7 @@ import shutil
 import pytest
 
 from merge_engine.errors import MergeError
-from merge_engine.models.checkpoint import open_models
+from merge_engine.models.opening import open_models
 from merge_engine.models.token_table import token_table, vocabulary_notes
 from tiny_models import tiny_tokenizer
 

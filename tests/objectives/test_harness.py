@@ -256,7 +256,7 @@ def test_unsafe_code_is_allowed_by_the_setting_alone(folder, model):
             "long",
             ANSWER | {"generation_kwargs": {"max_gen_toks": 256, "until": ["."]}},
             {},
-            "max_gen_toks is 256 but the model's context has 256 tokens",
+            "max_gen_toks is 256 but the model's context, by its config.json, has 256 tokens",
         ),
         ("shots", CHOICE | SHOTS, {"num_fewshot": 99}, "'shots': its prompts could not be built"),
         ("split", CHOICE | {"test_split": "tset"}, {}, r"'split' \(.*\) could not be loaded.*tset"),

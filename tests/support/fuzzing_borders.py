@@ -284,10 +284,10 @@ def own_class(draw: Random) -> Made:
 BORDERS: Mapping[str, Border] = {
     "study": Border(study, ("study.yaml", "no adapter")),
     "recipe": Border(recipe, ("recipe.yaml",)),
-    "config": Border(config, ("base", "a/", "config.json", "'a'")),
+    "config": Border(config, ("base", "a/", "config.json", "a'")),
     "tokenizer": Border(tokenizer, ("base", "a/", "'a'", "tokenizer")),
     "template": Border(template, ("base", "template")),
-    "weights": Border(weights, ("b/", "'b'", "model.safetensors")),
+    "weights": Border(weights, ("b/", "b'", "model.safetensors")),
     "index": Border(index, ("shards",)),
     "pickle": Border(pickle, ("pickled",)),
     "adapter": Border(adapter, ("lora",)),
