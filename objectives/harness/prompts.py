@@ -108,8 +108,8 @@ def _check_request(name: str, request: Instance, language_model: FastHFLM) -> No
         check_greedy(name, normalize_gen_kwargs(request.args[1]))
     if (limit := _max_new_tokens(request, language_model)) >= language_model.max_length:
         raise ObjectiveError(
-            f"task {name!r}: max_gen_toks is {limit} but the model's context, by its config.json, has "
-            f"{language_model.max_length} tokens; set a smaller max_gen_toks"
+            f"task {name!r}: max_gen_toks is {limit} but the model's context, by its config.json, "
+            f"has {language_model.max_length} tokens; set a smaller max_gen_toks"
         )
 
 
