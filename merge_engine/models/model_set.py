@@ -285,8 +285,8 @@ def _own_names(wanted: Mapping[str, str], checkpoints: Mapping[str, Checkpoint])
         if found[model] is None and checkpoints[model].must_have(own):
             owner = next(m for m in found if found[m])
             raise MergeError(
-                f"models {owner!r} and {model!r} are of different architectures: only {owner!r} "
-                f"has {wanted[owner]!r}; merge models of one shape, or stack layers with 'slices'"
+                f"model {model!r} lacks {wanted[owner]!r}, which {owner!r} has: fetch it again if "
+                "it should have that, or merge models of one shape, or stack layers with 'slices'"
             )
     return {model: own for model, own in found.items() if own}
 

@@ -27,7 +27,9 @@ def test_other_shapes_are_refused_by_name(zoo, make_model, tmp_path):
 
 def test_other_architectures_are_refused_by_name(zoo, make_model, tmp_path):
     other = make_model(tmp_path / "deep", seed=0, num_hidden_layers=4)
-    with pytest.raises(MergeError, match=r"only '.*deep' has 'model.layers.3.input_layernorm"):
+    with pytest.raises(
+        MergeError, match=r"lacks 'model.layers.3.input_layernorm.*', which '.*deep' has"
+    ):
         ModelSet.open([str(zoo / "base"), str(other)])
 
 
