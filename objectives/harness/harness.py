@@ -5,7 +5,8 @@ values of lm-eval's ``simple_evaluate``, item for item, because:
 
 * prompts of the whole split are built at once, with ``simple_evaluate``'s seeds: the few-shot
   sampler is one random stream, so building a subset would change all examples;
-* responses are cleared before each call: lm-eval appends to them and reads the first;
+* responses are cleared before each call: lm-eval appends to them and reads the first
+  (``responding``);
 * generation settings that a model ships with (a repetition penalty, say) are ignored: they would
   change greedy responses. Its end-of-text tokens are kept.
 
@@ -15,18 +16,13 @@ affects an item (``judging``) or a candidate, never the study.
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import logging
-from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
 
-import torch
-from lm_eval.api.instance import Instance
 from torch import Tensor, nn
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from typing_extensions import override
 
 from objectives.base import (
@@ -39,19 +35,16 @@ from objectives.base import (
 )
 from objectives.entries import Engine
 from objectives.harness.encoding import Prompting, check_encoding
-from objectives.harness.judging import JUDGE_SECONDS, NAN, judge, response_of
-from objectives.harness.losses import is_right, losses, targets, written_answer
+from objectives.harness.judging import JUDGE_SECONDS, judge, response_of
+from objectives.harness.losses import generated_label, is_right, losses, targets
 from objectives.harness.prompts import Question, build_questions, check_tokens, snapshots
 from objectives.harness.quiet import quiet
+from objectives.harness.responding import Responder
 from objectives.harness.tasks import LoadedTask
 from objectives.inference.agreement import settle_engine, settle_modes
-from objectives.inference.batch_size import find_batch_size, fits_in
 from objectives.inference.fast_hflm import FastHFLM
-from objectives.inference.nan_watch import NanError
 from objectives.inference.vllm_engine import VllmEngine, check_installed
 from objectives.journal import Journal
-
-_LOG = logging.getLogger(__name__)
 
 
 class Harness(Objective):
@@ -71,6 +64,7 @@ class Harness(Objective):
     Attributes:
         questions: One per item, in the items' order; their requests hold the latest responses.
         language_model: The live model as lm-eval calls it.
+        responder: Asks it, in batches that fit into memory.
         judge_seconds: Limit per item for scoring responses.
 
     Raises:
@@ -108,19 +102,12 @@ class Harness(Objective):
             ]
         self.tasks = {loaded.name: loaded.weight for loaded in tasks}
         self.items = tuple(question.item for question in self.questions)
+        self.responder = Responder(self.language_model)
         self.judge_seconds = JUDGE_SECONDS
         self._chat = prompting.apply_chat_template
 
-    def hold(self, memory: int) -> None:
-        """Limit cached keys and values to a quarter of the bytes that a forward pass may take.
-
-        The limit is rounded down to a power of two, so that small differences in free memory do not
-        change the batches.
-        """
-        self.language_model.runner.held_bytes = 1 << max(1, memory // 4).bit_length() - 1
-
     def find_batch_size(self, memory: int, block: int) -> int:
-        """Try larger batches with the longest items, unless the batch size is fixed.
+        """Try larger batches with the longest items (``Responder.find_batch_size``).
 
         Args:
             memory: Bytes that a forward pass may take.
@@ -129,27 +116,13 @@ class Harness(Objective):
         Returns:
             Most tokens of a batch from here on.
         """
-        language_model = self.language_model
         snapshots = self.snapshots(range(len(self.items)))
         lengths = [one.input_tokens + one.max_new_tokens for one in snapshots]
         longest = sorted(range(len(lengths)), key=lambda number: -lengths[number])[:block]
-
-        def fits(size: int) -> bool:
-            language_model.resize_batches(size)
-            with quiet(logging.ERROR):
-                return fits_in(respond, language_model.device, memory)
-
-        def respond() -> None:
-            questions = {number: self.questions[number] for number in longest}
-            for request_type, numbered in _empty_requests(questions).items():
-                with contextlib.suppress(ObjectiveError):  # it is raised when items are scored
-                    requests = [request for _, request in numbered]
-                    _respond_to(self.language_model, request_type, requests)
-
         tokens = sum(lengths[number] for number in longest)
-        size = find_batch_size(language_model.sizes, tokens, fits)
-        language_model.resize_batches(size)
-        return size * language_model.sizes.tokens
+        return self.responder.find_batch_size(
+            [self.questions[number] for number in longest], tokens, memory
+        )
 
     def check_tokens(self, items: Sequence[int]) -> None:
         """Refuse items whose prompts the model has no tokens for.
@@ -195,12 +168,12 @@ class Harness(Objective):
     def right_answers(self, model: nn.Module, items: Sequence[int]) -> list[str | None]:
         if not self.language_model.is_differentiable:
             return [None] * len(items)
-        written = [number for number in items if self.questions[number].item.generated]
-        questions, _ = self._evaluate(model, written)
+        generated = [number for number in items if self.questions[number].item.generated]
+        questions, _ = self._evaluate(model, generated)
         with quiet(logging.ERROR):
             judged = judge(list(questions.values()), self.judge_seconds)
         right = {
-            number: written_answer(question, self.language_model)
+            number: generated_label(question, self.language_model)
             for (number, question), result in zip(questions.items(), judged, strict=True)
             if is_right(result)
         }
@@ -223,15 +196,8 @@ class Harness(Objective):
         """
         self._check(model, items)
         questions = {number: self.questions[number] for number in items}
-        tokens = dict.fromkeys(questions, 0)
         with quiet(logging.ERROR):  # truncated prompts were reported once
-            for request_type, numbered in _empty_requests(questions).items():
-                requests = [request for _, request in numbered]
-                responses = self._responses(request_type, requests, journal)
-                for (number, request), (response, count) in zip(numbered, responses, strict=True):
-                    request.resps.append(response)
-                    tokens[number] += count
-        return questions, tokens
+            return questions, self.responder.respond(questions, journal)
 
     def _check(self, model: nn.Module, items: Sequence[int]) -> None:
         if model is not self.language_model.model:
@@ -245,62 +211,6 @@ class Harness(Objective):
                 raise ObjectiveError(
                     f"item {number} does not exist; there are {len(self.questions)}"
                 )
-
-    def _responses(
-        self, request_type: str, requests: Sequence[Instance], journal: Journal | None
-    ) -> list[tuple[Any, int]]:
-        """Return the model's response to each request and its number of generated tokens.
-
-        Batches are halved until they fit into memory.
-        """
-        while True:
-            # leaving the block lets go of the tensors that the failed batch held
-            with contextlib.suppress(torch.OutOfMemoryError):
-                return _respond_to(self.language_model, request_type, requests, journal)
-            self._halve_batches()
-
-    def _halve_batches(self) -> None:
-        size = self.language_model.batch_size_per_gpu
-        if size == 1:
-            raise ObjectiveError(
-                "not enough memory for a batch of one sequence; free memory on the device, use "
-                "fewer examples (num_fewshot), shorter answers or a smaller model"
-            )
-        self.language_model.decoder.most_rows = size // 2
-        self.language_model.resize_batches(size // 2)
-        torch.cuda.empty_cache()
-        _LOG.warning("out of memory: batch size halved to %d", size // 2)
-
-
-def _respond_to(
-    language_model: FastHFLM,
-    request_type: str,
-    requests: Sequence[Instance],
-    journal: Journal | None = None,
-) -> list[tuple[Any, int]]:
-    """Return the model's response to each request and its number of generated tokens.
-
-    Raises:
-        torch.OutOfMemoryError: A batch does not fit into memory.
-    """
-    if request_type == "generate_until":
-        with _plain_decoding(language_model.model), _nan_refused():
-            return language_model.generate_counted(requests, journal)
-    noted = {"journal": journal} if journal and request_type == "loglikelihood" else {}
-    run = getattr(language_model, request_type)
-    return [(response, 0) for response in run(requests, disable_tqdm=True, **noted)]
-
-
-def _empty_requests(
-    questions: Mapping[int, Question],
-) -> dict[str, list[tuple[int, Instance]]]:
-    """Return the requests of questions without responses, with the items' numbers, by type."""
-    by_type: dict[str, list[tuple[int, Instance]]] = defaultdict(list)
-    for number, question in questions.items():
-        for request in question.requests:
-            request.resps, request.filtered_resps = [], {}
-            by_type[request.request_type] += [(number, request)] * (request.repeats or 1)
-    return by_type
 
 
 def _check_model(
@@ -323,25 +233,3 @@ def _use_engine(language_model: FastHFLM) -> None:
     if language_model.device.type != "meta":
         own = language_model
         settle_engine(own, VllmEngine(own.runner, own.decoder, own.tokenizer))
-
-
-@contextlib.contextmanager
-def _plain_decoding(model: PreTrainedModel) -> Iterator[None]:
-    """Ignore the model's own generation settings, except its special tokens."""
-    own = model.generation_config
-    tokens = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id")
-    plain = {name: getattr(own, name, None) for name in tokens}
-    model.generation_config = GenerationConfig(**plain)
-    try:
-        yield
-    finally:
-        model.generation_config = own
-
-
-@contextlib.contextmanager
-def _nan_refused() -> Iterator[None]:
-    try:
-        yield
-    except NanError:
-        what = "the model's output is not a number (NaN) during generation"
-        raise ObjectiveError(f"{what}; {NAN}") from None

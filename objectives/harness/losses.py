@@ -40,14 +40,14 @@ def targets(
 
     Args:
         questions: Their requests are not changed.
-        language_model: Encodes and cuts written targets as it does what the model generates.
+        language_model: Encodes and cuts target texts as it does generated ones.
         seconds: Limit per item for judging.
         chat: Whether prompts have a chat template, after which there is no delimiter.
     """
     if not language_model.is_differentiable:
         return [None] * len(questions)
-    written = {each.item.task: each.task for each in questions if each.item.generated}
-    without = {name for name, task in written.items() if _has_one_target(task)}
+    generated = {each.item.task: each.task for each in questions if each.item.generated}
+    without = {name for name, task in generated.items() if _has_one_target(task)}
     candidates = [
         [] if each.item.task in without else _candidates(each, language_model, chat=chat)
         for each in questions
@@ -72,7 +72,7 @@ def _candidates(
 ) -> list[tuple[str, Question]]:
     """Return possible labels, each with the question answered by it."""
     if question.item.generated:
-        texts = _written_targets(question, language_model, chat=chat)
+        texts = _target_texts(question, language_model, chat=chat)
         responses = [_as_generated(question, text, language_model) for text in texts]
         return [
             (text, _answered(question, [response]))
@@ -92,7 +92,7 @@ def is_right(result: ItemResult) -> bool:
     return result.value in _BEST
 
 
-def written_answer(question: Question, language_model: FastHFLM) -> str | None:
+def generated_label(question: Question, language_model: FastHFLM) -> str | None:
     """Return the model's response in a question's request as a label.
 
     Some tokenizers drop a leading space when they decode; it is restored if the model prefers it.
@@ -171,7 +171,7 @@ def _token_pairs(question: Question, label: str, language_model: FastHFLM) -> li
     """Return the contexts and continuations whose log-likelihoods a question's loss needs."""
     request = question.requests[0]
     if question.item.generated:
-        return _written_pairs(question, label, language_model)
+        return _generated_pairs(question, label, language_model)
     if _is_rolling(question):
         return _windows(request.args[0], language_model)
     requests = question.requests
@@ -180,7 +180,7 @@ def _token_pairs(question: Question, label: str, language_model: FastHFLM) -> li
     return [language_model.encode_pair(*each.args) for each in requests]
 
 
-def _written_pairs(question: Question, text: str, language_model: FastHFLM) -> list[TokenPair]:
+def _generated_pairs(question: Question, text: str, language_model: FastHFLM) -> list[TokenPair]:
     """Return the prompt with a generated answer, once for every way the answer can end.
 
     It ends with an end-of-text token, a stop string or the token limit. No continuation is a prefix
@@ -246,7 +246,7 @@ def _as_generated(question: Question, text: str, language_model: FastHFLM) -> st
     return str(found)
 
 
-def _written_targets(question: Question, language_model: FastHFLM, *, chat: bool) -> list[str]:
+def _target_texts(question: Question, language_model: FastHFLM, *, chat: bool) -> list[str]:
     """Return a question's first target, with and without delimiter, up to a stop string."""
     task, doc = question.task, question.requests[0].doc
     target: Any = task.doc_to_target(doc)

@@ -86,11 +86,11 @@ class GreedyDecoder:
         texts: dict[int, list[int]] = {}
         noted = _Noted(NanWatch(), keep)
         for pool in plan.pools:
-            texts |= self._write_in_slots(pool, noted)
+            texts |= self._generate_in_slots(pool, noted)
         prefixes = _Prefixes(self._runner)
         for batch in plan.batches:
             cache = prefixes.cache(batch.prefix, len(batch.prompts))
-            texts |= self._write_batch(batch, cache, noted)
+            texts |= self._generate_batch(batch, cache, noted)
         noted.nan.raise_if_seen()
         return [texts[index] for index in sorted(texts)]
 
@@ -98,7 +98,7 @@ class GreedyDecoder:
         """Free the slots and captured passes that were kept."""
         self.kept = None
 
-    def _write_in_slots(self, pool: Pool, noted: _Noted) -> dict[int, list[int]]:
+    def _generate_in_slots(self, pool: Pool, noted: _Noted) -> dict[int, list[int]]:
         """Return the tokens generated after each prompt of a pool, by prompt index."""
         found: dict[int, list[int]] = {}
         waiting = list(reversed(pool.batches))
@@ -161,7 +161,7 @@ class GreedyDecoder:
         self.kept.cache.clear()
         return self.kept
 
-    def _write_batch(
+    def _generate_batch(
         self, batch: PromptBatch, cache: DynamicCache, noted: _Noted
     ) -> dict[int, list[int]]:
         """Return the tokens generated after each prompt of a batch, by prompt index."""

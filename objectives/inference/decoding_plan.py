@@ -141,12 +141,12 @@ def _batches(
 ) -> Iterator[PromptBatch]:
     """Cut groups into batches of at most ``most_rows`` prompts, padded on one side."""
     for prefix, group in groups:
-        written = max((one.wanted.criteria.max_tokens for one in group), default=0)
+        new = max((one.wanted.criteria.max_tokens for one in group), default=0)
         for rows in batches_by_length(
             [replace(one, tokens=one.tokens[len(prefix) :]) for one in group],
             runner.tokens_per_batch,
             runner.held_tokens,
-            len(prefix) + written,
+            len(prefix) + new,
         ):
             size = most_rows or len(rows)
             for first in range(0, len(rows), size):

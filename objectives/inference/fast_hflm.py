@@ -313,8 +313,8 @@ def _decode(
         if journal:
             journal.add_tokens([left[number] for number in numbers], tokens)
 
-    written = own.decoder.decode(plan, note if journal else None)
-    return found | dict(zip(left, written, strict=True))
+    generated = own.decoder.decode(plan, note if journal else None)
+    return found | dict(zip(left, generated, strict=True))
 
 
 def _group(request: Instance) -> Hashable:

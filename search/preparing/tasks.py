@@ -91,7 +91,7 @@ def bind_tasks(
         parts.append(harness)
         sizes = harness.language_model.sizes
         if memory is not None and harness.language_model.device.type != "cpu":
-            harness.hold(memory)
+            harness.responder.hold(memory)
         if memory is not None and sizes.first != sizes.last:
             most = harness.find_batch_size(memory, spec.objective.block)
             say(f"batches: {most:,} tokens at most, found by trying")

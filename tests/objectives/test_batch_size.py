@@ -100,10 +100,10 @@ def test_keys_and_values_may_take_a_quarter_of_memory_in_powers_of_two(folder):
     harness = prepare(folder, make_model(), "answer")
     runner = harness.language_model.runner
     by_tokens = runner.held_tokens
-    harness.hold(1 << 20)
+    harness.responder.hold(1 << 20)
     assert runner.held_bytes == 1 << 18
     assert runner.held_tokens == (1 << 18) // runner.bytes_per_token != by_tokens
-    harness.hold((1 << 20) + 999)
+    harness.responder.hold((1 << 20) + 999)
     assert runner.held_bytes == 1 << 18
-    harness.hold(0)
+    harness.responder.hold(0)
     assert runner.held_tokens == 1
