@@ -110,7 +110,7 @@ def load_model(
             trust_remote_code=trusted,
             output_loading_info=True,
         )
-        if missing := sorted(found["missing_keys"]):
+        if missing := sorted({*found["missing_keys"]} - {*dict(model.named_buffers())}):
             raise StudyError(
                 f"model {checkpoint.model!r}: its files lack {missing[0]!r}, which its config.json "
                 "asks for, and which would be random; fetch it again"
