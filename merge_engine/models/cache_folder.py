@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+from collections.abc import Iterator
 from pathlib import Path
+
+from filelock import FileLock
 
 from merge_engine.errors import MergeError
 
@@ -23,3 +27,19 @@ def default_folder() -> Path:
         raise MergeError(
             "there is no home folder to keep the cache in; set $MERGESEARCH_CACHE to a folder"
         ) from None
+
+
+@contextlib.contextmanager
+def one_at_a_time(folder: Path) -> Iterator[None]:
+    """Let only one process at a time fill a folder, if its files can be locked."""
+    lock = FileLock(folder / ".lock")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock.acquire()
+    except (OSError, NotImplementedError):  # a disk that is full, or cannot be written
+        yield
+        return
+    try:
+        yield
+    finally:
+        lock.release()

@@ -5,7 +5,6 @@ Notation: n models, a tensor of shape s or k tensors of a pack.
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -131,12 +130,13 @@ class Measurements:
             return self._stored(kind, name, (donor, base), measure, large=True)[kind]
 
         def fill() -> Tensor:
-            found = map(stored, pack.names)
-            first = next(found)
             if pack not in self._placement.packs:  # it has one tensor
-                return first
-            buffer = self._placement.allocate(pack, first.dtype)
-            return pack.fill(buffer, itertools.chain([first], found))
+                return stored(pack.names[0])
+            found = {
+                name: stored(name) for name in pack.names
+            }  # before a pack is locked to fill it
+            dtype = found[pack.names[0]].dtype
+            return self._placement.lay(kind, pack, (donor, base), dtype, found.__getitem__)
 
         return self._kept((kind, pack.names, donor, base), fill)
 

@@ -22,6 +22,7 @@ from merge_engine.models.checkpoint import TensorInfo
 from merge_engine.models.free_memory import format_size, free_bytes, total_bytes
 from merge_engine.models.measurements import CACHED_FROM, MEASURING, TEMPORARIES
 from merge_engine.models.placement import Budget, Placed
+from merge_engine.models.shared_packs import can_share
 from merge_engine.numerics.noise import LEVELS
 from merge_engine.numerics.order_statistics import TABLE
 from merge_engine.numerics.packing import ROWS, WIDTH
@@ -38,7 +39,8 @@ class Allowance:
     """How much memory one process may use."""
 
     limit: int | None = None  # bytes on each device; None: all that is free
-    sharers: int = 1  # number of processes that share the host
+    sharers: int = 1  # number of processes that share the host, and one copy of the donors
+    joins: bool = False  # the others have taken their memory: what is free is this one's
     share: float = 1.0  # part of the GPU that is this one's
     engine: float = 0.0  # part of the device that an engine beside the live model takes
 
@@ -113,6 +115,8 @@ class MemoryPlan:
         """Return the bytes of each component, by what it is called; none of them is empty."""
         on_disk = self.placed.disk / max(1, self.donors + self.elementwise)
         kept = max(0, 1 - on_disk)  # packs have gaps, which count on disk
+        if self.on_cpu:
+            kept /= self.budget.sharers
         found = {
             "process": self.process,
             "live model": self.live,
@@ -138,6 +142,10 @@ class MemoryPlan:
         )
         if self.placed.pinned:
             text += f"; {format_size(self.placed.pinned)} of it in pinned host memory instead"
+        if (sharers := self.budget.sharers) > 1:
+            text += (
+                f"; {sharers} workers share one copy of the donors on the host, 1/{sharers} each"
+            )
         if self.placed.disk:
             text += f"; {format_size(self.placed.disk)} of models mapped from disk"
         if self.copied_to:
@@ -170,6 +178,7 @@ def plan_memory(
     ranked = [method for method in methods if method.elementwise_stat]
     kinds = {method.elementwise_stat for method in ranked}
     allowed, passes = allowed or Allowance(), passes or ForwardPasses()
+    sharers = allowed.sharers if allowed.sharers > 1 and can_share() else 1
     plan = MemoryPlan(
         device=device,
         free=0,
@@ -189,7 +198,7 @@ def plan_memory(
         ),
         scoring=passes.scoring,
         tuning=passes.tuning,
-        budget=Budget(per_element=len(kinds)),
+        budget=Budget(per_element=len(kinds), sharers=sharers),
         placed=Placed(),
         ranked=tuple(name for name in models.methods if METHODS[name] in ranked),
     )
@@ -199,7 +208,8 @@ def plan_memory(
 def _with_budget(plan: MemoryPlan, allowed: Allowance) -> MemoryPlan:
     """Return the plan with what is free, and the budget that is left for the donors."""
     most = allowed.limit if allowed.limit is not None else 1 << 62
-    on_host = min(free_bytes("cpu") // allowed.sharers + _resident(), most)
+    loading = 1 if allowed.joins else allowed.sharers
+    on_host = min(free_bytes("cpu") // loading + _resident(), most)
     free = on_host if plan.on_cpu else min(free_bytes(plan.device, allowed.share), most)
     least = plan.live + plan.engine + plan.merging + (plan.process if plan.on_cpu else 0)
     if least > free:  # batches can be smaller, and mapped statistics are read again
@@ -209,18 +219,19 @@ def _with_budget(plan: MemoryPlan, allowed: Allowance) -> MemoryPlan:
             f"beside it {format_size(least)}, but {format_size(free)} are free on {plan.device}; "
             f"choose another --device or --memory, a smaller dtype, or fewer models{way_out}"
         )
-    whole = plan.donors + plan.elementwise
+    whole, sharers = plan.donors + plan.elementwise, plan.budget.sharers
     on_device = 0 if plan.device == "auto" else max(0, int(USABLE * free) - plan.peak)
     pinned = 0
     if not plan.on_cpu:
         pinned = max(0, int(USABLE * on_host) - plan.process - plan.statistics)
-    first = min(whole, on_device)
-    second = min(whole - first, pinned)
+    parts = sharers if plan.on_cpu else 1
+    first = min(whole, on_device * parts)
+    second = min(whole - first, pinned * sharers)
     return replace(
         plan,
         free=free,
         budget=replace(plan.budget, device=on_device, pinned=pinned),
-        placed=Placed(first, second, whole - first - second),
+        placed=Placed(first // parts, second // sharers, whole - first - second),
     )
 
 

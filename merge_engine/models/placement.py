@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final, Protocol
 
@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from merge_engine.models.checkpoint import Checkpoint, TensorInfo
+from merge_engine.models.shared_packs import share
 from merge_engine.models.vocabulary import Vocabulary
-from merge_engine.numerics.packing import TensorPack
+from merge_engine.numerics.packing import WIDTH, TensorPack
 
 Inputs = Mapping[str, Mapping[str, str]]  # name in the result -> model -> the model's own name
 
@@ -55,6 +56,7 @@ class Budget:
     device: int = 0  # on the device that builds
     pinned: int = 0  # page-locked, on the host
     per_element: int = 0  # bytes of statistics for each element of a donor
+    sharers: int = 1  # processes that share the host's packs: of each its part counts
 
 
 ON_DISK: Final = Budget()
@@ -62,7 +64,7 @@ ON_DISK: Final = Budget()
 
 @dataclass(frozen=True)
 class Placed:
-    """Bytes of packs and of their statistics, by where they are."""
+    """Bytes of packs and of their statistics, by where they are; of shared packs a part."""
 
     device: int = 0
     pinned: int = 0
@@ -75,7 +77,8 @@ class Placement:
     Reading memory is 1.5 times as fast as reading a mapped file, and a pack is merged in one pass.
     Packs stay on the device that builds while there is room, then in page-locked host memory. Other
     tensors are read from the source every time. A pack has tensors of one of the ``groups`` of
-    names, in their order (default: one group of all).
+    names, in their order (default: one group of all). Several processes share the packs that are in
+    host memory, if all their tensors have a ``cache_key``.
     """
 
     def __init__(
@@ -91,6 +94,7 @@ class Placement:
         self.groups = [tuple(source.tensors)] if groups is None else groups
         self.placed = Placed()
         self._pinned: set[TensorPack] = set()
+        self._shared: set[TensorPack] = set()
         self.packs = tuple(self._fitting()) if budget != ON_DISK else ()
         self._pack_of = {name: pack for pack in self.packs for name in pack.names}
         self._packed: dict[tuple[str, TensorPack], Tensor] = {}
@@ -98,14 +102,18 @@ class Placement:
     def _fitting(self) -> Iterator[TensorPack]:
         """Yield the packs for which there is room, and note where each of them is to stay."""
         device = pinned = disk = 0
-        models, budget = self.source.checkpoints, self.budget
+        models, budget, on_host = self.source.checkpoints, self.budget, self.device.type == "cpu"
         for pack in _cut_packs(self.source, self.groups):
             name = pack.names[0]
             sizes = [pack.size * self.source.dtype_of(model, name).itemsize for model in models]
             sizes += [pack.size * budget.per_element] * (len(models) - 1)
-            locked = sum(map(pinned_bytes, sizes))
-            if device + sum(sizes) <= budget.device:
-                device += sum(sizes)
+            here, locked = sum(sizes), sum(map(pinned_bytes, sizes))
+            if budget.sharers > 1 and all(self._contents(pack, [model]) for model in models):
+                self._shared.add(pack)
+                locked = sum(sizes) // budget.sharers
+                here = locked if on_host else here
+            if device + here <= budget.device:
+                device += here
             elif pinned + locked <= budget.pinned:
                 pinned += locked
                 self._pinned.add(pack)
@@ -130,16 +138,42 @@ class Placement:
             (name,) = pack.names
             return self.read(model, name)
         if (key := (model, pack)) not in self._packed:
-            buffer = self.allocate(pack, self.source.dtype_of(model, pack.names[0]))
-            stored = (self.source.read(model, name) for name in pack.names)
-            self._packed[key] = pack.fill(buffer, stored)
+            dtype = self.source.dtype_of(model, pack.names[0])
+            self._packed[key] = self.lay(
+                "", pack, [model], dtype, lambda name: self.source.read(model, name)
+            )
             self.source.release(model)
         return self._packed[key]
 
-    def allocate(self, pack: TensorPack, dtype: torch.dtype) -> Tensor:
-        """Return a matrix of zeros for a pack, (rows, WIDTH), where the packs stay."""
+    def lay(
+        self,
+        kind: str,
+        pack: TensorPack,
+        models: Sequence[str],
+        dtype: torch.dtype,
+        read: Callable[[str], Tensor],
+    ) -> Tensor:
+        """Lay what is read for each name into a matrix, (rows, WIDTH), where the packs stay.
+
+        It depends on ``kind``, the pack and the ``models`` alone; another process may have read it.
+        """
         pinned = pack in self._pinned
-        return pack.empty(dtype, torch.device("cpu") if pinned else self.device, pinned)
+        device = torch.device("cpu") if pinned else self.device
+        if pack in self._shared and device.type == "cpu":
+            contents = (kind, dtype, *self._contents(pack, models))
+            size = pack.size * dtype.itemsize
+
+            def fill(out: Tensor) -> None:
+                pack.fill(out.view(dtype), map(read, pack.names))
+
+            if (shared := share(contents, size, fill, pinned=pinned)) is not None:
+                return shared.view(dtype).view(-1, WIDTH)
+        return pack.fill(pack.empty(dtype, device, pinned), map(read, pack.names))
+
+    def _contents(self, pack: TensorPack, models: Sequence[str]) -> list[object]:
+        """Return what identifies the models' tensors in a pack; empty if nothing does."""
+        keys = [self.source.cache_key(model, name) for model in models for name in pack.names]
+        return [*pack.shapes.items(), *keys] if all(keys) else []
 
     def release(self) -> None:
         """Free the packs; tensors read later are read from the source again."""

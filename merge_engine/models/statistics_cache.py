@@ -20,18 +20,17 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
-from filelock import FileLock
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from xxhash import xxh3_128
 
 from merge_engine.errors import MergeError
-from merge_engine.models.cache_folder import default_folder
+from merge_engine.models.cache_folder import default_folder, one_at_a_time
 from merge_engine.models.free_memory import parse_size
 
 FORMAT = 5  # raise it when a statistic is computed or stored in another way
@@ -71,7 +70,7 @@ class StatisticsCache:
         """Return named tensors on the CPU, mapped from a file that is made if it is missing."""
         if (found := _load(file)) is not None:
             return found
-        with _one_at_a_time(file.parent):
+        with one_at_a_time(file.parent):
             found = _load(file)  # another worker may have made it meanwhile
             if found is None:
                 made = make()
@@ -124,22 +123,6 @@ class StatisticsCache:
                 file.unlink()
             held -= size
         return most
-
-
-@contextlib.contextmanager
-def _one_at_a_time(folder: Path) -> Iterator[None]:
-    """Let only one process at a time fill a folder, if its files can be locked."""
-    lock = FileLock(folder / ".lock")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock.acquire()
-    except (OSError, NotImplementedError):  # a disk that is full, or cannot be written
-        yield
-        return
-    try:
-        yield
-    finally:
-        lock.release()
 
 
 def _load(file: Path) -> dict[str, Tensor] | None:

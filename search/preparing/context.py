@@ -124,7 +124,9 @@ class StudyPlan:
             tuned=tuned_tokens(tasks, count_tokens) if goes_backward else None,
         )
         engine = ENGINE_MEMORY if self.spec.objective.engine else 0.0
-        allowed = Allowance(hardware.memory, hardware.sharers, hardware.share, engine)
+        allowed = Allowance(
+            hardware.memory, hardware.sharers, hardware.joins, hardware.share, engine
+        )
         plan = plan_memory(merged, hardware.lives_on, passes=passes, allowed=allowed)
         models.place(hardware.builds_on, plan.budget)
         if (placed := models.placement.placed) != Placed():

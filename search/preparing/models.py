@@ -47,7 +47,8 @@ class Hardware:
     device: str  # of the live model; "auto": spread over all GPUs
     memory: int | None = None  # limit in bytes; None: what is free
     compiled: bool = True  # kernels may be compiled, where that pays
-    sharers: int = 1  # number of workers that share the host's memory
+    sharers: int = 1  # number of workers on the host, which share one copy of the donors
+    joins: bool = False  # it takes the place of one of them: the others have their memory
     share: float = 1.0  # part of the device that is this worker's
     offload: bool = False  # the live model stays in host memory; its layers are copied to `device`
 

@@ -174,8 +174,8 @@ class RayWorkers(Workers):
     def close(self) -> None:
         self._ray.shutdown()
 
-    def _load(self, worker: int) -> Any:
-        hardware = replace(self._hardware, sharers=self._sharers[worker])
+    def _load(self, worker: int, *, joins: bool = False) -> Any:
+        hardware = replace(self._hardware, sharers=self._sharers[worker], joins=joins)
         return self._actors[worker].load.remote(self._spec, hardware, self._threads)
 
     def _replace(self, worker: int) -> bool:
@@ -191,7 +191,7 @@ class RayWorkers(Workers):
                 raise StudyError(f"{error}, {MAX_LOADS} times while it loaded") from None
         self._ray.kill(self._actors[worker])  # it may be unreachable, but alive
         self._actors[worker] = self._actor.remote()
-        self._loaded[worker] = self._load(worker)
+        self._loaded[worker] = self._load(worker, joins=had_loaded)
         return had_loaded
 
     def _result(self, reference: Any) -> Any:

@@ -122,6 +122,32 @@ def test_donors_live_on_the_gpu_while_there_is_room_then_pinned_then_on_disk(mod
     assert planned(models, "cuda", limit=bare).placed.disk == plan.donors
 
 
+def test_workers_of_a_host_count_the_donors_once(models, free):
+    merged, passes = Models(models.tensors, 3, torch.bfloat16), ForwardPasses()
+
+    def plan_of(device="cpu", **allowed):
+        return plan_memory(merged, device, passes=passes, allowed=Allowance(**allowed))
+
+    alone, four = plan_of(), plan_of(sharers=4)
+    assert four.placed.device == four.components()["donors"] == alone.donors // 4
+    assert alone.peak - four.peak == alone.donors - alone.donors // 4
+    assert "; 4 workers share one copy of the donors on the host, 1/4 each" in str(four)
+    free["cpu"] = int(4 * (four.peak - four.placed.device // 2) / USABLE)
+    assert plan_of(sharers=4).placed.disk == pytest.approx(alone.donors / 2, abs=32)
+    free |= {"cuda": alone.live + plan_of("cuda").merging, "cpu": 10**10}
+    assert plan_of("cuda", sharers=4).placed.pinned == alone.donors // 4
+
+
+def test_worker_that_takes_the_place_of_another_may_use_all_that_is_free(models, free):
+    merged = Models(models.tensors, 3, torch.bfloat16)
+    first = plan_memory(merged, "cpu", allowed=Allowance(sharers=8))
+    free["cpu"] = int(first.peak / USABLE) + 1  # what the seven others have left
+    later = plan_memory(merged, "cpu", allowed=Allowance(sharers=8, joins=True))
+    assert later.placed == first.placed
+    with pytest.raises(MergeError, match="free on cpu"):
+        plan_memory(merged, "cpu", allowed=Allowance(sharers=8))
+
+
 def test_what_cannot_fit_is_refused_with_the_numbers(models, free):
     free["cpu"] = 10_000
     with pytest.raises(MergeError, match=r"the live model takes 60.4 KiB, .* free on cpu"):
