@@ -13,6 +13,8 @@ from lm_eval_reference import ALL, difference, fast, prompts, questions, scores,
 from merge_engine.building.builder import Builder
 from merge_engine.methods import METHODS
 from merge_engine.models.model_set import ModelSet
+from merge_engine.models.placement import Budget
+from merge_engine.numerics.transfer import to_device
 from search.cli import main
 from tiny_models import MODELS, make_model
 
@@ -39,6 +41,15 @@ def test_merge_on_a_gpu_is_that_on_the_cpu(models, method, monkeypatch, tmp_path
     on_cpu, on_gpu = (built(models, method, d, monkeypatch, tmp_path) for d in ("cpu", "cuda"))
     for one, other in zip(on_gpu, on_cpu, strict=True):
         assert torch.equal(one, other)
+
+
+def test_pinned_pack_that_workers_share_is_page_locked(models):
+    model_set = ModelSet.open(models)
+    model_set.place(torch.device("cuda"), Budget(pinned=1 << 40, sharers=2))
+    placement = model_set.placement
+    shared = placement.packed(models[0], placement.packs[0])
+    assert shared.is_pinned()
+    assert torch.equal(to_device(shared, placement.device).cpu(), shared)
 
 
 @pytest.mark.parametrize("name", MODELS)
