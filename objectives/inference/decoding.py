@@ -116,6 +116,7 @@ class GreedyDecoder:
                     step.cache.reserve(cache.get_seq_length() + 1)
                     step.cache.take(cache, rows, len(texts))
                 texts += [begun[row] for row in rows]
+                del cache  # the slots have what is needed of it
             if texts:
                 latest = [text.tokens[-1] for text in texts]
                 logits = step(latest, [text.column for text in texts])

@@ -10,6 +10,8 @@ Shapes: b rows in use, R slots, c columns in use, C columns of storage.
 
 from __future__ import annotations
 
+import functools
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
@@ -36,7 +38,10 @@ class SlotCache(Cache):
     """
 
     def __init__(self, rows: int, columns: int) -> None:
-        super().__init__(layer_class_to_replicate=lambda: _SlotLayer(self))  # type: ignore[arg-type]
+        # Weakly, so that storage is freed with its cache, not when cycles are next collected.
+        self._itself: SlotCache = weakref.proxy(self)
+        layer = functools.partial(_SlotLayer, self._itself)
+        super().__init__(layer_class_to_replicate=layer)  # type: ignore[arg-type]
         self.rows, self.columns = rows, columns
         self.written: dict[
             torch.device, Tensor
@@ -56,7 +61,7 @@ class SlotCache(Cache):
         selected = torch.tensor(rows)  # on the CPU, where it may index a tensor of any device
         for number, layer in enumerate(source.layers):
             while len(self.layers) <= number:
-                self.layers.append(_SlotLayer(self))
+                self.layers.append(_SlotLayer(self._itself))
             if isinstance(layer, CacheLayerMixin) and layer.is_initialized:
                 own, keys, values = self.layers[number], layer.keys, layer.values
                 assert isinstance(own, _SlotLayer)

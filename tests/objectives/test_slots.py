@@ -1,5 +1,8 @@
 """Slots: rows of their own lengths in one storage."""
 
+import gc
+import weakref
+
 import torch
 from transformers import DynamicCache
 
@@ -80,3 +83,17 @@ def test_captured_passes_are_recorded_for_few_sizes():
             texts = [[*text, 20] for text in (PROMPTS * 2)[:count]]
             agree(step, model, texts)
     assert len(recorded) == 4  # of 8 rows, but there are 6; of 4, 2, 1
+
+
+def test_storage_is_freed_with_its_cache_not_when_cycles_are_collected():
+    model = make_model()
+    cache = SlotCache(rows=1, columns=20)
+    cache.reserve(6)
+    cache.take(read(model, [PROMPTS[0]]), [0], first=0)
+    keys = weakref.ref(cache.layers[0].keys)
+    gc.disable()
+    try:
+        del cache
+        assert keys() is None
+    finally:
+        gc.enable()
