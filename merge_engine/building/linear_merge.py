@@ -13,6 +13,7 @@ from merge_engine.building.pack_merge import PackMerge
 from merge_engine.methods import Base, Linear
 from merge_engine.methods.contract import Values
 from merge_engine.methods.linear import sum_of_task_vectors, weighted_sum
+from merge_engine.numerics.kernel_runner import CHUNK, CHUNK_ON_GPU
 from merge_engine.numerics.transfer import send_numbers, to_device
 from merge_engine.recipe.recipe import Recipe
 
@@ -90,15 +91,19 @@ def _write_sum_by_row(out: Tensor, method: Linear, merge: PackMerge, dim: int) -
     tensors = [to_device(merge.models.read(model, name), out.device) for model in models]
     sent = send_numbers(factors.float(), out.device)
     by_row = [_along(column, out.shape, dim) for column in sent.unbind(-1)]
-    if origin:
-        base = to_device(merge.models.read(origin, name), out.device)
-        out.copy_(sum_of_task_vectors(base, tensors, factor=by_row))
-    else:
-        out.copy_(weighted_sum(None, tensors, factor=by_row))
+    base = to_device(merge.models.read(origin, name), out.device) if origin else None
+    step = max(1, (CHUNK_ON_GPU if out.is_cuda else CHUNK) // max(1, out[:1].numel()))
+    for first in range(0, len(out), step):  # of a whole tensor, float copies take several times it
+        part = slice(first, first + step)
+        ends, factor = [each[part] for each in tensors], [each[part] for each in by_row]
+        if base is None:
+            out[part] = weighted_sum(None, ends, factor=factor)
+        else:
+            out[part] = sum_of_task_vectors(base[part], ends, factor=factor)
 
 
 def _along(factors: Tensor, shape: Sequence[int], dim: int) -> Tensor:
-    """Shape one factor per row along ``dim``, in the order of ``gram``, to multiply a tensor by."""
+    """Repeat one factor per row along ``dim``, in the order of ``gram``, over a tensor's shape."""
     sizes = list(shape)
     sizes[dim], sizes[-1] = sizes[-1], 1
-    return factors.reshape(sizes).transpose(dim, -1)
+    return factors.reshape(sizes).transpose(dim, -1).expand(*shape)

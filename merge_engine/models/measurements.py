@@ -24,10 +24,10 @@ from merge_engine.numerics.statistics import gram_by_row, overlaps, row_ranks, r
 from merge_engine.numerics.transfer import to_device
 
 CACHED_FROM = 65_536  # elements from which reading a statistic is faster than measuring it
-MEASURING = 9  # bytes at most per element of the tensor being measured
-TEMPORARIES = 32 << 20  # bytes on top, for temporaries
+MEASURING = 4  # bytes per element of the tensor being measured
+TEMPORARIES = 48 << 20  # bytes at most on top: of pieces, and of what is not yet trimmed
 IDLE_BUILDS = 16  # builds without use, after which a weight-sized statistic is freed
-_PIECE = 1 << 20  # elements of temporaries
+_PIECE = 1 << 18  # elements of temporaries
 _TRIM_EVERY = 1 << 22  # measured elements, whose temporaries fragment the heap
 
 T = TypeVar("T")
@@ -79,7 +79,7 @@ class Measurements:
         """Return order statistics of the magnitudes of a donor's task vector."""
 
         def measure() -> dict[str, Tensor]:
-            return Magnitudes.of(self._task_vector(name, donor, base)).tensors()
+            return Magnitudes.of(self._magnitudes(name, donor, base)).tensors()
 
         return self._cached("magnitudes", name, (donor, base), measure, Magnitudes.from_tensors)
 
@@ -112,8 +112,7 @@ class Measurements:
         """Return the mass that random masks keep of a donor's task vector (``masses_below``)."""
 
         def measure() -> dict[str, Tensor]:
-            magnitudes = self._task_vector(name, donor, base).abs_()
-            return {"masses": masses_below(magnitudes, key).float()}
+            return {"masses": masses_below(self._magnitudes(name, donor, base), key).float()}
 
         return self._cached(
             f"masses of {key}", name, (donor, base), measure, lambda found: found["masses"]
@@ -161,14 +160,14 @@ class Measurements:
         """Return a model's tensor on the device that builds, where it is measured."""
         return to_device(self._placement.read(model, name), self._placement.device)
 
-    def _task_vector(self, name: str, donor: str, base: str) -> Tensor:
-        """Return a donor's task vector, float32, made without a temporary of its size."""
+    def _magnitudes(self, name: str, donor: str, base: str) -> Tensor:
+        """Return those of a donor's task vector, float32, made without a temporary of its size."""
         start, end = self._read(base, name), self._read(donor, name)
-        vector = end.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
-        pieces = (torch.split(tensor.reshape(-1), _PIECE) for tensor in (vector, start))
+        found = end.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
+        pieces = (torch.split(tensor.reshape(-1), _PIECE) for tensor in (found, start))
         for own, other in zip(*pieces, strict=True):
-            own -= other.float()
-        return vector
+            own.sub_(other.float()).abs_()
+        return found
 
     def _cached(
         self,

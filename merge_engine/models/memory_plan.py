@@ -194,7 +194,7 @@ def plan_memory(
         merging=max(
             _reading(sizes, stored) * (1 if _is_cpu(device) else 2 * models.count)
             + models.unmapped,
-            MEASURING * max(sizes, default=0) + TEMPORARIES if _measures(methods) else 0,
+            _measuring(sizes, methods),
         ),
         scoring=passes.scoring,
         tuning=passes.tuning,
@@ -265,9 +265,11 @@ def _reading(sizes: Collection[int], stored: int) -> int:
     return min(whole, max(*sizes, 0, ROWS * WIDTH)) * stored // whole
 
 
-def _measures(methods: Sequence[Elementwise]) -> bool:
-    """Return whether a method needs statistics of whole tensors."""
-    return any(method.prepare or method.elementwise_stat for method in methods)
+def _measuring(sizes: Collection[int], methods: Sequence[Elementwise]) -> int:
+    """Return the bytes that statistics of the largest tensor take; small pieces are in float64."""
+    if not any(method.prepare or method.elementwise_stat for method in methods):
+        return 0
+    return MEASURING * max(sizes, default=0) + min(TEMPORARIES, 16 * sum(sizes))
 
 
 def _is_cpu(device: str) -> bool:

@@ -26,7 +26,7 @@ LEVELS = 1 << 16  # numbers are multiples of 1 / LEVELS
 BLOCK = 1 << 31  # positions that an int32 can count; every further block has a key of its own
 _FACTORS = (0x7FEB352D, 0x846CA68B - (1 << 32))  # of lowbias32, as signed numbers
 _GOLDEN = 0x9E3779B9 - (1 << 32)  # of 2**32
-_PIECE = 1 << 20  # numbers drawn at a time, so that intermediate results stay in the cache
+_PIECE = 1 << 18  # numbers drawn at a time, so that intermediate results stay in the cache
 
 
 class Noise(NamedTuple):

@@ -67,13 +67,13 @@ class Magnitudes:
     total: float  # sum of all magnitudes
 
     @classmethod
-    def of(cls, delta: Tensor) -> Magnitudes:
-        """Sort the magnitudes of a tensor on any device.
+    def of(cls, magnitudes: Tensor) -> Magnitudes:
+        """Sort the magnitudes of a tensor on its device; on a CPU in place, if float32.
 
         Raises:
             ValueError: It has NaN or Inf.
         """
-        ordered = sort_ascending(delta.detach().abs().flatten().float())
+        ordered = sort_ascending(magnitudes.detach().flatten().float())
         size = ordered.numel()
         if size and not ordered[-1].isfinite():  # a sort puts both last
             raise ValueError("a task vector has NaN or Inf in it; fetch or train its donor again")
@@ -186,12 +186,13 @@ class Variances:
         start, *ends = (tensor.detach().cpu().flatten() for tensor in (base, *donors))
         found = torch.empty(start.shape)
         counts, *sums = _tally_by_variance(found, start, ends)
+        positive = int(found.count_nonzero())
         order = Magnitudes.of(found)
         filled = counts > 0
         lower = np.append(0.0, counts[filled].cumsum(0))
         above = [np.append(row[filled].flip(0).cumsum(0).flip(0), 0.0) for row in sums]
         changes = [np.interp(order.ranks, lower, row) for row in above]
-        return cls(order, int(found.count_nonzero()), torch.from_numpy(np.stack(changes)))
+        return cls(order, positive, torch.from_numpy(np.stack(changes)))
 
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, Tensor]) -> Variances:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -57,25 +57,33 @@ def salient(base: Tensor, donor: Tensor) -> Tensor:
     quartiles being the elements of rank ``floor(q (numel - 1))``. Base, donor and mask have any
     shape (*s); a row runs along the last dimension. The mask is on the CPU.
     """
-    width = base.shape[-1] if base.dim() else 1
-    start, end = (tensor.detach().cpu().reshape(-1, max(width, 1)) for tensor in (base, donor))
-    importance = torch.empty(start.shape)
+    width = max(1, base.shape[-1] if base.dim() else 1)
+    start, end = (tensor.detach().cpu().reshape(-1, width) for tensor in (base, donor))
 
-    def measure(first: int) -> None:
-        part = slice(first, first + step)
+    def importance(part: slice) -> Tensor:
         p, q = (tensor[part].float().softmax(-1) + 1e-8 for tensor in (end, start))
         divergence = (p * (p / q).log()).sum(-1, keepdim=True)
-        change = (end[part].float() - start[part].float()).abs()
-        torch.mul(change, divergence, out=importance[part])
+        return (end[part].float() - start[part].float()).abs_().mul_(divergence)
 
-    step = max(1, PIECE // width) if width else 1
-    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
-        list(pool.map(measure, range(0, len(start), step)))
-    if not importance.numel():
+    def in_pieces(work: Callable[[slice], Tensor], dtype: torch.dtype) -> Tensor:
+        found, step = torch.empty(start.shape, dtype=dtype), max(1, PIECE // width)
+        parts = [slice(first, first + step) for first in range(0, len(start), step)]
+        with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+            list(pool.map(lambda part: found[part].copy_(work(part)), parts))
+        return found
+
+    if not start.numel():
         return torch.empty(base.shape, dtype=torch.bool)
-    ordered = sort_ascending(importance.flatten().clone())
-    first, median, third = (ordered[quarter * (len(ordered) - 1) // 4] for quarter in (1, 2, 3))
-    return (importance >= median + 1.5 * (third - first)).reshape(base.shape)
+    # computed twice: a copy to sort would take as much memory again
+    least = _outlying(in_pieces(importance, torch.float32))
+    return in_pieces(lambda part: importance(part) >= least, torch.bool).reshape(base.shape)
+
+
+def _outlying(numbers: Tensor) -> Tensor:
+    """Return ``median + 1.5 (Q3 - Q1)`` of float32 numbers, (), and sort them in place."""
+    ordered = sort_ascending(numbers.flatten())
+    quartiles = ordered[[rank * (len(ordered) - 1) // 4 for rank in (1, 2, 3)]]
+    return quartiles[1] + 1.5 * (quartiles[2] - quartiles[0])
 
 
 def all_finite(tensor: Tensor) -> bool:

@@ -1,3 +1,5 @@
+import math
+
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
@@ -68,6 +70,8 @@ def test_plan_counts_what_the_methods_may_need(models):
     assert masked.elementwise == 2 * ranked.elementwise
     assert ranked.budget.per_element == 1
     assert planned(models, "cpu", methods=["dare_ties"]).statistics > plain.statistics
+    largest = max(math.prod(info.shape) for info in models.tensors.values())
+    assert plain.merging == 4 * largest + 16 * elements  # float32, and small pieces in float64
     assert ", ranks and masks 60.4 KiB (once della or della_linear is tried), " in str(ranked)
     assert "once" not in str(plain)
 

@@ -480,9 +480,10 @@ def test_karcher_mean_is_a_stationary_point():
     assert abs(found.norm() - expected) < 1e-6 * expected
 
 
-def test_nuslerp_row_wise_interpolates_stored_columns():
+@pytest.mark.parametrize("shape", [(6, 5), (300, 400)])  # merged at once, and in pieces
+def test_nuslerp_row_wise_interpolates_stored_columns(shape):
     # mergekit's names are inverted (a row of the transposed matrix), and so are ours.
-    one, other = make_tensors(2, (6, 5), 8, change=0.02)
+    one, other = make_tensors(2, shape, 8, change=0.02)
     given = {"weight": [0.4, 0.6], "nuslerp_flatten": False}
     columns = case_of("nuslerp", [one, other], **given, nuslerp_row_wise=True).merged()
     turned = case_of("nuslerp", [one.T.contiguous(), other.T.contiguous()], **given).merged()
