@@ -117,11 +117,12 @@ class StudyPlan:
             return len(tokenizer.encode(text)) if tokenizer else 0
 
         goes_backward = self.tuned_units is not None and not hardware.offload
+        chat = self.spec.objective.apply_chat_template
         passes = forward_passes(
             text_config(models.reference.config),
             dtype.itemsize,
             scored=scored_tokens(tasks, count_tokens),
-            tuned=tuned_tokens(tasks, count_tokens) if goes_backward else None,
+            tuned=tuned_tokens(tasks, count_tokens, chat=chat) if goes_backward else None,
         )
         engine = ENGINE_MEMORY if self.spec.objective.engine else 0.0
         allowed = Allowance(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
@@ -23,39 +24,56 @@ class Tokens(NamedTuple):
 
     read: int  # go through the layers together
     predicting: int  # of these predict a target, and so have logits
-    cached: int = 0  # have keys and values while texts are generated
+    cached: int = 0  # have keys and values
 
 
 def scored_tokens(tasks: Sequence[LoadedTask], count_tokens: Callable[[str], int]) -> Tokens:
-    """Estimate the tokens of a batch of items that are scored, of the task with most of each."""
+    """Estimate the tokens of a batch of a job's items, of the task with most of each.
+
+    Texts are generated at once for all tasks; the keys and values of their prompts are read in
+    batches, and copied to where those of the texts are.
+    """
     from lm_eval.models.utils import normalize_gen_kwargs
 
-    predicting = cached = 0
+    read = predicting = batch = texts = written = 0
     for each in tasks:
+        items = math.ceil(JOB_ITEMS * each.weight / sum(one.weight for one in tasks))
         size = max(1, count_tokens(each.sample))
+        rows = max(1, min(items, BATCH // size))
+        prompt = size * (1 + _shots(each))
+        read, batch = max(read, rows * size, prompt), max(batch, rows * prompt)
         if each.task.OUTPUT_TYPE == "generate_until":
             settings = normalize_gen_kwargs(each.task.get_config("generation_kwargs") or {}, _NEW)
-            new = settings["max_gen_toks"]
-            cached = max(cached, min(CACHED, JOB_ITEMS * (size + new)))
-            predicting = max(predicting, min(JOB_ITEMS, BATCH))
+            texts, written = texts + items, written + items * (prompt + settings["max_gen_toks"])
         else:
             scored = sum(map(count_tokens, _answers(each)))
-            predicting = max(predicting, min(BATCH, BATCH * scored // size))
-    return Tokens(BATCH, predicting, cached) if tasks else Tokens(BATCH, BATCH // 2)
+            predicting = max(predicting, min(rows * size, rows * scored))
+    if not tasks:
+        return Tokens(BATCH, BATCH // 2)
+    return Tokens(read, max(predicting, texts), min(CACHED, batch) + min(CACHED, written))
 
 
-def tuned_tokens(tasks: Sequence[LoadedTask], count_tokens: Callable[[str], int]) -> Tokens:
+def tuned_tokens(
+    tasks: Sequence[LoadedTask], count_tokens: Callable[[str], int], *, chat: bool
+) -> Tokens:
     """Estimate the tokens of the items that go backward together, of a batch or more.
 
-    A task's items share their few-shot examples, which are read once. Rows are padded, so even a
-    batch of short items comes near the limit. One answer of an item has a loss.
+    Prompts that begin alike, with few-shot examples or a ``chat`` template, are joined to rows in
+    which the beginning is read once. Others are rows of their own, padded to the longest.
     """
-    own = [count_tokens(each.sample) for each in tasks]
-    answers = [max(map(count_tokens, _answers(each)), default=0) for each in tasks]
-    shots = (each.task.get_config("num_fewshot") or 0 for each in tasks)
-    shared = sorted(count * size for count, size in zip(shots, own, strict=True))
-    read = max(BATCH, AT_ONCE * sum(own) // max(1, len(own)) + sum(shared[-AT_ONCE:]))
-    return Tokens(read, min(read, AT_ONCE * sum(answers) // max(1, len(own))))
+    own = [count_tokens(each.sample) for each in tasks] or [BATCH // AT_ONCE]
+    answers = [sum(map(count_tokens, _answers(each))) for each in tasks]
+    shared = sorted(_shots(each) * size for each, size in zip(tasks, own, strict=False))
+    read = AT_ONCE * sum(own) // len(own)
+    if not chat and not any(shared):
+        read = min(AT_ONCE * max(own), max(BATCH, read))
+    read += sum(shared[-AT_ONCE:])
+    return Tokens(read, min(read, AT_ONCE * sum(answers) // len(own)))
+
+
+def _shots(loaded: LoadedTask) -> int:
+    """Return a task's number of few-shot examples."""
+    return loaded.task.get_config("num_fewshot") or 0
 
 
 def _answers(loaded: LoadedTask) -> list[str]:
@@ -90,10 +108,9 @@ def forward_passes(
     vocabulary = of("vocab_size")
 
     def forward(tokens: Tokens) -> int:
-        # logits in the model's dtype, in float32, and their logarithms
-        logits = tokens.predicting * vocabulary * (itemsize + 8)
-        cached = tokens.cached + 2 * tokens.read  # a batch's is copied once as it grows
-        cache = cached * 2 * layers * keys * itemsize
+        # logits in the model's dtype, and in float32 if that is another, and their logarithms
+        logits = tokens.predicting * vocabulary * (8 if itemsize == 4 else itemsize + 8)
+        cache = tokens.cached * 2 * layers * keys * itemsize
         return logits + cache + tokens.read * (8 * hidden + 3 * inner) * itemsize
 
     tuning = 0

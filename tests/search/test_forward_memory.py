@@ -45,6 +45,8 @@ def test_a_number_that_is_missing_or_none_is_not_counted(name):
 class Loaded:
     """A loaded task, as far as it is asked."""
 
+    weight = 1.0
+
     def __init__(self, size, shots=0, choices=None, target="t", kind="multiple_choice", new=None):
         self.task, self.OUTPUT_TYPE = self, kind
         self._config = {"num_fewshot": shots, "generation_kwargs": {"max_gen_toks": new}}
@@ -55,30 +57,58 @@ class Loaded:
         return self._config[key]
 
 
+def backward(tasks, chat=False):
+    return tuned_tokens(tasks, len, chat=chat)
+
+
+def test_items_that_go_backward_are_padded_to_the_longest_unless_their_prompts_begin_alike():
+    assert backward([Loaded(400)]).read == AT_ONCE * 400
+    mixed = [Loaded(40), Loaded(120)]
+    assert backward(mixed).read == AT_ONCE * 120
+    assert backward(mixed, chat=True).read == AT_ONCE * 80
+    assert backward([Loaded(40), Loaded(1000)]).read == AT_ONCE * 520  # of batches of like lengths
+    assert backward([]).read == BATCH
+
+
 def test_examples_that_items_share_are_counted_once_for_each_task():
-    assert tuned_tokens([Loaded(400)], len).read == AT_ONCE * 400
-    assert tuned_tokens([Loaded(400, 5)], len).read == AT_ONCE * 400 + 5 * 400
+    assert backward([Loaded(400, 5)]).read == AT_ONCE * 400 + 5 * 400
     both = [Loaded(400, 5), Loaded(800, 1)]
-    assert tuned_tokens(both, len).read == AT_ONCE * 600 + 5 * 400 + 800
-    assert tuned_tokens([Loaded(40)], len).read == tuned_tokens([], len).read == BATCH
+    assert backward(both).read == AT_ONCE * 600 + 5 * 400 + 800
 
 
-def test_tokens_of_choices_have_logits_and_of_one_answer_a_loss():
+def test_tokens_of_choices_have_logits():
     task = Loaded(128, choices=["a" * 8, "b" * 24])
-    assert scored_tokens([task], len) == Tokens(BATCH, BATCH * 32 // 128)
-    assert tuned_tokens([task], len) == Tokens(BATCH, AT_ONCE * 24)
+    rows = BATCH // 128
+    assert scored_tokens([task], len) == Tokens(BATCH, rows * 32, BATCH)
+    assert backward([task]) == Tokens(AT_ONCE * 128, AT_ONCE * 32)
     rolling = Loaded(1000, target="y" * 980)
-    assert scored_tokens([task, rolling], len).predicting == BATCH * 980 // 1000
+    assert scored_tokens([task, rolling], len).predicting == 980
     assert scored_tokens([], len) == Tokens(BATCH, BATCH // 2)
+
+
+def test_a_batch_has_no_more_tokens_than_the_items_of_a_job():
+    short = Loaded(40, choices=["a", "b"])
+    assert scored_tokens([short] * 10, len) == Tokens(10 * 40, 10 * 2, 10 * 40)
+    assert scored_tokens([Loaded(3000, target="y")], len).read == 3000
+
+
+def test_examples_have_keys_and_values_in_each_row():
+    few = Loaded(128, shots=2, choices=["a", "b"])
+    assert scored_tokens([few], len) == Tokens(BATCH, BATCH // 128 * 2, BATCH * 3)
+    many = Loaded(128, shots=20, choices=["a", "b"])
+    assert scored_tokens([many], len)[::2] == (21 * 128, CACHED)
 
 
 def test_texts_that_are_generated_at_once_have_keys_and_values():
     short = Loaded(40, kind="generate_until", new=8, target=["yes", "no"])
-    assert scored_tokens([short], len) == Tokens(BATCH, JOB_ITEMS, JOB_ITEMS * 48)
+    rows = BATCH // 40  # are read together
+    assert scored_tokens([short], len) == Tokens(rows * 40, JOB_ITEMS, rows * 40 + JOB_ITEMS * 48)
+    half = scored_tokens([short, Loaded(40, choices=["a"])], len)
+    assert half == Tokens(rows * 40, JOB_ITEMS // 2, rows * 40 + JOB_ITEMS // 2 * 48)
     long = Loaded(500, kind="generate_until", new=500)
-    assert scored_tokens([short, long], len).cached == CACHED
-    unlimited = Loaded(40, kind="generate_until", new=None)  # null in YAML: lm-eval's default
-    assert scored_tokens([unlimited], len).cached == min(CACHED, JOB_ITEMS * (40 + 256))
+    assert scored_tokens([short, long], len).cached == CACHED + 1000
+    unlimited = Loaded(20, kind="generate_until", new=None)  # null in YAML: lm-eval's default
+    assert scored_tokens([unlimited] * 10, len).cached == 10 * 20 + min(CACHED, 100 * (20 + 256))
     more, less = (passes(scored=Tokens(BATCH, 0, cached)).scoring for cached in (100, 0))
     assert more - less == 100 * 2 * 4 * 2 * (64 // 8) * 2  # layers, heads, their size, bytes
 
