@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 import regex
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
@@ -26,6 +26,7 @@ _REFUSED: Mapping[str, str] = {
 }
 # Initialisations that leave the base's weights unchanged; others take a part out of them.
 _KEEP_BASE = (True, False, None, "gaussian", "orthogonal", "eva", "mica")
+_T = TypeVar("_T")
 _MATCH_SECONDS = 0.2  # for a pattern and a module's name
 
 
@@ -40,6 +41,14 @@ def _check_pattern(pattern: str) -> str:
 def _ended(pattern: str) -> str:
     """Return the expression that peft matches with a module's name."""
     return rf"(.*\.)?({pattern})$"
+
+
+def _of_module(module: str, by_pattern: Mapping[str, _T] | None, default: _T) -> _T:
+    """Return the value of the first pattern that matches a module's name, else the default."""
+    for pattern, own in (by_pattern or {}).items():
+        if regex.match(_ended(pattern), module, timeout=_MATCH_SECONDS):
+            return own
+    return default
 
 
 _Alpha = Annotated[float, Field(ge=-1e30, le=1e30)]  # of float32, in which it is multiplied
@@ -57,8 +66,10 @@ class AdapterConfig(BaseModel):
 
     base_model_name_or_path: str | None = None  # what it was trained on
     lora_alpha: _Alpha = 8  # numerator of the scale; peft refuses null, too
-    # Other alphas, by a pattern for the end of a module's name.
+    r: int | None = None  # rank; the tensors' own if it is not said
+    # Other alphas and ranks, by a pattern for the end of a module's name.
     alpha_pattern: dict[_Pattern, _Alpha] | None = None
+    rank_pattern: dict[_Pattern, int] | None = None
     use_rslora: _Flag = False  # divide by the root of the rank, not the rank
     use_dora: _Flag = False  # a weight's norms are learned as well
     fan_in_fan_out: _Flag = False  # modules store their weights as (in, out), like GPT-2's
@@ -73,12 +84,16 @@ class AdapterConfig(BaseModel):
         Raises:
             TimeoutError: A pattern takes too long to be matched.
         """
-        alpha = self.lora_alpha
-        for pattern, own in (self.alpha_pattern or {}).items():
-            if regex.match(_ended(pattern), module, timeout=_MATCH_SECONDS):
-                alpha = own
-                break
+        alpha = _of_module(module, self.alpha_pattern, self.lora_alpha)
         return alpha / (math.sqrt(rank) if self.use_rslora else rank)
+
+    def rank(self, module: str) -> int | None:
+        """Return a module's rank, if it is said.
+
+        Raises:
+            TimeoutError: A pattern takes too long to be matched.
+        """
+        return _of_module(module, self.rank_pattern, self.r)
 
     def saves(self, module: str) -> bool:
         """Return whether a module was trained in full, as a copy of the base's."""

@@ -47,6 +47,8 @@ _ROWS = 64  # of a head that are compared with the embedding's
 _NAME_LENGTH, _LAYER, _ELEMENTS = 1000, 10_000, 1 << 48
 # Modules that torch.compile, FSDP and activation checkpointing wrap around a model's own.
 _WRAPPERS = re.compile(r"(?:^|\.)(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
+# Prefixes of all names of models that were wrapped: by DDP, DeepSpeed, Lightning, peft.
+_PREFIXES = ("module.", "_forward_module.", "base_model.model.")
 Reader = Callable[[str], Tensor]  # from a name, of a model or of a tensor, to a tensor
 
 
@@ -77,10 +79,14 @@ class Checkpoint:
     def config(self) -> Mapping[str, Any]:
         """The model's ``config.json``."""
         config = self._json("config.json")
-        if not isinstance(config.get("text_config"), dict | None):
-            raise MergeError(
-                f"{self.folder / 'config.json'}: its text_config is not a mapping; fetch it again"
-            )
+        for key, kind, wanted in (
+            ("text_config", dict, "mapping"),
+            ("architectures", list, "list of names"),
+        ):
+            if not isinstance(config.get(key), kind | None):
+                raise MergeError(
+                    f"{self.folder / 'config.json'}: its {key} is not a {wanted}; fetch it again"
+                )
         return config
 
     @cached_property
@@ -146,12 +152,13 @@ class Checkpoint:
                 f"{quantised.tensor!r}); merge the full-precision model it was made from, or "
                 f"{quantised.advice}"
             )
-        wrapped = next((match for name in found if (match := _WRAPPERS.search(name))), None)
-        prefix = wrapped[1] if wrapped else "module"
-        if wrapped or (found and all(name.startswith("module.") for name in found)):
+        wrappers = [f"{match[1]}." for name in found if (match := _WRAPPERS.search(name))]
+        wrappers += [each for each in _PREFIXES if all(name.startswith(each) for name in found)]
+        if found and wrappers:
             raise MergeError(
-                f"model {self.model!r}: the names of its tensors have {prefix + '.'!r} in them, of "
-                "a wrapper in training; save the model inside it (unwrap_model in accelerate)"
+                f"model {self.model!r}: the names of its tensors have {wrappers[0]!r} in them, of "
+                "a wrapper in training; save the model inside it (unwrap_model in accelerate, "
+                "merge_and_unload in peft)"
             )
         return found
 

@@ -131,7 +131,8 @@ def _not_made(
     advice = "fetch the base again, or correct its config.json"
     if rows_differ and is_vocabulary(first):
         advice = (
-            "say in the study which vocabulary it is to have, as in 'tokenizer: {source: base}'"
+            "say in the study which vocabulary it is to have, as in 'tokenizer: {source: base}', "
+            "or correct the vocab_size in the base's config.json"
         )
     return MergeError(
         f"the live model's {live!r} cannot be made of {first!r}"

@@ -89,6 +89,8 @@ class Adapter:
         self.config = read_adapter_config(self.files[0])
         file = self._opened.open(self.weights)
         parts = {key: file.get_slice(key) for key in sorted(file.keys())}
+        if not parts:
+            raise MergeError(f"{self.weights}: has no tensors; fetch it again")
         if odd := [key for key, part in parts.items() if part.get_dtype() not in FLOATS]:
             raise self._damaged(odd[0], f"is of {parts[odd[0]].get_dtype()}, not of floats")
         self.shapes = {key: tuple(part.get_shape()) for key, part in parts.items()}
@@ -163,6 +165,9 @@ class Adapter:
         rank = self._rank(down, up)
         with reading(f"{self.files[0]}: alpha_pattern", "write simpler ones"):
             scale = self.config.scale(module, rank)
+            wanted = self.config.rank(module)
+        if wanted not in (None, rank):
+            raise self._damaged(down, f"has the rank {rank}, and adapter_config.json says {wanted}")
         magnitude = keys.pop("lora_magnitude_vector", None)
         if self.config.use_dora != (magnitude is not None):
             raise self._damaged(down, f"does not go with use_dora: {self.config.use_dora}")

@@ -32,6 +32,22 @@ _OTHERS = (  # what may be there instead of weights, by its path, and the way ou
         "it is a model's folder in the hub's cache: name {folder}/snapshots/{part}",
     ),
     (r"(checkpoint-\d+)/.*", "it holds a training's checkpoints: name {folder}/{part}"),
+    (
+        r"(.+)/(model|pytorch_model|adapter_model)(-\d+-of-\d+)?\.(safetensors|bin)",
+        "it is not a model's folder, and holds one: name {folder}/{part}",
+    ),
+    (
+        r"adapter_model\.(safetensors|bin)",
+        "it holds {path} without the adapter_config.json of such a file: fetch that, too",
+    ),
+    (
+        r".*\.(incomplete|part|crdownload|aria2)",
+        "it holds {path}, of a download that has not ended: fetch it again",
+    ),
+    (
+        r".*\.(zip|tar|tgz|gz|bz2|xz|zst|7z|rar)",
+        "it holds {path}: unpack that, and name the folder with the model",
+    ),
     (r".*\.gguf", f"it holds {{path}}, which is in the GGUF format: {_FULL} it was made from"),
     (
         r"(.*/)?consolidated[^/]*\.(pth|pt|safetensors)",
@@ -126,15 +142,35 @@ def read_json(file: Path) -> dict[str, Any]:
     """Return the object in a JSON file.
 
     Raises:
-        MergeError: It is damaged.
+        MergeError: It is damaged, or has a key twice.
     """
     with reading(f"{file}: damaged or cut short"):
         if (size := file.stat().st_size) > _JSON_BYTES:
             raise ValueError(f"it has {size:,} bytes")
-        found = json.loads(file.read_text(encoding="utf-8"))
+        found = json.loads(
+            file.read_text(encoding="utf-8"),
+            object_pairs_hook=_without_repeats,
+            parse_constant=_number,
+        )
     if not isinstance(found, dict):
         raise MergeError(f"{file}: damaged: expected a JSON object; fetch it again")
     return found
+
+
+def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return an object's pairs as a mapping; of a repeated key, libraries would take the last."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"the key {max(names, key=names.count)!r} comes twice")
+    return found
+
+
+def _number(name: str) -> float:
+    """Return what Python's JSON has besides JSON's numbers: infinity, which some configs have."""
+    if name == "NaN":
+        raise ValueError("it has NaN for a number")
+    return float(name)
 
 
 def list_files(folder: Path) -> list[str]:

@@ -18,14 +18,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from merge_engine.errors import MergeError
+from merge_engine.errors import MergeError, reason
 from merge_engine.models.alignment import is_multimodal
 from merge_engine.models.chat_templates import CHAT_TEMPLATES
 from merge_engine.models.checkpoint import Checkpoint, Reader, with_rows
+from merge_engine.models.model_folder import read_json
 from merge_engine.models.opening import open_model
 from merge_engine.models.tensor_names import input_embedding
 from merge_engine.recipe.recipe import Recipe, Tokenizer, TokenOfModel, ZeroRow
 
+_SETTINGS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 _SPECIAL_ID = re.compile(r"\w+_token_(id|index)")  # keys of configs: eos_token_id and the like
 
 
@@ -197,12 +199,14 @@ def _load(folder: Path, trust_remote_code: bool = False) -> Any:
         return None
     from transformers import AutoTokenizer
 
+    for name in _SETTINGS:
+        if (folder / name).is_file():
+            read_json(folder / name)  # refuses what transformers would read, such as a key twice
     try:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except Exception as error:  # each tokenizer class raises its own
-        reason = " ".join(str(error).split()) or repr(error)
         raise MergeError(
-            f"{folder}: cannot read its tokenizer: {reason}; fetch its files again"
+            f"{folder}: cannot read its tokenizer: {reason(error)}; fetch its files again"
         ) from None
 
 
