@@ -66,7 +66,7 @@ def dump_yaml(content: object) -> str:
 def find_folder(name: str, beside: Path | None = None) -> Path | None:
     """Return a name's folder, relative to ``beside``; None if there is none.
 
-    Names that no folder can have (too long, an unknown user's home) count as missing.
+    Names that no folder can have (empty, too long, an unknown user's home) count as missing.
     """
     return _find(name, beside, Path.is_dir)
 
@@ -79,7 +79,7 @@ def find_file(name: str, beside: Path | None = None) -> Path | None:
 def _find(name: str, beside: Path | None, is_there: Callable[[Path], bool]) -> Path | None:
     try:
         path = ((beside or Path()) / name).expanduser()
-        return path if is_there(path) else None
+        return path if name and is_there(path) else None
     except (OSError, RuntimeError, ValueError):  # too long, unknown user's home, zero byte
         return None
 

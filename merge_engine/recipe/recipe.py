@@ -45,8 +45,8 @@ def _source_name(raw: object) -> object:
     return raw.removeprefix("model:") if isinstance(raw, str) else _model_name(raw)
 
 
-ModelName = Annotated[str, BeforeValidator(_model_name)]
-SourceName = Annotated[str, BeforeValidator(_source_name)]
+ModelName = Annotated[str, Field(min_length=1), BeforeValidator(_model_name)]
+SourceName = Annotated[str, Field(min_length=1), BeforeValidator(_source_name)]
 
 
 _Layer = Annotated[int, Field(ge=0, le=100_000)]

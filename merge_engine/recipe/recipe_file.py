@@ -40,13 +40,11 @@ def load_recipe(path: Path) -> tuple[Recipe, list[str]]:
     Raises:
         MergeError: The file is missing, is not YAML, or is not a recipe.
     """
-    mapping = load_yaml(path)
-    recipe, notes = parse_recipe(mapping, where=str(path))
-    return with_absolute_folders(recipe, path.parent), notes
+    return parse_recipe(load_yaml(path), str(path), absolute_in(path.parent))
 
 
-def with_absolute_folders(recipe: Recipe, folder: Path, other_than: Collection[str] = ()) -> Recipe:
-    """Return the recipe with absolute paths for models that are folders relative to ``folder``.
+def absolute_in(folder: Path, other_than: Collection[str] = ()) -> Callable[[str], str]:
+    """Return a function from a model to its absolute path, if it is a folder relative to this one.
 
     Names in ``other_than`` are not models and stay as they are.
     """
@@ -55,7 +53,7 @@ def with_absolute_folders(recipe: Recipe, folder: Path, other_than: Collection[s
         found = None if model in other_than else find_folder(model, folder)
         return str(found.resolve()) if found else model
 
-    return rename_models(recipe, rename)
+    return rename
 
 
 def rename_models(part: _Part, rename: Callable[[str], str]) -> _Part:
@@ -96,10 +94,15 @@ def is_recipe(mapping: Mapping[str, Any]) -> bool:
     return "merge_method" in mapping or any(key in mapping for key in _OTHER_TOOLS)
 
 
-def parse_recipe(mapping: Mapping[str, Any], where: str) -> tuple[Recipe, list[str]]:
+def parse_recipe(
+    mapping: Mapping[str, Any], where: str, rename: Callable[[str], str] = str
+) -> tuple[Recipe, list[str]]:
     """Check a recipe's mapping, as YAML gives it.
 
-    ``where`` is where the mapping is from, for messages.
+    Args:
+        mapping: The recipe.
+        where: Where it is from, for messages.
+        rename: Gives a model the name that it has in the result, so that one model has one.
 
     Returns:
         The recipe, and notes for the user on what is read differently from mergekit.
@@ -127,7 +130,7 @@ def parse_recipe(mapping: Mapping[str, Any], where: str) -> tuple[Recipe, list[s
     for path, entry, kind in entries:
         check_keys(path, entry, kind.model_fields)
     try:
-        recipe = Recipe.model_validate(mapping)
+        recipe = rename_models(Recipe.model_validate(mapping), rename)
     except ValidationError as error:
         raise MergeError(f"{where}: {first_error(error)}") from None
     for path, settings in _scopes(recipe, ""):

@@ -15,7 +15,7 @@ from typing import Any
 
 from merge_engine.errors import MergeError
 from merge_engine.recipe.recipe import Recipe
-from merge_engine.recipe.recipe_file import parse_recipe, rename_models, with_absolute_folders
+from merge_engine.recipe.recipe_file import absolute_in, parse_recipe, rename_models
 from merge_engine.schema import dump_yaml, load_documents
 
 
@@ -52,8 +52,7 @@ def load_stages(path: Path) -> tuple[list[Stage], list[str]]:
     for index, (document, name) in enumerate(zip(documents, names, strict=True)):
         where = _where(path, index, names)
         body = {key: value for key, value in document.items() if key != "name"}
-        recipe, own_notes = parse_recipe(body, where)
-        recipe = with_absolute_folders(recipe, path.parent, other_than=names)
+        recipe, own_notes = parse_recipe(body, where, absolute_in(path.parent, other_than=names))
         several = f"{where}: " if len(documents) > 1 else ""
         notes += [several + note for note in own_notes]
         found[name] = Stage(where, name, recipe, frozenset(_models(recipe) & {*names}))

@@ -126,7 +126,7 @@ class SearchSpec(FrozenModel):
     at_most: Count | None = None  # donors that a recipe uses at most; None: all
     layer_groups: Count = 1  # groups of consecutive layers with weights of their own
     # Parts of tensor names; tensors whose name has one get weights of their own.
-    split: tuple[str, ...] = ()
+    split: tuple[Annotated[str, Field(min_length=1)], ...] = ()
     # Whether weights are tuned by gradient; auto: where a method and the tasks have gradients.
     tune: Literal["auto"] | bool = "auto"
     tune_by: TunedUnit = "tensor"  # what has a tuned weight of its own
