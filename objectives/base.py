@@ -16,6 +16,9 @@ if TYPE_CHECKING:
     from objectives.journal import Journal
 
 
+_REASON = 300  # characters of a library's or a user's own message
+
+
 def printable(text: str) -> str:
     r"""Return untrusted text with every unprintable character escaped, for terminals and logs.
 
@@ -37,15 +40,21 @@ class ObjectiveError(ValueError):
         super().__init__(printable(message))
 
 
+def reason(error: BaseException) -> str:
+    """Return the first words of an error's message."""
+    text = str(error)
+    return text if len(text) <= _REASON else f"{text[:_REASON]}..."
+
+
 @contextlib.contextmanager
 def objective_errors(where: str) -> Iterator[None]:
     """Turn any error inside into an ``ObjectiveError`` that begins with ``where``."""
     try:
         yield
-    except ObjectiveError:
+    except (ObjectiveError, KeyboardInterrupt, GeneratorExit):
         raise
-    except (Exception, SystemExit) as error:  # a user's code may exit
-        raise ObjectiveError(f"{where}: {type(error).__name__}: {error}") from error
+    except BaseException as error:  # a user's code may exit, and Rust's panic
+        raise ObjectiveError(f"{where}: {type(error).__name__}: {reason(error)}") from error
 
 
 @contextlib.contextmanager

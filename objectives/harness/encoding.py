@@ -18,7 +18,8 @@ TEMPLATE_SECONDS: Final = 10.0  # for one conversation
 # Characters of a template, and of what it makes; the longest published have some ten thousand.
 _TEMPLATE_LENGTH: Final = 1_000_000
 _MEMORY: Final = 1 << 30  # bytes
-_TRIED: Final = string.printable
+# With long words, on which regular expressions may never end.
+_TRIED: Final = f"{string.printable} {'a' * 99} {'1' * 99}\n"
 
 
 @dataclass(frozen=True)

@@ -30,7 +30,8 @@ from objectives.harness.prompts import Question
 from objectives.inference.loglikelihood import Loglikelihood
 
 JUDGE_SECONDS = 30.0  # per item; MATH itself gives up on a formula after 15 s
-_HANGS = 10  # items that may take so long, of those that are scored together
+# Of items that are scored together, how many may take so long; and how many if none was faster.
+_HANGS, _ALL_HANG = 10, 3
 NAN = "a model that was sound elsewhere needs a wider dtype in the study (bfloat16, float32)"
 _JUDGE_MEMORY = 4 << 30  # bytes beyond those of the process when it is forked
 _REASON = 300  # characters kept of a reason: an exception may quote the whole response
@@ -65,7 +66,8 @@ def judge(questions: Sequence[Question], seconds: float) -> list[ItemResult]:
     while len(judged) < len(untrusted):
         judged += _judge_until_stopped(untrusted[len(judged) :], seconds)
         hanging = sum(result.fault == _too_long(seconds) for result in judged)
-        if hanging >= _HANGS and len(judged) < len(untrusted):
+        most = _ALL_HANG if hanging == len(judged) else _HANGS
+        if hanging >= most and len(judged) < len(untrusted):
             raise ObjectiveError(
                 f"{untrusted[len(judged) - 1].where}: scoring took longer than {seconds:g} s for "
                 f"{hanging} of {len(judged)} responses; look for a regular expression or code of "

@@ -63,7 +63,8 @@ def build_questions(
             chat_template=_limited(language_model.apply_chat_template) if chat else None,
             tokenizer_name=language_model.tokenizer_name if chat else "",
         )
-    _check_instruction(loaded.name, task.instances, prompting)
+    if chat and prompting.system_instruction:
+        _check_instruction(loaded.name, prompting.system_instruction, language_model)
     by_doc: dict[int, list[Instance]] = defaultdict(list)
     for request in sorted(task.instances, key=lambda request: request.idx):
         _check_request(loaded.name, request, language_model)
@@ -90,11 +91,15 @@ def _limited(template: Callable[..., str]) -> Callable[..., str]:
     return apply
 
 
-def _check_instruction(name: str, requests: Sequence[Instance], prompting: Prompting) -> None:
-    """Refuse a system instruction that the chat template leaves out of every prompt."""
-    text = (prompting.system_instruction or "").strip()
-    prompts = [str(request.args[0]) for request in requests]
-    if prompting.apply_chat_template and prompts and not any(text in each for each in prompts):
+def _check_instruction(name: str, instruction: str, language_model: FastHFLM) -> None:
+    """Refuse a system instruction that makes no difference to a chat."""
+    chats = (
+        [{"role": "system", "content": content}, {"role": "user", "content": "?"}]
+        for content in (instruction, f"<{instruction}>")
+    )
+    with objective_errors(f"task {name!r}: the chat template"):
+        first, second = map(_limited(language_model.apply_chat_template), chats)
+    if first == second:
         raise ObjectiveError(
             f"task {name!r}: system_instruction is in none of its prompts, because the tokenizer's "
             "chat template has no system message; leave it out, or put it into the task's "
@@ -106,10 +111,13 @@ def _check_request(name: str, request: Instance, language_model: FastHFLM) -> No
     """Refuse responses that are sampled, or leave no tokens for a prompt."""
     if request.request_type == "generate_until":
         check_greedy(name, normalize_gen_kwargs(request.args[1]))
-    if (limit := _max_new_tokens(request, language_model)) >= language_model.max_length:
+    limit = _max_new_tokens(request, language_model)
+    if request.request_type == "generate_until" and limit < 1:
+        raise ObjectiveError(f"task {name!r}: max_gen_toks is {limit}; set 1 or more")
+    if limit >= language_model.max_length:
         raise ObjectiveError(
             f"task {name!r}: max_gen_toks is {limit} but the model's context, by its config.json, "
-            f"has {language_model.max_length} tokens; set a smaller max_gen_toks"
+            f"has {language_model.max_length} tokens; set a smaller max_gen_toks, or correct that"
         )
 
 

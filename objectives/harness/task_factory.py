@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import glob
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from types import FunctionType, NoneType
 from typing import Any
 
 import datasets  # type: ignore[import-untyped]  # published without types
@@ -19,13 +21,27 @@ from lm_eval.tasks._factory import TaskFactory
 from lm_eval.tasks._index import Entry
 from typing_extensions import override
 
-from objectives.base import ObjectiveError, objective_errors, time_limit
+from objectives.base import ObjectiveError, objective_errors, reason, time_limit
 from objectives.harness.encoding import TEMPLATE_SECONDS
 from objectives.harness.task_code import find_code
 from objectives.harness.task_files import check_plain
 from objectives.harness.task_index import LM_EVAL_TASKS
 
 TEMPLATE_MAKES = 10_000_000  # characters at most
+# Limits of time of a task's own code: of its import, or a function of a whole data set; of a
+# function of a row. What scores a response is limited where it is called.
+DATASET_SECONDS, ROW_SECONDS = 60.0, 10.0
+_OF_DATASETS = ("process_docs", "custom_dataset")
+_SCORES = "process_results"
+# Settings of which other types break lm-eval, and what to write.
+_TYPES: Mapping[str, tuple[tuple[type, ...], str]] = {
+    "num_fewshot": ((int,), "a whole number"),
+    "dataset_name": ((str,), "a text, in quotes"),
+    "description": ((str,), "a text, in quotes"),
+    "doc_to_text": ((str, int, FunctionType), "a text, in quotes"),
+    "process_docs": ((FunctionType,), "a !function"),
+    "generation_kwargs": ((dict,), "a mapping"),
+}
 
 
 class SafeTaskFactory(TaskFactory):  # type: ignore[misc]  # lm-eval is published without types
@@ -40,6 +56,20 @@ class SafeTaskFactory(TaskFactory):  # type: ignore[misc]  # lm-eval is publishe
         self._check_trusted(entry)
         with _inside_folder_of(entry):
             return super().build(entry, **settings)
+
+    @override
+    def _load_full_config(
+        self, entry: Entry, overrides: dict[str, Any] | None = None
+    ) -> dict[str, Any]:
+        if _is_lm_evals(entry):
+            return super()._load_full_config(entry, overrides)  # type: ignore[no-any-return]
+        where = f"task {entry.name!r} ({entry.yaml_path}): its"
+        with time_limit(DATASET_SECONDS, f"{where} code"):
+            config: dict[str, Any] = super()._load_full_config(entry, overrides)
+        for key, (types, wanted) in _TYPES.items():
+            if not isinstance(value := config.get(key), (*types, NoneType)):
+                raise ObjectiveError(f"{where} {key} is {value!r}; write {wanted}")
+        return {key: _limited(value, key, where) for key, value in config.items()}
 
     @override
     def _build_task(self, entry: Entry, overrides: dict[str, Any] | None) -> Task:
@@ -61,9 +91,10 @@ class SafeTaskFactory(TaskFactory):  # type: ignore[misc]  # lm-eval is publishe
                     f"{where}: {error}; correct it, or give the rows of its data that field"
                 ) from error
             except (FileNotFoundError, ConnectionError, StopIteration) as error:
-                reason = str(error) or "no file fits data_files"  # datasets' own stop has no text
+                # datasets' own stop has no text
+                said = reason(error) if str(error) else "no file fits data_files"
                 raise ObjectiveError(
-                    f"{where}: its data was not found: {reason}; check dataset_path and "
+                    f"{where}: its data was not found: {said}; check dataset_path and "
                     "data_files, which are relative to that YAML"
                 ) from error
 
@@ -85,6 +116,24 @@ class SafeTaskFactory(TaskFactory):  # type: ignore[misc]  # lm-eval is publishe
                 f"task {name!r} runs code the model writes, and merged models are untrusted; "
                 "leave it out, or set unsafe_code: true on a machine that may be harmed"
             )
+
+
+def _limited(value: Any, key: str, where: str) -> Any:
+    """Return a task's setting, in which each function has a limit of time."""
+    if isinstance(value, dict):
+        return {name: _limited(part, name, where) for name, part in value.items()}
+    if isinstance(value, list):
+        return [_limited(part, key, where) for part in value]
+    if not isinstance(value, FunctionType) or key == _SCORES:
+        return value
+
+    @functools.wraps(value)
+    def limited(*arguments: Any, **settings: Any) -> Any:
+        seconds = DATASET_SECONDS if key in _OF_DATASETS else ROW_SECONDS
+        with time_limit(seconds, f"{where} {key}"):
+            return value(*arguments, **settings)
+
+    return limited
 
 
 @contextlib.contextmanager
@@ -109,9 +158,14 @@ def limited_templates(task: str) -> Iterator[None]:
         utils.apply_template = apply
 
 
+def _is_lm_evals(entry: Entry) -> bool:
+    """Return whether a task is lm-eval's own, whose code is trusted, and may take long."""
+    return entry.yaml_path is None or entry.yaml_path.is_relative_to(LM_EVAL_TASKS)
+
+
 def _inside_folder_of(entry: Entry) -> contextlib.AbstractContextManager[None]:
     # lm-eval's own tasks have no data files, and its folder names can be mistaken for data sets
-    if entry.yaml_path is None or entry.yaml_path.is_relative_to(LM_EVAL_TASKS):
+    if entry.yaml_path is None or _is_lm_evals(entry):
         return contextlib.nullcontext()
     return contextlib.chdir(entry.yaml_path.parent)
 

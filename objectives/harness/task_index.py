@@ -72,7 +72,7 @@ def registered_tasks(cache: Path | None = None) -> Mapping[str, Entry]:
     It is read from the folder ``cache``, or built and written there if it is missing or damaged.
     """
     file = cache / "task_index" / f"{_version()}.json" if cache else None
-    with suppress(OSError, ValueError, KeyError, TypeError):
+    with suppress(OSError, ValueError, KeyError, TypeError, RecursionError):
         if file and file.is_file():  # opening a pipe would block
             return _read_index(file)
     with quiet(logging.ERROR):
