@@ -12,7 +12,7 @@ from pydantic import ValidationError
 
 from merge_engine.out_of_memory import is_out_of_memory
 
-FULL = (errno.ENOSPC, errno.EDQUOT)  # of a full disk
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # of a full disk, or a limit of space
 _SHOWN = 300  # characters of a library's message
 _YAML_WORDS = (  # pydantic's words, and YAML's for the same
     (r"^Value error, ", ""),

@@ -12,6 +12,7 @@ _WORDS = (
     "can't allocate memory",
     "bad_alloc",
     "failed to map segment",
+    "error return without exception set",  # of C code that had no memory for an exception
 )
 
 
@@ -21,7 +22,7 @@ def is_out_of_memory(error: BaseException) -> bool:
     known = isinstance(error, MemoryError) or name == "OutOfMemoryError"
     if known or getattr(error, "errno", None) == errno.ENOMEM:
         return True
-    return isinstance(error, RuntimeError | ImportError | OSError) and any(
+    return isinstance(error, RuntimeError | ImportError | OSError | SystemError) and any(
         words in str(error) for words in _WORDS
     )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 import sys
 import tempfile
 import traceback
@@ -18,7 +19,7 @@ from search.options import Options
 from search.process import (
     collector_paused,
     interrupted_by_sigterm,
-    open_closed_streams,
+    open_streams,
     quiet_libraries,
 )
 
@@ -37,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         database that is gone) or by a fault of this program, 2 bad input, 130 interrupted.
     """
     argv = sys.argv[1:] if argv is None else argv
-    open_closed_streams()
+    open_streams()
     try:
         with interrupted_by_sigterm():
             _run(*parse(argv))
@@ -46,7 +47,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(file=sys.stderr)  # the terminal shows the keys
         message, code = f"stopped; {AGAIN}", INTERRUPTED
-    except Exception as error:
+    except SystemExit:
+        raise
+    except BaseException as error:  # a panic of Rust code is no Exception
         message, code = _expected(error) or (_fault(error), STOPPED)
     else:
         return 0
@@ -58,6 +61,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(command: str, options: Options) -> None:
     """Run a command, its libraries kept quiet from before they are imported."""
+    try:
+        os.getcwd()
+    except FileNotFoundError:  # libraries would end the process
+        raise UsageError("the current folder has been removed; change to another") from None
     with quiet_libraries(lambda text: listener(Note(text)), verbose=options.verbose):
         listener = _make_listener(json_lines=options.json)
         with collector_paused():
@@ -86,7 +93,7 @@ def _make_listener(*, json_lines: bool) -> Listener:
     return Terminal(Console(soft_wrap=piped, force_interactive=False if piped else None))
 
 
-def _expected(error: Exception) -> tuple[str, int] | None:
+def _expected(error: BaseException) -> tuple[str, int] | None:
     """Return message and exit code of an expected error; None for a bug of this program."""
     if is_out_of_memory(error):  # first, for there may be none left to import by
         return f"there is not enough memory; with more, {AGAIN}", STOPPED
@@ -115,7 +122,7 @@ def _of_system(error: OSError, *, full: bool) -> tuple[str, int] | None:
     return None
 
 
-def _of_database(error: Exception) -> tuple[str, int] | None:
+def _of_database(error: BaseException) -> tuple[str, int] | None:
     if type(error).__module__.partition(".")[0] not in ("sqlalchemy", "optuna"):
         return None
     from objectives.base import printable
@@ -129,7 +136,7 @@ def _of_database(error: Exception) -> tuple[str, int] | None:
     return f"{what}; restore it from a copy, or start over with --force-new", BAD_INPUT
 
 
-def _fault(error: Exception) -> str:
+def _fault(error: BaseException) -> str:
     """Write an unexpected error's traceback to a file, and return a message that names it."""
     from merge_engine.errors import reason
     from objectives.base import printable

@@ -11,6 +11,7 @@ import threading
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from io import TextIOWrapper
 from typing import Final
 
 OWN: Final = ("merge_engine", "objectives", "search")
@@ -30,8 +31,11 @@ SILENT: Final = {
 }
 
 
-def open_closed_streams() -> None:
-    """Open closed standard streams on os.devnull, else the next file opened takes their number."""
+def open_streams() -> None:
+    """Open closed standard streams, and let all write what their encoding lacks as escapes.
+
+    Closed ones are opened on os.devnull, else the next file opened would take their number.
+    """
     for number, name in enumerate(("stdin", "stdout", "stderr")):
         try:
             os.fstat(number)
@@ -41,6 +45,8 @@ def open_closed_streams() -> None:
                 os.close(null)
         if getattr(sys, name) is None:
             setattr(sys, name, os.fdopen(number, "w" if number else "r", closefd=False))
+        if isinstance(stream := getattr(sys, name), TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 @contextmanager

@@ -59,7 +59,7 @@ def known_checksum(file: Path) -> str:
     state, path = FileState.of(file), str(file.resolve())
     name = hashlib.blake2b(path.encode(errors="surrogateescape"), digest_size=20).hexdigest()
     kept = default_folder() / "checksums" / f"{name}.json"
-    with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
+    with contextlib.suppress(OSError, ValueError, TypeError, KeyError, RecursionError):
         found = json.loads(kept.read_bytes()) if kept.is_file() else {}  # a pipe would block
         if found["sum"] == _sum_of(found["checksum"], state):
             return str(found["checksum"])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from merge_engine.errors import MergeError
-from merge_engine.plain_files import is_text
+from merge_engine.plain_files import is_text, other_than_file
 from merge_engine.recipe.recipe import Recipe
 from merge_engine.replacing import replace_text
 from objectives.entries import PromptEntry
@@ -103,8 +103,8 @@ def report(options: ReportOptions, listener: Listener) -> None:
     """Write a run's report.html, finished or not."""
     stored_spec(options.run, options.storage)
     file = options.out or options.run / "report.html"
-    if file.is_dir():
-        raise StudyError(f"{file} is a folder; name the file to write in it")
+    if file.exists() and (kind := other_than_file(file)):
+        raise StudyError(f"{file} is {kind}; name a file to write")
     check_folder(file.parent)
     store = Store(Storage.of(options.run, options.storage), begun=True)
     with reading_stored(options.run):

@@ -23,6 +23,7 @@ from search.wording import UNTUNED, bracketed, percent, shortened
 TEMPLATE: Final = Path(__file__).with_name("card.md")
 TAGS: Final = ["merge", "mergekit", "mergesearch"]
 LICENCE: Final = ("license", "license_name", "license_link")
+SCRIPT: Final = re.compile(r"\s*(javascript|vbscript|data):", re.I)  # what no link may be
 LONGEST_FRONT: Final = 100_000  # characters of a card that are searched for its licence
 LONGEST_LICENCE: Final = 200  # letters of a licence
 
@@ -136,7 +137,7 @@ def _licence(model: str) -> Mapping[str, str]:
         return {
             key: shortened(printable(data[key]), LONGEST_LICENCE)
             for key in LICENCE
-            if isinstance(data.get(key), str)
+            if isinstance(data.get(key), str) and not SCRIPT.match(data[key])
         }
     return {}
 

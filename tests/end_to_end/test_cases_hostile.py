@@ -144,6 +144,32 @@ def vocabulary(edit: Callable[[dict[str, int]], object]) -> Change:
     return tokenizer(lambda contents: edit(contents["model"]["vocab"]))
 
 
+def twice(file: str, key: str, value: str) -> Change:
+    """A JSON object has one of its keys again."""
+
+    def change(folder):
+        text = (folder / file).read_text().rstrip().removesuffix("}")
+        (folder / file).write_text(f'{text}, "{key}": {value}}}')
+
+    return change
+
+
+def in_shards(folder: Path) -> None:
+    index(folder, f"1-{WEIGHTS}")
+    shutil.copy(folder / "a" / WEIGHTS, folder / "b" / f"1-{WEIGHTS}")
+
+
+def without_tensors(folder: Path) -> None:
+    save_file({}, folder / "lora" / "adapter_model.safetensors")
+
+
+def splitting(contents: dict[str, Any]) -> None:
+    """Split words by an expression that takes for ever on long ones."""
+    pattern = {"Regex": "(a|a)*$"}
+    kind = {"type": "Split", "pattern": pattern, "behavior": "Isolated", "invert": False}
+    contents["pre_tokenizer"] = kind
+
+
 def doubling(contents: dict[str, Any]) -> None:
     twice = {"type": "Replace", "pattern": {"String": "a"}, "content": "aa"}
     contents["normalizer"] = {"type": "Sequence", "normalizers": [twice] * 60}
@@ -264,12 +290,12 @@ def group(members: str) -> Change:
     )
 
 
-def with_code(code: str) -> Change:
+def with_code(code: str, key: str = "doc_to_text") -> Change:
     return both(
-        task(doc_to_text="x"),
+        task(**{key: "PLACE"}),
         lambda f: write(
             "tasks/tell.yaml",
-            (f / "tasks/tell.yaml").read_text().replace("text: x", "text: !function own.text"),
+            (f / "tasks/tell.yaml").read_text().replace("PLACE", "!function own.text"),
         )(f),
         write("tasks/own.py", code),
         study(objective__trust_task_code=True),
@@ -359,7 +385,54 @@ CASES = {
     "generation config that is a list": Case(
         RUN, ("base", "generation_config"), write("base/generation_config.json", "[1]")
     ),
+    "key twice in a config": Case(
+        BUILD,
+        ("b/config.json", "'rms_norm_eps' comes twice"),
+        twice("b/config.json", "rms_norm_eps", "9"),
+    ),
+    "key twice in an index": Case(
+        BUILD,
+        ("index.json", "'weight_map' comes twice"),
+        both(in_shards, twice(f"b/{WEIGHTS}.index.json", "weight_map", "{}")),
+    ),
+    "key twice in a generation config": Case(
+        CHECK,
+        ("base/generation_config.json", "'eos_token_id' comes twice"),
+        write("base/generation_config.json", '{"eos_token_id": 1, "eos_token_id": 2}'),
+    ),
+    "NaN in a config": Case(
+        CHECK,
+        ("base/config.json", "NaN"),
+        lambda f: write(
+            "base/config.json", (f / "base/config.json").read_text().replace("1e-06", "NaN")
+        )(f),
+    ),
+    "architectures that are a text": Case(
+        BUILD, ("b/config.json", "architectures", "list"), config("b", architectures="Llama")
+    ),
+    "rows that the config does not have, in a study": Case(
+        CHECK, ("study.yaml", "base's config.json"), everywhere(vocab_size=10**12)
+    ),
+    "context of -1 tokens": Case(
+        CHECK,
+        ("'tell'", "config.json", "-1 tokens", "correct that"),
+        everywhere(max_position_embeddings=-1),
+    ),
     # adapters
+    "key twice in an adapter config": Case(
+        BUILD,
+        ("adapter_config.json", "'lora_alpha' comes twice"),
+        both(lora(), twice("lora/adapter_config.json", "lora_alpha", "64")),
+    ),
+    "rank that the tensors do not have": Case(
+        BUILD, ("adapter_model.safetensors", "lora_A", "rank 2", "says 16"), settings(r=16)
+    ),
+    "rank by a pattern that the tensors do not have": Case(
+        BUILD, ("lora_A", "rank 2", "says 4"), settings(rank_pattern={"q_proj": 4})
+    ),
+    "adapter without tensors": Case(
+        BUILD, ("adapter_model.safetensors", "no tensors"), both(lora(), without_tensors)
+    ),
     "pickled adapter beside the base": Case(RUN, ("base",), bin_adapter),
     "adapter beside the base": Case(
         RUN,
@@ -453,6 +526,13 @@ CASES = {
     ),
     "build where one is": Case("build recipe.yaml . --device cpu", (".", "exists"), unharmed),
     "seed of 400 digits as an option": Case(f"{RUN} --seed {'9' * 400}", ("--seed",), unharmed),
+    "empty name in a recipe": Case(
+        BUILD, ("recipe.yaml: models.0.model", "''"), recipe(models=[{"model": ""}])
+    ),
+    "empty name of a vocabulary": Case(
+        BUILD, ("recipe.yaml: tokenizer_source", "''"), recipe(tokenizer_source="model:")
+    ),
+    "empty name in a study": Case(CHECK, ("study.yaml", "''"), study(models=["a", ""])),
     "long name": Case(CHECK_LONG, ("aaa", "File name too long"), unharmed),
     "long path": Case(f"check {DEEP_PATH}y --device cpu", ("x/x", "File name too long"), unharmed),
     "long name in init": Case(
@@ -517,6 +597,14 @@ CASES = {
     ),
     "no tokens": Case(RUN, ("base",), vocabulary(dict.clear)),
     "normalizer that doubles": Case(RUN, ("base", "tokenizer"), tokenizer(doubling)),
+    "words that an expression never ends on": Case(
+        CHECK, ("base", "tokenizer", "when it encodes"), tokenizer(splitting)
+    ),
+    "key twice in a tokenizer's config": Case(
+        CHECK,
+        ("base/tokenizer_config.json", "'eos_token' comes twice"),
+        twice("base/tokenizer_config.json", "eos_token", '"a"'),
+    ),
     "length that is a word": Case(RUN, ("base",), tokenizer_config(model_max_length="long")),
     # questions of one's own
     "lone surrogate": Case(
@@ -565,6 +653,21 @@ CASES = {
     ),
     "task whose name is a number": Case(
         CHECK, ("tasks/tell.yaml", "task is 5", "quotes"), task(task=5)
+    ),
+    "shots that are a word": Case(
+        CHECK, ("tell.yaml", "num_fewshot is 'x'", "whole number"), task(num_fewshot="x")
+    ),
+    "prompt that is a list": Case(
+        CHECK, ("tell.yaml", "doc_to_text is ['a']", "text"), task(doc_to_text=["a"])
+    ),
+    "settings that are a word": Case(
+        CHECK, ("tell.yaml", "generation_kwargs is 'x'"), task(generation_kwargs="x")
+    ),
+    "answers of no tokens": Case(
+        CHECK, ("'tell'", "max_gen_toks is 0", "1 or more"), task(generation_kwargs__max_gen_toks=0)
+    ),
+    "data that are a folder of everything": Case(
+        CHECK, ("tell.yaml", "/etc", "check dataset_path"), task(dataset_path="/etc")
     ),
     "filters that are none": Case(CHECK, ("study.yaml", "'tell'"), task(filter_list=[])),
     "length that is no number": Case(
@@ -620,6 +723,14 @@ CASES = {
     "task's code that exits": Case(
         CHECK, ("tell.yaml", "SystemExit"), with_code("import sys\nsys.exit(0)\n")
     ),
+    **{
+        f"task's {key} that never ends": Case(
+            CHECK,
+            ("tell.yaml", key, "longer than 1 s"),
+            with_code("def text(_):\n    while True: pass\n", key),
+        )
+        for key in ("doc_to_text", "doc_to_target", "process_docs")
+    },
     "task's code that is a pipe": Case(
         CHECK, ("own.py", "named pipe"), both(with_code(""), pipe("tasks/own.py"))
     ),
@@ -716,6 +827,9 @@ CASES = {
     "start that is a number": Case(
         CHECK, ("study.yaml: search.start", "5"), study(search__start=[5])
     ),
+    "part that every name has": Case(
+        CHECK, ("study.yaml: search.split", "''"), study(search__split=[""])
+    ),
     "floor that is no number": Case(
         CHECK,
         ("study.yaml: objective.constraints",),
@@ -769,6 +883,8 @@ def contents(folder: Path) -> dict[Path, bytes | None]:
 def short_limits(monkeypatch):
     for module in ("encoding", "prompts", "task_factory"):
         monkeypatch.setattr(f"objectives.harness.{module}.TEMPLATE_SECONDS", 1.0)
+    for name in ("DATASET_SECONDS", "ROW_SECONDS"):
+        monkeypatch.setattr(f"objectives.harness.task_factory.{name}", 1.0)
 
 
 @pytest.mark.usefixtures("short_limits")

@@ -256,6 +256,15 @@ CASES = {
     "k03": Case(
         BUILD, None, recipe(merge_method="slerp", models=[{"model": "a"}], parameters={"t": 0.45})
     ),
+    "k03 spelled otherwise": Case(
+        BUILD,
+        None,
+        recipe(
+            merge_method="slerp",
+            models=[{"model": "./base"}, {"model": "a"}],
+            parameters={"t": 0.5},
+        ),
+    ),
     "k04": Case(BUILD, None, recipe(merge_method="della", chat_template="llama3")),
     "k04 alpaca": Case(BUILD, None, recipe(chat_template="alpaca")),
     "k04 misspelled": Case(
@@ -318,6 +327,16 @@ CASES = {
     ),
     "f04 compiled": Case(
         BUILD, ("b", "'_orig_mod.'", "wrapper"), renamed(lambda name: f"_orig_mod.{name}")
+    ),
+    "f04 peft": Case(
+        BUILD,
+        ("b", "'base_model.model.'", "wrapper"),
+        renamed(lambda name: f"base_model.model.{name}"),
+    ),
+    "f04 all of them": Case(
+        BUILD,
+        ("base", "'_forward_module.'", "wrapper"),
+        renamed(lambda name: f"_forward_module.{name}", "base", "a", "b"),
     ),
     "f05b": Case(BUILD, None, config("b", architectures=["LLaMAForCausalLM"])),
     "f07b": Case(
@@ -383,6 +402,14 @@ CASES = {
         BUILD, ("b", "training's checkpoints", "checkpoint-20"), moved("checkpoint-20")
     ),
     "f09 snapshots": Case(BUILD, ("b", "hub's cache", "snapshots/abc"), moved("snapshots/abc")),
+    "f09 inner folder": Case(BUILD, ("b", "holds one: name ", "b/final"), moved("final")),
+    "f09 adapter": Case(
+        BUILD, ("b", "without the adapter_config.json"), only("b", "adapter_model.safetensors")
+    ),
+    "f09 archive": Case(BUILD, ("b", "model.zip: unpack"), only("b", "model.zip")),
+    "f09 download": Case(
+        BUILD, ("b", "download that has not ended"), only("b", f"{WEIGHTS}.incomplete")
+    ),
     "f09 zero": Case(BUILD, ("b", "zero_to_fp32"), only("b", "zero_to_fp32.py")),
     "f09 fsdp": Case(BUILD, ("b", "FSDP"), only("b", "__0_0.distcp")),
     "f09 pointer": Case(
@@ -525,6 +552,17 @@ CASES = {
             write(
                 "base/chat_template.jinja",
                 "{% for m in messages if m.role == 'user' %}{{ m.content }}{% endfor %}",
+            ),
+            study(objective__apply_chat_template=True, objective__system_instruction="Be brief."),
+        ),
+    ),
+    "r13 in capitals": Case(
+        CHECK,
+        None,
+        both(
+            write(
+                "base/chat_template.jinja",
+                "{% for m in messages %}{{ m.content | upper }}{% endfor %}",
             ),
             study(objective__apply_chat_template=True, objective__system_instruction="Be brief."),
         ),

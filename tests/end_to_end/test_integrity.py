@@ -545,6 +545,13 @@ def test_report_beside_a_file_of_the_users_leaves_it(done, tmp_path):
     assert (tmp_path / "page.html.partial").read_text() == "mine"
 
 
+def test_report_does_not_take_the_place_of_what_is_no_file(done, tmp_path, capsys):
+    os.mkfifo(tmp_path / "page.html")
+    assert main(["report", str(done / "run"), "--out", str(tmp_path / "page.html")]) == 2
+    one_line(capsys, "page.html is a named pipe", "name a file")
+    assert (tmp_path / "page.html").is_fifo()
+
+
 # Secrets
 
 URLS = (
@@ -863,6 +870,28 @@ def test_reader_that_goes_away_is_no_traceback(models):
     done = subprocess.run(["bash", "-c", command], stderr=subprocess.PIPE, text=True)
     assert "Traceback" not in done.stderr
     assert "Exception ignored" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("before", "code", "says"),
+    [
+        ("ulimit -f 20", 1, "File too large; when there is space"),
+        ("mkdir gone; cd gone; rmdir ../gone", 2, "current folder has been removed"),
+    ],
+)
+def test_fault_of_the_surroundings_is_one_line(models, before, code, says):
+    command = f"{before}; {sys.executable} -m search.cli build recipe.yaml out"
+    done = subprocess.run(["bash", "-c", command], cwd=models, capture_output=True, text=True)
+    assert (done.returncode, done.stderr.count("\n")) == (code, 1)
+    assert says in done.stderr
+
+
+def test_letters_that_the_terminal_lacks_are_escaped(models):
+    command = [sys.executable, "-m", "search.cli", "build", "recipe.yaml", "out±"]
+    surroundings = os.environ | {"PYTHONIOENCODING": "ascii"}
+    done = subprocess.run(command, cwd=models, capture_output=True, text=True, env=surroundings)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith(r"out\xb1: ")
 
 
 @pytest.mark.parametrize("megabytes", [300, 1200])

@@ -84,6 +84,13 @@ def test_items_that_hang_one_after_another_end_the_scoring_of_their_block(
     assert [each.value for each in faulty.score(model, [0, 5, 2])] == [1.0, 1.0, 0.0]
 
 
+def test_scoring_that_hangs_on_the_first_items_ends_there(faulty, model):
+    faulty.judge_seconds = 0.5
+    faulty.questions[:4] = [faulty.questions[2]] * 4
+    with pytest.raises(ObjectiveError, match="for 3 of 3 responses; look"):
+        faulty.score(model, [0, 1, 2, 3])
+
+
 def test_no_process_is_left_behind_by_scoring_that_hangs(faulty, model):
     faulty.score(model, [2])
     with pytest.raises(ChildProcessError):
