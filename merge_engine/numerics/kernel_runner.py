@@ -13,6 +13,7 @@ import shutil
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from operator import itemgetter
 from typing import Any
 
 import torch
@@ -22,14 +23,19 @@ from merge_engine.numerics.noise import Noise, drawn, weyl
 from merge_engine.numerics.packing import WIDTH
 
 _LOG = logging.getLogger(__name__)
-Kernel = Callable[..., Tensor]
+Kernel = Callable[..., Tensor]  # kernel(base, donors, **values), and `noise` if it takes noise
+Inputs = tuple[Tensor | None, Sequence[Tensor]]  # base and donors
+# A number for the whole tensor; one per row, (rows, 1); or one per element, of the donors' shape.
+Argument = float | Tensor
+Arguments = Mapping[str, Argument | Sequence[Argument]]  # by name; a sequence has one per donor
 CHUNK = 1 << 16  # elements of a chunk that fits a CPU's cache
 CHUNK_ON_GPU = 1 << 26  # launching kernels costs more than memory traffic
 PAYS = 100_000_000  # merged parameters for which compiling a kernel, in some seconds, pays
 KERNELS = 20  # about as many as a search over all methods runs
+_Options = dict[str, str | int | bool | Callable[..., Any]]  # as torch.compile declares them
 # Every intermediate result should stay in a register: one that inductor keeps in memory, as it does
 # with those used often, also halves how many 16-bit numbers it processes at a time.
-_OPTIONS: dict[str, str | int | bool | Callable[..., Any]] = {
+_OPTIONS: _Options = {
     "realize_opcount_threshold": 1 << 20,
     "realize_reads_threshold": 1 << 20,
 }
@@ -63,7 +69,7 @@ def configure_compiler() -> None:
     warnings.filterwarnings("ignore", message="bf16 and fp16 are mixed")
 
 
-def compiler_options(device: str) -> dict[str, str | int | bool | Callable[..., Any]]:
+def compiler_options(device: str) -> _Options:
     """Return inductor's options for kernels on a type of device."""
     return _OPTIONS if device == "cpu" else _OPTIONS_ON_GPU
 
@@ -71,23 +77,21 @@ def compiler_options(device: str) -> dict[str, str | int | bool | Callable[..., 
 class KernelRunner:
     """Runs kernels over packs, or over any tensor cut into rows of WIDTH numbers and a remainder.
 
-    A kernel's value is a number for the whole tensor, or one per row, (rows, 1); a list of n of
-    these; a flag; or a list of n elementwise tensors, which are cut like the donors. If
-    ``compiled``, kernels run through ``torch.compile`` (see ``configure_compiler``); else in
+    If ``compiled``, kernels run through ``torch.compile`` (see ``configure_compiler``); else in
     chunks.
     """
 
     def __init__(self, compiled: bool) -> None:
         self.compiled = compiled
-        self._compiled: dict[tuple[Kernel, str], Callable[..., Any]] = {}  # by device type
+        self._compiled: dict[tuple[Kernel, str], Callable[..., Tensor | None]] = {}  # by device
         self._failed: set[tuple[Kernel, str]] = set()  # those that cannot be compiled
 
     def write(
         self,
         out: Tensor,
         kernel: Kernel,
-        inputs: tuple[Tensor | None, Sequence[Tensor]],
-        values: Mapping[str, Any],
+        inputs: Inputs,
+        values: Arguments,
         noise: Noise | None = None,
     ) -> None:
         """Write ``kernel(base, donors, **values)`` into ``out``, rounded to its dtype.
@@ -97,41 +101,38 @@ class KernelRunner:
         self._run(kernel, _Rows.flatten(inputs, values, noise, out))
 
     def sums(
-        self,
-        kernel: Kernel,
-        inputs: tuple[Tensor | None, Sequence[Tensor]],
-        values: Mapping[str, Any],
-        noise: Noise | None = None,
+        self, kernel: Kernel, inputs: Inputs, values: Arguments, noise: Noise | None = None
     ) -> Tensor:
         """Return a kernel's k sums over each row of WIDTH elements and the remainder, (k, rows).
 
         The kernel returns them for the rows that it is given. Arguments are those of ``write``.
         """
         found = self._run(kernel, _Rows.flatten(inputs, values, noise, None))
-        return torch.cat(found, 1) if found else torch.zeros(1, 0, dtype=torch.float64)
+        sums = [part for part in found if part is not None]
+        return torch.cat(sums, 1) if sums else torch.zeros(1, 0, dtype=torch.float64)
 
-    def _run(self, kernel: Kernel, whole: _Rows) -> list[Any]:
-        """Run over all rows: in chunks, or compiled where there is more than one row.
+    def _run(self, kernel: Kernel, whole: _Rows) -> list[Tensor | None]:
+        return [result for rows in whole.split() for result in self._run_rows(kernel, rows)]
+
+    def _run_rows(self, kernel: Kernel, rows: _Rows) -> list[Tensor | None]:
+        """Run over rows: compiled if there are several, else in chunks.
 
         The remainder of a tensor is a single row, on which the compiler would specialise.
         """
-        done: list[Any] = []
-        run, key = _on_rows(kernel), (kernel, whole.donors[0].device.type)
-        for rows in whole.split():
-            if self.compiled and rows.count > 1 and key not in self._failed:
-                if key not in self._compiled:
-                    options = compiler_options(key[1])
-                    self._compiled[key] = torch.compile(run, dynamic=True, options=options)
-                try:
-                    done.append(self._compiled[key](*rows.arguments()))
-                    continue
-                # Private: torch has no public name for the errors of its compiler.
-                except torch._dynamo.exc.TorchDynamoException as error:
-                    name, reason = kernel.__name__, str(error).splitlines()[0]
-                    _LOG.warning("%s is not compiled but runs in chunks: %s", name, reason)
-                    self._failed.add(key)
-            done += [run(*chunk.arguments()) for chunk in rows.chunks()]
-        return done
+        run, key = _on_rows(kernel), (kernel, rows.donors[0].device.type)
+        if self.compiled and rows.count > 1 and key not in self._failed:
+            if key not in self._compiled:
+                options = compiler_options(key[1])
+                self._compiled[key] = torch.compile(run, dynamic=True, options=options)
+            try:
+                return [self._compiled[key](*rows.arguments())]
+            except torch.OutOfMemoryError:
+                raise
+            except RuntimeError as error:  # the compiler's; the kernel's own is raised again below
+                name, reason = kernel.__name__, str(error).splitlines()[0]
+                _LOG.warning("%s is not compiled but runs in chunks: %s", name, reason)
+                self._failed.add(key)
+        return [run(*chunk.arguments()) for chunk in rows.chunks()]
 
 
 @dataclass(frozen=True)
@@ -141,25 +142,26 @@ class _Rows:
     out: Tensor | None
     base: Tensor | None
     donors: list[Tensor]
-    values: dict[str, Any]
+    values: dict[str, Tensor | list[Tensor]]
     noise: Noise | None
 
     @classmethod
     def flatten(
-        cls,
-        inputs: tuple[Tensor | None, Sequence[Tensor]],
-        values: Mapping[str, Any],
-        noise: Noise | None,
-        out: Tensor | None,
+        cls, inputs: Inputs, values: Arguments, noise: Noise | None, out: Tensor | None
     ) -> _Rows:
         """Flatten everything to one long row; numbers become tensors, which are not compiled in."""
         base, donors = inputs
-        device = donors[0].device
+        like = donors[0]
         return cls(
             None if out is None else out.view(1, -1),
             None if base is None else base.reshape(1, -1),
             [donor.reshape(1, -1) for donor in donors],
-            {name: _tensors(value, donors[0].numel(), device) for name, value in values.items()},
+            {
+                name: [_as_tensor(one, like) for one in value]
+                if isinstance(value, Sequence)
+                else _as_tensor(value, like)
+                for name, value in values.items()
+            },
             noise,
         )
 
@@ -184,16 +186,14 @@ class _Rows:
         step = max(1, (CHUNK if on_cpu else CHUNK_ON_GPU) // WIDTH)
         for start in range(0, self.count, step):
             part = slice(start, start + step)
-            yield self._map(lambda tensor, part=part: tensor[part], part)  # type: ignore[misc]
+            yield self._map(itemgetter(part), part)
 
     def _map(self, cut: Callable[[Tensor], Tensor], rows: slice) -> _Rows:
         """Apply ``cut`` to elementwise tensors; select ``rows`` of those with a number per row."""
         wide = self.donors[0].shape[1]
 
-        def part(value: Any) -> Any:
-            if isinstance(value, list):
-                return [part(each) for each in value]
-            if not torch.is_tensor(value) or not value.dim():
+        def part(value: Tensor) -> Tensor:
+            if not value.dim():
                 return value
             return cut(value) if value.shape[1] == wide > 1 else value[rows]
 
@@ -201,18 +201,23 @@ class _Rows:
             None if self.out is None else cut(self.out),
             None if self.base is None else cut(self.base),
             [cut(donor) for donor in self.donors],
-            {name: part(value) for name, value in self.values.items()},
+            {
+                name: [*map(part, value)] if isinstance(value, list) else part(value)
+                for name, value in self.values.items()
+            },
             None if self.noise is None else self.noise.rows(rows),
         )
 
-    def arguments(self) -> tuple[Any, ...]:
+    def arguments(self) -> tuple[object, ...]:
         """Return the arguments of an ``_on_rows`` function."""
-        columns = _columns(self.donors[0].shape[1], self.donors[0].device) if self.noise else None
-        return self.out, self.base, self.donors, self.values, self.noise, columns
+        like = self.donors[0]
+        offsets = _offsets(like.shape[1], like.device) if self.noise else None
+        return self.out, self.base, self.donors, self.values, self.noise, offsets
 
 
 @functools.lru_cache(maxsize=64)
-def _columns(width: int, device: torch.device) -> Tensor:
+def _offsets(width: int, device: torch.device) -> Tensor:
+    """Return the positions within a row, for the noise."""
     return weyl(torch.arange(width, dtype=torch.int32, device=device))
 
 
@@ -226,13 +231,13 @@ def _on_rows(kernel: Kernel) -> Callable[..., Tensor | None]:
         out: Tensor | None,
         base: Tensor | None,
         donors: list[Tensor],
-        values: dict[str, Any],
+        values: dict[str, Tensor | list[Tensor]],
         noise: Noise | None,
-        columns: Tensor,
+        offsets: Tensor,
     ) -> Tensor | None:
         if torch.compiler.is_compiling():  # the width is then a constant, and cheap to divide by
             assert donors[0].shape[1] == WIDTH
-        drawn_noise = {} if noise is None else {"noise": drawn(noise, columns)}
+        drawn_noise = {} if noise is None else {"noise": drawn(noise, offsets)}
         result = kernel(base, donors, **values, **drawn_noise)
         if out is None:
             return result.double()
@@ -242,13 +247,9 @@ def _on_rows(kernel: Kernel) -> Callable[..., Tensor | None]:
     return run
 
 
-def _tensors(value: Any, size: int, device: torch.device) -> Any:
-    """Return a kernel's value with numbers as 32-bit tensors and elementwise tensors as one row."""
-    if isinstance(value, bool) or value is None:
-        return value
-    if isinstance(value, list | tuple):
-        return [_tensors(each, size, device) for each in value]
-    if not torch.is_tensor(value):
-        dtype = torch.int32 if isinstance(value, int) else torch.float32
-        return torch.tensor(value, dtype=dtype, device=device)
-    return value.reshape(1, -1) if value.dim() and value.numel() == size else value
+def _as_tensor(value: Argument, like: Tensor) -> Tensor:
+    """Return a number as a 32-bit tensor beside ``like``; a tensor of as many elements as a row."""
+    if isinstance(value, Tensor):
+        return value.reshape(1, -1) if value.dim() and value.numel() == like.numel() else value
+    dtype = torch.int32 if isinstance(value, int) else torch.float32
+    return torch.tensor(value, dtype=dtype, device=like.device)

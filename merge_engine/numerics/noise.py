@@ -42,12 +42,12 @@ class Noise(NamedTuple):
         return Noise(self.first[part], keys, self.even)
 
 
-def drawn(noise: Noise, columns: Tensor) -> list[Tensor]:
+def drawn(noise: Noise, offsets: Tensor) -> list[Tensor]:
     """Return each donor's numbers, (rows, width) int32 in [0, LEVELS).
 
-    ``columns`` are the positions within a row after ``weyl``, (width,) int32.
+    ``offsets`` are the positions within a row after ``weyl``, (width,) int32.
     """
-    positions = noise.first + columns  # ``weyl`` is linear
+    positions = noise.first + offsets  # ``weyl`` is linear
     if noise.even:  # the key moves the whole of it, so that tensors do not all start alike
         return [spread(positions + noise.keys[0][0])] * len(noise.keys)
     return [hashed(positions, low, high) for low, high in noise.keys]

@@ -150,7 +150,7 @@ def test_the_sum_is_rounded_once_to_the_outputs_dtype(chunked):
     assert torch.equal(exact.bfloat16(), rounded)
 
 
-def page_of(size: int) -> TensorPack:
+def pack_of(size: int) -> TensorPack:
     return TensorPack({"x": (size,)})
 
 
@@ -161,7 +161,7 @@ def test_a_kernel_is_compiled_once_whatever_sizes_values_and_keys_are(compiled):
         base, *donors = make_tensors(3, (size,))
         values = {"factor": [density, 0.3], "chance": [level(density), level(0.5)]}
         out = torch.empty(size)
-        noise = page_of(size).noise(seed, (0, 1), out.device, even=False)
+        noise = pack_of(size).noise(seed, (0, 1), out.device, even=False)
         compiled.write(out, dare, (base, donors), values, noise)
         return out
 
@@ -194,7 +194,7 @@ def kept_by(runner: KernelRunner, size: int, chance: float, seed: int) -> Tensor
     base, ones = torch.zeros(size), torch.ones(size)
     out = torch.empty(size)
     values = {"factor": [1.0, 2.0], "chance": [level(chance)] * 2}
-    noise = page_of(size).noise(seed, (0, 1), out.device, even=False)
+    noise = pack_of(size).noise(seed, (0, 1), out.device, even=False)
     runner.write(out, dare, (base, [ones] * 2), values, noise)
     return out
 
@@ -236,7 +236,7 @@ def test_equals_are_chosen_by_their_position_and_key_alone(size, seed):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(kernel_runner, "CHUNK", step)
             out = torch.empty(size)
-            noise = page_of(size).noise(seed, (0,), out.device, even=True)
+            noise = pack_of(size).noise(seed, (0,), out.device, even=True)
             inputs = (torch.zeros(size), [ones])
             KernelRunner(compiled=False).write(out, trimmed_sum, inputs, values, noise)
         results.append(out)
@@ -255,12 +255,12 @@ def test_kept_masses_are_sums_under_the_same_mask(path, size, request):
     generator = torch.Generator().manual_seed(1)
     shares = torch.randint(0, 256, (size,), generator=generator, dtype=torch.uint8)
     change = (donor - base).double().abs()
-    page = page_of(size)
-    noise = page.noise(0, (0,), base.device, even=False)
+    pack = pack_of(size)
+    noise = pack.noise(0, (0,), base.device, even=False)
     least, spread = level(0.3), level(0.2 * 256 / 255)
     values = {"rank_share": [shares], "chance": [least], "spread": [spread]}
     sums = runner.sums(kept_masses, (base, [donor]), values, noise)
-    (before,), (after,) = page.sums(sums).tolist()
+    (before,), (after,) = pack.sums(sums).tolist()
     chances = least + (shares.int() * spread >> 8)
     exact = 0.3 + 0.2 * shares.double() / 255
     assert float((chances.double() / LEVELS - exact).abs().max()) <= 4e-5  # approx would take 20 s
