@@ -15,13 +15,14 @@ from merge_engine.errors import MergeError
 from merge_engine.methods import Elementwise
 from merge_engine.methods.contract import KernelValues, Number, Parameters, TaskVectors
 from merge_engine.methods.preparation import UNBOUNDED
-from merge_engine.methods.task_vectors import kept_masses
+from merge_engine.methods.task_vectors import l1_norms
 from merge_engine.numerics.noise import Noise, key_of
 from merge_engine.numerics.order_statistics import Magnitudes, Variances
 from merge_engine.numerics.statistics import row_width
 from merge_engine.numerics.transfer import to_device
 
 LEAST_NORM = 1e-7  # of a task vector that is rescaled
+_BY_RANK = ("rank_share", "min_keep_probability", "keep_probability_range")  # of `l1_norms`
 
 
 @dataclass(frozen=True)
@@ -49,11 +50,11 @@ class _TaskVectors(TaskVectors):
         return self.merge.models.measurements.magnitudes(self.name, model, self.merge.base)
 
     @override
-    def rescale_factor(self, donor: int, chance: int) -> float:
+    def rescale_factor(self, donor: int, keep_probability: int) -> float:
         key = key_of(self.merge.recipe.seed, self.name, self.indices[donor])
         measurements, model = self.merge.models.measurements, self.models[donor]
         masses = measurements.masses(self.name, model, self.merge.base, key)
-        return _norm_ratio(float(masses[-1]), float(masses[chance]))
+        return _norm_ratio(float(masses[-1]), float(masses[keep_probability]))
 
     @override
     def overlaps(self, epsilon: float) -> Tensor:
@@ -103,15 +104,15 @@ def kernel_arguments(
     base: Tensor,
     used: tuple[int, ...],
     *,
-    summed: bool = True,
+    combine: bool = True,
 ) -> KernelArguments:
     """Return a kernel's arguments for the donors ``used``, given by their indices.
 
-    Without ``summed``, the values of the sum are left out, and ``factor`` is the weight times the
+    Without ``combine``, the values of the sum are left out, and ``factor`` is the weight times the
     factor that restores the task vector's norm.
     """
     models = tuple(merge.recipe.donors[index].model for index in used)
-    kernel_values = _prepared(method, merge, used, models, summed=summed)
+    kernel_values = _prepared(method, merge, used, models, combine=combine)
     scalars, numbers = _joined(merge, kernel_values)
     per_donor: dict[str, list[Any]] = {**numbers}
     noise = None
@@ -136,7 +137,7 @@ def _prepared(
     used: Sequence[int],
     models: tuple[str, ...],
     *,
-    summed: bool,
+    combine: bool,
 ) -> list[KernelValues]:
     found = []
     for index, name in enumerate(merge.pack.names):
@@ -145,7 +146,7 @@ def _prepared(
         try:
             if method.prepare:
                 values = method.prepare(own, _TaskVectors(merge, name, used, models))
-            if method.combine and summed:
+            if method.combine and combine:
                 values = method.combine(own, values)
         except MergeError:
             raise  # of a model, which the message names
@@ -201,8 +202,8 @@ def _rescale_factors(
     noise: Noise | None,
 ) -> list[Number]:
     """Return factors that restore each task vector's L1 norm under its mask, (k,) per donor."""
-    values = {name: per_donor[name] for name in ("chance", "spread", "rank_share")}
-    sums = merge.models.runner.sums(kept_masses, inputs, values, noise)
+    values = {name: per_donor[name] for name in _BY_RANK}
+    sums = merge.models.runner.sums(l1_norms, inputs, values, noise)
     before, after = merge.pack.sums(sums).chunk(2)  # n norms each, without and with the masks
     kept = torch.minimum(before, after) >= LEAST_NORM
     return merge.columns(torch.where(kept, before / after, 1.0).float())

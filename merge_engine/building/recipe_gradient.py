@@ -23,7 +23,7 @@ from merge_engine.building.recomputing import recomputed_layers
 from merge_engine.building.units import Units
 from merge_engine.errors import MergeError
 from merge_engine.methods import METHODS, Elementwise
-from merge_engine.methods.derivative import products_kernel, weight_gradient, whole
+from merge_engine.methods.derivative import linear_summands, products_kernel, weight_gradient
 from merge_engine.numerics.packing import TensorPack
 from merge_engine.recipe.recipe import Recipe
 
@@ -240,15 +240,15 @@ def inner_products(merge: PackMerge, gradient: Tensor) -> Tensor:
     base = merge.read(recipe.origin) if recipe.origin else None
     if not isinstance(method, Elementwise):
         inputs = base, [merge.read(source.model) for source in recipe.donors]
-        return runner.sums(products_kernel(whole), inputs, {"gradient": gradient}).sum(1)
-    assert method.left is not None
+        return runner.sums(products_kernel(linear_summands), inputs, {"gradient": gradient}).sum(1)
+    assert method.sparsify is not None
     assert base is not None
     ones = [{**values, "weight": (1.0,) * len(used)} for values in merge.values]
     merge = PackMerge(recipe, merge.pack, merge.models, merge.device, ones)
-    arguments = kernel_arguments(method, merge, base, used, summed=False)
+    arguments = kernel_arguments(method, merge, base, used, combine=False)
     factors = arguments.per_donor.pop("factor")
     sums = runner.sums(
-        products_kernel(method.left),
+        products_kernel(method.sparsify),
         (base, arguments.donors),
         {**arguments.per_donor, "gradient": gradient},
         arguments.noise,

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from merge_engine.methods.contract import Number, Numbers
+from merge_engine.methods.contract import Number, PerDonor
 from merge_engine.methods.task_vectors import elected_sign, task_vectors
 from merge_engine.numerics.statistics import variance
 
@@ -20,7 +20,7 @@ def sce(
     base: Tensor,
     donors: Sequence[Tensor],
     *,
-    weight: Numbers,
+    weight: PerDonor,
     low: Number,
     low_share: Number,
     noise: Sequence[Tensor] | None = None,
@@ -68,7 +68,7 @@ def ram(base: Tensor, donors: Sequence[Tensor], *, epsilon: Number) -> Tensor:
 
 
 def ramplus_tl(
-    base: Tensor, donors: Sequence[Tensor], *, factor: Numbers, epsilon: Number
+    base: Tensor, donors: Sequence[Tensor], *, factor: PerDonor, epsilon: Number
 ) -> Tensor:
     """Apply ``ram`` with larger changes of the elements that one donor alone changed.
 

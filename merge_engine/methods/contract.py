@@ -15,7 +15,7 @@ from merge_engine.numerics.order_statistics import Magnitudes, Variances
 Value = float | int | bool
 Values = Mapping[str, Value | tuple[Value, ...]]  # by argument name; a tuple: one per donor
 Number = float | Tensor  # a tensor () is not compiled in, so a new value recompiles nothing
-Numbers = Sequence[Number] | Tensor  # n of them
+PerDonor = Sequence[Number] | Tensor  # n numbers, one for each donor
 
 
 class Base(Enum):
@@ -111,12 +111,12 @@ class TaskVectors(Protocol):
     def magnitudes(self, donor: int) -> Magnitudes:
         """Return order statistics of the magnitudes of one donor, 0 to n - 1."""
 
-    def rescale_factor(self, donor: int, chance: int) -> float:
+    def rescale_factor(self, donor: int, keep_probability: int) -> float:
         """Return the ratio of the L1 norms before and after a donor's random mask.
 
         Args:
             donor: 0 to n - 1.
-            chance: Probability of keeping an element, in units of 1 / LEVELS.
+            keep_probability: Of every element, in units of 1 / LEVELS.
 
         Returns:
             The ratio; 1 where either norm is below 1e-7.
@@ -178,9 +178,9 @@ class Elementwise(Method):
     # Computes the kernel's values from the parameters; None: they are the same.
     prepare: Prepare | None = None
     combine: Combine | None = None  # adds the values of the sum, if `prepare` leaves them out
-    # `left(base, donors, **values)` returns each task vector under the mask of a differentiable
-    # method. It takes the kernel's values except those of the sum.
-    left: Callable[..., list[Tensor]] | None = None
+    # `sparsify(base, donors, **values)` returns what a differentiable method keeps of each task
+    # vector. It takes the kernel's values except those of the sum.
+    sparsify: Callable[..., list[Tensor]] | None = None
     random: bool = False  # the kernel takes `noise`: uniform numbers of each donor's shape
     # Name of a statistic of donor and base with a number for every element, which the kernel takes
     # for each donor: `rank_share` or `salience_mask`.

@@ -19,23 +19,23 @@ from torch import Tensor
 from merge_engine.methods.task_vectors import task_vectors
 
 
-def whole(base: Tensor | None, donors: Sequence[Tensor]) -> list[Tensor]:
+def linear_summands(base: Tensor | None, donors: Sequence[Tensor]) -> list[Tensor]:
     """Return the task vectors, or without a base the tensors themselves, float32."""
     return [donor.float() for donor in donors] if base is None else task_vectors(base, donors)
 
 
 @functools.cache
-def products_kernel(left: Callable[..., list[Tensor]]) -> Callable[..., Tensor]:
-    """Return a kernel of the inner products of a gradient with what ``left`` returns, row by row.
+def products_kernel(summands: Callable[..., list[Tensor]]) -> Callable[..., Tensor]:
+    """Return a kernel of the inner products ``<dL/dtheta, v_i>``, row by row.
 
-    It takes rows (rows, width) of base and donors, the values of ``left``, and ``gradient`` of the
-    same shape, and returns (n, rows) float32.
+    It takes rows (rows, width) of base and donors, the values of ``summands``, which returns the
+    v_i, and ``gradient`` of the same shape; it returns (n, rows) float32.
     """
 
     def products(
         base: Tensor | None, donors: Sequence[Tensor], *, gradient: Tensor, **values: Any
     ) -> Tensor:
-        vectors = left(base, donors, **values)
+        vectors = summands(base, donors, **values)
         return torch.stack([(vector * gradient.float()).sum(-1) for vector in vectors])
 
     return products

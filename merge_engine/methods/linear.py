@@ -16,7 +16,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from merge_engine.methods.contract import Numbers
+from merge_engine.methods.contract import PerDonor
 
 LERP_COSINE = 0.9995  # above it slerp interpolates along a straight line, as in mergekit
 COLINEAR = 2.0**-24  # the same for nuslerp, in sin^2: a float32 cosine is rounded to one
@@ -227,7 +227,7 @@ def _norms(gram: Tensor) -> Tensor:
     return gram.diagonal(dim1=-2, dim2=-1).clamp_min(0).sqrt()  # (*r, n)
 
 
-def weighted_sum(_base: None, tensors: Sequence[Tensor], *, factor: Numbers) -> Tensor:
+def weighted_sum(_base: None, tensors: Sequence[Tensor], *, factor: PerDonor) -> Tensor:
     """Return ``sum_i c_i x_i``, (*s) float32, of n tensors (*s) and n factors that broadcast."""
     total = tensors[0].float() * factor[0]
     for tensor, c in zip(tensors[1:], factor[1:], strict=True):
@@ -235,7 +235,7 @@ def weighted_sum(_base: None, tensors: Sequence[Tensor], *, factor: Numbers) -> 
     return total
 
 
-def sum_of_task_vectors(base: Tensor, donors: Sequence[Tensor], *, factor: Numbers) -> Tensor:
+def sum_of_task_vectors(base: Tensor, donors: Sequence[Tensor], *, factor: PerDonor) -> Tensor:
     """Return ``base + sum_i c_i (donor_i - base)``; the base is added last, to round it once."""
     start = base.float()
     total = torch.zeros_like(start)

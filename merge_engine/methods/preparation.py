@@ -73,39 +73,37 @@ def _banded(parameters: Parameters, bands: Sequence[Band]) -> KernelValues:
 
 def dare(parameters: Parameters, deltas: TaskVectors) -> KernelValues:
     """Return each donor's keep probability, and the factor that restores its L1 norm."""
-    chances = tuple(level(density) for density in parameters.per_donor["density"])
-    rescale = parameters.shared["rescale"]
-    settings = enumerate(zip(parameters.per_donor["weight"], chances, strict=True))
-    factors = tuple(
-        weight * (deltas.rescale_factor(donor, chance) if rescale and 0 < chance < LEVELS else 1.0)
-        for donor, (weight, chance) in settings
-    )
-    return KernelValues({}, {"chance": chances, "factor": factors})
+    probabilities = tuple(level(density) for density in parameters.per_donor["density"])
+    factors = list(parameters.per_donor["weight"])
+    for donor, probability in enumerate(probabilities):
+        if parameters.shared["rescale"] and 0 < probability < LEVELS:
+            factors[donor] *= deltas.rescale_factor(donor, probability)
+    return KernelValues({}, {"keep_probability": probabilities, "factor": tuple(factors)})
 
 
 def della(parameters: Parameters, deltas: TaskVectors) -> KernelValues:
-    """Return the keep probability of a row's smallest element, and the largest's less that.
+    """Return each donor's lowest keep probability, and the range up to the highest.
 
-    The difference is multiplied by 256 / 255, because rank shares are bytes.
+    The range is multiplied by 256 / 255, because rank shares are bytes.
 
     Raises:
         ValueError: A probability is outside (0, 1).
     """
     per_donor = parameters.per_donor
-    chances = [
-        _chances(density, epsilon if deltas.width > 1 else 0.0)
+    bounds = [
+        _keep_probabilities(density, epsilon if deltas.width > 1 else 0.0)
         for density, epsilon in zip(per_donor["density"], per_donor["epsilon"], strict=True)
     ]
     values = {
-        "chance": tuple(level(chance) for chance, _ in chances),
-        "spread": tuple(level(spread * 256 / 255) for _, spread in chances),
+        "min_keep_probability": tuple(level(lowest) for lowest, _ in bounds),
+        "keep_probability_range": tuple(level(reach * 256 / 255) for _, reach in bounds),
         "factor": per_donor["weight"],
     }
     return KernelValues({}, values, rescales=bool(parameters.shared["rescale"]))
 
 
-def _chances(density: float, epsilon: float) -> tuple[float, float]:
-    """Return the lowest keep probability and its difference to the highest."""
+def _keep_probabilities(density: float, epsilon: float) -> tuple[float, float]:
+    """Return the lowest keep probability, and the range up to the highest."""
     if density >= 1 or density <= 0:
         return density, 0.0
     if density - epsilon <= 0 or density + epsilon >= 1:

@@ -4,9 +4,8 @@ Kernels compute in float32, return float32 and do not change their inputs. Bound
 factors that restore norms are computed beforehand (``preparation``), so a kernel can be run over
 any part of a flattened tensor.
 
-Notation: base (*s) and n donors (*s), of any shape ``s``; ``Numbers`` are n numbers, one per donor;
-noise is n tensors (*s) of uniform integers in [0, LEVELS); probabilities are in units of
-1 / LEVELS.
+Notation: base (*s) and n donors (*s), of any shape ``s``; ``PerDonor`` are n numbers; noise is n
+tensors (*s) of uniform integers in [0, LEVELS); probabilities are in units of 1 / LEVELS.
 
 The sparse task vectors d_i are added as a plain sum, ``base + sum_i factor_i d_i``, or with
 ``lambda_`` as an elected sum, ``base + lambda_ m``. At each element, m is the sum of those
@@ -21,7 +20,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from merge_engine.methods.contract import Number, Numbers
+from merge_engine.methods.contract import Number, PerDonor
 from merge_engine.numerics.rounding import rounded_product
 
 _NEXT = 1 + 2.0**-23  # times a float32: the next larger one, or the one after it
@@ -31,12 +30,12 @@ def trimmed_sum(
     base: Tensor,
     donors: Sequence[Tensor],
     *,
-    factor: Numbers,
-    low: Numbers,
-    low_share: Numbers,
-    high: Numbers | None = None,
-    high_share: Numbers | None = None,
-    weight: Numbers | None = None,
+    factor: PerDonor,
+    low: PerDonor,
+    low_share: PerDonor,
+    high: PerDonor | None = None,
+    high_share: PerDonor | None = None,
+    weight: PerDonor | None = None,
     lambda_: Number | None = None,
     noise: Sequence[Tensor] | None = None,
 ) -> Tensor:
@@ -58,45 +57,45 @@ def trimmed_sum(
     Source: Yadav et al. 2023, https://arxiv.org/abs/2306.01708 (``ties``); Davari and Belilovsky
         2023, https://arxiv.org/abs/2312.06795 (``breadcrumbs``)
     """
-    left = trimmed(
+    sparse = trim(
         base, donors, low=low, low_share=low_share, high=high, high_share=high_share, noise=noise
     )
-    return _added(base, left, factor, weight, lambda_)
+    return _add_to_base(base, sparse, factor, weight, lambda_)
 
 
-def trimmed(
+def trim(
     base: Tensor,
     donors: Sequence[Tensor],
     *,
-    low: Numbers,
-    low_share: Numbers,
-    high: Numbers | None = None,
-    high_share: Numbers | None = None,
+    low: PerDonor,
+    low_share: PerDonor,
+    high: PerDonor | None = None,
+    high_share: PerDonor | None = None,
     noise: Sequence[Tensor] | None = None,
 ) -> list[Tensor]:
     """Return what ``trimmed_sum`` keeps of each task vector."""
-    left = []
+    sparse = []
     for index, delta in enumerate(task_vectors(base, donors)):
-        least, size = low[index], delta.abs()
+        lower, magnitude = low[index], delta.abs()
         if noise is not None:
-            least = torch.where(noise[index] < low_share[index], least, least * _NEXT)
-        kept = size >= least
+            lower = torch.where(noise[index] < low_share[index], lower, lower * _NEXT)
+        kept = magnitude >= lower
         if high is not None and high_share is not None:
-            end = high[index]
+            upper = high[index]
             if noise is not None:
-                end = torch.where(noise[index] < high_share[index], end * _NEXT, end)
-            kept = kept & (size < end)
-        left.append(torch.where(kept, delta, 0.0))
-    return left
+                upper = torch.where(noise[index] < high_share[index], upper * _NEXT, upper)
+            kept = kept & (magnitude < upper)
+        sparse.append(torch.where(kept, delta, 0.0))
+    return sparse
 
 
 def dare(
     base: Tensor,
     donors: Sequence[Tensor],
     *,
-    factor: Numbers,
-    chance: Numbers,
-    weight: Numbers | None = None,
+    factor: PerDonor,
+    keep_probability: PerDonor,
+    weight: PerDonor | None = None,
     lambda_: Number | None = None,
     noise: Sequence[Tensor],
 ) -> Tensor:
@@ -106,54 +105,59 @@ def dare(
         base: The base model's tensor.
         donors: The donors' tensors.
         factor: Factors of the kept elements.
-        chance: Probabilities of keeping an element.
+        keep_probability: Probabilities of keeping an element.
         weight: Weights of the elected sum.
         lambda_: Factor of the elected sum; None: a plain sum.
         noise: An element is kept if its number is below its probability.
 
     Source: Yu et al. 2023, https://arxiv.org/abs/2311.03099
     """
-    left = thinned(base, donors, chance=chance, noise=noise)
-    return _added(base, left, factor, weight, lambda_)
+    sparse = drop_at_random(base, donors, keep_probability=keep_probability, noise=noise)
+    return _add_to_base(base, sparse, factor, weight, lambda_)
 
 
 def della(
     base: Tensor,
     donors: Sequence[Tensor],
     *,
-    factor: Numbers,
+    factor: PerDonor,
     rank_share: Sequence[Tensor],
-    chance: Numbers,
-    spread: Numbers,
-    weight: Numbers | None = None,
+    min_keep_probability: PerDonor,
+    keep_probability_range: PerDonor,
+    weight: PerDonor | None = None,
     lambda_: Number | None = None,
     noise: Sequence[Tensor],
 ) -> Tensor:
-    """Drop elements as ``dare`` does, with higher chances for the larger elements of each row.
+    """Drop elements as ``dare`` does, but keep the larger ones of each row more often.
 
-    An element of rank r among the m of its row (0 is the smallest) is kept with the chance
+    An element of rank r among the m of its row (0 is the smallest) is kept with the probability
     ``density - epsilon + 2 epsilon r / (m - 1)``; an element alone in its row with ``density``.
-    ``r / (m - 1)`` has 8 bits, so a chance is off by ``2 epsilon / 510`` at the most. Chances are
-    whole numbers, so any device keeps the same elements.
+    ``r / (m - 1)`` has 8 bits, so a probability is off by ``2 epsilon / 510`` at the most.
+    Probabilities are whole numbers, so any device keeps the same elements.
 
     Args:
         base: The base model's tensor: one row, or rows along the second dimension.
         donors: The donors' tensors.
         factor: Factors of the kept elements.
         rank_share: n tensors, (*s) uint8: ``255 r / (m - 1)`` of each element.
-        chance: Chances of the smallest element of a row, ``density - epsilon``; int32.
-        spread: By how much the chance of the largest element is higher, ``2 epsilon``, times
-            256 / 255; int32.
+        min_keep_probability: That of a row's smallest element, ``density - epsilon``; int32.
+        keep_probability_range: By how much that of the largest element is higher, ``2 epsilon``,
+            times 256 / 255; int32.
         weight: Weights of the elected sum.
         lambda_: Factor of the elected sum; None: a plain sum.
-        noise: An element is kept if its number is below its chance.
+        noise: An element is kept if its number is below that of its rank.
 
     Source: Deep et al. 2024, https://arxiv.org/abs/2406.11617
     """
-    left = thinned_by_rank(
-        base, donors, rank_share=rank_share, chance=chance, spread=spread, noise=noise
+    sparse = drop_by_rank(
+        base,
+        donors,
+        rank_share=rank_share,
+        min_keep_probability=min_keep_probability,
+        keep_probability_range=keep_probability_range,
+        noise=noise,
     )
-    return _added(base, left, factor, weight, lambda_)
+    return _add_to_base(base, sparse, factor, weight, lambda_)
 
 
 def task_vectors(base: Tensor, donors: Sequence[Tensor]) -> list[Tensor]:
@@ -161,40 +165,40 @@ def task_vectors(base: Tensor, donors: Sequence[Tensor]) -> list[Tensor]:
     return [donor.float() - base.float() for donor in donors]
 
 
-def thinned(
+def drop_at_random(
     base: Tensor,
     donors: Sequence[Tensor],
     *,
-    chance: Sequence[Number] | Tensor,
+    keep_probability: PerDonor,
     noise: Sequence[Tensor],
 ) -> list[Tensor]:
     """Return what ``dare`` keeps of each task vector."""
-    settings = zip(task_vectors(base, donors), chance, noise, strict=True)
-    return [torch.where(drawn < p, delta, 0.0) for delta, p, drawn in settings]
+    deltas = zip(task_vectors(base, donors), keep_probability, noise, strict=True)
+    return [torch.where(drawn < p, delta, 0.0) for delta, p, drawn in deltas]
 
 
-def thinned_by_rank(
+def drop_by_rank(
     base: Tensor,
     donors: Sequence[Tensor],
     *,
     rank_share: Sequence[Tensor],
-    chance: Numbers,
-    spread: Numbers,
+    min_keep_probability: PerDonor,
+    keep_probability_range: PerDonor,
     noise: Sequence[Tensor],
 ) -> list[Tensor]:
     """Return what ``della`` keeps of each task vector."""
-    settings = zip(rank_share, chance, spread, strict=True)
-    chances = [least + ((share.int() * more) >> 8) for share, least, more in settings]
-    return thinned(base, donors, chance=chances, noise=noise)
+    bounds = zip(rank_share, min_keep_probability, keep_probability_range, strict=True)
+    probability = [least + ((share.int() * more) >> 8) for share, least, more in bounds]
+    return drop_at_random(base, donors, keep_probability=probability, noise=noise)
 
 
-def kept_masses(
+def l1_norms(
     base: Tensor,
     donors: Sequence[Tensor],
     *,
     rank_share: Sequence[Tensor],
-    chance: Numbers,
-    spread: Numbers,
+    min_keep_probability: PerDonor,
+    keep_probability_range: PerDonor,
     noise: Sequence[Tensor],
 ) -> Tensor:
     """Return the L1 norms of n task vectors, and of what ``della`` keeps of them, row by row.
@@ -204,17 +208,22 @@ def kept_masses(
     Returns:
         (2 n, rows) float32: the n norms, then the n norms of what is kept.
     """
-    kept = thinned_by_rank(
-        base, donors, rank_share=rank_share, chance=chance, spread=spread, noise=noise
+    sparse = drop_by_rank(
+        base,
+        donors,
+        rank_share=rank_share,
+        min_keep_probability=min_keep_probability,
+        keep_probability_range=keep_probability_range,
+        noise=noise,
     )
-    return torch.stack([part.abs().sum(-1) for part in (*task_vectors(base, donors), *kept)])
+    return torch.stack([part.abs().sum(-1) for part in (*task_vectors(base, donors), *sparse)])
 
 
-def _added(
+def _add_to_base(
     base: Tensor,
     deltas: Sequence[Tensor],
-    factor: Numbers,
-    weight: Numbers | None,
+    factor: PerDonor,
+    weight: PerDonor | None,
     lambda_: Number | None,
 ) -> Tensor:
     """Return the base with the plain sum of task vectors, or given ``lambda_`` the elected sum.

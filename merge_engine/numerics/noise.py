@@ -49,7 +49,7 @@ def drawn(noise: Noise, offsets: Tensor) -> list[Tensor]:
     """
     positions = noise.first + offsets  # ``weyl`` is linear
     if noise.even:  # the key moves the whole of it, so that tensors do not all start alike
-        return [spread(positions + noise.keys[0][0])] * len(noise.keys)
+        return [evenly_spread(positions + noise.keys[0][0])] * len(noise.keys)
     return [hashed(positions, low, high) for low, high in noise.keys]
 
 
@@ -113,7 +113,7 @@ def hashed(positions: Tensor, low: int | Tensor, high: int | Tensor) -> Tensor:
     return _shifted(bits, 16)
 
 
-def spread(positions: Tensor) -> Tensor:
+def evenly_spread(positions: Tensor) -> Tensor:
     """Return evenly spread numbers in [0, LEVELS), at a fraction of the cost of ``hashed``.
 
     They choose a share of equal elements. Positions are as in ``hashed``.
@@ -121,9 +121,9 @@ def spread(positions: Tensor) -> Tensor:
     return _shifted(positions, 16)
 
 
-def level(chance: float) -> int:
+def level(probability: float) -> int:
     """Return a probability in units of 1 / LEVELS: elements with noise below it are kept."""
-    return round(chance * LEVELS)
+    return round(probability * LEVELS)
 
 
 def masses_below(magnitudes: Tensor, key: int) -> Tensor:

@@ -25,12 +25,12 @@ def variance(deltas: Sequence[Tensor]) -> Tensor:
 
     Source: Welford 1962, https://doi.org/10.1080/00401706.1962.10490022
     """
-    mean, spread = deltas[0].float(), torch.zeros_like(deltas[0], dtype=torch.float32)
+    mean, m2 = deltas[0].float(), torch.zeros_like(deltas[0], dtype=torch.float32)
     for count, delta in enumerate(deltas[1:], start=2):
         step = delta - mean
         mean = mean + rounded_product(step, 1 / count)
-        spread = spread + rounded_product(step, delta - mean)
-    return spread * (1 / len(deltas))
+        m2 = m2 + rounded_product(step, delta - mean)
+    return m2 * (1 / len(deltas))
 
 
 def overlaps(base: Tensor, donors: Sequence[Tensor], *, epsilon: float | Tensor) -> Tensor:

@@ -17,7 +17,7 @@ from in_memory import in_memory
 from merge_engine.building.builder import merge_into
 from merge_engine.methods import METHODS, Base
 from merge_engine.methods.linear import weighted_sum
-from merge_engine.methods.task_vectors import dare, kept_masses, trimmed_sum
+from merge_engine.methods.task_vectors import dare, l1_norms, trimmed_sum
 from merge_engine.numerics import kernel_runner as kernel_runner
 from merge_engine.numerics.kernel_runner import (
     CHUNK,
@@ -159,7 +159,7 @@ def pack_of(size: int) -> TensorPack:
 def test_a_kernel_is_compiled_once_whatever_sizes_values_and_keys_are(compiled):
     def write(size: int, density: float, seed: int) -> Tensor:
         base, *donors = make_tensors(3, (size,))
-        values = {"factor": [density, 0.3], "chance": [level(density), level(0.5)]}
+        values = {"factor": [density, 0.3], "keep_probability": [level(density), level(0.5)]}
         out = torch.empty(size)
         noise = pack_of(size).noise(seed, (0, 1), out.device, even=False)
         compiled.write(out, dare, (base, donors), values, noise)
@@ -193,7 +193,7 @@ def kept_by(runner: KernelRunner, size: int, chance: float, seed: int) -> Tensor
     """Which elements of each donor are kept: bit i for donor i."""
     base, ones = torch.zeros(size), torch.ones(size)
     out = torch.empty(size)
-    values = {"factor": [1.0, 2.0], "chance": [level(chance)] * 2}
+    values = {"factor": [1.0, 2.0], "keep_probability": [level(chance)] * 2}
     noise = pack_of(size).noise(seed, (0, 1), out.device, even=False)
     runner.write(out, dare, (base, [ones] * 2), values, noise)
     return out
@@ -249,7 +249,7 @@ def test_equals_are_chosen_by_their_position_and_key_alone(size, seed):
 @pytest.mark.parametrize(
     "path", ["chunked", pytest.param("compiled", marks=[needs_compiler, pytest.mark.slow])]
 )
-def test_kept_masses_are_sums_under_the_same_mask(path, size, request):
+def test_l1_norms_are_sums_under_the_same_mask(path, size, request):
     runner = request.getfixturevalue(path)
     base, donor = make_tensors(2, (size,))
     generator = torch.Generator().manual_seed(1)
@@ -257,11 +257,15 @@ def test_kept_masses_are_sums_under_the_same_mask(path, size, request):
     change = (donor - base).double().abs()
     pack = pack_of(size)
     noise = pack.noise(0, (0,), base.device, even=False)
-    least, spread = level(0.3), level(0.2 * 256 / 255)
-    values = {"rank_share": [shares], "chance": [least], "spread": [spread]}
-    sums = runner.sums(kept_masses, (base, [donor]), values, noise)
+    least, reach = level(0.3), level(0.2 * 256 / 255)
+    values = {
+        "rank_share": [shares],
+        "min_keep_probability": [least],
+        "keep_probability_range": [reach],
+    }
+    sums = runner.sums(l1_norms, (base, [donor]), values, noise)
     (before,), (after,) = pack.sums(sums).tolist()
-    chances = least + (shares.int() * spread >> 8)
+    chances = least + (shares.int() * reach >> 8)
     exact = 0.3 + 0.2 * shares.double() / 255
     assert float((chances.double() / LEVELS - exact).abs().max()) <= 4e-5  # approx would take 20 s
     kept = uniform(key_of(0, "x", 0), (size,)) * LEVELS < chances

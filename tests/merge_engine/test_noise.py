@@ -7,10 +7,10 @@ from hypothesis import strategies as st
 
 from merge_engine.numerics.noise import (
     LEVELS,
+    evenly_spread,
     key_of,
     level,
     masses_below,
-    spread,
     uniform_at,
     weyl,
 )
@@ -134,5 +134,5 @@ def test_nothing_is_kept_of_nothing(magnitudes):
 def test_even_numbers_keep_any_share_to_a_few_elements(share):
     for start in (0, 12_345, 2**31 - 50_000):
         positions = torch.arange(start, start + 50_000, dtype=torch.int64).to(torch.int32)
-        kept = int((spread(weyl(positions)) < level(share)).sum())
+        kept = int((evenly_spread(weyl(positions)) < level(share)).sum())
         assert abs(kept - share * 50_000) <= 8
