@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -94,7 +94,7 @@ class KernelArguments:
 
     donors: Sequence[Tensor]  # n of them, packed
     scalars: dict[str, Number]
-    per_donor: dict[str, list[Any]]  # n numbers, or n tensors with a number for every element
+    per_donor: dict[str, list[Number]]  # n numbers, or n tensors with a number for every element
     noise: Noise | None
 
 
@@ -113,8 +113,7 @@ def kernel_arguments(
     """
     models = tuple(merge.recipe.donors[index].model for index in used)
     kernel_values = _prepared(method, merge, used, models, combine=combine)
-    scalars, numbers = _joined(merge, kernel_values)
-    per_donor: dict[str, list[Any]] = {**numbers}
+    scalars, per_donor = _joined(merge, kernel_values, len(used))
     noise = None
     if method.random or any(each.has_ties for each in kernel_values):
         noise = merge.pack.noise(merge.recipe.seed, used, merge.device, even=not method.random)
@@ -157,48 +156,38 @@ def _prepared(
 
 
 def _joined(
-    merge: PackMerge, kernel_values: Sequence[KernelValues]
+    merge: PackMerge, kernel_values: Sequence[KernelValues], n: int
 ) -> tuple[dict[str, Number], dict[str, list[Number]]]:
-    """Join the kernel's values of each tensor to those of the pack: scalars, and per donor."""
-    rows: list[tuple[float, ...]] = []  # k numbers each
-
-    def add(numbers: Iterable[float]) -> int:
-        rows.append(tuple(numbers))
-        return len(rows) - 1
-
-    scalars = {
-        name: add(each.scalars[name] for each in kernel_values) for name in kernel_values[0].scalars
-    }
-    per_donor = {}
-    for name in dict.fromkeys(name for each in kernel_values for name in each.per_donor):
-        lists = [
-            each.per_donor.get(name) or (UNBOUNDED[name],) * len(each.per_donor["low"])
-            for each in kernel_values
-        ]
-        per_donor[name] = [add(numbers) for numbers in zip(*lists, strict=True)]
-    columns = _columns(merge, rows)
+    """Join the kernel's values of each tensor to those of the pack: scalars, and n per donor."""
+    scalars = tuple(kernel_values[0].scalars)
+    per_donor = dict.fromkeys(name for each in kernel_values for name in each.per_donor)
+    rows = [[each.scalars[name] for each in kernel_values] for name in scalars]  # k numbers each
+    for name in per_donor:
+        lists = [each.per_donor.get(name) or (UNBOUNDED[name],) * n for each in kernel_values]
+        rows += map(list, zip(*lists, strict=True))
+    columns = iter(_columns(merge, rows))
     return (
-        {name: columns[index] for name, index in scalars.items()},
-        {name: [columns[index] for index in indices] for name, indices in per_donor.items()},
+        {name: next(columns) for name in scalars},
+        {name: [*itertools.islice(columns, n)] for name in per_donor},
     )
 
 
-def _columns(merge: PackMerge, rows: Sequence[tuple[float, ...]]) -> dict[int, Number]:
-    """Return rows of k numbers as columns by their index: one copy for each of two dtypes."""
-    found: dict[int, Number] = {}
-    whole = [all(isinstance(each, int) for each in numbers) for numbers in rows]
-    for dtype, kind in ((torch.int32, True), (torch.float32, False)):
-        indices = [index for index, each in enumerate(whole) if each == kind]
-        if indices:
-            numbers = torch.tensor([rows[index] for index in indices], dtype=dtype)
-            found |= zip(indices, merge.columns(numbers), strict=True)
-    return found
+def _columns(merge: PackMerge, rows: Sequence[Sequence[float]]) -> list[Number]:
+    """Return rows of k numbers as columns, int32 if all are whole: one copy for each dtype."""
+    columns: dict[int, Number] = {}
+    integral = [all(isinstance(each, int) for each in numbers) for numbers in rows]
+    for dtype in (torch.int32, torch.float32):
+        own = [index for index, whole in enumerate(integral) if whole == (dtype is torch.int32)]
+        if own:
+            numbers = torch.tensor([rows[index] for index in own], dtype=dtype)
+            columns |= zip(own, merge.columns(numbers), strict=True)
+    return [columns[index] for index in range(len(rows))]
 
 
 def _rescale_factors(
     merge: PackMerge,
     inputs: tuple[Tensor, Sequence[Tensor]],
-    per_donor: dict[str, list[Any]],
+    per_donor: dict[str, list[Number]],
     noise: Noise | None,
 ) -> list[Number]:
     """Return factors that restore each task vector's L1 norm under its mask, (k,) per donor."""
