@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Final
 
 from merge_engine.methods import METHODS
 from search.proposing.space import Point, Space
+from search.storing.result import AtEdge
 from search.study.parameters import searchable
 
 NEAR: Final = 0.05  # of a range's width: a value so near an edge lies at it
@@ -22,29 +23,20 @@ MOSTLY_TUNED: Final = 0.5  # strength above which the scale of the flat weights 
 WIDEST: Final = 100.0  # widths, if a parameter has no limit
 
 
-@dataclass(frozen=True)
-class Edge:
-    """A recipe's parameter at an edge of its range, beyond which there are legal values."""
-
-    name: str
-    value: float
-    range: tuple[float, float]
-    wider: tuple[float, float]  # the range widened
-
-
-def edges(space: Space, point: Point) -> Iterator[Edge]:
-    """Yield the parameters of a point that lie at an edge of their range."""
+def edges(space: Space, point: Point) -> Iterator[AtEdge]:
+    """Yield a point's parameters at an edge of their range, beyond which there are legal values."""
     for name, (low, high) in _searched(space).items():
         least, most = _limits(space, name)
         near, step = NEAR * (high - low), STEP * (high - low)
         for value in _values(space, point, name):
             # At most half the way to a limit: a density of 0 keeps nothing.
             if value <= low + near and low > least:
-                yield Edge(name, value, (low, high), (max(low - step, (low + least) / 2), high))
+                wider = (max(low - step, (low + least) / 2), high)
             elif value >= high - near and high < most:
-                yield Edge(name, value, (low, high), (low, min(high + step, most)))
+                wider = (low, min(high + step, most))
             else:
                 continue
+            yield AtEdge(name=name, value=value, range=(low, high), wider=wider)
             break
 
 

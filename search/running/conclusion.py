@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -270,7 +270,7 @@ def _compare_untuned(run: Run, candidate: Candidate, winner: ItemScores) -> Untu
 def at_edges(run: Run, winner: Candidate) -> list[AtEdge]:
     """Describe the edges of ranges, as they were searched, at which the winner lies."""
     space = around(run.context.space, [trial.point for trial in run.log.complete()])
-    return [AtEdge(**asdict(edge)) for edge in edges(space, winner.trial.point)]
+    return [*edges(space, winner.trial.point)]
 
 
 def tested_winner(run: Run, candidate: Candidate) -> Winner:

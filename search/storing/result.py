@@ -151,7 +151,7 @@ class Seconds(FrozenModel):
 
 
 class AtEdge(FrozenModel):
-    """A parameter of the winner that lies at an edge of its range."""
+    """A recipe's parameter, in a result the winner's, that lies at an edge of its range."""
 
     name: str  # as in the study
     value: float
