@@ -140,9 +140,8 @@ def _throttled(work: Callable[[Run], None], every: float) -> Callable[[Run], Non
 def _announce_best(run: Run) -> None:
     """Announce the trial with the best posterior mean; a failure here does not stop the run."""
     with suppress(Exception):
-        candidates, posterior = run.posterior()
-        best = posterior.ranked([one.trial.violation for one in candidates])[0]
-        run.listener(IncumbentChanged(candidates[best].trial, float(posterior.means[best])))
+        (best, *_), posterior = run.ranked_candidates()
+        run.listener(IncumbentChanged(best.trial, float(posterior.means[0])))
 
 
 def _sample_test_items(run: Run, result: Result) -> None:

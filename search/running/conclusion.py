@@ -20,17 +20,16 @@ from search.proposing.gp import posterior_of
 from search.proposing.gp_sampler import MAX_TRIALS
 from search.proposing.recipes import is_tuned
 from search.proposing.starts import UNIFORM, baselines
-from search.racing.elimination import successive_elimination
+from search.racing.elimination import JointPosterior, successive_elimination
 from search.racing.item_scores import ItemScores
 from search.racing.pareto import confirmed, leading, posterior_front
 from search.racing.race import Floats
 from search.racing.verdict import SELECT_SHARE, items_to_decide, verdict
-from search.running.baselines import best_donor, check_inputs
+from search.running.baselines import best_donor, check_inputs, named_inputs
 from search.running.evaluator import Evaluated, UnderOwnTemplate, under_own_templates
 from search.running.events import Note, Stage
 from search.running.run import Run
 from search.storing.result import (
-    AtEdge,
     Baseline,
     Difference,
     Donor,
@@ -55,12 +54,12 @@ class CandidateError(Exception):
 class Choice:
     """The winner as chosen before the test."""
 
-    candidate: Candidate  # the winner
+    winner: Candidate
     posterior_mean: float  # of its value, after the search
+    select_scores: ItemScores  # on the select items it was evaluated on
     # The recipe without tuned weights that has the highest posterior mean, where the winner's are
     # tuned; None: they are not, or there is none.
     untuned: Candidate | None
-    selected: ItemScores  # its scores on the select items it was evaluated on
 
 
 def choose(run: Run) -> Choice:
@@ -73,13 +72,27 @@ def choose(run: Run) -> Choice:
     if not run.log.complete():
         first = run.log.finished()[0]
         raise StudyError(f"every trial failed, the first with: {first.error}")
-    known, posterior = run.posterior()
-    ranked = posterior.ranked([one.trial.violation for one in known])
-    best = ranked[: run.spec.search.finalists]
-    recipes = [run.recipe_of(known[index].trial) for index in best]
-    searched = [run.scores_of(known[index].trial) for index in best]
-    run.listener(Stage(f"evaluating the best {len(best)} recipes on the select items"))
-    seen = [0] * len(best)
+    ranked, posterior = run.ranked_candidates()
+    finalists = ranked[: run.spec.search.finalists]
+    run.listener(Stage(f"evaluating the best {len(finalists)} recipes on the select items"))
+    index, scores = _race_finalists(run, finalists, posterior[range(len(finalists))])
+    winner, untuned = finalists[index], None
+    if is_tuned(winner.trial.point):
+        untuned = next((one for one in ranked if not is_tuned(one.trial.point)), None)
+    return Choice(winner, float(posterior.means[index]), scores, untuned)
+
+
+def _race_finalists(
+    run: Run, finalists: Sequence[Candidate], posterior: JointPosterior
+) -> tuple[int, ItemScores]:
+    """Race candidates, given their posterior after the search, on select items.
+
+    Returns:
+        Index of the best, and its scores on the select items it was evaluated on.
+    """
+    recipes = [run.recipe_of(one.trial) for one in finalists]
+    searched = [run.scores_of(one.trial) for one in finalists]
+    seen = [0] * len(finalists)
 
     def evaluate(some: Sequence[int], items: int) -> Floats:
         for finalist in some:
@@ -94,21 +107,15 @@ def choose(run: Run) -> Choice:
 
     ends = run.evaluator.block_ends("select")
     budget = SELECT_SHARE * run.store.evaluations()[0]["search"]
-    winner = successive_elimination(
-        posterior[best],
+    best = successive_elimination(
+        posterior,
         run.scores.strata("select"),
         evaluate,
         ends,
-        budget=max(budget, len(best) * ends[0]),
+        budget=max(budget, len(finalists) * ends[0]),
         violation=violation,
     )
-    selected = run.scores.stored(recipes[winner], "select", seen[winner])
-    chosen, mean = known[best[winner]], float(posterior.means[best[winner]])
-    untuned = None
-    if is_tuned(chosen.trial.point):
-        flat = (known[index] for index in ranked if not is_tuned(known[index].trial.point))
-        untuned = next(flat, None)
-    return Choice(chosen, mean, untuned, selected)
+    return best, run.scores.stored(recipes[best], "select", seen[best])
 
 
 def find_front(run: Run) -> list[Candidate]:
@@ -117,28 +124,29 @@ def find_front(run: Run) -> list[Candidate]:
     Raises:
         CandidateError: Some cannot be evaluated on select items.
     """
-    known = candidates(run.log.complete())
-    least = min(one.trial.violation for one in known)
-    known = [one for one in known if one.trial.violation == least]
-    strata = run.scores.strata("select")
-    values = [
-        [*(one.trial.tasks[t].value for t in strata.weights), one.trial.value] for one in known
-    ]
-    known = [known[index] for index in leading(np.array(values), MAX_TRIALS)]
-    points = [one.trial.point for one in known]
-    posteriors = {}
-    for task in strata.weights:
-        estimates = np.array([one.trial.tasks[task] for one in known])  # (n, 2)
-        posteriors[task] = posterior_of(run.space, points, *estimates.T)
-    indices = posterior_front(posteriors, run.spec.search.finalists)
-    front = [known[index] for index in indices]
+    front, posteriors = _searched_front(run)
     run.listener(Stage(f"evaluating the {len(front)} recipes of the front on the select items"))
     recipes = [run.recipe_of(one.trial) for one in front]
     _evaluate(run, recipes, "select")
-    found = [run.scores.stored(recipe, "select") for recipe in recipes]
-    of_front = {task: posterior[indices] for task, posterior in posteriors.items()}
-    fresh = np.array([one.values for one in found])
-    return [front[index] for index in confirmed(of_front, strata, fresh)]
+    fresh = run.scores.matrix(recipes, "select")
+    return [front[index] for index in confirmed(posteriors, run.scores.strata("select"), fresh)]
+
+
+def _searched_front(run: Run) -> tuple[list[Candidate], dict[str, JointPosterior]]:
+    """Find the front of posterior means, and its posterior of each task, after the search."""
+    known, tasks = candidates(run.log.complete()), run.context.weights
+    least = min(one.trial.violation for one in known)
+    known = [one for one in known if one.trial.violation == least]
+    values = [[*(one.trial.tasks[task].value for task in tasks), one.trial.value] for one in known]
+    known = [known[index] for index in leading(np.array(values), MAX_TRIALS)]
+    points = [one.trial.point for one in known]
+    posteriors = {}
+    for task in tasks:
+        estimates = np.array([one.trial.tasks[task] for one in known])  # (n, 2)
+        posteriors[task] = posterior_of(run.space, points, *estimates.T)
+    front = posterior_front(posteriors, run.spec.search.finalists)
+    of_front = {task: posterior[front] for task, posterior in posteriors.items()}
+    return [known[index] for index in front], of_front
 
 
 def conclude(run: Run) -> tuple[Result, Recipe]:
@@ -187,62 +195,25 @@ def _evaluate(
 
 def _conclude(run: Run) -> tuple[Result, Recipe]:
     choice = choose(run)
-    recipe = run.recipe_of(choice.candidate.trial)
-    donor, best = best_donor(run, own_templates=True)
-    inputs, own = baselines(run.context.space), under_own_templates(run.context)
+    best = best_donor(run, own_templates=True)
     front = find_front(run) if run.spec.search.front else []
+    times_tested = _test(run, choice, front)
+    return _describe(run, choice, front, best, times_tested), run.recipe_of(choice.winner.trial)
+
+
+def _test(run: Run, choice: Choice, front: Sequence[Candidate]) -> int:
+    """Evaluate the winner, the front and all that is compared with them on the test items.
+
+    Returns:
+        How many winners have been evaluated on them so far, in earlier sessions, too.
+    """
     run.listener(Stage("evaluating the winner, base, donors and their average on the test items"))
-    fronts = [run.recipe_of(one.trial) for one in front]
+    winners = [run.recipe_of(one.trial) for one in (choice.winner, *front)]
     untuned = [run.recipe_of(choice.untuned.trial)] if choice.untuned else []
+    inputs = [*named_inputs(run).values()]
     earlier = _tested_winners(run, untuned)
-    rivals: list[Evaluated] = [*inputs.values(), *own.values()]
-    _evaluate(run, [recipe, *fronts, *untuned], "test", inputs=rivals)
-    winner = run.scores.stored(recipe, "test")
-    compared = {one.key: run.scores.stored(one, "test") for one in rivals}
-    seed = run.spec.search.seed
-    intervals = {key: winner.minus(scores, seed) for key, scores in compared.items()}
-    found = {
-        key: Baseline(test=Score.of(scores, seed), difference=Difference.of(intervals[key]))
-        for key, scores in compared.items()
-    }
-    earlier -= {one.key for one in (recipe, *fronts, *rivals)} | run.log.failed.keys()
-    evaluations, scoring = run.store.evaluations()
-    states = [trial.state for trial in run.log.finished()]
-    result = Result(
-        verdict=verdict([intervals[key] for key in intervals if key != inputs[UNIFORM].key]),
-        winner=tested_winner(run, choice.candidate),
-        front=[tested_winner(run, candidate) for candidate in front],
-        donors={
-            model: Donor(
-                **dict(found[inputs[model].key]),
-                own_template=found[own[model].key] if model in own else None,
-            )
-            for model in run.spec.models_but_base
-        },
-        floors=run.scores.floors({"test": winner}),
-        edges=at_edges(run, choice.candidate),
-        untuned=_compare_untuned(run, choice.untuned, winner) if choice.untuned else None,
-        base=found[inputs[run.spec.base_model].key],
-        uniform=found[inputs[UNIFORM].key],
-        difference_to_best_donor=DonorDifference(
-            donor=donor,
-            own_template=isinstance(best, UnderOwnTemplate),
-            items_to_decide=items_to_decide(winner, compared[best.key]),
-            **found[best.key].difference.model_dump(),
-        ),
-        search_score=choice.candidate.trial.value,
-        posterior_mean=choice.posterior_mean,
-        select_score=choice.selected.mean if choice.selected.values else None,
-        trials=states.count("complete"),
-        failed_trials=states.count("fail"),
-        item_evaluations=sum(evaluations.values()),
-        split_evaluations=dict(evaluations),
-        times_tested=1 + len(earlier),
-        seconds=Seconds(score=scoring, **run.seconds()),
-        seed=seed,
-        versions=package_versions(),
-    )
-    return result, recipe
+    _evaluate(run, [*winners, *untuned], "test", inputs=inputs)
+    return 1 + len(earlier - {one.key for one in (*winners, *inputs)} - run.log.failed.keys())
 
 
 def _tested_winners(run: Run, untuned: Sequence[Recipe]) -> set[str]:
@@ -257,24 +228,69 @@ def _tested_winners(run: Run, untuned: Sequence[Recipe]) -> set[str]:
     return tested - compared
 
 
-def _compare_untuned(run: Run, candidate: Candidate, winner: ItemScores) -> Untuned:
-    """Describe the best candidate without tuned weights, and the winner's lead over it."""
-    seed = run.spec.search.seed
-    scores = run.scores.stored(run.recipe_of(candidate.trial), "test")
-    return Untuned(
-        **dict(tested_winner(run, candidate)),
-        difference=Difference.of(winner.minus(scores, seed)),
+def _describe(
+    run: Run,
+    choice: Choice,
+    front: Sequence[Candidate],
+    best: tuple[str, Evaluated],
+    times_tested: int,
+) -> Result:
+    """Compare the winner with base, donors and their average, and describe the run."""
+    seed, winner = run.spec.search.seed, choice.winner
+    scores = run.scores.stored(run.recipe_of(winner.trial), "test")
+
+    def compared(one: Evaluated) -> Baseline:
+        other = run.scores.stored(one, "test")
+        lead = Difference.of(scores.minus(other, seed))
+        return Baseline(test=Score.of(other, seed), difference=lead)
+
+    inputs = {name: compared(one) for name, one in baselines(run.context.space).items()}
+    own = {name: compared(one) for name, one in under_own_templates(run.context).items()}
+    uniform = inputs.pop(UNIFORM)
+    donor, evaluated = best
+    of_best = own[donor] if isinstance(evaluated, UnderOwnTemplate) else inputs[donor]
+    untuned = None
+    if choice.untuned:
+        lead = compared(run.recipe_of(choice.untuned.trial)).difference
+        untuned = Untuned(**dict(_tested(run, choice.untuned)), difference=lead)
+    space = around(run.context.space, [trial.point for trial in run.log.complete()])
+    counts, scoring = run.store.evaluations()
+    states = [trial.state for trial in run.log.finished()]
+    return Result(
+        verdict=verdict([one.difference.interval for one in (*inputs.values(), *own.values())]),
+        winner=_tested(run, winner),
+        front=[_tested(run, one) for one in front],
+        donors={
+            name: Donor(**dict(inputs[name]), own_template=own.get(name))
+            for name in run.spec.models_but_base
+        },
+        floors=run.scores.floors({"test": scores}),
+        edges=[*edges(space, winner.trial.point)],
+        untuned=untuned,
+        base=inputs[run.spec.base_model],
+        uniform=uniform,
+        difference_to_best_donor=DonorDifference(
+            donor=donor,
+            own_template=isinstance(evaluated, UnderOwnTemplate),
+            items_to_decide=items_to_decide(scores, run.scores.stored(evaluated, "test")),
+            **dict(of_best.difference),
+        ),
+        search_score=winner.trial.value,
+        posterior_mean=choice.posterior_mean,
+        select_score=choice.select_scores.mean if choice.select_scores.values else None,
+        trials=states.count("complete"),
+        failed_trials=states.count("fail"),
+        item_evaluations=sum(counts.values()),
+        split_evaluations=dict(counts),
+        times_tested=times_tested,
+        seconds=Seconds(score=scoring, **run.seconds()),
+        seed=seed,
+        versions=package_versions(),
     )
 
 
-def at_edges(run: Run, winner: Candidate) -> list[AtEdge]:
-    """Describe the edges of ranges, as they were searched, at which the winner lies."""
-    space = around(run.context.space, [trial.point for trial in run.log.complete()])
-    return [*edges(space, winner.trial.point)]
-
-
-def tested_winner(run: Run, candidate: Candidate) -> Winner:
-    """Describe a chosen candidate: its recipe, and its score on the test items."""
+def _tested(run: Run, candidate: Candidate) -> Winner:
+    """Describe a candidate by its recipe and its score on the test items."""
     recipe = run.recipe_of(candidate.trial)
     return Winner(
         recipe=recipe.model_dump(mode="json"),

@@ -107,23 +107,24 @@ class Run:
         """Return the recipe of a finished trial."""
         return self.recipe_of(find_trial(self.folder, self.log, number))
 
-    def posterior(self) -> tuple[list[Candidate], JointPosterior]:
-        """Compute the joint posterior of the leading candidates' values.
+    def ranked_candidates(self) -> tuple[list[Candidate], JointPosterior]:
+        """Rank the candidates with the best estimates, feasible ones first, by posterior mean.
 
         Returns:
-            The candidates in the order of their first trials, and their posterior.
+            The candidates, the best first, and the joint posterior of their values.
         """
         known = candidates(self.log.complete())
         leading = sorted(known, key=lambda one: one.trial.sort_key)[:MAX_TRIALS]
         leading.sort(key=lambda one: one.number)
-        estimates = [one.trial.estimate for one in leading if one.trial.estimate]
+        trials = [one.trial for one in leading]
         posterior = posterior_of(
             self.space,
-            [one.trial.point for one in leading],
-            np.array([estimate.value for estimate in estimates]),
-            np.array([estimate.variance for estimate in estimates]),
+            [trial.point for trial in trials],
+            np.array([trial.value for trial in trials]),
+            np.array([trial.variance for trial in trials]),
         )
-        return leading, posterior
+        order = posterior.ranked([trial.violation for trial in trials])
+        return [leading[index] for index in order], posterior[order]
 
     def seconds(self) -> Mapping[str, float]:
         """Sum the time of all sessions so far: ask, build and total."""

@@ -64,9 +64,11 @@ class Scores:
         base = [self._base] if self._below_base else []
         return self.evaluator.failures([*recipes, *base], split, items)
 
-    def matrix(self, recipes: Sequence[Evaluated], split: Split, items: int) -> Floats:
-        """Evaluate k recipes on the first items of a split: values (k, m)."""
-        return np.array([one.values for one in self.evaluate(recipes, split, items)])
+    def matrix(
+        self, recipes: Sequence[Evaluated], split: Split, items: int | None = None
+    ) -> Floats:
+        """Read k recipes' scores on the first items of a split: values (k, m)."""
+        return np.array([self.stored(recipe, split, items).values for recipe in recipes])
 
     def strata(self, split: Split) -> Strata:
         """Return the tasks of a split's items as strata."""

@@ -157,9 +157,8 @@ class Tuner:
 
     def _incumbent(self) -> Floats:
         """Return the weights (U, k) of the best recipe of the method that is tuned."""
-        known, posterior = self.run.posterior()
-        ranked = posterior.ranked([one.trial.violation for one in known])
-        points = [known[index].trial.point for index in ranked]
+        ranked, _ = self.run.ranked_candidates()
+        points = (one.trial.point for one in ranked)
         best = next(point for point in points if point["method"] == self.method)
         return self.run.space.tuned_weights(best)
 

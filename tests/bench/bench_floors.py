@@ -71,8 +71,8 @@ def searched(table: Tabulated, floors: Mapping[str, float], seed: int) -> Row:
         search(run)
         choice = choose(run)
         evaluations = sum(run.store.evaluations()[0].values())
-        chosen_on = run.scores_of(choice.candidate.trial) + choice.selected
-        recipe = run.recipe_of(choice.candidate.trial)
+        chosen_on = run.scores_of(choice.winner.trial) + choice.select_scores
+        recipe = run.recipe_of(choice.winner.trial)
         (test,) = run.scores.evaluate([recipe], "test")
     truly = float(short(table, table.answers(recipe)[None], floors)[0])
     return {

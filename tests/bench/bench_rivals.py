@@ -61,10 +61,9 @@ def searched(context: LiveContext, system: str, most: int) -> list[tuple[int, Re
         if system in ALONE:
             found.append((ALONE[system].evaluations(run), LuckyMaximum().select(run).recipe))
         else:
-            known, posterior = run.posterior()
-            best = posterior.ranked([one.trial.violation for one in known])[0]
+            (best, *_), _ = run.ranked_candidates()
             spent = sum(run.store.evaluations()[0].values())
-            found.append((spent, run.recipe_of(known[best].trial)))
+            found.append((spent, run.recipe_of(best.trial)))
         if found[-1][0] >= most:
             raise BudgetSpent
 

@@ -135,9 +135,8 @@ class Concluded:
         return int(SELECT_SHARE * run.store.evaluations()[0]["search"])
 
     def select(self, run: Run) -> Export:
-        known, posterior = run.posterior()
-        best = posterior.ranked([one.trial.violation for one in known])[:FINALISTS]
-        finalists = tuple(run.recipe_of(known[index].trial) for index in best)
+        ranked, _ = run.ranked_candidates()
+        finalists = tuple(run.recipe_of(one.trial) for one in ranked[:FINALISTS])
         result, recipe = conclude(run)
         test = result.winner.test
         return Export(

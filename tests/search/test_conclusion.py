@@ -2,15 +2,17 @@
 
 import shutil
 from dataclasses import replace
+from functools import cached_property
 
 import numpy as np
 import pytest
 
-from landscape import demo, planted
+from landscape import Planted, demo, planted
 from merge_engine.recipe.recipe import Recipe
 from objectives.base import ObjectiveError
 from objectives.scores import task_means
 from search.proposing.recipes import is_tuned
+from search.proposing.space import Space
 from search.proposing.starts import baselines
 from search.proposing.tuned_path import TunedUnits
 from search.proposing.tuning import first_state
@@ -73,7 +75,7 @@ def tuned_run(tmp_path_factory):
 def test_tuned_winner_is_compared_with_the_best_recipe_without_tuned_weights(tuned_run):
     run = tuned_run
     result, recipe = conclude(run)
-    known, posterior = run.posterior()
+    known, posterior = run.ranked_candidates()
     means = dict(zip([one.number for one in known], posterior.means, strict=True))
     points = {one.number: one.trial.point for one in known}
     assert is_tuned(points[result.winner.trial])
@@ -106,6 +108,25 @@ def test_what_tuning_gained_is_said_with_its_interval_and_may_be_nothing(tuned_r
         text = untuned.model_copy(update={"difference": lead}).text
         assert f"gained +3.0 [{100 * ends[0]:+.1f}, +5.0] points" in text
         assert ("not shown to have helped" in text) == shown
+
+
+class OneDonor(Planted):
+    """A landscape whose best recipe is its only donor."""
+
+    @cached_property
+    def space(self):
+        return Space("base", ("donor",), ("task_arithmetic",), (0.0, 1.5), {})
+
+
+def test_winner_that_is_the_only_donor_is_not_better_than_it(tmp_path):
+    landscape = OneDonor({"task_arithmetic": 0.75}, {"task_arithmetic": (1.0,)}, 0.35)
+    context = simulated_context(landscape, 0, COUNTS, search={"trials": 8})
+    run = simulated_run(tmp_path / "run", context)
+    search(run)
+    result, _ = conclude(run)
+    assert result.base.difference.interval.low > 0
+    assert result.donors["donor"].difference.interval.low <= 0
+    assert result.verdict == "not better"
 
 
 def test_front_is_tested_and_concluding_again_evaluates_nothing(tmp_path):
