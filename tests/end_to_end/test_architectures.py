@@ -116,7 +116,10 @@ def test_encoder_is_scored_by_an_objective_of_ones_own_alone(make_study, tmp_pat
 def test_type_that_needs_a_package_is_refused_by_its_name(make_study, tmp_path, capsys):
     family = save_family(tmp_path, "llama")
     for name in ("base", "a", "b"):
-        config = Gemma3nConfig(architectures=["Gemma3nForConditionalGeneration"])
+        config = Gemma3nConfig(
+            text_config={"num_hidden_layers": 2, "layer_types": ["full_attention"] * 2},
+            architectures=["Gemma3nForConditionalGeneration"],
+        )
         config.save_pretrained(family / name)
     donors = [str(family / name) for name in "ab"]
     study = make_study(tmp_path / "study", base_model=str(family / "base"), models=donors)
