@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, cast
 from lm_eval.api.instance import Instance
 from lm_eval.api.task import Task
 from lm_eval.models.utils import normalize_gen_kwargs
+from transformers import GenerationConfig
 
 from objectives.base import Item, ItemSnapshot, ObjectiveError, objective_errors, time_limit
 from objectives.harness.encoding import TEMPLATE_SECONDS, Prompting
@@ -108,9 +109,15 @@ def _check_instruction(name: str, instruction: str, language_model: FastHFLM) ->
 
 
 def _check_request(name: str, request: Instance, language_model: FastHFLM) -> None:
-    """Refuse responses that are sampled, or leave no tokens for a prompt."""
+    """Refuse unknown settings, responses that are sampled, or that leave no tokens for a prompt."""
     if request.request_type == "generate_until":
-        check_greedy(name, normalize_gen_kwargs(request.args[1]))
+        settings = normalize_gen_kwargs(request.args[1])
+        check_greedy(name, settings)
+        if unknown := settings.keys() - {*vars(GenerationConfig()), "until", "max_gen_toks"}:
+            raise ObjectiveError(
+                f"task {name!r}: its generation_kwargs have {min(unknown, key=str)!r}, which "
+                "transformers does not know; correct or remove it"
+            )
     limit = _max_new_tokens(request, language_model)
     if request.request_type == "generate_until" and limit < 1:
         raise ObjectiveError(f"task {name!r}: max_gen_toks is {limit}; set 1 or more")

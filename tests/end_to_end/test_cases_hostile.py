@@ -717,6 +717,9 @@ CASES = {
         ("'tell'", "filter 'x'", "nosuch"),
         task(filter_list=[{"name": "x", "filter": [{"function": "regex", "nosuch": 1}]}]),
     ),
+    "generation setting that there is not": Case(
+        CHECK, ("'tell'", "'untli'", "correct"), task(generation_kwargs__untli=["x"])
+    ),
     "end that is no text": Case(
         CHECK, ("'tell'", "until", "{'a': 1}"), task(generation_kwargs__until=[{"a": 1}])
     ),
