@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import stat
+import unicodedata
 from pathlib import Path
 
 from merge_engine.errors import MergeError
@@ -46,6 +47,18 @@ def is_there(file: Path, advice: str = "put the file there, or fetch it again") 
     if not os.access(file, os.R_OK):
         raise MergeError(f"{file}: {os.strerror(errno.EACCES)}; make it readable")
     return True
+
+
+def in_other_form(missing: Path) -> Path | None:
+    """Return the path whose name has a missing one's letters in another Unicode normal form.
+
+    An accent may be a part of its letter or a character of its own, by the system that wrote it.
+    """
+    if missing.name.isascii() or not missing.parent.is_dir():
+        return None
+    wanted = unicodedata.normalize("NFC", missing.name)
+    there = sorted(missing.parent.iterdir())
+    return next((p for p in there if unicodedata.normalize("NFC", p.name) == wanted), None)
 
 
 def is_text(name: object) -> bool:

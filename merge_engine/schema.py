@@ -11,7 +11,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, model_validator
 from typing_extensions import override
 
 from merge_engine.errors import MergeError, reading, reason
-from merge_engine.plain_files import other_than_file
+from merge_engine.plain_files import in_other_form, other_than_file
 
 _YAML_BYTES, _PARTS = 10_000_000, 1_000_000  # of a file, and of a document with its aliases
 _DEPTH = 100  # levels of a document
@@ -79,6 +79,8 @@ def find_file(name: str, beside: Path | None = None) -> Path | None:
 def _find(name: str, beside: Path | None, is_there: Callable[[Path], bool]) -> Path | None:
     try:
         path = ((beside or Path()) / name).expanduser()
+        if name and not is_there(path):
+            path = in_other_form(path) or path
         return path if name and is_there(path) else None
     except (OSError, RuntimeError, ValueError):  # too long, unknown user's home, zero byte
         return None

@@ -13,6 +13,7 @@ import importlib
 import json
 import logging
 import os
+import unicodedata
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from importlib.metadata import version
@@ -162,6 +163,10 @@ def _unknown_task(name: str, known: Iterable[str], folders: Sequence[Path]) -> O
     close = difflib.get_close_matches(name, known)
     searched = ", ".join([*map(str, folders), "lm-eval's own tasks"])
     fixes = [f"did you mean {' or '.join(map(repr, close))}?"] if close else []
+    if any(
+        unicodedata.normalize("NFC", each) == unicodedata.normalize("NFC", name) for each in close
+    ):
+        fixes = ["the name of one has the same letters in another Unicode form: copy it from there"]
     if way := _FILES.get(Path(name).suffix):  # a file is no name
         fixes = [way]
     for file in [file for folder in folders for file in sorted(folder.rglob("*.yaml"))]:

@@ -13,7 +13,7 @@ from pydantic import ValidationError
 
 from merge_engine.errors import MergeError, check_keys, first_error, reason
 from merge_engine.methods import METHODS
-from merge_engine.plain_files import other_than_file
+from merge_engine.plain_files import is_there, other_than_file
 from merge_engine.recipe.recipe import Tokenizer
 from merge_engine.recipe.recipe_file import rename_models, tokenizer_entries
 from merge_engine.schema import find_file, find_folder, load_yaml
@@ -217,6 +217,8 @@ def _text_files(raw: object, folder: Path, where: str) -> list[Path]:
             odd = [kind for name in paths if (kind := other_than_file(Path(name)))]
             said = f"{wanted} is {odd[0]}, not a file" if odd else f"no file {wanted}"
             raise StudyError(f"{where}: {said}; correct the path")
+        for name in found:
+            is_there(Path(name))  # or it may not be read
         files += [Path(name).resolve() for name in found]
     return files
 

@@ -546,6 +546,19 @@ CASES = {
         ("study.yaml", "a/config.json' is a file"),
         study(base_model="a/config.json"),
     ),
+    "folder in another Unicode form": Case(
+        BUILD,
+        None,
+        both(
+            lambda f: (f / "b").rename(f / "mode\u0301l"),
+            recipe(models=[{"model": "a"}, {"model": "mod\u00e9l"}]),
+        ),
+    ),
+    "task in another Unicode form": Case(
+        CHECK,
+        ("another Unicode form", "copy it"),
+        both(task(task="te\u0301ll"), study(objective__tasks=["t\u00e9ll"])),
+    ),
     "model of no UTF-8": Case(
         "score m\udcff study.yaml --device cpu",
         ("UTF-8", "rename"),
