@@ -16,6 +16,7 @@ from merge_engine.models.model_set import AlignedTensors
 from merge_engine.numerics.kernel_runner import KernelRunner
 from objectives.base import ObjectiveError
 from objectives.items import blocks
+from pack_holder import mapped
 from ray_actors import ray_workers
 from search.cli import main
 from search.preparing.context import load, load_outline, plan_study
@@ -190,6 +191,9 @@ def test_ray_workers_and_the_coordinator_may_be_killed(study, tmp_path):
         wait_for(10)
         first = ray_workers(process)
         assert len(first) == 2
+        one, other = (each.pid for each in first)
+        while process.poll() is None and not {*mapped(one)} & {*mapped(other)}:
+            time.sleep(0.01)  # until both have the same copy of a donor
         first[0].kill()
         wait_for(24)
         process.kill()

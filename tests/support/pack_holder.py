@@ -43,9 +43,9 @@ def holder(*arguments: object) -> Iterator[tuple[subprocess.Popen[str], Any]]:
             process.kill()
 
 
-def mapped() -> list[int]:
-    """Return the inodes of the shared packs that this process has mapped, sorted."""
-    maps = Path("/proc/self/maps").read_text()
+def mapped(process: int | str = "self") -> list[int]:
+    """Return the inodes of the shared packs that a process has mapped, sorted."""
+    maps = Path(f"/proc/{process}/maps").read_text()
     return sorted(int(n) for n in re.findall(r" (\d+) +/memfd:mergesearch-", maps))
 
 
