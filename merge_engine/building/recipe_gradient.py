@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -58,7 +58,7 @@ class RecipeGradient:
         self._units = units
         self._packs: dict[str, TensorPack] = {}  # each of one tensor
 
-    def of(self, loss: Callable[[], Tensor]) -> tuple[Tensor, Tensor]:
+    def value_and_grad(self, loss: Callable[[], Tensor]) -> tuple[Tensor, Tensor]:
         """Return what ``loss`` returns, and its gradient.
 
         ``loss`` computes a scalar () with the live model; its parameters require gradients only
@@ -72,20 +72,17 @@ class RecipeGradient:
             MergeError: The live model's recipe has no gradient.
         """
         recipe = self._recipe()
-        with self._going_backward(recipe) as products, self._layers():
+        with self._taking_products(recipe) as products, self._recomputing():
             with torch.enable_grad():
                 value = loss()
             if value.requires_grad:
                 value.backward()  # type: ignore[no-untyped-call]
         gradient = torch.zeros(len(self._units), len(recipe.donors), dtype=torch.float64)
-        for name, (found, columns, values) in products.items():
-            own = {
-                each: values[each] for each in ("weight", "normalize", "lambda_") if each in values
-            }
-            gradient[self._units.index[name], columns] += weight_gradient(found.cpu(), **own)
+        for name, (found, donors, weighting) in products.items():
+            gradient[self._units.index[name], donors] += weight_gradient(found.cpu(), **weighting)
         return value.detach().double().cpu(), gradient
 
-    def of_items(
+    def values_and_grad(
         self,
         loss: Callable[[Sequence[int]], Tensor],
         items: Sequence[int],
@@ -117,7 +114,7 @@ class RecipeGradient:
                 return values @ values.new_tensor(weights[part])
 
             try:
-                total += self.of(weighted)[1]
+                total += self.value_and_grad(weighted)[1]
             except torch.OutOfMemoryError:
                 self._save_memory()
                 continue
@@ -154,14 +151,13 @@ class RecipeGradient:
             raise MergeError(f"{recipe.merge_method} has no gradient; these have one: {able}")
         return first.recipe
 
-    def _layers(self) -> contextlib.AbstractContextManager[None]:
-        return (
-            recomputed_layers(self._builder.model) if self.recompute else contextlib.nullcontext()
-        )
+    def _recomputing(self) -> contextlib.AbstractContextManager[None]:
+        model = self._builder.model
+        return recomputed_layers(model) if self.recompute else contextlib.nullcontext()
 
     @contextlib.contextmanager
-    def _going_backward(self, recipe: Recipe) -> Iterator[dict[str, _Products]]:
-        """Require gradients of the live parameters; collect their products by stored tensor."""
+    def _taking_products(self, recipe: Recipe) -> Iterator[dict[str, _Products]]:
+        """Require gradients of the live parameters, and take their products by stored tensor."""
         products: dict[str, _Products] = {}
         parameters = dict(self._builder.model.named_parameters())
         needed = {name: each.requires_grad for name, each in parameters.items()}
@@ -200,7 +196,7 @@ class RecipeGradient:
             for name, part in self._builder.live.parts(live, gradient).items():
                 if name in self._units.index and (found := self._products(recipe, name, part)):
                     if name in products:  # a part of the model went backward on its own
-                        found = (found[0] + products[name][0], *found[1:])
+                        found = found._replace(inner=found.inner + products[name].inner)
                     products[name] = found
 
         return take
@@ -220,12 +216,20 @@ class RecipeGradient:
         pack = self._packs[name]
         values = values_of(recipe, pack, models)
         merge = PackMerge(recipe, pack, models, gradient.device, values)
-        columns = [donors.index(source.model) for source in recipe.donors]
-        return inner_products(merge, gradient), columns, values[0]
+        indices = [donors.index(source.model) for source in recipe.donors]
+        weighting = {name: values[0][name] for name in _WEIGHTING if name in values[0]}
+        return _Products(inner_products(merge, gradient), indices, weighting)
 
 
-# A tensor's inner products (n,), the columns of its n donors, and the method's parameters.
-_Products = tuple[Tensor, list[int], Any]
+_WEIGHTING = ("weight", "normalize", "lambda_")  # parameters of `weight_gradient`
+
+
+class _Products(NamedTuple):
+    """One tensor's inner products, from which the derivatives of its weights follow."""
+
+    inner: Tensor  # of the gradient and each task vector, (n,)
+    donors: list[int]  # which of the recipe's donors they are, n
+    weighting: dict[str, Any]  # the method's parameters that ``weight_gradient`` takes
 
 
 def inner_products(merge: PackMerge, gradient: Tensor) -> Tensor:

@@ -190,7 +190,7 @@ class Worker:
         with self._unchanged_weights(), self._oom_fails_candidate():
             builder.build(job.recipe)
             if job.weights:
-                found, gradient = self._gradients().of_items(loss, job.items, job.weights)
+                found, gradient = self._gradients().values_and_grad(loss, job.items, job.weights)
                 trim_heap()  # activations leave holes of their size
                 by_model = self._by_model(job.recipe, gradient)
                 return LossReply(found.tolist(), by_model, time.perf_counter() - start)

@@ -86,7 +86,7 @@ def measure(
     del held
     Path("/proc/self/clear_refs").write_text("5")  # the largest size is counted anew
     gradient = RecipeGradient(builder, Units.of_tensors(model_set.names), recompute=recompute)
-    seconds = seconds_of(lambda: gradient.of(loss))
+    seconds = seconds_of(lambda: gradient.value_and_grad(loss))
     peak = resident_mb("VmHWM")
     return {
         "layers": layers,

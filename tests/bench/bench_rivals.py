@@ -140,7 +140,7 @@ class Unlabelled:
         while True:
             items = minibatch(self.tasks, self.context.weights, BATCH, step, (self.seed, 0))
             self.builder.build(self.recipe(state[0]))
-            _, gradient = self.gradient.of_items(self.loss, items)
+            _, gradient = self.gradient.values_and_grad(self.loss, items)
             step += 1
             state = update(state, gradient.numpy(), step, RATES[0])
             spent += GRADIENT_COST * len(items)

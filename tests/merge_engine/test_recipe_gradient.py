@@ -107,7 +107,7 @@ def expected(builder, folder, method, normalize, lambda_=1.0):
 
 def check(builder, wanted, **settings):
     units = Units.of_tensors(builder.model_set.names)
-    _, found = RecipeGradient(builder, units, **settings).of(loss_of(builder.model)[0])
+    _, found = RecipeGradient(builder, units, **settings).value_and_grad(loss_of(builder.model)[0])
     scale = max(each.abs().max() for each in wanted.values())
     assert scale > 0
     for name, each in wanted.items():
@@ -138,7 +138,7 @@ def test_donor_of_weight_zero_has_a_gradient_and_donors_may_stay_on_disk(familie
     for budget in (IN_MEMORY, ON_DISK):
         builder = built(folder, recipe_of(folder, weights={"a": 0.5, "b": 0.0}), budget)
         gradient = RecipeGradient(builder, Units.of_tensors(builder.model_set.names))
-        found.append(gradient.of(loss_of(builder.model)[0])[1])
+        found.append(gradient.value_and_grad(loss_of(builder.model)[0])[1])
     assert torch.allclose(found[0], found[1], rtol=1e-6)
     assert (found[0][:, 1] != 0).any()
 
@@ -149,8 +149,8 @@ def test_units_add_up_the_gradients_of_their_tensors(families):
     models = builder.model_set
     loss, _ = loss_of(builder.model)
     tensors, layers = Units.of_tensors(models.names), Units.of_layers(models)
-    single = RecipeGradient(builder, tensors).of(loss)[1]
-    by_layer = RecipeGradient(builder, layers).of(loss)[1]
+    single = RecipeGradient(builder, tensors).value_and_grad(loss)[1]
+    by_layer = RecipeGradient(builder, layers).value_and_grad(loss)[1]
     assert by_layer.shape == (3, 2)  # two layers and the rest
     for unit in range(3):
         own = [tensors.index[name] for name in models.names if layers.index[name] == unit]
@@ -167,7 +167,7 @@ def test_one_gradient_is_alive_at_a_time_and_nothing_is_left_behind(families):
         alive.append(sum(each.grad is not None for each in parameters))
 
     hooks = [each.register_post_accumulate_grad_hook(count) for each in parameters]
-    RecipeGradient(builder, Units.of_layers(builder.model_set)).of(loss)
+    RecipeGradient(builder, Units.of_layers(builder.model_set)).value_and_grad(loss)
     for hook in hooks:
         hook.remove()
     assert len(alive) == len(parameters)
@@ -192,15 +192,15 @@ def test_batches_add_up_and_are_halved_until_they_fit(families):
         ).mean(1)
 
     units = Units.of_tensors(builder.model_set.names)
-    whole = RecipeGradient(builder, units, batch=6).of_items(losses, range(6))
+    whole = RecipeGradient(builder, units, batch=6).values_and_grad(losses, range(6))
     sizes.clear()
     small = RecipeGradient(builder, units, batch=6)
-    parts = small.of_items(lambda items: losses(items, 2), range(6))
+    parts = small.values_and_grad(lambda items: losses(items, 2), range(6))
     assert (sizes, small.batch, small.recompute) == ([6, 3, 1, 1, 1, 1, 1, 1], 1, False)
     for one, other in zip(whole, parts, strict=True):
         assert torch.allclose(one, other, rtol=1e-4, atol=1e-7)
     with pytest.raises(MergeError, match="not enough memory for the gradient of one item"):
-        small.of_items(lambda items: losses(items, 0), range(6))
+        small.values_and_grad(lambda items: losses(items, 0), range(6))
     assert small.recompute
 
 
@@ -209,4 +209,4 @@ def test_method_without_gradient_is_refused(families, method):
     builder = built(families["llama"], recipe_of(families["llama"], method))
     gradient = RecipeGradient(builder, Units.of_tensors(builder.model_set.names))
     with pytest.raises(MergeError, match=r"ties has no gradient; these have one: linear, task"):
-        gradient.of(loss_of(builder.model)[0])
+        gradient.value_and_grad(loss_of(builder.model)[0])

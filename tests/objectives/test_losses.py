@@ -356,7 +356,7 @@ def test_gradient_of_a_recipe_is_that_of_autograd_through_the_merge(family, reco
     (expected,) = torch.autograd.grad(losses.mean(), weights)
     family.build(weights)
     gradient = RecipeGradient(family.builder, family.units, batch=5, recompute=recompute)
-    values, found = gradient.of_items(family.loss, items)
+    values, found = gradient.values_and_grad(family.loss, items)
     assert torch.allclose(values.float(), losses, rtol=1e-4, atol=1e-5)
     assert (found.float() - expected).abs().max() <= 1e-4 * expected.abs().max()
 
@@ -368,7 +368,7 @@ def test_a_few_steps_from_uniform_weights_lower_the_loss(family):
     items, path = [*family.labels], []
     for _ in range(6):
         family.build(weights.detach())
-        losses, weights.grad = gradient.of_items(family.loss, items)
+        losses, weights.grad = gradient.values_and_grad(family.loss, items)
         path.append(losses.mean().item())
         optimizer.step()
     assert path[-1] < 0.95 * path[0]

@@ -24,7 +24,7 @@ PHASES: Final = {  # the function that is limited, and in which of its calls
     "measure": ("merge_engine.models.measurements:Measurements.magnitudes", 1),
     "build": ("merge_engine.building.builder:Builder.build", 8),
     "score": ("objectives.harness.harness:Harness.score", 8),
-    "differentiate": ("merge_engine.building.recipe_gradient:RecipeGradient.of_items", 2),
+    "differentiate": ("merge_engine.building.recipe_gradient:RecipeGradient.values_and_grad", 2),
     "export": ("search.running.workers:write_checkpoint", 1),
 }
 HOLES: Final = (1 << 24, 1 << 20, 1 << 16, 1 << 12)  # bytes
