@@ -80,6 +80,8 @@ class Fuzzer:
         self.exits[status] += 1
         self.longest = max(self.longest, seconds)
         said = self.said.read_text(encoding="utf-8", errors="replace")
+        if status == 0 and "-v" in command:
+            said = ""  # libraries may speak
         kind = _shortcoming(status, said, BORDERS[border].names, bad=bad)
         if kind is None and status and (left := tree(self.place).keys() - before):
             kind = f"leaves {min(path.name for path in left)}"
