@@ -259,12 +259,12 @@ class Builder:
 
     def _parts(self, recipe: Recipe) -> tuple[Part, ...]:
         """Return the recipe's runs of layers."""
-        rows = self.model_set.vocabulary
-        _check_vocabulary(recipe, self.model_set, rows.settings if rows else None)
+        vocabulary = self.model_set.vocabulary
+        _check_vocabulary(recipe, self.model_set, vocabulary.settings if vocabulary else None)
         first, *_ = recipe.parts
         if first.layers is None:
             return (Part(first.recipe, self.model_set),)
-        return plan_parts(recipe, self.model_set.checkpoints, rows)
+        return plan_parts(recipe, self.model_set.checkpoints, vocabulary)
 
     def shapes(self) -> dict[str, Tensor]:
         """Return the tensors of ``tensors()`` on the meta device: shapes and dtypes."""

@@ -144,30 +144,22 @@ def _unused(text: str, names: Iterable[str]) -> str:
 
 
 def plan_parts(
-    recipe: Recipe, checkpoints: Mapping[str, Checkpoint], rows: Vocabulary | None = None
+    recipe: Recipe, checkpoints: Mapping[str, Checkpoint], vocabulary: Vocabulary | None = None
 ) -> tuple[Part, ...]:
     """Return the parts of a recipe with their models' tensors aligned."""
     flat = recipe.parts
     parts, start = [], 0
     for number, part in enumerate(flat):
         own = {model: checkpoints[model] for model in part.recipe.models_read}
-        if part.layers is None:
-            parts.append(_part(part.recipe, own, None, rows))
-            continue
-        _check_ranges(part, own)
-        ends = (number == 0, number == len(flat) - 1)
-        parts.append(_part(part.recipe, own, _layout(own, part.layers, start, ends), rows))
-        start += _length(part.layers)
+        layout = None
+        if part.layers is not None:
+            _check_ranges(part, own)
+            ends = (number == 0, number == len(flat) - 1)
+            layout = _layout(own, part.layers, start, ends)
+            start += _length(part.layers)
+        tensors = AlignedTensors(own, layout, vocabulary, part.recipe.base_model)
+        parts.append(Part(part.recipe, ModelSet(tensors)))
     return tuple(parts)
-
-
-def _part(
-    recipe: Recipe,
-    checkpoints: Mapping[str, Checkpoint],
-    layout: Layout | None,
-    rows: Vocabulary | None,
-) -> Part:
-    return Part(recipe, ModelSet(AlignedTensors(checkpoints, layout, rows, recipe.base_model)))
 
 
 def _layout(
