@@ -18,10 +18,9 @@ from merge_engine.methods.preparation import UNBOUNDED
 from merge_engine.methods.task_vectors import l1_norms
 from merge_engine.numerics.noise import Noise, key_of
 from merge_engine.numerics.order_statistics import Magnitudes, Variances
-from merge_engine.numerics.statistics import row_width
+from merge_engine.numerics.statistics import LEAST_NORM, norm_ratio, row_width
 from merge_engine.numerics.transfer import to_device
 
-LEAST_NORM = 1e-7  # of a task vector that is rescaled
 _BY_RANK = ("rank_share", "min_keep_probability", "keep_probability_range")  # of `l1_norms`
 
 
@@ -54,16 +53,12 @@ class _TaskVectors(TaskVectors):
         key = key_of(self.merge.recipe.seed, self.name, self.indices[donor])
         measurements, model = self.merge.models.measurements, self.models[donor]
         masses = measurements.masses(self.name, model, self.merge.base, key)
-        return _norm_ratio(float(masses[-1]), float(masses[keep_probability]))
+        return norm_ratio(float(masses[-1]), float(masses[keep_probability]))
 
     @override
     def overlaps(self, epsilon: float) -> Tensor:
         measurements = self.merge.models.measurements
         return measurements.overlaps(self.name, self.models, self.merge.base, epsilon)
-
-
-def _norm_ratio(before: float, after: float) -> float:
-    return before / after if min(before, after) >= LEAST_NORM else 1.0
 
 
 def write_elementwise(out: Tensor, method: Elementwise, merge: PackMerge) -> None:

@@ -112,14 +112,11 @@ class TaskVectors(Protocol):
         """Return order statistics of the magnitudes of one donor, 0 to n - 1."""
 
     def rescale_factor(self, donor: int, keep_probability: int) -> float:
-        """Return the ratio of the L1 norms before and after a donor's random mask.
+        """Return the factor that restores a donor's L1 norm under its random mask (``norm_ratio``).
 
         Args:
             donor: 0 to n - 1.
             keep_probability: Of every element, in units of 1 / LEVELS.
-
-        Returns:
-            The ratio; 1 where either norm is below 1e-7.
         """
 
     def overlaps(self, epsilon: float) -> Tensor:

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from merge_engine.methods.linear import CANCELLED
 from merge_engine.methods.task_vectors import task_vectors
 
 
@@ -57,7 +58,7 @@ def weight_gradient(
         lambda_: Factor of all coefficients.
     """
     total = math.fsum(weight)
-    if not normalize or abs(total) < 1e-8:
+    if not normalize or abs(total) < CANCELLED:
         return lambda_ * products
     weights = torch.tensor(weight, dtype=products.dtype)
     return lambda_ / total * (products - weights @ products / total)

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from merge_engine.methods.contract import PerDonor
 
+CANCELLED = 1e-8  # mergekit does not divide by a smaller sum of weights
 LERP_COSINE = 0.9995  # above it slerp interpolates along a straight line, as in mergekit
 COLINEAR = 2.0**-24  # the same for nuslerp, in sin^2: a float32 cosine is rounded to one
 ROUNDING = 1e-7  # the direction of a shorter sum of unit vectors is that of rounding errors
@@ -32,7 +33,7 @@ def linear(_gram: None, *, weight: Sequence[float], normalize: bool) -> Tensor:
     Source: Wortsman et al. 2022, https://arxiv.org/abs/2203.05482
     """
     total = math.fsum(weight) if normalize else 1.0
-    if abs(total) < 1e-8:
+    if abs(total) < CANCELLED:
         raise ValueError(f"weights {list(weight)} sum to {total:.1e}; make one larger")
     return torch.tensor(weight, dtype=torch.float64) / total
 
@@ -70,7 +71,7 @@ def task_arithmetic(
     Source: Ilharco et al. 2022, https://arxiv.org/abs/2212.04089
     """
     total = math.fsum(weight) if normalize else 1.0
-    divisor = total if abs(total) >= 1e-8 else 1.0
+    divisor = total if abs(total) >= CANCELLED else 1.0
     return torch.tensor(weight, dtype=torch.float64) * (lambda_ / divisor)
 
 

@@ -13,6 +13,7 @@ from types import MappingProxyType
 from typing import Final
 
 from merge_engine.methods.contract import KernelValues, Parameters, TaskVectors
+from merge_engine.methods.linear import CANCELLED
 from merge_engine.numerics.noise import LEVELS, level
 from merge_engine.numerics.order_statistics import EVERYTHING, NOTHING, Band
 
@@ -120,7 +121,7 @@ def plain_sum(parameters: Parameters, values: KernelValues) -> KernelValues:
     """
     scale = parameters.shared["lambda_"]
     total = sum(parameters.per_donor["weight"])
-    if parameters.shared["normalize"] and abs(total) >= 1e-8:
+    if parameters.shared["normalize"] and abs(total) >= CANCELLED:
         scale = scale / total
     factors = tuple(factor * scale for factor in values.per_donor["factor"])
     return replace(values, per_donor={**values.per_donor, "factor": factors})

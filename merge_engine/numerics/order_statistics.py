@@ -17,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from merge_engine.numerics.statistics import PIECE, sort_ascending, variance
+from merge_engine.numerics.statistics import PIECE, norm_ratio, sort_ascending, variance
 
 _Array = NDArray[np.floating]
 TABLE = 65_536  # steps between the ranks that are kept of a large tensor
@@ -43,8 +43,8 @@ class Band:
 
     @property
     def rescale(self) -> float:
-        """Factor that gives the kept elements the L1 norm of all; 1 if either is below 1e-7."""
-        return self.total / self.mass if min(self.total, self.mass) >= 1e-7 else 1.0
+        """Factor that gives the kept elements the L1 norm of all (``norm_ratio``)."""
+        return norm_ratio(self.total, self.mass)
 
 
 EVERYTHING = Band(0.0, math.inf, 1.0, 0.0, 1.0, 1.0)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from merge_engine.numerics.rounding import rounded_product
 
+LEAST_NORM = 1e-7  # L1 norms below it are not restored, as in mergekit
 PIECE = 1 << 15  # elements that stay in a cache; torch gives more than these several threads
 _GRAM_PIECE = 1 << 16  # elements of each tensor whose products are summed at a time
 _BLOCK = 1 << 22  # elements whose rows are ranked at a time
@@ -84,6 +85,11 @@ def _outlying(numbers: Tensor) -> Tensor:
     ordered = sort_ascending(numbers.flatten())
     quartiles = ordered[[rank * (len(ordered) - 1) // 4 for rank in (1, 2, 3)]]
     return quartiles[1] + 1.5 * (quartiles[2] - quartiles[0])
+
+
+def norm_ratio(before: float, after: float) -> float:
+    """Return the factor that restores an L1 norm; 1 if either is below LEAST_NORM."""
+    return before / after if min(before, after) >= LEAST_NORM else 1.0
 
 
 def all_finite(tensor: Tensor) -> bool:
