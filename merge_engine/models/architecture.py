@@ -45,9 +45,10 @@ def auto_class(config: PreTrainedConfig) -> Any:
 
 
 def load_config(folder: Path, *, trust_remote_code: bool = False) -> PreTrainedConfig:
-    """Load the config in a folder, ignoring the attention kernels that it asks for.
+    """Load the config in a folder.
 
-    They could be another repository's code, or take minutes to compile.
+    It may ask for attention kernels that are another repository's code, or take minutes to compile:
+    make its model with ``attn_implementation=None``.
 
     Raises:
         ValueError: transformers does not know the model, or it needs ``trust_remote_code``.
@@ -57,9 +58,6 @@ def load_config(folder: Path, *, trust_remote_code: bool = False) -> PreTrainedC
     config: PreTrainedConfig = AutoConfig.from_pretrained(
         folder, trust_remote_code=trust_remote_code
     )
-    for part in (config, *(getattr(config, name) for name in config.sub_configs)):
-        if part is not None:
-            part._attn_implementation = None  # there is no public setter for None
     return config
 
 
@@ -73,6 +71,9 @@ def make_without_weights(
     """
     with torch.device("meta"):
         model: PreTrainedModel = auto_class(config).from_config(
-            config, dtype=dtype, trust_remote_code=trust_remote_code
+            config,
+            dtype=dtype,
+            attn_implementation=None,
+            trust_remote_code=trust_remote_code,
         )
     return model

@@ -109,6 +109,7 @@ def load_model(
             dtype=torch_dtype(dtype),
             device_map=device,
             trust_remote_code=trusted,
+            attn_implementation=None,
             output_loading_info=True,
         )
         if missing := sorted({*found["missing_keys"]} - {*dict(model.named_buffers())}):
