@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,6 +20,12 @@ from merge_engine.recipe.recipe import Recipe
 def row_dim(method: Linear, values: Values) -> int | None:
     """Return the dimension along which rows have their own coefficients, if they do."""
     return method.dim(**{name: values[name] for name in method.layout})
+
+
+def _coefficients(method: Linear, gram: Tensor | None, values: Values) -> Tensor:
+    """Return the coefficients of tensors with these inner products: (n,), or (rows, n)."""
+    options = {name: value for name, value in values.items() if name not in method.layout}
+    return method.coefficients(gram, **options)
 
 
 def write_linear(out: Tensor, method: Linear, merge: PackMerge) -> None:
@@ -68,13 +73,13 @@ def _factors(method: Linear, merge: PackMerge) -> Tensor:
     models, names, origin = _merged_models(merge.recipe), merge.pack.names, merge.recipe.origin
     grams = merge.models.measurements.grams(names, models, origin) if method.gram else None
     rows: list[Tensor] = [torch.empty(0)] * len(names)
-    groups: dict[tuple[Any, ...], list[int]] = defaultdict(list)
+    groups: dict[tuple[object, ...], list[int]] = defaultdict(list)
     for index, each in enumerate(merge.values):
         groups[tuple(each.items())].append(index)
-    for values, indices in groups.items():
-        options = {name: value for name, value in values if name not in method.layout}
+    for indices in groups.values():
+        own, values = None if grams is None else grams[indices], merge.values[indices[0]]
         try:
-            found = method.coefficients(None if grams is None else grams[indices], **options)
+            found = _coefficients(method, own, values)
         except ValueError as error:
             raise merge.refused(indices[0], error) from error
         for index, row in zip(indices, found.expand(len(indices), -1), strict=True):
@@ -85,9 +90,8 @@ def _factors(method: Linear, merge: PackMerge) -> Tensor:
 def _write_sum_by_row(out: Tensor, method: Linear, merge: PackMerge, dim: int) -> None:
     """Write a weighted sum of one tensor with coefficients of their own for every row."""
     models, origin, (name,) = _merged_models(merge.recipe), merge.recipe.origin, merge.pack.names
-    options = {name: each for name, each in merge.values[0].items() if name not in method.layout}
     gram = merge.models.measurements.gram(name, models, origin, dim) if method.gram else None
-    factors = method.coefficients(gram, **options)  # (rows, n)
+    factors = _coefficients(method, gram, merge.values[0])  # (rows, n)
     tensors = [to_device(merge.models.read(model, name), out.device) for model in models]
     sent = send_numbers(factors.float(), out.device)
     by_row = [_along(column, out.shape, dim) for column in sent.unbind(-1)]

@@ -12,7 +12,6 @@ from merge_engine.building.elementwise_merge import write_elementwise
 from merge_engine.building.linear_merge import row_dim, write_linear
 from merge_engine.building.pack_merge import PackMerge
 from merge_engine.methods import Elementwise, Linear
-from merge_engine.methods.contract import Values
 from merge_engine.models.model_set import ModelSet
 from merge_engine.numerics.packing import TensorPack
 from merge_engine.recipe.recipe import Recipe
@@ -26,7 +25,7 @@ def merge_pack(out: Tensor, recipe: Recipe, pack: TensorPack, models: ModelSet) 
     Raises:
         MergeError: The parameters do not work for a tensor; the message names it.
     """
-    merge = PackMerge(recipe, pack, models, out.device, values_of(recipe, pack, models))
+    merge = PackMerge.from_recipe(recipe, pack, models, out.device)
     method = recipe.method
     if len(pack.names) > 1 and not _fits_one_pass(merge):
         for name in pack.names:
@@ -35,15 +34,6 @@ def merge_pack(out: Tensor, recipe: Recipe, pack: TensorPack, models: ModelSet) 
         write_elementwise(out, method, merge)
     elif isinstance(method, Linear):
         write_linear(out, method, merge)
-
-
-def values_of(recipe: Recipe, pack: TensorPack, models: ModelSet) -> list[Values]:
-    """Return the method's parameters for each tensor, read once if all tensors have the same."""
-    if recipe.is_uniform:
-        return [recipe.values(pack.names[0], 0.0)] * len(pack.names)
-    return [
-        recipe.values(name, models.depth(name), models.inputs.get(name, {})) for name in pack.names
-    ]
 
 
 def _fits_one_pass(merge: PackMerge) -> bool:

@@ -22,9 +22,23 @@ class PackMerge:
 
     recipe: Recipe  # in the `models` form
     pack: TensorPack  # the k tensors
-    models: ModelSet  # the models
+    models: ModelSet
     device: torch.device  # where the result is written
     values: Sequence[Values]  # the method's parameters for each tensor
+
+    @classmethod
+    def from_recipe(
+        cls, recipe: Recipe, pack: TensorPack, models: ModelSet, device: torch.device
+    ) -> PackMerge:
+        """Read the method's parameters: once, if all tensors have the same."""
+        if recipe.is_uniform:
+            values = [recipe.values(pack.names[0], 0.0)] * len(pack.names)
+        else:
+            values = [
+                recipe.values(name, models.depth(name), models.inputs.get(name, {}))
+                for name in pack.names
+            ]
+        return cls(recipe, pack, models, device, values)
 
     def read(self, model: str) -> Tensor:
         """Return a model's tensors, packed, on the device."""

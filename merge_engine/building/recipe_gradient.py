@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -17,7 +18,6 @@ from torch import Tensor, nn
 
 from merge_engine.building.builder import Builder, of_owners, too_few
 from merge_engine.building.elementwise_merge import kernel_arguments
-from merge_engine.building.merging import values_of
 from merge_engine.building.pack_merge import PackMerge
 from merge_engine.building.recomputing import recomputed_layers
 from merge_engine.building.units import Units
@@ -214,10 +214,10 @@ class RecipeGradient:
         if name not in self._packs:
             self._packs[name] = TensorPack({name: tuple(gradient.shape)})
         pack = self._packs[name]
-        values = values_of(recipe, pack, models)
-        merge = PackMerge(recipe, pack, models, gradient.device, values)
+        merge = PackMerge.from_recipe(recipe, pack, models, gradient.device)
         indices = [donors.index(source.model) for source in recipe.donors]
-        weighting = {name: values[0][name] for name in _WEIGHTING if name in values[0]}
+        (values,) = merge.values
+        weighting = {name: values[name] for name in _WEIGHTING if name in values}
         return _Products(inner_products(merge, gradient), indices, weighting)
 
 
@@ -248,8 +248,7 @@ def inner_products(merge: PackMerge, gradient: Tensor) -> Tensor:
     assert method.sparsify is not None
     assert base is not None
     ones = [{**values, "weight": (1.0,) * len(used)} for values in merge.values]
-    merge = PackMerge(recipe, merge.pack, merge.models, merge.device, ones)
-    arguments = kernel_arguments(method, merge, base, used, combine=False)
+    arguments = kernel_arguments(method, replace(merge, values=ones), base, used, combine=False)
     factors = arguments.per_donor.pop("factor")
     sums = runner.sums(
         products_kernel(method.sparsify),
