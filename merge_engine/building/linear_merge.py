@@ -72,19 +72,17 @@ def _factors(method: Linear, merge: PackMerge) -> Tensor:
     """Return each tensor's coefficients, (k, n) float64; one call for equal parameters."""
     models, names, origin = _merged_models(merge.recipe), merge.pack.names, merge.recipe.origin
     grams = merge.models.measurements.grams(names, models, origin) if method.gram else None
-    rows: list[Tensor] = [torch.empty(0)] * len(names)
+    factors = torch.empty(len(names), len(models), dtype=torch.float64)
     groups: dict[tuple[object, ...], list[int]] = defaultdict(list)
     for index, each in enumerate(merge.values):
         groups[tuple(each.items())].append(index)
     for indices in groups.values():
         own, values = None if grams is None else grams[indices], merge.values[indices[0]]
         try:
-            found = _coefficients(method, own, values)
+            factors[indices] = _coefficients(method, own, values)
         except ValueError as error:
             raise merge.refused(indices[0], error) from error
-        for index, row in zip(indices, found.expand(len(indices), -1), strict=True):
-            rows[index] = row
-    return torch.stack(rows)
+    return factors
 
 
 def _write_sum_by_row(out: Tensor, method: Linear, merge: PackMerge, dim: int) -> None:

@@ -18,7 +18,7 @@ from merge_engine.building.builder import merge_into
 from merge_engine.methods import METHODS, Base
 from merge_engine.methods.linear import weighted_sum
 from merge_engine.methods.task_vectors import dare, l1_norms, trimmed_sum
-from merge_engine.numerics import kernel_runner as kernel_runner
+from merge_engine.numerics import kernel_runner
 from merge_engine.numerics.kernel_runner import (
     CHUNK,
     KERNELS,
