@@ -13,8 +13,8 @@ its responses in the run folder, from which the same job goes on after a kill.
 from __future__ import annotations
 
 import math
-from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections import Counter, deque
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, groupby, islice
 from pathlib import Path
@@ -26,14 +26,17 @@ from objectives.items import SPLITS, Split, blocks
 from search.preparing.context import StudyContext
 from search.preparing.forward_memory import JOB_ITEMS
 from search.proposing.starts import baselines
+from search.running.events import BlockEvaluated, Listener
 from search.running.workers import (
     AnswerJob,
     AnswerReply,
     EvalJob,
     EvalReply,
     ExportCheck,
+    Job,
     LossJob,
     LossReply,
+    Reply,
     WorkerDied,
     Workers,
 )
@@ -81,13 +84,6 @@ class Blocks(NamedTuple):
     numbers: tuple[int, ...]
 
 
-def _job(recipe: Evaluated, items: tuple[int, ...], journals: Path | None) -> EvalJob:
-    journal = journals and journals / digest_of(recipe.key, items)
-    if isinstance(recipe, UnderOwnTemplate):
-        return EvalJob(recipe.recipe, items, recipe.donor, journal)
-    return EvalJob(recipe, items, journal=journal)
-
-
 def jobs_of(blocks: Iterable[int], size: int) -> list[tuple[int, ...]]:
     """Group the numbers of blocks of ``size`` items into jobs."""
     together = max(1, JOB_ITEMS // size)
@@ -95,42 +91,37 @@ def jobs_of(blocks: Iterable[int], size: int) -> list[tuple[int, ...]]:
 
 
 class Evaluator:
-    """Hands blocks of items to workers and stores their results.
-
-    ``on_block`` is called with the number of items of each job that was evaluated. ``folder`` is
-    the run's; without one no journals are kept.
-    """
+    """Hands blocks of items to workers and stores their results."""
 
     def __init__(
         self,
+        folder: Path,
         context: StudyContext,
         store: Store,
         workers: Workers,
-        on_block: Callable[[int], None] = lambda items: None,  # noqa: ARG005
-        folder: Path | None = None,
+        listener: Listener,
     ) -> None:
-        self.store, self.workers, self.on_block = store, workers, on_block
-        self._journals = folder and folder.absolute() / JOURNALS
+        self.store, self.workers, self.listener = store, workers, listener
+        self._journals = folder.absolute() / JOURNALS
         self.build_seconds, self.stopping = 0.0, False
         self._size = context.spec.objective.block
         self._blocks: dict[Split, tuple[tuple[int, ...], ...]] = {
             split: blocks(getattr(context.splits, split), self._size) for split in SPLITS
         }
-        self._jobs = dict[int, tuple[Blocks, EvalJob]]()  # by worker
+        self._jobs = dict[int, Job]()  # under way, by worker
+        self._evaluating = dict[int, Blocks]()  # those of jobs that evaluate blocks, by worker
         self._built = dict[int, str]()  # key of the recipe in each worker's live model
-        self._tuning = dict[int, int]()  # number of the job of tuning, by worker
         self._deaths = Counter[str]()
 
     @property
     def idle(self) -> list[int]:
         """Indices of the workers that have no job."""
-        busy = self._jobs.keys() | self._tuning.keys()
-        return [worker for worker in range(self.workers.count) if worker not in busy]
+        return [worker for worker in range(self.workers.count) if worker not in self._jobs]
 
     @property
     def working(self) -> bool:
-        """Whether blocks are being evaluated, or workers do jobs of tuning."""
-        return bool(self._jobs or self._tuning)
+        """Whether jobs are under way."""
+        return bool(self._jobs)
 
     def block_ends(self, split: Split) -> list[int]:
         """List how many items of a split have been evaluated after each of its blocks."""
@@ -150,23 +141,15 @@ class Evaluator:
             raise damaged(self.store.storage.name, what)
         return [result for number in wanted for result in known[number]]
 
-    def evaluate(
-        self, recipes: Iterable[Evaluated], split: Split, items: int | None = None
-    ) -> None:
-        """Evaluate recipes on the first items of a split, as far as results are not stored.
-
-        Raises:
-            MergeError, ObjectiveError: One of them has failed; the others are evaluated.
-        """
-        for error in self.failures(recipes, split, items).values():
-            raise error
-
     def failures(
         self, recipes: Iterable[Evaluated], split: Split, items: int | None = None
     ) -> dict[str, Exception]:
-        """Evaluate recipes as ``evaluate`` does, but return the errors of failed ones by key.
+        """Evaluate recipes on the first items of a split, as far as results are not stored.
 
         The remaining blocks of a failed recipe are skipped.
+
+        Returns:
+            The errors of failed recipes, by key.
         """
         left = {
             Blocks(recipe.key, split, numbers): recipe
@@ -189,7 +172,7 @@ class Evaluator:
     def _next_of(self, left: Iterable[Blocks]) -> Blocks:
         """Choose blocks of a recipe that an idle worker has, else of one that none has."""
         idle = {self._built.get(worker) for worker in self.idle}
-        others = {blocks.recipe for blocks, _ in self._jobs.values()}
+        others = {blocks.recipe for blocks in self._evaluating.values()}
         return min(left, key=lambda one: (one.recipe not in idle, one.recipe in others))
 
     def missing_blocks(
@@ -202,46 +185,66 @@ class Evaluator:
     def submit(self, recipe: Evaluated, split: Split, *numbers: int) -> Blocks:
         """Give blocks to an idle worker, to be evaluated at once."""
         worker = min(self.idle, key=lambda worker: self._built.get(worker) != recipe.key)
-        blocks, items = Blocks(recipe.key, split, numbers), self._items(split, numbers)
-        journals = self._journals if len(numbers) > 1 else None
-        self._submit(worker, blocks, _job(recipe, items, journals))
+        blocks = self._evaluating[worker] = Blocks(recipe.key, split, numbers)
+        items, journal = self._items(blocks), self._journal(blocks)
+        if isinstance(recipe, UnderOwnTemplate):
+            job = EvalJob(recipe.recipe, items, recipe.donor, journal)
+        else:
+            job = EvalJob(recipe, items, journal=journal)
+        self._submit(worker, job)
         return blocks
 
-    def _items(self, split: Split, numbers: Iterable[int]) -> tuple[int, ...]:
-        return tuple(item for number in numbers for item in self._blocks[split][number])
+    def _items(self, blocks: Blocks) -> tuple[int, ...]:
+        return tuple(n for number in blocks.numbers for n in self._blocks[blocks.split][number])
 
-    def _submit(self, worker: int, blocks: Blocks, job: EvalJob) -> None:
-        self._jobs[worker], self._built[worker] = (blocks, job), job.recipe.key
+    def _journal(self, blocks: Blocks) -> Path | None:
+        """Return the file of the responses to several blocks; None for one."""
+        several = len(blocks.numbers) > 1
+        return self._journals / digest_of(blocks.recipe, self._items(blocks)) if several else None
+
+    def _submit(self, worker: int, job: Job) -> None:
+        self._jobs[worker], self._built[worker] = job, job.recipe.key
         self.workers.submit(worker, job)
 
-    def collect(self) -> tuple[Blocks, Exception | None]:
-        """Wait for a job to be finished, and store its results.
+    def _next(self) -> tuple[int, Reply | Exception]:
+        """Wait for a job to end; if its worker died, the one that took its place does it again.
 
         Returns:
-            Its blocks, and the error if it failed.
+            The worker, and its reply or the error of the job's recipe.
+        """
+        while True:
+            worker, outcome = self.workers.next()
+            job = self._jobs.pop(worker)
+            if isinstance(outcome, WorkerDied):
+                self._deaths[job.recipe.key] += 1
+                if self._deaths[job.recipe.key] < MAX_DEATHS and not self.stopping:
+                    self._submit(worker, job)
+                    continue
+                outcome = ObjectiveError(f"it ended its worker {MAX_DEATHS} times: {outcome}")
+            if isinstance(outcome, Exception):
+                del self._built[worker]
+            return worker, outcome
+
+    def collect(self) -> tuple[Blocks, Exception | None]:
+        """Wait for blocks to be evaluated, and store their results.
+
+        Returns:
+            The blocks, and the error if they could not be evaluated.
 
         Raises:
             KeyboardInterrupt: ``stopping`` was set; all jobs under way were stored before.
         """
         while True:
-            worker, outcome = self.workers.next()
-            blocks, job = self._jobs.pop(worker)
-            if isinstance(outcome, WorkerDied):
-                self._deaths[blocks.recipe] += 1
-                if self._deaths[blocks.recipe] < MAX_DEATHS and not self.stopping:
-                    self._submit(worker, blocks, job)
-                    continue
-                outcome = ObjectiveError(f"it ended its worker {MAX_DEATHS} times: {outcome}")
-            if isinstance(outcome, Exception):
-                del self._built[worker]
-            else:
+            worker, outcome = self._next()
+            blocks = self._evaluating.pop(worker)
+            if not isinstance(outcome, Exception):
                 assert isinstance(outcome, EvalReply)
                 self.build_seconds += outcome.build_seconds
                 self._save(blocks, outcome)
-                self.on_block(len(outcome.results))
+                self.listener(BlockEvaluated(len(outcome.results)))
             if not self.stopping:
-                if job.journal:
-                    job.journal.unlink(missing_ok=True)
+                if journal := self._journal(blocks):
+                    journal.unlink(missing_ok=True)
                 return blocks, outcome if isinstance(outcome, Exception) else None
             if not self.working:
                 raise KeyboardInterrupt
@@ -259,40 +262,33 @@ class Evaluator:
             MergeError, ObjectiveError: Of a job that failed.
             KeyboardInterrupt: ``stopping`` was set.
         """
-        left, replies = dict(enumerate(jobs)), dict[int, TuningReply]()
+        waiting, numbers = deque(enumerate(jobs)), dict[int, int]()  # numbers of jobs, by worker
+        replies = dict[int, TuningReply]()
         failed: Exception | None = None
-        while (left and not failed and not self.stopping) or self._tuning:
-            while left and self.idle and not failed and not self.stopping:
-                number, worker = min(left), self.idle[0]
-                self._tuning[worker] = number
-                self._built[worker] = jobs[number].recipe.key
-                self.workers.submit(worker, left.pop(number))
-            worker, outcome = self.workers.next()
-            number = self._tuning.pop(worker)
-            if isinstance(outcome, WorkerDied):
-                key = jobs[number].recipe.key
-                self._deaths[key] += 1
-                if self._deaths[key] < MAX_DEATHS:
-                    left[number] = jobs[number]
-                    continue
-                outcome = ObjectiveError(f"it ended its worker {MAX_DEATHS} times: {outcome}")
+        while waiting or self.working:
+            while waiting and self.idle:
+                worker = self.idle[0]
+                numbers[worker], job = waiting.popleft()
+                self._submit(worker, job)
+            worker, outcome = self._next()
             if isinstance(outcome, Exception):
                 failed = failed or outcome
             else:
                 assert isinstance(outcome, kind)
-                replies[number] = outcome
-        if failed:
-            raise failed
+                replies[numbers[worker]] = outcome
+            if failed or self.stopping:
+                waiting.clear()
         if self.stopping:
             raise KeyboardInterrupt
+        if failed:
+            raise failed
         return [replies[number] for number in range(len(jobs))]
 
     def abandon(self) -> None:
         """Wait for the jobs under way to end, and drop their results."""
         while self.working:
-            worker, _ = self.workers.next()
-            self._jobs.pop(worker, None)
-            self._tuning.pop(worker, None)
+            self._jobs.pop(self.workers.next()[0])
+        self._evaluating.clear()
 
     def export(self, recipe: Recipe, out: Path, card: str) -> ExportCheck:
         """Have a recipe rebuilt, compared with its stored results, and saved with a card.
@@ -301,12 +297,12 @@ class Evaluator:
         """
         evaluated = []
         for split in SPLITS:
-            stored = self.store.results(recipe.key, split)
-            numbers = sorted(stored)
-            jobs = jobs_of(numbers, self._size) if split == "test" else [(one,) for one in numbers]
+            stored = self.store.results(recipe.key, split)  # by block number, in order
+            jobs = jobs_of(stored, self._size) if split == "test" else [(one,) for one in stored]
             for job in jobs:
                 results = [result for number in job for result in stored[number]]
-                evaluated.append((EvalJob(recipe, self._items(split, job)), results))
+                wanted = Blocks(recipe.key, split, job)
+                evaluated.append((EvalJob(recipe, self._items(wanted)), results))
         check: ExportCheck = self.workers.call("export", recipe, evaluated, out.absolute(), card)
         return check
 

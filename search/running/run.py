@@ -24,7 +24,7 @@ from search.proposing.starts import baselines
 from search.racing.elimination import JointPosterior
 from search.racing.item_scores import ItemScores
 from search.running.evaluator import Evaluator, under_own_templates
-from search.running.events import BlockEvaluated, Listener
+from search.running.events import Listener
 from search.running.scores import Scores
 from search.running.workers import Workers
 from search.storing.address import Storage
@@ -54,9 +54,7 @@ class Run:
         self.folder, self.context, self.workers, self.listener = folder, context, workers, listener
         self.store = store or Store(Storage.of(folder))
         self.log = TrialLog(self.store.study())
-        self.evaluator = Evaluator(
-            context, self.store, workers, lambda items: listener(BlockEvaluated(items)), folder
-        )
+        self.evaluator = Evaluator(folder, context, self.store, workers, listener)
         self.scores = Scores(context, self.evaluator)
         self.space = context.space  # including the weights tuned so far
         self.read_tuned_path()

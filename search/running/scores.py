@@ -57,7 +57,7 @@ class Scores:
     def failures(
         self, recipes: Sequence[Evaluated], split: Split, items: int | None = None
     ) -> dict[str, Exception]:
-        """Evaluate recipes as ``evaluate`` does, but return the errors of failed ones by key.
+        """Evaluate recipes on the first items of a split; return the errors of failed ones by key.
 
         If a constraint is relative to the base, the base is evaluated on the same items.
         """

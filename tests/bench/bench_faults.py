@@ -32,14 +32,12 @@ from search.preparing.context import load_outline, plan_study
 from search.preparing.models import Hardware
 from search.proposing.recipes import to_recipe
 from search.proposing.starts import warm_starts
-from search.running.evaluator import Evaluator
 from search.running.ray_workers import RayWorkers
 from search.running.run import Run
 from search.running.search_loop import search
 from search.running.tuner import Tuner
 from search.running.workers import Job, LocalWorker, Workers
 from search.storing.folder import DATABASE
-from search.storing.store import Store
 from search.study.reading import load_study
 from simulated import SimulatedWorkers, simulated_context, simulated_run
 
@@ -242,10 +240,10 @@ def throughput(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
     rates: dict[int, list[float]] = {2: [], 1: []}
     for number in range(9):
         for count, found in rates.items():
-            store = Store(folder / f"{number}-{count}.db")
-            evaluator = Evaluator(context, store, First(crew, count))
+            (mine := folder / f"{number}-{count}").mkdir()
+            run = Run(mine, context, First(crew, count), lambda _: None)
             start = time.perf_counter()
-            evaluator.evaluate(recipes, "search")
+            run.scores.evaluate(recipes, "search")
             items = len(recipes) * len(context.splits.search)
             found.append(items / (time.perf_counter() - start))
     crew.close()

@@ -25,7 +25,7 @@ def context():
 def evaluated(context, folder, recipes, **settings):
     workers = SimulatedWorkers(context.objective, **settings)
     run = simulated_run(folder, context, workers)
-    run.evaluator.evaluate(recipes, "test")
+    run.scores.evaluate(recipes, "test")
     return run, workers
 
 
@@ -51,7 +51,7 @@ def test_jobs_end_at_the_same_items_whatever_is_stored(context, tmp_path):
     run, workers = evaluated(context, tmp_path / "run", [])
     run.evaluator.submit(recipe, "test", 6)
     run.evaluator.collect()
-    run.evaluator.evaluate([recipe], "test")
+    run.scores.evaluate([recipe], "test")
     order = context.splits.test
     jobs = [job.items for job in workers.jobs]
     assert jobs == [order[120:140], order[:100], order[100:120] + order[140:200], order[200:]]
