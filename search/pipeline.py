@@ -35,9 +35,10 @@ from search.running.search_loop import search
 from search.running.workers import FAILURES, Workers
 from search.showing.card import model_card
 from search.showing.report import make_report
+from search.showing.score_table import OtherTrial
 from search.storing.address import DATABASE_ERRORS, Storage
 from search.storing.folder import CARD, JOURNALS
-from search.storing.result import OtherTrial, Result, write_result
+from search.storing.result import Result, Score, write_result
 from search.storing.samples import read_samples, store_samples
 from search.storing.store import Store
 from search.study.public_names import public_names, public_recipe
@@ -174,6 +175,20 @@ def card_of(
     except Exception as error:  # whatever it is
         run.listener(Note(f"{out}: no model card was written: {type(error).__name__}: {error}"))
         return ""
+
+
+def other_trial(run: Run, number: int, recipe: Recipe, result: Result | None) -> OtherTrial | None:
+    """Describe a finished trial's recipe; None if it is the winner's."""
+    if result and Recipe.model_validate(result.winner.recipe).key == recipe.key:
+        return None
+    trial = next(trial for trial in run.log.finished() if trial.number == number)
+    tested = not run.evaluator.missing_blocks(recipe, "test")
+    return OtherTrial(
+        number,
+        trial.estimate and trial.estimate.value,
+        trial.items,
+        Score.of(run.scores.stored(recipe, "test"), run.spec.search.seed) if tested else None,
+    )
 
 
 def is_export_of(checkpoint: Path, recipe: Recipe) -> bool:

@@ -8,8 +8,7 @@ from merge_engine.recipe.recipe import Recipe
 from merge_engine.replacing import replace_text
 from objectives.entries import PromptEntry
 from search.options import ExportOptions, PushOptions, ReportOptions, SampleOptions
-from search.pipeline import card_of, is_export_of, save_checkpoint
-from search.running.conclusion import other_trial
+from search.pipeline import card_of, is_export_of, other_trial, save_checkpoint
 from search.running.events import CommandDone, Listener, Note, SamplesReady
 from search.running.run import Run
 from search.running.sampling import of_items, of_prompts

@@ -19,7 +19,7 @@ class ItemScores:
     values: tuple[float, ...]  # one per item
     tasks: tuple[str, ...]  # task of each item
     weights: Mapping[str, float]  # of the tasks in the mean
-    # Tokens written for each item, None where the model writes nothing.
+    # Tokens generated for each item; None for an item that is not answered by generated text.
     tokens: tuple[int | None, ...] = ()
 
     @classmethod
@@ -60,7 +60,7 @@ class ItemScores:
 
     @property
     def mean_tokens(self) -> float | None:
-        """Mean number of tokens written for an item; None where no item is written."""
+        """Mean number of tokens generated for an item; None where no text is generated."""
         counts = [count for count in self.tokens if count is not None]
         return sum(counts) / len(counts) if counts else None
 

@@ -34,7 +34,6 @@ from search.storing.result import (
     Difference,
     Donor,
     DonorDifference,
-    OtherTrial,
     Result,
     Score,
     Seconds,
@@ -296,18 +295,4 @@ def _tested(run: Run, candidate: Candidate) -> Winner:
         recipe=recipe.model_dump(mode="json"),
         trial=candidate.number,
         test=Score.of(run.scores.stored(recipe, "test"), run.spec.search.seed),
-    )
-
-
-def other_trial(run: Run, number: int, recipe: Recipe, result: Result | None) -> OtherTrial | None:
-    """Describe a finished trial's recipe; None if it is the winner's."""
-    if result and Recipe.model_validate(result.winner.recipe).key == recipe.key:
-        return None
-    trial = next(trial for trial in run.log.finished() if trial.number == number)
-    tested = not run.evaluator.missing_blocks(recipe, "test")
-    return OtherTrial(
-        number,
-        trial.estimate and trial.estimate.value,
-        trial.items,
-        Score.of(run.scores.stored(recipe, "test"), run.spec.search.seed) if tested else None,
     )

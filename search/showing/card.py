@@ -14,8 +14,9 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from merge_engine.models.locating import locate
 from merge_engine.recipe.recipe import Recipe
 from objectives.base import printable
+from search.showing.score_table import OtherTrial, ScoreTable
 from search.storing.folder import CARD
-from search.storing.result import OtherTrial, Result, Score, ScoreTable, package_versions
+from search.storing.result import Result, Score, package_versions
 from search.study.public_names import public_names, public_recipe, without_paths
 from search.study.spec import StudySpec
 from search.wording import UNTUNED, bracketed, percent, shortened

@@ -13,7 +13,8 @@ from objectives.scores import Interval, paired_bootstrap, score_interval
 from search.proposing.starts import UNIFORM
 from search.racing.item_scores import ItemScores
 from search.showing.facts import RunFacts
-from search.storing.result import Result, ScoreRow, ScoreTable, Winner
+from search.showing.score_table import ScoreRow, ScoreTable
+from search.storing.result import Result, Winner
 from search.storing.trials import TrialRecord
 from search.wording import OWN_TEMPLATE, shortened
 
@@ -38,7 +39,7 @@ class Row(NamedTuple):
     note: str  # shown below the name
     # One for the mean and one for each task; None: no items of it were evaluated.
     cells: Sequence[Cell | None]
-    tokens: float | None = None  # mean number of tokens written for an item
+    tokens: float | None = None  # mean number of tokens generated for an item
     marked: bool = False  # it is the winner, a trial of the front, or the best trial so far
 
 

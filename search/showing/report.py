@@ -42,8 +42,9 @@ from search.showing.comparison import (
     search_rows,
 )
 from search.showing.facts import RunFacts, describe_trial
+from search.showing.score_table import ScoreTable
 from search.showing.tuning_charts import AVERAGED, path_charts, weight_maps
-from search.storing.result import Result, ScoreTable, read_result
+from search.storing.result import Result, read_result
 from search.storing.resume import check_result
 from search.storing.samples import read_samples
 from search.storing.store import Store

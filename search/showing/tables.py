@@ -17,7 +17,8 @@ from rich.text import Text
 from objectives.base import printable
 from search.running.events import ScoreReady
 from search.showing.markup import shown
-from search.storing.result import Result, Score, ScoreTable
+from search.showing.score_table import ScoreTable
+from search.storing.result import Result, Score
 from search.storing.samples import Sample
 from search.wording import bracketed, duration, percent, plus_minus, printable_lines
 

@@ -8,11 +8,10 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple, Self, TypeVar
+from typing import Annotated, Any, Literal, Self, TypeVar
 
 from pydantic import AfterValidator, BaseModel, Field, TypeAdapter, ValidationError, model_validator
 
@@ -26,7 +25,7 @@ from search.racing.item_scores import ItemScores
 from search.storing.intact import reading_stored
 from search.study.public_names import renamed
 from search.study.spec import StudyError
-from search.wording import OWN_TEMPLATE, UNTUNED, bracketed, percent, short_names
+from search.wording import bracketed, percent
 
 RESULT = "result.json"
 PATHS = "paths.json"  # paths of the folders that a result names
@@ -54,7 +53,7 @@ class Score(_Mean):
     """A model's score on the items of a split."""
 
     tasks: dict[str, float]  # mean of each task
-    # Mean number of tokens written for an item; None: no task generates text.
+    # Mean number of tokens generated for an item; None: no task generates text.
     tokens: float | None = None
 
     @classmethod
@@ -130,15 +129,6 @@ class Untuned(Winner):
             f"weights, {self.recipe['merge_method']} of trial {self.trial}, on the same test items"
             + ("." if lead.low > 0 else ": it is not shown to have helped.")
         )
-
-
-class OtherTrial(NamedTuple):
-    """A trial that is not the winner."""
-
-    number: int
-    search_score: float | None  # its estimate; None: it failed during the search
-    items: int  # search items it was evaluated on
-    test: Score | None  # None: it was not tested
 
 
 class Seconds(FrozenModel):
@@ -233,60 +223,6 @@ class Result(FrozenModel):
             for task, floor in self.floors.items()
         ]
         return f"Floors on the test items: {', '.join(each)}."
-
-
-class ScoreRow(NamedTuple):
-    """A model in a table of test scores."""
-
-    kind: Literal["base", "donor", "uniform", "untuned", "winner", "trial"]
-    name: str  # short and unique in the table
-    model: str  # a donor's folder or id; else the name, or the trial of the recipe
-    test: Score
-    lead: Difference | None = None  # of the winner over it; None: it is the winner or a trial
-    own_template: bool = False  # the donor is evaluated under its own chat template
-
-
-@dataclass(frozen=True)
-class ScoreTable:
-    """Test scores of the models of a run."""
-
-    tasks: Mapping[str, str]  # short name of each task
-    # Base, donors, uniform average, the best recipe without tuned weights, and last the winner or
-    # another trial.
-    rows: Sequence[ScoreRow]
-
-    @classmethod
-    def of_result(cls, result: Result, other: OtherTrial | None = None) -> Self:
-        """Tabulate a result; the last row is another trial's, where one is given and tested."""
-        names = short_names(result.donors, "/")
-        rows = [ScoreRow("base", "base", "base", result.base.test, result.base.difference)]
-        for model, donor in result.donors.items():
-            name, own = names[model], donor.own_template
-            rows.append(ScoreRow("donor", name, model, donor.test, donor.difference))
-            if own:
-                name = f"{name} {OWN_TEMPLATE}"
-                rows.append(ScoreRow("donor", name, model, own.test, own.difference, True))
-        uniform = result.uniform
-        rows.append(ScoreRow("uniform", "uniform", "uniform", uniform.test, uniform.difference))
-        if one := result.untuned:
-            rows.append(
-                ScoreRow("untuned", UNTUNED, f"trial {one.trial}", one.test, one.difference)
-            )
-        if other and other.test:
-            rows.append(ScoreRow("trial", "this trial", f"trial {other.number}", other.test))
-        else:
-            winner = result.winner
-            rows.append(ScoreRow("winner", "winner", f"trial {winner.trial}", winner.test))
-        return cls(short_names(result.winner.test.tasks, "_"), rows)
-
-    def best_donor(self, lead: DonorDifference) -> ScoreRow:
-        """Return the row of the donor that a lead is over."""
-        wanted = (lead.donor, lead.own_template)
-        return next(
-            row
-            for row in self.rows
-            if row.kind == "donor" and (row.model, row.own_template) == wanted
-        )
 
 
 def write_result(run: Path, result: Result, names: Mapping[str, str]) -> None:

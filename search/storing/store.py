@@ -1,49 +1,25 @@
 """The store: Optuna's study and every finished block of results, in one database.
 
-The blocks of a job are written in one transaction before the next job; what jobs under way have
-answered is in their journals. Results are keyed by recipe, not by trial: a recipe proposed twice is
+The blocks of a job are stored in one transaction before the next job; the responses to jobs under
+way are in their journals. Results are keyed by recipe, not by trial: a recipe proposed twice is
 evaluated once.
 """
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
-import secrets
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, Final
 
 import numpy as np
 import optuna
-from optuna.storages import RDBStorage
 from optuna.study import Study
-from sqlalchemy import (
-    Boolean,
-    Column,
-    Engine,
-    Float,
-    Index,
-    Integer,
-    LargeBinary,
-    MetaData,
-    String,
-    Table,
-    Text,
-    create_engine,
-    event,
-    func,
-    inspect,
-    select,
-    update,
-)
-from sqlalchemy.exc import IntegrityError, InterfaceError, InternalError, OperationalError
-from sqlalchemy.pool import NullPool
+from sqlalchemy import Column, Engine, Row, Select, event, func, select, update
+from sqlalchemy.exc import InterfaceError, InternalError, OperationalError
 
 from objectives.base import ItemResult, printable
 from search.racing.race import Floats
@@ -51,54 +27,19 @@ from search.storing.address import DATABASE_ERRORS, Storage, cause_of, is_damage
 from search.storing.folder import Interrupted
 from search.storing.intact import damaged, digest_of, reading_stored
 from search.storing.snapshot import StoredItem
+from search.storing.tables import ANSWERS, ITEMS, STEPS, check_tables, make_tables, open_rdb
 from search.study.spec import StudyError
 
 PAUSES: Final = (1, 2, 4, 8, 15, 30, 60, 60, 60)  # seconds between attempts to reach a server
 RECONNECTS: Final = 20  # lost connections that a session survives
-
-_META = MetaData()
-_ANSWERS = Table(
-    "mergesearch_answers",
-    _META,
-    Column("study", Integer, primary_key=True),
-    Column("recipe", String(32), primary_key=True),
-    Column("split", String(16), primary_key=True),
-    Column("block", Integer, primary_key=True),
-    Column("items", Integer, nullable=False),  # how many
-    Column("answers", Text, nullable=False),  # JSON list, one value per item in scoring order
-    Column("margins", Text, nullable=False),  # JSON list, a number or null per item
-    Column("faults", Text, nullable=False),  # JSON list, a reason or null per item
-    Column("tokens", Text, nullable=False),  # JSON list, how many were written per item
-    Column("seconds", Float, nullable=False),
-    Column("digest", String(32), nullable=False),  # of the row except items and seconds
-    Index("mergesearch_asked", "study", "split", "recipe", "items", "seconds"),  # to count by
-)
-_STEPS = Table(
-    "mergesearch_steps",
-    _META,
-    Column("study", Integer, primary_key=True),
-    Column("path", Integer, primary_key=True),
-    Column("step", Integer, primary_key=True),
-    Column("is_point", Boolean, nullable=False),
-    Column("evaluations", Integer, nullable=False),
-    Column("seconds", Float, nullable=False),
-    Column("losses", Text, nullable=False),  # JSON, the mean of each task's items
-    Column("units", Integer, nullable=False),
-    # See `search.proposing.tuning.update`, (4, units, donors), float64, little-endian; NULL
-    # where a later step has them and this is no point.
-    Column("state", LargeBinary(1 << 24)),
-)
-_ITEMS = Table(
-    "mergesearch_items",
-    _META,
-    Column("study", Integer, primary_key=True),
-    Column("place", Integer, primary_key=True),
-    *(
-        Column(field.name, Integer if field.name == "doc_id" else Text, nullable=False)
-        for field in fields(StoredItem)
-    ),
-    Column("digest", String(32), nullable=False),
-)
+# Columns that hold a block's results as JSON lists, and the fields of ``ItemResult`` in them, in
+# the order of the fields.
+RESULT_COLUMNS: Final = {
+    "answers": "value",
+    "margins": "margin",
+    "faults": "fault",
+    "tokens": "tokens",
+}
 
 
 @dataclass(frozen=True)
@@ -111,70 +52,6 @@ class PathStep:
     evaluations: int  # item evaluations that it took; an item's gradient counts three
     seconds: float  # time it took
     losses: Mapping[str, float]  # the mean over each task's items, before the update
-
-
-def _opened(storage: Storage, *, begun: bool = False, **options: Any) -> RDBStorage:
-    url = storage.url.render_as_string(hide_password=False)
-    database = RDBStorage(url, {**storage.engine_options(), **options}, skip_table_creation=begun)
-    if not begun:
-        _META.create_all(database.engine)
-    return database
-
-
-def _check_tables(storage: Storage) -> None:
-    """Refuse a missing database, or one that this version has not written; change nothing."""
-    if storage.is_file and not Path(str(storage.url.database)).is_file():
-        raise StudyError(f"{storage.name}: no such file; restore it from a copy")
-    found = inspect(create_engine(storage.url, **storage.engine_options(), poolclass=NullPool))
-    for name, table in _META.tables.items():
-        theirs = {
-            each["name"] for each in (found.get_columns(name) if found.has_table(name) else ())
-        }
-        if not theirs:
-            raise StudyError(
-                f"{storage.name} has no table {name}, so it is not a run's database; restore it "
-                "from a copy, or start over with --force-new"
-            )
-        if theirs != set(table.columns.keys()):
-            raise StudyError(
-                f"{storage.name} was made by another version of mergesearch (table {name} has "
-                f"{', '.join(sorted(theirs))}); choose another --out"
-            )
-
-
-def _make_tables(storage: Storage) -> None:
-    """Make the missing tables; other runs may be making them at the same time."""
-    if storage.is_file:
-        if not Path(str(storage.url.database)).exists():
-            _make_file(storage)
-        return
-    for pause in (0.1, 0.5, 2.0, None):
-        try:
-            _opened(storage, poolclass=NullPool)  # a failed one leaves none open
-            return
-        except DATABASE_ERRORS as error:
-            others = isinstance(cause_of(error), IntegrityError) or "exists" in reason_of(error)
-            if pause is None or not others:
-                raise
-            time.sleep(pause)
-
-
-def _make_file(storage: Storage) -> None:
-    """Make an SQLite file with all tables, readable by its owner only: it will hold answers.
-
-    It gets its name when it is complete, so that a kill cannot leave it without some tables.
-    """
-    file = Path(str(storage.url.database))
-    partial = file.with_name(f".{file.name}.{secrets.token_hex(4)}.partial")
-    try:
-        partial.touch(mode=0o600, exist_ok=False)
-        made = replace(storage, url=storage.url.set(database=str(partial)))
-        _opened(made, poolclass=NullPool)
-        with contextlib.suppress(FileExistsError):  # another run has made it meanwhile
-            os.link(partial, file)
-    finally:
-        partial.unlink(missing_ok=True)
-        partial.with_name(f"{partial.name}-journal").unlink(missing_ok=True)
 
 
 class Store:
@@ -197,9 +74,9 @@ class Store:
         optuna.logging.set_verbosity(optuna.logging.ERROR)
         with opening(self.storage):
             if not begun:
-                _make_tables(self.storage)
-            _check_tables(self.storage)
-            self._rdb = _opened(self.storage, begun=begun)
+                make_tables(self.storage)
+            check_tables(self.storage)
+            self._rdb = open_rdb(self.storage, begun=begun)
             with reading_stored(self.storage.name):
                 self.study()
                 self._study = self._rdb.get_study_id_from_name(self.storage.study)
@@ -254,17 +131,19 @@ class Store:
             load_if_exists=True,
         )
 
+    def _read(self, query: Select[Any]) -> Sequence[Row[Any]]:
+        with self._engine.connect() as connection:
+            return connection.execute(query).all()
+
     def items(self) -> list[StoredItem]:
         """Read the snapshots of the study's items; none before a run has begun."""
-        columns = [_ITEMS.c[field.name] for field in fields(StoredItem)]
-        mine = select(*columns).where(_ITEMS.c.study == self._study)
-        digests = select(_ITEMS.c.place, _ITEMS.c.digest).where(_ITEMS.c.study == self._study)
-        with self._engine.connect() as connection, reading_stored(self.storage.name):
-            rows = connection.execute(mine.order_by(_ITEMS.c.place)).mappings()
-            items = [StoredItem(**row) for row in rows]
-            written = connection.execute(digests.order_by(_ITEMS.c.place)).all()
-            for item, (place, digest) in zip(items, written, strict=True):
-                if digest != digest_of(place, asdict(item)):
+        columns = [ITEMS.c[field.name] for field in fields(StoredItem)]
+        mine = select(ITEMS.c.place, ITEMS.c.digest, *columns).where(ITEMS.c.study == self._study)
+        items = []
+        with reading_stored(self.storage.name):
+            for place, digest, *content in self._read(mine.order_by(ITEMS.c.place)):
+                items.append(StoredItem(*content))
+                if digest != digest_of(place, asdict(items[-1])):
                     raise damaged(self.storage.name, f"item {place} is not as it was written")
         return items
 
@@ -280,28 +159,31 @@ class Store:
             for number, item in enumerate(items)
         ]
         with self._engine.begin() as connection:
-            connection.execute(_ITEMS.insert(), rows)
+            connection.execute(ITEMS.insert(), rows)
 
     def results(self, recipe: str, split: str) -> Mapping[int, list[ItemResult]]:
-        """Read a recipe's results on a split, by block number."""
-        wanted = select(_ANSWERS).where(
-            _ANSWERS.c.study == self._study, _ANSWERS.c.recipe == recipe, _ANSWERS.c.split == split
-        )
-        with self._engine.connect() as connection, reading_stored(self.storage.name):
-            rows = connection.execute(wanted.order_by(_ANSWERS.c.block)).all()
-            for row in rows:
-                if row.digest != _digest_of(row):
-                    what = f"the answers of recipe {recipe}, {split} block {row.block}"
+        """Read a recipe's results on a split, by block number and in the order of these."""
+        found = {}
+        with reading_stored(self.storage.name):
+            columns = [ANSWERS.c[name] for name in RESULT_COLUMNS]
+            mine = self._evaluated(recipe, split, ANSWERS.c.block, ANSWERS.c.digest, *columns)
+            for block, digest, *parts in self._read(mine.order_by(ANSWERS.c.block)):
+                if digest != digest_of(recipe, split, block, *parts):
+                    what = f"the answers of recipe {recipe}, {split} block {block}"
                     raise damaged(self.storage.name, f"{what} are not as they were written")
-            return {row.block: _results_of(row) for row in rows}
+                values = zip(*map(json.loads, parts), strict=True)
+                found[block] = [ItemResult(*of_item) for of_item in values]
+        return found
 
     def blocks(self, recipe: str, split: str) -> set[int]:
         """List the numbers of the blocks of a split that a recipe was evaluated on."""
-        wanted = select(_ANSWERS.c.block).where(
-            _ANSWERS.c.study == self._study, _ANSWERS.c.recipe == recipe, _ANSWERS.c.split == split
+        return {row.block for row in self._read(self._evaluated(recipe, split, ANSWERS.c.block))}
+
+    def _evaluated(self, recipe: str, split: str, *columns: Column[Any]) -> Select[Any]:
+        """Select columns of the results of a recipe on a split."""
+        return select(*columns).where(
+            ANSWERS.c.study == self._study, ANSWERS.c.recipe == recipe, ANSWERS.c.split == split
         )
-        with self._engine.connect() as connection:
-            return set(connection.execute(wanted).scalars())
 
     def save(
         self,
@@ -315,39 +197,29 @@ class Store:
         ``seconds`` is the time of all of them; it is divided among blocks by items.
         """
         per_item = seconds / sum(map(len, results.values()))
-        rows: list[dict[str, Any]] = [
-            {
-                "study": self._study,
-                "recipe": recipe,
-                "split": split,
-                "block": block,
-                "items": len(of_block),
-                "answers": json.dumps([one.value for one in of_block]),
-                "margins": json.dumps([one.margin for one in of_block]),
-                "faults": json.dumps([one.fault for one in of_block]),
-                "tokens": json.dumps([one.tokens for one in of_block]),
-                "seconds": per_item * len(of_block),
+        rows = []
+        for block, of_block in results.items():
+            parts = {
+                column: json.dumps([getattr(one, field) for one in of_block])
+                for column, field in RESULT_COLUMNS.items()
             }
-            for block, of_block in results.items()
-        ]
-        for row in rows:
-            row["digest"] = _digest_of(SimpleNamespace(**row))
+            row = {"study": self._study, "recipe": recipe, "split": split, "block": block}
+            row |= {"items": len(of_block), "seconds": per_item * len(of_block), **parts}
+            rows.append(row | {"digest": digest_of(recipe, split, block, *parts.values())})
         with self._engine.begin() as connection:
-            connection.execute(_ANSWERS.insert(), rows)
+            connection.execute(ANSWERS.insert(), rows)
 
     def recipes(self, split: str) -> set[str]:
         """List the keys of the recipes that have results on a split."""
-        asked = select(_ANSWERS.c.recipe).distinct()
-        mine = asked.where(_ANSWERS.c.study == self._study, _ANSWERS.c.split == split)
-        with self._engine.connect() as connection:
-            return set(connection.execute(mine).scalars())
+        evaluated = select(ANSWERS.c.recipe).distinct()
+        mine = evaluated.where(ANSWERS.c.study == self._study, ANSWERS.c.split == split)
+        return {row.recipe for row in self._read(mine)}
 
     def evaluations(self) -> tuple[Mapping[str, int], float]:
         """Count the item evaluations of each split, and sum the seconds they all took."""
-        sums = (func.sum(_ANSWERS.c["items"]), func.sum(_ANSWERS.c.seconds))
-        mine = select(_ANSWERS.c.split, *sums).where(_ANSWERS.c.study == self._study)
-        with self._engine.connect() as connection:
-            rows = connection.execute(mine.group_by(_ANSWERS.c.split)).all()
+        sums = (func.sum(ANSWERS.c["items"]), func.sum(ANSWERS.c.seconds))
+        mine = select(ANSWERS.c.split, *sums).where(ANSWERS.c.study == self._study)
+        rows = self._read(mine.group_by(ANSWERS.c.split))
         counts = Counter({row[0]: int(row[1]) for row in rows})
         seconds: float = sum(row[2] for row in rows)
         if steps := self.steps():
@@ -358,39 +230,27 @@ class Store:
     def save_step(self, step: PathStep, state: Floats) -> None:
         """Store a step of tuning and its state (4, U, k); earlier states stay only at points."""
         row = {**asdict(step), "losses": json.dumps(step.losses), "study": self._study}
-        stale = update(_STEPS).where(
-            _STEPS.c.study == self._study, _STEPS.c.is_point.is_(False), _STEPS.c.state.is_not(None)
+        stale = update(STEPS).where(
+            STEPS.c.study == self._study, STEPS.c.is_point.is_(False), STEPS.c.state.is_not(None)
         )
         with self._engine.begin() as connection:
             connection.execute(stale.values(state=None))
             stored = {"units": state.shape[1], "state": state.astype("<f8").tobytes()}
-            connection.execute(_STEPS.insert().values(**row, **stored))
+            connection.execute(STEPS.insert().values(**row, **stored))
 
     def steps(self) -> list[PathStep]:
         """Read the steps of tuning, in their order."""
-        columns = [_STEPS.c[field.name] for field in fields(PathStep)]
-        mine = select(*columns).where(_STEPS.c.study == self._study)
-        with self._engine.connect() as connection:
-            rows = connection.execute(mine.order_by(_STEPS.c.path, _STEPS.c.step)).mappings()
-            return [PathStep(**{**row, "losses": json.loads(row["losses"])}) for row in rows]
+        columns = [STEPS.c[field.name] for field in fields(PathStep)]
+        mine = select(*columns).where(STEPS.c.study == self._study)
+        rows = self._read(mine.order_by(STEPS.c.path, STEPS.c.step))
+        return [replace(PathStep(*row), losses=json.loads(row.losses)) for row in rows]
 
     def states(self, *, points: bool) -> list[Floats]:
         """Read the states (4, U, k) at the points of all paths, or else after the last step."""
-        mine = select(_STEPS.c.units, _STEPS.c.state).where(_STEPS.c.study == self._study)
+        mine = select(STEPS.c.units, STEPS.c.state).where(STEPS.c.study == self._study)
         if points:
-            mine = mine.where(_STEPS.c.is_point.is_(True)).order_by(_STEPS.c.path, _STEPS.c.step)
+            mine = mine.where(STEPS.c.is_point.is_(True)).order_by(STEPS.c.path, STEPS.c.step)
         else:
-            mine = mine.order_by(_STEPS.c.path.desc(), _STEPS.c.step.desc()).limit(1)
-        with self._engine.connect() as connection:
-            rows = connection.execute(mine).all()
+            mine = mine.order_by(STEPS.c.path.desc(), STEPS.c.step.desc()).limit(1)
+        rows = self._read(mine)
         return [np.frombuffer(state, "<f8").reshape(4, units, -1) for units, state in rows]
-
-
-def _digest_of(row: Any) -> str:
-    results = row.answers, row.margins, row.faults, row.tokens
-    return digest_of(row.recipe, row.split, row.block, *results)
-
-
-def _results_of(row: Any) -> list[ItemResult]:
-    columns = (row.answers, row.margins, row.faults, row.tokens)
-    return [ItemResult(*parts) for parts in zip(*map(json.loads, columns), strict=True)]
