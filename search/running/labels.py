@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 
 from merge_engine.recipe.recipe import Recipe
 from objectives.items import blocks
@@ -16,6 +17,19 @@ from search.running.workers import FAILURES, AnswerJob, AnswerReply
 from search.study.spec import StudyError
 
 
+@dataclass
+class _Labels:
+    """Labels found so far, as they are stored with the run."""
+
+    texts: dict[int, str]  # by number of the item
+    asked: list[str] = field(default_factory=list)  # models that have generated answers
+    evaluations: int = 0  # item evaluations which that took
+
+    def store(self, run: Run) -> None:
+        texts = {str(number): text for number, text in self.texts.items()}
+        run.log.set_header(labels={**asdict(self), "texts": texts})
+
+
 def find_labels(run: Run) -> Mapping[int, str]:
     """Return the labels of tune items by number, and store them; items without one are left out.
 
@@ -25,49 +39,49 @@ def find_labels(run: Run) -> Mapping[int, str]:
     Raises:
         StudyError: The study requires tuning, and no item has a label.
     """
-    stored = run.log.header().get("labels", {})
-    items = run.context.splits.tune
-    labels: dict[int, str] = {int(number): text for number, text in stored.get("texts", {}).items()}
-    if not stored:
-        found: Sequence[str | None] = run.workers.call("labels", items)
-        labels = {n: text for n, text in zip(items, found, strict=True) if text is not None}
-        _store(run, labels, [], 0)
-    asked, evaluations = [*stored.get("asked", [])], stored.get("evaluations", 0)
-    written = [n for n in items if run.context.objective.items[n].generated]
-    known = baselines(run.context.space)
-    names = [*(name for name, _ in rank_donors(run, own_templates=False)), run.spec.base_model]
-    for name in names:
-        missing = [number for number in written if number not in labels]
-        if name in asked or not missing:
-            continue
-        run.listener(Stage(f"generating answers of {name} as labels of {len(missing)} items"))
-        try:
-            answers = _right_answers(run, known[name], missing)
-        except FAILURES as error:
-            run.listener(Note(f"{name} gives no labels: {error}"))
-            answers = [None] * len(missing)
-        labels |= {n: text for n, text in zip(missing, answers, strict=True) if text is not None}
-        asked.append(name)
-        evaluations += len(missing)
-        run.listener(BlockEvaluated(len(missing)))
-        _store(run, labels, asked, evaluations)
-    _note_tasks_without(run, labels)
-    return labels
+    items, known = run.context.splits.tune, baselines(run.context.space)
+    labels = _stored_labels(run)
+    if labels is None:
+        labels = _Labels(_known(items, run.workers.call("labels", items)))
+        labels.store(run)
+    generated = [number for number in items if run.context.objective.items[number].generated]
+    for name in (*(name for name, _ in rank_donors(run, own_templates=False)), run.spec.base_model):
+        missing = [number for number in generated if number not in labels.texts]
+        if missing and name not in labels.asked:
+            labels.texts |= _right_answers(run, name, known[name], missing)
+            labels.asked.append(name)
+            labels.evaluations += len(missing)
+            labels.store(run)
+    _note_tasks_without(run, labels.texts)
+    return labels.texts
 
 
-def _right_answers(run: Run, recipe: Recipe, items: Sequence[int]) -> list[str | None]:
-    """Have all workers generate a recipe's answers; return those judged right, else None."""
+def _stored_labels(run: Run) -> _Labels | None:
+    if stored := run.log.header().get("labels"):
+        texts = {int(number): text for number, text in stored["texts"].items()}
+        return _Labels(**{**stored, "texts": texts})
+    return None
+
+
+def _known(items: Sequence[int], labels: Iterable[str | None]) -> dict[int, str]:
+    return {n: text for n, text in zip(items, labels, strict=True) if text is not None}
+
+
+def _right_answers(run: Run, name: str, recipe: Recipe, items: Sequence[int]) -> dict[int, str]:
+    """Have all workers generate a model's answers to items; return those judged right."""
+    run.listener(Stage(f"generating answers of {name} as labels of {len(items)} items"))
     parts = blocks(items, math.ceil(len(items) / run.workers.count))
-    replies = run.evaluator.do_all([AnswerJob(recipe, part) for part in parts], AnswerReply)
-    return [answer for reply in replies for answer in reply.answers]
+    try:
+        replies = run.evaluator.do_all([AnswerJob(recipe, part) for part in parts], AnswerReply)
+        answers = [answer for reply in replies for answer in reply.answers]
+    except FAILURES as error:
+        run.listener(Note(f"{name} gives no labels: {error}"))
+        answers = [None] * len(items)
+    run.listener(BlockEvaluated(len(items)))
+    return _known(items, answers)
 
 
-def _store(run: Run, labels: Mapping[int, str], asked: Sequence[str], evaluations: int) -> None:
-    texts = {str(number): text for number, text in labels.items()}
-    run.log.set_header(labels={"texts": texts, "asked": asked, "evaluations": evaluations})
-
-
-def by_task(run: Run, labels: Mapping[int, str]) -> dict[str, list[int]]:
+def group_by_task(run: Run, labels: Mapping[int, str]) -> dict[str, list[int]]:
     """Group the labelled tune items by task, each task's in the order of the split."""
     found = defaultdict[str, list[int]](list)
     for number in run.context.splits.tune:

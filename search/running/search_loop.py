@@ -86,13 +86,11 @@ class SearchLoop:
         self.run, self.deadline, self.after_trial = run, deadline, after_trial
         spec, space = run.spec.search, run.context.space
         # Donors that are differences of models cannot be scored on their own.
-        alone = space.models == space.donors
-        ranked = rank_donors(run, own_templates=False) if alone else []
-        ranking = [space.models.index(name) for name, _ in ranked]
+        ranked = rank_donors(run, own_templates=False) if space.models == space.donors else []
+        self._ranking = ranking = [space.models.index(name) for name, _ in ranked]
         self.proposer = Proposer(spec.sampler, space, spec.seed, front=spec.front, ranking=ranking)
         self.race = open_race(run)
         self.tuner = Tuner(run, deadline, ranking)
-        self._ranking = ranking
         self.starts_wait = True
         self._waiting: dict[Blocks, list[RunningTrial]] = {}  # trials by the block they need
 
@@ -125,7 +123,7 @@ class SearchLoop:
         Returns:
             Whether one was begun.
         """
-        opening = self.tuner.opens(trials)
+        opening = self.tuner.is_on_first_path(trials)
         if self.starts_wait and not opening:
             self._enqueue_starts()
         begun = False
@@ -138,8 +136,8 @@ class SearchLoop:
 
     def _some_wait(self) -> bool:
         """Return whether a trial is queued, or was left running by an earlier session."""
-        open_now = [one.trial.number for one in self._running]
-        return bool(self.run.log.records("waiting") or self.run.log.left_running(open_now))
+        log = self.run.log
+        return bool(log.records("waiting") or log.left_running(self._open_now))
 
     def _enqueue_starts(self) -> None:
         """Queue the warm starts that no session has queued before."""
@@ -155,20 +153,25 @@ class SearchLoop:
         waiting = [one for trials in self._waiting.values() for one in trials]
         return sorted(waiting, key=lambda one: one.trial.number)
 
+    @property
+    def _open_now(self) -> list[int]:
+        """Numbers of the trials in the race."""
+        return [one.trial.number for one in self._running]
+
     def _may_begin(self) -> bool:
-        run, open_now = self.run, [one.trial.number for one in self._running]
+        run, open_now = self.run, self._open_now
         finished = run.log.finished()
         begun = len(finished) + len(open_now)
         if begun >= run.spec.search.trials or (begun and time.perf_counter() > self.deadline):
             return False
-        return not self._exhausted(finished) or bool(run.log.left_running(open_now))
+        return not self._reason_to_stop(finished) or bool(run.log.left_running(open_now))
 
-    def _exhausted(self, finished: Sequence[TrialRecord]) -> str:
+    def _reason_to_stop(self, finished: Sequence[TrialRecord]) -> str:
         """Return why no further gain is expected; empty if one is."""
-        select = len(self.run.context.splits.select)
-        tuned = self.tuner.last_trial(finished)
         if not self.run.spec.search.stop:
             return ""
+        select = len(self.run.context.splits.select)
+        tuned = self.tuner.last_trial(finished)
         if should_stop(finished, select):
             return "the expected improvement is below what the select split can resolve"
         if tuned is not None and has_stalled(finished, select, tuned):
@@ -178,8 +181,7 @@ class SearchLoop:
     def _begin(self) -> RunningTrial:
         """Open the next trial: one of an earlier session, a warm start, or a new proposal."""
         start = time.perf_counter()
-        open_now = [one.trial.number for one in self._running]
-        trial = self.proposer.ask(self.run.log, open_now, self.run.space)
+        trial = self.proposer.ask(self.run.log, self._open_now, self.run.space)
         self.run.ask_seconds += time.perf_counter() - start
         recipe = to_recipe(self.run.space, trial.point)
         trial.set_recipe(recipe.key)
@@ -253,7 +255,7 @@ class SearchLoop:
 
     def _note_why_it_ended(self) -> None:
         finished = self.run.log.finished()
-        if why := self._exhausted(finished):
+        if why := self._reason_to_stop(finished):
             self.run.listener(
                 Note(
                     f"early stopping after {len(finished)} trials: {why}; with search.stop: false "

@@ -11,7 +11,6 @@ same path.
 from __future__ import annotations
 
 import time
-from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Final, Literal
@@ -20,10 +19,11 @@ import numpy as np
 
 from merge_engine.recipe.recipe import Recipe
 from objectives.items import blocks
+from objectives.scores import task_means
 from search.proposing.recipes import to_recipe
 from search.proposing.space import Space
 from search.proposing.starts import even_weights
-from search.proposing.tuned_path import PATH_PREFIX, TunedPath
+from search.proposing.tuned_path import PATH_PREFIX, TunedPath, TunedUnits
 from search.proposing.tuning import (
     AT_ONCE,
     BATCH,
@@ -39,7 +39,7 @@ from search.proposing.tuning import (
 )
 from search.racing.race import Floats
 from search.running.events import Note, StepTaken
-from search.running.labels import by_task, find_labels
+from search.running.labels import find_labels, group_by_task
 from search.running.run import Run
 from search.running.workers import FAILURES, LossJob, LossReply
 from search.storing.store import PathStep
@@ -49,7 +49,7 @@ from search.study.parameters import tuning_method
 Upcoming = Literal["point", "steps", "trial", "path", ""]
 
 RATES: Final = (0.12, 0.06)  # step sizes of the first path and the second
-AROUND: Final = 10  # trials proposed by the sampler between the first path and the second
+BETWEEN_PATHS: Final = 10  # trials proposed by the sampler between the first path and the second
 
 
 def first_path_evaluations(run: Run) -> int:
@@ -71,6 +71,7 @@ class Tuner:
         self.run, self.deadline = run, deadline
         self.method = tuning_method(run.spec)
         self.ended = run.context.tuned_units is None or not run.context.splits.tune
+        # The average of all donors, or of the best that a recipe may use, (k).
         self._start = even_weights(
             run.context.space,
             (ranking or range(len(run.context.space.donors)))[: run.context.space.used],
@@ -81,19 +82,24 @@ class Tuner:
         self._steps = run.store.steps()
 
     @property
+    def _units(self) -> TunedUnits:
+        assert self.run.context.tuned_units is not None  # else it has ended before it begins
+        return self.run.context.tuned_units
+
+    @property
     def _batch(self) -> int:
         return batch_size(len(self.run.context.weights))
 
     def is_due(self, trials: Sequence[TrialRecord]) -> bool:
         """Return whether steps, or a point of the path, come next, given all trials so far."""
-        return self._next(trials) in ("point", "steps", "path")
+        return self._upcoming(trials) in ("point", "steps", "path")
 
-    def opens(self, trials: Sequence[TrialRecord]) -> bool:
+    def is_on_first_path(self, trials: Sequence[TrialRecord]) -> bool:
         """Return whether the first path is still under way."""
         first = not self._steps or self._steps[-1].path == 0
-        return first and self._next(trials) in ("point", "steps", "trial")
+        return first and self._upcoming(trials) in ("point", "steps", "trial")
 
-    def _next(self, trials: Sequence[TrialRecord]) -> Upcoming:
+    def _upcoming(self, trials: Sequence[TrialRecord]) -> Upcoming:
         """Return what comes next: the last point, steps, the trial of a point, or another path."""
         if self.ended or time.perf_counter() > self.deadline:
             return ""
@@ -106,7 +112,7 @@ class Tuner:
             return "trial"
         if self._goes_on(trials):
             return "steps"
-        return "path" if self._begins_again(trials) else ""
+        return "path" if self._second_path_begins(trials) else ""
 
     def last_trial(self, trials: Sequence[TrialRecord]) -> int | None:
         """Return the number of the last trial that is a point of a path."""
@@ -133,13 +139,13 @@ class Tuner:
 
     def _find_labels(self) -> None:
         self._labels = dict(find_labels(self.run))
-        self._by_task = by_task(self.run, self._labels)
+        self._by_task = group_by_task(self.run, self._labels)
         self.ended = not self._by_task
 
     def _advance(self, trials: Sequence[TrialRecord]) -> None:
-        upcoming = self._next(trials)
+        upcoming = self._upcoming(trials)
         if not self._steps:
-            self._begin(0, self._uniform())
+            self._begin(0, np.tile(self._start, (len(self._units.filters), 1)))
         elif upcoming == "path":
             self._begin(self._steps[-1].path + 1, self._incumbent())
         if upcoming != "point":
@@ -149,12 +155,6 @@ class Tuner:
             self.run.read_tuned_path()
         self._enqueue(self._steps[-1])
 
-    def _uniform(self) -> Floats:
-        """Return the average of all donors, or of the best that a recipe may use, (U, k)."""
-        units = self.run.context.tuned_units
-        assert units is not None
-        return np.tile(np.array(self._start), (len(units.filters), 1))
-
     def _incumbent(self) -> Floats:
         """Return the weights (U, k) of the best recipe of the method that is tuned."""
         ranked, _ = self.run.ranked_candidates()
@@ -163,51 +163,53 @@ class Tuner:
         return self.run.space.tuned_weights(best)
 
     def _begin(self, path: int, weights: Floats) -> None:
-        asked = self.run.log.header()["labels"]["evaluations"] if path == 0 else 0
-        self._save(PathStep(path, 0, True, asked, 0.0, {}), first_state(weights))
+        of_labels = self.run.log.header()["labels"]["evaluations"] if path == 0 else 0
+        self._save(PathStep(path, 0, True, of_labels, 0.0, {}), first_state(weights))
 
     def _take_step(self) -> PathStep:
-        """Compute the gradient of the items of one step, update the weights and store them."""
+        """Update the weights by the gradient of a few items' losses, and store them."""
         start, last = time.perf_counter(), self._steps[-1]
         (state,) = self.run.store.states(points=False)
         seed = (self.run.spec.search.seed, last.path)
         items = minibatch(self._by_task, self.run.context.weights, self._batch, last.step, seed)
-        recipe, share = self._recipe(state[0]), 1 / len(items)
+        losses, gradient = self._losses_and_gradient(state[0], items)
+        step, ends = last.step + 1, self._point_steps(last.path)
+        taken = PathStep(
+            last.path,
+            step,
+            step in ends,
+            GRADIENT_COST * len(items),
+            time.perf_counter() - start,
+            task_means(losses, [self.run.context.objective.items[n].task for n in items]),
+        )
+        self._save(taken, update(state, gradient, step, RATES[last.path]))
+        upcoming = next((end for end in ends if end >= step), step)
+        self.run.listener(StepTaken(step, upcoming, float(np.mean(losses)), taken.evaluations))
+        return taken
+
+    def _losses_and_gradient(
+        self, weights: Floats, items: Sequence[int]
+    ) -> tuple[list[float], Floats]:
+        """Compute the losses of items at weights (U, k), and the gradient (U, k) of their mean.
+
+        It is zero for donors without weight, so that they stay out (``search.at_most``).
+        """
+        recipe, share = self._recipe(weights), 1 / len(items)
         jobs = [
             LossJob(recipe, part, tuple(self._labels[n] for n in part), (share,) * len(part))
             for part in blocks(items, items_of_job(len(items), AT_ONCE, self.run.workers.count))
         ]
         replies = self.run.evaluator.do_all(jobs, LossReply)
-        gradient = sum(reply.gradient for reply in replies if reply.gradient is not None)
-        of_donors = gradient @ self.run.context.space.signs.T
-        of_donors[:, ~state[0].any(axis=0)] = 0.0  # donors left out stay so (``search.at_most``)
-        losses = [value for reply in replies for value in reply.losses]
-        step = last.step + 1
-        taken = PathStep(
-            last.path,
-            step,
-            step in self._points(last.path),
-            GRADIENT_COST * len(items),
-            time.perf_counter() - start,
-            self._means(items, losses),
-        )
-        self._save(taken, update(state, of_donors, step, RATES[last.path]))
-        upcoming = next((point for point in self._points(last.path) if point >= step), step)
-        mean = float(np.mean(losses))
-        self.run.listener(StepTaken(step, upcoming, mean, taken.evaluations))
-        return taken
-
-    def _means(self, items: Sequence[int], losses: Sequence[float]) -> dict[str, float]:
-        found = defaultdict[str, list[float]](list)
-        for number, value in zip(items, losses, strict=True):
-            found[self.run.context.objective.items[number].task].append(value)
-        return {task: float(np.mean(values)) for task, values in found.items()}
+        of_models = sum(reply.gradient for reply in replies if reply.gradient is not None)
+        gradient = of_models @ self.run.context.space.signs.T
+        gradient[:, ~weights.any(axis=0)] = 0.0
+        return [loss for reply in replies for loss in reply.losses], gradient
 
     def _save(self, step: PathStep, state: Floats) -> None:
         self.run.store.save_step(step, state)
         self._steps.append(step)
 
-    def _points(self, path: int) -> list[int]:
+    def _point_steps(self, path: int) -> list[int]:
         """List the steps after which the weights are a point of a path."""
         trials, items = self.run.spec.search.trials, len(self.run.context.splits.search)
         earlier = sum(one.path < path and one.step > 0 for one in self._steps)
@@ -215,13 +217,11 @@ class Tuner:
 
     def _recipe(self, weights: Floats) -> Recipe:
         """Return the recipe with tuned weights (U, k)."""
-        units = self.run.context.tuned_units
-        assert units is not None
-        space = replace(self.run.context.space, tuned=TunedPath(units, weights[None]))
-        return to_recipe(space, self._point(space, 0.0))
+        space = replace(self.run.context.space, tuned=TunedPath(self._units, weights[None]))
+        return to_recipe(space, self._tuned_point(space, 0.0))
 
-    def _point(self, space: Space, position: float) -> dict[str, object]:
-        """Return the point with strength 1, at which the flat weights have no effect."""
+    def _tuned_point(self, space: Space, position: float) -> dict[str, object]:
+        """Return the point at a position of the path, where flat weights have no effect."""
         assert self.method is not None
         point = space.point(self.method, self._start)
         for name, (low, high) in space.bounds.items():
@@ -230,13 +230,13 @@ class Tuner:
 
     def _enqueue(self, step: PathStep) -> None:
         known = [one for one in self._steps if one.is_point]
-        point = self._point(self.run.space, float(known.index(step)))
+        point = self._tuned_point(self.run.space, float(known.index(step)))
         self.run.log.enqueue(point, start=_label(step))
 
     def _trial_of(self, step: PathStep, trials: Sequence[TrialRecord]) -> TrialRecord | None:
         return next((trial for trial in trials if trial.start == _label(step)), None)
 
-    def _points_of(self, path: int, trials: Sequence[TrialRecord]) -> list[TrialRecord | None]:
+    def _trials_of(self, path: int, trials: Sequence[TrialRecord]) -> list[TrialRecord | None]:
         """List the trials of a path's points; None for one that has failed."""
         found = [
             self._trial_of(step, trials)
@@ -248,25 +248,25 @@ class Tuner:
     def _goes_on(self, trials: Sequence[TrialRecord]) -> bool:
         """Return whether the last path is below its limit, its best point one of the last two."""
         last = self._steps[-1]
-        known = self._points_of(last.path, trials)
+        known = self._trials_of(last.path, trials)
         best = min((one.sort_key for one in known if one), default=None)
         ahead = [one.sort_key == best for one in known[-2:] if one]
-        return last.step < self._points(last.path)[-1] and any(ahead)
+        return last.step < self._point_steps(last.path)[-1] and any(ahead)
 
-    def _begins_again(self, trials: Sequence[TrialRecord]) -> bool:
+    def _second_path_begins(self, trials: Sequence[TrialRecord]) -> bool:
         """Return whether the first path, still rising at its end, has a second after it.
 
         It was rising if its last point is ahead of every other by more than a standard error.
         """
         last = self._steps[-1]
-        *others, end = self._points_of(last.path, trials)
-        if last.path + 1 >= len(RATES) or end is None or not self._points(last.path + 1):
+        *others, end = self._trials_of(last.path, trials)
+        if last.path + 1 >= len(RATES) or end is None or not self._point_steps(last.path + 1):
             return False
         best = min((one.sort_key for one in others if one), default=(np.inf, np.inf))
         if (end.violation, -end.value + end.variance**0.5) >= best:
             return False
         later = [trial for trial in trials if trial.number > end.number and trial.completed]
-        return sum(trial.expected_improvement is not None for trial in later) >= AROUND
+        return sum(trial.expected_improvement is not None for trial in later) >= BETWEEN_PATHS
 
 
 def _label(step: PathStep) -> str:
