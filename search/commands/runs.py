@@ -19,10 +19,9 @@ from search.storing.address import Storage
 from search.storing.folder import CARD, check_folder, is_held
 from search.storing.intact import reading_stored
 from search.storing.result import PATHS, Result, read_paths, read_result
-from search.storing.resume import check_result, find_trial, stored_spec
+from search.storing.resume import check_result, find_trial, stored_log, stored_spec
 from search.storing.samples import store_samples
 from search.storing.store import Store
-from search.storing.trials import TrialLog
 from search.study.public_names import public_recipe
 from search.study.spec import StudyError, StudySpec
 
@@ -36,8 +35,7 @@ def export(options: ExportOptions, listener: Listener) -> None:
     result = _read_result(options, spec)
     won = result.winner.recipe if result else None
     if options.trial is not None:  # a missing trial is reported before anything is loaded
-        store = Store(Storage.of(options.run, options.storage), begun=True)
-        find_trial(options.run, TrialLog(store.study()), options.trial)
+        find_trial(options.run, stored_log(options.run, options.storage), options.trial)
     elif won is None:
         raise StudyError(f"{options.run} has no winner yet; name a --trial")
 
@@ -85,16 +83,14 @@ def _read_result(options: ExportOptions | SampleOptions, spec: StudySpec) -> Res
     """Read a run's result; refuse another run's, or one with models that are not the study's."""
     run = options.run
     result = read_result(run)
-    known = {spec.base_model, *spec.models_but_base}
     read = Recipe.model_validate(result.winner.recipe).models_read if result else ()
-    if lost := [model for model in read if model not in known]:
+    if lost := [model for model in read if model not in spec.models_read]:
         raise StudyError(
             f"{run / PATHS}: lacks the path of the winner's model {lost[0]!r}; run the study again "
             "to rewrite it"
         )
     if result:
-        store = Store(Storage.of(run, options.storage), begun=True)
-        check_result(run, result, TrialLog(store.study()).finished())
+        check_result(run, result, stored_log(run, options.storage).finished())
     return result
 
 

@@ -181,7 +181,7 @@ def plan_study(spec: StudySpec, *, compiled: bool = True) -> StudyPlan:
         MergeError, ObjectiveError, StudyError: A model, task or warm start cannot be used.
     """
     models = open_model_set(
-        [spec.base_model, *spec.models_but_base],
+        spec.models_read,
         spec.search.trials if compiled else 0,
         spec.tokenizer,
     )

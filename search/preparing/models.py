@@ -209,8 +209,8 @@ def open_references(spec: StudySpec) -> ModelSet:
     Raises:
         MergeError: One cannot be used.
     """
-    names = [spec.base_model, *spec.models_but_base]
-    return open_model_set(names if spec.tokenizer else names[:1], tokenizer=spec.tokenizer)
+    names = spec.models_read if spec.tokenizer else (spec.base_model,)
+    return open_model_set(names, tokenizer=spec.tokenizer)
 
 
 def load_scored(
@@ -232,14 +232,13 @@ def load_scored(
         loaded = load_scored(spec, model, Hardware("cpu"), mine)
         offload(loaded[0], hardware.device)
         return loaded
-    names = [spec.base_model, *spec.models_but_base]
     dtype = study_dtype(spec, mine.reference)
     folder = find_folder(model)
     name = str(folder.resolve()) if folder else model
     if model.endswith((".yaml", ".yml")):
         recipe, _ = load_recipe(Path(model))
         models = open_model_set(recipe.models_read, tokenizer=recipe.vocabulary)
-    elif spec.tokenizer and name in names:
+    elif spec.tokenizer and name in spec.models_read:
         recipe, models = baselines(Space.from_spec(spec, mine.layer_filters, dtype))[name], mine
     else:
         checkpoint = open_model(model)

@@ -75,7 +75,7 @@ def stored_spec(folder: Path, url: str | None = None) -> StudySpec:
     """
     if not has_run(folder):
         raise StudyError(f"{folder}: no run here (no {DATABASE}); give the folder of a run")
-    header = TrialLog(Store(Storage.of(folder, url), begun=True).study()).header()
+    header = stored_log(folder, url).header()
     if "spec" not in header:
         raise StudyError(f"{folder}: the run was stopped before it began; run it again")
     try:
@@ -85,6 +85,11 @@ def stored_spec(folder: Path, url: str | None = None) -> StudySpec:
             f"{folder}: another version of mergesearch made this run ({first_error(error)}); "
             "use that version, or begin another run"
         ) from None
+
+
+def stored_log(folder: Path, url: str | None = None) -> TrialLog:
+    """Read the trials of a run folder's study, which has begun."""
+    return TrialLog(Store(Storage.of(folder, url), begun=True).study())
 
 
 def check_result(folder: Path, result: Result, trials: Iterable[TrialRecord]) -> None:

@@ -18,7 +18,7 @@ from typing import Any, Final
 import numpy as np
 import optuna
 from optuna.study import Study
-from sqlalchemy import Column, Engine, Row, Select, event, func, select, update
+from sqlalchemy import Column, Engine, Select, event, func, select, update
 from sqlalchemy.exc import InterfaceError, InternalError, OperationalError
 
 from objectives.base import ItemResult, printable
@@ -131,7 +131,7 @@ class Store:
             load_if_exists=True,
         )
 
-    def _read(self, query: Select[Any]) -> Sequence[Row[Any]]:
+    def _read(self, query: Select[Any]) -> Sequence[Any]:
         with self._engine.connect() as connection:
             return connection.execute(query).all()
 

@@ -155,6 +155,11 @@ class StudySpec(FrozenModel):
     objective: ObjectiveSpec  # what is evaluated, and how
 
     @property
+    def models_read(self) -> tuple[str, ...]:
+        """The base, and every other model that is read."""
+        return (self.base_model, *self.models_but_base)
+
+    @property
     def models_but_base(self) -> tuple[str, ...]:
         """Every model that is read besides the base, subtracted ones included, each once."""
         return models_but_base(self.base_model, self.models)
