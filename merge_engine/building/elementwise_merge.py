@@ -21,7 +21,7 @@ from merge_engine.numerics.order_statistics import Magnitudes, Variances
 from merge_engine.numerics.statistics import LEAST_NORM, norm_ratio, row_width
 from merge_engine.numerics.transfer import to_device
 
-_BY_RANK = ("rank_share", "min_keep_probability", "keep_probability_range")  # of `l1_norms`
+_OF_THE_SUM = ("factor", "weight")  # values that a method's `sparsify` does not take
 
 
 @dataclass(frozen=True)
@@ -120,7 +120,10 @@ def kernel_arguments(
         ]
         per_donor[stat] = [to_device(each, merge.device) for each in found]
     if any(each.rescales for each in kernel_values):
-        ratios = _rescale_factors(merge, (base, donors), per_donor, noise)
+        assert method.sparsify is not None
+        values = {name: each for name, each in per_donor.items() if name not in _OF_THE_SUM}
+        norms = merge.models.runner.sums(l1_norms(method.sparsify), (base, donors), values, noise)
+        ratios = _rescale_factors(merge, norms)
         per_donor["factor"] = [f * r for f, r in zip(per_donor["factor"], ratios, strict=True)]
     return KernelArguments(donors, scalars, per_donor, noise)
 
@@ -179,15 +182,8 @@ def _columns(merge: PackMerge, rows: Sequence[Sequence[float]]) -> list[Number]:
     return [columns[index] for index in range(len(rows))]
 
 
-def _rescale_factors(
-    merge: PackMerge,
-    inputs: tuple[Tensor, Sequence[Tensor]],
-    per_donor: dict[str, list[Number]],
-    noise: Noise | None,
-) -> list[Number]:
-    """Return factors that restore each task vector's L1 norm under its mask, (k,) per donor."""
-    values = {name: per_donor[name] for name in _BY_RANK}
-    sums = merge.models.runner.sums(l1_norms, inputs, values, noise)
-    before, after = merge.pack.sums(sums).chunk(2)  # n norms each, without and with the masks
+def _rescale_factors(merge: PackMerge, norms: Tensor) -> list[Number]:
+    """Return n factors that restore each task vector's L1 norm, from its norms in rows."""
+    before, after = merge.pack.sums(norms).chunk(2)  # n norms each, without and with the masks
     kept = torch.minimum(before, after) >= LEAST_NORM
     return merge.columns(torch.where(kept, before / after, 1.0).float())

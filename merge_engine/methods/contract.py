@@ -127,6 +127,8 @@ class TaskVectors(Protocol):
         """
 
 
+# `sparsify(base, donors, **values)` returns what is kept of each task vector, n tensors (*s).
+Sparsify = Callable[..., list[Tensor]]
 Prepare = Callable[[Parameters, TaskVectors], KernelValues]
 Combine = Callable[[Parameters, KernelValues], KernelValues]
 
@@ -175,9 +177,7 @@ class Elementwise(Method):
     # Computes the kernel's values from the parameters; None: they are the same.
     prepare: Prepare | None = None
     combine: Combine | None = None  # adds the values of the sum, if `prepare` leaves them out
-    # `sparsify(base, donors, **values)` returns what a differentiable method keeps of each task
-    # vector. It takes the kernel's values except those of the sum.
-    sparsify: Callable[..., list[Tensor]] | None = None
+    sparsify: Sparsify | None = None  # what the kernel adds up, if it is a `sparse_sum`
     random: bool = False  # the kernel takes `noise`: uniform numbers of each donor's shape
     # Name of a statistic of donor and base with a number for every element, which the kernel takes
     # for each donor: `rank_share` or `salience_mask`.

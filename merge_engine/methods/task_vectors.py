@@ -15,52 +15,61 @@ sum of their ``weight_i`` (the mean of the TIES paper).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from merge_engine.methods.contract import Number, PerDonor
+from merge_engine.methods.contract import Number, PerDonor, Sparsify
 from merge_engine.numerics.rounding import rounded_product
 
 _NEXT = 1 + 2.0**-23  # times a float32: the next larger one, or the one after it
 
 
-def trimmed_sum(
-    base: Tensor,
-    donors: Sequence[Tensor],
-    *,
-    factor: PerDonor,
-    low: PerDonor,
-    low_share: PerDonor,
-    high: PerDonor | None = None,
-    high_share: PerDonor | None = None,
-    weight: PerDonor | None = None,
-    lambda_: Number | None = None,
-    noise: Sequence[Tensor] | None = None,
-) -> Tensor:
-    """Trim each task vector to a band of magnitudes, and add them.
+@functools.cache
+def sparse_sum(sparsify: Sparsify) -> Callable[..., Tensor]:
+    """Return the kernel that adds what ``sparsify`` keeps of each task vector to the base.
 
-    Args:
-        base: The base model's tensor.
-        donors: The donors' tensors.
-        factor: Factors of the kept elements.
-        low: Magnitudes below which elements are dropped.
-        low_share: Probabilities of keeping an element exactly at ``low``.
-        high: Magnitudes from which on elements are dropped. None: no upper bound.
-        high_share: Probabilities of keeping an element exactly at ``high``.
-        weight: Weights of the elected sum.
-        lambda_: Factor of the elected sum; None: a plain sum.
-        noise: Chooses among elements at a bound; None: those at ``low`` are kept and those at
-            ``high`` dropped.
-
-    Source: Yadav et al. 2023, https://arxiv.org/abs/2306.01708 (``ties``); Davari and Belilovsky
-        2023, https://arxiv.org/abs/2312.06795 (``breadcrumbs``)
+    Besides the values of ``sparsify`` it takes ``factor`` (n factors of the kept elements),
+    ``lambda_`` (factor of the elected sum; None: a plain sum) and ``weight`` (n weights of the
+    elected sum; None: it is not normalised), and returns the merged tensor, (*s) float32.
     """
-    sparse = trim(
-        base, donors, low=low, low_share=low_share, high=high, high_share=high_share, noise=noise
-    )
-    return _add_to_base(base, sparse, factor, weight, lambda_)
+
+    def kernel(
+        base: Tensor,
+        donors: Sequence[Tensor],
+        *,
+        factor: PerDonor,
+        weight: PerDonor | None = None,
+        lambda_: Number | None = None,
+        **values: Any,
+    ) -> Tensor:
+        return _add_to_base(base, sparsify(base, donors, **values), factor, weight, lambda_)
+
+    kernel.__name__ = sparsify.__name__
+    return kernel
+
+
+@functools.cache
+def l1_norms(sparsify: Sparsify) -> Callable[..., Tensor]:
+    """Return a kernel of L1 norms, row by row: of n task vectors, and of what is kept of them.
+
+    It takes rows (rows, width) of base and donors and the values of ``sparsify``, and returns
+    (2 n, rows) float32: the n norms before, then the n after.
+    """
+
+    def norms(base: Tensor, donors: Sequence[Tensor], **values: Any) -> Tensor:
+        vectors = (*task_vectors(base, donors), *sparsify(base, donors, **values))
+        return torch.stack([vector.abs().sum(-1) for vector in vectors])
+
+    return norms
+
+
+def task_vectors(base: Tensor, donors: Sequence[Tensor]) -> list[Tensor]:
+    """Return ``donor - base`` for each donor, float32."""
+    return [donor.float() - base.float() for donor in donors]
 
 
 def trim(
@@ -73,7 +82,21 @@ def trim(
     high_share: PerDonor | None = None,
     noise: Sequence[Tensor] | None = None,
 ) -> list[Tensor]:
-    """Return what ``trimmed_sum`` keeps of each task vector."""
+    """Keep a band of magnitudes of each task vector.
+
+    Args:
+        base: The base model's tensor.
+        donors: The donors' tensors.
+        low: Magnitudes below which elements are dropped.
+        low_share: Probabilities of keeping an element exactly at ``low``.
+        high: Magnitudes from which on elements are dropped. None: no upper bound.
+        high_share: Probabilities of keeping an element exactly at ``high``.
+        noise: Chooses among elements at a bound; None: those at ``low`` are kept and those at
+            ``high`` dropped.
+
+    Source: Yadav et al. 2023, https://arxiv.org/abs/2306.01708 (``ties``); Davari and Belilovsky
+        2023, https://arxiv.org/abs/2312.06795 (``breadcrumbs``)
+    """
     sparse = []
     for index, delta in enumerate(task_vectors(base, donors)):
         lower, magnitude = low[index], delta.abs()
@@ -89,82 +112,6 @@ def trim(
     return sparse
 
 
-def dare(
-    base: Tensor,
-    donors: Sequence[Tensor],
-    *,
-    factor: PerDonor,
-    keep_probability: PerDonor,
-    weight: PerDonor | None = None,
-    lambda_: Number | None = None,
-    noise: Sequence[Tensor],
-) -> Tensor:
-    """Drop elements of each task vector at random, rescale the rest, add the task vectors.
-
-    Args:
-        base: The base model's tensor.
-        donors: The donors' tensors.
-        factor: Factors of the kept elements.
-        keep_probability: Probabilities of keeping an element.
-        weight: Weights of the elected sum.
-        lambda_: Factor of the elected sum; None: a plain sum.
-        noise: An element is kept if its number is below its probability.
-
-    Source: Yu et al. 2023, https://arxiv.org/abs/2311.03099
-    """
-    sparse = drop_at_random(base, donors, keep_probability=keep_probability, noise=noise)
-    return _add_to_base(base, sparse, factor, weight, lambda_)
-
-
-def della(
-    base: Tensor,
-    donors: Sequence[Tensor],
-    *,
-    factor: PerDonor,
-    rank_share: Sequence[Tensor],
-    min_keep_probability: PerDonor,
-    keep_probability_range: PerDonor,
-    weight: PerDonor | None = None,
-    lambda_: Number | None = None,
-    noise: Sequence[Tensor],
-) -> Tensor:
-    """Drop elements as ``dare`` does, but keep the larger ones of each row more often.
-
-    An element of rank r among the m of its row (0 is the smallest) is kept with the probability
-    ``density - epsilon + 2 epsilon r / (m - 1)``; an element alone in its row with ``density``.
-    ``r / (m - 1)`` has 8 bits, so a probability is off by ``2 epsilon / 510`` at the most.
-    Probabilities are whole numbers, so any device keeps the same elements.
-
-    Args:
-        base: The base model's tensor: one row, or rows along the second dimension.
-        donors: The donors' tensors.
-        factor: Factors of the kept elements.
-        rank_share: n tensors, (*s) uint8: ``255 r / (m - 1)`` of each element.
-        min_keep_probability: That of a row's smallest element, ``density - epsilon``; int32.
-        keep_probability_range: By how much that of the largest element is higher, ``2 epsilon``,
-            times 256 / 255; int32.
-        weight: Weights of the elected sum.
-        lambda_: Factor of the elected sum; None: a plain sum.
-        noise: An element is kept if its number is below that of its rank.
-
-    Source: Deep et al. 2024, https://arxiv.org/abs/2406.11617
-    """
-    sparse = drop_by_rank(
-        base,
-        donors,
-        rank_share=rank_share,
-        min_keep_probability=min_keep_probability,
-        keep_probability_range=keep_probability_range,
-        noise=noise,
-    )
-    return _add_to_base(base, sparse, factor, weight, lambda_)
-
-
-def task_vectors(base: Tensor, donors: Sequence[Tensor]) -> list[Tensor]:
-    """Return ``donor - base`` for each donor, float32."""
-    return [donor.float() - base.float() for donor in donors]
-
-
 def drop_at_random(
     base: Tensor,
     donors: Sequence[Tensor],
@@ -172,7 +119,16 @@ def drop_at_random(
     keep_probability: PerDonor,
     noise: Sequence[Tensor],
 ) -> list[Tensor]:
-    """Return what ``dare`` keeps of each task vector."""
+    """Drop elements of each task vector at random, as DARE does.
+
+    Args:
+        base: The base model's tensor.
+        donors: The donors' tensors.
+        keep_probability: Probabilities of keeping an element.
+        noise: An element is kept if its number is below its probability.
+
+    Source: Yu et al. 2023, https://arxiv.org/abs/2311.03099
+    """
     deltas = zip(task_vectors(base, donors), keep_probability, noise, strict=True)
     return [torch.where(drawn < p, delta, 0.0) for delta, p, drawn in deltas]
 
@@ -186,37 +142,27 @@ def drop_by_rank(
     keep_probability_range: PerDonor,
     noise: Sequence[Tensor],
 ) -> list[Tensor]:
-    """Return what ``della`` keeps of each task vector."""
+    """Drop elements at random, but keep the larger ones of each row more often, as DELLA does.
+
+    An element of rank r among the m of its row (0 is the smallest) is kept with the probability
+    ``density - epsilon + 2 epsilon r / (m - 1)``; an element alone in its row with ``density``.
+    ``r / (m - 1)`` has 8 bits, so a probability is off by ``2 epsilon / 510`` at the most.
+    Probabilities are whole numbers, so any device keeps the same elements.
+
+    Args:
+        base: The base model's tensor: one row, or rows along the second dimension.
+        donors: The donors' tensors.
+        rank_share: n tensors, (*s) uint8: ``255 r / (m - 1)`` of each element.
+        min_keep_probability: That of a row's smallest element, ``density - epsilon``; int32.
+        keep_probability_range: By how much that of the largest element is higher, ``2 epsilon``,
+            times 256 / 255; int32.
+        noise: An element is kept if its number is below its probability.
+
+    Source: Deep et al. 2024, https://arxiv.org/abs/2406.11617
+    """
     bounds = zip(rank_share, min_keep_probability, keep_probability_range, strict=True)
     probability = [least + ((share.int() * more) >> 8) for share, least, more in bounds]
     return drop_at_random(base, donors, keep_probability=probability, noise=noise)
-
-
-def l1_norms(
-    base: Tensor,
-    donors: Sequence[Tensor],
-    *,
-    rank_share: Sequence[Tensor],
-    min_keep_probability: PerDonor,
-    keep_probability_range: PerDonor,
-    noise: Sequence[Tensor],
-) -> Tensor:
-    """Return the L1 norms of n task vectors, and of what ``della`` keeps of them, row by row.
-
-    Arguments are those of ``della``, with base and donors as rows, (rows, width).
-
-    Returns:
-        (2 n, rows) float32: the n norms, then the n norms of what is kept.
-    """
-    sparse = drop_by_rank(
-        base,
-        donors,
-        rank_share=rank_share,
-        min_keep_probability=min_keep_probability,
-        keep_probability_range=keep_probability_range,
-        noise=noise,
-    )
-    return torch.stack([part.abs().sum(-1) for part in (*task_vectors(base, donors), *sparse)])
 
 
 def _add_to_base(

@@ -17,7 +17,13 @@ from in_memory import in_memory
 from merge_engine.building.builder import merge_into
 from merge_engine.methods import METHODS, Base
 from merge_engine.methods.linear import weighted_sum
-from merge_engine.methods.task_vectors import dare, l1_norms, trimmed_sum
+from merge_engine.methods.task_vectors import (
+    drop_at_random,
+    drop_by_rank,
+    l1_norms,
+    sparse_sum,
+    trim,
+)
 from merge_engine.numerics import kernel_runner
 from merge_engine.numerics.kernel_runner import (
     CHUNK,
@@ -162,7 +168,7 @@ def test_a_kernel_is_compiled_once_whatever_sizes_values_and_keys_are(compiled):
         values = {"factor": [density, 0.3], "keep_probability": [level(density), level(0.5)]}
         out = torch.empty(size)
         noise = pack_of(size).noise(seed, (0, 1), out.device, even=False)
-        compiled.write(out, dare, (base, donors), values, noise)
+        compiled.write(out, sparse_sum(drop_at_random), (base, donors), values, noise)
         return out
 
     write(10_000, 0.4, 3)
@@ -195,7 +201,7 @@ def kept_by(runner: KernelRunner, size: int, chance: float, seed: int) -> Tensor
     out = torch.empty(size)
     values = {"factor": [1.0, 2.0], "keep_probability": [level(chance)] * 2}
     noise = pack_of(size).noise(seed, (0, 1), out.device, even=False)
-    runner.write(out, dare, (base, [ones] * 2), values, noise)
+    runner.write(out, sparse_sum(drop_at_random), (base, [ones] * 2), values, noise)
     return out
 
 
@@ -238,7 +244,7 @@ def test_equals_are_chosen_by_their_position_and_key_alone(size, seed):
             out = torch.empty(size)
             noise = pack_of(size).noise(seed, (0,), out.device, even=True)
             inputs = (torch.zeros(size), [ones])
-            KernelRunner(compiled=False).write(out, trimmed_sum, inputs, values, noise)
+            KernelRunner(compiled=False).write(out, sparse_sum(trim), inputs, values, noise)
         results.append(out)
     assert torch.equal(*results)
     # An even choice of 0.4 of them is right to a few elements, however many there are.
@@ -263,7 +269,7 @@ def test_l1_norms_are_sums_under_the_same_mask(path, size, request):
         "min_keep_probability": [least],
         "keep_probability_range": [reach],
     }
-    sums = runner.sums(l1_norms, (base, [donor]), values, noise)
+    sums = runner.sums(l1_norms(drop_by_rank), (base, [donor]), values, noise)
     (before,), (after,) = pack.sums(sums).tolist()
     chances = least + (shares.int() * reach >> 8)
     exact = 0.3 + 0.2 * shares.double() / 255

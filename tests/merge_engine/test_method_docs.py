@@ -147,7 +147,9 @@ def test_parameters_of_sparse_methods_agree_with_the_table(method):
 @pytest.mark.parametrize("method", METHODS)
 def test_section_names_source_and_code(method):
     row = METHODS[method]
-    code = [row.coefficients] if isinstance(row, Linear) else [row.kernel, row.prepare]
+    code = (
+        [row.coefficients] if isinstance(row, Linear) else [row.sparsify or row.kernel, row.prepare]
+    )
     names = [f"`{f.__module__.split('.')[-1]}.{f.__name__}`" for f in code if f is not None]
     sources = [name for name, target in LINKS.items() if target == row.paper]
     for part in (f"[{sources[0]}]", *names):

@@ -13,7 +13,7 @@ from typing_extensions import override
 from in_memory import in_memory
 from merge_engine.building.builder import merge_into
 from merge_engine.methods import METHODS, Elementwise
-from merge_engine.methods.task_vectors import trimmed_sum
+from merge_engine.methods.task_vectors import sparse_sum, trim
 from merge_engine.numerics.kernel_runner import KernelRunner
 from merge_engine.numerics.statistics import variance
 from merge_engine.recipe.recipe_file import parse_recipe
@@ -117,9 +117,9 @@ def test_equal_weights_elect_the_same_signs_in_fused_arithmetic(deltas, weight, 
     donors = [delta * 2.0**-9 for delta in deltas]
     values = {"factor": equal, "weight": equal, "lambda_": 1.0}
     values |= {"low": 0 * equal, "low_share": equal}
-    expected = trimmed_sum(base, donors, **values)
+    expected = sparse_sum(trim)(base, donors, **values)
     with FusedArithmetic(first=first):
-        found = trimmed_sum(base, donors, **values)
+        found = sparse_sum(trim)(base, donors, **values)
     assert torch.equal(found.sign(), expected.sign())
 
 
