@@ -19,12 +19,12 @@ from merge_engine.recipe.recipe import Recipe
 
 def row_dim(method: Linear, values: Values) -> int | None:
     """Return the dimension along which rows have their own coefficients, if they do."""
-    return method.dim(**{name: values[name] for name in method.layout})
+    return method.dim(**{name: values[name] for name in method.dim_params})
 
 
 def _coefficients(method: Linear, gram: Tensor | None, values: Values) -> Tensor:
     """Return the coefficients of tensors with these inner products: (n,), or (rows, n)."""
-    options = {name: value for name, value in values.items() if name not in method.layout}
+    options = {name: value for name, value in values.items() if name not in method.dim_params}
     return method.coefficients(gram, **options)
 
 

@@ -75,8 +75,8 @@ METHODS: Final[Mapping[str, Method]] = MappingProxyType(
             params={"filter_wise": Param(bool, False)},
             paper="https://arxiv.org/abs/2403.19522",
             gram=True,
-            layout=("filter_wise",),
             dim=linear.model_stock_dim,
+            dim_params=("filter_wise",),
         ),
         "nuslerp": Linear(
             coefficients=linear.nuslerp,
@@ -89,8 +89,8 @@ METHODS: Final[Mapping[str, Method]] = MappingProxyType(
             },
             paper="https://arxiv.org/abs/2403.13257",
             gram=True,
-            layout=("nuslerp_flatten", "nuslerp_row_wise"),
             dim=linear.nuslerp_dim,
+            dim_params=("nuslerp_flatten", "nuslerp_row_wise"),
         ),
         "multislerp": Linear(
             coefficients=linear.multislerp,

@@ -155,11 +155,10 @@ class Linear(Method):
     # origin, else of each tensor: (n,), or (rows, n).
     coefficients: Callable[..., Tensor]
     gram: bool = False  # whether the coefficients depend on the inputs' inner products
-    # Names of the parameters of `dim`, which `coefficients` does not take.
-    layout: tuple[str, ...] = ()
-    # `dim(**layout)` returns the dimension along which inner products run, so that each row has its
+    # `dim(**values)` returns the dimension along which inner products run, so that each row has its
     # own coefficients; None: they run over the whole tensor.
     dim: Callable[..., int | None] = lambda: None
+    dim_params: tuple[str, ...] = ()  # names of `dim`'s parameters; `coefficients` has the others
 
 
 @dataclass(frozen=True, kw_only=True)
