@@ -2,14 +2,11 @@
 
 It is written under another name and renamed when complete, so a folder that exists is complete;
 its checksums tell whether it still is. Only files with known names are copied from the reference,
-and links that leave its folder are refused, because a checkpoint may be published. Tensors are
-written one by one to their offsets, so memory holds one of them, whatever the model's size.
+and links that leave its folder are refused, because a checkpoint may be published.
 """
 
 from __future__ import annotations
 
-import json
-import os
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -20,15 +17,19 @@ import torch
 from torch import Tensor
 
 from merge_engine.building.checksums import write_checksums
+from merge_engine.building.weights_writer import (
+    SHARD_BYTES,
+    begin_weights,
+    write_json,
+    write_weights,
+)
 from merge_engine.errors import MergeError
 from merge_engine.models.checkpoint import Checkpoint
 from merge_engine.models.model_folder import read_json
 from merge_engine.models.vocabulary import Vocabulary
-from merge_engine.models.weights_file import DTYPES
 from merge_engine.recipe.recipe import Recipe
 from merge_engine.replacing import new_folder
 
-SHARD_BYTES = 5_000_000_000
 RECIPE = "mergekit_config.yml"  # in a checkpoint, as mergekit calls it
 TOKENIZER_FILES = (
     *("tokenizer*", "special_tokens_map.json", "added_tokens.json", "chat_template*"),
@@ -38,7 +39,6 @@ TOKENIZER_FILES = (
 )
 # Files of image, sound and video processors, which the result's tokenizer does not replace.
 PROCESSOR_FILES = ("*processor_config.json", "audio_tokenizer*")
-_DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 @dataclass(frozen=True)
@@ -117,7 +117,7 @@ def write_checkpoint(
     """
     _files_to_copy(files)  # raises before anything is written
     with new_folder(out) as partial:
-        _write_weights(tensors, shapes, partial, shard_bytes)
+        write_weights(tensors, shapes, partial, shard_bytes)
         _write_others(files, shapes, partial)
         write_checksums(partial)
 
@@ -125,7 +125,7 @@ def write_checkpoint(
 def write_outline(out: Path, shapes: Mapping[str, Tensor], files: CheckpointFiles) -> None:
     """Write a model folder without values: enough to plan with, and a sparse file on disk."""
     out.mkdir(parents=True)
-    _write_headers(shapes, out, SHARD_BYTES)
+    begin_weights(shapes, out, SHARD_BYTES)
     _write_others(files, shapes, out)
 
 
@@ -136,9 +136,9 @@ def _write_others(files: CheckpointFiles, shapes: Mapping[str, Tensor], folder: 
     config = dict(files.config or reference.config) | {"dtype": dtype}
     for key in ("torch_dtype", "quantization_config"):  # dtype's older name; of other weights
         config.pop(key, None)
-    _write_json(config, folder / "config.json")
+    write_json(config, folder / "config.json")
     if files.generation_config is not None:
-        _write_json(files.generation_config, folder / "generation_config.json")
+        write_json(files.generation_config, folder / "generation_config.json")
     if files.tokenizer is not None:
         files.tokenizer.save_pretrained(folder)
     for source, name in _files_to_copy(files):
@@ -170,86 +170,3 @@ def _matching(folder: Path, patterns: Iterable[str]) -> Iterator[tuple[Path, Pat
                 "be copied into the checkpoint; put the file itself there, or remove the link"
             )
         yield file, file.relative_to(folder)
-
-
-def _write_json(contents: Mapping[str, Any], file: Path) -> None:
-    file.write_text(json.dumps(contents, indent=2) + "\n", encoding="utf-8")
-
-
-def _write_weights(
-    tensors: Iterable[tuple[str, Tensor]],
-    shapes: Mapping[str, Tensor],
-    folder: Path,
-    shard_bytes: int,
-) -> None:
-    """Write tensors into one file, or into shards with an index."""
-    offsets = _write_headers(shapes, folder, shard_bytes)
-    for name, tensor in tensors:
-        path, offset = offsets.pop(name)
-        with path.open("r+b") as opened:
-            opened.seek(offset)
-            opened.write(_bytes(tensor, like=shapes[name]))
-    assert not offsets, f"{next(iter(offsets))} is in shapes and not in tensors"
-
-
-def _write_headers(
-    shapes: Mapping[str, Tensor], folder: Path, shard_bytes: int
-) -> dict[str, tuple[Path, int]]:
-    """Begin the files, with an index if there are several; return each tensor's file and offset."""
-    shards = _shards(shapes, shard_bytes)
-    count = len(shards)
-    files = [
-        "model.safetensors" if count == 1 else f"model-{number:05d}-of-{count:05d}.safetensors"
-        for number in range(1, count + 1)
-    ]
-    offsets: dict[str, tuple[Path, int]] = {}
-    for file, names in zip(files, shards, strict=True):
-        offsets |= _write_header(folder / file, {name: shapes[name] for name in names})
-    if count > 1:
-        weight_map = {n: file for file, names in zip(files, shards, strict=True) for n in names}
-        total = sum(tensor.nbytes for tensor in shapes.values())
-        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        _write_json(index, folder / "model.safetensors.index.json")
-    return offsets
-
-
-def _shards(shapes: Mapping[str, Tensor], shard_bytes: int) -> list[list[str]]:
-    shards: list[list[str]] = [[]]
-    size = 0
-    for name, tensor in shapes.items():
-        if shards[-1] and size + tensor.nbytes > shard_bytes:
-            shards.append([])
-            size = 0
-        shards[-1].append(name)
-        size += tensor.nbytes
-    return shards
-
-
-def _write_header(file: Path, shapes: Mapping[str, Tensor]) -> dict[str, tuple[Path, int]]:
-    """Begin a safetensors file; return each tensor's offset in it.
-
-    The format: the header's length in 8 bytes, the header in JSON, the tensors without gaps. Dtypes
-    of more bytes come first, so that each tensor starts at a multiple of its element size.
-    """
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    offset = 0
-    for name in sorted(shapes, key=lambda name: -shapes[name].element_size()):
-        tensor, start = shapes[name], offset
-        offset += tensor.nbytes
-        header[name] = {
-            "dtype": _DTYPE_NAMES[tensor.dtype],
-            "shape": list(tensor.shape),
-            "data_offsets": [start, offset],
-        }
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    begin = 8 + len(text)
-    file.write_bytes(len(text).to_bytes(8, "little") + text)
-    os.truncate(file, begin + offset)
-    return {name: (file, begin + header[name]["data_offsets"][0]) for name in shapes}
-
-
-def _bytes(tensor: Tensor, like: Tensor) -> memoryview:
-    assert (tensor.shape, tensor.dtype) == (like.shape, like.dtype)
-    flat = tensor.detach().cpu().contiguous().reshape(-1)
-    return flat.view(torch.uint8).numpy().data
