@@ -12,6 +12,8 @@ from torch import Tensor
 
 from merge_engine.numerics.order_statistics import Magnitudes, Variances
 
+_LARGEST = 3.4e38  # of float32, in which all is computed
+
 Value = float | int | bool
 Values = Mapping[str, Value | tuple[Value, ...]]  # by argument name; a tuple: one per donor
 Number = float | Tensor  # a tensor () is not compiled in, so a new value recompiles nothing
@@ -54,8 +56,8 @@ class Param:
             number = float(value)  # type: ignore[arg-type]  # refused just below
         except (TypeError, ValueError, OverflowError):
             raise ValueError(f"{value!r} is not a number") from None
-        if not math.isfinite(number):
-            raise ValueError(f"{value!r} is not a finite number")
+        if not abs(number) <= _LARGEST:
+            raise ValueError(f"{value!r} is not a finite number of float32")
         if self.kind is int and number != int(number):
             raise ValueError(f"{value!r} is not a whole number")
         return self.kind(number)

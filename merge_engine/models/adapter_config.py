@@ -43,6 +43,13 @@ def _ended(pattern: str) -> str:
     return rf"(.*\.)?({pattern})$"
 
 
+def _check_rows(rows: list[int] | dict[str, list[int]]) -> list[int] | dict[str, list[int]]:
+    for numbers in rows.values() if isinstance(rows, dict) else [rows]:
+        if numbers and min(numbers) < 0:
+            raise ValueError(f"{min(numbers)} is no row's number")
+    return rows
+
+
 def _of_module(module: str, by_pattern: Mapping[str, _T] | None, default: _T) -> _T:
     """Return the value of the first pattern that matches a module's name, else the default."""
     for pattern, own in (by_pattern or {}).items():
@@ -52,6 +59,7 @@ def _of_module(module: str, by_pattern: Mapping[str, _T] | None, default: _T) ->
 
 
 _Alpha = Annotated[float, Field(ge=-1e30, le=1e30)]  # of float32, in which it is multiplied
+_Rows = Annotated[list[int] | dict[str, list[int]], AfterValidator(_check_rows)]
 _Flag = Annotated[bool, BeforeValidator(lambda flag: flag is not None and flag)]  # null: false
 _Pattern = Annotated[str, AfterValidator(_check_pattern)]
 
@@ -75,7 +83,7 @@ class AdapterConfig(BaseModel):
     fan_in_fan_out: _Flag = False  # modules store their weights as (in, out), like GPT-2's
     modules_to_save: list[str] | None = None  # ends of names of modules that were trained in full
     # Rows of the input embedding that were trained, or of modules by the end of their names.
-    trainable_token_indices: list[int] | dict[str, list[int]] | None = None
+    trainable_token_indices: _Rows | None = None
     ensure_weight_tying: _Flag = False  # a tied head was changed with the embedding
 
     def scale(self, module: str, rank: int) -> float:

@@ -39,7 +39,9 @@ from merge_engine.models.weights_file import DTYPES, OpenFiles, can_be_mapped, r
 from merge_engine.numerics.statistics import all_finite
 
 # Buffers that old checkpoints store; no model reads them. Masks of attention have a bias's name.
-_RECOMPUTED = re.compile(r"\.(rotary_emb\.inv_freq|attn\.masked_bias|attention\.masked_bias)$")
+_RECOMPUTED = re.compile(
+    r"\.(rotary_emb\.inv_freq|attn\.masked_bias|attention\.masked_bias|embeddings\.position_ids)$"
+)
 _MASK = re.compile(r"\.(attn|attention)\.bias$")
 _WITH_MASKS = ("gpt2", "gpt_bigcode", "gpt_neo", "gpt_neox", "gptj", "codegen", "imagegpt")
 _ROWS = 64  # of a head that are compared with the embedding's

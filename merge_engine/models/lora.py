@@ -163,7 +163,7 @@ class Adapter:
         if down is None or up is None:
             raise self._damaged(next(iter([down, up, *keys.values()])), "is not one of a pair")
         rank = self._rank(down, up)
-        with reading(f"{self.files[0]}: alpha_pattern", "write simpler ones"):
+        with reading(f"{self.files[0]}: alpha_pattern or rank_pattern", "write simpler ones"):
             scale = self.config.scale(module, rank)
             wanted = self.config.rank(module)
         if wanted not in (None, rank):

@@ -70,7 +70,7 @@ _OTHERS = (  # what may be there instead of weights, by its path, and the way ou
         "it holds {path} without the index of such files: fetch that, too",
     ),
     (
-        r".*\.(safetensors|bin|pth|pt|ckpt|onnx)",
+        r".*\.(safetensors|bin|pth|pt|ckpt|onnx|npz)",
         "it holds {path}, which is not a weight file's name: save the model with save_pretrained",
     ),
 )
@@ -174,8 +174,8 @@ def _number(name: str) -> float:
 
 
 def list_files(folder: Path) -> list[str]:
-    """Return paths below a folder, relative to it: three levels, as in the hub's cache."""
-    levels = chain.from_iterable(folder.glob(pattern) for pattern in ("*", "*/*", "*/*/*"))
+    """Return paths below a folder, relative to it: four levels, as in the hub's cache."""
+    levels = chain.from_iterable(folder.glob("/".join("*" * depth)) for depth in range(1, 5))
     found: list[str] = []
     with contextlib.suppress(OSError):  # folders may vanish, or be unreadable
         found.extend(path.relative_to(folder).as_posix() for path in islice(levels, _LISTED))

@@ -36,11 +36,14 @@ _SCORES = "process_results"
 # Settings of which other types break lm-eval, and what to write.
 _TYPES: Mapping[str, tuple[tuple[type, ...], str]] = {
     "num_fewshot": ((int,), "a whole number"),
-    "dataset_name": ((str,), "a text, in quotes"),
-    "description": ((str,), "a text, in quotes"),
+    **dict.fromkeys(
+        ("dataset_path", "dataset_name", "description", "target_delimiter", "fewshot_delimiter"),
+        ((str,), "a text, in quotes"),
+    ),
     "doc_to_text": ((str, int, FunctionType), "a text, in quotes"),
     "process_docs": ((FunctionType,), "a !function"),
-    "generation_kwargs": ((dict,), "a mapping"),
+    **dict.fromkeys(("dataset_kwargs", "generation_kwargs"), ((dict,), "a mapping")),
+    "metric_list": ((list,), "a list of mappings"),
 }
 
 

@@ -58,14 +58,14 @@ def with_includes(file: Path, outside: Path) -> Iterator[tuple[Path, dict[str, A
         left += [file.parent / name for name in _included(config)]
 
 
-def check_readable(file: Path, seen: set[Path]) -> None:
+def check_readable(file: Path, tasks: dict[Path, object]) -> None:
     """Refuse a file that would block or crash lm-eval when it looks for tasks, or its includes.
 
-    Other faults are raised when the file is needed.
+    Other faults are raised when the file is needed. Each file's ``task`` is noted in ``tasks``.
     """
-    if file in seen or file.is_dir():
+    if file in tasks or file.is_dir():
         return
-    seen.add(file)
+    tasks[file] = None
     check_plain(file)
     config: dict[str, Any] = {}
     with suppress(OSError, yaml.YAMLError):
@@ -76,8 +76,9 @@ def check_readable(file: Path, seen: set[Path]) -> None:
         for name in _listed(config.get(key)):
             if not isinstance(name, str | dict):  # lm-eval sorts all names
                 raise ObjectiveError(f"{file}: its {key} is {name!r}; write a text, in quotes")
+    tasks[file] = config.get("task")
     for name in _included(config):
-        check_readable(file.resolve().parent / name, seen)
+        check_readable(file.resolve().parent / name, tasks)
 
 
 def check_plain(file: Path, where: str = "") -> None:

@@ -47,15 +47,10 @@ def find_tasks(
         cache: Folder that keeps lm-eval's index between processes; None: it is built again.
 
     Raises:
-        ObjectiveError: A name is unknown.
+        ObjectiveError: A name is unknown, or is in two files.
     """
     folders = [folder.resolve() for folder in include_path]
-    checked: set[Path] = set()
-    for file in (file for folder in folders for file in folder.rglob("*.yaml")):
-        check_readable(file, checked)
-    for file in (file for folder in folders for file in folder.rglob("*.py")):
-        if not file.is_dir():  # a task's code, which is imported if it is trusted
-            check_plain(file)
+    _check_folders(names, folders)
     manager = TaskManager(include_defaults=False, include_path=folders)
     index = manager.task_index
     if {*names, *(name for entry in index.values() for name in members(entry))} - index.keys():
@@ -64,6 +59,22 @@ def find_tasks(
     if (unknown := next(_unknown(names, index), None)) is not None:
         raise _unknown_task(unknown, index, folders)
     return manager
+
+
+def _check_folders(names: Sequence[str], folders: Sequence[Path]) -> None:
+    """Refuse files that would block or crash lm-eval, and a named task that is in two of them."""
+    tasks: dict[Path, object] = {}
+    for file in (file for folder in folders for file in folder.rglob("*.yaml")):
+        check_readable(file, tasks)
+    for name in names:
+        files = sorted({file.resolve() for file, task in tasks.items() if task == name})
+        if len(files) > 1:
+            raise ObjectiveError(
+                f"task {name!r} is in {files[0]} and in {files[1]}; rename one, or remove it"
+            )
+    for file in (file for folder in folders for file in folder.rglob("*.py")):
+        if not file.is_dir():  # a task's code, which is imported if it is trusted
+            check_plain(file)
 
 
 @functools.cache

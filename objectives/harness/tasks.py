@@ -180,7 +180,19 @@ def _text_task(entry: TextEntry) -> Task:
         "metric_list": [{"metric": "byte_perplexity"}],
     }
     with objective_errors(f"task {entry.name!r} could not be loaded"):
+        has_text = [_has_text(file) for file in entry.text]
+        if not any(has_text):
+            raise ObjectiveError(f"{entry.text[0]}: has no text; name a file with some")
         return ConfigurableTask(config=config)
+
+
+def _has_text(file: Path) -> bool:
+    """Return whether a file is not blank; refuse other bytes, of which datasets names no file."""
+    with file.open(encoding="utf-8") as opened:
+        try:
+            return bool(opened.read().strip())
+        except UnicodeDecodeError as error:
+            raise ObjectiveError(f"{file}: not UTF-8 text: {error}; save it as UTF-8") from None
 
 
 # Its source is part of the items' ``rules`` hash: a change refuses the runs made before it.

@@ -430,6 +430,11 @@ CASES = {
     "rank by a pattern that the tensors do not have": Case(
         BUILD, ("lora_A", "rank 2", "says 4"), settings(rank_pattern={"q_proj": 4})
     ),
+    "row before the first": Case(
+        BUILD,
+        ("adapter_config.json", "trainable_token_indices", "-1 is no row's number"),
+        settings(trainable_token_indices={"embed_tokens": [-1]}),
+    ),
     "adapter without tensors": Case(
         BUILD, ("adapter_model.safetensors", "no tensors"), both(lora(), without_tensors)
     ),
@@ -676,6 +681,24 @@ CASES = {
     "settings that are a word": Case(
         CHECK, ("tell.yaml", "generation_kwargs is 'x'"), task(generation_kwargs="x")
     ),
+    "metrics that are a mapping": Case(
+        CHECK, ("tell.yaml", "metric_list is {'a': 1}", "list"), task(metric_list={"a": 1})
+    ),
+    "task in two files": Case(
+        CHECK,
+        ("'tell' is in", "again.yaml", "tell.yaml", "rename"),
+        lambda f: shutil.copy(f / "tasks" / "tell.yaml", f / "tasks" / "again.yaml"),
+    ),
+    "text of other bytes": Case(
+        CHECK,
+        ("a/model.safetensors", "not UTF-8"),
+        study(objective__tasks=[{"text": f"a/{WEIGHTS}"}]),
+    ),
+    "text of nothing": Case(
+        CHECK,
+        ("empty.txt", "no text"),
+        both(write("empty.txt", " \n"), study(objective__tasks=[{"text": "empty.txt"}])),
+    ),
     "answers of no tokens": Case(
         CHECK, ("'tell'", "max_gen_toks is 0", "1 or more"), task(generation_kwargs__max_gen_toks=0)
     ),
@@ -820,6 +843,9 @@ CASES = {
     "list as a key": Case(CHECK, ("study.yaml",), study_text("? [a]\n: 1")),
     "number as a key": Case(CHECK, ("study.yaml", "1"), study_text("1: 1")),
     # numbers
+    "weights whose sum overflows": Case(
+        BUILD, ("recipe.yaml", "'weight'", "not a finite number"), recipe(parameters__weight=1e308)
+    ),
     "weight of 30 digits": Case(
         BUILD, ("recipe.yaml", "weight"), recipe(parameters__weight=10**400)
     ),

@@ -403,6 +403,9 @@ CASES = {
     ),
     "f09 snapshots": Case(BUILD, ("b", "hub's cache", "snapshots/abc"), moved("snapshots/abc")),
     "f09 inner folder": Case(BUILD, ("b", "holds one: name ", "b/final"), moved("final")),
+    "f09 cache": Case(
+        BUILD, ("b", "holds one: name ", "snapshots/x"), moved("models--org--name/snapshots/x")
+    ),
     "f09 adapter": Case(
         BUILD, ("b", "without the adapter_config.json"), only("b", "adapter_model.safetensors")
     ),
@@ -619,6 +622,14 @@ CASES = {
             tensors(
                 lambda found: found.update({"transformer.h.0.attn.bias": torch.ones(1, 1, 8, 8)})
             ),
+        ),
+    ),
+    "n01 positions": Case(
+        BUILD,
+        None,
+        kind(
+            "bert",
+            tensors(lambda found: found.update({"bert.embeddings.position_ids": torch.arange(9)})),
         ),
     ),
     "n01 prefix": Case(
