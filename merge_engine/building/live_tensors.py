@@ -37,7 +37,7 @@ class LiveTensors:
         self.targets: dict[str, Tensor] = {}
         self._live = _saved_tensors(model)
         self._converted: list[Conversion] = []
-        self.joined: dict[str, Conversion] = {}  # by the name of the live tensor
+        self.joined: dict[str, Conversion] = {}
         self.separate: dict[object, list[str]] = defaultdict(list)
         self.runs: list[Sequence[str]] = []
         found = find_conversions(model, shapes)

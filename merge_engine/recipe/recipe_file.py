@@ -111,23 +111,10 @@ def parse_recipe(
         MergeError: It is not a recipe; the message says which key is wrong and how to fix it.
     """
     known_parameters = {name for method in METHODS.values() for name in method.params}
-    for key, (tool, advice) in _OTHER_TOOLS.items():
-        if key in mapping and "merge_method" not in mapping:
-            raise MergeError(f"{where}: {key!r} makes it a configuration of {tool}; {advice}")
-    check_keys(where, mapping, {*Recipe.model_fields, *known_parameters})
-    if not isinstance(method := mapping.get("merge_method"), str) or method not in METHODS:
-        raise MergeError(
-            f"{where}: unknown merge_method {method!r}{suggestion(str(method), METHODS)}"
-        )
-    forms = ("models", "slices", "modules")
-    given = [form for form in forms if mapping.get(form) not in (None, [], {})]
-    if len(given) != 1:
-        found = f"it has {' and '.join(given)}" if given else "it has none"
-        raise MergeError(f"{where}: a recipe has one of models, slices and modules; {found}")
+    _check_form(mapping, known_parameters, where)
     mapping, notes = _with_flat_parameters(mapping, known_parameters, where)
     mapping, ignored = _without_residual_weights(mapping)
-    entries = (*_entries(mapping, where), *tokenizer_entries(mapping, where))
-    for path, entry, kind in entries:
+    for path, entry, kind in (*_entries(mapping, where), *tokenizer_entries(mapping, where)):
         check_keys(path, entry, kind.model_fields)
     try:
         recipe = rename_models(Recipe.model_validate(mapping), rename)
@@ -138,6 +125,23 @@ def parse_recipe(
         notes += _ignored_parameters(recipe, path, settings)
     _check_parts(recipe, where)
     return recipe, notes + ignored
+
+
+def _check_form(mapping: Mapping[str, Any], parameters: set[str], where: str) -> None:
+    """Refuse other tools' configurations, unknown keys and methods, and more forms than one."""
+    for key, (tool, advice) in _OTHER_TOOLS.items():
+        if key in mapping and "merge_method" not in mapping:
+            raise MergeError(f"{where}: {key!r} makes it a configuration of {tool}; {advice}")
+    check_keys(where, mapping, {*Recipe.model_fields, *parameters})
+    if not isinstance(method := mapping.get("merge_method"), str) or method not in METHODS:
+        raise MergeError(
+            f"{where}: unknown merge_method {method!r}{suggestion(str(method), METHODS)}"
+        )
+    forms = ("models", "slices", "modules")
+    given = [form for form in forms if mapping.get(form) not in (None, [], {})]
+    if len(given) != 1:
+        found = f"it has {' and '.join(given)}" if given else "it has none"
+        raise MergeError(f"{where}: a recipe has one of models, slices and modules; {found}")
 
 
 _TO_EXPERTS = "build it with mergekit-moe: dense models are not made into experts here"
