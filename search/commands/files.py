@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from merge_engine.building.stages import build_stage, is_built, planned
+from merge_engine.building.build_stages import build_stage, is_built, planned
 from merge_engine.errors import MergeError
 from merge_engine.models.locating import is_local
 from merge_engine.recipe.recipe_file import is_recipe

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import torch
 
+from merge_engine.building.build_stages import planned
 from merge_engine.building.plan import Plan
-from merge_engine.building.stages import planned
 from merge_engine.models.checkpoint import Checkpoint, TensorInfo
 from merge_engine.models.tensor_names import layer_counts
 from merge_engine.recipe.stages import load_stages
