@@ -19,7 +19,13 @@ from merge_engine.models.alignment import is_multimodal, text_config
 from merge_engine.models.checkpoint import Checkpoint
 from merge_engine.models.config_differences import check_functions, config_notes
 from merge_engine.models.free_memory import free_bytes, reserve_share
-from merge_engine.models.memory_plan import Allowance, MemoryPlan, Models, plan_memory
+from merge_engine.models.memory_plan import (
+    Allowance,
+    ForwardPasses,
+    MemoryPlan,
+    Models,
+    plan_memory,
+)
 from merge_engine.models.model_set import ModelSet
 from merge_engine.models.placement import Placed
 from merge_engine.models.quantised import quantisation_of
@@ -97,17 +103,33 @@ class StudyPlan:
 
     def place_donors(self, hardware: Hardware) -> MemoryPlan:
         """Decide where the donors live while candidates are built."""
-        models, dtype = self.model_set, torch_dtype(self.dtype)
+        models, engine = self.model_set, self.spec.objective.engine
         merged = Models(
             models.tensors,
             len(models.checkpoints),
-            dtype,
+            torch_dtype(self.dtype),
             methods=self.spec.search.methods,
             compiled=models.runner.compiled,
             unmapped=max(each.unmapped for each in models.checkpoints.values()),
         )
-        tasks = self.tasks.loaded
-        tokenizer = study_tokenizer(self.spec, models) if tasks else None
+        allowed = Allowance(
+            hardware.memory,
+            hardware.sharers,
+            hardware.joins,
+            hardware.share,
+            ENGINE_MEMORY if engine else 0.0,
+        )
+        passes = self._forward_passes(tuned=self.tuned_units is not None and not hardware.offload)
+        plan = plan_memory(merged, hardware.lives_on, passes=passes, allowed=allowed)
+        models.place(hardware.builds_on, plan.budget)
+        if (placed := models.placement.placed) != Placed():
+            plan = replace(plan, placed=placed)
+        return replace(plan, copied_to=hardware.device) if hardware.offload else plan
+
+    def _forward_passes(self, *, tuned: bool) -> ForwardPasses:
+        """Estimate the memory of forward passes, and of backward ones if weights are ``tuned``."""
+        tasks, chat = self.tasks.loaded, self.spec.objective.apply_chat_template
+        tokenizer = study_tokenizer(self.spec, self.model_set) if tasks else None
         if tokenizer:
             from objectives.harness.encoding import Prompting, check_encoding
 
@@ -116,23 +138,12 @@ class StudyPlan:
         def count_tokens(text: str) -> int:
             return len(tokenizer.encode(text)) if tokenizer else 0
 
-        goes_backward = self.tuned_units is not None and not hardware.offload
-        chat = self.spec.objective.apply_chat_template
-        passes = forward_passes(
-            text_config(models.reference.config),
-            dtype.itemsize,
+        return forward_passes(
+            text_config(self.model_set.reference.config),
+            torch_dtype(self.dtype).itemsize,
             scored=scored_tokens(tasks, count_tokens),
-            tuned=tuned_tokens(tasks, count_tokens, chat=chat) if goes_backward else None,
+            tuned=tuned_tokens(tasks, count_tokens, chat=chat) if tuned else None,
         )
-        engine = ENGINE_MEMORY if self.spec.objective.engine else 0.0
-        allowed = Allowance(
-            hardware.memory, hardware.sharers, hardware.joins, hardware.share, engine
-        )
-        plan = plan_memory(merged, hardware.lives_on, passes=passes, allowed=allowed)
-        models.place(hardware.builds_on, plan.budget)
-        if (placed := models.placement.placed) != Placed():
-            plan = replace(plan, placed=placed)
-        return replace(plan, copied_to=hardware.device) if hardware.offload else plan
 
 
 @dataclass(frozen=True)
@@ -185,19 +196,12 @@ def plan_study(spec: StudySpec, *, compiled: bool = True) -> StudyPlan:
         spec.search.trials if compiled else 0,
         spec.tokenizer,
     )
-    dtype = study_dtype(spec, models.reference)
-    if models.vocabulary is None:
-        check_tokenizer(models.reference)
-    _check_config(models.reference)
-    files_to_copy(models.reference, models.reference.config, tokenizer=models.vocabulary is None)
-    _check_kinds(spec, models)
-    check_functions(models.reference, models.checkpoints.values())
+    _check_models(spec, models)
     if spec.search.sampler not in SAMPLERS:  # a user's own, which may be missing
         from search.proposing.samplers import load_sampler
 
         load_sampler(spec.search.sampler)
-    _check_parts(spec, models)
-    tasks = plan_tasks(spec)
+    tasks, dtype = plan_tasks(spec), study_dtype(spec, models.reference)
     space = Space.from_spec(spec, models.layer_filters, dtype)
     if spec.search.split:
         parts = Units.of_filters(models.names, space.units).with_live_names(models)
@@ -208,6 +212,22 @@ def plan_study(spec: StudySpec, *, compiled: bool = True) -> StudyPlan:
         units = tuned_units(spec.search.tune_by, models, space.units)
     starts = len(warm_starts(space))
     return StudyPlan(spec, models, dtype, tasks, space, starts, own_templates, units)
+
+
+def _check_models(spec: StudySpec, models: ModelSet) -> None:
+    """Refuse models that cannot be loaded, merged with one another, or saved."""
+    base, own_tokenizer = models.reference, models.vocabulary is None
+    if own_tokenizer:
+        check_tokenizer(base)
+    if quantisation_of(base.config):
+        raise StudyError(
+            f"{base.folder / 'config.json'}: has a quantization_config, but its tensors are in "
+            "full precision; remove that key, or transformers would load them as quantised"
+        )
+    files_to_copy(base, base.config, tokenizer=own_tokenizer)
+    _check_kinds(spec, models)
+    check_functions(base, models.checkpoints.values())
+    _check_parts(spec, models)
 
 
 def _check_kinds(spec: StudySpec, models: ModelSet) -> None:
@@ -238,15 +258,6 @@ def _check_parts(spec: StudySpec, models: ModelSet) -> None:
             )
 
 
-def _check_config(base: Checkpoint) -> None:
-    """Refuse a quantization_config on full-precision tensors, which transformers would obey."""
-    if quantisation_of(base.config):
-        raise StudyError(
-            f"{base.folder / 'config.json'}: has a quantization_config, but its tensors are in "
-            "full precision; remove that key, or transformers would load them as quantised"
-        )
-
-
 def load(
     plan: StudyPlan,
     hardware: Hardware,
@@ -267,7 +278,7 @@ def load(
             say("weights are not tuned by gradient with --offload")
             plan = replace(plan, tuned_units=None)
     reserve_share(hardware.device, hardware.share)
-    _outline(plan)  # first, so that what it imports counts as the process's own
+    _model_without_weights(plan)  # first, so that its imports count as the process's own memory
     memory = plan.place_donors(hardware)
     say(memory)
     say(plan.kernels)
@@ -284,8 +295,8 @@ def load(
         spare = free_bytes(hardware.device, hardware.share)
     # Only for a single worker: several would find different sizes, and so round differently.
     alone = hardware.sharers == 1 and hardware.share == 1 and hardware.device != "auto"
-    outline = _bind(plan, model, spare if alone else None, say)
-    return LiveContext(**vars(outline), builder=builder)
+    context = _bind(plan, model, spare if alone else None, say)
+    return LiveContext(**vars(context), builder=builder)
 
 
 def load_outline(plan: StudyPlan) -> StudyContext:
@@ -294,10 +305,10 @@ def load_outline(plan: StudyPlan) -> StudyContext:
     Raises:
         MergeError, ObjectiveError, StudyError: As ``load``, except for memory.
     """
-    return _bind(plan, _outline(plan))
+    return _bind(plan, _model_without_weights(plan))
 
 
-def _outline(plan: StudyPlan) -> PreTrainedModel:
+def _model_without_weights(plan: StudyPlan) -> PreTrainedModel:
     """Make the live model without weights, and check that the donors' tensors become its own."""
     models = plan.model_set
     model = load_without_weights(plan.spec, models.reference, plan.dtype, models.vocabulary)
