@@ -114,27 +114,20 @@ class Race:
     continues while it may still beat each of the best recipes on some task.
     """
 
-    def __init__(
-        self,
-        strata: Strata,
-        *,
-        stop_below: float = STOP_BELOW,
-        panel: int = PANEL,
-        front: bool = False,
-    ) -> None:
-        self.strata, self.stop_below, self.panel, self.front = strata, stop_below, panel, front
+    def __init__(self, strata: Strata, *, front: bool = False) -> None:
+        self.strata, self.front = strata, front
         self.evaluated: list[FullyEvaluated] = []  # best first; with one objective the panel alone
 
     def should_continue(self, values: Floats) -> bool:
         """Decide whether to evaluate a candidate further, given its values (m) so far.
 
-        True while P(its mean on all items > the incumbent's | the first m items) >= ``stop_below``.
+        True while P(its mean on all items > the incumbent's | the first m items) >= STOP_BELOW.
         """
         m = len(values)
         if m in (0, self.strata.size) or not self.evaluated:
             return m < self.strata.size
         if not self.front:
-            return prob_ahead(self.strata, values - self.evaluated[0].values[:m]) >= self.stop_below
+            return prob_ahead(self.strata, values - self.evaluated[0].values[:m]) >= STOP_BELOW
         return all(
             self._may_win_a_task(values - rival.values[:m])
             for rival in self.evaluated
@@ -166,7 +159,7 @@ class Race:
             self.evaluated.append(FullyEvaluated(violation, mean, values))
             self.evaluated.sort(key=lambda one: (one.violation, -one.mean))
             if not self.front:
-                del self.evaluated[self.panel :]  # not needed for comparisons any more
+                del self.evaluated[PANEL:]  # not needed for comparisons any more
         return _relative_to_panel(self._panel_values, values, self.strata)
 
     def by_task(self, values: Floats) -> dict[str, Estimate]:
@@ -179,7 +172,7 @@ class Race:
 
     @property
     def _panel_values(self) -> Floats:
-        mean: Floats = np.mean([one.values for one in self.evaluated[: self.panel]], axis=0)
+        mean: Floats = np.mean([one.values for one in self.evaluated[:PANEL]], axis=0)
         return mean
 
 

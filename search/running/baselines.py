@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from search.proposing.starts import baselines
 from search.racing.elimination import JointPosterior, successive_elimination
-from search.racing.race import Floats, Race
+from search.racing.race import PANEL, Floats, Race
 from search.running.evaluator import Evaluated, under_own_templates
 from search.running.events import Note
 from search.running.run import Run
@@ -126,8 +126,8 @@ def _references(run: Run, race: Race) -> list[TrialRecord]:
     """
     size = len(run.context.splits.search)
     trials = [trial for trial in run.log.complete() if trial.items == size]
-    if not race.front and len(trials) > race.panel:
-        violation, loss = sorted(trial.sort_key for trial in trials)[race.panel - 1]
+    if not race.front and len(trials) > PANEL:
+        violation, loss = sorted(trial.sort_key for trial in trials)[PANEL - 1]
         limit = (violation, loss + 1e-9 * max(1.0, abs(loss)))
         trials = [trial for trial in trials if trial.sort_key <= limit]
     return sorted(trials, key=lambda trial: trial.tell_order)

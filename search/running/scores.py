@@ -42,17 +42,15 @@ class Scores:
             self.context.items_of(split)[: len(results)], results, self.context.weights
         )
 
-    def evaluate(
-        self, recipes: Sequence[Evaluated], split: Split, items: int | None = None
-    ) -> list[ItemScores]:
-        """Evaluate recipes on the first items of a split, all together, and read their scores.
+    def evaluate(self, recipes: Sequence[Evaluated], split: Split) -> list[ItemScores]:
+        """Evaluate recipes on a split, all together, and read their scores.
 
         Raises:
             MergeError, ObjectiveError: One of them cannot be built or evaluated.
         """
-        for error in self.failures(recipes, split, items).values():
+        for error in self.failures(recipes, split).values():
             raise error
-        return [self.stored(recipe, split, items) for recipe in recipes]
+        return [self.stored(recipe, split) for recipe in recipes]
 
     def failures(
         self, recipes: Sequence[Evaluated], split: Split, items: int | None = None

@@ -192,7 +192,7 @@ class System:
             try_baselines(run)
         loop = SearchLoop(run, math.inf, [after_trial])
         if not self.raced:
-            loop.race.stop_below = -1.0
+            loop.race.should_continue = lambda values: len(values) < loop.race.strata.size
         if not isinstance(self.sampler, str):
             loop.proposer = RivalProposer(self.sampler(space, run.spec.search.seed), space)
             loop.starts_wait, loop.tuner.ended = False, True  # a rival proposes all trials

@@ -9,7 +9,7 @@ from hypothesis.extra.numpy import arrays
 from landscape import planted
 from search.proposing.recipes import to_recipe
 from search.racing.item_scores import ItemScores
-from search.racing.race import Race, Strata, prob_ahead
+from search.racing.race import STOP_BELOW, Race, Strata, prob_ahead
 
 WEIGHTS = {"x": 1.0, "y": 3.0}
 TASKS = ("x", "y") * 60
@@ -88,7 +88,7 @@ def test_few_of_the_stopped_candidates_would_have_ended_ahead():
             stopped += 1
             ended_ahead += STRATA.estimate(mine - both[0]).value > 0
     assert stopped > 250
-    assert ended_ahead / stopped < 2 * race.stop_below  # variances are estimates, too
+    assert ended_ahead / stopped < 2 * STOP_BELOW  # variances are estimates, too
 
 
 def test_first_candidate_and_one_level_with_the_incumbent_are_evaluated_on_all_items():
