@@ -12,6 +12,7 @@ import numpy as np
 from merge_engine.errors import MergeError
 from merge_engine.methods import METHODS, Base, Param
 from merge_engine.recipe.recipe import Recipe
+from search.proposing.mixture import heaviest
 from search.proposing.space import Point, Space
 from search.racing.race import Floats
 
@@ -106,16 +107,9 @@ def _chosen(space: Space, method: str, weights: Sequence[Sequence[float]]) -> li
     count, row = len(space.models), METHODS[method]
     most = min(row.donors[1] or count, count)
     all_named = space.tokenizer is not None and "weight" in row.params
-    if space.at_most is None or all_named or space.models != space.donors:
-        return _heaviest(weights, most)
-    return _heaviest(weights, min(most, space.at_most))
-
-
-def _heaviest(weights: Sequence[Sequence[float]], most: int) -> list[int]:
-    """Return the indices of the ``most`` models that weigh most, in order."""
-    totals = [sum(of_model) for of_model in zip(*weights, strict=True)]
-    ranked = sorted(range(len(totals)), key=lambda i: -totals[i])
-    return sorted(ranked[:most])
+    if space.at_most and not all_named and not space.has_differences:
+        most = min(most, space.at_most)
+    return np.flatnonzero(heaviest(np.array([weights]), most)).tolist()
 
 
 def _arc(
@@ -248,7 +242,7 @@ def _donor_weights(space: Space, of_models: Floats) -> Floats:
     """Return the weights (u, k) of the donors that add up to weights (u, m) of the models."""
     from scipy.optimize import nnls  # slow to import
 
-    if space.models == space.donors:
+    if not space.has_differences:
         return of_models
     found = [nnls(space.signs.T, of_unit) for of_unit in of_models]
     if max(distance for _, distance in found) > 1e-5:

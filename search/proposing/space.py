@@ -106,6 +106,11 @@ class Space:
         return models_but_base(self.base, self.donors)
 
     @property
+    def has_differences(self) -> bool:
+        """Whether a donor is the difference of two models, so that it is no model on its own."""
+        return self.models != self.donors
+
+    @property
     def used(self) -> int:
         """How many of the donors a recipe uses at most."""
         return min(len(self.donors), self.at_most or len(self.donors))

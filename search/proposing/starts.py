@@ -62,7 +62,7 @@ def warm_starts(space: Space, ranking: Sequence[int] = ()) -> list[tuple[str, di
 
 def soup_steps(space: Space) -> int:
     """Return how many trials a greedy soup may take, at most a third of the warm starts."""
-    if "task_arithmetic" not in space.methods or space.models != space.donors:
+    if "task_arithmetic" not in space.methods or space.has_differences:
         return 0
     steps = len(space.donors) - 1 if len(space.donors) > 2 else 0
     return steps if space.most_starts is None else min(steps, space.most_starts // 3)

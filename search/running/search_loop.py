@@ -85,8 +85,7 @@ class SearchLoop:
     ) -> None:
         self.run, self.deadline, self.after_trial = run, deadline, after_trial
         spec, space = run.spec.search, run.context.space
-        # Donors that are differences of models cannot be scored on their own.
-        ranked = rank_donors(run, own_templates=False) if space.models == space.donors else []
+        ranked = [] if space.has_differences else rank_donors(run, own_templates=False)
         self._ranking = ranking = [space.models.index(name) for name, _ in ranked]
         self.proposer = Proposer(spec.sampler, space, spec.seed, front=spec.front, ranking=ranking)
         self.race = open_race(run)
