@@ -221,7 +221,7 @@ def _make_room(run: Run, checkpoint: Path) -> None:
 
 
 def save_checkpoint(run: Run, recipe: Recipe, out: Path, card: str) -> None:
-    """Export a recipe, and say how its rebuilt answers compare with those in the database."""
+    """Export a recipe, and say how its results, built again, compare with the stored ones."""
     run.listener(Stage(f"saving {out}"))
     compared, differing, machine = run.evaluator.export(recipe, out, card)
     if not out.is_dir():

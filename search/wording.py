@@ -12,7 +12,7 @@ from objectives.scores import Interval
 UNTUNED: Final = "untuned"  # name of the best recipe whose weights were not tuned by gradient
 COMPARED: Final = ("base", "uniform", UNTUNED, "winner")  # names beside the donors' in a table
 OWN_TEMPLATE: Final = "under its own chat template"  # marks such scores of a donor
-MAX_LETTERS: Final = 1500  # of a text that a model read or wrote
+MAX_LETTERS: Final = 1500  # of a prompt or a response
 
 
 def duration(seconds: float) -> str:

@@ -135,19 +135,19 @@ def score(options: ScoreOptions, listener: Listener) -> None:
     items = [objective.items[number] for number in numbers]
     snapshots = objective.snapshots(numbers)
     with errors_name(Path(options.model)):
-        answers = objective.score(model, numbers)
-    found = Score.of(ItemScores.of(items, answers, objective.tasks), spec.search.seed)
+        results = objective.score(model, numbers)
+    found = Score.of(ItemScores.of(items, results, objective.tasks), spec.search.seed)
     rows = [
         {
             "task": item.task,
             "item": item.key,
-            "answer": answer.value,
-            "margin": answer.margin,
-            "fault": answer.fault,
-            "tokens": answer.tokens,
+            "answer": result.value,
+            "margin": result.margin,
+            "fault": result.fault,
+            "tokens": result.tokens,
             "encoding": snapshot.encoding,
         }
-        for item, snapshot, answer in zip(items, snapshots, answers, strict=True)
+        for item, snapshot, result in zip(items, snapshots, results, strict=True)
     ]
     listener(ScoreReady(options.model, options.split, found, rows))
 

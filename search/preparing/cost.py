@@ -55,8 +55,8 @@ def _tuning_evaluations(plan: StudyPlan) -> int:
         return 0
     batch, steps = _steps(plan)
     tune = plan.tasks.splits.tune if plan.tasks.splits else ()
-    written = sum(plan.tasks.items[number].generated for number in tune)
-    return GRADIENT_COST * batch * steps + written * len(plan.model_set.checkpoints)
+    generated = sum(plan.tasks.items[number].generated for number in tune)
+    return GRADIENT_COST * batch * steps + generated * len(plan.model_set.checkpoints)
 
 
 def describe_time(spec: StudySpec, evaluations: float, per_item: float, per_build: float) -> str:

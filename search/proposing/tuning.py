@@ -67,9 +67,9 @@ def minibatch(
         task = max(by_task, key=lambda task: (draw + 1) * weights[task] / total - drawn[task])
         if draw >= step * size:
             items = by_task[task]
-            epoch, place = divmod(drawn[task], len(items))
+            epoch, position = divmod(drawn[task], len(items))
             generator = np.random.default_rng([*seed, [*by_task].index(task), epoch])
-            found.append(items[int(generator.permutation(len(items))[place])])
+            found.append(items[int(generator.permutation(len(items))[position])])
         drawn[task] += 1
     return tuple(found)
 

@@ -98,7 +98,7 @@ def locked(run: Path) -> Iterator[None]:
         StudyError: It cannot be made, holds other files, or another process has it.
     """
     try:
-        run.mkdir(mode=0o700, parents=True, exist_ok=True)  # it holds answers
+        run.mkdir(mode=0o700, parents=True, exist_ok=True)  # it holds prompts and responses
         _check_ours(run)
         lock = FileLock(run / _LOCK)
         held = lock.acquire(blocking=False)

@@ -19,7 +19,7 @@ class ModelResponse(FrozenModel):
 
     name: str  # of the model in tables
     model: str  # its folder or id, or the winner's trial
-    text: str | None  # what it wrote, or the choice it took; None: the item has no text
+    text: str | None  # what it generated, or the choice it took; None: the item has no text
     value: float | None = None  # its stored score, of a test item
 
     @property

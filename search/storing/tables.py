@@ -125,7 +125,7 @@ def make_tables(storage: Storage) -> None:
 
 
 def _make_file(storage: Storage) -> None:
-    """Make an SQLite file with all tables, readable by its owner only: it will hold answers.
+    """Make an SQLite file with all tables, readable by its owner only: it will hold prompts.
 
     It gets its name when it is complete, so that a kill cannot leave it without some tables.
     """

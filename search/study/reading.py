@@ -78,8 +78,8 @@ def parse_study(mapping: Mapping[str, Any], folder: Path, where: str) -> StudySp
             dict(mapping) | blocks | {"base_model": base, "models": models}
         )
     except ValidationError as error:
-        said = first_error(error).replace("search.ranges.", "search.")  # as the study has it
-        raise StudyError(f"{where}: {said}") from None
+        message = first_error(error).replace("search.ranges.", "search.")  # as the study has it
+        raise StudyError(f"{where}: {message}") from None
     _check(spec, where)
     return spec
 
@@ -215,8 +215,8 @@ def _text_files(raw: object, folder: Path, where: str) -> list[Path]:
             raise StudyError(f"{where}: {wanted} are more than {_TEXTS:,} files; name fewer")
         if not found:
             odd = [kind for name in paths if (kind := other_than_file(Path(name)))]
-            said = f"{wanted} is {odd[0]}, not a file" if odd else f"no file {wanted}"
-            raise StudyError(f"{where}: {said}; correct the path")
+            fault = f"{wanted} is {odd[0]}, not a file" if odd else f"no file {wanted}"
+            raise StudyError(f"{where}: {fault}; correct the path")
         for name in found:
             is_there(Path(name))  # or it may not be read
         files += [Path(name).resolve() for name in found]
