@@ -39,6 +39,7 @@ from search.showing.score_table import OtherTrial
 from search.storing.address import DATABASE_ERRORS, Storage
 from search.storing.folder import CARD, JOURNALS
 from search.storing.result import Result, Score, write_result
+from search.storing.resume import find_trial
 from search.storing.samples import read_samples, store_samples
 from search.storing.store import Store
 from search.study.public_names import public_names, public_recipe
@@ -181,7 +182,7 @@ def other_trial(run: Run, number: int, recipe: Recipe, result: Result | None) ->
     """Describe a finished trial's recipe; None if it is the winner's."""
     if result and Recipe.model_validate(result.winner.recipe).key == recipe.key:
         return None
-    trial = next(trial for trial in run.log.finished() if trial.number == number)
+    trial = find_trial(run.folder, run.log, number)
     tested = not run.evaluator.missing_blocks(recipe, "test")
     return OtherTrial(
         number,

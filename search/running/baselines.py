@@ -56,21 +56,14 @@ def check_inputs(run: Run, failed: Mapping[str, Exception]) -> None:
             raise StudyError(f"{name} alone: {error}") from error
 
 
-def best_donor(run: Run, *, own_templates: bool) -> tuple[str, Evaluated]:
-    """Return the donor with the highest posterior mean after a race among the donors.
-
-    With ``own_templates`` they race under their own chat templates as well.
-
-    Returns:
-        Its name, and what was evaluated: its recipe, or the donor under its own template.
-    """
-    return rank_donors(run, own_templates=own_templates)[0]
-
-
 def rank_donors(run: Run, *, own_templates: bool) -> list[tuple[str, Evaluated]]:
     """Rank all donors by a race among them, the best first.
 
-    The survivor comes first, then the donors that stayed in the race longer; ties by score.
+    The survivor comes first, then the donors that stayed in the race longer; ties by score. With
+    ``own_templates`` they race under their own chat templates as well.
+
+    Returns:
+        The name of each, and what was evaluated: its recipe, or the donor under its own template.
 
     Raises:
         StudyError: A donor cannot be evaluated.
@@ -104,21 +97,19 @@ def rank_donors(run: Run, *, own_templates: bool) -> list[tuple[str, Evaluated]]
 
 def open_race(run: Run) -> Race:
     """Restore the race from the best donor and the finished trials."""
-    race = Race(run.scores.strata("search"), front=run.spec.search.front)
-    best, _ = best_donor(run, own_templates=False)  # candidates have the study's template
-    recipe = baselines(run.context.space)[best]
-    check_inputs(run, run.scores.failures([recipe], "search"))
-    scores = run.scores.stored(recipe, "search")
-    for note in run.scores.check_judged(best, recipe):
+    # Not under its own template: candidates have the study's.
+    name, donor = rank_donors(run, own_templates=False)[0]
+    check_inputs(run, run.scores.failures([donor], "search"))
+    for note in run.scores.check_judged(name, donor):
         run.listener(Note(note))
-    race.record(scores.array, run.scores.violation({"search": scores}))
-    for trial in _references(run, race):
-        scores = run.scores_of(trial)
+    race = Race(run.scores.strata("search"), front=run.spec.search.front)
+    known = [run.scores.stored(donor, "search"), *map(run.scores_of, _references(run))]
+    for scores in known:
         race.record(scores.array, run.scores.violation({"search": scores}))
     return race
 
 
-def _references(run: Run, race: Race) -> list[TrialRecord]:
+def _references(run: Run) -> list[TrialRecord]:
     """List the trials that a race depends on, in the order they were told.
 
     They were evaluated on all search items. With one objective they are the reference panel, and
@@ -126,7 +117,7 @@ def _references(run: Run, race: Race) -> list[TrialRecord]:
     """
     size = len(run.context.splits.search)
     trials = [trial for trial in run.log.complete() if trial.items == size]
-    if not race.front and len(trials) > PANEL:
+    if not run.spec.search.front and len(trials) > PANEL:
         violation, loss = sorted(trial.sort_key for trial in trials)[PANEL - 1]
         limit = (violation, loss + 1e-9 * max(1.0, abs(loss)))
         trials = [trial for trial in trials if trial.sort_key <= limit]

@@ -25,7 +25,7 @@ from search.racing.item_scores import ItemScores
 from search.racing.pareto import confirmed, leading, posterior_front
 from search.racing.race import Floats
 from search.racing.verdict import SELECT_SHARE, items_to_decide, verdict
-from search.running.baselines import best_donor, check_inputs, named_inputs
+from search.running.baselines import check_inputs, named_inputs, rank_donors
 from search.running.evaluator import Evaluated, UnderOwnTemplate, under_own_templates
 from search.running.events import Note, Stage
 from search.running.run import Run
@@ -194,7 +194,7 @@ def _evaluate(
 
 def _conclude(run: Run) -> tuple[Result, Recipe]:
     choice = choose(run)
-    best = best_donor(run, own_templates=True)
+    best = rank_donors(run, own_templates=True)[0]
     front = find_front(run) if run.spec.search.front else []
     times_tested = _test(run, choice, front)
     return _describe(run, choice, front, best, times_tested), run.recipe_of(choice.winner.trial)

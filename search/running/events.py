@@ -68,7 +68,7 @@ class StepTaken(Event):
 
 
 @dataclass(frozen=True)
-class RaceProgress:
+class TrialProgress:
     """How far a trial in the race is evaluated."""
 
     trial: int  # its number
@@ -83,7 +83,7 @@ class RaceProgress:
 class RaceProgressed(Event):
     """Trials in the race, by number."""
 
-    trials: Sequence[RaceProgress]
+    trials: Sequence[TrialProgress]
 
 
 @dataclass(frozen=True)

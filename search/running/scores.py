@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from merge_engine.recipe.recipe import Recipe
 from objectives.items import Split
 from search.preparing.context import StudyContext
 from search.proposing.starts import baselines
@@ -96,13 +95,13 @@ class Scores:
             }
         return floors
 
-    def faults(self, recipe: Recipe, items: int | None = None) -> list[tuple[str, str]]:
+    def faults(self, recipe: Evaluated, items: int | None = None) -> list[tuple[str, str]]:
         """List task and reason of each of the first search items that could not be judged."""
         results = self.evaluator.stored(recipe, "search", items)
         tasks = self.context.tasks_of("search")
         return [(t, one.fault) for t, one in zip(tasks, results, strict=False) if one.fault]
 
-    def check_judged(self, name: str, recipe: Recipe) -> list[str]:
+    def check_judged(self, name: str, recipe: Evaluated) -> list[str]:
         """Describe how many search items of a model could not be judged, task by task.
 
         Raises:

@@ -22,13 +22,13 @@ from search.running.evaluator import Blocks
 from search.running.events import (
     Note,
     PlanReady,
-    RaceProgress,
     RaceProgressed,
     SearchStarted,
     TrialFinished,
+    TrialProgress,
 )
 from search.running.run import Run
-from search.running.tuner import Tuner, first_path_evaluations
+from search.running.tuner import Tuner, first_path_evaluations, last_path_trial
 from search.storing.trials import OpenTrial, TrialRecord
 
 
@@ -170,7 +170,7 @@ class SearchLoop:
         if not self.run.spec.search.stop:
             return ""
         select = len(self.run.context.splits.select)
-        tuned = self.tuner.last_trial(finished)
+        tuned = last_path_trial(finished)
         if should_stop(finished, select):
             return "the expected improvement is below what the select split can resolve"
         if tuned is not None and has_stalled(finished, select, tuned):
@@ -239,10 +239,10 @@ class SearchLoop:
         for work in self.after_trial:
             work(self.run)
 
-    def _progress(self) -> list[RaceProgress]:
+    def _progress(self) -> list[TrialProgress]:
         ends = self.run.evaluator.block_ends("search")
         return [
-            RaceProgress(
+            TrialProgress(
                 one.trial.number,
                 one.recipe.merge_method,
                 sum(end <= len(one.scores.values) for end in ends),

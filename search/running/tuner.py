@@ -58,6 +58,12 @@ def first_path_evaluations(run: Run) -> int:
     return LEAST_STEPS * BATCH * GRADIENT_COST if tuned else 0
 
 
+def last_path_trial(trials: Sequence[TrialRecord]) -> int | None:
+    """Return the number of the last trial that is a point of a path."""
+    numbers = [one.number for one in trials if (one.start or "").startswith(PATH_PREFIX)]
+    return max(numbers, default=None)
+
+
 class Tuner:
     """Takes the steps of a study's paths and makes their points trials.
 
@@ -113,11 +119,6 @@ class Tuner:
         if self._goes_on(trials):
             return "steps"
         return "path" if self._second_path_begins(trials) else ""
-
-    def last_trial(self, trials: Sequence[TrialRecord]) -> int | None:
-        """Return the number of the last trial that is a point of a path."""
-        numbers = [one.number for one in trials if (one.start or "").startswith(PATH_PREFIX)]
-        return max(numbers, default=None)
 
     def advance(self, trials: Sequence[TrialRecord]) -> None:
         """Take the steps up to the next point, and queue it as a trial.

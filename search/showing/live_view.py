@@ -13,7 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from objectives.base import printable
-from search.running.events import RaceProgress, StepTaken
+from search.running.events import StepTaken, TrialProgress
 from search.showing.progress import STOPPING
 from search.wording import duration, percent, short_names
 
@@ -33,7 +33,7 @@ class View:
     # The incumbent: the highest posterior mean, or at first the highest estimate.
     best: TrialRecord | None = None
     posterior_mean: float | None = None  # of the incumbent's value; None: not computed yet
-    racing: tuple[RaceProgress, ...] = ()  # trials in the race
+    racing: tuple[TrialProgress, ...] = ()  # trials in the race
     evaluations: int = 0  # item evaluations so far
     tuning: StepTaken | None = None  # the latest step, while weights are tuned
     left: float | None = None  # seconds until the run is over; None: not known yet
@@ -86,7 +86,7 @@ def _rows(view: View) -> Iterator[tuple[str, ...]]:
         yield "", STOPPING, "yellow"
 
 
-def _race(one: RaceProgress) -> str:
+def _race(one: TrialProgress) -> str:
     text = f"trial {one.trial}  {one.blocks} of {one.of} blocks"
     if one.lead is not None:
         error = one.lead.variance**0.5

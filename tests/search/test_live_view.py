@@ -6,7 +6,7 @@ import pytest
 from rich.console import Console
 
 from search.racing.race import Estimate
-from search.running.events import RaceProgress
+from search.running.events import TrialProgress
 from search.showing.live_view import View, render
 from search.storing.trials import TrialRecord
 
@@ -23,7 +23,7 @@ VIEW = View(
     done=23,
     best=BEST,
     posterior_mean=0.871,
-    racing=(RaceProgress(23, "dare_linear", 3, 12, Estimate(-0.021, 0.0361**2)),),
+    racing=(TrialProgress(23, "dare_linear", 3, 12, Estimate(-0.021, 0.0361**2)),),
     evaluations=9780,
     left=200.0,
     memory="3 MiB for the live model",
@@ -57,7 +57,7 @@ def test_each_fact_is_one_line_that_fits(width):
 
 
 def test_of_many_trials_in_the_race_four_are_shown():
-    many = tuple(RaceProgress(number, "ties", 0, 12, None) for number in range(7))
+    many = tuple(TrialProgress(number, "ties", 0, 12, None) for number in range(7))
     text = "\n".join(lines_of(View(total=100, racing=many)))
     assert "trial 3" in text
     assert "trial 4" not in text
