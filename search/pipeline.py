@@ -19,6 +19,7 @@ from merge_engine.building.export import RECIPE
 from merge_engine.recipe.recipe import Recipe
 from merge_engine.replacing import replace_text
 from search.preparing.context import StudyContext
+from search.preparing.cost import block_advice
 from search.running.conclusion import conclude
 from search.running.events import (
     IncumbentChanged,
@@ -106,6 +107,8 @@ def finish(run: Run, timeout: float) -> None:
     shows = _throttled(_announce_best, BEST_EVERY), _throttled(draw_report, REPORT_EVERY)
     search(run, timeout, shows)
     result, recipe = conclude(run)
+    for advice in block_advice(run.spec.objective.block, *run.store.evaluations()):
+        run.listener(Note(advice))
     replace_text(run.folder / "recipe.yaml", recipe.to_yaml())
     names = public_names(run.spec)
     write_result(run.folder, result, names)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Final
 
 from search.preparing.context import StudyPlan
+from search.preparing.forward_memory import JOB_ITEMS
 from search.preparing.models import torch_dtype
 from search.proposing.tuning import GRADIENT_COST, batch_size, most_steps
 from search.racing.verdict import SELECT_SHARE
@@ -14,6 +16,8 @@ from search.study.spec import StudySpec
 from search.wording import duration
 
 RACED: Final = 0.45  # share of all item evaluations that 100 raced trials need
+_LONG: Final = 600.0  # seconds of scoring from which on advice on their number is given
+_DEARER: Final = 1.5  # ratio of an item's costs from which on it is given
 
 
 def describe_cost(plan: StudyPlan) -> str:
@@ -74,6 +78,23 @@ def describe_time(spec: StudySpec, evaluations: float, per_item: float, per_buil
         f"time: about {duration(seconds)}, less where early stopping ends the search "
         f"({per_item:.2g} s an item, {per_build:.2g} s a candidate)"
     )
+
+
+def block_advice(block: int, counts: Mapping[str, int], seconds: Mapping[str, float]) -> list[str]:
+    """Return the advice to enlarge blocks where items cost far less in larger jobs.
+
+    Args:
+        block: Items of a block, in which search items are scored.
+        counts: Item evaluations by split; test items are scored in jobs of ``JOB_ITEMS``.
+        seconds: What they took.
+    """
+    alone, together = (seconds[split] / counts[split] for split in ("search", "test"))
+    if seconds["search"] < _LONG or block >= JOB_ITEMS or alone < _DEARER * together:
+        return []
+    return [
+        f"an item took {alone:.2g} s in blocks of {block} and {together:.2g} s in jobs of "
+        f"{JOB_ITEMS}: another study like this one is faster with a larger objective.block"
+    ]
 
 
 def concluding_evaluations(spec: StudySpec, searched: float, own_templates: int) -> int:

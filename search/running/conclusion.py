@@ -253,7 +253,7 @@ def _describe(
         lead = compared(run.recipe_of(choice.untuned.trial)).difference
         untuned = Untuned(**dict(_tested(run, choice.untuned)), difference=lead)
     space = around(run.context.space, [trial.point for trial in run.log.complete()])
-    counts, scoring = run.store.evaluations()
+    counts, seconds = run.store.evaluations()
     states = [trial.state for trial in run.log.finished()]
     return Result(
         verdict=verdict([one.difference.interval for one in (*inputs.values(), *own.values())]),
@@ -282,7 +282,7 @@ def _describe(
         item_evaluations=sum(counts.values()),
         split_evaluations=dict(counts),
         times_tested=times_tested,
-        seconds=Seconds(score=scoring, **run.seconds()),
+        seconds=Seconds(score=sum(seconds.values()), **run.seconds()),
         seed=seed,
         versions=package_versions(),
     )

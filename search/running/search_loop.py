@@ -65,7 +65,7 @@ def search(
 def _announce_time(run: Run, evaluations: float) -> None:
     """Announce the expected time, from the first blocks of base, donors and average."""
     counts, seconds = run.store.evaluations()
-    per_item = seconds / sum(counts.values()) / run.workers.count
+    per_item = sum(seconds.values()) / sum(counts.values()) / run.workers.count
     per_build = run.evaluator.build_seconds / len(baselines(run.context.space)) / run.workers.count
     run.listener(PlanReady(describe_time(run.spec, evaluations, per_item, per_build)))
 

@@ -55,7 +55,8 @@ class RunFacts:
             known = TunedUnits(units["filters"], units["unit_of"])
             self.space = with_points(self.space, known, store.states(points=True))
         self.steps = store.steps()  # of tuning by gradient
-        self.split_evaluations, self._scoring_seconds = store.evaluations()
+        self.split_evaluations, seconds = store.evaluations()
+        self._scoring_seconds = sum(seconds.values())
         self._seconds: Mapping[str, float] = header.get("seconds", {})
         self.evaluations = _cumulative_evaluations(self.trials)  # by trial number
 

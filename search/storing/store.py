@@ -215,16 +215,16 @@ class Store:
         mine = evaluated.where(ANSWERS.c.study == self._study, ANSWERS.c.split == split)
         return {row.recipe for row in self._read(mine)}
 
-    def evaluations(self) -> tuple[Mapping[str, int], float]:
-        """Count the item evaluations of each split, and sum the seconds they all took."""
+    def evaluations(self) -> tuple[Mapping[str, int], Mapping[str, float]]:
+        """Count the item evaluations of each split, and sum the seconds they took."""
         sums = (func.sum(ANSWERS.c["items"]), func.sum(ANSWERS.c.seconds))
         mine = select(ANSWERS.c.split, *sums).where(ANSWERS.c.study == self._study)
         rows = self._read(mine.group_by(ANSWERS.c.split))
         counts = Counter({row[0]: int(row[1]) for row in rows})
-        seconds: float = sum(row[2] for row in rows)
+        seconds = {row[0]: float(row[2]) for row in rows}
         if steps := self.steps():
-            counts["tune"] += sum(step.evaluations for step in steps)
-            seconds += sum(step.seconds for step in steps)
+            counts["tune"] = sum(step.evaluations for step in steps)
+            seconds["tune"] = sum(step.seconds for step in steps)
         return counts, seconds
 
     def save_step(self, step: PathStep, state: Floats) -> None:

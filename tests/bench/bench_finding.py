@@ -176,7 +176,9 @@ def compare(runs: dict[str, Run], known: Run) -> Iterator[dict[str, object]]:
             "low": round(lead.low, 4),
             "high": round(lead.high, 4),
             "evaluations": evaluations,
-            "seconds": round(runs[name].store.evaluations()[1]) if name in runs else 0,
+            "seconds": round(sum(runs[name].store.evaluations()[1].values()))
+            if name in runs
+            else 0,
             "verdict": found[name].verdict if name in found else None,
         }
 

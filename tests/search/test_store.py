@@ -131,8 +131,10 @@ def test_studies_in_one_database_do_not_mix(server):
     one.study().enqueue_trial({})
     assert [len(store.study().trials) for store in (one, other)] == [1, 0]
     assert one.results("recipe", "search") == {0: [ItemResult(1.0), ItemResult(0.0)]}
-    assert one.evaluations() == ({"search": 2}, 3.0)
-    assert other.evaluations() == ({"search": 1, "test": 1}, 2.0)
+    assert one.evaluations() == ({"search": 2}, {"search": 3.0})
+    counts, seconds = other.evaluations()
+    assert counts == {"search": 1, "test": 1}
+    assert sum(seconds.values()) == 2.0
     assert one.recipes("test") == set()
     assert other.recipes("test") == {"another"}
 
