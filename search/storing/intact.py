@@ -11,6 +11,9 @@ from merge_engine.errors import MergeError, reason
 from objectives.base import ObjectiveError, printable
 from search.study.spec import StudyError
 
+# What Python and optuna, which asserts, raise for rows that nobody would have written.
+_ERRORS = (ValueError, LookupError, TypeError, AttributeError, RecursionError, AssertionError)
+
 
 def digest_of(*parts: object) -> str:
     """Hash JSON data; equal data has the same digest on every machine."""
@@ -36,5 +39,5 @@ def reading_stored(where: object) -> Iterator[None]:
         yield
     except (StudyError, MergeError, ObjectiveError):
         raise
-    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+    except _ERRORS as error:
         raise damaged(where, printable(reason(error))) from error

@@ -771,6 +771,7 @@ DATABASES = {
     "value changed": "update trial_values set value = value + 0.25 where trial_id = 1",
     "split no text": "update mergesearch_answers set split = cast(x'73ff' as text) where rowid = 1",
     "rules no text": "update mergesearch_items set rules = cast(x'73ff' as text) where place = 1",
+    "value null": "update trial_values set value = null where trial_id = 2",
     "value nan": "update trial_values set value = null, value_type = 'INF_POS'",
     "recipe changed": "update trial_user_attributes set value_json = '\"x\"' where key = 'recipe'",
     "state none": "update trials set state = 'x'",
