@@ -41,5 +41,6 @@ def _fits_one_pass(merge: PackMerge) -> bool:
     method = merge.recipe.method
     if isinstance(method, Linear):
         return all(row_dim(method, each) is None for each in merge.values)
+    # Flags choose which values a kernel takes.
     flags = [name for name, each in merge.values[0].items() if isinstance(each, bool)]
     return all(each[name] == merge.values[0][name] for each in merge.values for name in flags)

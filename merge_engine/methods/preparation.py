@@ -23,14 +23,8 @@ UNBOUNDED: Final[Mapping[str, float]] = MappingProxyType({"high": math.inf, "hig
 
 def ties(parameters: Parameters, deltas: TaskVectors) -> KernelValues:
     """Return bounds that keep the ``max(1, int(density * numel))`` largest magnitudes."""
-    bands = []
-    for donor, density in enumerate(parameters.per_donor["density"]):
-        if (band := _all_or_none(density)) is None:
-            magnitudes = deltas.magnitudes(donor)
-            kept = max(1, int(density * magnitudes.size))
-            band = magnitudes.band(magnitudes.size - kept, kept)
-        bands.append(band)
-    return _banded(parameters, bands)
+    densities = enumerate(parameters.per_donor["density"])
+    return _banded(parameters, [_band(deltas, donor, each, least=1) for donor, each in densities])
 
 
 def breadcrumbs(parameters: Parameters, deltas: TaskVectors) -> KernelValues:
@@ -38,21 +32,22 @@ def breadcrumbs(parameters: Parameters, deltas: TaskVectors) -> KernelValues:
 
     The next ``int(density * numel)`` are kept; fewer are dropped where too few would be left.
     """
-    densities, gammas = parameters.per_donor["density"], parameters.per_donor["gamma"]
-    bands = []
-    for donor, (density, gamma) in enumerate(zip(densities, gammas, strict=True)):
-        if (band := _all_or_none(density)) is None:
-            magnitudes = deltas.magnitudes(donor)
-            kept, dropped = int(density * magnitudes.size), int(gamma * magnitudes.size)
-            band = magnitudes.band(max(0, magnitudes.size - kept - dropped), kept)
-        bands.append(band)
-    return _banded(parameters, bands)
+    shares = zip(parameters.per_donor["density"], parameters.per_donor["gamma"], strict=True)
+    return _banded(parameters, [_band(deltas, donor, *each) for donor, each in enumerate(shares)])
 
 
-def _all_or_none(density: float) -> Band | None:
+def _band(
+    deltas: TaskVectors, donor: int, density: float, gamma: float = 0.0, *, least: int = 0
+) -> Band:
+    """Return the bounds that keep a share of magnitudes, or ``least``, below the largest share."""
     if density >= 1:
         return EVERYTHING
-    return NOTHING if density <= 0 else None
+    if density <= 0:
+        return NOTHING
+    magnitudes = deltas.magnitudes(donor)
+    kept = max(least, int(density * magnitudes.size))
+    dropped = int(gamma * magnitudes.size)
+    return magnitudes.band(max(0, magnitudes.size - kept - dropped), kept)
 
 
 def _banded(parameters: Parameters, bands: Sequence[Band]) -> KernelValues:

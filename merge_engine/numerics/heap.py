@@ -5,7 +5,6 @@ from __future__ import annotations
 import ctypes
 import functools
 from collections.abc import Callable
-from typing import Any
 
 
 def trim_heap() -> None:
@@ -19,7 +18,7 @@ def trim_heap() -> None:
 
 
 @functools.cache
-def _malloc_trim() -> Callable[[int], Any] | None:
+def _malloc_trim() -> Callable[[int], object] | None:
     try:
         return ctypes.CDLL(None).malloc_trim
     except (AttributeError, OSError, TypeError):  # musl, macOS, Windows
