@@ -25,8 +25,8 @@ from hypothesis import settings
 from safetensors.torch import load_file
 
 from landscape import demo
-from merge_engine.building.builder import built_tensors
 from merge_engine.building.export import write_checkpoint
+from merge_engine.building.merging import built_tensors
 from merge_engine.building.plan import plan_merge
 from merge_engine.errors import MergeError
 from merge_engine.recipe.recipe_file import parse_recipe

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import torch
 
-from merge_engine.building.builder import built_tensors
 from merge_engine.building.export import RECIPE, write_checkpoint, write_outline
+from merge_engine.building.merging import built_tensors
 from merge_engine.building.plan import Plan, plan_merge
 from merge_engine.errors import MergeError
 from merge_engine.numerics.kernel_runner import configure_compiler

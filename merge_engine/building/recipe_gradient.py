@@ -16,8 +16,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from merge_engine.building.builder import Builder, of_owners, too_few
+from merge_engine.building.builder import Builder
 from merge_engine.building.elementwise_merge import kernel_arguments
+from merge_engine.building.merging import of_owners, too_few
 from merge_engine.building.pack_merge import PackMerge
 from merge_engine.building.recomputing import recomputed_layers
 from merge_engine.building.units import Units

@@ -31,7 +31,8 @@ from safetensors.torch import save_file
 from transformers import LlamaConfig
 
 from bench_build import recipe_for
-from merge_engine.building.builder import Builder, merge_into
+from merge_engine.building.builder import Builder
+from merge_engine.building.merging import merge_into
 from merge_engine.methods import METHODS
 from merge_engine.models.free_memory import parse_size
 from merge_engine.models.memory_plan import MemoryPlan

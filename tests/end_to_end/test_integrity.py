@@ -919,7 +919,7 @@ def test_clock_that_runs_backwards_ends_nothing(done, tmp_path, monkeypatch):
 
 def test_donor_cut_short_while_it_is_mapped_is_one_line_and_leaves_nothing_half(models):
     code = (
-        "import os, sys, search.cli as c, merge_engine.building.builder as b\n"
+        "import os, sys, search.cli as c, merge_engine.building.merging as b\n"
         "merge, count = b.merge_tensor, iter(range(999))\n"
         "def cut(*a):\n"
         "    if next(count) == 3:\n"

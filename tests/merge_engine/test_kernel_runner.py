@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from in_memory import in_memory
-from merge_engine.building.builder import merge_into
+from merge_engine.building.merging import merge_into
 from merge_engine.methods import METHODS, Base
 from merge_engine.methods.linear import weighted_sum
 from merge_engine.methods.task_vectors import (

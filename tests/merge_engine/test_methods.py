@@ -13,7 +13,7 @@ from mergekit.merge_methods import merge_tensors, registered_methods
 from torch import Tensor
 
 from in_memory import in_memory
-from merge_engine.building.builder import merge_tensor, merged_tensors
+from merge_engine.building.merging import merge_tensor, merged_tensors
 from merge_engine.errors import MergeError
 from merge_engine.methods import METHODS, Base, Elementwise
 from merge_engine.numerics.noise import LEVELS, key_of, level

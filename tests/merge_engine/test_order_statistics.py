@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from in_memory import in_memory
-from merge_engine.building.builder import merge_tensor
+from merge_engine.building.merging import merge_tensor
 from merge_engine.numerics.order_statistics import (
     NOTHING,
     TABLE,

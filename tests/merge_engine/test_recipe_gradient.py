@@ -4,7 +4,8 @@ from torch.func import functional_call
 
 from architectures import save_family
 from in_memory import IN_MEMORY
-from merge_engine.building.builder import Builder, merge_tensor
+from merge_engine.building.builder import Builder
+from merge_engine.building.merging import merge_tensor
 from merge_engine.building.recipe_gradient import RecipeGradient
 from merge_engine.building.units import Units
 from merge_engine.errors import MergeError

@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from typing_extensions import override
 
 from in_memory import in_memory
-from merge_engine.building.builder import merge_into
+from merge_engine.building.merging import merge_into
 from merge_engine.methods import METHODS, Elementwise
 from merge_engine.methods.task_vectors import sparse_sum, trim
 from merge_engine.numerics.kernel_runner import KernelRunner

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from optuna.distributions import CategoricalDistribution
 
-from merge_engine.building.builder import merged_tensors
+from merge_engine.building.merging import merged_tensors
 from merge_engine.methods import METHODS
 from merge_engine.models.model_set import ModelSet
 from merge_engine.recipe.recipe_file import parse_recipe
