@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from textwrap import indent
 from typing import Final
@@ -42,30 +42,31 @@ def print_sample(console: Console, sample: Sample) -> None:
     if sample.right is not None:
         about.append(("target", sample.right))
     responses = [(each.title, each.text or "") for each in sample.responses]
-    if not console.is_terminal:
-        blocks = [
-            f"{printable(name)}:\n{indent(printable_lines(text), '    ')}"
-            for name, text in about + responses
-        ]
-        console.print(
-            "\n".join(["", printable(sample.title), *blocks]), markup=False, highlight=False
-        )
+    if console.is_terminal:
+        console.rule(shown(sample.title), align="left")
+        for name, text in about:
+            console.print(Text.assemble((f"{name}  ", "dim"), printable_lines(text)))
+        console.print(_side_by_side(responses, console.width))
         return
-    console.rule(shown(sample.title), align="left")
-    for name, text in about:
-        console.print(Text.assemble((f"{name}  ", "dim"), printable_lines(text)))
-    abreast = max(1, min(len(responses), console.width // PANEL_WIDTH))
-    width = console.width // abreast - 1
-    panels = [
+    blocks = [
+        f"{printable(name)}:\n{indent(printable_lines(text), '    ')}"
+        for name, text in about + responses
+    ]
+    console.print("\n".join(["", printable(sample.title), *blocks]), markup=False, highlight=False)
+
+
+def _side_by_side(texts: Sequence[tuple[str, str]], width: int) -> Columns:
+    """Lay named texts out in panels, as many abreast as fit a width."""
+    abreast = max(1, min(len(texts), width // PANEL_WIDTH))
+    return Columns(
         Panel(
             Text(printable_lines(text)),
             title=shown(name),
             title_align="left",
-            width=width,
+            width=width // abreast - 1,
         )
-        for name, text in responses
-    ]
-    console.print(Columns(panels))
+        for name, text in texts
+    )
 
 
 def print_result(console: Console, result: Result, run: Path) -> None:
