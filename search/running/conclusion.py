@@ -237,21 +237,13 @@ def _describe(
     """Compare the winner with base, donors and their average, and describe the run."""
     seed, winner = run.spec.search.seed, choice.winner
     scores = run.scores.stored(run.recipe_of(winner.trial), "test")
-
-    def compared(one: Evaluated) -> Baseline:
-        other = run.scores.stored(one, "test")
-        lead = Difference.of(scores.minus(other, seed))
-        return Baseline(test=Score.of(other, seed), difference=lead)
-
-    inputs = {name: compared(one) for name, one in baselines(run.context.space).items()}
-    own = {name: compared(one) for name, one in under_own_templates(run.context).items()}
+    inputs = {
+        name: _compared(run, scores, one) for name, one in baselines(run.context.space).items()
+    }
+    own = {
+        name: _compared(run, scores, one) for name, one in under_own_templates(run.context).items()
+    }
     uniform = inputs.pop(UNIFORM)
-    donor, evaluated = best
-    of_best = own[donor] if isinstance(evaluated, UnderOwnTemplate) else inputs[donor]
-    untuned = None
-    if choice.untuned:
-        lead = compared(run.recipe_of(choice.untuned.trial)).difference
-        untuned = Untuned(**dict(_tested(run, choice.untuned)), difference=lead)
     space = around(run.context.space, [trial.point for trial in run.log.complete()])
     counts, seconds = run.store.evaluations()
     states = [trial.state for trial in run.log.finished()]
@@ -265,15 +257,10 @@ def _describe(
         },
         floors=run.scores.floors({"test": scores}),
         edges=[*edges(space, winner.trial.point)],
-        untuned=untuned,
+        untuned=_untuned(run, scores, choice.untuned) if choice.untuned else None,
         base=inputs[run.spec.base_model],
         uniform=uniform,
-        difference_to_best_donor=DonorDifference(
-            donor=donor,
-            own_template=isinstance(evaluated, UnderOwnTemplate),
-            items_to_decide=items_to_decide(scores, run.scores.stored(evaluated, "test")),
-            **dict(of_best.difference),
-        ),
+        difference_to_best_donor=_lead_over(run, scores, *best),
         search_score=winner.trial.value,
         posterior_mean=choice.posterior_mean,
         select_score=choice.select_scores.mean if choice.select_scores.values else None,
@@ -286,6 +273,26 @@ def _describe(
         seed=seed,
         versions=package_versions(),
     )
+
+
+def _compared(run: Run, winner: ItemScores, one: Evaluated) -> Baseline:
+    scores, seed = run.scores.stored(one, "test"), run.spec.search.seed
+    lead = Difference.of(winner.minus(scores, seed))
+    return Baseline(test=Score.of(scores, seed), difference=lead)
+
+
+def _lead_over(run: Run, winner: ItemScores, donor: str, evaluated: Evaluated) -> DonorDifference:
+    return DonorDifference(
+        donor=donor,
+        own_template=isinstance(evaluated, UnderOwnTemplate),
+        items_to_decide=items_to_decide(winner, run.scores.stored(evaluated, "test")),
+        **dict(_compared(run, winner, evaluated).difference),
+    )
+
+
+def _untuned(run: Run, winner: ItemScores, candidate: Candidate) -> Untuned:
+    lead = _compared(run, winner, run.recipe_of(candidate.trial)).difference
+    return Untuned(**dict(_tested(run, candidate)), difference=lead)
 
 
 def _tested(run: Run, candidate: Candidate) -> Winner:
