@@ -21,7 +21,6 @@ from search.storing.intact import damaged, digest_of, reading_stored
 
 State = Literal["waiting", "running", "complete", "fail"]
 
-DEFAULT_VARIANCE: Final = 0.001  # of a trial without one: 250 items, half of them right
 _CONSTRAINT: Final = "floors"  # name of Optuna's constraint that stores the total violation
 # Attributes that a trial's digest covers.
 _DIGESTED: Final = ("recipe", "variance", "items", "tasks", "told", "faults")
@@ -86,14 +85,13 @@ class TrialRecord:
             value, violation = (trial.values or [None])[0], trial.constraints.get(_CONSTRAINT)
             if value is None or noted.get("digest") != _digest_of(trial, value, violation):
                 raise damaged(WHERE, f"trial {trial.number} is not as it was written")
-        variance = float(noted.get("variance", DEFAULT_VARIANCE))
         return cls(
             number=trial.number,
             state=_STATES[trial.state],
             point=trial.params,
             recipe=noted.get("recipe", ""),
             start=noted.get("start"),
-            estimate=Estimate(float(trial.values[0]), variance) if trial.values else None,
+            estimate=Estimate(float(trial.values[0]), noted["variance"]) if trial.values else None,
             items=noted.get("items", 0),
             tasks={task: Estimate(*pair) for task, pair in noted.get("tasks", {}).items()},
             violation=sum(max(value, 0.0) for value in trial.constraints.values()),
