@@ -40,11 +40,11 @@ def edges(space: Space, point: Point) -> Iterator[AtEdge]:
             break
 
 
-def around(space: Space, points: Sequence[Point]) -> Space:
+def widen_to(space: Space, points: Sequence[Point]) -> Space:
     """Return the space with its default ranges widened to hold these points."""
     ranges = {}
     for name, bounds in _searched(space).items():
-        if name in space.defaults:
+        if name in space.widenable:
             values = [
                 *bounds,
                 *(value for point in points for value in _values_by_unit(space, point, name)),
@@ -53,16 +53,16 @@ def around(space: Space, points: Sequence[Point]) -> Space:
     return _with_ranges(space, ranges)
 
 
-def beyond(space: Space, best: Point) -> Space:
+def widen_at_edges(space: Space, best: Point) -> Space:
     """Return the space with its default ranges widened at the edges where the best lies."""
-    wider = {e.name: e.wider for e in edges(space, best) if e.name in space.defaults}
+    wider = {e.name: e.wider for e in edges(space, best) if e.name in space.widenable}
     return _with_ranges(space, wider)
 
 
 def widest(space: Space) -> Space:
     """Return the space with its default ranges as wide as they can become."""
     ranges = {}
-    for name in space.defaults & _searched(space).keys():
+    for name in space.widenable & _searched(space).keys():
         (low, high), (least, most) = _searched(space)[name], _limits(space, name)
         reach = WIDEST * (high - low)
         ranges[name] = (max(low - reach, least), min(high + reach, most))

@@ -14,7 +14,7 @@ from typing import Final
 import numpy as np
 from optuna.samplers import BaseSampler, RandomSampler
 
-from search.proposing.edges import around, beyond
+from search.proposing.edges import widen_at_edges, widen_to
 from search.proposing.encoding import Candidates, RecipeEncoding
 from search.proposing.gp import Observation, Posterior, TrainingData, fit_kernel, one_thread
 from search.proposing.proposal import Proposal, ProposalRequest
@@ -61,11 +61,11 @@ def _best_point(
 
     Default ranges are widened first where the best trial lies at their edge.
     """
-    space = around(request.space, [trial.point for trial in (*complete, *pending)])
+    space = widen_to(request.space, [trial.point for trial in (*complete, *pending)])
     encoding = RecipeEncoding(space, shared)
     posterior = _fitted(request, encoding, complete)
     best = complete[int(np.argmax(posterior.feasible_means))]
-    if (wider := beyond(space, best.point)) != space:
+    if (wider := widen_at_edges(space, best.point)) != space:
         encoding = RecipeEncoding(wider, shared)
         posterior = _fitted(request, encoding, complete)
     tried = encoding.candidates([trial.point for trial in complete])

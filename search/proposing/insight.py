@@ -8,7 +8,7 @@ from typing import Final, NamedTuple
 
 import numpy as np
 
-from search.proposing.edges import around
+from search.proposing.edges import widen_to
 from search.proposing.encoding import Candidates, RecipeEncoding
 from search.proposing.gp import Posterior, TrainingData, fit_kernel
 from search.proposing.gp_sampler import observations, training_set
@@ -42,7 +42,7 @@ class PosteriorView:
 
     def __init__(self, space: Space, complete: Sequence[TrialRecord]) -> None:
         self.trials = training_set(complete)
-        self.space = around(space, [trial.point for trial in self.trials])
+        self.space = widen_to(space, [trial.point for trial in self.trials])
         self.encoding = RecipeEncoding(self.space)
         self.tried = self.encoding.candidates([trial.point for trial in self.trials])
         self._observed = observations(self.trials, self.tried, self.encoding)

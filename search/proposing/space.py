@@ -66,8 +66,8 @@ class Space:
     # How units share weights before each has its own: the group of each unit, stage after stage,
     # from coarse to fine.
     stages: tuple[tuple[int, ...], ...] = ()
-    # Names of the ranges that the study does not give, `scale` among them: these can be widened.
-    defaults: frozenset[str] = frozenset()
+    # Names of the ranges that the study does not give, which may be widened; `scale` may be one.
+    widenable: frozenset[str] = frozenset()
     tuned: TunedPath | None = None  # weights tuned by gradient; None: none so far
 
     @classmethod
@@ -86,7 +86,7 @@ class Space:
             methods=search.methods,
             scale=search.scale or DEFAULT_SCALE,
             ranges=ranges,
-            defaults=frozenset(ranges.keys() - search.ranges.keys() | scale),
+            widenable=frozenset(ranges.keys() - search.ranges.keys() | scale),
             units=model_units(layers, search.layer_groups, search.split),
             at_most=search.at_most,
             most_starts=search.trials // 3,

@@ -15,7 +15,7 @@ import numpy as np
 
 from merge_engine.recipe.recipe import Recipe
 from objectives.items import Split
-from search.proposing.edges import around, edges
+from search.proposing.edges import edges, widen_to
 from search.proposing.gp import posterior_of
 from search.proposing.gp_sampler import MAX_TRIALS
 from search.proposing.recipes import is_tuned
@@ -244,7 +244,7 @@ def _describe(
         name: _compared(run, scores, one) for name, one in under_own_templates(run.context).items()
     }
     uniform = inputs.pop(UNIFORM)
-    space = around(run.context.space, [trial.point for trial in run.log.complete()])
+    space = widen_to(run.context.space, [trial.point for trial in run.log.complete()])
     counts, seconds = run.store.evaluations()
     states = [trial.state for trial in run.log.finished()]
     return Result(

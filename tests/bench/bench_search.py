@@ -60,7 +60,7 @@ def apart(space: Space) -> Space:
 
 def default(space: Space) -> Space:
     """Let ranges be widened, as if the study did not give them."""
-    return replace(space, defaults=frozenset({"scale", *space.ranges}))
+    return replace(space, widenable=frozenset({"scale", *space.ranges}))
 
 
 def narrow(space: Space) -> Space:

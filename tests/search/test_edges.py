@@ -10,7 +10,7 @@ from rich.console import Console
 
 from landscape import planted
 from proposals import StudySampler
-from search.proposing.edges import around, beyond, edges, widest
+from search.proposing.edges import edges, widen_at_edges, widen_to, widest
 from search.proposing.recipes import to_recipe
 from search.proposing.starts import warm_starts
 from search.racing.race import Estimate
@@ -45,18 +45,18 @@ def test_edges_are_those_of_parameters_that_matter_with_legal_values_beyond(poin
 
 def test_a_range_that_is_given_stays():
     space, point = small_space(), at(1.5, 0.1)
-    assert beyond(space, point) == around(space, [at(3.0)]) == widest(space) == space
-    half = small_space(defaults=frozenset({"scale"}))
-    assert beyond(half, point) == small_space(defaults=half.defaults, scale=(0.0, 2.25))
+    assert widen_at_edges(space, point) == widen_to(space, [at(3.0)]) == widest(space) == space
+    half = small_space(widenable=frozenset({"scale"}))
+    assert widen_at_edges(half, point) == small_space(widenable=half.widenable, scale=(0.0, 2.25))
 
 
 @given(st.lists(st.floats(0, 1), max_size=30))
 def test_no_limit_is_crossed_however_often_a_range_is_widened(shares):
-    space = small_space(defaults=ALL)
+    space = small_space(widenable=ALL)
     limit = widest(space)
     for share in shares:
         low, high = space.ranges["density"]
-        space = beyond(space, at(space.scale[1] * share, low + (high - low) * share))
+        space = widen_at_edges(space, at(space.scale[1] * share, low + (high - low) * share))
         assert 0 < space.ranges["density"][0] <= space.ranges["density"][1] == 1
         assert space.scale[0] == 0
         assert limit.contains(at(min(space.scale[1], 100), low))
@@ -69,7 +69,7 @@ def test_the_best_beyond_a_default_range_is_found_and_only_there(defaults):
         donors=landscape.space.donors,
         methods=landscape.space.methods,
         scale=(0.0, 0.3),
-        defaults=defaults,
+        widenable=defaults,
     )
     sampler, scales, values = StudySampler("gp", space, 0), [], []
     for _ in range(len(warm_starts(space)) + 25):
