@@ -76,6 +76,11 @@ def under_own_templates(context: StudyContext) -> dict[str, UnderOwnTemplate]:
     }
 
 
+def recipe_and_template(one: Evaluated) -> tuple[Recipe, str | None]:
+    """Return the recipe to build, and the donor whose own template to use; None: the study's."""
+    return (one.recipe, one.donor) if isinstance(one, UnderOwnTemplate) else (one, None)
+
+
 class Blocks(NamedTuple):
     """Items of a split that one recipe is evaluated on at once, by the numbers of their blocks."""
 
@@ -186,12 +191,8 @@ class Evaluator:
         """Give blocks to an idle worker, to be evaluated at once."""
         worker = min(self.idle, key=lambda worker: self._built.get(worker) != recipe.key)
         blocks = self._evaluating[worker] = Blocks(recipe.key, split, numbers)
-        items, journal = self._items(blocks), self._journal(blocks)
-        if isinstance(recipe, UnderOwnTemplate):
-            job = EvalJob(recipe.recipe, items, recipe.donor, journal)
-        else:
-            job = EvalJob(recipe, items, journal=journal)
-        self._submit(worker, job)
+        built, donor = recipe_and_template(recipe)
+        self._submit(worker, EvalJob(built, self._items(blocks), donor, self._journal(blocks)))
         return blocks
 
     def _items(self, blocks: Blocks) -> tuple[int, ...]:

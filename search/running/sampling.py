@@ -15,7 +15,7 @@ from merge_engine.recipe.recipe import Recipe
 from objectives.base import Response
 from objectives.entries import PromptEntry
 from search.proposing.starts import baselines
-from search.running.evaluator import Evaluated, UnderOwnTemplate, under_own_templates
+from search.running.evaluator import Evaluated, recipe_and_template, under_own_templates
 from search.running.run import Run
 from search.storing.result import Result
 from search.storing.samples import ModelResponse, Sample
@@ -33,12 +33,8 @@ class _Model(NamedTuple):
 
     def respond(self, run: Run, to: Sequence[int] | PromptEntry) -> list[Response]:
         """Generate responses to items or prompts."""
-        one = self.recipe
-        if isinstance(one, UnderOwnTemplate):
-            args: tuple[object, ...] = (one.recipe, to, one.donor)
-        else:
-            args = (one, to)
-        responses: list[Response] = run.workers.call("respond", *args)
+        recipe, donor = recipe_and_template(self.recipe)
+        responses: list[Response] = run.workers.call("respond", recipe, to, donor)
         return responses
 
 

@@ -18,7 +18,7 @@ from typing import Any, Final, NamedTuple, Protocol
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from typing_extensions import override
 
 from merge_engine.building.export import CheckpointFiles, write_checkpoint
@@ -164,12 +164,9 @@ class Worker:
             ObjectiveError: The model it makes gives no usable result.
         """
         start = time.perf_counter()
-        with self._unchanged_weights(), self._oom_fails_candidate():
-            self.context.builder.build(job.recipe)
+        with self._built(job.recipe) as model, Journal.opened(job.journal) as journal:
             built = time.perf_counter()
-            objective = self.context.objective_of(job.template)
-            with Journal.opened(job.journal) as journal:
-                results = objective.score(self.context.builder.model, job.items, journal)
+            results = self.context.objective_of(job.template).score(model, job.items, journal)
         return EvalReply(results, built - start, time.perf_counter() - built)
 
     def losses(self, job: LossJob) -> LossReply:
@@ -181,14 +178,12 @@ class Worker:
         """
         start = time.perf_counter()
         labels = dict(zip(job.items, job.labels, strict=True))
-        objective, builder = self.context.objective, self.context.builder
+        objective, model = self.context.objective, self.context.builder.model
 
         def loss(items: Sequence[int]) -> Tensor:
-            found = objective.loss(builder.model, items, [labels[item] for item in items])
-            return saturate(found)
+            return saturate(objective.loss(model, items, [labels[item] for item in items]))
 
-        with self._unchanged_weights(), self._oom_fails_candidate():
-            builder.build(job.recipe)
+        with self._built(job.recipe):
             if job.weights:
                 found, gradient = self._gradients().values_and_grad(loss, job.items, job.weights)
                 trim_heap()  # activations leave holes of their size
@@ -230,29 +225,24 @@ class Worker:
             MergeError: The recipe cannot be built.
             ObjectiveError: The model it makes gives no usable text.
         """
-        with self._unchanged_weights(), self._oom_fails_candidate():
-            self.context.builder.build(job.recipe)
-            model = self.context.builder.model
+        with self._built(job.recipe) as model:
             return AnswerReply(self.context.objective.right_answers(model, job.items))
 
     def respond(
-        self, recipe: Recipe, to: Sequence[int] | PromptEntry, template: str | None = None
+        self, recipe: Recipe, to: Sequence[int] | PromptEntry, template: str | None
     ) -> list[Response]:
         """Generate a recipe's text for items of the study, or for prompts.
 
-        With ``template``, they are under that donor's own chat template.
+        ``template`` is the donor whose own chat template they are under; None: the study's.
 
         Raises:
             MergeError: The recipe cannot be built.
             ObjectiveError: The model it makes gives no usable text, or a prompt cannot be used.
         """
-        with self._unchanged_weights(), self._oom_fails_candidate():
+        with self._built(recipe) as model:
             if isinstance(to, PromptEntry):
-                objective, items = self._prompts(to, template), [*range(len(to.prompts))]
-            else:
-                objective, items = self.context.objective_of(template), [*to]
-            self.context.builder.build(recipe)
-            return objective.respond(self.context.builder.model, items)
+                return self._prompts(to, template).respond(model, range(len(to.prompts)))
+            return self.context.objective_of(template).respond(model, to)
 
     def export(
         self,
@@ -297,6 +287,13 @@ class Worker:
         if card:
             replace_text(out / CARD, card)
         return ExportCheck(len(pairs), differing, socket.gethostname())
+
+    @contextmanager
+    def _built(self, recipe: Recipe) -> Iterator[nn.Module]:
+        """Build a recipe, unless the live model has it already, and guard what is done with it."""
+        with self._unchanged_weights(), self._oom_fails_candidate():
+            self.context.builder.build(recipe)
+            yield self.context.builder.model
 
     @contextmanager
     def _oom_fails_candidate(self) -> Iterator[None]:

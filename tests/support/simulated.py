@@ -68,7 +68,9 @@ class SimulatedObjective:
         """Score a recipe on the numbered items."""
         return [ItemResult(self._value(recipe, number)) for number in items]
 
-    def responses(self, recipe: Recipe, items: Sequence[int]) -> list[Response]:
+    def responses(
+        self, recipe: Recipe, items: Sequence[int], template: str | None
+    ) -> list[Response]:
         """Return a text per item: its target where the recipe is right."""
         return [
             Response("right" if self._value(recipe, number) else "wrong", "right")
