@@ -7,7 +7,7 @@ reported before.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass
@@ -111,14 +111,28 @@ def load_model(
             trust_remote_code=trusted,
             attn_implementation=None,
             output_loading_info=True,
+            ignore_mismatched_sizes=True,  # our error says more than transformers'
         )
-        if missing := sorted({*found["missing_keys"]} - {*dict(model.named_buffers())}):
-            raise StudyError(
-                f"model {checkpoint.model!r}: its files lack {missing[0]!r}, which its config.json "
-                "asks for, and which would be random; fetch it again"
-            )
+        _check_complete(checkpoint, model, found)
         model.eval()
         return _resized(model, vocabulary)
+
+
+def _check_complete(
+    checkpoint: Checkpoint, model: PreTrainedModel, found: Mapping[str, Any]
+) -> None:
+    """Refuse a model some of whose tensors transformers made random, by its report on loading."""
+    where = f"model {checkpoint.model!r}"
+    for name, stored, wanted in sorted(found["mismatched_keys"]):
+        raise StudyError(
+            f"{where}: {name!r} is of shape {[*stored]} in its files and {[*wanted]} by its "
+            "config.json; correct that, or fetch it again"
+        )
+    if missing := sorted({*found["missing_keys"]} - {*dict(model.named_buffers())}):
+        raise StudyError(
+            f"{where}: its files lack {missing[0]!r}, which its config.json asks for; fetch it "
+            "again, or correct that"
+        )
 
 
 _COUNTS = re.compile(r"(num|n)_(\w+_)?(layers?|heads?|experts|blocks|groups)")

@@ -467,6 +467,11 @@ CASES = {
         ("b/config.json", "3", "2 layers"),
         tensors(lambda found: {n: t for n, t in found.items() if ".layers.2." not in n}),
     ),
+    "tensor of another shape, scored": Case(
+        "score a study.yaml --device cpu",
+        ("'a'", UP, "config.json", "fetch"),
+        tensors(lambda found: {n: t[:-1] if n == UP else t for n, t in found.items()}, "a"),
+    ),
     "tensor that the files do not have, scored": Case(
         "score a study.yaml --device cpu",
         ("'a'", UP, "fetch"),
