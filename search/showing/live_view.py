@@ -14,7 +14,7 @@ from rich.text import Text
 
 from objectives.base import printable
 from search.running.events import StepTaken, TrialProgress
-from search.showing.progress import STOPPING
+from search.showing.progress import STOPPING, Progress
 from search.wording import duration, percent, short_names
 
 if TYPE_CHECKING:
@@ -28,13 +28,10 @@ SHOWN: Final = 4  # trials in the race; of the others, how many there are
 class View:
     """State of a run."""
 
-    total: int = 0  # trials at most
-    done: int = 0  # trials that are finished
-    # The incumbent: the highest posterior mean, or at first the highest estimate.
-    best: TrialRecord | None = None
+    progress: Progress  # of the search
+    incumbent: TrialRecord | None = None  # highest posterior mean; None: not computed yet
     posterior_mean: float | None = None  # of the incumbent's value; None: not computed yet
     racing: tuple[TrialProgress, ...] = ()  # trials in the race
-    evaluations: int = 0  # item evaluations so far
     tuning: StepTaken | None = None  # the latest step, while weights are tuned
     left: float | None = None  # seconds until the run is over; None: not known yet
     searching: bool = True  # whether the search goes on
@@ -61,25 +58,26 @@ def _head(view: View) -> RenderableType:
     head.add_column(ratio=1)
     head.add_column(no_wrap=True)
     left = "" if view.left is None else f"about {duration(view.left)} left"
-    bar = ProgressBar(total=max(view.total, 1), completed=view.done)
-    head.add_row(f"trial {view.done} of at most {view.total}", bar, left)
+    done, total = view.progress.done, view.progress.total
+    bar = ProgressBar(total=max(total, 1), completed=done)
+    head.add_row(f"trial {done} of at most {total}", bar, left)
     return head
 
 
 def _rows(view: View) -> Iterator[tuple[str, ...]]:
-    if view.best is not None:
+    if best := view.incumbent or view.progress.best:
         mean = view.posterior_mean
         posterior = "" if mean is None else f"posterior mean {percent(mean)} %, "
-        estimate = f"estimate {estimate_of(view.best).strip()}"
-        yield "best", f"{posterior}{estimate}, {_describe(view.best)}"
-        yield "", _task_means(view.best), "dim"
+        estimate = f"estimate {estimate_of(best).strip()}"
+        yield "best", f"{posterior}{estimate}, {_describe(best)}"
+        yield "", _task_means(best), "dim"
     for index, one in enumerate(view.racing[:SHOWN]):
         yield "" if index else "racing", _race(one)
     if (more := len(view.racing) - SHOWN) > 0:
         yield "", f"and {more} more"
     if (step := view.tuning) is not None:
         yield "tuning", f"step {step.step} of {step.of} to the next point  loss {step.loss:.3f}"
-    yield "items", f"{view.evaluations:,} evaluations"
+    yield "items", f"{view.progress.evaluations:,} evaluations"
     if view.memory:
         yield "memory", view.memory, "dim"
     if view.stopping:

@@ -36,9 +36,9 @@ class Terminal:
 
     def __init__(self, console: Console) -> None:
         self.console = console
-        self._view = View()
-        self._live: Live | None = None
         self._progress = Progress()
+        self._view = View(self._progress)
+        self._live: Live | None = None
         self._began = 0.0  # when this session's search was begun
         self._evaluations_before = 0  # item evaluations of earlier sessions
         self._concluding = 0  # item evaluations after the search
@@ -97,7 +97,8 @@ class Terminal:
 
     @_show.register
     def _(self, event: events.IncumbentChanged) -> None:
-        self._view = replace(self._view, best=event.trial, posterior_mean=event.posterior_mean)
+        mean = event.posterior_mean
+        self._view = replace(self._view, incumbent=event.trial, posterior_mean=mean)
 
     @_show.register
     def _(self, event: events.Stage) -> None:
@@ -142,17 +143,7 @@ class Terminal:
         self.console.print(printable(line), highlight=False, markup=False)
 
     def _render(self) -> RenderableType:
-        progress = self._progress
-        return render(
-            replace(
-                self._view,
-                total=progress.total,
-                done=progress.done,
-                best=self._view.best or progress.best,
-                evaluations=progress.evaluations,
-                left=self._seconds_left(),
-            )
-        )
+        return render(replace(self._view, left=self._seconds_left()))
 
     def _seconds_left(self) -> float | None:
         """Estimate the seconds left, of trials at the latest pace and of the conclusion."""

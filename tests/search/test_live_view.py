@@ -8,6 +8,7 @@ from rich.console import Console
 from search.racing.race import Estimate
 from search.running.events import TrialProgress
 from search.showing.live_view import View, render
+from search.showing.progress import Progress
 from search.storing.trials import TrialRecord
 
 BEST = TrialRecord(
@@ -19,12 +20,10 @@ BEST = TrialRecord(
     tasks={"demo_sort": Estimate(0.9, 0.1), "demo_know\x1b[2J": Estimate(0.5, 0.1)},
 )
 VIEW = View(
-    total=100,
-    done=23,
-    best=BEST,
+    Progress(total=100, done=23, evaluations=9780),
+    incumbent=BEST,
     posterior_mean=0.871,
     racing=(TrialProgress(23, "dare_linear", 3, 12, Estimate(-0.021, 0.0361**2)),),
-    evaluations=9780,
     left=200.0,
     memory="3 MiB for the live model",
 )
@@ -58,7 +57,7 @@ def test_each_fact_is_one_line_that_fits(width):
 
 def test_of_many_trials_in_the_race_four_are_shown():
     many = tuple(TrialProgress(number, "ties", 0, 12, None) for number in range(7))
-    text = "\n".join(lines_of(View(total=100, racing=many)))
+    text = "\n".join(lines_of(View(Progress(total=100), racing=many)))
     assert "trial 3" in text
     assert "trial 4" not in text
     assert "and 3 more" in text
