@@ -253,17 +253,34 @@ class Worker:
     ) -> ExportCheck:
         """Build a recipe once more, compare its results with those stored, and save it.
 
-        An empty ``card`` writes none. On another machine, or in smaller batches, rounding may
-        change a few results. Items whose judging failed, now or before, are not compared: they hit
-        a time limit.
+        An empty ``card`` writes none.
 
         Raises:
-            ObjectiveError: More than ``ROUNDED`` of the results differ, so the recipe built now is
-                not the one that was scored.
+            ObjectiveError: The recipe built now is not the one that was scored.
         """
         builder = self.context.builder
         with self._unchanged_weights():
             builder.build(recipe, force=True)
+        check = self._compare(evaluated)
+        models = builder.model_set
+        files = CheckpointFiles.of(models.reference, recipe, models.vocabulary)
+        public = public_recipe(recipe, public_names(self.context.spec))
+        files = replace(files, text=public.to_yaml())
+        with self._unchanged_weights():
+            write_checkpoint(builder.tensors(), out, shapes=builder.shapes(), files=files)
+        if card:
+            replace_text(out / CARD, card)
+        return check
+
+    def _compare(self, evaluated: Sequence[tuple[EvalJob, Sequence[ItemResult]]]) -> ExportCheck:
+        """Do jobs again, and compare their results with the stored ones.
+
+        On another machine, or in smaller batches, rounding may change a few. Items whose judging
+        failed, now or before, are not compared: they hit a time limit.
+
+        Raises:
+            ObjectiveError: More than ``ROUNDED`` of the results differ.
+        """
         pairs = [
             (new.value, old.value)
             for job, results in evaluated
@@ -278,14 +295,6 @@ class Worker:
                 "than before, so it is not saved: models, packages or the machine have changed; "
                 "restore them, or start over with --force-new"
             )
-        models = builder.model_set
-        files = CheckpointFiles.of(models.reference, recipe, models.vocabulary)
-        public = public_recipe(recipe, public_names(self.context.spec))
-        files = replace(files, text=public.to_yaml())
-        with self._unchanged_weights():
-            write_checkpoint(builder.tensors(), out, shapes=builder.shapes(), files=files)
-        if card:
-            replace_text(out / CARD, card)
         return ExportCheck(len(pairs), differing, socket.gethostname())
 
     @contextmanager
