@@ -120,7 +120,7 @@ class DeviceOptions(Options):
 class SessionOptions(DeviceOptions):
     """Options of every command that evaluates recipes of a run, in this process or by workers."""
 
-    storage: str | None = _argument(*_STORAGE, default=None)
+    storage: str | None = _argument(*_STORAGE, _text, default=None)
     memory: int | None = _argument("--memory SIZE", "memory limit, like 24GB", _size, default=None)
     compiled: bool = _flag("--no-compile", "do not compile merge kernels", default=True)
     offload: bool = _flag("--offload", "keep the model in host memory: slow, but it fits")
@@ -252,7 +252,7 @@ class ReportOptions(Options):
     out: Path | None = _argument(
         "--out FILE", "file to write (default: RUN/report.html)", Path, default=None
     )
-    storage: str | None = _argument(*_STORAGE, default=None)
+    storage: str | None = _argument(*_STORAGE, _text, default=None)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -70,7 +70,7 @@ _OTHERS = (  # what may be there instead of weights, by its path, and the way ou
         "it holds {path} without the index of such files: fetch that, too",
     ),
     (
-        r".*\.(safetensors|bin|pth|pt|ckpt|onnx|npz)",
+        r"[^/]*\.(safetensors|bin|pth|pt|ckpt|onnx|npz)",
         "it holds {path}, which is not a weight file's name: save the model with save_pretrained",
     ),
 )

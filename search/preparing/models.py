@@ -135,7 +135,7 @@ def _check_complete(
         )
 
 
-_COUNTS = re.compile(r"(num|n)_(\w+_)?(layers?|heads?|experts|blocks|groups)")
+_COUNTS = re.compile(r"(num|n)_(\w+_)?(layers?|heads?|experts|blocks|groups|labels)")
 _MOST = 10_000  # of layers, heads or experts: libraries make an object for each
 
 

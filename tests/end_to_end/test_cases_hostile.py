@@ -370,6 +370,9 @@ CASES = {
     ),
     "tied by a word": Case(RUN, ("base",), everywhere(tie_word_embeddings="yes")),
     "a billion layers": Case(RUN, ("base",), everywhere(num_hidden_layers=10**9)),
+    "10 million labels": Case(
+        RUN, ("base/config.json", "num_labels"), everywhere(num_labels=10**7)
+    ),
     "no width": Case(RUN, ("base",), everywhere(hidden_size=0)),
     "no heads": Case(RUN, ("base",), everywhere(num_attention_heads=0)),
     "end of text that is a word": Case(RUN, ("base",), everywhere(eos_token_id="x")),
