@@ -28,7 +28,7 @@ from merge_engine.models.vocabulary import Vocabulary, load_tokenizer
 from merge_engine.numerics.kernel_runner import configure_compiler
 from merge_engine.numerics.statistics import all_finite
 from merge_engine.out_of_memory import is_out_of_memory
-from merge_engine.recipe.recipe import Tokenizer
+from merge_engine.recipe.recipe import Recipe, Tokenizer
 from merge_engine.recipe.recipe_file import load_recipe, parse_recipe
 from merge_engine.schema import find_folder
 from search.preparing.offload import check_offload, offload
@@ -228,7 +228,7 @@ def open_references(spec: StudySpec) -> ModelSet:
 
 
 def load_scored(
-    spec: StudySpec, model: str, hardware: Hardware, mine: ModelSet
+    spec: StudySpec, model: str, hardware: Hardware, references: ModelSet
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load a checkpoint, hub id, ``base+adapter`` or recipe file, in the study's dtype.
 
@@ -243,30 +243,42 @@ def load_scored(
     """
     if hardware.offload:
         check_offload(spec, hardware.device)
-        loaded = load_scored(spec, model, Hardware("cpu"), mine)
+        loaded = load_scored(spec, model, Hardware("cpu"), references)
         offload(loaded[0], hardware.device)
         return loaded
-    dtype = study_dtype(spec, mine.reference)
-    folder = find_folder(model)
-    name = str(folder.resolve()) if folder else model
-    if model.endswith((".yaml", ".yml")):
-        recipe, _ = load_recipe(Path(model))
-        models = open_model_set(recipe.models_read, tokenizer=recipe.vocabulary)
-    elif spec.tokenizer and name in spec.models_read:
-        recipe, models = baselines(Space.from_spec(spec, mine.layer_filters, dtype))[name], mine
-    else:
-        checkpoint = open_model(model)
-        check_layers(checkpoint)
-        _check_same_tokens(checkpoint, mine.vocabulary)
-        if not isinstance(checkpoint, Adapted):
-            live = load_model(spec, checkpoint, dtype, hardware.device)
-            _check_finite(live, model, dtype)
-            return live, study_tokenizer(spec, mine)
-        models, whole = open_model_set([model]), {"model": model, "parameters": {"weight": 1.0}}
-        recipe, _ = parse_recipe({"merge_method": "linear", "models": [whole]}, model)
+    dtype, found = study_dtype(spec, references.reference), _find_scored(spec, model, references)
+    if isinstance(found, Checkpoint):
+        live = load_model(spec, found, dtype, hardware.device)
+        _check_finite(live, model, dtype)
+        return live, study_tokenizer(spec, references)
+    recipe, models = found
     live = load_model(spec, models.reference, dtype, hardware.device, models.vocabulary)
     Builder(live, models).build(recipe)
-    return live, study_tokenizer(spec, models if recipe.vocabulary or spec.tokenizer else mine)
+    own = models if recipe.vocabulary or spec.tokenizer else references
+    return live, study_tokenizer(spec, own)
+
+
+def _find_scored(
+    spec: StudySpec, model: str, references: ModelSet
+) -> Checkpoint | tuple[Recipe, ModelSet]:
+    """Open a model to score: a checkpoint, or a recipe with the models to build it from."""
+    if model.endswith((".yaml", ".yml")):
+        recipe, _ = load_recipe(Path(model))
+        return recipe, open_model_set(recipe.models_read, tokenizer=recipe.vocabulary)
+    folder = find_folder(model)
+    name = str(folder.resolve()) if folder else model
+    if spec.tokenizer and name in spec.models_read:
+        dtype = study_dtype(spec, references.reference)
+        space = Space.from_spec(spec, references.layer_filters, dtype)
+        return baselines(space)[name], references
+    checkpoint = open_model(model)
+    check_layers(checkpoint)
+    _check_same_tokens(checkpoint, references.vocabulary)
+    if not isinstance(checkpoint, Adapted):
+        return checkpoint
+    alone = {"model": model, "parameters": {"weight": 1.0}}
+    recipe, _ = parse_recipe({"merge_method": "linear", "models": [alone]}, model)
+    return recipe, open_model_set([model])
 
 
 def _check_finite(live: PreTrainedModel, model: str, dtype: str) -> None:
