@@ -196,13 +196,13 @@ class Posterior:
 
     def __init__(self, data: TrainingData, kernel: Kernel) -> None:
         self.data, self.kernel = data, kernel
-        covariance = kernel(data.x, data.method, data.x, data.method)
-        noise = np.diag(kernel.noise * data.variance + JITTER)
+        self._prior = kernel(data.x, data.method, data.x, data.method)
+        self._covariance = self._prior + np.diag(kernel.noise * data.variance + JITTER)
         # Its inverse, because a product with many candidates is faster than solving for them.
-        self._whitening, _ = dtrtri(np.linalg.cholesky(covariance + noise), lower=1)
+        self._whitening, _ = dtrtri(np.linalg.cholesky(self._covariance), lower=1)
         self._alpha = self._whitening.T @ (self._whitening @ data.y)
         # Standardised means of the trials themselves, (n,); minus infinity where infeasible.
-        self.feasible_means = np.where(data.feasible, (covariance @ self._alpha)[:, 0], -np.inf)
+        self.feasible_means = np.where(data.feasible, (self._prior @ self._alpha)[:, 0], -np.inf)
 
     def means(self, x: Floats, method: Ints) -> Floats:
         """Return standardised posterior means of y, (m, 2), at features (m, d)."""
@@ -224,10 +224,8 @@ class Posterior:
 
     def of_trials(self) -> JointPosterior:
         """Return the joint posterior of the n trials' values."""
-        data, kernel = self.data, self.kernel
-        prior = kernel(data.x, data.method, data.x, data.method)
-        noise = np.diag(kernel.noise * data.variance + JITTER)
-        gain = np.linalg.solve(prior + noise, prior).T
+        data, prior = self.data, self._prior
+        gain = np.linalg.solve(self._covariance, prior).T
         return JointPosterior(
             data.centre + data.spread * gain @ data.y[:, 0],
             data.spread**2 * (prior - gain @ prior),
