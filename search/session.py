@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 
 @contextmanager
-def errors_name(file: Path) -> Iterator[None]:
+def prefix_errors(file: Path) -> Iterator[None]:
     """Prefix errors raised inside with the name of the study or recipe file."""
     try:
         yield
@@ -127,7 +127,7 @@ class Session:
             raise StudyError("--offload is for a live model in this process; leave out --workers")
         if options.workers is not None:
             import_ray()  # where it is missing, that is said before anything is prepared
-        with errors_name(self.source), collector_paused():
+        with prefix_errors(self.source), collector_paused():
             plan = plan_study(self.spec, compiled=options.compiled)
             notes = plan.notes() if self.searches else []
             if options.workers is None:

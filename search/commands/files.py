@@ -39,7 +39,7 @@ from search.preparing.tasks import bind_tasks, plan_tasks
 from search.process import collector_paused
 from search.racing.item_scores import ItemScores
 from search.running.events import CommandDone, Listener, Note, PlanReady, ScoreReady, Stage
-from search.session import Session, choose_device, errors_name
+from search.session import Session, choose_device, prefix_errors
 from search.storing.result import Score
 from search.study.reading import load_study
 from search.study.spec import StudyError
@@ -124,17 +124,17 @@ def _remove_results(folders: Iterable[Path]) -> None:
 def score(options: ScoreOptions, listener: Listener) -> None:
     """Score a model on a split of a study's items, as the study scores its candidates."""
     spec = load_study(options.study)
-    with errors_name(options.study):
+    with prefix_errors(options.study):
         tasks = plan_tasks(spec)
         references = open_references(spec)
     hardware = Hardware(choose_device(options.device), offload=options.offload)
     model, tokenizer = load_scored(spec, options.model, hardware, references)
-    with errors_name(options.study):
+    with prefix_errors(options.study):
         objective, splits = bind_tasks(spec, tasks, model, tokenizer)
     numbers = getattr(splits, options.split)
     items = [objective.items[number] for number in numbers]
     snapshots = objective.snapshots(numbers)
-    with errors_name(Path(options.model)):
+    with prefix_errors(Path(options.model)):
         results = objective.score(model, numbers)
     found = Score.of(ItemScores.of(items, results, objective.tasks), spec.search.seed)
     rows = [
@@ -192,7 +192,7 @@ def check(options: CheckOptions, listener: Listener) -> None:
     """Validate a study or a recipe, and print its plan."""
     file, device = options.file, choose_device(options.device)
     recipes = any(map(is_recipe, load_documents(file)))
-    with errors_name(file), collector_paused():
+    with prefix_errors(file), collector_paused():
         plan, notes = check_recipe(file) if recipes else check_study(file, device)
     for note in notes:
         listener(Note(note))

@@ -21,15 +21,15 @@ MOST_LEFT_OUT: Final = 8  # most donors for which leave-one-out averages are tri
 def baselines(space: Space) -> dict[str, Recipe]:
     """Return the recipes of the baselines: base and models by name, and the ``UNIFORM`` average."""
     k, m = len(space.donors), len(space.models)
-    whole = replace(space, units=((),), methods=("task_arithmetic",), ranges={})
-    everyone = replace(whole, at_most=None)
-    average = everyone.point("task_arithmetic", (round(1 / k, 6),) * k)
-    alone = np.vstack([np.zeros(m), np.eye(m)])[:, None]  # (1 + m, 1, m)
+    plain = replace(space, units=((),), methods=("task_arithmetic",), ranges={})
+    of_all = replace(plain, at_most=None)
+    average = of_all.point("task_arithmetic", (round(1 / k, 6),) * k)
+    weights = np.vstack([np.zeros(m), np.eye(m)])[:, None]  # of one model each, (1 + m, 1, m)
     recipes = {
-        name: recipe_with_weights(whole, average, weights)
-        for name, weights in zip((space.base, *space.models), alone, strict=True)
+        name: recipe_with_weights(plain, average, of_model)
+        for name, of_model in zip((space.base, *space.models), weights, strict=True)
     }
-    return {**recipes, UNIFORM: to_recipe(everyone, average)}
+    return {**recipes, UNIFORM: to_recipe(of_all, average)}
 
 
 def warm_starts(space: Space, ranking: Sequence[int] = ()) -> list[tuple[str, dict[str, Any]]]:

@@ -42,7 +42,7 @@ def find_labels(run: Run) -> Mapping[int, str]:
     items, known = run.context.splits.tune, baselines(run.context.space)
     labels = _stored_labels(run)
     if labels is None:
-        labels = _Labels(_known(items, run.workers.call("labels", items)))
+        labels = _Labels(_labelled(items, run.workers.call("labels", items)))
         labels.store(run)
     generated = [number for number in items if run.context.objective.items[number].generated]
     for name in (*(name for name, _ in rank_donors(run, own_templates=False)), run.spec.base_model):
@@ -63,7 +63,7 @@ def _stored_labels(run: Run) -> _Labels | None:
     return None
 
 
-def _known(items: Sequence[int], labels: Iterable[str | None]) -> dict[int, str]:
+def _labelled(items: Sequence[int], labels: Iterable[str | None]) -> dict[int, str]:
     return {n: text for n, text in zip(items, labels, strict=True) if text is not None}
 
 
@@ -78,7 +78,7 @@ def _right_answers(run: Run, name: str, recipe: Recipe, items: Sequence[int]) ->
         run.listener(Note(f"{name} gives no labels: {error}"))
         answers = [None] * len(items)
     run.listener(BlockEvaluated(len(items)))
-    return _known(items, answers)
+    return _labelled(items, answers)
 
 
 def group_by_task(run: Run, labels: Mapping[int, str]) -> dict[str, list[int]]:

@@ -76,7 +76,7 @@ class SearchLoop:
     After ``deadline``, by ``time.perf_counter``, no further trial is begun.
 
     Attributes:
-        starts_wait: Whether the warm starts are yet to be queued, after the first path of tuned
+        starts_pending: Whether the warm starts are yet to be queued, after the first path of tuned
             weights.
     """
 
@@ -90,7 +90,7 @@ class SearchLoop:
         self.proposer = Proposer(spec.sampler, space, spec.seed, front=spec.front, ranking=ranking)
         self.race = open_race(run)
         self.tuner = Tuner(run, deadline, ranking)
-        self.starts_wait = True
+        self.starts_pending = True
         self._waiting: dict[Blocks, list[RunningTrial]] = {}  # trials by the block they need
 
     def work(self) -> None:
@@ -123,7 +123,7 @@ class SearchLoop:
             Whether one was begun.
         """
         opening = self.tuner.is_on_first_path(trials)
-        if self.starts_wait and not opening:
+        if self.starts_pending and not opening:
             self._enqueue_starts()
         begun = False
         while self.run.evaluator.idle and self._may_begin():
@@ -140,7 +140,7 @@ class SearchLoop:
 
     def _enqueue_starts(self) -> None:
         """Queue the warm starts that no session has queued before."""
-        self.starts_wait = False
+        self.starts_pending = False
         known = {trial.start for trial in self.run.log.records()}
         for label, point in warm_starts(self.run.space, self._ranking):
             if label not in known:

@@ -195,7 +195,7 @@ class System:
             loop.race.should_continue = lambda values: len(values) < loop.race.strata.size
         if not isinstance(self.sampler, str):
             loop.proposer = RivalProposer(self.sampler(space, run.spec.search.seed), space)
-            loop.starts_wait, loop.tuner.ended = False, True  # a rival proposes all trials
+            loop.starts_pending, loop.tuner.ended = False, True  # a rival proposes all trials
         loop.work()
 
 
