@@ -113,7 +113,6 @@ class GreedyDecoder:
                 found |= {text.prompt.index: text.tokens for text in begun}
                 rows = self._unfinished(begun)
                 if rows:
-                    step.cache.reserve(cache.get_seq_length() + 1)
                     step.cache.take(cache, rows, len(texts))
                 texts += [begun[row] for row in rows]
                 del cache  # the slots have what is needed of it

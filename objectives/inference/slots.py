@@ -5,7 +5,7 @@ row is a *slot*: its keys and values are in columns 0 to its length, new ones ar
 and when its text ends the slot is given to another prompt. Storage at a fixed address can also be
 used by a captured pass (a CUDA graph), which saves launching each kernel anew.
 
-Shapes: b rows in use, R slots, c columns in use, C columns of storage.
+Shapes: b rows in use, R slots, c columns in use, C columns a slot.
 """
 
 from __future__ import annotations
@@ -22,7 +22,6 @@ from typing_extensions import override
 
 from objectives.inference.forward import ModelRunner
 
-_GROWTH = 1.5  # factor by which storage grows when it has too few columns
 _COLUMNS = 256  # a captured pass reads a multiple of this many columns
 
 Work = Callable[[], Tensor]
@@ -34,7 +33,7 @@ class SlotCache(Cache):
 
     Attributes:
         rows: Number of slots, R.
-        columns: Maximum tokens per slot.
+        columns: Maximum tokens per slot, C.
     """
 
     def __init__(self, rows: int, columns: int) -> None:
@@ -47,14 +46,6 @@ class SlotCache(Cache):
             torch.device, Tensor
         ] = {}  # column of each row's new token, (b), per device
         self.read = 0  # columns that attention reads, c
-        self._stored = 0  # columns of storage, C
-
-    def reserve(self, columns: int) -> None:
-        """Enlarge the storage to ``columns`` columns or more."""
-        if columns > self._stored:
-            self._stored = min(self.columns, max(columns, int(_GROWTH * self._stored)))
-            for layer in self._kept():
-                layer.widen(self._stored)
 
     def take(self, source: Cache, rows: Sequence[int], first: int) -> None:
         """Copy rows of a prefill's cache into the slots from ``first`` on."""
@@ -93,7 +84,7 @@ class SlotCache(Cache):
 
     def zeros(self, states: Tensor) -> Tensor:
         """Return storage for states (b, heads, t, d), of shape (R, heads, C, d)."""
-        return states.new_zeros(self.rows, states.shape[1], self._stored, states.shape[3])
+        return states.new_zeros(self.rows, states.shape[1], self.columns, states.shape[3])
 
     def _kept(self) -> list[_SlotLayer]:
         return [one for one in self.layers if isinstance(one, _SlotLayer) and one.is_initialized]
@@ -135,11 +126,6 @@ class _SlotLayer(CacheLayerMixin):
             own[rows, :, : states.shape[2]] = states
             own[rows, :, states.shape[2] :] = 0
 
-    def widen(self, columns: int) -> None:
-        more = columns - self.keys.shape[2]
-        self.keys = torch.nn.functional.pad(self.keys, (0, 0, 0, more))
-        self.values = torch.nn.functional.pad(self.values, (0, 0, 0, more))
-
     @override
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return self._slots.read, 0
@@ -166,7 +152,6 @@ class DecodingStep:
         self._capture = capture
         self._recorded: dict[tuple[int, int], Work] = {}  # by rows and columns
         if capture is not None:
-            cache.reserve(cache.columns)  # a recorded pass needs storage that does not move
             # tokens, and their columns
             self._given = torch.zeros(2, cache.rows, dtype=torch.long, device=runner.device)
 
@@ -174,7 +159,6 @@ class DecodingStep:
         """Return logits (b, vocabulary) after each row's latest token, at its column."""
         count, read = len(tokens), max(columns) + 1
         if self._capture is None:
-            self.cache.reserve(read)
             return self._logits(torch.tensor([tokens, columns], device=self._runner.device), read)
         rows = min(self.cache.rows, 1 << (count - 1).bit_length())
         read = min(self.cache.columns, -(-read // _COLUMNS) * _COLUMNS)

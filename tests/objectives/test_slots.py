@@ -42,7 +42,6 @@ def test_rows_of_other_lengths_grow_move_and_are_taken_by_others():
     for capture in (None, run_again):
         step = DecodingStep(runner, SlotCache(rows=3, columns=40), capture)
         with torch.no_grad():
-            step.cache.reserve(6)
             step.cache.take(read(model, PROMPTS), [2, 0], first=0)
             texts = [[*PROMPTS[2], 20], [*PROMPTS[0], 21]]
             agree(step, model, texts)
@@ -52,7 +51,7 @@ def test_rows_of_other_lengths_grow_move_and_are_taken_by_others():
             step.cache.move({0: 2})  # the first text has ended
             texts = [[*texts[2], 24], [*texts[1], 25]]
             agree(step, model, texts)
-            for token in range(26, 50):  # beyond the columns that were stored at first
+            for token in range(26, 50):  # beyond what was read together
                 texts = [[*text, token] for text in texts]
                 agree(step, model, texts)
 
@@ -88,7 +87,6 @@ def test_captured_passes_are_recorded_for_few_sizes():
 def test_storage_is_freed_with_its_cache_not_when_cycles_are_collected():
     model = make_model()
     cache = SlotCache(rows=1, columns=20)
-    cache.reserve(6)
     cache.take(read(model, [PROMPTS[0]]), [0], first=0)
     keys = weakref.ref(cache.layers[0].keys)
     gc.disable()
