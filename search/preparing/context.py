@@ -141,7 +141,7 @@ class StudyPlan:
         return forward_passes(
             text_config(self.model_set.reference.config),
             torch_dtype(self.dtype).itemsize,
-            scored=scored_tokens(tasks, count_tokens),
+            scored=scored_tokens(tasks, count_tokens, chat=chat),
             tuned=tuned_tokens(tasks, count_tokens, chat=chat) if tuned else None,
         )
 

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 BATCH: Final = 1024  # tokens of a batch on a CPU
 CACHED: Final = 8 * BATCH  # tokens at most whose keys and values are cached there
 JOB_ITEMS: Final = 100  # items of a job, whose texts are generated at once
+TEMPLATE: Final = 32  # tokens of a chat template around a question, about
 _NEW: Final = 256  # tokens that lm-eval generates at most, unless a task says otherwise
 
 
@@ -27,7 +28,9 @@ class Tokens(NamedTuple):
     cached: int = 0  # have keys and values
 
 
-def scored_tokens(tasks: Sequence[LoadedTask], count_tokens: Callable[[str], int]) -> Tokens:
+def scored_tokens(
+    tasks: Sequence[LoadedTask], count_tokens: Callable[[str], int], *, chat: bool
+) -> Tokens:
     """Estimate the tokens of a batch of a job's items, of the task with most of each.
 
     Texts are generated at once for all tasks; the keys and values of their prompts are read in
@@ -35,21 +38,22 @@ def scored_tokens(tasks: Sequence[LoadedTask], count_tokens: Callable[[str], int
     """
     from lm_eval.models.utils import normalize_gen_kwargs
 
+    if not tasks:  # but a user's own objective
+        return Tokens(BATCH, BATCH // 2)
     read = predicting = batch = texts = written = 0
     for each in tasks:
         items = math.ceil(JOB_ITEMS * each.weight / sum(one.weight for one in tasks))
-        size = max(1, count_tokens(each.sample))
+        asked, answered, shots = _sizes(each, count_tokens)
+        generates = each.task.OUTPUT_TYPE == "generate_until"
+        size = max(1, asked + TEMPLATE * chat + (0 if generates else answered))
         rows = max(1, min(items, BATCH // size))
-        prompt = size * (1 + _shots(each))
-        read, batch = max(read, rows * size, prompt), max(batch, rows * prompt)
-        if each.task.OUTPUT_TYPE == "generate_until":
+        read, batch = max(read, rows * size, shots), max(batch, rows * (shots + size))
+        if generates:
             settings = normalize_gen_kwargs(each.task.get_config("generation_kwargs") or {}, _NEW)
-            texts, written = texts + items, written + items * (prompt + settings["max_gen_toks"])
+            texts += items
+            written += items * (shots + size + settings["max_gen_toks"])
         else:
-            scored = sum(map(count_tokens, _answers(each)))
-            predicting = max(predicting, min(rows * size, rows * scored))
-    if not tasks:
-        return Tokens(BATCH, BATCH // 2)
+            predicting = max(predicting, rows * answered)
     return Tokens(read, max(predicting, texts), min(CACHED, batch) + min(CACHED, written))
 
 
@@ -61,28 +65,25 @@ def tuned_tokens(
     Prompts that begin alike, with few-shot examples or a ``chat`` template, are joined to rows in
     which the beginning is read once. Others are rows of their own, padded to the longest.
     """
-    own = [count_tokens(each.sample) for each in tasks] or [BATCH // AT_ONCE]
-    answers = [sum(map(count_tokens, _answers(each))) for each in tasks]
-    shared = sorted(_shots(each) * size for each, size in zip(tasks, own, strict=False))
+    if not tasks:
+        return Tokens(BATCH, BATCH // 2)
+    asked, answered, shots = zip(*(_sizes(each, count_tokens) for each in tasks), strict=True)
+    own = [sum(sizes) for sizes in zip(asked, answered, strict=True)]
     read = AT_ONCE * sum(own) // len(own)
-    if not chat and not any(shared):
+    if not chat and not any(shots):
         read = min(AT_ONCE * max(own), max(BATCH, read))
-    read += sum(shared[-AT_ONCE:])
-    return Tokens(read, min(read, AT_ONCE * sum(answers) // len(own)))
+    read += sum(sorted(shots)[-AT_ONCE:])
+    return Tokens(read, AT_ONCE * sum(answered) // len(own))
 
 
-def _shots(loaded: LoadedTask) -> int:
-    """Return a task's number of few-shot examples."""
-    return loaded.task.get_config("num_fewshot") or 0
-
-
-def _answers(loaded: LoadedTask) -> list[str]:
-    """Return the choices of a task's long item, or its target."""
+def _sizes(loaded: LoadedTask, count_tokens: Callable[[str], int]) -> tuple[int, int, int]:
+    """Return the tokens of a task's long item: question, choices or target, few-shot examples."""
     if not loaded.sample:
-        return []
-    _, choices, target = json.loads(loaded.sample)
-    found = choices or (target if isinstance(target, list) else [target])
-    return [str(each) for each in found]
+        return 0, 0, 0
+    question, choices, target = json.loads(loaded.sample)
+    answers = choices or (target if isinstance(target, list) else [target])
+    asked, answered = count_tokens(str(question)), sum(count_tokens(str(each)) for each in answers)
+    return asked, answered, (loaded.task.get_config("num_fewshot") or 0) * (asked + answered)
 
 
 def forward_passes(
@@ -114,9 +115,12 @@ def forward_passes(
         return logits + cache + tokens.read * (8 * hidden + 3 * inner) * itemsize
 
     tuning = 0
-    if tuned:  # of each layer what goes backward, and the gradient of its largest tensor
-        tuning = forward(tuned) + tuned.read * layers * (10 * hidden + 4 * inner) * itemsize
-        tuning += 2 * hidden * max(vocabulary, inner) * itemsize
+    if tuned:
+        # of each layer what goes backward; norms are computed in float32, and keep their copies
+        states = 11 if itemsize == 4 else 15
+        tuning = forward(tuned) + tuned.read * layers * (states * hidden + 4 * inner) * itemsize
+        # gradients of the logits in float32, and of the largest tensor
+        tuning += 4 * tuned.predicting * vocabulary + hidden * max(vocabulary, inner) * itemsize
     return ForwardPasses(forward(scored), tuning)
 
 
