@@ -30,31 +30,32 @@ class Tokens(NamedTuple):
 
 def scored_tokens(
     tasks: Sequence[LoadedTask], count_tokens: Callable[[str], int], *, chat: bool
-) -> Tokens:
-    """Estimate the tokens of a batch of a job's items, of the task with most of each.
+) -> list[Tokens]:
+    """Estimate the tokens of a batch of each task, and of all texts, which are generated at once.
 
-    Texts are generated at once for all tasks; the keys and values of their prompts are read in
-    batches, and copied to where those of the texts are.
+    Prompts of texts are read in batches, whose keys and values are copied to where those of the
+    texts are.
     """
     from lm_eval.models.utils import normalize_gen_kwargs
 
-    if not tasks:  # but a user's own objective
-        return Tokens(BATCH, BATCH // 2)
-    read = predicting = batch = texts = written = 0
+    found = []
+    read = batch = texts = written = 0  # of all tasks that generate
     for each in tasks:
         items = math.ceil(JOB_ITEMS * each.weight / sum(one.weight for one in tasks))
         asked, answered, shots = _sizes(each, count_tokens)
         generates = each.task.OUTPUT_TYPE == "generate_until"
         size = max(1, asked + TEMPLATE * chat + (0 if generates else answered))
         rows = max(1, min(items, BATCH // size))
+        if not generates:  # keys and values of a shared beginning are those of every row
+            behind = rows * (shots + size) if shots or chat else 0
+            found.append(Tokens(max(rows * size, shots), rows * answered, min(CACHED, behind)))
+            continue
+        settings = normalize_gen_kwargs(each.task.get_config("generation_kwargs") or {}, _NEW)
         read, batch = max(read, rows * size, shots), max(batch, rows * (shots + size))
-        if generates:
-            settings = normalize_gen_kwargs(each.task.get_config("generation_kwargs") or {}, _NEW)
-            texts += items
-            written += items * (shots + size + settings["max_gen_toks"])
-        else:
-            predicting = max(predicting, rows * answered)
-    return Tokens(read, max(predicting, texts), min(CACHED, batch) + min(CACHED, written))
+        texts, written = texts + items, written + items * (shots + size + settings["max_gen_toks"])
+    if texts:
+        found.append(Tokens(read, texts, min(CACHED, batch) + min(CACHED, written)))
+    return found or [Tokens(BATCH, BATCH // 2)]  # of a user's own objective
 
 
 def tuned_tokens(
@@ -87,7 +88,7 @@ def _sizes(loaded: LoadedTask, count_tokens: Callable[[str], int]) -> tuple[int,
 
 
 def forward_passes(
-    config: Mapping[str, Any], itemsize: int, *, scored: Tokens, tuned: Tokens | None
+    config: Mapping[str, Any], itemsize: int, *, scored: Sequence[Tokens], tuned: Tokens | None
 ) -> ForwardPasses:
     """Estimate the bytes that scoring and tuning take from a language model's text config.
 
@@ -95,7 +96,7 @@ def forward_passes(
         config: As transformers writes it. Of per-layer lists the largest number counts; missing
             keys count nothing.
         itemsize: Bytes of a number of the live model.
-        scored: Tokens of a batch that is scored.
+        scored: Tokens of batches that are scored, one after the other.
         tuned: Tokens of a backward pass; None where nothing is tuned.
     """
 
@@ -116,12 +117,12 @@ def forward_passes(
 
     tuning = 0
     if tuned:
-        # of each layer what goes backward; norms are computed in float32, and keep their copies
-        states = 11 if itemsize == 4 else 15
-        tuning = forward(tuned) + tuned.read * layers * (states * hidden + 4 * inner) * itemsize
-        # gradients of the logits in float32, and of the largest tensor
-        tuning += 4 * tuned.predicting * vocabulary + hidden * max(vocabulary, inner) * itemsize
-    return ForwardPasses(forward(scored), tuning)
+        # of each layer what goes backward; norms are computed in float32, whatever the dtype
+        states = (10 * hidden + 4 * inner) * itemsize + 5 * hidden * 4
+        tuning = forward(tuned) + tuned.read * layers * states
+        # gradients of the logits in float32, and of the largest tensor, as head and as embedding
+        tuning += 4 * tuned.predicting * vocabulary + 2 * hidden * max(vocabulary, inner) * itemsize
+    return ForwardPasses(max(map(forward, scored)), tuning)
 
 
 def _largest(number: Any) -> int:

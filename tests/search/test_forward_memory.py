@@ -29,7 +29,7 @@ BATCH_OF_CHOICES = Tokens(BATCH, 100)
 
 
 def passes(config=CONFIG, scored=BATCH_OF_CHOICES, tuned=BATCH_OF_CHOICES):
-    return forward_passes(config, 2, scored=scored, tuned=tuned)
+    return forward_passes(config, 2, scored=[scored], tuned=tuned)
 
 
 def test_numbers_of_layers_count_by_the_largest():
@@ -84,42 +84,43 @@ def test_examples_that_items_share_are_counted_once_for_each_task():
 def test_tokens_of_choices_have_logits():
     task = Loaded(128, choices=["a" * 8, "b" * 24])
     rows = BATCH // 128
-    assert scored([task]) == Tokens(BATCH, rows * 32, BATCH)
+    assert scored([task]) == [Tokens(BATCH, rows * 32)]
     assert backward([task]) == Tokens(AT_ONCE * 128, AT_ONCE * 32)
     rolling = Loaded(1000, target="y" * 980)
-    assert scored([task, rolling]).predicting == 980
-    assert scored([]) == Tokens(BATCH, BATCH // 2)
+    assert scored([task, rolling])[1] == Tokens(1000, 980)
+    assert scored([]) == [Tokens(BATCH, BATCH // 2)]
 
 
 def test_a_batch_has_no_more_tokens_than_the_items_of_a_job():
     short = Loaded(40, choices=["a", "b"])
-    assert scored([short] * 10) == Tokens(10 * 40, 10 * 2, 10 * 40)
-    assert scored([Loaded(3000, target="y")]).read == 3000
+    assert scored([short] * 10) == [Tokens(10 * 40, 10 * 2)] * 10
+    assert scored([Loaded(3000, target="y")]) == [Tokens(3000, 1)]
 
 
 def test_examples_have_keys_and_values_in_each_row():
     few = Loaded(128, shots=2, choices=["a", "b"])
-    assert scored([few]) == Tokens(BATCH, BATCH // 128 * 2, BATCH * 3)
+    assert scored([few]) == [Tokens(BATCH, BATCH // 128 * 2, BATCH * 3)]
     many = Loaded(128, shots=20, choices=["a", "b"])
-    assert scored([many])[::2] == (20 * 128, CACHED)  # the examples are read alone
+    examples = 20 * 128  # are read alone
+    assert scored([many]) == [Tokens(examples, BATCH // 128 * 2, CACHED)]
 
 
 def test_a_chat_template_makes_every_row_longer():
     task = Loaded(32, choices=["a", "b"])
     rows = BATCH // (32 + TEMPLATE)
-    assert scored([task], chat=True) == Tokens(BATCH, rows * 2, BATCH)
+    assert scored([task], chat=True) == [Tokens(BATCH, rows * 2, BATCH)]
 
 
 def test_texts_that_are_generated_at_once_have_keys_and_values():
     short = Loaded(46, kind="generate_until", new=8, target=["yes", "not"])
     read = BATCH // 40 * 40  # answers are not
-    assert scored([short]) == Tokens(read, JOB_ITEMS, read + JOB_ITEMS * 48)
-    half = scored([short, Loaded(40, choices=["a"])])
+    assert scored([short]) == [Tokens(read, JOB_ITEMS, read + JOB_ITEMS * 48)]
+    _, half = scored([short, Loaded(40, choices=["a"])])
     assert half == Tokens(read, JOB_ITEMS // 2, read + JOB_ITEMS // 2 * 48)
     long = Loaded(501, kind="generate_until", new=500)
-    assert scored([short, long]).cached == CACHED + 1000
+    assert scored([short, long])[0].cached == CACHED + 1000
     unlimited = Loaded(21, kind="generate_until", new=None)  # null in YAML: lm-eval's default
-    assert scored([unlimited] * 10).cached == 10 * 20 + min(CACHED, 100 * (20 + 256))
+    assert scored([unlimited] * 10)[0].cached == 10 * 20 + min(CACHED, 100 * (20 + 256))
     more, less = (passes(scored=Tokens(BATCH, 0, cached)).scoring for cached in (100, 0))
     assert more - less == 100 * 2 * 4 * 2 * (64 // 8) * 2  # layers, heads, their size, bytes
 
@@ -129,7 +130,7 @@ def test_passes_take_as_much_more_as_tokens_go_backward():
     assert none.tuning == 0
     assert none.scoring == some.scoring == more.scoring
     constant = 2 * some.tuning - more.tuning  # the gradient of the largest tensor
-    assert constant == pytest.approx(64 * 1000 * 2, rel=0.01)
+    assert constant == pytest.approx(2 * 64 * 1000 * 2, rel=0.01)
 
 
 def test_as_many_tokens_are_cached_as_the_forward_passes_keep():
