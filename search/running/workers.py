@@ -185,8 +185,9 @@ class Worker:
 
         with self._built(job.recipe):
             if job.weights:
+                trim_heap()  # scoring leaves holes, and so do activations
                 found, gradient = self._gradients().values_and_grad(loss, job.items, job.weights)
-                trim_heap()  # activations leave holes of their size
+                trim_heap()
                 by_model = self._by_model(job.recipe, gradient)
                 return LossReply(found.tolist(), by_model, time.perf_counter() - start)
             with torch.no_grad():

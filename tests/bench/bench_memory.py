@@ -5,11 +5,11 @@
 
 Random weights of SmolLM2-135M's or Llama-3.2-1B's shapes in bfloat16, or a study's own models;
 ``--dtype`` is the live model's. In a fresh process a study is planned and loaded, its donors are
-read, of each method the largest tensor and then a recipe is built, a block of items is scored, and
-a gradient computed. ``peak`` is the most that was resident during a phase, ``held`` what was after
-it, ``mapped`` how much of that is mapped files, which the system takes back when memory is short;
-all in MiB. The last line compares the peak of all with the plan's, and each component with what it
-took. Linux alone.
+read, with each method the largest tensor is merged and then a recipe built, a job of items is
+scored, and a gradient computed. ``peak`` is the most that was resident during a phase, ``held``
+what was after it, ``mapped`` how much of that is mapped files, which the system takes back when
+memory is short; all in MiB. At the end each component is compared with what it took, and the peak
+of all with the plan's. Linux alone.
 """
 
 import argparse
@@ -35,9 +35,10 @@ from merge_engine.building.builder import Builder
 from merge_engine.building.merging import merge_into
 from merge_engine.methods import METHODS
 from merge_engine.models.free_memory import parse_size
-from merge_engine.models.memory_plan import MemoryPlan
-from objectives.items import blocks
+from merge_engine.models.memory_plan import RANKS, MemoryPlan
+from merge_engine.numerics.heap import trim_heap
 from search.preparing.context import load, plan_study
+from search.preparing.forward_memory import JOB_ITEMS
 from search.preparing.models import Hardware
 from search.proposing.tuning import AT_ONCE
 from search.running.workers import EvalJob, LossJob, Worker
@@ -53,6 +54,7 @@ TASKS = {
         "generation_kwargs": {"until": ["\n"], "max_gen_toks": 16, "do_sample": False},
     },
 }
+LARGEST = " of the largest tensor"
 SHAPES = {  # layers, hidden, intermediate, heads, key-value heads, vocabulary
     "135m": (30, 576, 1536, 9, 3, 49_152),
     "1b": (16, 2048, 8192, 32, 8, 128_256),
@@ -105,7 +107,7 @@ def make_study(folder: Path, methods: list[str], donors: int, dtype: str | None)
     """Write a study of the family: choices behind long questions, and short answers."""
     choices = ["a" * 12, "b" * 12]
     rows = [
-        {"question": f"{n} " + "which of these? " * 5, "choices": choices, "gold": n % 2}
+        {"question": f"{n} " + "which of these? " * 2, "choices": choices, "gold": n % 2}
         for n in range(400)
     ]
     for name, settings in TASKS.items():
@@ -155,23 +157,28 @@ class Account:
         print(json.dumps({"phase": name, **{k: v >> 20 for k, v in self.phases[name].items()}}))
         sys.stdout.flush()
 
-    def held(self, name: str) -> int:
-        return self.phases[name]["held"]
+    def kept(self, name: str) -> int:
+        """Return what was held after a phase and not before it."""
+        names = [*self.phases]
+        before = self.phases[names[names.index(name) - 1]]
+        return max(0, self.phases[name]["held"] - before["held"])
 
-    def above(self, name: str, before: str) -> int:
-        """Return the most that a phase took beyond what was held before it."""
-        return max(0, self.phases[name]["peak"] - self.held(before))
+    def passing(self, name: str, after: str = "") -> int:
+        """Return the most that a phase took beyond what was held after it, or after another."""
+        return max(0, self.phases[name]["peak"] - self.phases[after or name]["held"])
 
 
 def build(account: Account, builder: Builder, methods: list[str]) -> None:
-    """Build with each method: the largest tensor, to see what merging takes, then recipes."""
+    """Merge the largest tensor with each method, to see what that takes, then build recipes."""
     models, live = builder.model_set, builder.live.targets
     base, *donors = models.checkpoints
     largest = max(live, key=lambda name: live[name].numel())
     for method in methods:
-        with account.phase(f"{method} of the largest tensor"):
-            merge_into(live[largest], recipe_for(method, [base, *donors]), largest, models)
-        models.measurements.release()
+        with account.phase(method + LARGEST):
+            merge_into(live[largest].detach(), recipe_for(method, [base, *donors]), largest, models)
+            models.measurements.release()
+            trim_heap()
+    for method in methods:
         with account.phase(method):
             for first in donors if METHODS[method].donors[1] == 1 else donors[:1]:
                 others = [donor for donor in donors if donor != first]
@@ -185,53 +192,51 @@ def measure(study: Path, methods: list[str], memory: int | None) -> None:
         plan = plan_study(load_study(study))
     with account.phase("load"):
         context = load(plan, Hardware("cpu", memory), said.append)
-    worker, models = Worker(context), context.builder.model_set
+    worker, splits = Worker(context), context.splits
     with account.phase("donors"):
         worker.check_finite()
-    names = list(models.checkpoints)
+    names = list(context.builder.model_set.checkpoints)
+    with account.phase("compile"):
+        context.builder.build(recipe_for("task_arithmetic", names))
     build(account, context.builder, methods)
-    last = methods[-1]
     recipe = context.builder.loaded
     assert recipe is not None
     with account.phase("score"):
-        block = next(iter(blocks(context.splits.search, plan.spec.objective.block)))
-        worker.evaluate(EvalJob(recipe, tuple(block)))
+        worker.evaluate(EvalJob(recipe, splits.test[:JOB_ITEMS]))
     if context.tuned_units is not None:
-        items = [n for n in context.splits.search if not context.objective.items[n].generated]
-        labels = worker.labels(items[:AT_ONCE])
+        labels = dict(zip(splits.test, worker.labels(splits.test), strict=True))
+        items = [item for item in splits.test if labels[item] is not None][:AT_ONCE]
         job = LossJob(
             recipe_for("task_arithmetic", names),
-            tuple(items[:AT_ONCE]),
-            tuple(label or "" for label in labels),
+            tuple(items),
+            tuple(labels[item] or "" for item in items),
             (1 / AT_ONCE,) * AT_ONCE,
         )
         with account.phase("tune"):
             worker.losses(job)
-    report(account, next(line for line in said if isinstance(line, MemoryPlan)), methods, last)
+    report(account, next(line for line in said if isinstance(line, MemoryPlan)), methods)
 
 
-def report(account: Account, plan: MemoryPlan, methods: list[str], last: str) -> None:
+def report(account: Account, plan: MemoryPlan, methods: list[str]) -> None:
     """Print each component as said and as measured, and the ratio of the peaks."""
+    merging = [name for name in account.phases if name == "donors" or name.endswith(LARGEST)]
     taken = {
-        "process and live model": account.held("load"),
-        "donors": account.held("donors") - account.held("load"),
-        "ranks, masks, statistics": account.held(last) - account.held("donors"),
-        "merging": max(
-            phase["peak"] - phase["held"]
-            for name, phase in account.phases.items()
-            if name == "donors" or name.endswith(" of the largest tensor")
-        ),
-        "scoring": account.above("score", last),
-        "tuning": account.above("tune", "score") if "tune" in account.phases else 0,
+        "process and live model": account.phases["load"]["held"] + account.kept("compile"),
+        "donors": account.kept("donors"),
+        "ranks, masks, statistics": sum(map(account.kept, methods)),
+        "merging": max(map(account.passing, merging)),
+        "scoring": account.passing("score", methods[-1]),
+        "tuning": account.passing("tune", methods[-1]) if "tune" in account.phases else 0,
     }
     parts = plan.components()
     said = {
         "process and live model": parts["process"] + parts["live model"],
-        "ranks, masks, statistics": parts.get("ranks and masks", 0) + parts.get("statistics", 0),
+        "ranks, masks, statistics": parts.get(RANKS, 0) + parts.get("statistics", 0),
         **{name: parts.get(name, 0) for name in ("donors", "merging", "scoring", "tuning")},
     }
     for name, size in taken.items():
-        print(json.dumps({"component": name, "said": said[name] >> 20, "measured": size >> 20}))
+        line = {"component": name, "said": said[name] >> 20, "measured": size >> 20}
+        print(json.dumps({**line, "ratio": round(size / max(1, said[name]), 2)}))
     peak = max(phase["peak"] for phase in account.phases.values())
     total = plan.peak + plan.placed.disk  # what is mapped counts where there is memory for it
     ratio = round(peak / total, 3)
