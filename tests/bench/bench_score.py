@@ -40,6 +40,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from objectives.entries import TaskEntry
 from objectives.harness.encoding import Prompting
 from objectives.harness.harness import Harness
+from objectives.harness.responding import Responder
 from objectives.harness.tasks import load_tasks
 from search.study.reading import load_study
 
@@ -268,7 +269,7 @@ def compare(subject: Subject, clock: Callable[[], float]) -> dict:
     after, tokens_after, forward = min(trials)
     requests = [request for number in items for request in harness.questions[number].requests]
     ours = {str(request.args): request.resps[0] for request in requests}
-    harness.language_model = Replayed(stock)
+    harness.responder = Responder(Replayed(stock))
     theirs = harness.score(model, items)
     written = harness.items[0].generated
     differences = [abs(ours[key][0] - stock.responses[key][0]) for key in ours if not written]

@@ -13,6 +13,7 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
 from objectives.base import ObjectiveError
+from objectives.harness.responding import Responder
 from tiny_models import make_model, make_tokenizer
 from tiny_tasks import (
     CHOICE,
@@ -175,7 +176,7 @@ def test_no_response_is_cached_by_its_prompt_when_weights_change(folder, model):
 
 def test_log_likelihoods_of_a_bfloat16_model_are_computed_in_float32(folder):
     def logliks(language_model):
-        harness.language_model = language_model
+        harness.responder = Responder(language_model)
         harness.score(model, everything(harness))
         return [request.resps[0][0] for q in harness.questions for request in q.requests]
 
