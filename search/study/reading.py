@@ -136,12 +136,12 @@ def _search(
     raw: dict[str, Any], donors: Sequence[object], folder: Path, where: str, aligned: bool
 ) -> dict[str, Any]:
     """Return the search block with parameters gathered under ``ranges`` and methods filled in."""
-    # Not passthrough: the unmerged donors are evaluated anyway, as baselines.
     at_most = raw.get("at_most")
     most = at_most if isinstance(at_most, int) and at_most > 0 else None  # else refused later
     allowed = allowed_methods(donors, most, aligned=aligned)
     methods = raw.get("methods")
     if methods is None:
+        # Not passthrough: the unmerged donors are evaluated anyway, as baselines.
         methods = [name for name in allowed if name != "passthrough"]
     if not isinstance(methods, list | tuple):
         raise StudyError(f"{where}: search.methods has to be a list, got {methods!r}")
