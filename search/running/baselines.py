@@ -24,7 +24,7 @@ def try_baselines(run: Run) -> None:
         StudyError: One of them cannot be evaluated.
     """
     inputs = [*named_inputs(run).values()]
-    check_inputs(run, run.scores.failures(inputs, "search", 1))
+    check_inputs(run, run.scores.attempt(inputs, "search", 1))
     if not any(run.scores.stored(one, "search", 1).mean for one in inputs):
         first = run.evaluator.block_ends("search")[0]
         run.listener(
@@ -78,7 +78,7 @@ def rank_donors(run: Run, *, own_templates: bool) -> list[tuple[str, Evaluated]]
         for index in some:
             raced[index] = items
         left = [donors[index][1] for index in some]
-        check_inputs(run, run.scores.failures(left, "search", items))
+        check_inputs(run, run.scores.attempt(left, "search", items))
         return run.scores.matrix(left, "search", items)
 
     best = successive_elimination(
@@ -99,7 +99,7 @@ def open_race(run: Run) -> Race:
     """Restore the race from the best donor and the finished trials."""
     # Not under its own template: candidates have the study's.
     name, donor = rank_donors(run, own_templates=False)[0]
-    check_inputs(run, run.scores.failures([donor], "search"))
+    check_inputs(run, run.scores.attempt([donor], "search"))
     for note in run.scores.check_judged(name, donor):
         run.listener(Note(note))
     race = Race(run.scores.strata("search"), front=run.spec.search.front)

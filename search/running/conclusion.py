@@ -176,7 +176,7 @@ def _evaluate(
         CandidateError: Some candidates have failed; each was noted.
         StudyError: An input has failed.
     """
-    failed = run.scores.failures([*recipes, *inputs], split, items)
+    failed = run.scores.attempt([*recipes, *inputs], split, items)
     numbers = {one.trial.recipe: one.number for one in candidates(run.log.complete())}
     for key in sorted(failed.keys() & numbers.keys(), key=numbers.__getitem__):
         run.log.fail_recipe(key, str(failed[key]))

@@ -146,7 +146,7 @@ class Evaluator:
             raise damaged(self.store.storage.name, what)
         return [result for number in wanted for result in known[number]]
 
-    def failures(
+    def attempt(
         self, recipes: Iterable[Evaluated], split: Split, items: int | None = None
     ) -> dict[str, Exception]:
         """Evaluate recipes on the first items of a split, as far as results are not stored.

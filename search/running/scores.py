@@ -47,11 +47,11 @@ class Scores:
         Raises:
             MergeError, ObjectiveError: One of them cannot be built or evaluated.
         """
-        for error in self.failures(recipes, split).values():
+        for error in self.attempt(recipes, split).values():
             raise error
         return [self.stored(recipe, split) for recipe in recipes]
 
-    def failures(
+    def attempt(
         self, recipes: Sequence[Evaluated], split: Split, items: int | None = None
     ) -> dict[str, Exception]:
         """Evaluate recipes on the first items of a split; return the errors of failed ones by key.
@@ -59,7 +59,7 @@ class Scores:
         If a constraint is relative to the base, the base is evaluated on the same items.
         """
         base = [self._base] if self._below_base else []
-        return self.evaluator.failures([*recipes, *base], split, items)
+        return self.evaluator.attempt([*recipes, *base], split, items)
 
     def matrix(
         self, recipes: Sequence[Evaluated], split: Split, items: int | None = None

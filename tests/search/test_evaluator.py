@@ -123,7 +123,7 @@ def test_job_that_fails_leaves_no_results_and_ends_its_recipe_alone(context, tmp
 
     workers = SimulatedWorkers(context.objective, failure=failure)
     run = simulated_run(tmp_path / "run", context, workers)
-    assert [*run.evaluator.failures([first, second], "test")] == [first.key]
+    assert [*run.evaluator.attempt([first, second], "test")] == [first.key]
     assert run.store.blocks(first.key, "test") == set()
     assert len(run.store.blocks(second.key, "test")) == 13
 
