@@ -30,6 +30,7 @@ from objectives.journal import Journal
 
 SOFTMAX_DTYPE = torch.float32
 _SOFTMAX_ROWS = 1024  # positions whose log-softmax is in memory at once
+_ARGMAX_ROWS = 64  # of these, positions whose argmax is taken at once
 
 Loglikelihood = tuple[float, bool]  # its value in nats, and whether greedy decoding gives the text
 
@@ -104,8 +105,10 @@ class LoglikelihoodScorer:
             left = [one for one in batches if any(n not in scores for n, _ in one.target_counts)]
             cache = self._runner.cache_prefix(prefix) if left else None
             for batch in left:
-                logits = self._logits(batch, len(prefix), cache)  # (m, vocabulary)
-                log_probs, greedy = _target_log_probs(logits, batch)
+                # logits have no name: one would keep them during the next forward pass
+                log_probs, greedy = _target_log_probs(
+                    self._logits(batch, len(prefix), cache), batch
+                )
                 found, start = {}, 0
                 for index, length in batch.target_counts:
                     own = slice(start, start + length)
@@ -203,5 +206,6 @@ def _target_log_probs(logits: Tensor, batch: TreeBatch) -> tuple[Tensor, Tensor]
         log_probs[chosen] = part_log_probs[rows, targets]
         # argmax takes six times as long as amax and matters only where a target has the maximum
         largest = (log_probs[chosen] == part_log_probs.amax(-1)[rows]).nonzero()[:, 0]
-        greedy[chosen[largest]] = part_log_probs[rows[largest]].argmax(-1) == targets[largest]
+        for few in torch.split(largest, _ARGMAX_ROWS):  # rows are copied
+            greedy[chosen[few]] = part_log_probs[rows[few]].argmax(-1) == targets[few]
     return log_probs.cpu(), greedy.cpu()
