@@ -6,7 +6,7 @@ import contextlib
 import functools
 import glob
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import FunctionType, NoneType
 from typing import Any
@@ -33,17 +33,28 @@ TEMPLATE_MAKES = 10_000_000  # characters at most
 DATASET_SECONDS, ROW_SECONDS = 60.0, 10.0
 _OF_DATASETS = ("process_docs", "custom_dataset")
 _SCORES = "process_results"
-# Settings of which other types break lm-eval, and what to write.
+_DATA = ("dataset_path", "custom_dataset", "class")  # where a task's rows come from
+_TEXTS = (
+    *("dataset_path", "dataset_name", "description", "target_delimiter", "fewshot_delimiter"),
+    "gen_prefix",
+)
+# Settings of which other types break lm-eval, and what to write. ``[]`` is every entry of a list;
+# what is in one may not be left out.
 _TYPES: Mapping[str, tuple[tuple[type, ...], str]] = {
     "num_fewshot": ((int,), "a whole number"),
-    **dict.fromkeys(
-        ("dataset_path", "dataset_name", "description", "target_delimiter", "fewshot_delimiter"),
-        ((str,), "a text, in quotes"),
-    ),
+    **dict.fromkeys(_TEXTS, ((str,), "a text, in quotes")),
     "doc_to_text": ((str, int, FunctionType), "a text, in quotes"),
     "process_docs": ((FunctionType,), "a !function"),
     **dict.fromkeys(("dataset_kwargs", "generation_kwargs"), ((dict,), "a mapping")),
-    "metric_list": ((list,), "a list of mappings"),
+    "dataset_kwargs.data_files": ((str, list, dict), "a file, a list of files or a mapping"),
+    **dict.fromkeys(("metric_list", "filter_list"), ((list,), "a list of mappings")),
+    "metric_list[]": ((dict,), "a mapping with a metric"),
+    "metric_list[].metric": ((str, FunctionType), "the name of a metric"),
+    "filter_list[]": ((dict,), "a mapping with name and filter"),
+    "filter_list[].name": ((str,), "a name"),
+    "filter_list[].filter": ((list,), "a list of mappings"),
+    "filter_list[].filter[]": ((dict,), "a mapping with a function"),
+    "filter_list[].filter[].function": ((str,), "the name of a function of lm-eval"),
 }
 
 
@@ -69,9 +80,14 @@ class SafeTaskFactory(TaskFactory):  # type: ignore[misc]  # lm-eval is publishe
         where = f"task {entry.name!r} ({entry.yaml_path}): its"
         with time_limit(DATASET_SECONDS, f"{where} code"):
             config: dict[str, Any] = super()._load_full_config(entry, overrides)
-        for key, (types, wanted) in _TYPES.items():
-            if not isinstance(value := config.get(key), (*types, NoneType)):
-                raise ObjectiveError(f"{where} {key} is {value!r}; write {wanted}")
+        for path, (types, wanted) in _TYPES.items():
+            types = types if "[]" in path else (*types, NoneType)
+            for value in _settings_at(path.split("."), config):
+                if not isinstance(value, types):
+                    raise ObjectiveError(f"{where} {path} is {value!r}; write {wanted}")
+        is_group = not isinstance(config.get("task"), str)
+        if not is_group and not any(config.get(key) for key in _DATA):
+            raise ObjectiveError(f"{where} dataset_path is missing; write json, or a data set's")
         return {key: _limited(value, key, where) for key, value in config.items()}
 
     @override
@@ -119,6 +135,17 @@ class SafeTaskFactory(TaskFactory):  # type: ignore[misc]  # lm-eval is publishe
                 f"task {name!r} runs code the model writes, and merged models are untrusted; "
                 "leave it out, or set unsafe_code: true on a machine that may be harmed"
             )
+
+
+def _settings_at(path: Sequence[str], config: Mapping[str, Any]) -> Iterator[Any]:
+    """Yield a task's settings at a path of ``_TYPES``; None where there is none."""
+    key, *rest = path
+    value = config.get(key.removesuffix("[]"))
+    for each in (value or []) if key.endswith("[]") else [value]:
+        if not rest:
+            yield each
+        elif each is not None:
+            yield from _settings_at(rest, each)
 
 
 def _limited(value: Any, key: str, where: str) -> Any:

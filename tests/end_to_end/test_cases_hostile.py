@@ -756,6 +756,33 @@ CASES = {
         ("'tell'", "filter 'x'", "nosuch"),
         task(filter_list=[{"name": "x", "filter": [{"function": "regex", "nosuch": 1}]}]),
     ),
+    "data of nowhere": Case(
+        CHECK, ("tell.yaml", "dataset_path is missing", "json"), task(dataset_path=None)
+    ),
+    "data file that is a number": Case(
+        CHECK, ("tell.yaml", "data_files is 5", "mapping"), task(dataset_kwargs__data_files=5)
+    ),
+    "prefix that is a number": Case(CHECK, ("tell.yaml", "gen_prefix is 5"), task(gen_prefix=5)),
+    "metric that is a number": Case(
+        CHECK, ("tell.yaml", "metric_list[].metric is 5"), task(metric_list=[{"metric": 5}])
+    ),
+    "metric without a name": Case(
+        CHECK, ("tell.yaml", "metric_list[].metric is None"), task(metric_list=[{"x": 5}])
+    ),
+    "metric that is no mapping": Case(
+        CHECK, ("tell.yaml", "metric_list[] is 'acc'"), task(metric_list=["acc"])
+    ),
+    "filter that is no mapping": Case(
+        CHECK, ("tell.yaml", "filter_list[] is 'x'"), task(filter_list=["x"])
+    ),
+    "filter without steps": Case(
+        CHECK, ("tell.yaml", "filter_list[].filter is None"), task(filter_list=[{"name": "x"}])
+    ),
+    "filter without a function": Case(
+        CHECK,
+        ("tell.yaml", "filter[].function is None"),
+        task(filter_list=[{"name": "x", "filter": [{"regex_pattern": "a"}]}]),
+    ),
     "generation setting that there is not": Case(
         CHECK, ("'tell'", "'untli'", "correct"), task(generation_kwargs__untli=["x"])
     ),
