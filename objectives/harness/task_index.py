@@ -64,10 +64,11 @@ def find_tasks(
 def _check_folders(names: Sequence[str], folders: Sequence[Path]) -> None:
     """Refuse files that would block or crash lm-eval, and a named task that is in two of them."""
     tasks: dict[Path, object] = {}
-    for file in (file for folder in folders for file in folder.rglob("*.yaml")):
+    listed = [file for folder in folders for file in folder.rglob("*.yaml")]
+    for file in listed:
         check_readable(file, tasks)
-    for name in names:
-        files = sorted({file.resolve() for file, task in tasks.items() if task == name})
+    for name in names:  # of a file that is only included, the name is replaced
+        files = sorted({file.resolve() for file in listed if tasks.get(file) == name})
         if len(files) > 1:
             raise ObjectiveError(
                 f"task {name!r} is in {files[0]} and in {files[1]}; rename one, or remove it"
