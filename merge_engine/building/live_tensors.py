@@ -97,13 +97,28 @@ def lie_end_to_end(tensors: Sequence[Tensor]) -> bool:
     return starts[1:] == ends[:-1] and all(tensor.is_contiguous() for tensor in tensors)
 
 
+def missing_tensors(model: nn.Module, shapes: Shapes) -> list[str]:
+    """Name the tensors of a model that no stored one of these shapes fills.
+
+    Raises:
+        MergeError: Stored tensors do not fit the model's.
+    """
+    return _not_read(_saved_tensors(model), model, find_conversions(model, shapes))
+
+
+def _not_read(
+    live: Mapping[str, Tensor], model: nn.Module, found: Collection[Conversion]
+) -> list[str]:
+    read = {name for conversion in found for name in conversion.live}
+    return sorted(live.keys() - read - dict(model.named_buffers()).keys())
+
+
 def _check_read(
     live: Mapping[str, Tensor], model: nn.Module, found: Collection[Conversion]
 ) -> None:
     """Refuse live tensors that no stored one fills, and a stored head that the model ties."""
     read = {name: conversion for conversion in found for name in conversion.live}
-    buffers = dict(model.named_buffers())
-    if missing := sorted(live.keys() - read.keys() - buffers.keys()):
+    if missing := _not_read(live, model, found):
         raise MergeError(
             f"the live model has {missing[0]!r}, which the donors lack; fetch the base again, or "
             "name donors that were fine-tuned from it"

@@ -19,9 +19,11 @@ from typing import TYPE_CHECKING
 import torch
 
 from merge_engine.building.build_stages import build_stage, is_built, planned
+from merge_engine.building.loading_check import why_incomplete
 from merge_engine.errors import MergeError
 from merge_engine.models.locating import is_local
 from merge_engine.recipe.recipe_file import is_recipe
+from merge_engine.recipe.stages import Stage as RecipeStage
 from merge_engine.recipe.stages import load_stages
 from merge_engine.schema import load_documents
 from search.options import (
@@ -88,29 +90,41 @@ def build(options: BuildOptions, listener: Listener) -> None:
         say(note)
     if options.out.exists():
         raise MergeError(f"{options.out} exists; choose another folder or remove it")
+    *others, result = [stage for stage in stages if stage.needed or options.intermediate_dir]
+    if others:
+        with planned([*others, result]):
+            pass  # errors in any recipe are raised before anything is built
+    count = _build_stages(others, result, options, listener)
+    if fault := why_incomplete(options.out):
+        say(f"{options.out}: transformers will not load it as it is: {fault}")
+    text = f"{options.out}: {count} tensors of {result.recipe.merge_method}"
+    listener(CommandDone(text, {"checkpoint": str(options.out), "tensors": count}))
+
+
+def _build_stages(
+    others: Iterable[RecipeStage], result: RecipeStage, options: BuildOptions, listener: Listener
+) -> int:
+    """Merge a recipe after others; return the number of its tensors."""
     device = torch.device(choose_device(options.device))
     kept = options.intermediate_dir
     folder = kept or options.out.with_name(f"{options.out.name}.stages")
-    stages = [stage for stage in stages if stage.needed or kept]
-    if len(stages) > 1:
-        with planned(stages):
-            pass  # errors in any recipe are raised before anything is built
-    *others, result = stages
     made: list[Path] = []
+
+    def say(note: str) -> None:
+        listener(Note(note))
+
     try:
         for stage in others:
             out = folder / stage.name
             if is_built(stage, out):
-                listener(Note(f"{out} is there already"))
+                say(f"{out} is there already")
             else:
                 listener(Stage(f"building {stage.name}"))
                 build_stage(stage, folder, out, device, say)
             made.append(out)
-        count = build_stage(result, folder, options.out, device, say)
+        return build_stage(result, folder, options.out, device, say)
     finally:
         _remove_results([] if kept else made)
-    text = f"{options.out}: {count} tensors of {result.recipe.merge_method}"
-    listener(CommandDone(text, {"checkpoint": str(options.out), "tensors": count}))
 
 
 def _remove_results(folders: Iterable[Path]) -> None:

@@ -462,6 +462,12 @@ CASES = {
         ("a/config.json", "3000", "3 layers"),
         config("a", num_hidden_layers=3000),
     ),
+    "names that no architecture has": Case(
+        BUILD,
+        None,
+        renamed(lambda name: f"llm.{name}", "base", "a", "b"),
+        ("will not load", "'lm_head.weight'", "'llm.lm_head.weight'"),
+    ),
     "layers that a cut file has lost": Case(
         CHECK,
         ("b/config.json", "3", "2 layers"),
