@@ -131,9 +131,8 @@ class Measurements:
         def fill() -> Tensor:
             if pack not in self._placement.packs:  # it has one tensor
                 return stored(pack.names[0])
-            found = {
-                name: stored(name) for name in pack.names
-            }  # before a pack is locked to fill it
+            # measured before the pack is locked: statistics have a lock of their own
+            found = {name: stored(name) for name in pack.names}
             dtype = found[pack.names[0]].dtype
             return self._placement.lay(kind, pack, (donor, base), dtype, found.__getitem__)
 

@@ -82,12 +82,8 @@ def run(options: RunOptions, listener: Listener) -> None:
 def build(options: BuildOptions, listener: Listener) -> None:
     """Merge a recipe into a checkpoint, after the recipes whose results it uses."""
     stages, notes = load_stages(options.recipe)
-
-    def say(note: str) -> None:
-        listener(Note(note))
-
     for note in notes:
-        say(note)
+        listener(Note(note))
     if options.out.exists():
         raise MergeError(f"{options.out} exists; choose another folder or remove it")
     *others, result = [stage for stage in stages if stage.needed or options.intermediate_dir]
@@ -96,7 +92,7 @@ def build(options: BuildOptions, listener: Listener) -> None:
             pass  # errors in any recipe are raised before anything is built
     count = _build_stages(others, result, options, listener)
     if fault := why_incomplete(options.out):
-        say(f"{options.out}: transformers will not load it as it is: {fault}")
+        listener(Note(f"{options.out}: transformers will not load it as it is: {fault}"))
     text = f"{options.out}: {count} tensors of {result.recipe.merge_method}"
     listener(CommandDone(text, {"checkpoint": str(options.out), "tensors": count}))
 
@@ -104,7 +100,7 @@ def build(options: BuildOptions, listener: Listener) -> None:
 def _build_stages(
     others: Iterable[RecipeStage], result: RecipeStage, options: BuildOptions, listener: Listener
 ) -> int:
-    """Merge a recipe after others; return the number of its tensors."""
+    """Merge a recipe's stage after the others it reads; return its number of tensors."""
     device = torch.device(choose_device(options.device))
     kept = options.intermediate_dir
     folder = kept or options.out.with_name(f"{options.out.name}.stages")
